@@ -1,0 +1,55 @@
+# FoloVLLM: every target sets up what it needs. On a machine with Python >= 3.11, pip and make: `make demo`, `make test`.
+#   PYTHON=python3.12      another interpreter
+#   PIP_ARGS="..."         passed to pip, e.g. another index for torch's CPU build (see README.md)
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+MODEL ?= smollm2-135m
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint notebooks clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "setup: a virtual environment in $(VENV) with the pinned dependencies (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "FoloVLLM needs Python >= 3.11; found $$($(PYTHON) --version). Try: make PYTHON=python3.11 setup"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+setup: $(STAMP)  ## virtual environment and pinned dependencies
+	@echo "setup: done; activate it with: source $(BIN)/activate"
+
+demo: $(STAMP)  ## pull the default model, answer real prompts, compare with HuggingFace
+	@echo "demo: pulls the model once (93 MB), then answers prompts and compares the tokens with HuggingFace's"
+	@$(BIN)/folovllm demo --model $(MODEL)
+
+test: $(STAMP)  ## every test but the slow, GPU and browser ones, with coverage
+	@echo "test: all tests but those marked slow, gpu or browser, on $(WORKERS) processes"
+	@$(BIN)/folovllm pull $(MODEL) --quiet
+	@$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not browser" \
+		--cov --cov-report=term:skip-covered --cov-fail-under=90
+
+bench: $(STAMP)  ## throughput and latency beside HuggingFace, with a plot
+	@echo "bench: every milestone beside HuggingFace on workload A; writes JSON and PNG under bench_results/"
+	@$(BIN)/python scripts/compare_perf.py --model $(MODEL)
+
+lint: $(STAMP)  ## ruff and mypy
+	@echo "lint: ruff check, ruff format --check, mypy"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+notebooks: $(STAMP)  ## execute the notebooks again from notebooks/src
+	@echo "notebooks: builds and executes notebooks/*.ipynb from notebooks/src"
+	@$(BIN)/python scripts/build_notebooks.py
+
+clean:  ## remove the virtual environment and caches of the tools (not the models)
+	@echo "clean: removes $(VENV) and tool caches"
+	@rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .coverage bench_results build *.egg-info

@@ -1,0 +1,95 @@
+"""The interface of an attention backend, and the metadata of one step's flat batch.
+
+Milestone: M1 (fast backends arrive with M4). vLLM counterpart: vllm/attention/backends/abstract.py and
+CommonAttentionMetadata. Left out: encoder attention, cascade attention.
+
+The backend owns the layout of the KV cache: nobody else knows what a page looks like inside.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class AttentionMetadata:
+    """Where every token of the flat batch belongs.
+
+    E.g. two requests, computing 2 tokens of a 5-token sequence and 3 tokens of a 3-token one, blocks of 4:
+        query_start_loc = [0, 2, 5]        rows 0-1 of the batch are request 0, rows 2-4 are request 1
+        seq_lens        = [5, 3]           length after this step
+        block_table     = [[7, 2], [4, 0]] logical block -> physical block (padded with the null block 0)
+        slot_mapping    = [31, 8, 16, 17, 18]  slot = block * 4 + position % 4, for each new token
+    """
+
+    query_start_loc: list[int]  # [num_reqs + 1]
+    seq_lens: list[int]  # [num_reqs]
+    block_table: torch.Tensor  # [num_reqs, max_blocks_per_req] int32
+    slot_mapping: torch.Tensor  # [num_tokens] int64
+    block_size: int
+    prepared: Any = None  # what `AttentionBackend.prepare` made of it, once per step
+
+    @property
+    def num_reqs(self) -> int:
+        return len(self.seq_lens)
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What a backend must know of the model; every layer of our models has the same."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+    device: torch.device
+    block_size: int
+
+    @property
+    def scale(self) -> float:
+        return float(self.head_size**-0.5)
+
+    @property
+    def num_queries_per_kv(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+
+class AttentionBackend(ABC):
+    """One instance serves every layer of a model.
+
+    Order within a layer: `write` stores the K/V of the *whole step*, then `forward` reads. Two requests of one step may
+    share a block that one of them is only now filling, so reading before all is written would be wrong (spec B5).
+    """
+
+    name: str
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self.spec = spec
+
+    @classmethod
+    def refusal(cls, spec: AttentionSpec) -> str | None:
+        """Why this backend cannot run `spec`, naming an alternative; None when it can."""
+        return None
+
+    @abstractmethod
+    def kv_cache_shape(self, num_blocks: int) -> tuple[int, ...]:
+        """Shape of one layer's cache."""
+
+    def prepare(self, metadata: AttentionMetadata) -> None:  # noqa: B027 - an optional hook, not forgotten
+        """Compute once per step what all layers share; leave it in `metadata.prepared`."""
+
+    @abstractmethod
+    def write(
+        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
+    ) -> None:
+        """Store key and value, both [num_tokens, num_kv_heads, head_size], in their slots."""
+
+    @abstractmethod
+    def copy_blocks(self, kv_caches: torch.Tensor, copies: list[tuple[int, int]]) -> None:
+        """Copy whole blocks (source, destination) in all layers; kv_caches is [num_layers, *kv_cache_shape]."""
+
+    @abstractmethod
+    def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        """Attention of query [num_tokens, num_heads, head_size] over the cache; same shape back."""

@@ -1,0 +1,89 @@
+"""torch_naive: attention as the formula says it, one request after the other. The oracle of every other backend.
+
+Milestone: M1. vLLM counterpart: none that is kept; the reference inside its kernel tests is the nearest.
+Gather K and V of a sequence slot by slot, build the mask, softmax, weighted sum. Right for any mix of query lengths.
+"""
+
+import torch
+
+from folovllm.attention.backend import AttentionBackend, AttentionMetadata
+
+
+class TorchNaiveBackend(AttentionBackend):
+    """KV layout: [2, num_blocks, block_size, num_kv_heads, head_size]; 0 is K, 1 is V."""
+
+    name = "torch_naive"
+
+    def kv_cache_shape(self, num_blocks: int) -> tuple[int, ...]:
+        return (2, num_blocks, self.spec.block_size, self.spec.num_kv_heads, self.spec.head_size)
+
+    def prepare(self, metadata: AttentionMetadata) -> None:
+        """Per request: the slots of its tokens, and the mask of its queries."""
+        start, lens = metadata.query_start_loc, metadata.seq_lens
+        metadata.prepared = [
+            (
+                sequence_slots(metadata.block_table[i], lens[i], metadata.block_size),
+                causal_mask(start[i + 1] - start[i], lens[i], metadata.block_table.device),
+            )
+            for i in range(metadata.num_reqs)
+        ]
+
+    def write(
+        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
+    ) -> None:
+        k_slots, v_slots = self._by_slot(kv_cache)
+        k_slots.index_copy_(0, metadata.slot_mapping, key)
+        v_slots.index_copy_(0, metadata.slot_mapping, value)
+
+    def copy_blocks(self, kv_caches: torch.Tensor, copies: list[tuple[int, int]]) -> None:
+        for source, destination in copies:
+            kv_caches[:, :, destination].copy_(kv_caches[:, :, source])
+
+    def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        k_slots, v_slots = self._by_slot(kv_cache)
+        output = torch.empty_like(query)  # [num_tokens, num_heads, head_size]
+        start = metadata.query_start_loc
+        for i, (slots, mask) in enumerate(metadata.prepared):
+            rows = slice(start[i], start[i + 1])
+            # Only the slots of this sequence are read, never whole pages: what lies behind its end is another's.
+            output[rows] = self._attend(query[rows], k_slots[slots], v_slots[slots], mask)
+        return output
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """query [q_len, num_heads, head_size], key and value [seq_len, num_kv_heads, head_size]; all sums in fp32."""
+        q_len, group = query.shape[0], self.spec.num_queries_per_kv
+        q = query.float().view(q_len, self.spec.num_kv_heads, group, self.spec.head_size)
+        q = q.permute(1, 2, 0, 3)  # [num_kv_heads, group, q_len, head_size]
+        k = key.float().permute(1, 2, 0).unsqueeze(1)  # [num_kv_heads, 1, head_size, seq_len]
+        v = value.float().permute(1, 0, 2).unsqueeze(1)  # [num_kv_heads, 1, seq_len, head_size]
+        scores = (q @ k) * self.spec.scale  # [num_kv_heads, group, q_len, seq_len]
+        if mask is not None:
+            scores = scores.masked_fill(mask, float("-inf"))
+        out = scores.softmax(dim=-1) @ v  # [num_kv_heads, group, q_len, head_size]
+        return out.permute(2, 0, 1, 3).reshape(query.shape).to(query.dtype)
+
+    def _by_slot(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V as [num_slots, num_kv_heads, head_size]: a view, pages laid end to end."""
+        flat = kv_cache.view(2, -1, self.spec.num_kv_heads, self.spec.head_size)
+        return flat[0], flat[1]
+
+
+def sequence_slots(block_ids: torch.Tensor, seq_len: int, block_size: int) -> torch.Tensor:
+    """Slots of positions 0 .. seq_len - 1. E.g. blocks [7, 2] of 4, seq_len 6 -> [28, 29, 30, 31, 8, 9]."""
+    positions = torch.arange(seq_len, device=block_ids.device)  # [seq_len]
+    return block_ids[positions // block_size].long() * block_size + positions % block_size
+
+
+def causal_mask(q_len: int, seq_len: int, device: torch.device) -> torch.Tensor | None:
+    """True where query i may *not* look at key j; None for a single query, which sees every key.
+
+    The queries are the last q_len positions, so query i sits at position seq_len - q_len + i. E.g. q_len 2, seq_len 4:
+        . . . X
+        . . . .
+    """
+    if q_len == 1:
+        return None
+    query_positions = torch.arange(seq_len - q_len, seq_len, device=device).unsqueeze(1)  # [q_len, 1]
+    return torch.arange(seq_len, device=device) > query_positions  # [q_len, seq_len]

@@ -1,0 +1,304 @@
+"""EngineConfig: every engine argument, typed, validated and frozen.
+
+Milestone: M0. vLLM counterpart: vllm/config (VllmConfig and its parts) and vllm/engine/arg_utils.py.
+
+Data flows one way: a user's arguments -> `EngineConfig.from_args` (checked on their own) -> `resolve` (a new config in
+which everything that depends on the model and the device is filled in). Nothing is changed after construction; what is
+discovered at run time, such as how many blocks fit, travels as its own object.
+
+Row 0: plain data, no torch.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from folovllm import milestones
+from folovllm.hf_config import ModelArchitecture
+from folovllm.sampling_params import unknown_name_message
+
+DEFAULT_MODEL = "smollm2-135m"
+MAX_MODEL_LEN_BLOCK = "max_model_len"  # block_size of the contiguous cache: one page holds a whole request
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+DEFAULT_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, in which precision, how long."""
+
+    model: str = DEFAULT_MODEL
+    dtype: str = "auto"
+    max_model_len: int | None = None  # tokens, prompt and output together; None: what the model was trained for
+    seed: int = 0
+    max_logprobs: int = 20
+    download_dir: str | None = None
+    architecture: ModelArchitecture | None = None  # filled by resolve
+
+    def __post_init__(self) -> None:
+        _check_type("model", self.model, str)
+        if not self.model:
+            raise ValueError("model must not be empty: give an alias ('smollm2-135m'), a folder or a HuggingFace id")
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_optional_int("max_model_len", self.max_model_len, low=2)
+        _check_int("seed", self.seed, low=-(2**63))
+        _check_int("max_logprobs", self.max_logprobs, low=-1)
+
+    @property
+    def arch(self) -> ModelArchitecture:
+        assert self.architecture is not None, "resolve() first"
+        return self.architecture
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The KV cache: how it is cut into blocks and how large it is."""
+
+    block_size: int | str = MAX_MODEL_LEN_BLOCK
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory: int | None = None  # bytes
+    num_kv_blocks: int | None = None  # overrides both; includes the null block
+    enable_prefix_caching: bool = False
+    free_uncached_first: bool = True
+
+    def __post_init__(self) -> None:
+        if self.block_size != MAX_MODEL_LEN_BLOCK:
+            if isinstance(self.block_size, str):
+                raise ValueError(f"block_size must be a number of tokens or 'max_model_len', got {self.block_size!r}")
+            _check_int("block_size", self.block_size, low=1)
+        _check_bool("enable_prefix_caching", self.enable_prefix_caching)
+        _check_bool("free_uncached_first", self.free_uncached_first)
+        _check_optional_int("kv_cache_memory", self.kv_cache_memory, low=1)
+        _check_optional_int("num_kv_blocks", self.num_kv_blocks, low=2)
+        share = self.gpu_memory_utilization
+        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
+            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {share!r}")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Who runs in a step, and how much."""
+
+    policy: str = "continuous"  # "static": admit only when nothing runs
+    scheduling_policy: str = "fcfs"  # order of the waiting queue; vLLM's SchedulerConfig.policy
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    enable_chunked_prefill: bool = False
+    long_prefill_token_threshold: int = 0
+    reserve_full_sequence: bool = True
+
+    def __post_init__(self) -> None:
+        _check_choice("policy", self.policy, ("static", "continuous"))
+        _check_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
+        _check_optional_int("max_num_seqs", self.max_num_seqs, low=1)
+        _check_optional_int("max_num_batched_tokens", self.max_num_batched_tokens, low=1)
+        _check_bool("enable_chunked_prefill", self.enable_chunked_prefill)
+        _check_int("long_prefill_token_threshold", self.long_prefill_token_threshold, low=0)
+        _check_bool("reserve_full_sequence", self.reserve_full_sequence)
+        if self.long_prefill_token_threshold and not self.enable_chunked_prefill:
+            raise ValueError(
+                "long_prefill_token_threshold needs chunked prefill: set enable_chunked_prefill=True or leave it 0"
+            )
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Which kernels."""
+
+    attention_backend: str = "torch_naive"
+    linear_backend: str = "torch"
+
+    def __post_init__(self) -> None:
+        _check_type("attention_backend", self.attention_backend, str)
+        _check_type("linear_backend", self.linear_backend, str)
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """How a quantised checkpoint is run."""
+
+    quantization: str | None = "dequantize"
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None:
+            _check_choice("quantization", self.quantization, ("auto", "dequantize"))
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """All parts together. Build it with `from_args` or `preset`, never by changing one."""
+
+    model_config: ModelConfig = field(default_factory=ModelConfig)
+    cache_config: CacheConfig = field(default_factory=CacheConfig)
+    scheduler_config: SchedulerConfig = field(default_factory=SchedulerConfig)
+    attention_config: AttentionConfig = field(default_factory=AttentionConfig)
+    quantization_config: QuantizationConfig = field(default_factory=QuantizationConfig)
+    device: str = "auto"
+    enforce_eager: bool = False  # CUDA graphs are a rung after M7; until then every step is eager
+    disable_log_stats: bool = True
+
+    def __post_init__(self) -> None:
+        _check_choice("device", self.device, DEVICES)
+        _check_bool("enforce_eager", self.enforce_eager)
+        _check_bool("disable_log_stats", self.disable_log_stats)
+
+    @classmethod
+    def from_args(cls, preset: str | None = None, without: Iterable[str] = (), **engine_args: Any) -> "EngineConfig":
+        """Config from flat engine arguments, over those of `preset` (default: the top of the built ladder).
+
+        E.g. from_args(model="smollm2-135m", preset="m2", max_num_seqs=8). Raises ValueError for an unknown argument
+        (with the nearest known one), a value out of range, or a switch of a milestone that is not built yet.
+        """
+        flat = milestones.fold(preset or milestones.top_rung().id, without) | engine_args
+        known = engine_arg_names()
+        for name in engine_args:
+            if name not in known:
+                raise ValueError(unknown_name_message("engine argument", name, list(known)))
+        _refuse_unbuilt_switches(flat)
+        parts: dict[str, dict[str, Any]] = {}
+        for name, value in flat.items():
+            parts.setdefault(known[name], {})[name] = value
+        own = parts.pop("", {})
+        return cls(**{part: _PARTS[part](**args) for part, args in parts.items()}, **own)
+
+    @classmethod
+    def preset(cls, rung: str, without: Iterable[str] = (), **overrides: Any) -> "EngineConfig":
+        """ "The engine as of `rung`": the switches of the ladder up to it, without the rungs named in `without`."""
+        return cls.from_args(preset=rung, without=without, **overrides)
+
+    def resolve(self, arch: ModelArchitecture, device: str, native_bf16: bool = True) -> "EngineConfig":
+        """A new config with all that depends on the model and the device filled in, and checked against it.
+
+        `device` is "cpu" or "cuda"; `native_bf16` tells whether it computes in bfloat16 without emulation.
+        """
+        assert device in DEFAULT_MAX_NUM_SEQS
+        max_model_len = self._resolve_max_model_len(arch)
+        return dataclasses.replace(
+            self,
+            device=device,
+            model_config=dataclasses.replace(
+                self.model_config,
+                architecture=arch,
+                dtype=self._resolve_dtype(arch, native_bf16),
+                max_model_len=max_model_len,
+            ),
+            cache_config=dataclasses.replace(self.cache_config, block_size=self._resolve_block_size(max_model_len)),
+            scheduler_config=dataclasses.replace(
+                self.scheduler_config,
+                max_num_seqs=self.scheduler_config.max_num_seqs or DEFAULT_MAX_NUM_SEQS[device],
+                max_num_batched_tokens=self._resolve_token_budget(max_model_len),
+            ),
+        )
+
+    # What resolve() has filled in, with the type that it then has.
+    @property
+    def max_model_len(self) -> int:
+        assert self.model_config.max_model_len is not None, "resolve() first"
+        return self.model_config.max_model_len
+
+    @property
+    def block_size(self) -> int:
+        assert isinstance(self.cache_config.block_size, int), "resolve() first"
+        return self.cache_config.block_size
+
+    @property
+    def max_num_seqs(self) -> int:
+        assert self.scheduler_config.max_num_seqs is not None, "resolve() first"
+        return self.scheduler_config.max_num_seqs
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        assert self.scheduler_config.max_num_batched_tokens is not None, "resolve() first"
+        return self.scheduler_config.max_num_batched_tokens
+
+    def _resolve_max_model_len(self, arch: ModelArchitecture) -> int:
+        asked, limit = self.model_config.max_model_len, arch.max_position_embeddings
+        if asked is not None and asked > limit:
+            raise ValueError(f"max_model_len={asked} is more than the model's {limit} positions; use at most {limit}")
+        return asked or limit
+
+    def _resolve_dtype(self, arch: ModelArchitecture, native_bf16: bool) -> str:
+        if self.model_config.dtype != "auto":
+            return self.model_config.dtype
+        return arch.dtype if native_bf16 or arch.dtype == "float32" else "float32"
+
+    def _resolve_block_size(self, max_model_len: int) -> int:
+        block_size = self.cache_config.block_size
+        if isinstance(block_size, str):
+            return max_model_len
+        if block_size > max_model_len:
+            raise ValueError(
+                f"block_size={block_size} is more than max_model_len={max_model_len}: a block never holds more "
+                f"than one request; use at most {max_model_len}"
+            )
+        return block_size
+
+    def _resolve_token_budget(self, max_model_len: int) -> int:
+        budget, chunked = self.scheduler_config.max_num_batched_tokens, self.scheduler_config.enable_chunked_prefill
+        if budget is None:
+            return DEFAULT_MAX_NUM_BATCHED_TOKENS if chunked else max(DEFAULT_MAX_NUM_BATCHED_TOKENS, max_model_len)
+        if not chunked and budget < max_model_len:
+            raise ValueError(
+                f"max_num_batched_tokens={budget} is less than max_model_len={max_model_len}, and without chunked "
+                f"prefill a longer prompt would wait forever: raise it, lower max_model_len, or set enable_chunked_prefill=True"
+            )
+        return budget
+
+
+_PARTS: dict[str, Any] = {
+    "model_config": ModelConfig,
+    "cache_config": CacheConfig,
+    "scheduler_config": SchedulerConfig,
+    "attention_config": AttentionConfig,
+    "quantization_config": QuantizationConfig,
+}
+
+
+def engine_arg_names() -> dict[str, str]:
+    """Every flat engine argument -> the part of EngineConfig it belongs to ("" for EngineConfig itself)."""
+    names = {f.name: part for part, cls in _PARTS.items() for f in dataclasses.fields(cls) if f.name != "architecture"}
+    return names | {f.name: "" for f in dataclasses.fields(EngineConfig) if f.name not in _PARTS}
+
+
+def _refuse_unbuilt_switches(flat: Mapping[str, Any]) -> None:
+    for rung in milestones.rungs_above_top():
+        for name, off in rung.off.items():
+            if flat[name] != off and name not in _switched_by_built_rungs():
+                raise milestones.RungNotBuiltError(
+                    f"{name}={flat[name]!r} belongs to milestone {rung.id} ({rung.title}), which is not built yet; "
+                    f"use {name}={off!r}"
+                )
+
+
+def _switched_by_built_rungs() -> set[str]:
+    return {name for rung in milestones.LADDER if rung.built for name in rung.on}
+
+
+def _check_type(name: str, value: Any, expected: type) -> None:
+    if not isinstance(value, expected):
+        raise ValueError(f"{name} must be a {expected.__name__}, got {type(value).__name__}: {value!r}")
+
+
+def _check_bool(name: str, value: Any) -> None:
+    _check_type(name, value, bool)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _check_int(name: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+
+
+def _check_optional_int(name: str, value: Any, low: int) -> None:
+    if value is not None:
+        _check_int(name, value, low)

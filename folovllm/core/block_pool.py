@@ -1,0 +1,87 @@
+"""BlockPool: all blocks of the KV cache, who holds them, and which are free.
+
+Milestone: M1 (one page per request), M3 (blocks of 16). vLLM counterpart: vllm/v1/core/block_pool.py.
+
+Row 1: no torch.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from folovllm.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
+from folovllm.core.prefix_index import NullPrefixIndex
+
+
+class BlockPool:
+    """Hands out blocks, counts references, takes them back.
+
+    Block 0 is the null block: it pads block tables and is never handed out, so `num_blocks - 1` are usable.
+    """
+
+    def __init__(
+        self, num_blocks: int, prefix_index: NullPrefixIndex | None = None, free_uncached_first: bool = True
+    ) -> None:
+        assert num_blocks >= 2, "the null block and at least one more"
+        self.num_blocks = num_blocks
+        self.blocks = [KVCacheBlock(i) for i in range(num_blocks)]
+        self.free_block_queue = FreeKVCacheBlockQueue(self.blocks)
+        self.null_block = self.free_block_queue.popleft()
+        self.null_block.is_null = True
+        self.prefix_index = prefix_index or NullPrefixIndex()
+        self.free_uncached_first = free_uncached_first
+
+    def get_num_free_blocks(self) -> int:
+        return self.free_block_queue.num_free_blocks
+
+    @property
+    def usage(self) -> float:
+        """Share of the usable blocks that are held, 0..1."""
+        return 1.0 - self.get_num_free_blocks() / (self.num_blocks - 1)
+
+    def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
+        """Take `num_blocks` from the head of the free queue; ValueError, with nothing taken, if there are fewer."""
+        if num_blocks > self.get_num_free_blocks():
+            raise ValueError(f"Cannot get {num_blocks} free blocks from the pool, it has {self.get_num_free_blocks()}")
+        blocks = self.free_block_queue.popleft_n(num_blocks)
+        for block in blocks:
+            if block.block_hash is not None:
+                self.prefix_index.remove(block)
+                block.block_hash = None
+            block.ref_cnt = 1
+        return blocks
+
+    def touch(self, blocks: Iterable[KVCacheBlock]) -> None:
+        """Add a reference to cached blocks; those that were free leave the queue, so that nobody reuses them."""
+        for block in blocks:
+            if block.ref_cnt == 0 and not block.is_null:
+                self.free_block_queue.remove(block)
+            block.ref_cnt += 1
+
+    def free_blocks(self, ordered_blocks: Sequence[KVCacheBlock]) -> None:
+        """Drop a reference to each; blocks nobody holds any more become free, the first given being reused first.
+
+        A block without a hash is worth nothing to anybody: it goes to the head of the queue, its memory still warm in
+        the processor's cache. A hashed one goes to the tail and stays a cache entry until its turn comes.
+        """
+        freed = []
+        for block in ordered_blocks:
+            if block.is_null:
+                continue
+            assert block.ref_cnt > 0, f"{block} freed twice"
+            block.ref_cnt -= 1
+            if block.ref_cnt == 0:
+                freed.append(block)
+        if self.free_uncached_first:
+            self.free_block_queue.prepend_n([b for b in freed if b.block_hash is None])
+            freed = [b for b in freed if b.block_hash is not None]
+        self.free_block_queue.append_n(freed)
+
+    def check_integrity(self, block_tables: Iterable[Sequence[KVCacheBlock]]) -> None:
+        """Assert that free + held is everything and that counts match `block_tables`, all the tables there are."""
+        held = Counter(block.block_id for table in block_tables for block in table if not block.is_null)
+        free = [block.block_id for block in self.free_block_queue.get_all_free_blocks()]
+        assert len(free) == len(set(free)) == self.get_num_free_blocks(), f"free queue is inconsistent: {free}"
+        assert not held.keys() & set(free), f"blocks both held and free: {sorted(held.keys() & set(free))}"
+        assert len(held) + len(free) == self.num_blocks - 1, f"blocks lost: {len(held)} held + {len(free)} free"
+        for block in self.blocks[1:]:
+            assert block.ref_cnt == held[block.block_id], f"{block}: {held[block.block_id]} tables hold it"

@@ -1,0 +1,182 @@
+"""Blocks of the KV cache, the queue of free ones, and the arithmetic of how many there are.
+
+Milestone: M1 (the arithmetic), M3 (many small blocks). vLLM counterpart: vllm/v1/core/kv_cache_utils.py.
+Left out: KV groups of different kinds (sliding window, Mamba); hashes arrive with M6.
+
+Row 1: no torch.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from folovllm.config import DTYPE_BYTES, EngineConfig
+
+NULL_BLOCK_ID = 0
+GIB = 1024**3
+CPU_KV_CACHE_CEILING = 4 * GIB  # as vLLM's CPU build: stated, so that nobody wonders where the memory went
+
+
+@dataclass(eq=False, slots=True)
+class KVCacheBlock:
+    """One block (page): `block_size` token slots of K and V in every layer.
+
+    The links belong to the free queue; a block outside it has none. A block with `ref_cnt` 0 is in the queue.
+    """
+
+    block_id: int
+    ref_cnt: int = 0
+    block_hash: bytes | None = None
+    prev_free_block: "KVCacheBlock | None" = None
+    next_free_block: "KVCacheBlock | None" = None
+    is_null: bool = False
+
+    def __repr__(self) -> str:
+        return f"KVCacheBlock({self.block_id}, ref_cnt={self.ref_cnt}{', null' if self.is_null else ''})"
+
+
+class FreeKVCacheBlockQueue:
+    """Free blocks as a doubly linked list through the blocks themselves; the head is the next to be used.
+
+    Why not a deque: with prefix caching a free block can be hit and must leave the *middle* of the queue in O(1).
+
+        head sentinel <-> block 4 <-> block 1 <-> block 3 <-> tail sentinel
+           popleft() takes 4                append() puts here ^
+    """
+
+    def __init__(self, blocks: list[KVCacheBlock]) -> None:
+        self.num_free_blocks = 0
+        self._head = KVCacheBlock(block_id=-1)
+        self._tail = KVCacheBlock(block_id=-1)
+        self._head.next_free_block = self._tail
+        self._tail.prev_free_block = self._head
+        self.append_n(blocks)
+
+    def popleft(self) -> KVCacheBlock:
+        """Take the head; ValueError when the queue is empty."""
+        block = self._head.next_free_block
+        assert block is not None
+        if block is self._tail:
+            raise ValueError("No free blocks available")
+        self.remove(block)
+        return block
+
+    def popleft_n(self, n: int) -> list[KVCacheBlock]:
+        return [self.popleft() for _ in range(n)]
+
+    def remove(self, block: KVCacheBlock) -> None:
+        """Take `block` out wherever it is; RuntimeError if it is not in the queue."""
+        before, after = block.prev_free_block, block.next_free_block
+        if before is None or after is None:
+            raise RuntimeError(f"{block} is not in the free queue")
+        before.next_free_block, after.prev_free_block = after, before
+        block.prev_free_block = block.next_free_block = None
+        self.num_free_blocks -= 1
+
+    def append(self, block: KVCacheBlock) -> None:
+        """Put `block` at the tail: the last to be used again."""
+        assert self._tail.prev_free_block is not None
+        self._insert(self._tail.prev_free_block, block, self._tail)
+
+    def append_n(self, blocks: Iterable[KVCacheBlock]) -> None:
+        for block in blocks:
+            self.append(block)
+
+    def prepend_n(self, blocks: list[KVCacheBlock]) -> None:
+        """Put `blocks` at the head, as a group in the given order: blocks[0] is the next to be used."""
+        for block in reversed(blocks):
+            assert self._head.next_free_block is not None
+            self._insert(self._head, block, self._head.next_free_block)
+
+    def get_all_free_blocks(self) -> list[KVCacheBlock]:
+        """All free blocks from head to tail (for tests and integrity checks: linear)."""
+        blocks = []
+        block = self._head.next_free_block
+        while block is not None and block is not self._tail:
+            blocks.append(block)
+            block = block.next_free_block
+        return blocks
+
+    def _insert(self, before: KVCacheBlock, block: KVCacheBlock, after: KVCacheBlock) -> None:
+        assert block.prev_free_block is None and block.next_free_block is None, f"{block} is already in the free queue"
+        block.prev_free_block, block.next_free_block = before, after
+        before.next_free_block = after.prev_free_block = block
+        self.num_free_blocks += 1
+
+
+def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype_bytes: int) -> int:
+    """Bytes of K and V that one token leaves in the cache.
+
+    Note kv_heads * head_dim, not hidden_size. E.g. SmolLM2-135M in bf16: 2 * 30 * 3 * 64 * 2 = 23,040.
+    """
+    return 2 * layers * kv_heads * head_dim * dtype_bytes
+
+
+def cdiv(a: int, b: int) -> int:
+    """Ceiling division."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class KVCacheConfig:
+    """How the KV cache was cut, discovered at start-up. `num_blocks` includes the null block."""
+
+    num_blocks: int
+    block_size: int  # tokens
+    bytes_per_block: int  # over all layers
+
+    @property
+    def num_usable_blocks(self) -> int:
+        return self.num_blocks - 1
+
+    @property
+    def usable_bytes(self) -> int:
+        return self.num_usable_blocks * self.bytes_per_block
+
+    @property
+    def null_block_bytes(self) -> int:
+        return self.bytes_per_block
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_usable_blocks} blocks of {self.block_size} tokens, {self.usable_bytes / 2**20:.1f} MiB "
+            f"(+ the null block, {self.null_block_bytes / 2**20:.1f} MiB)"
+        )
+
+
+def make_kv_cache_config(config: EngineConfig, available_bytes: int) -> KVCacheConfig:
+    """Decide the number of blocks: `num_kv_blocks`, else `kv_cache_memory`, else what is available.
+
+    Without an explicit wish no more is taken than max_num_seqs requests of max_model_len could ever use. Raises
+    ValueError with the numbers if one request of max_model_len cannot fit.
+    """
+    arch = config.model_config.arch
+    dtype_bytes = DTYPE_BYTES[config.model_config.dtype]
+    per_token = kv_bytes_per_token(arch.num_hidden_layers, arch.num_key_value_heads, arch.head_dim, dtype_bytes)
+    bytes_per_block = per_token * config.block_size
+    num_blocks = _num_blocks(config, available_bytes, bytes_per_block)
+    kv_cache_config = KVCacheConfig(num_blocks, config.block_size, bytes_per_block)
+    _check_one_request_fits(kv_cache_config, config.max_model_len)
+    return kv_cache_config
+
+
+def _num_blocks(config: EngineConfig, available_bytes: int, bytes_per_block: int) -> int:
+    cache = config.cache_config
+    if cache.num_kv_blocks is not None:
+        return cache.num_kv_blocks
+    if cache.kv_cache_memory is not None:
+        return cache.kv_cache_memory // bytes_per_block
+    most_useful = config.max_num_seqs * cdiv(config.max_model_len, config.block_size) + 1
+    return min(available_bytes // bytes_per_block, most_useful)
+
+
+def _check_one_request_fits(kv: KVCacheConfig, max_model_len: int) -> None:
+    needed = cdiv(max_model_len, kv.block_size)
+    if kv.num_usable_blocks >= needed:
+        return
+    tokens = max(kv.num_usable_blocks, 0) * kv.block_size
+    raise ValueError(
+        f"the KV cache is too small: one request of max_model_len={max_model_len} needs {needed} blocks of "
+        f"{kv.block_size} tokens plus the null block ({(needed + 1) * kv.bytes_per_block / 2**20:.1f} MiB), but there are "
+        f"{max(kv.num_blocks, 0)} ({max(kv.num_blocks, 0) * kv.bytes_per_block / 2**20:.1f} MiB). Raise "
+        f"kv_cache_memory, num_kv_blocks or gpu_memory_utilization, or set max_model_len to at most {tokens}."
+    )

@@ -1,0 +1,62 @@
+"""SchedulerOutput: the one message that travels down from the scheduler to the worker in a step.
+
+Milestone: M1. vLLM counterpart: vllm/v1/core/sched/output.py.
+Left out: encoder inputs, KV connectors; grammar masks travel with `Executor.sample`.
+
+Row 1: plain data, no torch. Nothing else crosses from the core to the worker: a new request arrives whole, a known one
+as a diff.
+"""
+
+from dataclasses import dataclass, field
+
+from folovllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class NewRequestData:
+    """A request the worker has never seen (or has dropped): everything it needs to keep a copy of the state."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling_params: SamplingParams
+    eos_token_id: int | None
+    seed: int
+    bad_words_token_ids: list[list[int]]
+    block_ids: tuple[list[int], ...]  # one list per KV group; all blocks the request holds
+    num_computed_tokens: int
+
+
+@dataclass(frozen=True)
+class CachedRequestData:
+    """A request the worker knows: only what changed.
+
+    For a resumed request (`resumed`) `new_block_ids` replaces the worker's table; otherwise it is appended.
+    """
+
+    request_id: str
+    new_block_ids: tuple[list[int], ...]
+    num_computed_tokens: int
+    resumed: bool = False
+
+
+@dataclass(frozen=True)
+class SchedulerOutput:
+    """What to compute in one step.
+
+    E.g. two decodes and a prompt of 7: num_scheduled_tokens == {"a": 1, "b": 1, "c": 7}. A step may be empty
+    (total 0) and still has to run, to deliver `finished_req_ids`.
+    """
+
+    scheduled_new_reqs: list[NewRequestData]
+    scheduled_cached_reqs: list[CachedRequestData]
+    num_scheduled_tokens: dict[str, int]  # in scheduling order, which is the order of the flat batch
+    total_num_scheduled_tokens: int
+    sampling_req_ids: frozenset[str]  # requests whose known tokens are all computed after this step: they sample
+    finished_req_ids: frozenset[str]  # finished since the previous step: the worker drops their state
+    preempted_req_ids: frozenset[str] = frozenset()
+    scheduled_spec_tokens: dict[str, list[int]] = field(default_factory=dict)
+    block_copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination), before any KV write
+
+    @property
+    def is_empty(self) -> bool:
+        return self.total_num_scheduled_tokens == 0

@@ -1,0 +1,350 @@
+"""Scheduler: decides in every step how many tokens of which requests are computed.
+
+Milestone: M1 (one request), M2 (continuous batching), M5 (chunks). vLLM counterpart: vllm/v1/core/sched/scheduler.py.
+Left out: encoder budgets, KV connectors, LoRA limits, structured output, pipeline parallelism.
+
+Row 1: no torch. There are no phases: a step gives a request some tokens so that `num_computed_tokens` catches up with
+`num_tokens`. A prompt, a chunk of one, a decode and a resumed request are the same operation with different numbers.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from folovllm.config import EngineConfig
+from folovllm.core.block_pool import BlockPool
+from folovllm.core.kv_cache_manager import KVCacheManager
+from folovllm.core.kv_cache_utils import KVCacheBlock, KVCacheConfig
+from folovllm.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from folovllm.core.sched.request_queue import create_request_queue
+from folovllm.outputs import EngineCoreOutput, EngineStats, ModelRunnerOutput
+from folovllm.request import Request, RequestStatus, check_stop
+
+
+@dataclass
+class _Step:
+    """What `schedule` has decided so far in this step."""
+
+    token_budget: int
+    num_scheduled_tokens: dict[str, int] = field(default_factory=dict)  # in scheduling order
+    new_blocks: dict[str, list[KVCacheBlock]] = field(default_factory=dict)
+    admitted: list[Request] = field(default_factory=list)  # first time
+    resumed: list[Request] = field(default_factory=list)  # after a preemption
+    continued: list[Request] = field(default_factory=list)  # were running already
+    preempted: list[Request] = field(default_factory=list)
+
+    def record(self, request: Request, num_tokens: int, new_blocks: list[KVCacheBlock]) -> None:
+        self.num_scheduled_tokens[request.request_id] = num_tokens
+        self.new_blocks[request.request_id] = new_blocks
+        self.token_budget -= num_tokens
+
+    def undo(self, request: Request) -> None:
+        """Take back a request scheduled earlier in this step: its tokens return to the budget."""
+        if request.request_id in self.num_scheduled_tokens:
+            self.token_budget += self.num_scheduled_tokens.pop(request.request_id)
+            del self.new_blocks[request.request_id]
+            self.continued.remove(request)
+
+
+class Scheduler:
+    """Owns every unfinished request: `waiting` in its queue's order, `running` in the order of admission."""
+
+    def __init__(self, config: EngineConfig, kv_cache_config: KVCacheConfig) -> None:
+        scheduler_config = config.scheduler_config
+        self.max_num_seqs = config.max_num_seqs
+        self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.max_model_len = config.max_model_len
+        self.enable_chunked_prefill = scheduler_config.enable_chunked_prefill
+        self.long_prefill_token_threshold = scheduler_config.long_prefill_token_threshold
+        self.reserve_full_sequence = scheduler_config.reserve_full_sequence
+        self.policy = scheduler_config.policy
+        self.scheduling_policy = scheduler_config.scheduling_policy
+
+        pool = BlockPool(kv_cache_config.num_blocks, free_uncached_first=config.cache_config.free_uncached_first)
+        self.kv_cache_manager = KVCacheManager(kv_cache_config.block_size, self.max_model_len, pool)
+        self.requests: dict[str, Request] = {}
+        self.waiting = create_request_queue(self.scheduling_policy)
+        self.running: list[Request] = []
+        self.finished_req_ids: set[str] = set()  # since the last step: the worker has not heard of them yet
+
+        self.num_steps = 0
+        self.num_prompt_tokens = 0
+        self.num_generation_tokens = 0
+        self.num_last_scheduled_tokens = 0
+        self.num_preemptions = 0
+
+    # ---- requests come and go
+
+    def add_request(self, request: Request) -> None:
+        """A new request waits. Its id must be unused."""
+        if request.request_id in self.requests:
+            raise ValueError(f"request id {request.request_id!r} is already in use; give every request its own id")
+        self.requests[request.request_id] = request
+        self.waiting.add_request(request)
+
+    def finish_requests(self, request_ids: Iterable[str], status: RequestStatus) -> list[Request]:
+        """End requests from outside, wherever they are (an abort, a stop string); unknown ids are ignored."""
+        assert RequestStatus.is_finished(status)
+        finished = [self.requests[request_id] for request_id in set(request_ids) if request_id in self.requests]
+        if not finished:
+            return []
+        gone = {id(request) for request in finished}
+        self.running = [request for request in self.running if id(request) not in gone]
+        self.waiting.remove_requests(r for r in finished if r.status != RequestStatus.RUNNING)
+        for request in finished:
+            request.set_status(status)
+            self._free(request)
+        return finished
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.requests)
+
+    def has_requests(self) -> bool:
+        """Whether a step would do anything: requests to run, or finished ones the worker must still drop."""
+        return bool(self.requests or self.finished_req_ids)
+
+    # ---- one step
+
+    def schedule(self) -> SchedulerOutput:
+        """Choose this step's tokens: running requests first, then waiting ones while budget, seats and blocks last."""
+        step = _Step(token_budget=self.max_num_batched_tokens)
+        nothing_runs = not self.running
+        self._schedule_running(step)
+        # Whoever needed a preemption to go on leaves no room for newcomers. A static batch takes newcomers only when
+        # the last batch is over: that one condition is all that separates it from continuous batching.
+        if not step.preempted and (self.policy == "continuous" or nothing_runs):
+            self._schedule_waiting(step)
+        self._assert_within_limits(step)
+        output = self._make_output(step)
+        self._advance(step)
+        return output
+
+    def _schedule_running(self, step: _Step) -> None:
+        i = 0
+        while i < len(self.running) and step.token_budget > 0:
+            request = self.running[i]
+            num_new_tokens = self._num_tokens_to_compute(request, step.token_budget)
+            if num_new_tokens == 0:
+                i += 1
+                continue
+            new_blocks = self._allocate_or_preempt(request, num_new_tokens, step)
+            if new_blocks is None:
+                break  # it had to give up its own place: nobody behind it fits either
+            step.record(request, num_new_tokens, new_blocks)
+            step.continued.append(request)
+            # A victim may have stood before this request and moved it forward.
+            i = self.running.index(request) + 1 if step.preempted else i + 1
+
+    def _schedule_waiting(self, step: _Step) -> None:
+        while self.waiting and step.token_budget > 0 and len(self.running) < self.max_num_seqs:
+            request = self.waiting.peek_request()
+            hit_blocks, num_hit_tokens = self.kv_cache_manager.get_computed_blocks(request)
+            # num_tokens, not num_prompt_tokens: a resumed request computes its earlier output again.
+            num_new_tokens = self._limit_prefill(request.num_tokens - num_hit_tokens)
+            if num_new_tokens > step.token_budget and not self.enable_chunked_prefill:
+                break  # whole prompts only; nobody may overtake the head, or it could wait forever
+            num_new_tokens = min(num_new_tokens, step.token_budget)
+            new_blocks = self.kv_cache_manager.allocate_slots(
+                request, num_new_tokens, hit_blocks, full_sequence_must_fit=self.reserve_full_sequence
+            )
+            if new_blocks is None:
+                break
+            self.waiting.pop_request()
+            self._admit(request, num_hit_tokens, step)
+            step.record(request, num_new_tokens, new_blocks)
+
+    def _num_tokens_to_compute(self, request: Request, token_budget: int) -> int:
+        """Tokens a running request lacks, within the limits. 1 for a decode, more while a prompt is incomplete."""
+        missing = self._limit_prefill(request.num_tokens_with_spec - request.num_computed_tokens)
+        return min(missing, token_budget, self.max_model_len - 1 - request.num_computed_tokens)
+
+    def _limit_prefill(self, num_new_tokens: int) -> int:
+        threshold = self.long_prefill_token_threshold
+        return min(num_new_tokens, threshold) if threshold > 0 else num_new_tokens
+
+    def _admit(self, request: Request, num_hit_tokens: int, step: _Step) -> None:
+        (step.resumed if request.status == RequestStatus.PREEMPTED else step.admitted).append(request)
+        request.set_status(RequestStatus.RUNNING)
+        self.running.append(request)
+        request.num_computed_tokens = num_hit_tokens
+        if request.num_cached_tokens < 0:
+            request.num_cached_tokens = num_hit_tokens
+            request.times.scheduled = time.monotonic()
+
+    # ---- preemption
+
+    def _allocate_or_preempt(self, request: Request, num_new_tokens: int, step: _Step) -> list[KVCacheBlock] | None:
+        """Blocks for `request`, preempting others until they fit; None if `request` itself had to go."""
+        while True:
+            new_blocks = self.kv_cache_manager.allocate_slots(request, num_new_tokens)
+            if new_blocks is not None:
+                return new_blocks
+            victim = self._choose_victim()
+            self.running.remove(victim)
+            step.undo(victim)
+            self._preempt(victim)
+            step.preempted.append(victim)
+            if victim is request:
+                return None
+
+    def _choose_victim(self) -> Request:
+        """Who loses its blocks: the latest admitted, or under priority the least urgent, latest arrived."""
+        if self.scheduling_policy == "priority":
+            return max(self.running, key=Request.sort_key)
+        return self.running[-1]
+
+    def _preempt(self, request: Request) -> None:
+        """Free all blocks; the request keeps its tokens and computes their K/V again when it comes back."""
+        self.kv_cache_manager.free(request)
+        request.set_status(RequestStatus.PREEMPTED)
+        request.num_computed_tokens = 0
+        request.spec_token_ids = []
+        request.prompt_logprobs = []  # computed again with the prompt, or delivered already
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.prepend_request(request)
+
+    # ---- the message down
+
+    def _make_output(self, step: _Step) -> SchedulerOutput:
+        scheduled = step.num_scheduled_tokens
+        output = SchedulerOutput(
+            scheduled_new_reqs=[self._new_request_data(request) for request in step.admitted],
+            scheduled_cached_reqs=[
+                *(self._cached_request_data(request, step, resumed=False) for request in step.continued),
+                *(self._cached_request_data(request, step, resumed=True) for request in step.resumed),
+            ],
+            num_scheduled_tokens=scheduled,
+            total_num_scheduled_tokens=sum(scheduled.values()),
+            sampling_req_ids=frozenset(
+                request_id for request_id, k in scheduled.items() if self._completes(self.requests[request_id], k)
+            ),
+            finished_req_ids=frozenset(self.finished_req_ids),
+            preempted_req_ids=frozenset(request.request_id for request in step.preempted),
+        )
+        self.finished_req_ids = set()
+        return output
+
+    @staticmethod
+    def _completes(request: Request, num_new_tokens: int) -> bool:
+        """Whether all known tokens are computed after this step, so that the next one can be sampled."""
+        return request.num_computed_tokens + num_new_tokens >= request.num_tokens
+
+    def _new_request_data(self, request: Request) -> NewRequestData:
+        return NewRequestData(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            sampling_params=request.sampling_params,
+            eos_token_id=request.eos_token_id,
+            seed=request.seed,
+            bad_words_token_ids=request.bad_words_token_ids,
+            block_ids=self.kv_cache_manager.get_block_ids(request.request_id),
+            num_computed_tokens=request.num_computed_tokens,
+        )
+
+    def _cached_request_data(self, request: Request, step: _Step, resumed: bool) -> CachedRequestData:
+        new_block_ids = ([block.block_id for block in step.new_blocks[request.request_id]],)
+        return CachedRequestData(
+            request_id=request.request_id,
+            new_block_ids=self.kv_cache_manager.get_block_ids(request.request_id) if resumed else new_block_ids,
+            num_computed_tokens=request.num_computed_tokens,
+            resumed=resumed,
+        )
+
+    def _advance(self, step: _Step) -> None:
+        """Count the tokens as computed at once: a pipelined engine could schedule the next step before this one ran."""
+        for request_id, num_tokens in step.num_scheduled_tokens.items():
+            self.requests[request_id].num_computed_tokens += num_tokens
+        self.num_steps += 1
+        self.num_last_scheduled_tokens = sum(step.num_scheduled_tokens.values())
+
+    def _assert_within_limits(self, step: _Step) -> None:
+        assert step.token_budget >= 0
+        assert sum(step.num_scheduled_tokens.values()) <= self.max_num_batched_tokens
+        assert len(self.running) <= self.max_num_seqs
+        assert len(step.num_scheduled_tokens) <= len(self.running)
+
+    # ---- the message up
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, runner_output: ModelRunnerOutput
+    ) -> list[EngineCoreOutput]:
+        """Append the sampled tokens, stop who is done, and say what each request got."""
+        now = time.monotonic()
+        outputs = []
+        for request_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests.get(request_id)
+            if request is None:
+                continue  # aborted while the step ran
+            request.prompt_logprobs += runner_output.prompt_logprobs.get(request_id, [])
+            sampled = runner_output.sampled_token_ids.get(request_id, [])
+            if sampled:  # a request in mid-prefill emits nothing, ever
+                outputs.append(self._append_tokens(request, sampled, runner_output, now))
+        return outputs
+
+    def _append_tokens(
+        self, request: Request, sampled: list[int], runner_output: ModelRunnerOutput, now: float
+    ) -> EngineCoreOutput:
+        is_first = request.num_output_tokens == 0
+        new_token_ids, stopped = [], False
+        for token_id in sampled:
+            request.append_output_token_id(token_id)
+            new_token_ids.append(token_id)
+            stopped = check_stop(request, self.max_model_len)
+            if stopped:
+                break  # what a step gives beyond the stop is dropped
+        if is_first:
+            request.times.first_token = now
+            self.num_prompt_tokens += request.num_prompt_tokens
+        request.times.last_token = now
+        self.num_generation_tokens += len(new_token_ids)
+        if stopped:
+            # It may have been preempted meanwhile: then it stands in the queue, not among the running.
+            if request in self.running:
+                self.running.remove(request)
+            else:
+                self.waiting.remove_requests([request])
+            self._free(request)
+        logprobs = runner_output.logprobs.get(request.request_id)
+        wants_prompt_logprobs = is_first and request.sampling_params.prompt_logprobs is not None
+        return EngineCoreOutput(
+            request_id=request.request_id,
+            new_token_ids=new_token_ids,
+            new_logprobs=None if logprobs is None else logprobs[: len(new_token_ids)],
+            prompt_logprobs=request.prompt_logprobs if wants_prompt_logprobs else None,
+            finish_reason=RequestStatus.get_finished_reason(request.status),
+            stop_reason=request.stop_reason,
+            num_cached_tokens=max(request.num_cached_tokens, 0),
+            times=request.times,
+        )
+
+    def _free(self, request: Request) -> None:
+        """A finished request leaves: its blocks at once, its state at the worker with the next step."""
+        assert request.is_finished
+        self.kv_cache_manager.free(request)
+        self.finished_req_ids.add(request.request_id)
+        del self.requests[request.request_id]
+
+    # ---- statistics and integrity
+
+    def make_stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            kv_cache_usage=self.kv_cache_manager.usage,
+            num_used_slots=sum(request.num_computed_tokens for request in self.running),
+            num_reserved_slots=self.kv_cache_manager.num_reserved_slots(),
+            num_steps=self.num_steps,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_generation_tokens=self.num_generation_tokens,
+            num_scheduled_tokens=self.num_last_scheduled_tokens,
+            num_preemptions=self.num_preemptions,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert what must hold between steps (linear: for tests and idle engines)."""
+        self.kv_cache_manager.check_integrity()
+        assert {id(r) for r in self.requests.values()} == {id(r) for r in [*self.running, *self.waiting]}
+        assert all(request.status == RequestStatus.RUNNING for request in self.running)
+        holders = set(self.kv_cache_manager.req_to_blocks)
+        assert holders == {request.request_id for request in self.running}, "only running requests hold blocks"

@@ -1,0 +1,63 @@
+"""EngineCore: the inner loop. One step is schedule -> execute -> sample -> update.
+
+Milestone: M1. vLLM counterpart: vllm/v1/engine/core.py. Left out: the process boundary, batch queues, KV connectors.
+
+Row 1: no torch. What computes is behind the Executor.
+"""
+
+from collections.abc import Iterable
+
+from folovllm.config import EngineConfig
+from folovllm.core.kv_cache_utils import make_kv_cache_config
+from folovllm.core.sched.scheduler import Scheduler
+from folovllm.executor.base import Executor
+from folovllm.outputs import EngineCoreOutput, EngineStats
+from folovllm.request import Request, RequestStatus
+
+
+class EngineCore:
+    """Scheduler and executor, and the order in which they are called. `config` must be resolved."""
+
+    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+        self.config = config
+        self.executor = executor
+        self.kv_cache_config = make_kv_cache_config(config, executor.available_kv_cache_bytes())
+        executor.initialize_kv_cache(self.kv_cache_config)
+        self.scheduler = Scheduler(config, self.kv_cache_config)
+
+    def add_request(self, request: Request) -> None:
+        self.scheduler.add_request(request)
+
+    def abort_requests(self, request_ids: Iterable[str]) -> None:
+        """End requests at any moment; unknown ids are ignored."""
+        self.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_ABORTED)
+
+    def has_unfinished_requests(self) -> bool:
+        return self.scheduler.has_unfinished_requests()
+
+    def step(self) -> list[EngineCoreOutput]:
+        """Run one step; the outputs of the requests that got a token.
+
+        An exception in the executor ends the requests of that step (nobody knows what their cache holds now) and goes
+        on to the caller; all other requests, and the engine, live.
+        """
+        if not self.scheduler.has_requests():
+            return []
+        scheduler_output = self.scheduler.schedule()
+        try:
+            handle = self.executor.execute(scheduler_output)
+            runner_output = self.executor.sample(handle)
+        except BaseException:
+            self.scheduler.finish_requests(scheduler_output.num_scheduled_tokens, RequestStatus.FINISHED_ERROR)
+            self.scheduler.finished_req_ids |= scheduler_output.finished_req_ids  # the worker may not have read them
+            raise
+        outputs = self.scheduler.update_from_output(scheduler_output, runner_output)
+        if not self.has_unfinished_requests():
+            self.scheduler.check_integrity()  # idle: the moment when a leaked block would show
+        return outputs
+
+    def stats(self) -> EngineStats:
+        return self.scheduler.make_stats()
+
+    def shutdown(self) -> None:
+        self.executor.shutdown()

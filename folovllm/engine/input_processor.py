@@ -1,0 +1,222 @@
+"""InputProcessor: what the user typed becomes a valid `Request`, or a ValueError that names the fix.
+
+Milestone: M1. vLLM counterpart: vllm/v1/engine/processor.py (later input_processor.py).
+Left out: multimodal inputs, LoRA, structured output, prompt embeddings.
+
+Everything is checked here, before anything enters the engine: the engine core trusts its requests.
+"""
+
+import operator
+import random
+from collections.abc import Iterable
+from typing import Any
+
+from folovllm.engine.tokenizer import Tokenizer
+from folovllm.request import Request
+from folovllm.sampling_params import SamplingParams, unknown_name_message
+
+Prompt = str | list[int] | dict[str, Any]
+
+_PROMPT_KEYS = ["prompt", "prompt_token_ids", "cache_salt"]
+
+
+class InputProcessor:
+    """Validates and tokenises prompts, and resolves the defaults of their SamplingParams.
+
+    `eos_token_id` stops a request silently; `extra_eos_token_ids` (generation_config.json may list several) are stop
+    token ids and show up as `stop_reason`. `max_logprobs` -1 allows the whole vocabulary. `vocab_size` is the model's.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        max_model_len: int,
+        max_logprobs: int = 20,
+        eos_token_id: int | None = None,
+        extra_eos_token_ids: tuple[int, ...] = (),
+        seed: int = 0,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.max_logprobs = vocab_size if max_logprobs == -1 else max_logprobs
+        self.eos_token_id = eos_token_id
+        self.extra_eos_token_ids = extra_eos_token_ids
+        self._seeds = random.Random(seed)
+
+    def process(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        arrival_time: float | None = None,
+        priority: int = 0,
+    ) -> Request:
+        """Return a Request (its `n` still to be fanned out by ParentRequest) or raise ValueError, changing nothing."""
+        if not isinstance(request_id, str) or not request_id:
+            raise ValueError(f"request_id must be a non-empty string, got {request_id!r}")
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params must be a SamplingParams, got {type(params).__name__}: {params!r}")
+        if not isinstance(priority, int):
+            raise ValueError(f"priority must be an integer (lower is served first), got {priority!r}")
+        token_ids = self._tokenize(prompt)
+        self._check_length(len(token_ids))
+        self._check_vocabulary("the prompt", token_ids)
+        params = self._resolve(params, len(token_ids))
+        return Request(
+            request_id,
+            token_ids,
+            params,
+            eos_token_id=self.eos_token_id,
+            arrival_time=arrival_time,
+            priority=priority,
+            cache_salt=_cache_salt(prompt),
+            bad_words_token_ids=self._tokenize_bad_words(params.bad_words or []),
+            # Last, so that a refused request draws nothing: the seeds of the others must not depend on it.
+            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
+        )
+
+    @staticmethod
+    def prompt_text(prompt: Prompt) -> str | None:
+        """The prompt as text where the user gave text; for `RequestOutput.prompt`."""
+        return prompt.get("prompt") if isinstance(prompt, dict) else prompt if isinstance(prompt, str) else None
+
+    def _tokenize(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, dict):
+            prompt = _content_of_dict(prompt)
+        if not isinstance(prompt, str):
+            return _check_token_ids(prompt)
+        if self.tokenizer is None:
+            raise ValueError("this engine has no tokenizer: pass {'prompt_token_ids': [...]} instead of text")
+        return self.tokenizer.encode(prompt)
+
+    def _check_length(self, prompt_len: int) -> None:
+        if prompt_len == 0:
+            raise ValueError("the prompt cannot be empty: it needs at least one token")
+        limit = self.max_model_len
+        if prompt_len > limit:
+            raise ValueError(
+                f"the prompt (length {prompt_len}) is longer than the maximum model length of {limit}: "
+                "shorten it, or raise max_model_len if the model allows"
+            )
+        if prompt_len == limit:
+            raise ValueError(
+                f"the prompt (length {prompt_len}) plus the number of requested output tokens (at least 1) is longer "
+                f"than the maximum model length of {limit}: shorten it, or raise max_model_len if the model allows"
+            )
+
+    def _check_vocabulary(self, what: str, token_ids: Iterable[int]) -> None:
+        bad = [i for i in token_ids if not 0 <= i < self.vocab_size]
+        if bad:
+            shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+            raise ValueError(
+                f"{what}: token id {shown} is out of vocabulary (valid ids are 0 to {self.vocab_size - 1})"
+            )
+
+    def _resolve(self, params: SamplingParams, prompt_len: int) -> SamplingParams:
+        """The same parameters with everything that depends on model and prompt filled in."""
+        if self.tokenizer is None and params.stop:
+            raise ValueError("stop strings need a tokenizer and this engine has none: use stop_token_ids")
+        self._check_vocabulary("stop_token_ids", params.stop_token_ids or ())
+        self._check_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
+        self._check_vocabulary("logit_bias", params.logit_bias or ())
+        return params.replace(
+            max_tokens=self._max_tokens(params, prompt_len),
+            logprobs=self._num_logprobs("logprobs", params.logprobs),
+            prompt_logprobs=self._num_logprobs("prompt_logprobs", params.prompt_logprobs),
+            stop_token_ids=self._stop_token_ids(params),
+        )
+
+    def _max_tokens(self, params: SamplingParams, prompt_len: int) -> int:
+        if params.max_tokens is not None:
+            return params.max_tokens  # more than fit is allowed: the request then ends with finish_reason "length"
+        room = self.max_model_len - prompt_len
+        if params.min_tokens > room:
+            raise ValueError(
+                f"min_tokens ({params.min_tokens}) exceeds the {room} tokens that fit after this prompt "
+                f"(max_model_len {self.max_model_len}): lower it, shorten the prompt, or raise max_model_len"
+            )
+        return room
+
+    def _num_logprobs(self, name: str, count: int | None) -> int | None:
+        wanted = self.vocab_size if count == -1 else count
+        if wanted is not None and wanted > self.max_logprobs:
+            asked = f"-1 (the whole vocabulary, {wanted})" if count == -1 else wanted
+            raise ValueError(
+                f"{name}: {asked} is greater than the maximum allowed, {self.max_logprobs}: ask for fewer, or start "
+                "the engine with a larger max_logprobs (-1 for no limit)"
+            )
+        return wanted
+
+    def _stop_token_ids(self, params: SamplingParams) -> list[int] | None:
+        if params.ignore_eos:
+            return params.stop_token_ids
+        extra = [i for i in self.extra_eos_token_ids if i != self.eos_token_id]  # EOS itself stops without a reason
+        return sorted({*(params.stop_token_ids or ()), *extra}) or params.stop_token_ids
+
+    def _tokenize_bad_words(self, bad_words: list[str]) -> list[list[int]]:
+        """Each word as it is spelled at the start of a text and after a space: those are different tokens.
+
+        vLLM drops the second form when its length differs from the first; then the word slips through after a space.
+        """
+        if bad_words and self.tokenizer is None:
+            raise ValueError("bad_words need a tokenizer and this engine has none: use logit_bias on token ids")
+        result: list[list[int]] = []
+        for word in bad_words:
+            result += [ids for ids in self._spellings(word) if ids not in result]
+        return result
+
+    def _spellings(self, word: str) -> list[list[int]]:
+        assert self.tokenizer is not None
+        bare = word.lstrip()
+        texts = [bare, " " + bare] if bare else [word]  # spaces alone are banned as they stand
+        spellings = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        if not all(spellings):
+            raise ValueError(f"bad_words: {word!r} has no tokens in this vocabulary: remove it")
+        for token_ids in spellings:
+            self._check_vocabulary(f"bad_words: {word!r}", token_ids)
+        return spellings
+
+
+def _content_of_dict(prompt: dict[str, Any]) -> Any:
+    """Token ids if the dict has them, else the text."""
+    for key in prompt:
+        if key not in _PROMPT_KEYS:
+            raise ValueError(unknown_name_message("prompt key", str(key), _PROMPT_KEYS))
+    if prompt.get("prompt_token_ids") is not None:
+        return prompt["prompt_token_ids"]
+    text = prompt.get("prompt")
+    if not isinstance(text, str):
+        raise ValueError(
+            "a prompt given as a dict needs 'prompt' (a string) or 'prompt_token_ids' (a list of integers), "
+            f"got {prompt!r}"
+        )
+    return text
+
+
+def _check_token_ids(prompt: Any) -> list[int]:
+    """A fresh list of plain ints (numpy's are converted), or ValueError."""
+    if not isinstance(prompt, (list, tuple)):
+        raise ValueError(
+            "a prompt must be a string, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids', "
+            f"got {type(prompt).__name__}: {prompt!r}"
+        )
+    if set(map(type, prompt)) <= {int}:  # the usual case, without a Python loop
+        return list(prompt)
+    try:
+        if any(isinstance(item, bool) for item in prompt):
+            raise TypeError("bool is not a token id")
+        return [operator.index(item) for item in prompt]
+    except TypeError:
+        wrong = next(i for i in prompt if isinstance(i, bool) or not hasattr(i, "__index__"))
+        raise ValueError(
+            f"token ids must be integers, got {wrong!r} ({type(wrong).__name__}); one call takes one prompt"
+        ) from None
+
+
+def _cache_salt(prompt: Any) -> str | None:
+    salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise ValueError(f"cache_salt must be a non-empty string, got {salt!r}")
+    return salt

@@ -1,0 +1,203 @@
+"""LLM: the offline interface. Give it prompts, get completions.
+
+Milestone: M1. vLLM counterpart: vllm/entrypoints/llm.py. Left out: embeddings, beam search, LoRA.
+"""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from folovllm.config import DEFAULT_MODEL, EngineConfig
+from folovllm.engine.input_processor import Prompt
+from folovllm.engine.llm_engine import LLMEngine
+from folovllm.engine.tokenizer import Tokenizer
+from folovllm.executor.uniproc import UniProcExecutor
+from folovllm.hf_config import load_hf_config
+from folovllm.hub import resolve_model
+from folovllm.outputs import EngineStats, RequestOutput
+from folovllm.platforms import has_native_bf16, resolve_device
+from folovllm.request import Request
+from folovllm.sampling_params import RequestOutputKind, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+Messages = list[dict[str, Any]]
+
+
+class LLM:
+    """A model with an engine around it.
+
+    `model` is an alias ("smollm2-135m"), a HuggingFace folder or a HuggingFace id; `preset` a milestone ("m1"), by
+    default the highest that is built; `without` milestones to leave out. All else is an engine argument with vLLM's name,
+    e.g. dtype, max_model_len, max_num_seqs, block_size, seed, device (see folovllm.config). Raises ValueError for bad
+    arguments, and the errors of `folovllm.hub` where the model is missing or broken.
+    """
+
+    def __init__(
+        self,
+        model: str = DEFAULT_MODEL,
+        preset: str | None = None,
+        without: Iterable[str] = (),
+        **engine_args: Any,
+    ) -> None:
+        config = EngineConfig.from_args(preset=preset, without=without, model=model, **engine_args)
+        self.model_path = resolve_model(config.model_config.model, config.model_config.download_dir, pull=True)
+        device = resolve_device(config.device)
+        self.config = config.resolve(load_hf_config(self.model_path), device, has_native_bf16(device))
+        if self.config.model_config.arch.dtype == "bfloat16" and config.model_config.dtype == "auto":
+            if self.config.model_config.dtype != "bfloat16":
+                logger.warning("this processor has no native bfloat16: running in float32 (dtype='bfloat16' forces it)")
+        tokenizer = Tokenizer.from_folder(self.model_path)
+        self.llm_engine = LLMEngine(self.config, UniProcExecutor(self.config, self.model_path), tokenizer)
+        self._request_ids = itertools.count()
+
+    def get_tokenizer(self) -> Tokenizer:
+        assert self.llm_engine.tokenizer is not None
+        return self.llm_engine.tokenizer
+
+    def stats(self) -> EngineStats:
+        return self.llm_engine.stats()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., tqdm] = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete `prompts`: text, token ids, {"prompt": ...} / {"prompt_token_ids": [...]}, or a list of those.
+
+        One SamplingParams for all or one for each. Results come in the order of the prompts. Everything is validated
+        before anything runs; if a step fails, the requests of this call are withdrawn and the engine stays usable.
+        """
+        prompt_list = _as_prompt_list(prompts)
+        params_list = _one_for_each("sampling_params", sampling_params or SamplingParams(), len(prompt_list))
+        priorities = _one_for_each("priority", 0 if priority is None else priority, len(prompt_list))
+        requests = [
+            self._process(index, prompt, params, prio)
+            for index, (prompt, params, prio) in enumerate(zip(prompt_list, params_list, priorities, strict=True))
+        ]
+        return self._run(requests, prompt_list, use_tqdm)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., tqdm] = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        **template_kwargs: Any,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or several: [{"role": "user", "content": "Hello"}, ...]."""
+        conversations = _as_conversations(messages)
+        prompts = [
+            self.chat_prompt(conversation, chat_template, add_generation_prompt, **template_kwargs)
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def chat_prompt(
+        self,
+        messages: Messages,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        **template_kwargs: Any,
+    ) -> dict[str, Any]:
+        """The prompt for a conversation, as text and token ids; the template brings its own special tokens."""
+        tokenizer = self.get_tokenizer()
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt, chat_template, **template_kwargs)
+        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt, yielding after every step what is new (or what `output_kind` says, if not CUMULATIVE).
+
+        Leaving the loop early aborts the request.
+        """
+        params = sampling_params or SamplingParams()
+        if params.output_kind is RequestOutputKind.CUMULATIVE:
+            params = params.replace(output_kind=RequestOutputKind.DELTA)
+        request = self._process(0, prompt, params, 0)
+        try:
+            self.llm_engine.add_processed(request, prompt)
+            finished = False
+            while not finished and self.llm_engine.has_unfinished_requests():
+                for output in self.llm_engine.step():
+                    if output.request_id == request.request_id:
+                        finished = output.finished
+                        yield output
+        finally:
+            self.llm_engine.abort_request(request.request_id)  # does nothing to a finished one
+
+    def _process(self, index: int, prompt: Prompt, params: SamplingParams, priority: int) -> Request:
+        try:
+            return self.llm_engine.process(str(next(self._request_ids)), prompt, params, priority=priority)
+        except ValueError as error:
+            raise ValueError(f"prompt {index}: {error}") from None
+
+    def _run(
+        self, requests: list[Request], prompts: list[Prompt], use_tqdm: bool | Callable[..., tqdm]
+    ) -> list[RequestOutput]:
+        outputs: dict[str, RequestOutput] = {}
+        try:
+            for request, prompt in zip(requests, prompts, strict=True):
+                final = request.sampling_params.replace(output_kind=RequestOutputKind.FINAL_ONLY)
+                request.sampling_params = final
+                self.llm_engine.add_processed(request, prompt)
+            with _progress_bar(use_tqdm, len(requests)) as bar:
+                while len(outputs) < len(requests):
+                    for output in self.llm_engine.step():
+                        if output.finished:
+                            outputs[output.request_id] = output
+                            _advance(bar, output, self.llm_engine.stats())
+        except BaseException:
+            self.llm_engine.abort_request([request.request_id for request in requests])
+            raise
+        return [outputs[request.request_id] for request in requests]
+
+
+def _as_prompt_list(prompts: Any) -> list[Any]:
+    """One prompt or many? A list of integers is one prompt of token ids."""
+    if isinstance(prompts, (str, dict)) or (
+        isinstance(prompts, Sequence) and len(prompts) > 0 and all(isinstance(p, int) for p in prompts)
+    ):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts must be a string, token ids, a dict or a list of those, got {type(prompts).__name__}")
+    return list(prompts)
+
+
+def _one_for_each(name: str, value: Any, count: int) -> list[Any]:
+    if not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{len(value)} {name} for {count} prompts: give one for all, or one for each")
+    return list(value)
+
+
+def _as_conversations(messages: Any) -> list[Any]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise ValueError("messages must be a non-empty list like [{'role': 'user', 'content': 'Hello'}]")
+    return list(messages) if isinstance(messages[0], Sequence) else [messages]
+
+
+def _progress_bar(use_tqdm: bool | Callable[..., tqdm], total: int) -> tqdm:
+    make = use_tqdm if callable(use_tqdm) else tqdm
+    return make(total=total, desc="Processed prompts", dynamic_ncols=True, disable=not use_tqdm)
+
+
+def _advance(bar: tqdm, output: RequestOutput, stats: EngineStats) -> None:
+    if bar.disable:
+        return
+    new_in, new_out = len(output.prompt_token_ids), sum(len(c.token_ids) for c in output.outputs)
+    bar.folovllm_in = getattr(bar, "folovllm_in", 0) + new_in  # type: ignore[attr-defined]
+    bar.folovllm_out = getattr(bar, "folovllm_out", 0) + new_out  # type: ignore[attr-defined]
+    elapsed = max(bar.format_dict["elapsed"], 1e-9)
+    bar.set_postfix_str(
+        f"input {bar.folovllm_in / elapsed:.1f} tok/s, output {bar.folovllm_out / elapsed:.1f} tok/s, "  # type: ignore[attr-defined]
+        f"KV {stats.kv_cache_usage:.0%}",
+        refresh=False,
+    )
+    bar.update(1)

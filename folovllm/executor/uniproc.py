@@ -1,0 +1,33 @@
+"""UniProcExecutor: one worker in this process.
+
+Milestone: M1. vLLM counterpart: vllm/v1/executor/uniproc_executor.py.
+"""
+
+from pathlib import Path
+
+from folovllm.config import EngineConfig
+from folovllm.core.kv_cache_utils import KVCacheConfig
+from folovllm.core.sched.output import SchedulerOutput
+from folovllm.executor.base import Executor
+from folovllm.outputs import ModelRunnerOutput
+from folovllm.worker.model_runner import ForwardHandle
+from folovllm.worker.worker import Worker
+
+
+class UniProcExecutor(Executor):
+    """Calls the worker directly."""
+
+    def __init__(self, config: EngineConfig, model_path: Path) -> None:
+        self.worker = Worker(config, model_path)
+
+    def available_kv_cache_bytes(self) -> int:
+        return self.worker.available_kv_cache_bytes()
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
+        self.worker.initialize_kv_cache(kv_cache_config)
+
+    def execute(self, scheduler_output: SchedulerOutput) -> ForwardHandle:
+        return self.worker.execute(scheduler_output)
+
+    def sample(self, handle: ForwardHandle) -> ModelRunnerOutput:
+        return self.worker.sample(handle)

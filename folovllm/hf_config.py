@@ -1,0 +1,272 @@
+"""Reading a HuggingFace config.json: the one module that knows its key names.
+
+Milestone: M0. vLLM counterpart: vllm/transformers_utils/config.py and ModelConfig's getters. Left out: configs that
+need remote code, multimodal sub-configs, architectures other than the four families below.
+
+Row 0: plain data, no torch. transformers renames keys between its versions (`torch_dtype` became `dtype`; `rope_theta`
+and `rope_scaling` became `rope_parameters`), so nothing else in the engine looks into that dictionary.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+DTYPES = ("float32", "bfloat16", "float16")
+ROPE_TYPES = ("default", "linear", "llama3")
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: base and, for Llama 3.1 onwards, the stretching of long wavelengths."""
+
+    theta: float = 10000.0
+    rope_type: str = "default"  # "default" | "linear" | "llama3"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelArchitecture:
+    """The shape of a model, in names that do not change between transformers versions."""
+
+    architecture: str  # e.g. "LlamaForCausalLM": the key of the model registry
+    model_type: str
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    dtype: str  # "float32" | "bfloat16" | "float16"
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]  # the first is "the" EOS; generation_config may add more
+
+    @property
+    def q_size(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        """Bytes of KV cache one token takes: K and V, in every layer.
+
+        E.g. SmolLM2-135M in bf16: 2 * 30 layers * 3 KV heads * 64 * 2 bytes = 23,040.
+        """
+        return 2 * self.num_hidden_layers * self.kv_size * dtype_bytes
+
+    def num_parameters(self) -> int:
+        """Weights of the model, tied embeddings counted once."""
+        embedding = self.vocab_size * self.hidden_size
+        embeddings = embedding if self.tie_word_embeddings else 2 * embedding
+        return embeddings + self.num_hidden_layers * self._layer_parameters() + self.hidden_size  # + the final norm
+
+    def _layer_parameters(self) -> int:
+        qkv_size = self.q_size + 2 * self.kv_size
+        attention = self.hidden_size * (qkv_size + self.q_size)
+        attention += qkv_size * self.qkv_bias + self.hidden_size * self.o_bias + 2 * self.head_dim * self.qk_norm
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        mlp += (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias
+        return attention + mlp + 2 * self.hidden_size  # + the two norms
+
+
+def load_hf_config(folder: Path) -> ModelArchitecture:
+    """Read `folder`/config.json, and generation_config.json if there is one. ValueError says what is wrong with it."""
+    path = folder / "config.json"
+    if not path.is_file():
+        _refuse("config.json", f"none in {folder}", "pass the folder of a HuggingFace model")
+    generation = folder / "generation_config.json"
+    try:
+        return parse_hf_config(_read_json(path), _read_json(generation) if generation.is_file() else None)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from None
+
+
+def parse_hf_config(config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> ModelArchitecture:
+    """Translate config.json (written by transformers 4 or 5) into our names. ConfigError if we cannot run the model."""
+    architecture = _architecture(config)
+    _check_supported(config)
+    is_llama, is_qwen2, is_qwen3 = (architecture.startswith(name) for name in ("Llama", "Qwen2", "Qwen3"))
+    attention_bias = (is_llama or is_qwen3) and bool(config.get("attention_bias"))
+    hidden_size, num_heads = _positive_int(config, "hidden_size"), _positive_int(config, "num_attention_heads")
+    return ModelArchitecture(
+        architecture=architecture,
+        model_type=str(config.get("model_type", "")),
+        num_hidden_layers=_positive_int(config, "num_hidden_layers"),
+        hidden_size=hidden_size,
+        intermediate_size=_positive_int(config, "intermediate_size"),
+        num_attention_heads=num_heads,
+        # Only Llama's default is "as many as query heads"; the others' defaults changed with the version.
+        num_key_value_heads=_kv_heads(config, num_heads, default=num_heads if is_llama else None),
+        head_dim=_head_dim(config, hidden_size, num_heads, required=is_qwen3),
+        vocab_size=_positive_int(config, "vocab_size"),
+        max_position_embeddings=_positive_int(config, "max_position_embeddings"),
+        rms_norm_eps=_positive_float(config, "rms_norm_eps"),
+        rope=_rope(config),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=is_qwen2 or attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=is_llama and bool(config.get("mlp_bias")),
+        qk_norm=is_qwen3,
+        dtype=_dtype(config),
+        bos_token_id=config.get("bos_token_id"),
+        eos_token_ids=_eos_token_ids(config, generation_config or {}),
+    )
+
+
+class ConfigError(ValueError):
+    """config.json describes something we cannot run; the message says what was expected, found, and what to do."""
+
+
+def _refuse(expected: str, found: str, todo: str) -> NoReturn:
+    raise ConfigError(f"expected {expected}; found {found}; to fix it: {todo}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        _refuse(f"valid JSON in {path.name}", str(error), "download the file again")
+    if not isinstance(value, dict):
+        _refuse(f"a JSON object in {path.name}", type(value).__name__, "download the file again")
+    return value
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    known = ", ".join(SUPPORTED_ARCHITECTURES)
+    if not isinstance(names, list) or not names:
+        _refuse("'architectures' in config.json", repr(names), f"name one of {known} there")
+    name = str(names[0])
+    if name not in SUPPORTED_ARCHITECTURES:
+        near = difflib.get_close_matches(name, SUPPORTED_ARCHITECTURES, n=1, cutoff=0.0)[0]
+        _refuse(f"one of the architectures {known}", name, f"use a model of one of these; the nearest is {near}")
+    return name
+
+
+def _check_supported(config: Mapping[str, Any]) -> None:
+    """Refuse what would load and then quietly answer wrongly."""
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        _refuse("hidden_act 'silu'", repr(activation), "use a model with a SwiGLU MLP; no other activation is written")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method", "?") if isinstance(quantization, Mapping) else quantization
+        _refuse("unquantised weights", f"quantization_config of {method!r}", "use the unquantised model (GPTQ is M7)")
+    window = _active_sliding_window(config)
+    if window is not None:
+        todo = (
+            "use a model with full attention (e.g. Mistral-7B-v0.3), or, as the window changes nothing within itself, "
+            f"set 'sliding_window': null and 'max_position_embeddings': {window} in config.json to run that far"
+        )
+        positions = config.get("max_position_embeddings")
+        _refuse("full attention", f"a sliding window of {window} tokens within {positions} positions", todo)
+
+
+def _active_sliding_window(config: Mapping[str, Any]) -> int | None:
+    """The window if some layer would really use it; None where it is absent, switched off or never reached."""
+    window = config.get("sliding_window")
+    if window is None or window >= _positive_int(config, "max_position_embeddings"):
+        return None
+    if config.get("layer_types") is not None:
+        return window if "sliding_attention" in config["layer_types"] else None
+    if not str(config.get("model_type", "")).startswith("qwen"):
+        return int(window)  # Mistral: a window that is set is used
+    # Qwen: off by default, and only layers from max_window_layers on would slide.
+    used = config.get("use_sliding_window", False) and config.get("max_window_layers", 0) < config["num_hidden_layers"]
+    return int(window) if used else None
+
+
+def _require(config: Mapping[str, Any], key: str) -> Any:
+    if config.get(key) is None:
+        _refuse(f"{key!r} in config.json", "no such key", "download the model's config.json again")
+    return config[key]
+
+
+def _positive_int(config: Mapping[str, Any], key: str) -> int:
+    value = _require(config, key)
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        _refuse(f"a positive integer as {key!r}", repr(value), "correct config.json or download it again")
+    return value
+
+
+def _positive_float(config: Mapping[str, Any], key: str) -> float:
+    value = _require(config, key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        _refuse(f"a positive number as {key!r}", repr(value), "correct config.json or download it again")
+    return float(value)
+
+
+def _kv_heads(config: Mapping[str, Any], num_heads: int, default: int | None) -> int:
+    missing = config.get("num_key_value_heads") is None
+    num_kv_heads = default if missing and default is not None else _positive_int(config, "num_key_value_heads")
+    if num_heads % num_kv_heads != 0:
+        expected = "num_attention_heads to be a multiple of num_key_value_heads"
+        _refuse(expected, f"{num_heads} and {num_kv_heads}", "correct config.json or download it again")
+    return num_kv_heads
+
+
+def _head_dim(config: Mapping[str, Any], hidden_size: int, num_heads: int, required: bool) -> int:
+    if config.get("head_dim") is None and not required:
+        if hidden_size % num_heads != 0:
+            expected = "'head_dim', or a hidden_size divisible by num_attention_heads"
+            _refuse(expected, f"{hidden_size} and {num_heads}", "add 'head_dim' to config.json")
+        return hidden_size // num_heads
+    head_dim = _positive_int(config, "head_dim")
+    if head_dim % 2 != 0:
+        _refuse("an even head_dim (rotary embedding turns pairs)", str(head_dim), "correct config.json")
+    return head_dim
+
+
+def _rope(config: Mapping[str, Any]) -> RopeConfig:
+    """transformers 4: `rope_theta` beside `rope_scaling`; transformers 5: both inside `rope_parameters`."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
+    if rope_type not in ROPE_TYPES:
+        todo = "use a model without it; where it only serves long contexts, delete 'rope_scaling' from config.json"
+        _refuse(f"a rope_type of {', '.join(ROPE_TYPES)}", repr(rope_type), todo)
+    partial = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        _refuse("rotary embedding over the whole head", f"partial_rotary_factor {partial}", "use another model")
+    if rope_type == "default":
+        return RopeConfig(theta)
+    if rope_type == "linear":
+        return RopeConfig(theta, rope_type, factor=_positive_float(scaling, "factor"))
+    factor, low, high, original = (_positive_float(scaling, key) for key in _LLAMA3_KEYS)
+    if low >= high:
+        _refuse("low_freq_factor below high_freq_factor", f"{low} and {high}", "correct rope_scaling in config.json")
+    return RopeConfig(theta, rope_type, factor, low, high, int(original))
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    value = config.get("dtype") or config.get("torch_dtype") or "float32"
+    name = str(value).removeprefix("torch.")
+    if name not in DTYPES:
+        _refuse(f"a dtype of {', '.join(DTYPES)}", repr(value), "set 'torch_dtype' in config.json to one of them")
+    return name
+
+
+def _eos_token_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The model's own first, then those generation_config adds. E.g. 2 and [2, 7] -> (2, 7)."""
+    ids: list[int] = []
+    for value in (config.get("eos_token_id"), generation_config.get("eos_token_id")):
+        ids += value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(dict.fromkeys(ids))  # without repetitions, order kept

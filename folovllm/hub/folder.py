@@ -1,0 +1,120 @@
+"""Is this folder a model we can load? Checked from names, sizes and headers, in milliseconds (milestone M0).
+
+The tensors themselves are not read: hashing half a gigabyte at every start would cost more than loading it. What is
+caught here is what usually goes wrong: a folder of something else, a missing tokenizer, pickled weights only, a shard
+that was not downloaded, a file cut short. vLLM finds these one by one, later, as errors of the libraries it calls.
+Left out: tensor names and shapes, which the model loader checks because it alone knows the architecture.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from folovllm.hub.errors import ModelFolderError, problem
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_INDEX = "model.safetensors.index.json"
+_MAX_HEADER = 100 * 1024 * 1024  # the limit safetensors itself has
+
+
+def check_model_folder(folder: Path) -> Path:
+    """Return `folder` if it has config.json, tokenizer.json and whole safetensors files; else `ModelFolderError`."""
+    names = sorted(p.name for p in folder.iterdir())
+    if "config.json" not in names:
+        raise _error(folder, "config.json", _listing(names), "pass the folder of a HuggingFace model")
+    _read_json(folder / "config.json")
+    if "tokenizer.json" not in names:
+        raise _error(folder, "tokenizer.json", _listing(names), _tokenizer_hint(folder, names))
+    for name in weight_files(folder):
+        check_safetensors(folder / name)
+    return folder
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The safetensors files that make up the model: the index's shards, or all there are.
+
+    Mistral repositories also hold `consolidated*.safetensors`, the same weights under other names: not ours.
+    """
+    present = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("consolidated"))
+    if (folder / _INDEX).exists():
+        return _indexed_shards(folder, present)
+    if present:
+        return present
+    names = sorted(p.name for p in folder.iterdir())
+    raise _error(folder, "at least one .safetensors file", _listing(names), _weights_hint(folder, names))
+
+
+def _indexed_shards(folder: Path, present: list[str]) -> list[str]:
+    weight_map = _read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _error(folder, f"a 'weight_map' in {_INDEX}", "none", "download that file again")
+    shards = sorted(set(weight_map.values()))
+    missing = [name for name in shards if name not in present]
+    if missing:
+        expected = f"{len(shards)} weight files named in {_INDEX}"
+        raise _error(folder, expected, f"{', '.join(missing)} missing", "download the missing files")
+    return shards
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise `ModelFolderError` unless the file is exactly as long as its own header says.
+
+    The layout: 8 bytes N (little endian), N bytes of JSON, then the data that the JSON's offsets point into.
+    """
+    size = path.stat().st_size
+    again = "the file is corrupt or its download was cut short: fetch it again"
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 0 < length <= min(size - 8, _MAX_HEADER):
+            raise _error(path, "a safetensors header", f"{size} bytes that hold none", again)
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise _error(path, "a safetensors header in JSON", "something else", again) from None
+    if size != 8 + length + end:
+        raise _error(path, f"{8 + length + end} bytes, as its header says", f"{size} bytes", again)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _error(path, "valid JSON", str(error), "download the file again") from None
+    if not isinstance(value, dict):
+        raise _error(path, "a JSON object", type(value).__name__, "download the file again")
+    return value
+
+
+def _tokenizer_hint(folder: Path, names: list[str]) -> str:
+    if any(name in names for name in ("tokenizer.model", "vocab.json")):
+        load = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        return f"convert the older tokenizer files once with transformers: {load}"
+    return "copy tokenizer.json and tokenizer_config.json of the same model into the folder"
+
+
+def _weights_hint(folder: Path, names: list[str]) -> str:
+    if any(name.endswith(_PICKLES) for name in names):
+        out = str(folder) + "-safetensors"
+        convert = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({out!r})"
+        return (
+            "pickled weights are never opened, because unpickling can run any code; if you trust them, convert them"
+            f" once with transformers: {convert}, and copy the tokenizer files over"
+        )
+    if any(name.endswith(".gguf") for name in names):
+        return "a GGUF is read only by 'folovllm pull'; use the model's safetensors repository"
+    return "download the model's *.safetensors files into the folder"
+
+
+def _listing(names: list[str]) -> str:
+    if not names:
+        return "an empty folder"
+    shown = ", ".join(names[:8])
+    return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _error(where: Path, expected: str, found: str, todo: str) -> ModelFolderError:
+    return ModelFolderError(f"{where}: " + problem(expected, found, todo))

@@ -1,0 +1,70 @@
+"""From the name a user typed to a checked model folder (milestone M0).
+
+The order, first match wins: an alias; something on disk; something that is written like a path (so a typing error in a
+path never turns into a download); a HuggingFace id. A folder that happens to be called like an alias is reached as
+`./name`. vLLM's counterpart is `DefaultModelLoader._prepare_weights`. Left out: revisions and remote file systems.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from folovllm.hub.aliases import ALIASES, alias_folder, unknown_name
+from folovllm.hub.errors import ModelFolderError, ModelNotFoundError, problem
+from folovllm.hub.fetch import pull as pull_model
+from folovllm.hub.folder import check_model_folder
+from folovllm.hub.repo import download_repo, is_repo_id
+
+
+def resolve_model(name: str | Path, download_dir: str | Path | None = None, pull: bool = False) -> Path:
+    """The folder of the model called `name`: an alias, a local HuggingFace folder or a HuggingFace id.
+
+    An alias that was not pulled yet is an error that names the command, or is pulled now if `pull`. `download_dir`
+    replaces the default cache folder for aliases and ids. Raises `ModelNotFoundError` or `ModelFolderError`.
+    """
+    text = str(name).strip()
+    if not text:
+        raise ModelNotFoundError(problem("a model name", "an empty one", f"try {next(iter(ALIASES))!r}"))
+    if text in ALIASES:
+        return _resolve_alias(text, download_dir, pull)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return check_model_folder(path)
+    if path.exists():
+        raise ModelFolderError(f"{text}: " + problem("a folder", "a file", _file_hint(path)))
+    if isinstance(name, Path) or _looks_like_path(text):
+        raise ModelNotFoundError(_no_such_folder(path))
+    if is_repo_id(text):
+        return download_repo(text, download_dir)
+    raise ModelNotFoundError(unknown_name(text))
+
+
+def _resolve_alias(name: str, download_dir: str | Path | None, pull: bool) -> Path:
+    folder = alias_folder(ALIASES[name], download_dir)
+    if pull:
+        return pull_model(name, download_dir)
+    if folder.is_dir():
+        return check_model_folder(folder)
+    option = "" if download_dir is None else f" --download-dir {download_dir}"
+    todo = f"run 'folovllm pull {name}{option}' once"
+    raise ModelNotFoundError(f"model {name!r} is not here yet: " + problem(f"the folder {folder}", "nothing", todo))
+
+
+def _looks_like_path(text: str) -> bool:
+    return text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1
+
+
+def _no_such_folder(path: Path) -> str:
+    """Say how far the path is right: that is where the typing error is."""
+    parent = path.absolute().parent
+    while not parent.is_dir():
+        parent = parent.parent
+    near = sorted(p.name for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))[:8]
+    found = f"nothing; the path exists up to {parent}, which holds {', '.join(near) or 'no folder'}"
+    return f"no model at {path}: " + problem("a folder", found, "correct the path")
+
+
+def _file_hint(path: Path) -> str:
+    if path.suffix == ".gguf":
+        return "a GGUF is read only by 'folovllm pull'; pass a folder with safetensors"
+    return f"pass the folder that holds it, {str(path.parent)!r}"

@@ -1,0 +1,134 @@
+"""The ladder of milestones as data: what each rung adds, and which engine arguments switch it on or off.
+
+Milestone: M0. vLLM counterpart: none; vLLM has only its newest state. Here "the engine as of M2" always runs, because
+every optimisation is an engine argument and a rung is nothing but a set of such arguments.
+
+Row 0: plain data, no torch.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class RungNotBuiltError(ValueError):
+    """A milestone that the ladder names but this version does not have yet."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One milestone. `on` and `off` map engine argument names to values; a rung without `off` cannot be left out."""
+
+    id: str
+    title: str
+    adds: str
+    on: Mapping[str, Any] = field(default_factory=dict)
+    off: Mapping[str, Any] = field(default_factory=dict)
+    built: bool = False
+
+
+# `None` means "derived from the model and the device" (see EngineConfig.resolve).
+LADDER: tuple[Rung, ...] = (
+    Rung("m0", "Setup", "configuration, loader, data classes", built=True),
+    Rung(
+        "m1",
+        "Basic inference",
+        "engine, model, sampler, one request at a time",
+        on={"max_num_seqs": 1, "policy": "static"},
+        built=True,
+    ),
+    Rung(
+        "m2",
+        "Continuous batching",
+        "requests join and leave at every step",
+        on={"max_num_seqs": None, "policy": "continuous"},
+        off={"max_num_seqs": None, "policy": "static"},
+    ),
+    Rung(
+        "m3",
+        "Paged KV cache",
+        "the cache in blocks of 16 tokens, found through block tables",
+        on={"block_size": 16},
+        off={"block_size": "max_model_len"},
+    ),
+    Rung(
+        "m4",
+        "Flash attention",
+        "tiled attention backends and the fast CPU path",
+        on={"attention_backend": "auto", "linear_backend": "auto"},
+        off={"attention_backend": "torch_naive", "linear_backend": "torch"},
+    ),
+    Rung(
+        "m5",
+        "Chunked prefill",
+        "long prompts split over steps, mixed with decodes",
+        on={"enable_chunked_prefill": True},
+        off={"enable_chunked_prefill": False},
+    ),
+    Rung(
+        "m6",
+        "Prefix caching",
+        "blocks of equal prompt prefixes shared between requests",
+        on={"enable_prefix_caching": True},
+        off={"enable_prefix_caching": False},
+    ),
+    Rung("m7", "GPTQ", "4-bit weights", on={"quantization": "auto"}, off={"quantization": "dequantize"}),
+)
+RUNG_IDS = tuple(rung.id for rung in LADDER)
+
+
+def get_rung(rung_id: str) -> Rung:
+    """The rung named `rung_id`; a ValueError lists the ids there are."""
+    for rung in LADDER:
+        if rung.id == rung_id:
+            return rung
+    raise ValueError(f"unknown milestone {rung_id!r}; the ladder has {', '.join(RUNG_IDS)}")
+
+
+def top_rung() -> Rung:
+    """The highest rung that is built: what an engine without a preset runs."""
+    return [rung for rung in LADDER if rung.built][-1]
+
+
+def fold(top: str, without: Iterable[str] = ()) -> dict[str, Any]:
+    """Engine arguments of "the engine as of `top`", with the rungs in `without` switched off.
+
+    E.g. fold("m3") -> {max_num_seqs: None, policy: "continuous", block_size: 16, attention_backend: "torch_naive", ...}
+    and  fold("m3", without=["m2"]) is the same with policy "static".
+    """
+    up_to = _buildable(top)
+    left_out = _removable(without, up_to)
+    args: dict[str, Any] = {}
+    for rung in LADDER:
+        args |= rung.off
+    for rung in up_to:
+        args |= rung.off if rung.id in left_out else rung.on
+    return args
+
+
+def rungs_above_top() -> tuple[Rung, ...]:
+    """Rungs the ladder names that are not built yet."""
+    return tuple(rung for rung in LADDER if not rung.built)
+
+
+def _buildable(top: str) -> tuple[Rung, ...]:
+    rung = get_rung(top)
+    if rung.id == "m0":
+        raise ValueError("preset 'm0' has no engine: there is no engine before m1; use preset='m1'")
+    if not rung.built:
+        raise RungNotBuiltError(
+            f"milestone {rung.id} ({rung.title}) is not built yet; the highest built one is {top_rung().id}"
+        )
+    return LADDER[: LADDER.index(rung) + 1]
+
+
+def _removable(without: Iterable[str], up_to: tuple[Rung, ...]) -> frozenset[str]:
+    if isinstance(without, str):
+        without = (without,)
+    left_out = frozenset(get_rung(rung_id).id for rung_id in without)
+    for rung_id in sorted(left_out):
+        if not get_rung(rung_id).off:
+            raise ValueError(f"without={rung_id!r}: {rung_id} is the ground the others stand on and cannot be left out")
+        if rung_id not in {rung.id for rung in up_to}:
+            raise ValueError(f"without={rung_id!r}: the preset {up_to[-1].id!r} does not include it")
+    return left_out

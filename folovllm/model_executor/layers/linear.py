@@ -1,0 +1,180 @@
+"""Linear layers as tensor parallelism cuts them, fused where a model has several with one input.
+
+Milestone: M1. vLLM counterpart: vllm/model_executor/layers/linear.py. Left out: the all-reduce (world > 1 is only
+sized and loaded rightly so far), bias skipping, vLLM's parameter classes.
+
+A layer knows its shapes and shards; *how* it multiplies is its `quant_method`'s business. That slot is where GPTQ (M7)
+and the fast CPU path (M4) enter, and why no model file ever mentions them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from folovllm.model_executor.parameter import copy_shard, new_parameter
+
+
+class LinearMethodBase(ABC):
+    """Creates a linear layer's parameters and multiplies with them."""
+
+    @abstractmethod
+    def create_weights(self, layer: "LinearBase") -> None:
+        """Register the parameters on `layer`, each with its `weight_loader`."""
+
+    def process_weights_after_loading(self, layer: "LinearBase") -> None:  # noqa: B027 - optional
+        """Repack, once everything is loaded."""
+
+    @abstractmethod
+    def apply(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """x [num_tokens, input_size] -> [num_tokens, output_size], bias included."""
+
+
+class QuantizationConfig(Protocol):
+    """What decides the method of a layer, by its name in the model (e.g. "model.layers.3.mlp.down_proj")."""
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None: ...
+
+
+class UnquantizedLinearMethod(LinearMethodBase):
+    """Plain weights, plain matmul."""
+
+    def create_weights(self, layer: "LinearBase") -> None:
+        layer.weight = new_parameter(layer.output_size, layer.input_size, weight_loader=layer.weight_loader)
+
+    def apply(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+
+
+class LinearBase(nn.Module):
+    """One rank's part of a linear layer: `input_size` and `output_size` are the part's, not the whole's.
+
+    `weight_loader(param, loaded_weight, shard_id)` finds the place of a tensor from the checkpoint. It serves weight
+    and bias, and any parameter of a quant method whose `output_dim` attribute says along which axis outputs lie.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        bias: bool = False,
+        *,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        super().__init__()
+        self.input_size, self.output_size = input_size, output_size
+        self.rank, self.world = rank, world
+        method = quant_config.get_quant_method(self, prefix) if quant_config is not None else None
+        self.quant_method = method or UnquantizedLinearMethod()
+        self.quant_method.create_weights(self)
+        self.bias = new_parameter(output_size, weight_loader=self.weight_loader) if bias else None
+
+    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.quant_method.apply(self, x)
+
+
+class ColumnParallelLinear(LinearBase):
+    """Output features are divided among ranks: each computes its own, from the whole input."""
+
+    def __init__(self, input_size: int, output_size: int, bias: bool = False, *, world: int = 1, **kwargs: Any) -> None:
+        super().__init__(input_size, divide(output_size, world), bias, world=world, **kwargs)
+
+    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
+        copy_shard(param.data, loaded_weight, output_dim(param), self.rank, self.world)
+
+
+class MergedColumnParallelLinear(LinearBase):
+    """Several column-parallel layers with one input, as one matmul. shard_id is the index of the layer.
+
+    E.g. gate and up of 8 features each, world 2: rank 0 holds [gate 0-3 | up 0-3], not gate alone.
+    """
+
+    def __init__(
+        self, input_size: int, output_sizes: Sequence[int], bias: bool = False, *, world: int = 1, **kwargs: Any
+    ) -> None:
+        self.shard_sizes = [divide(size, world) for size in output_sizes]
+        super().__init__(input_size, sum(self.shard_sizes), bias, world=world, **kwargs)
+
+    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
+        start = sum(self.shard_sizes[:shard_id])
+        load_fused_shard(param, loaded_weight, start, self.shard_sizes[shard_id], self)
+
+
+class QKVParallelLinear(LinearBase):
+    """Query, key and value projections as one matmul: output rows [q | k | v]. shard_id is "q", "k" or "v".
+
+    With more ranks than KV heads, a KV head lives on several ranks. E.g. 2 KV heads, world 4: ranks 0, 1 hold head 0.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        head_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        bias: bool = False,
+        *,
+        world: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        self.num_heads = divide(num_heads, world)
+        self.num_kv_heads = divide(num_kv_heads, min(world, num_kv_heads))
+        self.kv_copies = divide(world, min(world, num_kv_heads))  # ranks that share one KV head
+        self.q_size, self.kv_size = self.num_heads * head_size, self.num_kv_heads * head_size
+        super().__init__(hidden_size, self.q_size + 2 * self.kv_size, bias, world=world, **kwargs)
+
+    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
+        start = {"q": 0, "k": self.q_size, "v": self.q_size + self.kv_size}[shard_id]
+        size = self.q_size if shard_id == "q" else self.kv_size
+        load_fused_shard(param, loaded_weight, start, size, self, copies=1 if shard_id == "q" else self.kv_copies)
+
+
+class RowParallelLinear(LinearBase):
+    """Input features are divided among ranks; the partial sums must then be added over all of them."""
+
+    def __init__(self, input_size: int, output_size: int, bias: bool = False, *, world: int = 1, **kwargs: Any) -> None:
+        super().__init__(divide(input_size, world), output_size, bias, world=world, **kwargs)
+
+    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
+        if param.dim() == 1:  # a bias has no input axis: every rank holds it whole
+            copy_shard(param.data, loaded_weight, dim=0, rank=0, world=1)
+        else:
+            copy_shard(param.data, loaded_weight, 1 - output_dim(param), self.rank, self.world)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.world == 1, "the all-reduce over ranks comes with tensor parallelism"
+        return self.quant_method.apply(self, x)
+
+
+def load_fused_shard(
+    param: nn.Parameter, loaded_weight: torch.Tensor, start: int, size: int, layer: LinearBase, copies: int = 1
+) -> None:
+    """Copy this rank's piece of one fused layer into outputs start .. start + size of `param`.
+
+    A quant method that packs p outputs into one number marks it as `packed_factor`; positions shrink by that.
+    """
+    factor = getattr(param, "packed_factor", 1)
+    dim = output_dim(param)
+    target = param.data.narrow(dim, divide(start, factor), divide(size, factor))
+    copy_shard(target, loaded_weight, dim, layer.rank // copies, layer.world // copies)
+
+
+def output_dim(param: nn.Parameter) -> int:
+    """The axis of output features: 0 for plain weights [output, input] and biases."""
+    return getattr(param, "output_dim", 0)
+
+
+def divide(total: int, parts: int) -> int:
+    assert total % parts == 0, f"{total} does not divide into {parts}"
+    return total // parts

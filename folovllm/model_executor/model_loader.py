@@ -1,0 +1,79 @@
+"""Building a model and filling it: `load_model` from a HuggingFace folder, `random_model` for benchmarks of a shape.
+
+Milestone: M0. vLLM counterpart: vllm/model_executor/model_loader/{default_loader,dummy_loader}.py. Left out: other
+formats and loaders (GGUF is converted by `folovllm pull`), loading a shard per rank in parallel.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from folovllm.hf_config import ModelArchitecture
+from folovllm.model_executor.layers.linear import LinearBase, QuantizationConfig
+from folovllm.model_executor.models.llama import LlamaForCausalLM
+from folovllm.model_executor.models.registry import get_model_class
+from folovllm.model_executor.weight_utils import WeightsError, iterate_weights, safetensors_files
+
+
+def load_model(
+    folder: Path,
+    arch: ModelArchitecture,
+    dtype: torch.dtype,
+    device: torch.device,
+    quant_config: QuantizationConfig | None = None,
+) -> LlamaForCausalLM:
+    """The model of `folder` with its weights, in `dtype` on `device`. WeightsError says what is wrong."""
+    files = safetensors_files(folder)  # before building: a wrong folder should fail at once
+    model = _build(arch, dtype, device, quant_config)
+    try:
+        model.load_weights(iterate_weights(files))
+    except WeightsError as error:
+        raise WeightsError(f"{folder}: {error}") from None
+    return _finish(model)
+
+
+def random_model(
+    arch: ModelArchitecture,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    quant_config: QuantizationConfig | None = None,
+) -> LlamaForCausalLM:
+    """A model of this shape with random weights, the same for the same seed: its speed is real, its text is not.
+
+    Norm weights are 1, matrices have a standard deviation of 1 / sqrt(inputs), so activations keep their size.
+    """
+    model = _build(arch, dtype, device, quant_config)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, param in model.named_parameters():
+        if name.endswith("norm.weight"):
+            param.data.fill_(1.0)
+        else:
+            param.data.normal_(0.0, param.shape[-1] ** -0.5, generator=generator)
+    return _finish(model)
+
+
+def _build(
+    arch: ModelArchitecture, dtype: torch.dtype, device: torch.device, quant_config: QuantizationConfig | None
+) -> LlamaForCausalLM:
+    with device, _default_dtype(dtype):  # parameters come up empty, in their final place and type
+        return get_model_class(arch.architecture)(arch, quant_config)
+
+
+def _finish(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    for module in model.modules():
+        if isinstance(module, LinearBase):
+            module.quant_method.process_weights_after_loading(module)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)

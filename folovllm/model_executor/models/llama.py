@@ -1,0 +1,158 @@
+"""Llama, the architecture that the others vary: SmolLM2, Llama 2 and 3.x, and Mistral without a sliding window.
+
+Milestone: M1. vLLM counterpart: vllm/model_executor/models/llama.py. Left out: pipeline parallelism, LoRA, handing
+intermediate tensors between ranks.
+
+Tokens arrive flat: those of all requests in one row, without padding. Only `self.attn` knows which belong together.
+"""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from folovllm.attention.layer import Attention
+from folovllm.hf_config import ModelArchitecture
+from folovllm.model_executor.layers.activation import SiluAndMul
+from folovllm.model_executor.layers.layernorm import RMSNorm
+from folovllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    QuantizationConfig,
+    RowParallelLinear,
+)
+from folovllm.model_executor.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+from folovllm.model_executor.layers.vocab_embedding import ParallelLMHead, VocabParallelEmbedding
+from folovllm.model_executor.weight_utils import load_weights
+
+Rows = tuple[torch.Tensor, torch.Tensor]  # cos and sin of the step's positions, each [num_tokens, 1, head_size]
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, arch: ModelArchitecture, quant_config: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = arch.num_attention_heads, arch.num_key_value_heads
+        self.head_size = arch.head_dim
+        self.qkv_proj = QKVParallelLinear(
+            arch.hidden_size,
+            self.head_size,
+            self.num_heads,
+            self.num_kv_heads,
+            bias=arch.qkv_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            arch.q_size, arch.hidden_size, bias=arch.o_bias, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+        )
+        self.attn = Attention(self.num_heads, self.head_size, self.num_kv_heads)
+
+    def forward(self, hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
+        qkv = self.qkv_proj(hidden).view(hidden.shape[0], -1, self.head_size)  # [num_tokens, all heads, head_size]
+        num_qk = self.num_heads + self.num_kv_heads
+        # Queries and keys lie side by side and turn alike: one rotation serves both.
+        qk = apply_rotary(self.normalize(qkv.narrow(1, 0, num_qk)), *rows)  # [num_tokens, q and k heads, head_size]
+        query = qk.narrow(1, 0, self.num_heads)  # [num_tokens, num_heads, head_size]
+        key = qk.narrow(1, self.num_heads, self.num_kv_heads)  # [num_tokens, num_kv_heads, head_size]
+        value = qkv.narrow(1, num_qk, self.num_kv_heads)  # [num_tokens, num_kv_heads, head_size]
+        return self.o_proj(self.attn(query, key, value))  # [num_tokens, hidden_size]
+
+    def normalize(self, qk: torch.Tensor) -> torch.Tensor:
+        """Qwen3 normalises each head of qk [num_tokens, q and k heads, head_size]; Llama does not."""
+        return qk
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, arch: ModelArchitecture, quant_config: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        size, bias = arch.intermediate_size, arch.mlp_bias
+        self.gate_up_proj = MergedColumnParallelLinear(
+            arch.hidden_size, [size, size], bias=bias, quant_config=quant_config, prefix=f"{prefix}.gate_up_proj"
+        )
+        self.act_fn = SiluAndMul()
+        self.down_proj = RowParallelLinear(
+            size, arch.hidden_size, bias=bias, quant_config=quant_config, prefix=f"{prefix}.down_proj"
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_up_proj(hidden)))  # [num_tokens, hidden_size]
+
+
+class LlamaDecoderLayer(nn.Module):
+    attention_class: type[LlamaAttention] = LlamaAttention
+
+    def __init__(self, arch: ModelArchitecture, quant_config: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.self_attn = self.attention_class(arch, quant_config, f"{prefix}.self_attn")
+        self.mlp = LlamaMLP(arch, quant_config, f"{prefix}.mlp")
+        self.input_layernorm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
+
+    def forward(self, hidden: torch.Tensor, residual: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both [num_tokens, hidden_size]. Each norm first adds what the previous block left to the residual."""
+        hidden, residual = self.input_layernorm(hidden, residual)
+        hidden = self.self_attn(hidden, rows)
+        hidden, residual = self.post_attention_layernorm(hidden, residual)
+        return self.mlp(hidden), residual
+
+
+class LlamaModel(nn.Module):
+    def __init__(
+        self, arch: ModelArchitecture, quant_config: QuantizationConfig | None, layer_class: type[LlamaDecoderLayer]
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(arch.vocab_size, arch.hidden_size)
+        self.layers = nn.ModuleList(
+            layer_class(arch, quant_config, f"model.layers.{i}") for i in range(arch.num_hidden_layers)
+        )
+        self.norm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(arch.head_dim, arch.max_position_embeddings, arch.rope)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed_tokens(input_ids)  # [num_tokens, hidden_size]
+        residual = torch.zeros_like(hidden)
+        rows = self.rotary_emb.rows(positions, hidden.dtype)
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual, rows)
+        return self.norm(hidden, residual)[0]
+
+
+class LlamaForCausalLM(nn.Module):
+    """What a model must offer the engine: forward, compute_logits, load_weights, attention_layers."""
+
+    decoder_layer_class: type[LlamaDecoderLayer] = LlamaDecoderLayer
+
+    # Our fused layer -> the checkpoint's layers in it, with the shard_id their weight_loader wants.
+    packed_modules_mapping: ClassVar[dict[str, list[tuple[str, Any]]]] = {
+        "qkv_proj": [("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v")],
+        "gate_up_proj": [("gate_proj", 0), ("up_proj", 1)],
+    }
+
+    def __init__(self, arch: ModelArchitecture, quant_config: QuantizationConfig | None = None) -> None:
+        super().__init__()
+        self.arch = arch
+        self.model = LlamaModel(arch, quant_config, self.decoder_layer_class)
+        self.lm_head = ParallelLMHead(arch.hidden_size, arch.vocab_size, quant_config=quant_config, prefix="lm_head")
+        if arch.tie_word_embeddings:
+            self.lm_head.tie_weights(self.model.embed_tokens)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """input_ids and positions [num_tokens] -> hidden [num_tokens, hidden_size], within a forward context."""
+        return self.model(input_ids, positions)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [n, hidden_size] -> logits [n, vocab_size]. Apart, as only rows that are sampled need it."""
+        return self.lm_head(hidden)
+
+    def attention_layers(self) -> list[Attention]:
+        """In layer order; the model runner binds a backend and a slice of the KV cache to each."""
+        return [module for module in self.modules() if isinstance(module, Attention)]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load (checkpoint name, tensor) pairs; ValueError if any is missing, unknown or misshapen."""
+        load_weights(self, weights, self.packed_modules_mapping)
+
+
+class MistralForCausalLM(LlamaForCausalLM):
+    """The same computation under another name: what Mistral adds, the sliding window, `parse_hf_config` refuses."""

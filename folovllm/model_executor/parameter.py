@@ -1,0 +1,51 @@
+"""Parameters that know how to load themselves.
+
+Milestone: M0. vLLM counterpart: vllm/model_executor/{parameter,utils}.py. Left out: vLLM's parameter class hierarchy.
+
+A checkpoint holds q_proj, k_proj and v_proj; we hold one qkv_proj. Each layer puts a `weight_loader` on its parameters
+that knows where a tensor of the checkpoint belongs, so the model's `load_weights` is one loop without special cases.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+# weight_loader(param, loaded_weight, shard_id): copy a checkpoint tensor into (its part of) param.
+WeightLoader = Callable[[nn.Parameter, torch.Tensor, Any], None]
+
+
+class ShapeMismatchError(ValueError):
+    """A checkpoint tensor has another shape than the layer needs; `load_weights` adds the tensor's name."""
+
+    def __init__(self, expected: tuple[int, ...], found: tuple[int, ...]) -> None:
+        super().__init__(f"expected shape {list(expected)}; found {list(found)}")
+
+
+def new_parameter(*shape: int, weight_loader: WeightLoader) -> nn.Parameter:
+    """An uninitialised parameter of the default dtype and device: the checkpoint fills every one of them."""
+    param = nn.Parameter(torch.empty(*shape), requires_grad=False)
+    set_weight_loader(param, weight_loader)
+    return param
+
+
+def set_weight_loader(param: nn.Parameter, weight_loader: WeightLoader) -> None:
+    param.weight_loader = weight_loader  # type: ignore[attr-defined]
+
+
+def load_whole(param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
+    """The loader of parameters that are neither fused nor sharded."""
+    copy_shard(param.data, loaded_weight, dim=0, rank=0, world=1)
+
+
+def copy_shard(target: torch.Tensor, loaded_weight: torch.Tensor, dim: int, rank: int, world: int) -> None:
+    """Copy the `rank`-th of `world` equal pieces of `loaded_weight` along `dim` into `target`, converting the dtype.
+
+    E.g. target [3, 8], loaded [6, 8], dim 0, rank 1 of 2 -> rows 3..5.
+    """
+    size = target.shape[dim]
+    expected = tuple(n * world if i == dim else n for i, n in enumerate(target.shape))
+    if tuple(loaded_weight.shape) != expected:
+        raise ShapeMismatchError(expected, tuple(loaded_weight.shape))
+    target.copy_(loaded_weight.narrow(dim, rank * size, size))

@@ -1,0 +1,23 @@
+"""What the hardware can do, asked once at start-up.
+
+Milestone: M0. vLLM counterpart: vllm/platforms.
+"""
+
+import torch
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" -> "cuda" where there is one, else "cpu"; ValueError if CUDA is asked for and absent."""
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ValueError("device='cuda' was asked for but torch sees no CUDA device; use device='cpu', or install a CUDA "
+                         "build of torch (see README.md)")  # fmt: skip
+    return ("cuda" if available else "cpu") if device == "auto" else device
+
+
+def has_native_bf16(device: str) -> bool:
+    """Whether `device` multiplies bfloat16 in hardware; emulating it is slower than float32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -1,0 +1,171 @@
+"""SamplingMetadata: everything the sampler needs to know about one step, as ready tensors.
+
+Milestone: M1. vLLM counterparts: vllm/v1/sample/metadata.py, and the part of vllm/v1/worker/gpu_input_batch.py that
+fills it. Left out: keeping the tensors between steps and updating them as requests come and go; they are built afresh,
+which is simpler and cannot go stale (custom logits processors and grammars are left out, too).
+
+Two rules keep it cheap. A feature that nobody in the batch uses is None, and the sampler skips its step; a batch of
+plain greedy requests builds no tensor at all. And nothing here is proportional to the length of a request, except for
+requests with penalties, which have to count their tokens.
+
+Token ids outside the vocabulary are dropped (they cannot be sampled, so forbidding or favouring them means nothing).
+The input processor refuses them earlier, with a message; here one bad request must not stop a whole batch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from folovllm.sample.ops.masks import TokenPairs, banned_by_bad_words, stop_ids_before_min_tokens
+from folovllm.sample.ops.penalties import Penalties, build_penalties
+from folovllm.sampling_params import SamplingParams
+
+# float32 ends at 3e38. Numbers beyond these limits would become inf or 0 and turn into NaN; within them, an effect as
+# extreme as anybody can want is already reached.
+_SMALLEST, _LARGEST = 1e-20, 1e20
+
+
+@dataclass(frozen=True)
+class SamplingRow:
+    """One row of logits to sample from. A request has one such row per step today, and several once it has drafts."""
+
+    params: SamplingParams
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]  # what was generated before this row
+    eos_token_id: int | None
+    seed: int  # always a number: a request without a seed was given one from the engine's generator
+    bad_words_token_ids: list[list[int]]  # params.bad_words, tokenised
+
+
+@dataclass(frozen=True)
+class SamplingMetadata:
+    """The batch's sampling parameters, R rows in the order of the logits; None means that nobody uses it."""
+
+    num_rows: int
+    all_greedy: bool  # no row draws
+    all_random: bool  # every row draws
+    # The draw. Greedy rows in a mixed batch have neutral entries: they go through the steps and come out unchanged.
+    temperature: torch.Tensor | None  # [R] float32, 0 for greedy rows; None if all_greedy, like all of this group
+    min_p: torch.Tensor | None  # [R] float32, 0 is off
+    top_k: torch.Tensor | None  # [R] int64, vocab_size is off
+    max_top_k: int  # the largest top_k of the rows that use one; 0 if none does
+    top_p: torch.Tensor | None  # [R] float32, 1 is off
+    seeds: list[int]  # [R]; empty if all_greedy
+    output_indices: list[int]  # [R] how many tokens were generated before; with the seed the key of the noise
+    # Changes to the logits, before anything is drawn.
+    allowed_token_ids_mask: torch.Tensor | None  # [R, V] bool; True is *forbidden*, as in vLLM
+    bad_words: TokenPairs | None  # the cells that would complete a bad word now
+    min_tokens: TokenPairs | None  # the stop ids of requests that are too short to stop
+    logit_bias: TokenPairs | None
+    penalties: Penalties | None
+    # Per row how many of the most likely tokens to report beside the sampled one; None reports nothing.
+    num_logprobs: list[int | None]  # [R]
+
+    @property
+    def no_penalties(self) -> bool:
+        return self.penalties is None
+
+    @property
+    def may_empty_a_row(self) -> bool:
+        """Whether some mask is at work, so that a row might have no token left."""
+        return any(m is not None for m in (self.allowed_token_ids_mask, self.bad_words, self.min_tokens))
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything happens to the logits before greedy rows take their argmax."""
+        return self.may_empty_a_row or self.logit_bias is not None or self.penalties is not None
+
+    @classmethod
+    def build(cls, rows: list[SamplingRow], vocab_size: int, device: torch.device | str) -> "SamplingMetadata":
+        """Collect the parameters of a step. `rows` are in the order of the logits; tensors are made on `device`."""
+        all_greedy = all(r.params.is_greedy for r in rows)
+        draw = [] if all_greedy else rows
+        top_ks = [_top_k(r.params, vocab_size) for r in draw]
+        tensor = partial(_tensor_or_none, device=device)
+        return cls(
+            num_rows=len(rows),
+            all_greedy=all_greedy,
+            all_random=not any(r.params.is_greedy for r in rows),
+            temperature=tensor([min(r.params.temperature, _LARGEST) for r in draw], off=None),
+            min_p=tensor([0.0 if r.params.is_greedy else r.params.min_p for r in draw], off=0.0),
+            top_k=tensor(top_ks, off=vocab_size, dtype=torch.int64),
+            max_top_k=max((k for k in top_ks if k < vocab_size), default=0),
+            top_p=tensor([1.0 if r.params.is_greedy else r.params.top_p for r in draw], off=1.0),
+            seeds=[r.seed for r in draw],
+            output_indices=[len(r.output_token_ids) for r in draw],
+            allowed_token_ids_mask=_allowed_mask(rows, vocab_size, device),
+            bad_words=TokenPairs.build(_cells(rows, vocab_size, _bad_words), device),
+            min_tokens=TokenPairs.build(_cells(rows, vocab_size, _too_early), device),
+            logit_bias=_logit_bias(rows, vocab_size, device),
+            penalties=_penalties(rows, vocab_size, device),
+            num_logprobs=[None if r.params.logprobs is None else min(r.params.logprobs, vocab_size) for r in rows],
+        )
+
+
+def _tensor_or_none(
+    values: Sequence[float], off: float | None, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> torch.Tensor | None:
+    """The values as a tensor, or None if there are none or all of them are `off`."""
+    return None if all(v == off for v in values) else torch.tensor(values, dtype=dtype, device=device)
+
+
+def _top_k(params: SamplingParams, vocab_size: int) -> int:
+    """0 and -1 mean all tokens; so does asking for more than there are. Greedy rows do not draw."""
+    return vocab_size if params.is_greedy or params.top_k <= 0 else min(params.top_k, vocab_size)
+
+
+def _cells(
+    rows: list[SamplingRow], vocab_size: int, token_ids_of: Callable[[SamplingRow], list[int]]
+) -> list[tuple[int, int]]:
+    """(row number, token id) of every id that `token_ids_of(row)` names and the vocabulary has."""
+    return [(i, t) for i, row in enumerate(rows) for t in token_ids_of(row) if 0 <= t < vocab_size]
+
+
+def _bad_words(row: SamplingRow) -> list[int]:
+    return banned_by_bad_words(row.bad_words_token_ids, row.output_token_ids)
+
+
+def _too_early(row: SamplingRow) -> list[int]:
+    p = row.params
+    return stop_ids_before_min_tokens(p.min_tokens, len(row.output_token_ids), row.eos_token_id, p.stop_token_ids)
+
+
+def _allowed_mask(rows: list[SamplingRow], vocab_size: int, device: torch.device | str) -> torch.Tensor | None:
+    """True where a token is forbidden because its row has allowed_token_ids without it. `[R, V]` bool, or None."""
+    restricted = [i for i, r in enumerate(rows) if r.params.allowed_token_ids is not None]
+    if not restricted:
+        return None
+    mask = torch.zeros(len(rows), vocab_size, dtype=torch.bool, device=device)  # [R, V]
+    mask[restricted] = True
+    allowed = TokenPairs.build(_cells(rows, vocab_size, lambda r: r.params.allowed_token_ids or []), device)
+    if allowed is not None:
+        mask[allowed.rows, allowed.token_ids] = False
+    return mask
+
+
+def _logit_bias(rows: list[SamplingRow], vocab_size: int, device: torch.device | str) -> TokenPairs | None:
+    cells = _cells(rows, vocab_size, lambda r: list(r.params.logit_bias or ()))
+    return TokenPairs.build(cells, device, values=[(rows[i].params.logit_bias or {})[t] for i, t in cells])
+
+
+def _strengths(params: SamplingParams) -> tuple[float, float, float]:
+    """(repetition, frequency, presence); (1, 0, 0) is no penalty."""
+    repetition = min(max(params.repetition_penalty, _SMALLEST), _LARGEST)
+    return repetition, params.frequency_penalty, params.presence_penalty
+
+
+def _penalties(rows: list[SamplingRow], vocab_size: int, device: torch.device | str) -> Penalties | None:
+    strengths = [_strengths(r.params) for r in rows]
+    penalised = [i for i, s in enumerate(strengths) if s != (1.0, 0.0, 0.0)]
+    if not penalised:
+        return None
+    return build_penalties(
+        penalised,
+        [rows[i].prompt_token_ids for i in penalised],
+        [rows[i].output_token_ids for i in penalised],
+        [strengths[i] for i in penalised],
+        vocab_size,
+        device,
+    )

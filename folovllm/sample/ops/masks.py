@@ -1,0 +1,111 @@
+"""Forbidding and favouring single tokens: allowed ids, bad words, min_tokens, logit_bias.
+
+Milestone: M1. vLLM counterparts: vllm/v1/sample/ops/bad_words.py, vllm/v1/sample/logits_processor/builtin.py.
+Left out: grammar bitmasks (they act on the logits before the sampler sees them).
+
+Forbidding a token means setting its logit to -inf: its probability e^-inf is exactly 0, and no later step (adding,
+multiplying by a positive number, dividing by a temperature) can bring it back. That is why the masks may be applied in
+any order among themselves. All functions named `..._` change `logits` in place; the sampler gives them its own copy.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+NEG_INF = float("-inf")
+
+
+@dataclass(frozen=True)
+class TokenPairs:
+    """A few (row, token id) cells of a logits matrix, and optionally a number for each.
+
+    E.g. rows [0, 0, 3], token_ids [7, 9, 7]: tokens 7 and 9 of row 0, token 7 of row 3.
+    """
+
+    rows: torch.Tensor  # [N] int64
+    token_ids: torch.Tensor  # [N] int64
+    values: torch.Tensor | None = None  # [N] float32
+
+    @classmethod
+    def build(
+        cls, cells: Sequence[tuple[int, int]], device: torch.device | str, values: Sequence[float] | None = None
+    ) -> "TokenPairs | None":
+        """None when there is no cell, so that the sampler skips the step."""
+        if not cells:
+            return None
+        index = torch.tensor(cells, dtype=torch.int64, device=device)  # [N, 2]
+        numbers = None if values is None else torch.tensor(values, dtype=torch.float32, device=device)  # [N]
+        return cls(index[:, 0], index[:, 1], numbers)
+
+
+def apply_allowed_token_ids_(logits: torch.Tensor, forbidden: torch.Tensor) -> None:
+    """Set everything outside a row's `allowed_token_ids` to -inf. `logits`, `forbidden` (bool): `[R, V]`."""
+    logits.masked_fill_(forbidden, NEG_INF)
+
+
+def mask_tokens_(logits: torch.Tensor, cells: TokenPairs) -> None:
+    """Set the given cells of `logits [R, V]` to -inf (bad words, and the stop ids below min_tokens)."""
+    logits[cells.rows, cells.token_ids] = NEG_INF
+
+
+def apply_logit_bias_(logits: torch.Tensor, cells: TokenPairs) -> None:
+    """Add `cells.values` to the given cells of `logits [R, V]`."""
+    assert cells.values is not None
+    logits[cells.rows, cells.token_ids] += cells.values  # a row names a token once: its logit_bias is a dict
+
+
+def banned_by_bad_words(bad_words: Iterable[Sequence[int]], output_token_ids: Sequence[int]) -> list[int]:
+    """The token ids that would complete a bad word now.
+
+    A word of several tokens bans its last one only while the output ends with all the others; each of its tokens alone
+    stays allowed. Only generated tokens count: a word half written in the prompt is not continued here.
+
+    E.g. bad_words [[5], [1, 2, 3]]: output [9, 1, 2] -> [5, 3]; output [9, 1] -> [5].
+    """
+    banned = []
+    for word in bad_words:
+        if not word:
+            continue
+        prefix = list(word[:-1])
+        # A single-token word has an empty prefix, and output[-0:] would be the whole list, hence `start`.
+        start = len(output_token_ids) - len(prefix)
+        if start >= 0 and list(output_token_ids[start:]) == prefix:
+            banned.append(word[-1])
+    return banned
+
+
+def stop_ids_before_min_tokens(
+    min_tokens: int, num_output_tokens: int, eos_token_id: int | None, stop_token_ids: Sequence[int] | None
+) -> list[int]:
+    """The ids that may not be sampled yet: end-of-sequence and every stop id, while the output is too short.
+
+    `ignore_eos` changes nothing here: it says that EOS does not stop the request, min_tokens that it does not appear.
+    """
+    if num_output_tokens >= min_tokens:
+        return []
+    return ([] if eos_token_id is None else [eos_token_id]) + list(stop_token_ids or ())
+
+
+def unmasked_choice(logits: torch.Tensor, fallback: torch.Tensor | None = None) -> torch.Tensor:
+    """Per row the best token, to be taken should later masks leave the row empty (see `revive_empty_rows_`).
+
+    Args:
+        logits: `[R, V]`.
+        fallback: `[R]`, the answer for rows that are empty already.
+
+    Returns: token ids `[R]`.
+    """
+    best, choice = logits.max(dim=-1)  # [R], [R]
+    return choice if fallback is None else torch.where(best == NEG_INF, fallback, choice)
+
+
+def revive_empty_rows_(logits: torch.Tensor, choice: torch.Tensor) -> None:
+    """Give rows of `logits [R, V]` that have only -inf left one token: `choice[r]` gets logit 0, so probability 1.
+
+    Such a row has no distribution (softmax is 0/0 = NaN), and a NaN must not reach the draw. With exactly one finite
+    entry every later step works and picks it, greedy or not; rows that are not empty keep their value.
+    """
+    empty = logits.amax(dim=-1, keepdim=True) == NEG_INF  # [R, 1]
+    cell = choice.unsqueeze(-1)  # [R, 1]
+    logits.scatter_(1, cell, torch.where(empty, 0.0, logits.gather(1, cell)))

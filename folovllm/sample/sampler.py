@@ -1,0 +1,194 @@
+"""Sampler: from logits to the next token of every row, in vLLM's order of operations.
+
+Milestone: M1. vLLM counterpart: vllm/v1/sample/sampler.py (the same method names).
+Left out: custom logits processors, grammars, verification of drafts.
+
+The model ends with one number per token of the vocabulary, the *logits*; softmax turns them into probabilities. Between
+the two stand the wishes of the user. The order matters for the starred steps (dividing by a temperature before or after
+subtracting a penalty is not the same); the masks commute with everything, because -inf stays -inf.
+
+     1  logprobs are taken from the logits as the model gave them (mode "raw_...")
+     2  float32
+     3  allowed_token_ids   the others become -inf
+     4  bad_words           what would complete one becomes -inf
+     5  min_tokens          EOS and stop ids become -inf while the output is too short
+     6  logit_bias       *  added
+     7  penalties        *  repetition, then frequency, then presence
+     8  greedy rows take the argmax; if all rows are greedy, this is the end
+     9  random rows         temperature * -> min_p * -> top_k * -> top_p * -> draw
+    10  merge: every row takes its own of the two
+    11  logprobs of the sampled token and of the most likely ones are collected
+
+Every step works on all rows at once and on each row alone: what a row gets never depends on the other rows. (On a GPU
+this holds up to the order in which a kernel sums a row, which may depend on the shape of the batch.)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from folovllm.outputs import TokenLogprobs
+from folovllm.sample.metadata import SamplingMetadata
+from folovllm.sample.ops import masks, penalties, topk_topp
+from folovllm.sampling_params import GREEDY_EPSILON
+
+LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
+LOGPROBS_MODES: tuple[LogprobsMode, ...] = ("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits")
+_GATHER_ROWS = 64  # rows ranked at a time: the int64 sort keys of a long prompt at once would take gigabytes
+
+
+@dataclass(frozen=True)
+class SamplerOutput:
+    """Plain data, one entry per row of logits."""
+
+    sampled_token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]  # None for rows that did not ask
+
+
+class Sampler:
+    """Chooses the next token of each row. Has no state: the noise is keyed by the metadata (ops/noise.py).
+
+    `logprobs_mode` says what is reported as logprobs: log-probabilities or plain logits, either as the model gave them
+    ("raw") or after masks, bias, penalties, temperature and truncation ("processed").
+    """
+
+    def __init__(self, logprobs_mode: LogprobsMode = "raw_logprobs") -> None:
+        if logprobs_mode not in LOGPROBS_MODES:
+            raise ValueError(f"logprobs_mode must be one of {', '.join(LOGPROBS_MODES)}, got {logprobs_mode!r}")
+        self.logprobs_mode = logprobs_mode
+
+    @torch.inference_mode()
+    def forward(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
+        """Sample one token per row.
+
+        Args:
+            logits: `[R, V]` in the model's dtype. Never modified.
+            metadata: built for the same R rows.
+        """
+        assert logits.shape[0] == metadata.num_rows, (logits.shape, metadata.num_rows)
+        processed = logits  # [R, V]
+        if metadata.changes_logits or not metadata.all_greedy:
+            processed = logits.to(torch.float32, copy=True)  # our own copy, which the steps edit in place
+        self.apply_logits_processors(processed, metadata)
+        sampled = self.sample(processed, metadata)  # [R]
+        return SamplerOutput(sampled.tolist(), self._collect_logprobs(logits, processed, sampled, metadata))
+
+    __call__ = forward
+
+    def apply_logits_processors(self, logits: torch.Tensor, metadata: SamplingMetadata) -> None:
+        """Steps 3-7, in place: the changes that greedy rows see, too.
+
+        A row that loses its last token to the masks (say, the only allowed token is EOS and min_tokens forbids it)
+        does not fail: it takes its best allowed token regardless of bad words and min_tokens, or its best token at all
+        if nothing allowed is in the vocabulary. No other row notices.
+        """
+        choice = masks.unmasked_choice(logits) if metadata.may_empty_a_row else None  # [R]
+        if metadata.allowed_token_ids_mask is not None:
+            masks.apply_allowed_token_ids_(logits, metadata.allowed_token_ids_mask)
+            choice = masks.unmasked_choice(logits, fallback=choice)
+        for cells in (metadata.bad_words, metadata.min_tokens):
+            if cells is not None:
+                masks.mask_tokens_(logits, cells)
+        if metadata.logit_bias is not None:
+            masks.apply_logit_bias_(logits, metadata.logit_bias)
+        if metadata.penalties is not None:
+            penalties.apply_penalties_(logits, metadata.penalties)
+        if choice is not None:
+            masks.revive_empty_rows_(logits, choice)
+
+    def sample(self, logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
+        """Steps 8-10. `logits [R, V]` are edited in place (temperature, truncation). Returns token ids `[R]`."""
+        greedy = None if metadata.all_random else self.greedy_sample(logits)  # [R]
+        if metadata.temperature is None:
+            return self.greedy_sample(logits) if greedy is None else greedy  # the former: a batch without rows
+        topk_topp.apply_temperature_(logits, metadata.temperature)
+        if metadata.min_p is not None:
+            topk_topp.apply_min_p_(logits, metadata.min_p)
+        topk_topp.apply_top_k_top_p_(logits, metadata.top_k, metadata.max_top_k, metadata.top_p)
+        drawn = topk_topp.random_sample(logits.softmax(dim=-1), metadata.seeds, metadata.output_indices)  # [R]
+        return drawn if greedy is None else torch.where(metadata.temperature < GREEDY_EPSILON, greedy, drawn)
+
+    @staticmethod
+    def greedy_sample(logits: torch.Tensor) -> torch.Tensor:
+        """The most likely token of each row of `logits [R, V]`; the lowest id among equals. Returns `[R]`."""
+        return logits.argmax(dim=-1)
+
+    @staticmethod
+    def compute_logprobs(logits: torch.Tensor) -> torch.Tensor:
+        """log softmax in float32. `[n, V]` to `[n, V]`."""
+        return logits.log_softmax(dim=-1, dtype=torch.float32)
+
+    @torch.inference_mode()
+    def gather_logprobs(
+        self, logprobs: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int | Sequence[int]
+    ) -> list[TokenLogprobs]:
+        """Step 11: the logprob and rank of one given token per row, and of the most likely tokens.
+
+        The rank of the given token is the number of entries >= its own, so the likeliest has rank 1 and ties push it
+        up. The most likely ones follow in order, lower ids first among equals; the given token may be among them.
+
+        E.g. logprobs [-2, -1, -3, -2], token 0, num_logprobs 2 -> token_ids [0, 1, 0], logprobs [-2, -1, -2], rank 3.
+
+        Args:
+            logprobs: `[n, V]`.
+            token_ids: `[n]`, integers.
+            num_logprobs: how many of the most likely tokens, for all rows or per row; at most V.
+        """
+        counts = [num_logprobs] * len(logprobs) if isinstance(num_logprobs, int) else list(num_logprobs)
+        assert len(logprobs) == len(token_ids) == len(counts)
+        gathered: list[TokenLogprobs] = []
+        for start in range(0, len(counts), _GATHER_ROWS):
+            rows = slice(start, start + _GATHER_ROWS)
+            gathered += _gather_rows(logprobs[rows], token_ids[rows], counts[rows])
+        return gathered
+
+    def _collect_logprobs(
+        self, raw: torch.Tensor, processed: torch.Tensor, sampled: torch.Tensor, metadata: SamplingMetadata
+    ) -> list[TokenLogprobs | None]:
+        """The logprobs of the rows that asked; nothing is computed for the others.
+
+        vLLM takes raw logprobs before step 2, because its sampler edits the logits; ours edits a copy, so the raw ones
+        are still there.
+        """
+        wanted = [i for i, k in enumerate(metadata.num_logprobs) if k is not None]
+        result: list[TokenLogprobs | None] = [None] * metadata.num_rows
+        if not wanted:
+            return result
+        values = (raw if self.logprobs_mode.startswith("raw") else processed)[wanted]  # [W, V]
+        values = self.compute_logprobs(values) if self.logprobs_mode.endswith("logprobs") else values.float()
+        counts = [k for k in metadata.num_logprobs if k is not None]
+        for i, one in zip(wanted, self.gather_logprobs(values, sampled[wanted], counts), strict=True):
+            result[i] = one
+        return result
+
+
+def _gather_rows(logprobs: torch.Tensor, token_ids: torch.Tensor, counts: list[int]) -> list[TokenLogprobs]:
+    """`gather_logprobs` for a few rows: the largest count is computed once, each row takes its share."""
+    given = token_ids.to(device=logprobs.device, dtype=torch.int64).unsqueeze(1)  # [n, 1]
+    given_logprobs = logprobs.gather(1, given)  # [n, 1]
+    ranks = (logprobs >= given_logprobs).sum(dim=-1)  # [n]
+    top_ids = _most_likely(logprobs, max(counts))  # [n, max_k]
+    ids = torch.cat([given, top_ids], dim=1).tolist()  # n x (1 + max_k)
+    values = torch.cat([given_logprobs, logprobs.gather(1, top_ids)], dim=1).tolist()
+    return [
+        TokenLogprobs(token_ids=i[: k + 1], logprobs=v[: k + 1], rank=r)
+        for i, v, r, k in zip(ids, values, ranks.tolist(), counts, strict=True)
+    ]
+
+
+def _most_likely(logprobs: torch.Tensor, k: int) -> torch.Tensor:
+    """The ids of the k largest entries of each row, descending, lower ids first among equals. `[n, V]` to `[n, k]`.
+
+    `topk` leaves open which of several equal entries it returns, and its choice changes with k. Equal logits are common
+    (bf16 has 8 bits of precision), and k is the largest that any row wants; so a row's list would depend on its batch
+    mates. Hence we rank unique int64 keys instead: the value in the upper 32 bits, the reversed token id in the lower.
+    """
+    vocab_size = logprobs.shape[-1]
+    bits = (logprobs.float() + 0.0).view(torch.int32)  # [n, V]; + 0.0 makes -0.0 and 0.0 the same
+    # IEEE floats order like their bits, except that negative ones are backwards: flip all of those but the sign.
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    reversed_ids = torch.arange(vocab_size - 1, -1, -1, device=logprobs.device)  # [V]
+    keys = (bits.to(torch.int64) << 32) + reversed_ids  # [n, V]
+    return vocab_size - 1 - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)

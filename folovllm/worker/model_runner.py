@@ -1,0 +1,198 @@
+"""ModelRunner: turns a SchedulerOutput into tensors, runs the model, samples, and answers with plain data.
+
+Milestone: M1. vLLM counterpart: vllm/v1/worker/gpu_model_runner.py.
+Left out: CUDA graphs, several KV groups, drafts, LoRA, multimodal inputs.
+
+The batch is flat: the new tokens of all requests one after another, without padding. The runner never asks whether a
+request is in prefill or decode; it only knows how many tokens are computed and how many are new.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from folovllm.attention.backend import AttentionBackend, AttentionMetadata
+from folovllm.config import EngineConfig
+from folovllm.core.kv_cache_utils import KVCacheConfig
+from folovllm.core.sched.output import NewRequestData, SchedulerOutput
+from folovllm.forward_context import set_forward_context
+from folovllm.model_executor.models.interface import CausalLM
+from folovllm.outputs import ModelRunnerOutput
+from folovllm.request import TokenLogprobs
+from folovllm.sample.metadata import SamplingMetadata
+from folovllm.sample.sampler import Sampler
+from folovllm.worker.input_batch import CachedRequestState, InputBatch
+
+# Rows of prompt logits computed at once: [256, 49152] in fp32 is 48 MiB.
+PROMPT_LOGPROBS_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class ForwardHandle:
+    """A step between `execute` and `sample`."""
+
+    scheduler_output: SchedulerOutput
+    query_start_loc: list[int]  # [num_reqs + 1]
+    hidden_states: torch.Tensor  # [num_tokens, hidden_size]
+
+
+class ModelRunner:
+    """Owns the model, the KV cache tensor and the batch."""
+
+    def __init__(
+        self, config: EngineConfig, model: CausalLM, backend: AttentionBackend, device: torch.device, sampler: Sampler
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.backend = backend
+        self.device = device
+        self.sampler = sampler
+        self.vocab_size = config.model_config.arch.vocab_size
+        self.requests: dict[str, CachedRequestState] = {}
+        self.batch = InputBatch(config.max_num_seqs, config.max_model_len, config.block_size)
+        # Fixed addresses for the inputs of every step (CUDA graphs will replay on them).
+        budget = config.max_num_batched_tokens
+        self.input_ids = torch.zeros(budget, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(budget, dtype=torch.int64, device=device)
+        self.slot_mapping = torch.zeros(budget, dtype=torch.int64, device=device)
+        self.kv_caches = torch.empty(0)
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
+        """One tensor for all layers, cut into a slice per layer: [num_layers, *backend.kv_cache_shape]."""
+        layers = self.model.attention_layers()
+        shape = (len(layers), *self.backend.kv_cache_shape(kv_cache_config.num_blocks))
+        self.kv_caches = torch.zeros(shape, dtype=self.backend.spec.dtype, device=self.device)
+        for layer, kv_cache in zip(layers, self.kv_caches, strict=True):
+            layer.bind(self.backend, kv_cache)
+
+    # ---- execute: state, inputs, forward pass
+
+    @torch.inference_mode()
+    def execute(self, scheduler_output: SchedulerOutput) -> ForwardHandle:
+        """Run the forward pass of a step; an empty step only updates state."""
+        self._update_states(scheduler_output)
+        if scheduler_output.block_copies:
+            self.backend.copy_blocks(self.kv_caches, scheduler_output.block_copies)
+        if scheduler_output.is_empty:
+            return ForwardHandle(scheduler_output, [0], torch.empty(0))
+        metadata, num_tokens = self._prepare_inputs(scheduler_output)
+        with set_forward_context(metadata):
+            hidden_states = self.model(self.input_ids[:num_tokens], self.positions[:num_tokens])
+        return ForwardHandle(scheduler_output, metadata.query_start_loc, hidden_states)
+
+    def _update_states(self, output: SchedulerOutput) -> None:
+        """Bring requests and batch up to date. Who is not scheduled leaves the batch but keeps its state."""
+        for request_id in output.finished_req_ids:
+            self.requests.pop(request_id, None)
+        for request_id in [r for r in self.batch.req_ids if r not in output.num_scheduled_tokens]:
+            self.batch.remove_request(request_id)
+        for new in output.scheduled_new_reqs:
+            self.batch.remove_request(new.request_id)  # an id may come back after an abort that freed it
+            self._add(self._new_state(new))
+        for cached in output.scheduled_cached_reqs:
+            request = self.requests[cached.request_id]
+            (new_block_ids,) = cached.new_block_ids
+            request.block_ids = new_block_ids if cached.resumed else request.block_ids + new_block_ids
+            request.num_computed_tokens = cached.num_computed_tokens
+            self._refresh(request, new_block_ids, cached.resumed)
+
+    @staticmethod
+    def _new_state(new: NewRequestData) -> CachedRequestState:
+        return CachedRequestState(new, list(new.block_ids[0]), new.num_computed_tokens)
+
+    def _add(self, request: CachedRequestState) -> None:
+        self.requests[request.data.request_id] = request
+        self.batch.add_request(request)
+
+    def _refresh(self, request: CachedRequestState, new_block_ids: list[int], resumed: bool) -> None:
+        row = self.batch.row_of.get(request.data.request_id)
+        if row is None:
+            self.batch.add_request(request)
+            return
+        self.batch.num_computed_tokens[row] = request.num_computed_tokens
+        update_row = self.batch.block_table.add_row if resumed else self.batch.block_table.append_row
+        update_row(new_block_ids, row)
+
+    def _prepare_inputs(self, output: SchedulerOutput) -> tuple[AttentionMetadata, int]:
+        """Fill the input buffers. E.g. rows with 2, 1 and 3 new tokens and 5, 9 and 0 computed ones:
+
+        rows      = [0, 0, 1, 2, 2, 2]
+        positions = [5, 6, 9, 0, 1, 2]
+        """
+        batch, num_reqs = self.batch, self.batch.num_reqs
+        assert num_reqs == len(output.num_scheduled_tokens)
+        num_scheduled = np.array([output.num_scheduled_tokens[r] for r in batch.req_ids])  # [num_reqs]
+        query_start_loc = np.concatenate(([0], np.cumsum(num_scheduled)))  # [num_reqs + 1]
+        num_tokens = int(query_start_loc[-1])
+        rows = np.repeat(np.arange(num_reqs), num_scheduled)  # [num_tokens]
+        computed = batch.num_computed_tokens[:num_reqs]  # [num_reqs]
+        positions = np.arange(num_tokens) - query_start_loc[rows] + computed[rows]  # [num_tokens]
+        self._fill(self.input_ids, batch.token_ids[rows, positions])
+        self._fill(self.positions, positions)
+        self._fill(self.slot_mapping, batch.block_table.slot_mapping(rows, positions))
+        metadata = AttentionMetadata(
+            query_start_loc=query_start_loc.tolist(),
+            seq_lens=(computed + num_scheduled).tolist(),
+            block_table=torch.from_numpy(batch.block_table.table[:num_reqs]).to(self.device),
+            slot_mapping=self.slot_mapping[:num_tokens],
+            block_size=batch.block_table.block_size,
+        )
+        self.backend.prepare(metadata)
+        return metadata, num_tokens
+
+    @staticmethod
+    def _fill(buffer: torch.Tensor, values: np.ndarray) -> None:
+        buffer[: len(values)].copy_(torch.from_numpy(values))
+
+    # ---- sample
+
+    @torch.inference_mode()
+    def sample(self, handle: ForwardHandle) -> ModelRunnerOutput:
+        """Sample for the requests whose known tokens are all computed; logits only where they are needed."""
+        output = handle.scheduler_output
+        sampled: dict[str, list[int]] = {request_id: [] for request_id in output.num_scheduled_tokens}
+        result = ModelRunnerOutput(sampled, prompt_logprobs=self._prompt_logprobs(handle))
+        sampling = [(i, r) for i, r in enumerate(self.batch.req_ids) if r in output.sampling_req_ids]
+        if not sampling:
+            return result
+        last_rows = [handle.query_start_loc[i + 1] - 1 for i, _ in sampling]
+        logits = self.model.compute_logits(handle.hidden_states[last_rows])  # [num_sampling, vocab_size]
+        sampling_rows = [self.requests[request_id].sampling_row() for _, request_id in sampling]
+        sampler_output = self.sampler(logits, SamplingMetadata.build(sampling_rows, self.vocab_size, self.device))
+        for (_, request_id), token_id, logprobs in zip(
+            sampling, sampler_output.sampled_token_ids, sampler_output.logprobs, strict=True
+        ):
+            sampled[request_id] = [token_id]
+            if logprobs is not None:
+                result.logprobs[request_id] = [logprobs]
+            self.requests[request_id].output_token_ids.append(token_id)
+            self.batch.append_token(request_id, token_id)
+        return result
+
+    def _prompt_logprobs(self, handle: ForwardHandle) -> dict[str, list[TokenLogprobs]]:
+        """Logprobs of the prompt tokens that this step's positions predict, for the requests that want them."""
+        result = {}
+        for i, request_id in enumerate(self.batch.req_ids):
+            request = self.requests[request_id]
+            num_logprobs = request.data.sampling_params.prompt_logprobs
+            if num_logprobs is None or request.output_token_ids:
+                continue
+            first = request.num_computed_tokens  # this position predicts the token after it
+            targets = request.data.prompt_token_ids[first + 1 : first + 1 + self._num_rows(handle, i)]
+            rows = handle.hidden_states[handle.query_start_loc[i] :][: len(targets)]  # [num_targets, hidden_size]
+            result[request_id] = self._logprobs_of(rows, targets, num_logprobs)
+        return result
+
+    @staticmethod
+    def _num_rows(handle: ForwardHandle, i: int) -> int:
+        return handle.query_start_loc[i + 1] - handle.query_start_loc[i]
+
+    def _logprobs_of(self, hidden_states: torch.Tensor, targets: list[int], num_logprobs: int) -> list[TokenLogprobs]:
+        result: list[TokenLogprobs] = []
+        for start in range(0, len(targets), PROMPT_LOGPROBS_CHUNK):
+            chunk = slice(start, start + PROMPT_LOGPROBS_CHUNK)
+            logprobs = self.model.compute_logits(hidden_states[chunk]).float().log_softmax(dim=-1)  # [n, vocab_size]
+            token_ids = torch.tensor(targets[chunk], device=self.device)  # [n]
+            result += self.sampler.gather_logprobs(logprobs, token_ids, num_logprobs)
+        return result

@@ -1,0 +1,60 @@
+"""Worker: one device, its model and its memory.
+
+Milestone: M1. vLLM counterpart: vllm/v1/worker/gpu_worker.py and cpu_worker.py. Left out: ranks, sleep mode.
+"""
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from folovllm.attention.backend import AttentionSpec
+from folovllm.attention.selector import get_attn_backend
+from folovllm.config import EngineConfig
+from folovllm.core.kv_cache_utils import CPU_KV_CACHE_CEILING, KVCacheConfig
+from folovllm.core.sched.output import SchedulerOutput
+from folovllm.model_executor.model_loader import load_model
+from folovllm.outputs import ModelRunnerOutput
+from folovllm.sample.sampler import Sampler
+from folovllm.worker.model_runner import ForwardHandle, ModelRunner
+
+# The rest of the free memory is for activations, the user's other programs and the file cache.
+CPU_FREE_MEMORY_SHARE = 0.5
+
+
+class Worker:
+    """Loads the model of a resolved config and runs steps on it."""
+
+    def __init__(self, config: EngineConfig, model_path: Path) -> None:
+        self.config = config
+        self.device = torch.device(config.device)
+        arch = config.model_config.arch
+        dtype: torch.dtype = getattr(torch, config.model_config.dtype)
+        model = load_model(model_path, arch, dtype, self.device)
+        spec = AttentionSpec(
+            num_heads=arch.num_attention_heads,
+            num_kv_heads=arch.num_key_value_heads,
+            head_size=arch.head_dim,
+            dtype=dtype,
+            device=self.device,
+            block_size=config.block_size,
+        )
+        backend = get_attn_backend(config.attention_config.attention_backend, spec)
+        self.model_runner = ModelRunner(config, model, backend, self.device, Sampler())
+
+    def available_kv_cache_bytes(self) -> int:
+        """What the KV cache may take: on a CPU half of the free memory, at most 4 GiB; on a GPU its utilisation share."""
+        if self.device.type == "cpu":
+            return min(int(psutil.virtual_memory().available * CPU_FREE_MEMORY_SHARE), CPU_KV_CACHE_CEILING)
+        free, total = torch.cuda.mem_get_info(self.device)
+        used = total - free
+        return int(total * self.config.cache_config.gpu_memory_utilization) - used
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
+        self.model_runner.initialize_kv_cache(kv_cache_config)
+
+    def execute(self, scheduler_output: SchedulerOutput) -> ForwardHandle:
+        return self.model_runner.execute(scheduler_output)
+
+    def sample(self, handle: ForwardHandle) -> ModelRunnerOutput:
+        return self.model_runner.sample(handle)

@@ -1,0 +1,129 @@
+"""The one-way import rule and the torch-free rows of the design."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.m0
+
+PACKAGE = Path(__file__).parents[2] / "folovllm"
+
+# A module imports from its own row or a smaller one. The longest matching prefix decides.
+ROWS = {
+    "folovllm": 5,
+    "folovllm.__main__": 5,
+    "folovllm.milestones": 0,
+    "folovllm.config": 0,
+    "folovllm.hf_config": 0,
+    "folovllm.sampling_params": 0,
+    "folovllm.request": 0,
+    "folovllm.outputs": 0,
+    "folovllm.slots": 0,
+    "folovllm.core": 1,
+    "folovllm.trace": 1,
+    "folovllm.executor": 1,
+    "folovllm.engine": 1,
+    "folovllm.forward_context": 2,
+    "folovllm.platforms": 2,
+    "folovllm.attention": 2,
+    "folovllm.sample": 2,
+    "folovllm.model_executor": 2,
+    "folovllm.quantize": 2,
+    "folovllm.csrc": 2,
+    "folovllm.worker": 3,
+    "folovllm.executor.uniproc": 3,
+    "folovllm.engine.llm_engine": 3,
+    "folovllm.engine.async_llm": 3,
+    "folovllm.engine.input_processor": 3,
+    "folovllm.engine.output_processor": 3,
+    "folovllm.engine.detokenizer": 3,
+    "folovllm.engine.tokenizer": 3,
+    "folovllm.engine.parallel_sampling": 3,
+    "folovllm.metrics": 3,
+    "folovllm.hub": 4,
+    "folovllm.entrypoints": 5,
+    "folovllm.learn": 5,
+}
+TORCH_FREE_ROWS = (0, 1)
+TORCH_FREE_TOO = ("folovllm.learn",)
+
+
+def module_name(path: Path) -> str:
+    parts = ["folovllm", *path.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def row_of(module: str) -> int:
+    while module not in ROWS:
+        module = module.rpartition(".")[0]
+        assert module, "a module outside every row"
+    return ROWS[module]
+
+
+def imports_of(path: Path) -> set[str]:
+    """FoloVLLM modules that a file imports, inside functions too, but for those under TYPE_CHECKING."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for node in ast.walk(block)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write it out"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in MODULES else node.module or "")
+    return {name for name in found if name.split(".")[0] == "folovllm"}
+
+
+def test_every_module_belongs_to_a_row_of_its_own_name():
+    unplaced = [m for m in MODULES if row_of(m) == ROWS["folovllm"] and not m.startswith("folovllm.entrypoints")]
+    assert set(unplaced) <= {"folovllm", "folovllm.__main__"} | {m for m in MODULES if m.startswith("folovllm.learn")}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module):
+    if module == "folovllm":
+        return  # its imports are lazy names
+    for imported in imports_of(MODULES[module]):
+        assert row_of(imported) <= row_of(module), f"{module} (row {row_of(module)}) imports {imported}"
+
+
+def test_imports_have_no_cycle():
+    graph = {module: imports_of(path) - {module} for module, path in MODULES.items() if module != "folovllm"}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join([*trail, module])
+        if module in graph and module not in done:
+            for imported in graph[module]:
+                visit(imported, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_rows_0_and_1_run_without_torch():
+    modules = [m for m in MODULES if row_of(m) in TORCH_FREE_ROWS or m.startswith(TORCH_FREE_TOO)]
+    assert "folovllm.core.sched.scheduler" in modules and "folovllm.executor.fake" in modules
+    script = "import sys; sys.modules['torch'] = None\n" + "\n".join(f"import {m}" for m in modules)
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_importing_the_package_is_cheap():
+    script = "import sys, folovllm; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
