@@ -114,7 +114,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         _check_type("attention_backend", self.attention_backend, str)
-        _check_type("linear_backend", self.linear_backend, str)
+        _check_choice("linear_backend", self.linear_backend, ("auto", "torch"))
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,17 @@ class EngineConfig:
     device: str = "auto"
     enforce_eager: bool = False  # CUDA graphs are a rung after M7; until then every step is eager
     disable_log_stats: bool = True
+    trace: str | None = None  # write one record per step to this file (folovllm.trace)
+    overrides: Mapping[str, str] | None = None  # slot -> "path.py:Class" (folovllm.slots)
 
     def __post_init__(self) -> None:
         _check_choice("device", self.device, DEVICES)
         _check_bool("enforce_eager", self.enforce_eager)
         _check_bool("disable_log_stats", self.disable_log_stats)
+        if self.trace is not None:
+            _check_type("trace", self.trace, str)
+        if self.overrides is not None:
+            _check_type("overrides", self.overrides, dict)
 
     @classmethod
     def from_args(cls, preset: str | None = None, without: Iterable[str] = (), **engine_args: Any) -> "EngineConfig":

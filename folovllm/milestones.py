@@ -34,7 +34,7 @@ LADDER: tuple[Rung, ...] = (
         "m1",
         "Basic inference",
         "engine, model, sampler, one request at a time",
-        on={"max_num_seqs": 1, "policy": "static"},
+        on={"max_num_seqs": 1, "policy": "static", "linear_backend": "auto"},
         built=True,
     ),
     Rung(
@@ -43,6 +43,7 @@ LADDER: tuple[Rung, ...] = (
         "requests join and leave at every step",
         on={"max_num_seqs": None, "policy": "continuous"},
         off={"max_num_seqs": None, "policy": "static"},
+        built=True,
     ),
     Rung(
         "m3",
@@ -50,6 +51,7 @@ LADDER: tuple[Rung, ...] = (
         "the cache in blocks of 16 tokens, found through block tables",
         on={"block_size": 16},
         off={"block_size": "max_model_len"},
+        built=True,
     ),
     Rung(
         "m4",

@@ -1,7 +1,7 @@
 """How long a step of the scheduler takes, without any model: the time the GPU (or CPU) stands idle between two steps.
 
-Milestone: M2. vLLM counterpart: none (it profiles the whole engine core). Measured with the fake executor, whose own time
-is not counted, so the numbers are the core's bookkeeping alone.
+Milestone: M2. vLLM counterpart: none (it profiles the whole engine core). Measured with the fake executor, whose own
+time is not counted, so the numbers are the core's bookkeeping alone.
 
 Two workloads: "decode", in which every running request gets one token per step and nobody comes or goes, and "churn",
 in which in every step one request finishes and another one takes its place.

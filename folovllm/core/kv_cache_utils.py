@@ -61,6 +61,9 @@ class FreeKVCacheBlockQueue:
         return block
 
     def popleft_n(self, n: int) -> list[KVCacheBlock]:
+        """Take n from the head, in order; ValueError, with nothing taken, if there are fewer."""
+        if n > self.num_free_blocks:
+            raise ValueError(f"No {n} free blocks available, only {self.num_free_blocks}")
         return [self.popleft() for _ in range(n)]
 
     def remove(self, block: KVCacheBlock) -> None:
@@ -176,7 +179,7 @@ def _check_one_request_fits(kv: KVCacheConfig, max_model_len: int) -> None:
     tokens = max(kv.num_usable_blocks, 0) * kv.block_size
     raise ValueError(
         f"the KV cache is too small: one request of max_model_len={max_model_len} needs {needed} blocks of "
-        f"{kv.block_size} tokens plus the null block ({(needed + 1) * kv.bytes_per_block / 2**20:.1f} MiB), but there are "
-        f"{max(kv.num_blocks, 0)} ({max(kv.num_blocks, 0) * kv.bytes_per_block / 2**20:.1f} MiB). Raise "
+        f"{kv.block_size} tokens plus the null block ({(needed + 1) * kv.bytes_per_block / 2**20:.1f} MiB), but there "
+        f"are {max(kv.num_blocks, 0)} ({max(kv.num_blocks, 0) * kv.bytes_per_block / 2**20:.1f} MiB). Raise "
         f"kv_cache_memory, num_kv_blocks or gpu_memory_utilization, or set max_model_len to at most {tokens}."
     )

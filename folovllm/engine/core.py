@@ -13,6 +13,7 @@ from folovllm.core.sched.scheduler import Scheduler
 from folovllm.executor.base import Executor
 from folovllm.outputs import EngineCoreOutput, EngineStats
 from folovllm.request import Request, RequestStatus
+from folovllm.slots import resolve
 
 
 class EngineCore:
@@ -23,7 +24,7 @@ class EngineCore:
         self.executor = executor
         self.kv_cache_config = make_kv_cache_config(config, executor.available_kv_cache_bytes())
         executor.initialize_kv_cache(self.kv_cache_config)
-        self.scheduler = Scheduler(config, self.kv_cache_config)
+        self.scheduler: Scheduler = resolve("core.scheduler", config.overrides)(config, self.kv_cache_config)
 
     def add_request(self, request: Request) -> None:
         self.scheduler.add_request(request)

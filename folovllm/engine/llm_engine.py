@@ -73,12 +73,17 @@ class LLMEngine:
             self._add(child, text, parent, index)
 
     def _add(self, request: Request, text: str | None, parent: ParentRequest | None = None, index: int = 0) -> None:
-        self.engine_core.add_request(request)  # refuses an id in use, before the output side knows of it
-        self.output_processor.add_request(request, text, parent, index)
+        self.output_processor.add_request(request, text, parent, index)  # refuses ids in use, all children's at once
+        self.engine_core.add_request(request)
 
     def step(self) -> list[RequestOutput]:
         """One step of the engine; outputs of the requests that have something new to say."""
-        core_outputs = self.engine_core.step()
+        try:
+            core_outputs = self.engine_core.step()
+        except BaseException:
+            # The core has ended the requests of the failed step; the output side must not wait for them.
+            self.output_processor.abort_requests([r for r in self.output_processor.states if not self._knows(r)])
+            raise
         processed = self.output_processor.process_outputs(core_outputs, time.monotonic())
         if processed.reqs_to_abort:  # a stop string ends a request that the core would go on with
             self.engine_core.abort_requests(processed.reqs_to_abort)
@@ -91,6 +96,9 @@ class LLMEngine:
 
     def has_unfinished_requests(self) -> bool:
         return self.engine_core.has_unfinished_requests()
+
+    def _knows(self, request_id: str) -> bool:
+        return request_id in self.engine_core.scheduler.requests
 
     def stats(self) -> EngineStats:
         return self.engine_core.stats()

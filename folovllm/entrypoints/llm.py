@@ -165,7 +165,9 @@ def _as_prompt_list(prompts: Any) -> list[Any]:
     ):
         return [prompts]
     if not isinstance(prompts, Sequence):
-        raise ValueError(f"prompts must be a string, token ids, a dict or a list of those, got {type(prompts).__name__}")
+        raise ValueError(
+            f"prompts must be a string, token ids, a dict or a list of those, got {type(prompts).__name__}"
+        )
     return list(prompts)
 
 
@@ -192,11 +194,11 @@ def _advance(bar: tqdm, output: RequestOutput, stats: EngineStats) -> None:
     if bar.disable:
         return
     new_in, new_out = len(output.prompt_token_ids), sum(len(c.token_ids) for c in output.outputs)
-    bar.folovllm_in = getattr(bar, "folovllm_in", 0) + new_in  # type: ignore[attr-defined]
-    bar.folovllm_out = getattr(bar, "folovllm_out", 0) + new_out  # type: ignore[attr-defined]
+    bar.folovllm_in = getattr(bar, "folovllm_in", 0) + new_in
+    bar.folovllm_out = getattr(bar, "folovllm_out", 0) + new_out
     elapsed = max(bar.format_dict["elapsed"], 1e-9)
     bar.set_postfix_str(
-        f"input {bar.folovllm_in / elapsed:.1f} tok/s, output {bar.folovllm_out / elapsed:.1f} tok/s, "  # type: ignore[attr-defined]
+        f"input {bar.folovllm_in / elapsed:.1f} tok/s, output {bar.folovllm_out / elapsed:.1f} tok/s, "
         f"KV {stats.kv_cache_usage:.0%}",
         refresh=False,
     )

@@ -12,6 +12,7 @@ import torch
 
 from folovllm.hf_config import ModelArchitecture
 from folovllm.model_executor.layers.linear import LinearBase, QuantizationConfig
+from folovllm.model_executor.layers.packed_linear import pack_linears
 from folovllm.model_executor.models.llama import LlamaForCausalLM
 from folovllm.model_executor.models.registry import get_model_class
 from folovllm.model_executor.weight_utils import WeightsError, iterate_weights, safetensors_files
@@ -23,15 +24,19 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     quant_config: QuantizationConfig | None = None,
+    linear_backend: str = "torch",
 ) -> LlamaForCausalLM:
-    """The model of `folder` with its weights, in `dtype` on `device`. WeightsError says what is wrong."""
+    """The model of `folder` with its weights, in `dtype` on `device`. WeightsError says what is wrong.
+
+    `linear_backend`: "torch" multiplies with the weights as they are; "auto" packs them first where that helps.
+    """
     files = safetensors_files(folder)  # before building: a wrong folder should fail at once
     model = _build(arch, dtype, device, quant_config)
     try:
         model.load_weights(iterate_weights(files))
     except WeightsError as error:
         raise WeightsError(f"{folder}: {error}") from None
-    return _finish(model)
+    return _finish(model, linear_backend)
 
 
 def random_model(
@@ -40,6 +45,7 @@ def random_model(
     device: torch.device,
     seed: int = 0,
     quant_config: QuantizationConfig | None = None,
+    linear_backend: str = "torch",
 ) -> LlamaForCausalLM:
     """A model of this shape with random weights, the same for the same seed: its speed is real, its text is not.
 
@@ -52,7 +58,7 @@ def random_model(
             param.data.fill_(1.0)
         else:
             param.data.normal_(0.0, param.shape[-1] ** -0.5, generator=generator)
-    return _finish(model)
+    return _finish(model, linear_backend)
 
 
 def _build(
@@ -62,10 +68,12 @@ def _build(
         return get_model_class(arch.architecture)(arch, quant_config)
 
 
-def _finish(model: LlamaForCausalLM) -> LlamaForCausalLM:
+def _finish(model: LlamaForCausalLM, linear_backend: str) -> LlamaForCausalLM:
     for module in model.modules():
         if isinstance(module, LinearBase):
             module.quant_method.process_weights_after_loading(module)
+    if linear_backend == "auto":
+        pack_linears(model)
     return model.eval().requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""generate_naive: no cache, no batch, no scheduler. It recomputes everything for each token and is the oracle of the rest.
+"""generate_naive: no cache, no batch, no scheduler. It recomputes everything for each token: the oracle of the rest.
 
 Milestone: M1, kept for good. vLLM counterpart: none (nanochat keeps such a path for the same reason).
 """

@@ -15,7 +15,7 @@ from folovllm.core.kv_cache_utils import CPU_KV_CACHE_CEILING, KVCacheConfig
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.model_executor.model_loader import load_model
 from folovllm.outputs import ModelRunnerOutput
-from folovllm.sample.sampler import Sampler
+from folovllm.slots import resolve
 from folovllm.worker.model_runner import ForwardHandle, ModelRunner
 
 # The rest of the free memory is for activations, the user's other programs and the file cache.
@@ -30,7 +30,9 @@ class Worker:
         self.device = torch.device(config.device)
         arch = config.model_config.arch
         dtype: torch.dtype = getattr(torch, config.model_config.dtype)
-        model = load_model(model_path, arch, dtype, self.device)
+        model = load_model(
+            model_path, arch, dtype, self.device, linear_backend=config.attention_config.linear_backend
+        )
         spec = AttentionSpec(
             num_heads=arch.num_attention_heads,
             num_kv_heads=arch.num_key_value_heads,
@@ -39,11 +41,11 @@ class Worker:
             device=self.device,
             block_size=config.block_size,
         )
-        backend = get_attn_backend(config.attention_config.attention_backend, spec)
-        self.model_runner = ModelRunner(config, model, backend, self.device, Sampler())
+        backend = get_attn_backend(config.attention_config.attention_backend, spec, config.overrides)
+        self.model_runner = ModelRunner(config, model, backend, self.device, resolve("sample.sampler", config.overrides)())
 
     def available_kv_cache_bytes(self) -> int:
-        """What the KV cache may take: on a CPU half of the free memory, at most 4 GiB; on a GPU its utilisation share."""
+        """What the KV cache may take: on a CPU half of the free memory, at most 4 GiB; on a GPU its share."""
         if self.device.type == "cpu":
             return min(int(psutil.virtual_memory().available * CPU_FREE_MEMORY_SHARE), CPU_KV_CACHE_CEILING)
         free, total = torch.cuda.mem_get_info(self.device)

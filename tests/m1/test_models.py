@@ -1,5 +1,6 @@
 """Our models against HuggingFace's, on tiny random ones of every architecture (milestone M1, issue 2 point 5.1)."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,23 @@ import torch
 from folovllm.attention.backend import AttentionMetadata, AttentionSpec
 from folovllm.attention.backends.torch_naive import TorchNaiveBackend
 from folovllm.forward_context import set_forward_context
-from folovllm.hf_config import load_hf_config
+from folovllm.hf_config import RopeConfig, load_hf_config
+from folovllm.model_executor.layers.activation import SiluAndMul
+from folovllm.model_executor.layers.layernorm import RMSNorm
+from folovllm.model_executor.layers.rotary_embedding import RotaryEmbedding, apply_rotary, inverse_frequencies
 from folovllm.model_executor.model_loader import load_model
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE
 
 pytestmark = pytest.mark.m1
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
 BLOCK_SIZE, BLOCKS_PER_REQ, MAX_REQS = 8, 20, 3
 
 
@@ -147,3 +158,76 @@ def test_parameter_count_is_the_configs(name: str, tiny_model_dir: Any) -> None:
     model = Bench(tiny_model_dir(name)).model
     assert sum(p.numel() for p in model.parameters()) == model.arch.num_parameters()
     assert not any(p.requires_grad for p in model.parameters()) and not model.training
+
+
+# --- Layers against HuggingFace's -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rmsnorm_equals_huggingface(dtype: torch.dtype) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    x, weight = torch.randn(33, 96, dtype=torch.float64) * 3, torch.rand(96, dtype=torch.float64) + 0.5
+    theirs, ours, exact = LlamaRMSNorm(96, 1e-5).to(dtype), RMSNorm(96, 1e-5).to(dtype), LlamaRMSNorm(96, 1e-5)
+    for norm in (theirs, ours, exact):
+        norm.weight.data.copy_(weight.to(dtype))
+    wanted = exact(x.to(dtype).float())
+    our_error, their_error = (norm(x.to(dtype)).float() - wanted for norm in (ours, theirs))
+    assert our_error.abs().mean() <= their_error.abs().mean() + 1e-7
+    assert our_error.abs().max() <= their_error.abs().max() + 1e-6
+
+
+def test_rmsnorm_adds_the_residual_first_and_in_place() -> None:
+    norm = RMSNorm(8, 1e-5)
+    norm.weight.data.fill_(2.0)
+    x, residual = torch.randn(3, 8), torch.randn(3, 8)
+    total = x + residual
+    out, returned = norm(x, residual)
+    assert returned is residual and torch.equal(residual, total) and torch.equal(out, norm(total))
+
+
+def test_silu_and_mul() -> None:
+    gate, up = torch.randn(5, 6), torch.randn(5, 6)
+    kept = torch.cat((gate, up), dim=1)
+    torch.testing.assert_close(SiluAndMul()(kept), gate * torch.sigmoid(gate) * up)
+    assert torch.equal(kept, torch.cat((gate, up), dim=1))  # the input stays as it was
+
+
+ROPES = [
+    RopeConfig(10000.0),
+    RopeConfig(10000.0, "linear", 4.0),
+    RopeConfig(5000.0, "llama3", 8.0, 1.0, 4.0, 64),
+    RopeConfig(500000.0, "llama3", 32.0, 1.0, 4.0, 8192),
+]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda r: f"{r.rope_type}-{r.factor:g}")
+def test_rotary_equals_huggingface(rope: RopeConfig) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    parameters = {"rope_theta": rope.theta, "rope_type": rope.rope_type, "factor": rope.factor}
+    if rope.rope_type == "llama3":
+        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+        parameters |= {"original_max_position_embeddings": rope.original_max_position_embeddings}
+    config = LlamaConfig(head_dim=32, max_position_embeddings=2048, rope_parameters=parameters)
+    positions = torch.tensor([0, 1, 5, 63, 64, 500, 2047])
+    q, k = torch.randn(7, 6, 32), torch.randn(7, 2, 32)
+    cos, sin = LlamaRotaryEmbedding(config)(q, positions[None])
+    wanted_q, wanted_k = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
+    rows = RotaryEmbedding(32, 2048, rope).rows(positions, torch.float32)
+    torch.testing.assert_close(apply_rotary(q, *rows), wanted_q[0].transpose(0, 1), atol=2e-6, rtol=0)
+    torch.testing.assert_close(apply_rotary(k, *rows), wanted_k[0].transpose(0, 1), atol=2e-6, rtol=0)
+
+
+def test_llama3_scaling_bends_only_slow_pairs() -> None:
+    plain = inverse_frequencies(32, RopeConfig(5000.0))
+    ratio = inverse_frequencies(32, ROPES[2]) / plain
+    assert ratio[0] == 1.0 and ratio[-1].item() == pytest.approx(1 / 8)
+    assert ((ratio > 1 / 8) & (ratio < 1)).any(), "no pair is in the interpolated band: the case proves too little"
+
+
+def test_rotary_table_is_computed_in_fp32_even_for_bf16() -> None:
+    cos, _ = RotaryEmbedding(8, 4096, RopeConfig(10000.0)).rows(torch.tensor([4001]), torch.bfloat16)
+    assert cos.dtype == torch.bfloat16
+    assert cos[0, 0, 0].item() == pytest.approx(math.cos(4001.0), abs=4e-3)

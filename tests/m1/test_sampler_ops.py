@@ -238,7 +238,9 @@ class Untouchable(list):
         raise AssertionError("the prompt was walked")
 
 
-def a_row(output: list[int] | None = None, prompt: list[int] | None = None, seed: int = 0, **params: Any) -> SamplingRow:
+def a_row(
+    output: list[int] | None = None, prompt: list[int] | None = None, seed: int = 0, **params: Any
+) -> SamplingRow:
     return SamplingRow(SamplingParams(**params), prompt or [], output or [], 9, seed, [])
 
 
@@ -253,12 +255,15 @@ def test_a_plain_greedy_batch_builds_no_tensor() -> None:
 
 
 def test_features_that_nobody_uses_are_none_and_prompts_are_not_walked() -> None:
-    rows = [a_row([1, 2], Untouchable([1]), seed=5, temperature=0.5), a_row(temperature=0.0, top_k=3, top_p=0.1)]
+    rows = [
+        a_row([1, 2], Untouchable([1]), seed=5, temperature=0.5),
+        a_row(temperature=0.0, top_k=3, top_p=0.1, min_p=0.5),
+    ]
     metadata = SamplingMetadata.build(rows, 10, "cpu")
     assert not metadata.all_greedy and not metadata.all_random
     assert metadata.temperature is not None and metadata.temperature.tolist() == [0.5, 0.0]
     assert metadata.seeds == [5, 0] and metadata.output_indices == [2, 0]
-    # The greedy row's own top_k and top_p do nothing.
+    # The greedy row's own top_k, top_p and min_p do nothing.
     assert metadata.top_k is None and metadata.top_p is None and metadata.min_p is None and metadata.max_top_k == 0
 
 

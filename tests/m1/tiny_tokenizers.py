@@ -1,4 +1,4 @@
-"""Two tiny tokenizers made on the spot: the byte-level kind (SmolLM2, Llama 3, Qwen) and the byte-fallback kind (Mistral)."""
+"""Two tiny tokenizers made on the spot: byte-level (as in SmolLM2, Llama 3, Qwen) and byte-fallback (Mistral)."""
 
 from functools import lru_cache
 
@@ -33,7 +33,7 @@ def byte_level() -> Tokenizer:
 
 @lru_cache
 def byte_fallback() -> Tokenizer:
-    """Llama 2's scheme: "▁" for a space, `<0xE4>` pieces for what has no token, the first space stripped on decoding."""
+    """Llama 2's scheme: "▁" is a space, `<0xE4>` pieces for what has no token, decoding strips the first space."""
     words = ["▁", *"abcdefghijklmnopqrstuvwxyz.,!", "th", "the", "▁the", "你"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     backend = tokenizers.Tokenizer(

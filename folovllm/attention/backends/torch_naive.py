@@ -31,43 +31,44 @@ class TorchNaiveBackend(AttentionBackend):
     def write(
         self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
     ) -> None:
-        k_slots, v_slots = self._by_slot(kv_cache)
-        k_slots.index_copy_(0, metadata.slot_mapping, key)
-        v_slots.index_copy_(0, metadata.slot_mapping, value)
+        by_slot = self._by_slot(kv_cache)
+        by_slot[0].index_copy_(0, metadata.slot_mapping, key)
+        by_slot[1].index_copy_(0, metadata.slot_mapping, value)
 
     def copy_blocks(self, kv_caches: torch.Tensor, copies: list[tuple[int, int]]) -> None:
         for source, destination in copies:
             kv_caches[:, :, destination].copy_(kv_caches[:, :, source])
 
     def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-        k_slots, v_slots = self._by_slot(kv_cache)
+        by_slot = self._by_slot(kv_cache)
         output = torch.empty_like(query)  # [num_tokens, num_heads, head_size]
         start = metadata.query_start_loc
         for i, (slots, mask) in enumerate(metadata.prepared):
             rows = slice(start[i], start[i + 1])
             # Only the slots of this sequence are read, never whole pages: what lies behind its end is another's.
-            output[rows] = self._attend(query[rows], k_slots[slots], v_slots[slots], mask)
+            key, value = by_slot.index_select(1, slots).float()  # each [seq_len, num_kv_heads, head_size]
+            output[rows] = self._attend(query[rows], key, value, mask)
         return output
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """query [q_len, num_heads, head_size], key and value [seq_len, num_kv_heads, head_size]; all sums in fp32."""
-        q_len, group = query.shape[0], self.spec.num_queries_per_kv
-        q = query.float().view(q_len, self.spec.num_kv_heads, group, self.spec.head_size)
-        q = q.permute(1, 2, 0, 3)  # [num_kv_heads, group, q_len, head_size]
-        k = key.float().permute(1, 2, 0).unsqueeze(1)  # [num_kv_heads, 1, head_size, seq_len]
-        v = value.float().permute(1, 0, 2).unsqueeze(1)  # [num_kv_heads, 1, seq_len, head_size]
-        scores = (q @ k) * self.spec.scale  # [num_kv_heads, group, q_len, seq_len]
+        """query [q_len, num_heads, head_size], fp32 key and value [seq_len, num_kv_heads, head_size]; sums in fp32."""
+        q_len, num_kv_heads, head_size = query.shape[0], self.spec.num_kv_heads, self.spec.head_size
+        group = self.spec.num_queries_per_kv
+        q = (query.float() * self.spec.scale).view(q_len, num_kv_heads, group, head_size)
+        # All queries that share a KV head are rows of one matrix: one product per KV head, and K is never repeated.
+        q = q.permute(1, 2, 0, 3).reshape(num_kv_heads, group * q_len, head_size)
+        scores = torch.bmm(q, key.permute(1, 2, 0))  # [num_kv_heads, group * q_len, seq_len]
         if mask is not None:
-            scores = scores.masked_fill(mask, float("-inf"))
-        out = scores.softmax(dim=-1) @ v  # [num_kv_heads, group, q_len, head_size]
-        return out.permute(2, 0, 1, 3).reshape(query.shape).to(query.dtype)
+            scores.view(num_kv_heads, group, q_len, -1).masked_fill_(mask, float("-inf"))
+        out = torch.bmm(scores.softmax(dim=-1), value.transpose(0, 1))  # [num_kv_heads, group * q_len, head_size]
+        out = out.view(num_kv_heads, group, q_len, head_size).permute(2, 0, 1, 3)
+        return out.reshape(query.shape).to(query.dtype)
 
-    def _by_slot(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V as [num_slots, num_kv_heads, head_size]: a view, pages laid end to end."""
-        flat = kv_cache.view(2, -1, self.spec.num_kv_heads, self.spec.head_size)
-        return flat[0], flat[1]
+    def _by_slot(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """[2, num_slots, num_kv_heads, head_size]: a view, the pages of K and of V laid end to end."""
+        return kv_cache.view(2, -1, self.spec.num_kv_heads, self.spec.head_size)
 
 
 def sequence_slots(block_ids: torch.Tensor, seq_len: int, block_size: int) -> torch.Tensor:

@@ -97,8 +97,3 @@ class PriorityRequestQueue(RequestQueue):
 
     def __iter__(self) -> Iterator[Request]:
         return iter(sorted(self._heap))
-
-
-def create_request_queue(scheduling_policy: str) -> RequestQueue:
-    """The queue for `scheduling_policy`, "fcfs" or "priority"."""
-    return PriorityRequestQueue() if scheduling_policy == "priority" else FCFSRequestQueue()

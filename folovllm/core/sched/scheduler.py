@@ -16,9 +16,10 @@ from folovllm.core.block_pool import BlockPool
 from folovllm.core.kv_cache_manager import KVCacheManager
 from folovllm.core.kv_cache_utils import KVCacheBlock, KVCacheConfig
 from folovllm.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
-from folovllm.core.sched.request_queue import create_request_queue
+from folovllm.core.sched.request_queue import RequestQueue
 from folovllm.outputs import EngineCoreOutput, EngineStats, ModelRunnerOutput
 from folovllm.request import Request, RequestStatus, check_stop
+from folovllm.slots import resolve
 
 
 @dataclass
@@ -60,10 +61,13 @@ class Scheduler:
         self.policy = scheduler_config.policy
         self.scheduling_policy = scheduler_config.scheduling_policy
 
-        pool = BlockPool(kv_cache_config.num_blocks, free_uncached_first=config.cache_config.free_uncached_first)
-        self.kv_cache_manager = KVCacheManager(kv_cache_config.block_size, self.max_model_len, pool)
+        make_pool, make_manager = (resolve(f"core.{part}", config.overrides) for part in ("block_pool", "kv_cache_manager"))
+        pool: BlockPool = make_pool(
+            kv_cache_config.num_blocks, free_uncached_first=config.cache_config.free_uncached_first
+        )
+        self.kv_cache_manager: KVCacheManager = make_manager(kv_cache_config.block_size, self.max_model_len, pool)
         self.requests: dict[str, Request] = {}
-        self.waiting = create_request_queue(self.scheduling_policy)
+        self.waiting: RequestQueue = resolve(f"core.request_queue.{self.scheduling_policy}", config.overrides)()
         self.running: list[Request] = []
         self.finished_req_ids: set[str] = set()  # since the last step: the worker has not heard of them yet
 
@@ -79,18 +83,21 @@ class Scheduler:
         """A new request waits. Its id must be unused."""
         if request.request_id in self.requests:
             raise ValueError(f"request id {request.request_id!r} is already in use; give every request its own id")
+        # It would wait forever: the input processor refuses such prompts.
+        assert request.num_prompt_tokens < self.max_model_len, f"{request}: no room for a token to generate"
         self.requests[request.request_id] = request
         self.waiting.add_request(request)
 
     def finish_requests(self, request_ids: Iterable[str], status: RequestStatus) -> list[Request]:
         """End requests from outside, wherever they are (an abort, a stop string); unknown ids are ignored."""
         assert RequestStatus.is_finished(status)
-        finished = [self.requests[request_id] for request_id in set(request_ids) if request_id in self.requests]
-        if not finished:
-            return []
+        unique_ids = dict.fromkeys(request_ids)  # not a set: blocks are freed in this order, the same in every run
+        finished = [self.requests[request_id] for request_id in unique_ids if request_id in self.requests]
         gone = {id(request) for request in finished}
         self.running = [request for request in self.running if id(request) not in gone]
-        self.waiting.remove_requests(r for r in finished if r.status != RequestStatus.RUNNING)
+        queued = [request for request in finished if request.status != RequestStatus.RUNNING]
+        if queued:  # searching a long queue costs more than the whole step
+            self.waiting.remove_requests(queued)
         for request in finished:
             request.set_status(status)
             self._free(request)
@@ -274,8 +281,8 @@ class Scheduler:
         outputs = []
         for request_id in scheduler_output.num_scheduled_tokens:
             request = self.requests.get(request_id)
-            if request is None:
-                continue  # aborted while the step ran
+            if request is None or request.status == RequestStatus.WAITING:
+                continue  # aborted while the step ran; perhaps a new request has taken the id since
             request.prompt_logprobs += runner_output.prompt_logprobs.get(request_id, [])
             sampled = runner_output.sampled_token_ids.get(request_id, [])
             if sampled:  # a request in mid-prefill emits nothing, ever

@@ -71,7 +71,8 @@ def _llama3_frequencies(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Te
     Turns within the original context:  0 ---- low_freq_factor ---- high_freq_factor ----> many
     frequency:                           / factor        interpolated            unchanged
     """
-    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)  # [head_size / 2]
+    # Order of operations as in transformers: at position 2,047 another rounding already turns by 1e-4 radians more.
+    turns = rope.original_max_position_embeddings / (2 * math.pi / frequencies)  # [head_size / 2]
     keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     keep = keep.clamp(0.0, 1.0)
-    return frequencies * keep + frequencies / rope.factor * (1.0 - keep)
+    return (1.0 - keep) * frequencies / rope.factor + keep * frequencies

@@ -68,9 +68,9 @@ def banned_by_bad_words(bad_words: Iterable[Sequence[int]], output_token_ids: Se
         if not word:
             continue
         prefix = list(word[:-1])
-        # A single-token word has an empty prefix, and output[-0:] would be the whole list, hence `start`.
+        # Counted from the front: a single-token word has an empty prefix, and output[-0:] would be the whole list.
         start = len(output_token_ids) - len(prefix)
-        if start >= 0 and list(output_token_ids[start:]) == prefix:
+        if list(output_token_ids[start:]) == prefix:  # an output shorter than the prefix is never equal to it
             banned.append(word[-1])
     return banned
 

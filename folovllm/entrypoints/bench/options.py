@@ -1,0 +1,179 @@
+"""The benchmark's command line, checked before anything runs.
+
+Milestone: M1. vLLM counterpart: vllm/benchmarks/*.py add_cli_args. No torch.
+"""
+
+import argparse
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from folovllm.config import DEFAULT_MODEL, DEVICES, DTYPE_BYTES
+from folovllm.core.kv_cache_utils import GIB
+from folovllm.entrypoints.bench.task import BASELINE, default_arms, split_arm
+from folovllm.entrypoints.bench.workloads import WORKLOADS
+
+DEFAULT_MAX_MODEL_LEN = 2048
+DEFAULT_FIT_PAGES = 2
+DEFAULT_SWEEP = "1,2,4,8,16,32"
+UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+DESCRIPTION = """\
+Measure milestones of FoloVLLM and HuggingFace generate on the same requests, in one run: throughput, latency, KV cache,
+memory, and whether the tokens are equal. Prints tables; writes JSON and PNG files to --output.
+
+Machines are noisy: every arm runs in a fresh process, once per repeat, the arms in turn; medians are shown. Compare
+within one run, and quote ratios."""
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What was asked for. `arms` are presets, perhaps with rungs left out ("m3-m2"); `baseline` is "hf" or None."""
+
+    model: str
+    arms: tuple[str, ...]
+    baseline: str | None
+    device: str
+    dtype: str
+    workload: str
+    num_requests: int | None
+    repeats: int
+    threads: int
+    max_model_len: int
+    kv_cache_memory: int  # bytes
+    batch_sizes: tuple[int, ...]
+    fit_pages: int | None
+    output: Path
+    timeout: float
+    bandwidth_bytes: int
+
+    @property
+    def all_arms(self) -> list[str]:
+        """Baseline first: it is the reference of ratios and tokens."""
+        return [*([self.baseline] if self.baseline else []), *self.arms]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="compare_perf.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    workloads = "; ".join(f"{name}: {recipe.about}" for name, recipe in WORKLOADS.items())
+    add("--model", default=DEFAULT_MODEL, help="alias, HuggingFace folder or id (default: %(default)s)")
+    add(
+        "--milestones",
+        type=names,
+        metavar="m1,m2,...",
+        help='presets to measure, "m3-m2" leaves m2 out (default: all built)',
+    )
+    add("--baseline", choices=[BASELINE, "none"], default=BASELINE, help="HuggingFace generate, or none")
+    add("--device", choices=DEVICES, default="auto", help="default: cuda where there is one")
+    add("--dtype", choices=list(DTYPE_BYTES), default="bfloat16", help="default: %(default)s")
+    add("--workload", choices=list(WORKLOADS), default="A", help=workloads)
+    add("--num-requests", type=positive, metavar="N", help="only the first N requests (or more than the default)")
+    add("--repeats", type=positive, default=3, metavar="N", help="fresh processes per arm (default: %(default)s)")
+    add("--threads", type=positive, default=usable_cores(), metavar="N", help="CPU threads (default: %(default)s)")
+    add("--max-model-len", type=positive, default=DEFAULT_MAX_MODEL_LEN, metavar="N", help="default: %(default)s")
+    add("--kv-cache-memory", type=byte_size, default=GIB, metavar="SIZE", help="the same for all arms (default: 1GiB)")
+    add("--batch-sizes", type=numbers, nargs="?", const=DEFAULT_SWEEP, default=(), metavar="1,2,...",
+        help=f"also throughput against the number of requests sent at once (alone: {DEFAULT_SWEEP})")  # fmt: skip
+    add("--fit", type=positive, nargs="?", const=DEFAULT_FIT_PAGES, metavar="PAGES",
+        help="also how many requests run at the same time in KV bytes that hold PAGES requests of full length "
+        f"(alone: {DEFAULT_FIT_PAGES})")  # fmt: skip
+    add("--output", type=Path, default=Path("bench_results"), metavar="DIR", help="default: %(default)s")
+    add(
+        "--timeout",
+        type=positive,
+        default=3600,
+        metavar="S",
+        help="seconds one process may take (default: %(default)s)",
+    )
+    add("--bandwidth-memory", type=byte_size, default=GIB, metavar="SIZE", help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_options(argv: list[str]) -> BenchOptions:
+    """Options from arguments; a mistake ends the program with a message (exit status 2), as argparse does."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        return _checked(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _checked(args: argparse.Namespace) -> BenchOptions:
+    arms = args.milestones or default_arms()
+    for arm in arms:
+        if arm == BASELINE:
+            raise ValueError("--milestones: 'hf' is the baseline, not a milestone; use --baseline hf")
+        split_arm(arm)
+    _refuse_duplicates("--milestones", arms)
+    _refuse_duplicates("--batch-sizes", args.batch_sizes)
+    modes = WORKLOADS[args.workload].modes
+    if (args.batch_sizes or args.fit) and "batch" not in modes:
+        raise ValueError(f"--batch-sizes and --fit send requests at once, workload {args.workload!r} never does; use A")
+    count = args.num_requests or WORKLOADS[args.workload].default_count
+    if args.batch_sizes and max(args.batch_sizes) > count:
+        raise ValueError(
+            f"--batch-sizes {max(args.batch_sizes)}: the workload has {count} requests; add --num-requests"
+        )
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output {args.output} is a file; give a folder")
+    return BenchOptions(
+        model=args.model,
+        arms=tuple(arms),
+        baseline=None if args.baseline == "none" else args.baseline,
+        device=args.device,
+        dtype=args.dtype,
+        workload=args.workload,
+        num_requests=args.num_requests,
+        repeats=args.repeats,
+        threads=args.threads,
+        max_model_len=args.max_model_len,
+        kv_cache_memory=args.kv_cache_memory,
+        batch_sizes=tuple(sorted(args.batch_sizes)),
+        fit_pages=args.fit,
+        output=args.output,
+        timeout=float(args.timeout),
+        bandwidth_bytes=args.bandwidth_memory,
+    )
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def names(text: str) -> list[str]:
+    """ "m1, m2" -> ["m1", "m2"]."""
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError("expected names with commas between them, e.g. m1,m2")
+    return found
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """ "1,2,4" -> (1, 2, 4)."""
+    return tuple(positive(part.strip()) for part in text.split(","))
+
+
+def byte_size(text: str) -> int:
+    """ "512MiB" -> 536870912; a bare number is bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(|KiB|MiB|GiB)", text.strip())
+    size = int(float(match[1]) * UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"expected bytes like 1GiB, 512MiB or 1073741824, got {text!r}")
+    return size
+
+
+def _refuse_duplicates(option: str, values: list[str] | tuple[int, ...]) -> None:
+    if len(set(values)) != len(values):
+        raise ValueError(f"{option} names something twice: {', '.join(map(str, values))}")

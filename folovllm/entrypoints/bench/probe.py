@@ -1,0 +1,39 @@
+"""How fast this machine reads memory: the floor under every decode step.
+
+Milestone: M1. vLLM counterpart: none. Measured in the same run as the arms, with as many threads.
+"""
+
+import time
+from typing import Any
+
+import torch
+
+NUM_READS = 7
+HOW = "best of {n} sums over one float32 tensor of {size:.2f} GiB with {threads} threads"
+
+
+def measure_bandwidth(device: str, num_bytes: int) -> dict[str, Any]:
+    """Bytes per second of summing a tensor far larger than the caches: each element is read once, nothing is written.
+
+    The best of several, since whatever disturbs a read makes it slower and never faster.
+    """
+    data = torch.ones(max(num_bytes // 4, 1), dtype=torch.float32, device=device)  # [num_elements]
+    seconds = [_time_one_read(data) for _ in range(NUM_READS)]
+    num_read = data.numel() * data.element_size()
+    how = HOW.format(n=NUM_READS, size=num_read / 2**30, threads=torch.get_num_threads())
+    return {"bytes_per_second": num_read / min(seconds), "how": how}
+
+
+def _time_one_read(data: torch.Tensor) -> float:
+    start = time.perf_counter()
+    data.sum().item()  # item() also waits for a GPU
+    return time.perf_counter() - start
+
+
+def describe_device(device: str) -> dict[str, Any]:
+    """What torch knows of the processor: name and memory of the GPU, or the CPU's vector instructions."""
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        return {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    flags = torch.cpu.get_capabilities()
+    return {"cpu_capabilities": sorted(name for name, value in flags.items() if value is True)}

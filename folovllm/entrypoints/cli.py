@@ -1,0 +1,98 @@
+"""`folovllm`: the command line. Also `python -m folovllm`.
+
+Milestone: M1. vLLM counterpart: vllm/entrypoints/cli. Left out: shell completion; `serve` and others join with their
+milestones: a command is one function in `commands/`, and one line at the end of this file.
+"""
+
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from folovllm import __version__
+from folovllm.entrypoints.commands.bench import bench
+from folovllm.entrypoints.commands.chat import chat
+from folovllm.entrypoints.commands.demo import demo
+from folovllm.entrypoints.commands.generate import generate
+from folovllm.entrypoints.commands.info import info
+from folovllm.entrypoints.commands.options import DebugOption
+from folovllm.entrypoints.commands.pull import pull
+
+EXIT_USER_ERROR = 2  # what typer itself uses for a wrong option
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class FriendlyGroup(TyperGroup):
+    """All commands together. What a user can mend ends as one line on stderr, not as a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo(err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except ValueError as error:  # FoloVLLM's own are ValueErrors that name the fix
+            if ctx.find_root().meta.get("folovllm.debug"):
+                traceback.print_exc()
+            typer.secho(f"error: {error}", fg="red", err=True)
+            raise typer.Exit(EXIT_USER_ERROR) from None
+
+
+app = typer.Typer(
+    cls=FriendlyGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"folovllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def folovllm(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="And exit.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """FoloVLLM: vLLM rebuilt so that people can learn it, and a real engine while they do.
+
+    [bold]Examples[/bold]
+
+    \b
+      folovllm demo                               compare with HuggingFace
+      folovllm generate "The capital of France is"
+      folovllm generate --json "One, two," "A, b," > answers.jsonl
+      folovllm chat                               talk to the model
+      folovllm chat -m ./my-model --preset m1     as of milestone M1
+      folovllm info smollm2-135m                  its shape, its KV cache
+
+    The default model is pulled once (93 MB). Every command explains itself: folovllm generate --help
+    """
+
+
+app.command()(generate)
+app.command()(chat)
+app.command()(demo)
+app.command()(pull)
+app.command()(info)
+# Everything after `bench` belongs to the benchmark, its --help included.
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+app.command(context_settings=_PASS_ON, add_help_option=False)(bench)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(app())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""`folovllm generate`: complete one prompt as it is generated, or several together.
+
+Milestone: M1. vLLM counterpart: vllm/entrypoints/cli/openai.py (`vllm complete`, against a server). Here the engine
+runs in the command itself.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from folovllm.entrypoints.commands.options import DebugOption, EngineOptions, SamplingOptions, with_options
+from folovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from folovllm.entrypoints.llm import LLM
+    from folovllm.outputs import LogprobsOnePosition, RequestOutput
+
+DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 128}
+
+
+@with_options
+def generate(
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Texts to complete; - reads one from stdin.", show_default=False)
+    ] = None,
+    prompts_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="One prompt per line; - is stdin.", show_default=False)
+    ] = None,
+    json_lines: Annotated[bool, typer.Option("--json", help="One JSON object per prompt and line.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Complete prompts. One is printed as it is generated; several run together.
+
+    \b
+      folovllm generate "The capital of France is"
+      folovllm generate "One, two," "Red, green," --max-tokens 20
+      echo "Once upon a time" | folovllm generate - --temperature 0.8
+      folovllm generate --prompts-file prompts.txt --json > answers.jsonl
+    """
+    texts = read_prompts(prompts or [], prompts_file)
+    params = sampling.sampling_params(**DEFAULTS)
+    llm = engine.load()
+    if len(texts) == 1 and not json_lines:
+        _stream(llm, texts[0], params)
+        return
+    for number, output in enumerate(llm.generate(texts, params, use_tqdm=sys.stderr.isatty()), start=1):
+        typer.echo(to_json(output) if json_lines else _with_heading(output, f"[{number}/{len(texts)}]"))
+
+
+def read_prompts(prompts: list[str], prompts_file: str | None) -> list[str]:
+    """The prompts of the command line, then those of the file; ValueError if there is none."""
+    if [*prompts, prompts_file].count("-") > 1:
+        raise ValueError("stdin ('-') can be read only once")
+    texts = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in prompts]
+    if prompts_file is not None:
+        content = sys.stdin.read() if prompts_file == "-" else _read_file(prompts_file)
+        texts += [line for line in content.splitlines() if line.strip()]
+    if not texts:
+        raise ValueError("no prompt: give one or more texts, - for stdin, or --prompts-file FILE")
+    return texts
+
+
+def _read_file(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts-file {name}: {error}; give a text file with one prompt per line") from None
+
+
+def to_json(output: "RequestOutput") -> str:
+    """All fields of a RequestOutput on one line. What JSON cannot hold (-inf of a masked token) becomes null."""
+    return json.dumps(_finite(dataclasses.asdict(output)), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _stream(llm: "LLM", prompt: str, params: SamplingParams) -> None:
+    logprobs: list[LogprobsOnePosition] = []
+    for output in llm.stream(prompt, params):
+        completion = output.outputs[0]
+        typer.echo(completion.text, nl=False)  # flushes, so it shows at once
+        logprobs += completion.logprobs or []
+    typer.echo()
+    typer.echo(_logprobs_text(logprobs), nl=False)
+
+
+def _with_heading(output: "RequestOutput", number: str) -> str:
+    completion = output.outputs[0]
+    heading = typer.style(f"{number} {output.prompt}", bold=True)
+    return f"{heading}\n{completion.text}\n{_logprobs_text(completion.logprobs or [])}"
+
+
+def _logprobs_text(logprobs: "list[LogprobsOnePosition]") -> str:
+    """A line per token: the one that was taken, then the likeliest. E.g. "' Paris' -0.41 | ' a' -2.30"."""
+    return "".join(
+        " | ".join(f"{entry.decoded_token!r} {entry.logprob:.2f}" for entry in position.values()) + "\n"
+        for position in logprobs
+    )

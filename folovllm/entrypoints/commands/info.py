@@ -1,0 +1,121 @@
+"""`folovllm info`: what this installation is, and what a model is (milestone M0).
+
+vLLM counterpart: vllm/collect_env.py. Left out: everything but what decides how FoloVLLM runs.
+"""
+
+import dataclasses
+import json
+import platform
+from typing import Annotated, Any
+
+import typer
+
+from folovllm import __version__, milestones
+from folovllm.config import DTYPE_BYTES
+from folovllm.entrypoints.commands.options import DebugOption, DownloadDirOption
+
+
+def info(
+    model: Annotated[str | None, typer.Argument(help="A model that is here: alias, folder, id.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+    download_dir: DownloadDirOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Show version, hardware, models and milestones; with MODEL, its shape and what its KV cache costs.
+
+    \b
+      folovllm info
+      folovllm info smollm2-135m
+      folovllm info ./my-model --json
+    """
+    facts = system_facts(download_dir) if model is None else model_facts(model, download_dir)
+    typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(_as_lines(facts)))
+
+
+def system_facts(download_dir: str | None = None) -> dict[str, Any]:
+    """Versions, device, memory, aliases and the ladder, as plain data."""
+    import psutil
+    import torch
+
+    from folovllm.platforms import has_native_bf16, resolve_device
+
+    device, memory = resolve_device("auto"), psutil.virtual_memory()
+    return {
+        "folovllm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device": device,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_features": sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True),
+        "native_bfloat16": has_native_bf16(device),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": memory.total,
+        "memory_available_bytes": memory.available,
+        "models": _alias_facts(download_dir),
+        "milestones": [_rung_facts(rung) for rung in milestones.LADDER],
+        "top_milestone": milestones.top_rung().id,
+    }
+
+
+def _alias_facts(download_dir: str | None) -> list[dict[str, Any]]:
+    from folovllm.hub.aliases import ALIASES, alias_folder
+    from folovllm.hub.fetch import is_pulled
+
+    folders = [(alias, alias_folder(alias, download_dir)) for alias in ALIASES.values()]
+    return [
+        {"name": alias.name, "pulled": is_pulled(folder), "folder": str(folder), "description": alias.description}
+        for alias, folder in folders
+    ]
+
+
+def _rung_facts(rung: milestones.Rung) -> dict[str, Any]:
+    return {"id": rung.id, "title": rung.title, "built": rung.built, "adds": rung.adds}
+
+
+def model_facts(model: str, download_dir: str | None = None) -> dict[str, Any]:
+    """Shape, number of parameters and KV-cache cost of a model that is on this machine; weights are not read."""
+    from folovllm.hf_config import load_hf_config
+    from folovllm.hub import resolve_model
+
+    folder = resolve_model(model, download_dir)
+    arch = load_hf_config(folder)
+    return {
+        "model": model,
+        "folder": str(folder),
+        **dataclasses.asdict(arch),
+        "num_parameters": arch.num_parameters(),
+        "kv_bytes_per_token": {dtype: arch.kv_bytes_per_token(size) for dtype, size in DTYPE_BYTES.items()},
+    }
+
+
+def _as_lines(facts: dict[str, Any]) -> list[str]:
+    """One fact per line; a list of records or a dictionary gets an indented line per entry."""
+    lines = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            lines += [name, *(f"  {key:<22} {_show(key, item)}" for key, item in value.items())]
+        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], dict):
+            lines += [name, *(f"  {_record(entry)}" for entry in value)]
+        else:
+            lines.append(f"{name:<24} {_show(name, value)}")
+    return lines
+
+
+def _record(entry: dict[str, Any]) -> str:
+    """E.g. "m2  Continuous batching  not built  requests join and leave at every step"."""
+    if "built" in entry:
+        return f"{entry['id']}  {entry['title']:<20} {'built' if entry['built'] else 'not built':<10} {entry['adds']}"
+    return (
+        f"{entry['name']}  {'pulled, ' + entry['folder'] if entry['pulled'] else 'not pulled'}  {entry['description']}"
+    )
+
+
+def _show(name: str, value: Any) -> str:
+    if name.startswith("memory"):
+        return f"{value / 2**30:.1f} GiB"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    big = isinstance(value, int) and not isinstance(value, bool)
+    return f"{value:,}" if big else str(value)

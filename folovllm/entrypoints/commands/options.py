@@ -1,0 +1,213 @@
+"""Options that several commands share, in one place: engine options, sampling options, and --debug.
+
+Milestone: M1. vLLM counterpart: vllm/engine/arg_utils.py (`EngineArgs.add_cli_args`). Left out: a flag for every engine
+argument; `--engine-arg NAME=VALUE` reaches those that have none.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from folovllm.config import DEFAULT_MODEL, EngineConfig
+from folovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from folovllm.entrypoints.llm import LLM
+
+ENGINE, SAMPLING = "Engine", "Sampling"  # panels of the help text
+
+
+def set_debug(ctx: typer.Context, debug: bool) -> bool:
+    """Remember --debug where `cli.FriendlyGroup` looks for it, wherever on the line it stood."""
+    if debug:
+        ctx.find_root().meta["folovllm.debug"] = True
+    return debug
+
+
+DebugOption = Annotated[
+    bool, typer.Option("--debug", callback=set_debug, help="Show the traceback of an error, not just its message.")
+]
+DownloadDirOption = Annotated[
+    str | None, typer.Option("--download-dir", metavar="DIR", help="Where models are kept.", rich_help_panel=ENGINE)
+]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Which model and which engine; every field is an option of its name. None means "not given"."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="An alias, a HuggingFace folder or a HuggingFace id.",
+            show_default=DEFAULT_MODEL,
+            rich_help_panel=ENGINE,
+        ),
+    ] = None
+    preset: Annotated[
+        str | None,
+        typer.Option(help="The engine as of a milestone, e.g. m1. Default: the newest.", rich_help_panel=ENGINE),
+    ] = None
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Switch one milestone off, e.g. m2. Repeatable.", rich_help_panel=ENGINE, metavar="MILESTONE"
+        ),
+    ] = None
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=ENGINE)] = (
+        None
+    )
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.", rich_help_panel=ENGINE)] = None
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(help="Longest prompt plus output, in tokens. Default: the model's.", rich_help_panel=ENGINE),
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of requests that have none of their own.", rich_help_panel=ENGINE)
+    ] = None
+    download_dir: DownloadDirOption = None
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Any other engine argument, e.g. block_size=32. Repeatable.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None
+
+    def engine_args(self, **defaults: Any) -> dict[str, Any]:
+        """Arguments for `EngineConfig.from_args`, preset and without apart; `defaults` hold where nothing is given."""
+        own = {name: value for name, value in vars(self).items() if value is not None}
+        own = {name: own[name] for name in own if name not in ("preset", "without", "engine_arg")}
+        extra = parse_engine_args(self.engine_arg or ())
+        for name in own.keys() & extra.keys():
+            raise ValueError(
+                f"{name} is given twice: keep --{name.replace('_', '-')} or --engine-arg {name}=..., not both"
+            )
+        return defaults | extra | own
+
+    def load(self, **defaults: Any) -> "LLM":
+        """Start the engine, pulling the model if it must be."""
+        args = self.engine_args(**defaults)
+        # Checked before torch is imported, so that a typing error is answered at once.
+        EngineConfig.from_args(preset=self.preset, without=self.without or (), **args)
+        from folovllm.entrypoints.llm import LLM
+
+        return LLM(preset=self.preset, without=self.without or (), **args)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen; the names are SamplingParams', but for --sampling-seed (--seed is the engine's)."""
+
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 takes the most likely token. Default: generate 0, chat 0.7.", rich_help_panel=SAMPLING),
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the likeliest tokens up to this mass.", rich_help_panel=SAMPLING)
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option(help="Keep this many of the likeliest tokens.", rich_help_panel=SAMPLING)
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Drop tokens below this share of the likeliest one's probability.", rich_help_panel=SAMPLING),
+    ] = None
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Longest answer. Default: generate 128, chat 512.", rich_help_panel=SAMPLING),
+    ] = None
+    sampling_seed: Annotated[
+        int | None, typer.Option(help="Seed of the requests: the same answer every time.", rich_help_panel=SAMPLING)
+    ] = None
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End the answer before this text. Repeatable.", rich_help_panel=SAMPLING, metavar="TEXT"),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1 discourages tokens that occurred.", rich_help_panel=SAMPLING)
+    ] = None
+    logprobs: Annotated[
+        int | None,
+        typer.Option(help="Report this many log-probabilities per token (generate).", rich_help_panel=SAMPLING),
+    ] = None
+
+    def sampling_params(self, **defaults: Any) -> SamplingParams:
+        """SamplingParams of what was given, over `defaults`; ValueError for a value out of range."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if "sampling_seed" in given:
+            given["seed"] = given.pop("sampling_seed")
+        return SamplingParams(**(defaults | given))
+
+
+def with_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take whole dataclasses of options: typer then sees each of their fields as one option.
+
+    E.g. `def chat(engine: EngineOptions, debug: DebugOption = False)` has --debug, --model, ..., --engine-arg.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function).parameters.values():
+        group = groups.get(parameter.name)
+        parameters += _parameters_of(group) if group else [parameter.replace(kind=parameter.KEYWORD_ONLY)]
+
+    @functools.wraps(function)
+    def command(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+        function(**values)
+
+    # typer asks both; an own option of a command stands before the shared ones in its help.
+    parameters.sort(key=lambda p: any(p.name in group.__dataclass_fields__ for group in groups.values()))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _parameters_of(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+        for f in dataclasses.fields(group)
+    ]
+
+
+def parse_engine_args(items: Iterable[str]) -> dict[str, Any]:
+    """["block_size=32", "policy=static"] -> {"block_size": 32, "policy": "static"}; EngineConfig checks the names."""
+    parsed: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name:
+            raise ValueError(f"--engine-arg takes NAME=VALUE, e.g. block_size=32; got {item!r}")
+        if name in ("preset", "without"):
+            raise ValueError(f"{name} is an option of its own: write --{name} {text or 'm1'}")
+        if name in parsed:
+            raise ValueError(f"--engine-arg {name} is given twice; keep one")
+        parsed[name] = parse_value(text.strip())
+    return parsed
+
+
+def parse_value(text: str) -> Any:
+    """A value as Python would write it: None, a bool, an int or a float; everything else is a string.
+
+    E.g., "none" -> None, "True" -> True, "32" -> 32, "0.5" -> 0.5, "max_model_len" -> "max_model_len"
+    """
+    words: dict[str, Any] = {"none": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,139 @@
+"""Slots: the parts of the engine that a learner can replace with their own.
+
+Milestone: M3 (grows with later ones). vLLM counterpart: none (its plugins register models and platforms).
+
+The engine builds each of these parts through `resolve`, once, at construction: a slot costs nothing per step.
+    LLM("smollm2-135m", overrides={"core.scheduler": "work/my_scheduler.py:Scheduler"})
+
+Row 0: plain data, no torch. `resolve` is the project's only dynamic import.
+"""
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A replaceable part: where ours lives, since which milestone, and the methods that a replacement must have."""
+
+    name: str
+    default: str  # "module:Class"
+    since: str
+    methods: tuple[str, ...]
+
+
+SLOTS: dict[str, Slot] = {
+    slot.name: slot
+    for slot in (
+        Slot(
+            "core.scheduler",
+            "folovllm.core.sched.scheduler:Scheduler",
+            "m1",
+            ("add_request", "schedule", "update_from_output", "finish_requests", "has_requests",
+             "has_unfinished_requests", "make_stats", "check_integrity"),
+        ),
+        Slot(
+            "core.request_queue.fcfs",
+            "folovllm.core.sched.request_queue:FCFSRequestQueue",
+            "m1",
+            ("add_request", "prepend_request", "peek_request", "pop_request", "remove_requests", "__len__", "__iter__"),
+        ),
+        Slot(
+            "core.request_queue.priority",
+            "folovllm.core.sched.request_queue:PriorityRequestQueue",
+            "m2",
+            ("add_request", "prepend_request", "peek_request", "pop_request", "remove_requests", "__len__", "__iter__"),
+        ),
+        Slot(
+            "core.kv_cache_manager",
+            "folovllm.core.kv_cache_manager:KVCacheManager",
+            "m3",
+            ("allocate_slots", "free", "get_computed_blocks", "get_block_ids", "check_integrity"),
+        ),
+        Slot(
+            "core.block_pool",
+            "folovllm.core.block_pool:BlockPool",
+            "m3",
+            ("get_new_blocks", "touch", "free_blocks", "get_num_free_blocks", "check_integrity"),
+        ),
+        Slot(
+            "attention.backend",
+            "folovllm.attention.backends.torch_naive:TorchNaiveBackend",
+            "m1",
+            ("kv_cache_shape", "write", "copy_blocks", "forward"),
+        ),
+        Slot(
+            "sample.sampler",
+            "folovllm.sample.sampler:Sampler",
+            "m1",
+            ("__call__", "gather_logprobs"),
+        ),
+    )
+}  # fmt: skip
+
+
+def resolve(name: str, overrides: Mapping[str, str] | None = None) -> Any:
+    """The class that fills slot `name`: the one in `overrides` ("path.py:Class" or "module:Class"), else ours.
+
+    Raises ValueError for an unknown slot, a file or class that is not there, or a class that lacks a method.
+    """
+    assert name in SLOTS, f"our own code asks for a slot that does not exist: {name}"
+    check_overrides(overrides)
+    spec = (overrides or {}).get(name)
+    return _load_class(SLOTS[name].default) if spec is None else _checked(SLOTS[name], spec)
+
+
+def check_overrides(overrides: Mapping[str, str] | None) -> None:
+    """ValueError for a slot name that does not exist."""
+    for name in overrides or {}:
+        if name not in SLOTS:
+            raise ValueError(f"unknown slot {name!r}; there are {', '.join(SLOTS)}")
+
+
+def _checked(slot: Slot, spec: str) -> Any:
+    cls = _load_class(spec)
+    if not inspect.isclass(cls):
+        raise ValueError(f"slot {slot.name}: {spec} is not a class")
+    missing = [method for method in slot.methods if not callable(getattr(cls, method, None))]
+    if missing:
+        raise ValueError(
+            f"slot {slot.name}: {spec} lacks the method{'s' if len(missing) > 1 else ''} {', '.join(missing)}; "
+            f"write {'them' if len(missing) > 1 else 'it'}, or inherit from {slot.default.replace(':', '.')}"
+        )
+    return cls
+
+
+def _load_class(spec: str) -> Any:
+    location, _, class_name = str(spec).rpartition(":")
+    if not location or not class_name:
+        raise ValueError(f"{spec!r} does not name a class; write 'path.py:Class' or 'module:Class'")
+    module = _load_file(Path(location)) if location.endswith(".py") else _import(location)
+    if not hasattr(module, class_name):
+        raise ValueError(f"{location} has no class {class_name!r}")
+    return getattr(module, class_name)
+
+
+def _import(module_name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"cannot import {module_name!r}: {error}") from None
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ValueError(f"no file {path}; the path is relative to the current folder, {Path.cwd()}")
+    spec = importlib.util.spec_from_file_location(f"folovllm_slot_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
+    return module

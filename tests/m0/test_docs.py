@@ -1,0 +1,234 @@
+"""The teaching material cannot lie about the code: citations resolve, requirements name live tests, examples run.
+
+Nothing here knows a milestone by name: it reads folovllm/milestones.py and milestones/manifest.toml, so it holds for
+rungs to come. Symbols are looked up in the syntax tree; nothing cited is imported.
+"""
+
+import ast
+import re
+import runpy
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from folovllm.milestones import LADDER, RUNG_IDS
+
+pytestmark = pytest.mark.m0
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "milestones").rglob("*.md")])
+DEMOS = sorted((ROOT / "milestones").glob("*/demo.py"))
+SPECS = sorted((ROOT / "milestones").glob("*/SPEC.md"))
+MANIFEST: dict[str, dict[str, Any]] = tomllib.loads((ROOT / "milestones/manifest.toml").read_text(encoding="utf-8"))
+PIN: str = tomllib.loads((ROOT / "docs/data/vllm_pin.toml").read_text(encoding="utf-8"))["vllm"]["tag"]
+
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+ANCHOR = re.compile(r"\[\[([^\[\]\s]+)\]\]")
+LINK = re.compile(r"\]\(([^()\s]+)\)")
+REQUIREMENT = re.compile(r"^(?:- )?R(\d+)\.(\d+) (.+) — (.+)$")
+TEST_ID = re.compile(r"(tests/[\w/]+\.py)::([\w:]+)")
+MANIFEST_KEYS = {"title", "code", "tests", "learn", "dev", "spec", "checklist", "demo", "vllm"}
+MAX_LINES = {"README.md": 150, "SPEC.md": 120, "demo.py": 60}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced code."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+# ---- looking symbols up without importing anything
+
+
+@cache
+def syntax_tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def names_defined(node: ast.AST) -> dict[str, ast.AST]:
+    """Names a module or class body defines by def, class, assignment or import; also what methods set on self."""
+    found: dict[str, ast.AST] = {}
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found[child.name] = child
+        elif isinstance(child, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name: child for alias in child.names}
+        elif isinstance(child, ast.Assign | ast.AnnAssign):
+            targets = child.targets if isinstance(child, ast.Assign) else [child.target]
+            found |= {t.id: child for target in targets for t in ast.walk(target) if isinstance(t, ast.Name)}
+        elif isinstance(child, ast.If | ast.Try):
+            found |= names_defined(child)
+    if isinstance(node, ast.ClassDef):
+        attributes = (n for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
+        found |= {a.attr: a for a in attributes if isinstance(a.value, ast.Name) and a.value.id == "self"} | found
+    return found
+
+
+def has_symbol(path: Path, symbol: str) -> bool:
+    node: ast.AST = syntax_tree(path)
+    for name in symbol.split("."):
+        names = names_defined(node)
+        if name not in names:
+            return False
+        node = names[name]
+    return True
+
+
+def problem_of_anchor(anchor: str) -> str | None:
+    """Why `path#Symbol`, `path` or `vllm@tag:path#Symbol` does not resolve; None if it does."""
+    path, _, symbol = anchor.partition("#")
+    if path.startswith("vllm@"):
+        pinned = f"vllm@{PIN}:vllm/"
+        return None if path.startswith(pinned) and symbol else f"must look like {pinned}path.py#Symbol"
+    if not (ROOT / path).exists():
+        return f"there is no {path}"
+    if symbol and not has_symbol(ROOT / path, symbol):
+        return f"{path} defines no {symbol}"
+    return None
+
+
+def test_the_lookup_itself() -> None:
+    """It finds what is there and misses what is not: functions, methods, fields, attributes, constants, re-exports."""
+    assert problem_of_anchor("folovllm/request.py#Request.num_tokens") is None  # a property
+    assert problem_of_anchor("folovllm/request.py#Request.num_computed_tokens") is None  # set in __init__
+    assert problem_of_anchor("folovllm/outputs.py#EngineStats.num_steps") is None  # a dataclass field
+    assert problem_of_anchor("folovllm/milestones.py#LADDER") is None
+    assert problem_of_anchor("folovllm/hub/__init__.py#resolve_model") is None  # imported there
+    assert problem_of_anchor(f"vllm@{PIN}:vllm/v1/request.py#Request") is None
+    for wrong in ("folovllm/request.py#Requests", "folovllm/request.py#Request.num_token", "folovllm/nothing.py"):
+        assert problem_of_anchor(wrong) is not None
+    assert problem_of_anchor("vllm@v0.0.1:vllm/v1/request.py#Request") is not None
+
+
+# ---- pages
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_citations_resolve(page: Path) -> None:
+    problems = [f"[[{a}]]: {p}" for a in ANCHOR.findall(prose(page)) if (p := problem_of_anchor(a))]
+    assert not problems, f"{relative(page)}:\n  " + "\n  ".join(problems)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_relative_links_exist(page: Path) -> None:
+    text = re.sub(r"`[^`\n]*`", "", prose(page))
+    targets = [t.partition("#")[0] for t in LINK.findall(text) if not re.match(r"[a-z]+:", t)]
+    dead = [t for t in targets if t and not (page.parent / t).exists()]
+    assert not dead, f"{relative(page)} links to {', '.join(dead)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_no_line_numbers(page: Path) -> None:
+    """Lines move with every commit; symbols are cited instead."""
+    found = re.findall(r"\.(?:py|cpp|h|cu):\d+", page.read_text(encoding="utf-8"))
+    assert not found, f"{relative(page)} cites line numbers ({', '.join(found)}): cite [[path#Symbol]]"
+
+
+def test_no_paths_of_a_machine() -> None:
+    files = [p for top in ("docs", "milestones") for p in (ROOT / top).rglob("*") if p.is_file()]
+    pattern = re.compile(r"(?<![\w.~-])/(?:work|root|tmp|opt|home/\w+|Users/\w+)/\w")
+    texts = {p: p.read_text(encoding="utf-8") for p in files if p.suffix in (".md", ".toml", ".py", ".json")}
+    guilty = [f"{relative(p)}: {m.group()}..." for p, text in texts.items() for m in pattern.finditer(text)]
+    assert not guilty, guilty
+
+
+RUNNABLE = [
+    pytest.param(page, code, id=f"{relative(page)}-{number}")
+    for page in PAGES
+    for number, (language, code) in enumerate(FENCE.findall(page.read_text(encoding="utf-8")))
+    if language == "python" and code.lstrip().startswith("# runs")
+]
+
+
+def test_pages_have_examples_that_run() -> None:
+    assert RUNNABLE
+
+
+@pytest.mark.parametrize(("page", "code"), RUNNABLE)
+def test_examples_run(page: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by itself, as a reader would paste it, in the root of the repository."""
+    monkeypatch.chdir(ROOT)
+    exec(compile(code, relative(page), "exec"), {"__name__": "__main__"})
+
+
+# ---- milestones
+
+
+def test_manifest_and_ladder_agree() -> None:
+    assert set(MANIFEST) <= set(RUNG_IDS), "the manifest names a rung that the ladder does not have"
+    missing = [rung.id for rung in LADDER if rung.built and rung.id not in MANIFEST]
+    assert not missing, f"built rungs without an entry in milestones/manifest.toml: {missing}"
+    titles = {rung.id: rung.title for rung in LADDER}
+    assert {id_: entry["title"] for id_, entry in MANIFEST.items()} == {id_: titles[id_] for id_ in MANIFEST}
+
+
+@pytest.mark.parametrize("rung_id", MANIFEST)
+def test_manifest_entry(rung_id: str, pytestconfig: pytest.Config) -> None:
+    entry = MANIFEST[rung_id]
+    assert set(entry) >= MANIFEST_KEYS, f"{rung_id} lacks {sorted(MANIFEST_KEYS - set(entry))}"
+    files = [
+        *entry["code"],
+        *(entry[k] for k in ("learn", "dev", "spec", "checklist", "demo", "notebook") if k in entry),
+    ]
+    absent = [f for f in files if not (ROOT / f).exists()]
+    assert not absent, f"{rung_id} names {', '.join(absent)}"
+    assert (ROOT / "milestones" / rung_id / "README.md").exists()
+    markers = [line.partition(":")[0] for line in pytestconfig.getini("markers")]
+    assert entry["tests"] in markers
+    assert all(re.fullmatch(r"vllm/[\w/]+\.py#[\w.]+", symbol) for symbol in entry["vllm"])
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=relative)
+def test_requirements_name_live_tests(spec: Path) -> None:
+    lines = spec.read_text(encoding="utf-8").splitlines()
+    requirements = [line for line in lines if re.match(r"^(- )?R\d", line)]
+    assert len(requirements) >= 5
+    ids = []
+    for line in requirements:
+        match = REQUIREMENT.match(line)
+        assert match, f"not of the form 'R1.2 Sentence. — tests/m1/test_x.py::test_y': {line}"
+        rung, number, _, proof = match.groups()
+        assert f"m{rung}" == spec.parent.name
+        ids.append(int(number))
+        tests = TEST_ID.findall(proof)
+        assert tests, f"R{rung}.{number} names no test"
+        for file, name in tests:
+            assert (ROOT / file).is_file(), f"R{rung}.{number}: there is no {file}"
+            assert has_symbol(ROOT / file, name.replace("::", ".")), f"R{rung}.{number}: {file} has no {name}"
+    assert ids == sorted(set(ids)), "requirements are numbered upwards, each number once"
+
+
+@pytest.mark.parametrize("rung_id", MANIFEST)
+def test_every_test_file_of_a_rung_backs_a_requirement(rung_id: str) -> None:
+    text = (ROOT / MANIFEST[rung_id]["spec"]).read_text(encoding="utf-8")
+    files = [relative(f) for f in (ROOT / "tests" / rung_id).glob("test_*.py")]
+    unclaimed = [f for f in files if f not in text]
+    assert not unclaimed, f"{MANIFEST[rung_id]['spec']} has no requirement proved by {', '.join(unclaimed)}: add one"
+
+
+def test_test_ids_in_checklists_are_live() -> None:
+    for page in (ROOT / "milestones").glob("*/CHECKLIST.md"):
+        for file, name in TEST_ID.findall(page.read_text(encoding="utf-8")):
+            assert has_symbol(ROOT / file, name.replace("::", ".")), f"{relative(page)}: {file} has no {name}"
+
+
+@pytest.mark.parametrize(
+    "file", [f for n in MAX_LINES for f in sorted((ROOT / "milestones").glob(f"m*/{n}"))], ids=relative
+)
+def test_sizes(file: Path) -> None:
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= MAX_LINES[file.name]
+
+
+@pytest.mark.parametrize("demo", DEMOS, ids=relative)
+def test_demos_run(demo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert any(isinstance(node, ast.Assert) for node in ast.walk(syntax_tree(demo))), "a demo checks what it shows"
+    monkeypatch.setattr(sys, "argv", [str(demo)])
+    runpy.run_path(str(demo), run_name="__main__")
+    assert capsys.readouterr().out

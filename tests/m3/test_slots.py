@@ -1,0 +1,77 @@
+"""Slots: a learner's class takes the place of ours, and a wrong one is refused with the reason."""
+
+import importlib
+
+import pytest
+
+from folovllm.slots import SLOTS, resolve
+from tests.core_helpers import drive, make_core, make_request
+
+pytestmark = pytest.mark.m3
+
+LIFO_QUEUE = """
+from folovllm.core.sched.request_queue import FCFSRequestQueue
+
+class Lifo(FCFSRequestQueue):
+    def pop_request(self):
+        return self._requests.pop()
+    def peek_request(self):
+        return self._requests[-1]
+
+class Half:
+    def add_request(self, request): ...
+
+def not_a_class(): ...
+"""
+
+
+@pytest.fixture
+def work_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(LIFO_QUEUE)
+    return path
+
+
+@pytest.mark.parametrize("slot", SLOTS.values(), ids=lambda slot: slot.name)
+def test_our_own_class_fills_every_slot(slot):
+    module, _, name = slot.default.partition(":")
+    assert resolve(slot.name) is getattr(importlib.import_module(module), name)
+    assert not [method for method in slot.methods if not callable(getattr(resolve(slot.name), method, None))]
+
+
+def test_there_are_at_most_20_slots():
+    assert len(SLOTS) <= 20
+
+
+def test_a_learners_queue_decides_who_goes_first(work_file):
+    core = make_core(overrides={"core.request_queue.fcfs": f"{work_file}:Lifo"}, max_num_seqs=1)
+    for request_id in "abc":
+        core.add_request(make_request(request_id, prompt=3, max_tokens=1))
+    assert list(drive(core)) == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("{}:Half", "lacks the methods prepend_request, peek_request, pop_request, remove_requests"),
+        ("{}:Missing", "has no class 'Missing'"),
+        ("{}:not_a_class", "is not a class"),
+        ("nowhere.py:Lifo", "no file nowhere.py"),
+        ("no_such_module:Lifo", "cannot import 'no_such_module'"),
+        ("Lifo", "does not name a class"),
+    ],
+)
+def test_a_wrong_replacement_is_refused(work_file, spec, message):
+    with pytest.raises(ValueError, match=message):
+        resolve("core.request_queue.fcfs", {"core.request_queue.fcfs": spec.format(work_file)})
+
+
+def test_a_syntax_error_names_the_line(tmp_path):
+    (tmp_path / "broken.py").write_text("x = 1\ndef f(:\n")
+    with pytest.raises(ValueError, match="line 2"):
+        resolve("sample.sampler", {"sample.sampler": f"{tmp_path}/broken.py:S"})
+
+
+def test_an_unknown_slot_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match=r"unknown slot 'core.schduler'; there are core.scheduler"):
+        resolve("core.scheduler", {"core.schduler": "x.py:Y"})
