@@ -10,13 +10,16 @@ Row 0: plain data, no torch.
 """
 
 import dataclasses
+import difflib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from folovllm import milestones
 from folovllm.hf_config import ModelArchitecture
-from folovllm.sampling_params import unknown_name_message
+from folovllm.sampling_params import check_bool, check_int, check_number, unknown_name_message
+from folovllm.slots import check_overrides
 
 DEFAULT_MODEL = "smollm2-135m"
 MAX_MODEL_LEN_BLOCK = "max_model_len"  # block_size of the contiguous cache: one page holds a whole request
@@ -25,6 +28,18 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 DEFAULT_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
+# Buffers and block tables are allocated for these counts at start: a slip of the keyboard must not take all memory.
+LARGEST_NUM_SEQS = 2**16
+LARGEST_NUM_BATCHED_TOKENS = 2**24
+# What other programs call it; difflib alone would take "gpu" for a "cpu".
+OTHER_NAMES = {
+    "gpu": "cuda",
+    "half": "float16",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "float": "float32",
+    "fp32": "float32",
+}
 
 
 @dataclass(frozen=True)
@@ -45,8 +60,10 @@ class ModelConfig:
             raise ValueError("model must not be empty: give an alias ('smollm2-135m'), a folder or a HuggingFace id")
         _check_choice("dtype", self.dtype, DTYPES)
         _check_optional_int("max_model_len", self.max_model_len, low=2)
-        _check_int("seed", self.seed, low=-(2**63))
-        _check_int("max_logprobs", self.max_logprobs, low=-1)
+        check_int("seed", self.seed, low=-(2**63), high=2**63 - 1)
+        check_int("max_logprobs", self.max_logprobs, low=-1, hint="-1 means the whole vocabulary")
+        if self.download_dir is not None:
+            _check_type("download_dir", self.download_dir, str)
 
     @property
     def arch(self) -> ModelArchitecture:
@@ -68,15 +85,15 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if self.block_size != MAX_MODEL_LEN_BLOCK:
             if isinstance(self.block_size, str):
-                raise ValueError(f"block_size must be a number of tokens or 'max_model_len', got {self.block_size!r}")
-            _check_int("block_size", self.block_size, low=1)
-        _check_bool("enable_prefix_caching", self.enable_prefix_caching)
-        _check_bool("free_uncached_first", self.free_uncached_first)
-        _check_optional_int("kv_cache_memory", self.kv_cache_memory, low=1)
-        _check_optional_int("num_kv_blocks", self.num_kv_blocks, low=2)
-        share = self.gpu_memory_utilization
-        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
-            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {share!r}")
+                raise ValueError(
+                    f"block_size must be a number of tokens, such as 16, or 'max_model_len', got {self.block_size!r}"
+                )
+            check_int("block_size", self.block_size, low=1, hint="tokens, or 'max_model_len'")
+        check_bool("enable_prefix_caching", self.enable_prefix_caching)
+        check_bool("free_uncached_first", self.free_uncached_first)
+        _check_optional_int("kv_cache_memory", self.kv_cache_memory, low=1, hint="bytes, such as 4 * 1024**3")
+        _check_optional_int("num_kv_blocks", self.num_kv_blocks, low=2, hint="one of them is the null block")
+        check_number("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, low_open=True)
 
 
 @dataclass(frozen=True)
@@ -94,11 +111,13 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         _check_choice("policy", self.policy, ("static", "continuous"))
         _check_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
-        _check_optional_int("max_num_seqs", self.max_num_seqs, low=1)
-        _check_optional_int("max_num_batched_tokens", self.max_num_batched_tokens, low=1)
-        _check_bool("enable_chunked_prefill", self.enable_chunked_prefill)
-        _check_int("long_prefill_token_threshold", self.long_prefill_token_threshold, low=0)
-        _check_bool("reserve_full_sequence", self.reserve_full_sequence)
+        _check_optional_int("max_num_seqs", self.max_num_seqs, low=1, high=LARGEST_NUM_SEQS)
+        _check_optional_int(
+            "max_num_batched_tokens", self.max_num_batched_tokens, low=1, high=LARGEST_NUM_BATCHED_TOKENS
+        )
+        check_bool("enable_chunked_prefill", self.enable_chunked_prefill)
+        check_int("long_prefill_token_threshold", self.long_prefill_token_threshold, low=0)
+        check_bool("reserve_full_sequence", self.reserve_full_sequence)
         if self.long_prefill_token_threshold and not self.enable_chunked_prefill:
             raise ValueError(
                 "long_prefill_token_threshold needs chunked prefill: set enable_chunked_prefill=True or leave it 0"
@@ -144,13 +163,15 @@ class EngineConfig:
     overrides: Mapping[str, str] | None = None  # slot -> "path.py:Class" (folovllm.slots)
 
     def __post_init__(self) -> None:
+        for name, part in _PARTS.items():
+            _check_type(name, getattr(self, name), part)
         _check_choice("device", self.device, DEVICES)
-        _check_bool("enforce_eager", self.enforce_eager)
-        _check_bool("disable_log_stats", self.disable_log_stats)
+        check_bool("enforce_eager", self.enforce_eager)
+        check_bool("disable_log_stats", self.disable_log_stats)
         if self.trace is not None:
             _check_type("trace", self.trace, str)
         if self.overrides is not None:
-            _check_type("overrides", self.overrides, dict)
+            _check_overrides(self.overrides)
 
     @classmethod
     def from_args(cls, preset: str | None = None, without: Iterable[str] = (), **engine_args: Any) -> "EngineConfig":
@@ -159,7 +180,7 @@ class EngineConfig:
         E.g. from_args(model="smollm2-135m", preset="m2", max_num_seqs=8). Raises ValueError for an unknown argument
         (with the nearest known one), a value out of range, or a switch of a milestone that is not built yet.
         """
-        flat = milestones.fold(preset or milestones.top_rung().id, without) | engine_args
+        flat = milestones.fold(milestones.top_rung().id if preset is None else preset, without) | engine_args
         known = engine_arg_names()
         for name in engine_args:
             if name not in known:
@@ -167,7 +188,7 @@ class EngineConfig:
         _refuse_unbuilt_switches(flat)
         parts: dict[str, dict[str, Any]] = {}
         for name, value in flat.items():
-            parts.setdefault(known[name], {})[name] = value
+            parts.setdefault(known[name], {})[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
         own = parts.pop("", {})
         return cls(**{part: _PARTS[part](**args) for part, args in parts.items()}, **own)
 
@@ -250,7 +271,8 @@ class EngineConfig:
         if not chunked and budget < max_model_len:
             raise ValueError(
                 f"max_num_batched_tokens={budget} is less than max_model_len={max_model_len}, and without chunked "
-                f"prefill a longer prompt would wait forever: raise it, lower max_model_len, or set enable_chunked_prefill=True"
+                f"prefill a longer prompt would wait forever: raise it, lower max_model_len, or set "
+                "enable_chunked_prefill=True"
             )
         return budget
 
@@ -289,22 +311,28 @@ def _check_type(name: str, value: Any, expected: type) -> None:
         raise ValueError(f"{name} must be a {expected.__name__}, got {type(value).__name__}: {value!r}")
 
 
-def _check_bool(name: str, value: Any) -> None:
-    _check_type(name, value, bool)
-
-
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{_did_you_mean(value, choices)}")
 
 
-def _check_int(name: str, value: Any, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
+def _did_you_mean(value: Any, choices: tuple[str, ...]) -> str:
+    """E.g. for torch.float16, "fp16" or "flaot16": "; did you mean 'float16'?"."""
+    text = str(value).lower().removeprefix("torch.")
+    text = OTHER_NAMES.get(text, text)
+    near = difflib.get_close_matches(text, choices, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _check_optional_int(name: str, value: Any, low: int) -> None:
+def _check_optional_int(name: str, value: Any, low: int, high: int | None = None, hint: str = "") -> None:
     if value is not None:
-        _check_int(name, value, low)
+        check_int(name, value, low, high, hint)
+
+
+def _check_overrides(overrides: Any) -> None:
+    """Names and types only; whether the file is there and the class fits is seen when the slot is filled."""
+    _check_type("overrides", overrides, Mapping)
+    for slot, spec in overrides.items():
+        if not isinstance(spec, str):
+            raise ValueError(f"overrides[{slot!r}] must be a string 'path.py:Class' or 'module:Class', got {spec!r}")
+    check_overrides(overrides)

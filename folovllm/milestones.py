@@ -6,6 +6,7 @@ every optimisation is an engine argument and a rung is nothing but a set of such
 Row 0: plain data, no torch.
 """
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,11 +81,18 @@ RUNG_IDS = tuple(rung.id for rung in LADDER)
 
 
 def get_rung(rung_id: str) -> Rung:
-    """The rung named `rung_id`; a ValueError lists the ids there are."""
+    """The rung named `rung_id`; a ValueError lists the ids there are, and the nearest one."""
     for rung in LADDER:
         if rung.id == rung_id:
             return rung
-    raise ValueError(f"unknown milestone {rung_id!r}; the ladder has {', '.join(RUNG_IDS)}")
+    raise ValueError(f"unknown milestone {rung_id!r}; the ladder has {', '.join(RUNG_IDS)}{_did_you_mean(rung_id)}")
+
+
+def _did_you_mean(name: Any) -> str:
+    """E.g. for "M3", "3" or "paged cache": "; did you mean 'm3'?"."""
+    spellings = {spelling: rung.id for rung in LADDER for spelling in (rung.id, rung.id[1:], rung.title.lower())}
+    near = difflib.get_close_matches(str(name).lower(), spellings, n=1, cutoff=0.6)
+    return f"; did you mean {spellings[near[0]]!r}?" if near else ""
 
 
 def top_rung() -> Rung:
@@ -127,10 +135,14 @@ def _buildable(top: str) -> tuple[Rung, ...]:
 def _removable(without: Iterable[str], up_to: tuple[Rung, ...]) -> frozenset[str]:
     if isinstance(without, str):
         without = (without,)
+    if not isinstance(without, Iterable):
+        raise ValueError(f"without must be a list of milestones like ['m2'], got {without!r}; use () to leave out none")
     left_out = frozenset(get_rung(rung_id).id for rung_id in without)
     for rung_id in sorted(left_out):
         if not get_rung(rung_id).off:
             raise ValueError(f"without={rung_id!r}: {rung_id} is the ground the others stand on and cannot be left out")
         if rung_id not in {rung.id for rung in up_to}:
-            raise ValueError(f"without={rung_id!r}: the preset {up_to[-1].id!r} does not include it")
+            raise ValueError(
+                f"without={rung_id!r}: the preset {up_to[-1].id!r} does not include it; drop it from without"
+            )
     return left_out

@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import enum
 import math
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,24 +59,30 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = None
 
     def __post_init__(self) -> None:
+        # Copies: the caller may go on changing what they passed, these parameters were checked once.
         for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
             object.__setattr__(self, name, _as_list(name, getattr(self, name)))
+        object.__setattr__(self, "logit_bias", _as_dict("logit_bias", self.logit_bias))
         if self.seed == -1:  # vLLM's spelling of "no seed"
             object.__setattr__(self, "seed", None)
         self._check_integers()
         self._check_numbers()
         self._check_lists()
+        self._check_switches()
         if 0 < self.temperature < MIN_RANDOM_TEMPERATURE and not self.is_greedy:
             object.__setattr__(self, "temperature", MIN_RANDOM_TEMPERATURE)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "SamplingParams":
+    def from_dict(cls, values: Mapping[str, Any]) -> "SamplingParams":
         """Build from a dict, refusing unknown keys with the nearest known name."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise ValueError(unknown_name_message("sampling parameter", key, known))
+        if not isinstance(values, Mapping):
+            kind = type(values).__name__
+            raise ValueError(f"sampling parameters must be a dict like {{'temperature': 0.0}}, got {kind}: {values!r}")
+        _refuse_unknown(values)
         return cls(**values)
+
+    def __hash__(self) -> int:  # the fields that hold lists cannot take part; equal parameters still hash alike
+        return hash(tuple(value for value in vars(self).values() if not isinstance(value, (list, dict))))
 
     @property
     def is_greedy(self) -> bool:
@@ -86,34 +94,36 @@ class SamplingParams:
         return self.stop or []
 
     def replace(self, **changes: Any) -> "SamplingParams":
+        """New, checked parameters with some fields changed."""
+        _refuse_unknown(changes)
         return dataclasses.replace(self, **changes)
 
     def _check_integers(self) -> None:
-        _check_int("n", self.n, low=1)
-        _check_int("top_k", self.top_k, low=-1, hint="0 or -1 disable it")
-        _check_int("min_tokens", self.min_tokens, low=0)
+        check_int("n", self.n, low=1)
+        check_int("top_k", self.top_k, low=-1, hint="0 or -1 disable it")
+        check_int("min_tokens", self.min_tokens, low=0)
         if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, low=1, hint="None means as many as fit")
+            check_int("max_tokens", self.max_tokens, low=1, hint="None means as many as fit")
             if self.min_tokens > self.max_tokens:
                 raise ValueError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
         if self.seed is not None:
-            _check_int("seed", self.seed, low=-(2**63), high=2**63 - 1)
+            check_int("seed", self.seed, low=-(2**63), high=2**63 - 1)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), low=-1, hint="-1 means the whole vocabulary")
+                check_int(name, getattr(self, name), low=-1, hint="-1 means the whole vocabulary")
         if self.n > 1 and self.is_greedy:
             raise ValueError(f"n must be 1 with greedy sampling (temperature 0), got n={self.n}: all would be equal")
 
     def _check_numbers(self) -> None:
-        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, low_open=True)
-        _check_number("temperature", self.temperature, 0.0, math.inf)
-        _check_number("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        _check_number("min_p", self.min_p, 0.0, 1.0)
+        check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, low_open=True)
+        check_number("temperature", self.temperature, 0.0, math.inf)
+        check_number("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        check_number("min_p", self.min_p, 0.0, 1.0)
         for token_id, bias in (self.logit_bias or {}).items():
-            _check_int("a key of logit_bias", token_id, low=0)
-            _check_number(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+            check_int("a key of logit_bias", token_id, low=0)
+            check_number(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
 
     def _check_lists(self) -> None:
         for name in ("stop", "bad_words"):
@@ -122,39 +132,83 @@ class SamplingParams:
                     raise ValueError(f"{name} must hold non-empty strings, got {item!r}")
         for name in ("stop_token_ids", "allowed_token_ids"):
             for item in getattr(self, name) or ():
-                _check_int(f"an item of {name}", item, low=0)
+                check_int(f"an item of {name}", item, low=0)
         if self.allowed_token_ids == []:
             raise ValueError("allowed_token_ids must not be empty: nothing could be sampled; use None to allow all")
         if self.stop and not self.detokenize:
             raise ValueError("stop strings need text: set detokenize=True, or stop on stop_token_ids instead")
 
+    def _check_switches(self) -> None:
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+            check_bool(name, getattr(self, name))
+        if not isinstance(self.output_kind, RequestOutputKind):
+            kinds = ", ".join(map(str, RequestOutputKind))
+            raise ValueError(f"output_kind must be one of {kinds}; got {self.output_kind!r}")
+
 
 def unknown_name_message(kind: str, name: str, known: list[str]) -> str:
     """One line that refuses `name` and suggests the nearest known one."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
 
 
-def _as_list(name: str, value: Any) -> list[Any] | None:
-    if value is None or isinstance(value, list):
-        return value
-    if isinstance(value, str) and name == "stop":
-        return [value]
-    if isinstance(value, (tuple, set, frozenset)):
-        return list(value)
-    raise ValueError(f"{name} must be a list, got {type(value).__name__}: {value!r}")
+# Checks that EngineConfig shares. Each raises a ValueError that names the field, the value and what would be right.
 
 
-def _check_int(name: str, value: Any, low: int, high: int | None = None, hint: str = "") -> None:
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_int(name: str, value: Any, low: int, high: int | None = None, hint: str = "") -> None:
+    """An integer within `low`..`high`, and no bool: True is 1 to Python, but never what was meant."""
+    more = f" ({hint})" if hint else ""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
+        raise ValueError(f"{name} must be an integer, got {value!r}{_as_number(value, whole=True)}{more}")
     if value < low or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"{name} must be {bounds}, got {value}" + (f" ({hint})" if hint else ""))
+        raise ValueError(f"{name} must be {bounds}, got {value}{more}")
 
 
-def _check_number(name: str, value: Any, low: float, high: float, low_open: bool = False) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or math.isnan(value) or math.isinf(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+def check_number(name: str, value: Any, low: float, high: float, low_open: bool = False) -> None:
+    """A finite number within `low`..`high`; `low_open` leaves `low` itself out."""
+    largest = sys.float_info.max  # not math.isfinite: an integer of 400 digits overflows it
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not -largest <= value <= largest:
+        raise ValueError(f"{name} must be a finite number, got {value!r}{_as_number(value, whole=False)}")
     if value < low or value > high or (low_open and value == low):
         raise ValueError(f"{name} must be in {'(' if low_open else '['}{low:g}, {high:g}], got {value}")
+
+
+def _as_number(value: Any, whole: bool) -> str:
+    """What to write instead of a value of the wrong type. E.g. "16" or 16.0 -> "; write 16"; "many" -> ""."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return ""
+    if isinstance(value, bool) or not math.isfinite(number) or (whole and not number.is_integer()):
+        return ""
+    return f"; write {int(number) if number.is_integer() else number}"
+
+
+def _refuse_unknown(names: Iterable[str]) -> None:
+    known = [f.name for f in dataclasses.fields(SamplingParams)]
+    for name in names:
+        if name not in known:
+            raise ValueError(unknown_name_message("sampling parameter", name, known))
+
+
+def _as_list(name: str, value: Any) -> list[Any] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) and name == "stop":
+        return [value]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(value)
+    instead = f"; write {[value]!r}" if isinstance(value, (str, int)) else ""
+    raise ValueError(f"{name} must be a list, got {type(value).__name__}: {value!r}{instead}")
+
+
+def _as_dict(name: str, value: Any) -> dict[Any, Any] | None:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a dict like {{42: -100.0}}, got {type(value).__name__}: {value!r}")
+    return None if value is None else dict(value)

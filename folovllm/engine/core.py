@@ -14,24 +14,30 @@ from folovllm.executor.base import Executor
 from folovllm.outputs import EngineCoreOutput, EngineStats
 from folovllm.request import Request, RequestStatus
 from folovllm.slots import resolve
+from folovllm.trace.writer import NullTrace, make_trace
 
 
 class EngineCore:
-    """Scheduler and executor, and the order in which they are called. `config` must be resolved."""
+    """Scheduler and executor, and the order in which they are called. `config` must be resolved.
 
-    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+    `trace` is told of everything; by default it is what `config.trace` asks for.
+    """
+
+    def __init__(self, config: EngineConfig, executor: Executor, trace: NullTrace | None = None) -> None:
         self.config = config
         self.executor = executor
         self.kv_cache_config = make_kv_cache_config(config, executor.available_kv_cache_bytes())
         executor.initialize_kv_cache(self.kv_cache_config)
         self.scheduler: Scheduler = resolve("core.scheduler", config.overrides)(config, self.kv_cache_config)
+        self.trace = trace or make_trace(config, self.kv_cache_config)
 
     def add_request(self, request: Request) -> None:
         self.scheduler.add_request(request)
+        self.trace.added(request)
 
     def abort_requests(self, request_ids: Iterable[str]) -> None:
         """End requests at any moment; unknown ids are ignored."""
-        self.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_ABORTED)
+        self.trace.finished(self.scheduler, self.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_ABORTED))
 
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished_requests()
@@ -44,15 +50,23 @@ class EngineCore:
         """
         if not self.scheduler.has_requests():
             return []
+        self.trace.begin("schedule")
         scheduler_output = self.scheduler.schedule()
+        self.trace.scheduled(self.scheduler, scheduler_output)
         try:
+            self.trace.begin("forward")
             handle = self.executor.execute(scheduler_output)
+            self.trace.begin("sample")
             runner_output = self.executor.sample(handle)
         except BaseException:
-            self.scheduler.finish_requests(scheduler_output.num_scheduled_tokens, RequestStatus.FINISHED_ERROR)
+            failed = self.scheduler.finish_requests(scheduler_output.num_scheduled_tokens, RequestStatus.FINISHED_ERROR)
             self.scheduler.finished_req_ids |= scheduler_output.finished_req_ids  # the worker may not have read them
+            self.trace.finished(self.scheduler, failed)
+            self.trace.end_step(self.scheduler, [])
             raise
+        self.trace.begin("update")
         outputs = self.scheduler.update_from_output(scheduler_output, runner_output)
+        self.trace.end_step(self.scheduler, outputs)
         if not self.has_unfinished_requests():
             self.scheduler.check_integrity()  # idle: the moment when a leaked block would show
         return outputs
@@ -61,4 +75,5 @@ class EngineCore:
         return self.scheduler.make_stats()
 
     def shutdown(self) -> None:
+        self.trace.close()
         self.executor.shutdown()

@@ -97,6 +97,10 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         return self.engine_core.has_unfinished_requests()
 
+    def has_request(self, request_id: str) -> bool:
+        """Whether that request is unfinished."""
+        return request_id in self.output_processor.states or request_id in self.output_processor.parents
+
     def _knows(self, request_id: str) -> bool:
         return request_id in self.engine_core.scheduler.requests
 

@@ -53,6 +53,7 @@ class LLM:
         tokenizer = Tokenizer.from_folder(self.model_path)
         self.llm_engine = LLMEngine(self.config, UniProcExecutor(self.config, self.model_path), tokenizer)
         self._request_ids = itertools.count()
+        self._streams: dict[str, list[RequestOutput]] = {}  # open streams: request id -> outputs not read yet
 
     def get_tokenizer(self) -> Tokenizer:
         assert self.llm_engine.tokenizer is not None
@@ -74,7 +75,8 @@ class LLM:
         before anything runs; if a step fails, the requests of this call are withdrawn and the engine stays usable.
         """
         prompt_list = _as_prompt_list(prompts)
-        params_list = _one_for_each("sampling_params", sampling_params or SamplingParams(), len(prompt_list))
+        params = SamplingParams() if sampling_params is None else sampling_params
+        params_list = _one_for_each("sampling_params", params, len(prompt_list))
         priorities = _one_for_each("priority", 0 if priority is None else priority, len(prompt_list))
         requests = [
             self._process(index, prompt, params, prio)
@@ -114,26 +116,39 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding after every step what is new (or what `output_kind` says, if not CUMULATIVE).
 
-        Leaving the loop early aborts the request.
+        Leaving the loop early aborts the request. Several streams may be read in turns.
         """
         params = sampling_params or SamplingParams()
         if params.output_kind is RequestOutputKind.CUMULATIVE:
             params = params.replace(output_kind=RequestOutputKind.DELTA)
         request = self._process(0, prompt, params, 0)
+        inbox = self._streams[request.request_id] = []
         try:
             self.llm_engine.add_processed(request, prompt)
-            finished = False
-            while not finished and self.llm_engine.has_unfinished_requests():
-                for output in self.llm_engine.step():
-                    if output.request_id == request.request_id:
-                        finished = output.finished
-                        yield output
+            while inbox or self.llm_engine.has_request(request.request_id):
+                if inbox:
+                    yield inbox.pop(0)
+                else:
+                    self._step()
         finally:
+            del self._streams[request.request_id]
             self.llm_engine.abort_request(request.request_id)  # does nothing to a finished one
+
+    def _step(self) -> list[RequestOutput]:
+        """One step for everybody: whoever calls it, outputs of open streams are kept for their readers."""
+        outputs = self.llm_engine.step()
+        for output in outputs:
+            if output.request_id in self._streams:
+                self._streams[output.request_id].append(output)
+        return outputs
+
+    def _new_request_id(self) -> str:
+        """A number that nobody uses, not even a caller who adds requests to `llm_engine` directly."""
+        return next(i for i in map(str, self._request_ids) if not self.llm_engine.has_request(i))
 
     def _process(self, index: int, prompt: Prompt, params: SamplingParams, priority: int) -> Request:
         try:
-            return self.llm_engine.process(str(next(self._request_ids)), prompt, params, priority=priority)
+            return self.llm_engine.process(self._new_request_id(), prompt, params, priority=priority)
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
 
@@ -141,6 +156,7 @@ class LLM:
         self, requests: list[Request], prompts: list[Prompt], use_tqdm: bool | Callable[..., tqdm]
     ) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
+        own_ids = {request.request_id for request in requests}
         try:
             for request, prompt in zip(requests, prompts, strict=True):
                 final = request.sampling_params.replace(output_kind=RequestOutputKind.FINAL_ONLY)
@@ -148,8 +164,8 @@ class LLM:
                 self.llm_engine.add_processed(request, prompt)
             with _progress_bar(use_tqdm, len(requests)) as bar:
                 while len(outputs) < len(requests):
-                    for output in self.llm_engine.step():
-                        if output.finished:
+                    for output in self._step():
+                        if output.finished and output.request_id in own_ids:
                             outputs[output.request_id] = output
                             _advance(bar, output, self.llm_engine.stats())
         except BaseException:

@@ -7,6 +7,7 @@ The batch is flat: the new tokens of all requests one after another, without pad
 request is in prefill or decode; it only knows how many tokens are computed and how many are new.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +63,7 @@ class ModelRunner:
         """One tensor for all layers, cut into a slice per layer: [num_layers, *backend.kv_cache_shape]."""
         layers = self.model.attention_layers()
         shape = (len(layers), *self.backend.kv_cache_shape(kv_cache_config.num_blocks))
-        self.kv_caches = torch.zeros(shape, dtype=self.backend.spec.dtype, device=self.device)
+        self.kv_caches = _lazy_zeros(shape, self.backend.spec.dtype, self.device)
         for layer, kv_cache in zip(layers, self.kv_caches, strict=True):
             layer.bind(self.backend, kv_cache)
 
@@ -93,7 +94,9 @@ class ModelRunner:
         for cached in output.scheduled_cached_reqs:
             request = self.requests[cached.request_id]
             (new_block_ids,) = cached.new_block_ids
-            request.block_ids = new_block_ids if cached.resumed else request.block_ids + new_block_ids
+            if cached.resumed:
+                request.block_ids = []
+            request.block_ids += new_block_ids  # in place: copying a long table in every step would add up
             request.num_computed_tokens = cached.num_computed_tokens
             self._refresh(request, new_block_ids, cached.resumed)
 
@@ -196,3 +199,14 @@ class ModelRunner:
             token_ids = torch.tensor(targets[chunk], device=self.device)  # [n]
             result += self.sampler.gather_logprobs(logprobs, token_ids, num_logprobs)
         return result
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU from pages that the operating system provides when they are first written.
+
+    torch.zeros writes all of them at once: a second per 2 GiB at start-up, and memory that may never be used.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)

@@ -10,6 +10,8 @@ import pytest
 from folovllm.core.sched.output import CachedRequestData
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import fake_tokens
+from folovllm.outputs import ModelRunnerOutput
+from folovllm.request import TokenLogprobs
 from tests import core_helpers as helpers
 from tests.core_helpers import make_core, make_request
 
@@ -166,3 +168,30 @@ def test_requests_added_while_others_run() -> None:
         expected = fake_tokens(request.prompt_token_ids, request.max_tokens)
         assert helpers.tokens_of(outputs[request.request_id]) == expected
     helpers.assert_nothing_leaked(core)
+
+
+def test_tokens_beyond_the_stop_are_dropped() -> None:
+    """Several tokens in one step (drafts, later): what follows the stop is nobody's, and so are its logprobs."""
+    core, request = page_core(), make_request("a", 3, max_tokens=9, stop_token_ids=[42])
+    core.add_request(request)
+    scheduler_output = core.scheduler.schedule()
+    logprobs = [TokenLogprobs([token_id], [-0.5], rank=1) for token_id in (41, 42, 43)]
+    runner_output = ModelRunnerOutput(sampled_token_ids={"a": [41, 42, 43]}, logprobs={"a": logprobs})
+    (output,) = core.scheduler.update_from_output(scheduler_output, runner_output)
+    assert output.new_token_ids == request.output_token_ids == [41, 42]
+    assert output.new_logprobs == logprobs[:2] and (output.finish_reason, output.stop_reason) == ("stop", 42)
+    assert core.stats().num_generation_tokens == 2
+    helpers.assert_nothing_leaked(core)
+
+
+def test_prompt_logprobs_are_collected_over_chunks_and_delivered_once() -> None:
+    core = page_core(max_num_batched_tokens=2, enable_chunked_prefill=True)
+    core.add_request(make_request("a", 4, max_tokens=2, prompt_logprobs=0))
+    parts = [[TokenLogprobs([1], [-1.0], rank=1), TokenLogprobs([2], [-2.0], rank=1)], [TokenLogprobs([3], [-3.0], 1)]]
+    outputs = []
+    for part in [*parts, []]:
+        scheduler_output = core.scheduler.schedule()
+        runner_output = core.executor.sample(core.executor.execute(scheduler_output))
+        runner_output.prompt_logprobs["a"] = part
+        outputs += core.scheduler.update_from_output(scheduler_output, runner_output)
+    assert [output.prompt_logprobs for output in outputs] == [parts[0] + parts[1], None]

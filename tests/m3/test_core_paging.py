@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from folovllm.config import EngineConfig
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import fake_tokens
-from folovllm.request import Request, RequestStatus
+from folovllm.request import Request, RequestStatus, TokenLogprobs
 from tests import core_helpers as helpers
 from tests.core_helpers import block_ids, free_ids, make_core, make_request
 
@@ -208,3 +209,23 @@ def test_two_requests_that_both_grow_do_not_preempt_each_other_for_ever() -> Non
     helpers.add_all(core, [a, b])
     helpers.drive(core)
     assert (a.num_preemptions, b.num_preemptions) == (0, 1)
+
+
+def test_a_victim_forgets_its_drafts_and_half_a_prompts_logprobs() -> None:
+    """Both belong to the K/V that is gone; the prompt's logprobs are computed again with the prompt."""
+    core, _, b = full_pool(8, 7)
+    b.spec_token_ids = [1, 2, 3]
+    b.prompt_logprobs = [TokenLogprobs([1], [-1.0], rank=1)]
+    assert run(core) == ({"a": 1}, {"b"})
+    assert b.spec_token_ids == [] and b.prompt_logprobs == []
+
+
+@pytest.mark.parametrize(("rung", "without"), [("m1", ()), ("m2", ()), ("m3", ()), ("m3", ("m2",)), ("m3", ("m3",))])
+def test_every_preset_gives_the_same_tokens(rung: str, without: tuple[str, ...]) -> None:
+    config = EngineConfig.preset(rung, without, max_model_len=64).resolve(helpers.tiny_arch(), "cpu")
+    core = EngineCore(config, helpers.AttendingExecutor())
+    requests = [make_request(f"r{i}", 1 + i * 17 % 60, max_tokens=1 + i * 7 % 30) for i in range(40)]
+    expected = {request.request_id: helpers.expected_tokens(request, 64) for request in requests}
+    helpers.add_all(core, requests)
+    assert {name: helpers.tokens_of(outputs) for name, outputs in helpers.drive(core).items()} == expected
+    helpers.assert_nothing_leaked(core)

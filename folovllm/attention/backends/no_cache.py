@@ -33,4 +33,4 @@ class NoCacheBackend(AttentionBackend):
         scores = q @ k.transpose(1, 2) * self.spec.scale  # [num_heads, length, length]
         future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)  # [length, length]
         weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)  # [num_heads, length, length]
-        return (weights @ v).transpose(0, 1).to(query.dtype)  # [length, num_heads, head_size]
+        return (weights @ v).transpose(0, 1).to(query.dtype).contiguous()  # [length, num_heads, head_size]

@@ -61,7 +61,9 @@ class Scheduler:
         self.policy = scheduler_config.policy
         self.scheduling_policy = scheduler_config.scheduling_policy
 
-        make_pool, make_manager = (resolve(f"core.{part}", config.overrides) for part in ("block_pool", "kv_cache_manager"))
+        make_pool, make_manager = (
+            resolve(f"core.{part}", config.overrides) for part in ("block_pool", "kv_cache_manager")
+        )
         pool: BlockPool = make_pool(
             kv_cache_config.num_blocks, free_uncached_first=config.cache_config.free_uncached_first
         )

@@ -37,7 +37,7 @@ def pack_linears(model: nn.Module) -> int:
         layer.packed_weight = _pack(layer.weight.detach())
         layer.quant_method = PackedLinearMethod()
         if id(layer.weight) not in shared:
-            layer.weight = None
+            layer.register_parameter("weight", None)
     return len(layers)
 
 

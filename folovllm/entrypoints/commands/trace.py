@@ -1,0 +1,77 @@
+"""`folovllm trace`: check, compare and look at traces (milestone M2).
+
+vLLM counterpart: none. The work is done in folovllm/trace; no torch is loaded.
+Left out: export to Perfetto, the viewer.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from folovllm.trace import diff as trace_diff
+from folovllm.trace import lint as trace_lint
+from folovllm.trace import show as trace_show
+from folovllm.trace.record import read_trace
+
+EXIT_FOUND = 1  # violations, or a difference
+MAX_SHOWN = 20
+
+trace_app = typer.Typer(no_args_is_help=True, help="Check, compare and look at traces (LLM(..., trace='file.jsonl')).")
+
+TraceFile = Annotated[Path, typer.Argument(metavar="FILE", help="A trace: what trace='file.jsonl' wrote.")]
+
+
+@trace_app.command("lint")
+def lint(file: TraceFile) -> None:
+    """Check FILE against the rules of scheduling and paging. Exit code 1 if one is broken.
+
+    \b
+      folovllm trace lint run.jsonl
+    """
+    trace = read_trace(file)
+    violations = trace_lint.lint(trace)
+    for violation in violations[:MAX_SHOWN]:
+        typer.echo(str(violation))
+    if not violations:
+        cut = "" if trace.end else " (not closed: what was still running at the end is not judged)"
+        typer.echo(f"{len(trace.steps)} steps, {len(trace_lint.RULES)} rules: all kept{cut}")
+        return
+    if len(violations) > MAX_SHOWN:
+        typer.echo(f"... and {len(violations) - MAX_SHOWN} more")
+    for rule, count in Counter(violation.rule for violation in violations).most_common():
+        typer.echo(f"{count:5} x {rule}: {trace_lint.RULES[rule]}")
+    raise typer.Exit(EXIT_FOUND)
+
+
+@trace_app.command("diff")
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The reference.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The trace to compare with it.")],
+) -> None:
+    """Name the first step in which traces A and B differ, times aside. Exit code 1 if there is one.
+
+    \b
+      folovllm trace diff reference.jsonl mine.jsonl
+    """
+    trace_a, trace_b = read_trace(a), read_trace(b)
+    divergence = trace_diff.diff(trace_a, trace_b)
+    if divergence is None:
+        typer.echo(f"the same {len(trace_a.steps)} steps")
+        return
+    typer.echo(str(divergence))
+    raise typer.Exit(EXIT_FOUND)
+
+
+@trace_app.command("show")
+def show(
+    file: TraceFile,
+    step: Annotated[int, typer.Option("--step", help="Which step; the first is 0.")] = 0,
+) -> None:
+    """Show one step of FILE: who computes what, who waits, and the blocks as a grid.
+
+    \b
+      folovllm trace show run.jsonl --step 7
+    """
+    typer.echo(trace_show.show(read_trace(file), step))

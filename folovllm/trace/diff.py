@@ -1,0 +1,166 @@
+"""diff: the first step in which two traces differ, what only one of them did there, and one sentence about why.
+
+Milestone: M2. vLLM counterpart: none. Left out: aligning again after the first difference (from there on the queues
+differ, and so does everything).
+
+Row 1: no torch. Times never count. In a step, who came is compared first, then who computes what, then the blocks, the
+tokens and the rest: the first of these to differ is the nearest to the cause.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from folovllm.trace.record import SchedEntry, StepRecord, Trace
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first difference. `a_only` and `b_only` are phrases such as "r1 decode 1" or "preempt r2"."""
+
+    step: int
+    a_only: tuple[str, ...]
+    b_only: tuple[str, ...]
+    sentence: str
+    config: tuple[str, ...] = ()  # engine arguments that differ, "policy: 'continuous' / 'static'"
+
+    def __str__(self) -> str:
+        sides = [f"{name}-only " + ", ".join(f"({phrase})" for phrase in phrases)
+                 for name, phrases in (("a", self.a_only), ("b", self.b_only)) if phrases]  # fmt: skip
+        lines = [f"first divergence at step {self.step}: {'; '.join(sides)}", self.sentence]
+        return "\n".join(lines + [f"config differs in {difference}" for difference in self.config])
+
+
+View = tuple[Callable[[StepRecord], list[str]], Callable[[StepRecord, StepRecord], str]]
+
+
+def diff(a: Trace, b: Trace) -> Divergence | None:
+    """The first step that differs between `a` and `b`, or None if they tell the same story.
+
+    Block ids are compared only between caches of the same shape.
+    """
+    views, config = _views(with_blocks=a.header["kv"] == b.header["kv"]), _config_differences(a, b)
+    for step_a, step_b in zip(a.steps, b.steps, strict=False):
+        for phrases, explain in views:
+            if phrases(step_a) != phrases(step_b):
+                sides = _only(phrases(step_a), phrases(step_b))
+                return Divergence(step_a["step"], *sides, explain(step_a, step_b), config)
+    common = min(len(a.steps), len(b.steps))
+    if len(a.steps) > common:
+        return Divergence(common, _more(a.steps[common]), (), f"b ends after {common} steps, a goes on", config)
+    if len(b.steps) > common:
+        return Divergence(common, (), _more(b.steps[common]), f"a ends after {common} steps, b goes on", config)
+    return None
+
+
+def _only(of_a: list[str], of_b: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The phrases of one side only; all of both where only their order differs."""
+    a_only = tuple(phrase for phrase in of_a if phrase not in of_b)
+    b_only = tuple(phrase for phrase in of_b if phrase not in of_a)
+    return (a_only, b_only) if a_only or b_only else (tuple(of_a), tuple(of_b))
+
+
+def _more(record: StepRecord) -> tuple[str, ...]:
+    return tuple(_work(record)) or ("an empty step",)
+
+
+def _views(with_blocks: bool) -> list[View]:
+    """What to compare in a step, nearest to the cause first; together all of it but times and limits."""
+    views: list[View] = [
+        (_arrivals, lambda a, b: "the engines were not given the same requests, or not at the same step"),
+        (_work, _policy_sentence),
+        (_starts, _policy_sentence),
+        (_tokens, lambda a, b: "the same work, but other tokens came out"),
+        (_rest, lambda a, b: "the same work and tokens, but other requests wait, run or finish"),
+    ]
+    if with_blocks:
+        views.insert(3, (_tables, lambda a, b: "the same work, in other blocks"))
+        views.append((_pool, lambda a, b: "the same work and tokens, but other blocks are free"))
+    return views
+
+
+# ---- views: a step as phrases
+
+
+def _arrivals(record: StepRecord) -> list[str]:
+    planned = record["events"][: record["planned"]]
+    return [_phrase(event) for event in planned if event[0] in ("add", "finish")]
+
+
+def _work(record: StepRecord) -> list[str]:
+    preempted = [f"preempt {event[1]}" for event in record["events"] if event[0] == "preempt"]
+    return preempted + [_work_phrase(entry) for entry in record["sched"]]
+
+
+def _work_phrase(entry: SchedEntry) -> str:
+    """E.g. "r1 decode 1", "r2 prefill 8", "r2 prefill 8 from 16"."""
+    is_later_part = entry["kind"] == "prefill" and entry["start"] > 0
+    return f"{entry['req']} {entry['kind']} {entry['n']}" + (f" from {entry['start']}" if is_later_part else "")
+
+
+def _starts(record: StepRecord) -> list[str]:
+    return [f"{entry['req']} from {entry['start']}" for entry in record["sched"]]
+
+
+def _tables(record: StepRecord) -> list[str]:
+    return [f"{entry['req']} in blocks {entry['table']}" for entry in record["sched"]]
+
+
+def _tokens(record: StepRecord) -> list[str]:
+    return [_phrase(event) for event in record["events"] if event[0] == "sample"]
+
+
+def _rest(record: StepRecord) -> list[str]:
+    others = [_phrase(event) for event in record["events"] if event[0] not in ("alloc", "hit", "free")]
+    return others + [f"{name} {value}" for name, value in record["queues"].items()]
+
+
+def _pool(record: StepRecord) -> list[str]:
+    blocks = [_phrase(event) for event in record["events"] if event[0] in ("alloc", "hit", "free")]
+    return blocks + [f"{name} {value}" for name, value in record["pool"].items()]
+
+
+def _phrase(event: list[object]) -> str:
+    return " ".join(map(str, event))
+
+
+# ---- the sentence
+
+
+def _policy_sentence(a: StepRecord, b: StepRecord) -> str:
+    """What the side that did less of something did not do; the first reason that applies."""
+    for mine, other, name, others_name in ((a, b, "b", "a"), (b, a, "a", "b")):
+        lacking = [entry for entry in mine["sched"] if _entry_of(other, entry["req"]) is None]
+        preempted = {event[1] for event in other["events"] if event[0] == "preempt"}
+        if victims := [entry["req"] for entry in lacking if entry["req"] in preempted]:
+            return f"{name} preempted {victims[0]}, {others_name} did not"
+        if decodes := [entry["req"] for entry in lacking if entry["kind"] == "decode"]:
+            return f"a running decode was skipped: {decodes[0]} in {name}"
+        if lacking:
+            return _admission_sentence(lacking[0]["req"], name, others_name, other)
+    for entry in a["sched"]:
+        twin = _entry_of(b, entry["req"])
+        assert twin is not None, "both sides computed the same requests"
+        if twin["start"] != entry["start"]:
+            return f"{entry['req']} starts at token {entry['start']} in a, at {twin['start']} in b"
+        if twin["n"] != entry["n"]:
+            return f"the same requests, but {entry['req']} got {entry['n']} tokens in a and {twin['n']} in b"
+    return "the same requests in another order"
+
+
+def _admission_sentence(request_id: str, name: str, others_name: str, record: StepRecord) -> str:
+    ran = [entry["req"] for entry in record["sched"]]
+    why = f" while {', '.join(ran)} ran" if ran else ""
+    return f"{others_name} computed {request_id}, {name} let it wait{why}"
+
+
+def _entry_of(record: StepRecord, request_id: str) -> SchedEntry | None:
+    return next((entry for entry in record["sched"] if entry["req"] == request_id), None)
+
+
+def _config_differences(a: Trace, b: Trace) -> tuple[str, ...]:
+    names = dict.fromkeys((*a.config, *b.config))
+    return tuple(
+        f"{name}: {a.config.get(name)!r} / {b.config.get(name)!r}"
+        for name in names
+        if a.config.get(name) != b.config.get(name)
+    )

@@ -1,0 +1,148 @@
+"""The trace file: JSON lines, a header first, then one record per step, at last an end line if it was closed.
+
+Milestone: M2. vLLM counterpart: none. Left out: drafts, several KV groups.
+
+Row 1: no torch. A record says what the scheduler decided and how the step left the engine. E.g. (wrapped here)
+
+    {"v": 1, "step": 7, "t0": 1.203, "dur": 0.031,                          seconds since the trace began
+     "spans": {"schedule": 0.0004, "trace": 0.0001, "forward": 0.029, "sample": 0.001, "update": 0.0006},
+     "budget": {"tokens": 64, "used": 39, "seqs": 4},                       limit, scheduled, limit
+     "sched": [{"req": "r1", "kind": "decode", "start": 19, "n": 1},        in the order of the flat batch
+               {"req": "r4", "kind": "prefill", "start": 0, "n": 38, "table": [9, 11, 12]}],
+     "events": [["add", "r5", 20, 8, 0], ["preempt", "r2"], ["free", "r2", [9, 5]], ["alloc", "r4", [9, 11, 12]],
+                ["sample", "r1", [417]], ["sample", "r4", [88]], ["finish", "r4", "stop"], ["free", "r4", [9, 11, 12]]],
+     "planned": 4,                                                          so many events came before the forward pass
+     "queues": {"num_waiting": 2, "waiting": ["r2", "r5"], "running": ["r1"]},
+     "pool": {"free": 5, "cached": 0, "ref": {}}}
+
+`queues` and `pool` are as the step left them, `table` is as the step ran. A file stays small because what did not
+change is left out: `table` is written when it grew or is new, the two queues when someone came, went or moved (and
+`waiting` is null when very many wait). `read_trace` puts all that back, so no reader has to care.
+
+Events, in the order in which they happened:
+    ["add", request, prompt tokens, max_tokens, priority]      ["preempt", request]
+    ["hit", request, [blocks]]    taken from the prefix cache  ["alloc", request, [blocks]]    new
+    ["free", request, [blocks]]   its whole table, in order    ["sample", request, [token ids]]
+    ["finish", request, "stop" | "length" | "abort" | "error"]
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+VERSION = 1
+Event = list[Any]
+
+
+class SchedEntry(TypedDict):
+    """`n` tokens of a request from position `start` on. `cached`: tokens that a prefix hit gave it at admission."""
+
+    req: str
+    kind: str  # "prefill" or "decode": for the eye; the scheduler knows no phases
+    start: int
+    n: int
+    cached: NotRequired[int]
+    table: NotRequired[list[int]]
+
+
+class Queues(TypedDict):
+    num_waiting: int
+    waiting: NotRequired[list[str] | None]
+    running: NotRequired[list[str]]
+
+
+class Pool(TypedDict):
+    """`free` + `cached` + the blocks that requests hold = the usable blocks. `cached`: free, but still hit-able."""
+
+    free: int
+    cached: int
+    ref: dict[str, int]  # block -> holders, where there are several
+
+
+class StepRecord(TypedDict):
+    v: int
+    step: int  # 0, 1, 2, ...
+    t0: float
+    dur: float
+    spans: dict[str, float]
+    budget: dict[str, int]
+    sched: list[SchedEntry]
+    events: list[Event]
+    planned: int
+    queues: Queues
+    pool: Pool
+
+
+REQUIRED = frozenset(StepRecord.__annotations__)
+TIMES = ("t0", "dur", "spans")
+
+
+@dataclass
+class Trace:
+    """A whole file. `end` is None where the writer was not closed: the run was cut, or still goes on."""
+
+    header: dict[str, Any]
+    steps: list[StepRecord]
+    end: dict[str, Any] | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The engine arguments, flat."""
+        config: dict[str, Any] = self.header["config"]
+        return config
+
+
+def read_trace(path: str | Path) -> Trace:
+    """Read and complete a trace. Raises ValueError, with the line, for what is not one; a half last line is dropped."""
+    header, *lines = [*_json_lines(Path(path))] or [{}]
+    if header.get("type") != "header":
+        raise ValueError(
+            f"{path} is not a trace: its first line is no header; a trace is what trace='file.jsonl' writes"
+        )
+    if header.get("v") != VERSION:
+        raise ValueError(f"{path} has trace version {header.get('v')}, this FoloVLLM reads {VERSION}: record it again")
+    end = lines.pop() if lines and lines[-1].get("type") == "end" else None
+    for number, line in enumerate(lines, start=2):
+        if missing := REQUIRED - line.keys():
+            raise ValueError(f"{path}, line {number}: not a step record, it lacks {', '.join(sorted(missing))}")
+    return Trace(header, list(_completed(lines)), end)
+
+
+def without_times(record: Any) -> dict[str, Any]:
+    """The record without what differs between two equal runs."""
+    return {name: value for name, value in record.items() if name not in TIMES}
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"no trace file {path}; write one with LLM(..., trace={str(path)!r})")
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield _as_object(json.loads(line))
+        except ValueError:
+            if number == len(lines) > 1:
+                return  # the process died while it wrote
+            raise ValueError(f"{path}, line {number}: not a JSON object") from None
+
+
+def _as_object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+def _completed(lines: list[Any]) -> Iterator[StepRecord]:
+    """Put back what the writer left out because it had not changed."""
+    tables: dict[str, list[int]] = {}
+    waiting: list[str] | None = []
+    running: list[str] = []
+    for record in lines:
+        for entry in record["sched"]:
+            entry["table"] = tables[entry["req"]] = entry.get("table", tables.get(entry["req"], []))
+        queues = record["queues"]
+        waiting = queues["waiting"] = queues.get("waiting", waiting)
+        running = queues["running"] = queues.get("running", running)
+        yield record

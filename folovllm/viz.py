@@ -1,0 +1,277 @@
+"""viz: what the notebooks draw and ask. Small matplotlib helpers with the same colour for the same request everywhere.
+
+Milestone: M1 (grows with the notebooks). vLLM counterpart: none. Left out: animation, anything interactive beyond a
+slider (`explore`), for which ipywidgets is used if it is installed and nothing is lost if it is not.
+
+Row 5: matplotlib and the standard library; no torch. Every helper takes plain data (dicts, lists, trace entries), so
+that a notebook shows what it draws.
+"""
+
+import html
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch, Rectangle
+
+# Okabe and Ito's palette without black, and Tol's indigo: eight colours that colour-blind people tell apart. Grey stays
+# free for "nobody": a free block, a waiting request. Names are drawn too, so colour never carries a meaning alone.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#332288")
+NOBODY, INK = "#DDDDDD", "#333333"
+_DARK = frozenset({"#0072B2", "#009E73", "#D55E00", "#332288"})  # white text is read more easily on these
+DPI = 80  # GitHub shows notebooks about 800 pixels wide
+
+
+def style() -> None:
+    """Sizes for a notebook page; call it once."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": DPI, "savefig.dpi": DPI, "figure.figsize": (9, 3), "figure.constrained_layout.use": True,
+            "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left",
+            "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+        }
+    )  # fmt: skip
+
+
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each request, in the order given; the ninth begins again with the first."""
+    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
+
+
+# ---- text: questions and tables
+
+
+class Shown:
+    """HTML for a notebook, plain text elsewhere."""
+
+    def __init__(self, as_html: str, as_text: str) -> None:
+        self._html, self._text = as_html, as_text
+
+    def _repr_html_(self) -> str:
+        return self._html
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def predict(
+    question: str,
+    options: Sequence[Any] | None,
+    answer: Any,
+    because: str = "",
+    guess: Any = None,
+) -> Shown:
+    """A question to answer before unfolding the answer, which the notebook passes in as computed by the engine.
+
+    `options` is None where a number is asked for. With options the answer must be one of them: a notebook whose engine
+    answers something that nobody offered is wrong, so that raises ValueError. Set `guess` to have yours judged.
+    """
+    if options is not None and answer not in options:
+        raise ValueError(f"the computed answer {answer!r} is none of the options {list(options)}: correct the question")
+    if options is None:
+        asked = " <i>(a number)</i>" if isinstance(answer, int | float) else ""
+    else:
+        asked = "<ul>" + "".join(f"<li>{_text(option)}</li>" for option in options) + "</ul>"
+    verdict = "" if guess is None else f"<p>Your guess, {_text(guess)}, is {_judge(guess, answer)}.</p>"
+    reason = f" {_text(because)}" if because else ""
+    return Shown(
+        f"<p><b>Predict.</b> {_text(question)}{asked}</p>{verdict}"
+        f"<details><summary>Answer</summary><p><b>{_text(answer)}</b>.{reason}</p></details>",
+        f"Predict. {question}" + ("" if options is None else f" {list(options)}"),
+    )
+
+
+def _judge(guess: Any, answer: Any) -> str:
+    return "right" if guess == answer else "not it"
+
+
+def _text(value: Any) -> str:
+    return html.escape(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Shown:
+    """A small table. Numbers are set right, text left."""
+    lines = [list(map(_cell, row)) for row in rows]
+    assert all(len(line) == len(header) for line in lines), "a row of another length than the header"
+    right = [all(_is_number(line[i]) for line in lines) for i in range(len(header))]
+    tags = ["right" if r else "left" for r in right]
+    head = "".join(f'<th style="text-align:{t}">{_text(h)}</th>' for h, t in zip(header, tags, strict=True))
+    body = "".join(
+        "<tr>"
+        + "".join(f'<td style="text-align:{t}">{_text(c)}</td>' for c, t in zip(line, tags, strict=True))
+        + "</tr>"
+        for line in lines
+    )
+    widths = [max(len(cell) for cell in column) for column in zip(header, *lines, strict=True)]
+    text = "\n".join(
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip()
+        for line in [list(header), *lines]
+    )
+    return Shown(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", text)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _is_number(cell: str) -> bool:
+    return cell.strip("%x-").replace(".", "", 1).isdigit()
+
+
+# ---- something to turn
+
+
+def explore(draw: Callable[[Axes, Any], None], name: str, values: Sequence[Any], size: tuple[float, float]) -> None:
+    """Call `draw(axes, value)` for every value: small pictures side by side, and a slider too where ipywidgets is.
+
+    `size` is that of the whole row in inches.
+    """
+    figure, axes = plt.subplots(1, len(values), figsize=size, squeeze=False)
+    for ax, value in zip(axes[0], values, strict=True):
+        draw(ax, value)
+        ax.set_title(f"{name} = {value}")
+    figure.align_labels()
+    try:
+        from ipywidgets import SelectionSlider, interact
+    except ImportError:
+        return
+
+    def one(value: Any) -> None:
+        _, ax = plt.subplots(figsize=(size[0] / 2, size[1]))
+        draw(ax, value)
+        plt.show()
+
+    interact(one, value=SelectionSlider(options=list(values), description=name))
+
+
+# ---- pictures: distributions
+
+
+def bars(
+    ax: Axes,
+    labels: Sequence[str],
+    probs: Sequence[float],
+    colour: str = PALETTE[0],
+    before: Sequence[float] | None = None,
+) -> None:
+    """A distribution. Tokens with probability 0 are crossed out; `before` is drawn as an outline behind."""
+    places = range(len(labels))
+    if before is not None:
+        ax.bar(places, before, width=0.8, facecolor="none", edgecolor="#999999", linewidth=0.8)
+    ax.bar(places, probs, width=0.6, color=colour)
+    gone = [i for i, p in enumerate(probs) if p == 0]
+    ax.plot(gone, [0.0] * len(gone), "x", color=INK, markersize=5, clip_on=False, zorder=3)
+    ax.set_xticks(list(places), labels, rotation=60, ha="right", rotation_mode="anchor")
+    ax.set_ylim(0, max(*probs, *(before or [0.0]), 0.05) * 1.12)
+
+
+# ---- pictures: the pipeline of a token
+
+
+def stops(ax: Axes, boxes: Sequence[tuple[str, str]], upto: int, columns: int = 4) -> None:
+    """Numbered boxes (title, what leaves it) in rows that are read like text; those after `upto` stay pale."""
+    rows = -(-len(boxes) // columns)
+    for i, (title, shape) in enumerate(boxes):
+        x, y = i % columns, rows - 1 - i // columns
+        done = i < upto
+        fill = PALETTE[4] if done else "white"
+        ax.add_patch(
+            FancyBboxPatch((x + 0.07, y + 0.18), 0.8, 0.62, boxstyle="round,pad=0.03", fc=fill, ec=INK, lw=0.8)
+        )
+        ax.text(x + 0.47, y + 0.62, f"{i + 1}  {title}", ha="center", va="center", weight="bold", color=INK)
+        ax.text(x + 0.47, y + 0.36, shape if done else "", ha="center", va="center", size=8, color=INK)
+        if x < columns - 1 and i + 1 < len(boxes):
+            ax.annotate("", (x + 1.04, y + 0.49), (x + 0.9, y + 0.49), arrowprops={"arrowstyle": "->", "color": INK})
+    ax.set(xlim=(0, columns), ylim=(0, rows))
+    ax.axis("off")
+
+
+# ---- pictures: who computes when. `steps` is one list of trace entries per tick; see folovllm/trace/record.py.
+
+Steps = Sequence[Sequence[Mapping[str, Any]]]
+
+
+def gantt(ax: Axes, steps: Steps, arrivals: Mapping[str, int], colours: Mapping[str, str]) -> None:
+    """Steps x requests. A prompt is hatched and says how many tokens; one plain cell is one token; a line is waiting."""
+    for row, (name, arrival) in enumerate(arrivals.items()):
+        mine = {t: e for t, entries in enumerate(steps) for e in entries if e["req"] == name}
+        if not mine:
+            ax.plot([arrival, len(steps)], [row, row], color="#999999", lw=1.2)
+            continue
+        idle = [t for t in range(arrival, max(mine)) if t not in mine]
+        ax.hlines([row] * len(idle), idle, [t + 1 for t in idle], color="#999999", lw=1.2, zorder=1)
+        ax.plot([arrival], [row], "|", color=INK, markersize=9, zorder=4)
+        for t, entry in mine.items():
+            _gantt_cell(ax, t, row, entry, colours[name])
+    ax.set(xlim=(0, len(steps)), ylim=(len(arrivals) - 0.5, -0.5))
+    ax.set_yticks(range(len(arrivals)), list(arrivals))
+    ax.set_ylabel("request")
+
+
+def _gantt_cell(ax: Axes, tick: int, row: int, entry: Mapping[str, Any], colour: str) -> None:
+    many = entry["n"] > 1
+    hatch = "////" if many else None
+    ax.add_patch(Rectangle((tick, row - 0.4), 1, 0.8, fc=colour, ec="white", lw=0.6, hatch=hatch, zorder=2))
+    if many:
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+        ax.text(tick + 0.5, row, str(entry["n"]), ha="center", va="center", size=7, color=INK, bbox=box, zorder=3)
+
+
+def token_bars(ax: Axes, steps: Steps, colours: Mapping[str, str]) -> None:
+    """Tokens computed in each step, stacked by request."""
+    tops = [0] * len(steps)
+    for t, entries in enumerate(steps):
+        for entry in entries:
+            ax.bar(t + 0.5, entry["n"], width=0.9, bottom=tops[t], color=colours[entry["req"]])
+            tops[t] += entry["n"]
+    ax.set(xlim=(0, len(steps)), ylabel="tokens")
+
+
+# ---- pictures: blocks
+
+
+def block_map(
+    ax: Axes,
+    tables: Mapping[str, Sequence[int]],
+    lengths: Mapping[str, int],
+    num_blocks: int,
+    block_size: int,
+    colours: Mapping[str, str],
+    columns: int = 8,
+) -> None:
+    """The physical pool: a cell per block, a square per slot. Full colour holds K/V, hatched is reserved and unused."""
+    owner = {block: (name, i) for name, table in tables.items() for i, block in enumerate(table)}
+    for block in range(num_blocks):
+        x, y = block % columns, block // columns
+        name, i = owner.get(block, ("", 0))
+        used = max(0, min(block_size, lengths.get(name, 0) - i * block_size)) if name else 0
+        _block(ax, x, y, used, block_size, colours.get(name))
+        label = "null" if block == 0 else f"{block}" + (f" = {name}{i}" if name else "")
+        ax.text(x + 0.46, y + 0.78, label, ha="center", va="center", size=8, color=INK)
+    rows = -(-num_blocks // columns)
+    ax.set(xlim=(-0.05, columns), ylim=(rows, -0.05))
+    ax.set_aspect("equal")
+    ax.axis("off")
+
+
+def _block(ax: Axes, x: float, y: float, used: int, block_size: int, colour: str | None) -> None:
+    width = 0.92 / block_size
+    for slot in range(block_size):
+        face = NOBODY if colour is None else colour if slot < used else "white"
+        hatch = "////" if colour is not None and slot >= used else None
+        edge = "white" if hatch is None else colour
+        ax.add_patch(Rectangle((x + slot * width, y + 0.05), width, 0.58, fc=face, ec=edge, lw=0.6, hatch=hatch))
+    ax.add_patch(Rectangle((x, y + 0.05), 0.92, 0.58, fc="none", ec=INK if colour else "#999999", lw=0.8))
+
+
+def strip(ax: Axes, segments: Iterable[tuple[float, float, str, str]], length: float, hatched: bool = False) -> None:
+    """Memory as one bar from 0 to `length`: (start, size, colour, label) for every piece that is taken."""
+    ax.add_patch(Rectangle((0, 0), length, 1, fc=NOBODY, ec="none"))
+    for start, size, colour, label in segments:
+        hatch = "////" if hatched else None
+        ax.add_patch(Rectangle((start, 0), size, 1, fc=colour, ec="white", lw=0.8, hatch=hatch))
+        ink = "white" if colour in _DARK else INK
+        ax.text(start + size / 2, 0.5, label, ha="center", va="center", size=8, color=ink)
+    ax.set(xlim=(0, length), ylim=(0, 1))
+    ax.set_yticks([])
