@@ -193,7 +193,7 @@ Steps = Sequence[Sequence[Mapping[str, Any]]]
 
 
 def gantt(ax: Axes, steps: Steps, arrivals: Mapping[str, int], colours: Mapping[str, str]) -> None:
-    """Steps x requests. A prompt is hatched and says how many tokens; one plain cell is one token; a line is waiting."""
+    """Steps x requests. A plain cell computes one token, a hatched one as many as it says; a line is waiting."""
     for row, (name, arrival) in enumerate(arrivals.items()):
         mine = {t: e for t, entries in enumerate(steps) for e in entries if e["req"] == name}
         if not mine:

@@ -112,13 +112,14 @@ def build(source: Path, fast: bool) -> Path:
     return target_of(source)
 
 
-def check(source: Path) -> None:
+def check(source: Path) -> str:
     problem = disagreement(source)
     if problem:
         raise NotebookProblem(f"{problem}: run python scripts/build_notebooks.py --only {source.stem[:2]}")
     notebook = read_source(source)
     make_fast(notebook)
     execute(notebook, source.stem)
+    return "agrees and runs"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     for source in chosen:
         start = time.monotonic()
         try:
-            done = f"{check(source) or 'agrees and runs'}" if args.check else _size(build(source, args.fast))
+            done = check(source) if args.check else _size(build(source, args.fast))
             print(f"{source.stem}: {done}, {time.monotonic() - start:.1f} s")
         except NotebookProblem as problem:
             failures += 1

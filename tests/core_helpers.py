@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from folovllm.core.kv_cache_utils import KVCacheBlock, cdiv
+from folovllm.core.prefix_index import NullPrefixIndex
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import _ROOT, FakeExecutor, _RequestState, fake_tokens, mix
@@ -69,6 +71,9 @@ class AttendingExecutor(FakeExecutor):
             if not cached.resumed:
                 computed = self.requests[cached.request_id].num_computed_tokens
                 assert cached.num_computed_tokens == computed, f"{cached.request_id}: computed tokens skipped or redone"
+        if scheduler_output.preempted_req_ids:
+            resumed = [cached for cached in scheduler_output.scheduled_cached_reqs if cached.resumed]
+            assert not scheduler_output.scheduled_new_reqs and not resumed, "admitted in a step that preempted"
         total = sum(scheduler_output.num_scheduled_tokens.values())
         assert scheduler_output.total_num_scheduled_tokens == total
         return super().execute(scheduler_output)
@@ -89,6 +94,45 @@ class AttendingExecutor(FakeExecutor):
 def make_core(executor: FakeExecutor | None = None, **config_args: Any) -> EngineCore:
     """EngineCore on an AttendingExecutor. E.g. make_core(block_size=4, num_kv_blocks=5, policy="static")."""
     return EngineCore(make_config(**config_args), executor or AttendingExecutor())
+
+
+class ToyIndex(NullPrefixIndex):
+    """All tokens up to the end of a full block -> that block. Slow, obvious, and free of hash collisions."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.blocks: dict[tuple[int, ...], KVCacheBlock] = {}
+
+    def match(self, request: Request) -> list[KVCacheBlock]:
+        hits: list[KVCacheBlock] = []
+        while (end := (len(hits) + 1) * self.block_size) <= request.num_tokens - 1:  # one token is left to compute
+            block = self.blocks.get(tuple(request.all_token_ids[:end]))
+            if block is None:
+                break
+            hits.append(block)
+        return hits
+
+    def insert(self, request: Request, blocks: list[KVCacheBlock], num_full_blocks: int) -> None:
+        for i, block in enumerate(blocks[:num_full_blocks]):
+            prefix = tuple(request.all_token_ids[: (i + 1) * self.block_size])
+            if prefix not in self.blocks:
+                self.blocks[prefix] = block
+                block.block_hash = repr(prefix).encode()
+
+    def remove(self, block: KVCacheBlock) -> None:
+        self.blocks = {prefix: other for prefix, other in self.blocks.items() if other is not block}
+
+
+def use_toy_index(core: EngineCore) -> ToyIndex:
+    """Prefix caching before M6: put a toy index in the place of the null object."""
+    index = ToyIndex(core.kv_cache_config.block_size)
+    core.scheduler.kv_cache_manager.block_pool.prefix_index = index
+    return index
+
+
+def caching_core(**config_args: Any) -> tuple[EngineCore, ToyIndex]:
+    core = make_core(**config_args)
+    return core, use_toy_index(core)
 
 
 def make_request(request_id: str, prompt: int | Sequence[int], max_tokens: int = 100, **args: Any) -> Request:
@@ -132,7 +176,7 @@ def drive(core: EngineCore, max_steps: int = MAX_STEPS) -> dict[str, list[Engine
             return outputs
         for output in core.step():
             outputs.setdefault(output.request_id, []).append(output)
-        core.scheduler.check_integrity()
+        check(core)
     raise AssertionError(f"not done after {max_steps} steps: {core.stats()}")
 
 
@@ -145,7 +189,7 @@ def schedule_and_run(core: EngineCore) -> SchedulerOutput:
     scheduler_output = core.scheduler.schedule()
     runner_output = core.executor.sample(core.executor.execute(scheduler_output))
     core.scheduler.update_from_output(scheduler_output, runner_output)
-    core.scheduler.check_integrity()
+    check(core)
     return scheduler_output
 
 
@@ -166,6 +210,14 @@ def worker_requests(core: EngineCore) -> list[str]:
 
 def ids(requests: Iterable[Request]) -> list[str]:
     return [request.request_id for request in requests]
+
+
+def check(core: EngineCore) -> None:
+    """The core's own integrity check, and that nobody holds more or fewer blocks than his computed tokens need."""
+    core.scheduler.check_integrity()
+    for request in core.scheduler.running:
+        needed = cdiv(request.num_computed_tokens, core.kv_cache_config.block_size)
+        assert len(block_ids(core, request.request_id)) == needed, request
 
 
 def assert_nothing_leaked(core: EngineCore) -> None:

@@ -13,9 +13,7 @@ SLOT = "attention.backend"
 BACKENDS: dict[str, type[AttentionBackend]] = {TorchNaiveBackend.name: TorchNaiveBackend}
 
 
-def get_attn_backend(
-    name: str, spec: AttentionSpec, overrides: Mapping[str, str] | None = None
-) -> AttentionBackend:
+def get_attn_backend(name: str, spec: AttentionSpec, overrides: Mapping[str, str] | None = None) -> AttentionBackend:
     """Build the backend called `name` for `spec`, or the one that fills the slot; ValueError if it cannot run it."""
     if name not in BACKENDS:
         raise ValueError(f"unknown attention_backend {name!r}; available: {', '.join(BACKENDS)}")

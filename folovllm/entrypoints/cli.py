@@ -19,6 +19,7 @@ from folovllm.entrypoints.commands.generate import generate
 from folovllm.entrypoints.commands.info import info
 from folovllm.entrypoints.commands.options import DebugOption
 from folovllm.entrypoints.commands.pull import pull
+from folovllm.entrypoints.commands.trace import trace_app
 
 EXIT_USER_ERROR = 2  # what typer itself uses for a wrong option
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -74,6 +75,7 @@ def folovllm(
       folovllm chat                               talk to the model
       folovllm chat -m ./my-model --preset m1     as of milestone M1
       folovllm info smollm2-135m                  its shape, its KV cache
+      folovllm trace lint run.jsonl               check what an engine did
 
     The default model is pulled once (93 MB). Every command explains itself: folovllm generate --help
     """
@@ -84,6 +86,7 @@ app.command()(chat)
 app.command()(demo)
 app.command()(pull)
 app.command()(info)
+app.add_typer(trace_app, name="trace")
 # Everything after `bench` belongs to the benchmark, its --help included.
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command(context_settings=_PASS_ON, add_help_option=False)(bench)

@@ -30,9 +30,7 @@ class Worker:
         self.device = torch.device(config.device)
         arch = config.model_config.arch
         dtype: torch.dtype = getattr(torch, config.model_config.dtype)
-        model = load_model(
-            model_path, arch, dtype, self.device, linear_backend=config.attention_config.linear_backend
-        )
+        model = load_model(model_path, arch, dtype, self.device, linear_backend=config.attention_config.linear_backend)
         spec = AttentionSpec(
             num_heads=arch.num_attention_heads,
             num_kv_heads=arch.num_key_value_heads,
@@ -42,7 +40,9 @@ class Worker:
             block_size=config.block_size,
         )
         backend = get_attn_backend(config.attention_config.attention_backend, spec, config.overrides)
-        self.model_runner = ModelRunner(config, model, backend, self.device, resolve("sample.sampler", config.overrides)())
+        self.model_runner = ModelRunner(
+            config, model, backend, self.device, resolve("sample.sampler", config.overrides)()
+        )
 
     def available_kv_cache_bytes(self) -> int:
         """What the KV cache may take: on a CPU half of the free memory, at most 4 GiB; on a GPU its share."""

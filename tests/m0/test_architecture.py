@@ -38,6 +38,7 @@ ROWS = {
     "folovllm.executor.uniproc": 3,
     "folovllm.metrics": 3,
     "folovllm.hub": 4,
+    "folovllm.viz": 5,
     "folovllm.entrypoints": 5,
     "folovllm.learn": 5,
 }

@@ -1,7 +1,7 @@
 """The ladder: what each preset is, what `without` takes away, and that rungs not built yet say so."""
 
 import dataclasses
-from itertools import chain, combinations
+from itertools import chain, combinations, pairwise
 from typing import Any
 
 import pytest
@@ -71,7 +71,7 @@ def test_without_a_preset_the_top_of_the_ladder_runs() -> None:
 
 def test_a_rung_adds_only_its_own_switches() -> None:
     built = [rung for rung in LADDER[1:] if rung.built]
-    for lower, upper in zip(built, built[1:], strict=False):
+    for lower, upper in pairwise(built):
         before, after = fold(lower.id), fold(upper.id)
         assert {name for name in after if after[name] != before[name]} <= set(upper.on)
 

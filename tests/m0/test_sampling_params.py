@@ -280,8 +280,8 @@ JUNK = st.one_of(
     st.complex_numbers(),
     st.lists(st.integers() | st.text(max_size=3) | st.none() | st.floats(), max_size=3),
     st.dictionaries(st.integers() | st.text(max_size=3) | st.none(), st.none() | st.floats(), max_size=3),
-    st.sampled_from([object(), int, lambda: 0, ..., range(3), 10**400, -(10**400), RequestOutputKind, RequestOutputKind.DELTA]),
-)  # fmt: skip
+    st.sampled_from([object(), int, lambda: 0, ..., range(3), 10**400, -(10**400), RequestOutputKind.DELTA]),
+)
 
 
 @given(values=st.fixed_dictionaries({}, optional=VALID))
@@ -302,9 +302,8 @@ def test_junk_is_refused_by_a_value_error_or_accepted(values: dict[str, Any]) ->
         assert params.replace() == params
 
 
-@given(name=st.sampled_from([n for n in FIELDS if len(n) > 4]), data=st.data())
-def test_a_slip_of_the_keyboard_finds_the_nearest_name(name: str, data: st.DataObject) -> None:
-    i = data.draw(st.integers(0, len(name) - 1))
-    slip = name[:i] + name[i + 1 :]
-    with pytest.raises(ValueError, match=f"did you mean '{name}'"):
-        SamplingParams.from_dict({slip: 1})
+@pytest.mark.parametrize("name", [name for name in FIELDS if len(name) > 5])  # "top_" might be top_p or top_k
+def test_a_slip_of_the_keyboard_finds_the_nearest_name(name: str) -> None:
+    for i in range(len(name)):
+        with pytest.raises(ValueError, match=f"did you mean '{name}'"):
+            SamplingParams.from_dict({name[:i] + name[i + 1 :]: 1})

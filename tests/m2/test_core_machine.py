@@ -4,6 +4,7 @@ A Hypothesis state machine on the fake executor. After every step the integrity 
 neither aborted nor in a failing step has exactly the tokens that the oracle foretold, and nothing has leaked.
 """
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ class Totals:
     aborted: int = 0
     errors: int = 0
     in_mid_prompt: int = 0
+    prefix_hits: int = 0
 
 
 @st.composite
@@ -64,7 +66,14 @@ def config_args(draw: st.DrawFn) -> dict[str, Any]:
         "scheduling_policy": draw(st.sampled_from(["fcfs", "priority"])),
         "reserve_full_sequence": draw(st.booleans()),
         "free_uncached_first": draw(st.booleans()),
+        "cached": draw(st.booleans()),
     }
+
+
+def random_prompt(rng: random.Random, longest: int) -> list[int]:
+    """Often begins as others do, so that prefix hits really come up."""
+    common, own = rng.randint(0, longest), rng.randint(1, longest)
+    return ([i % VOCAB for i in range(common)] + [rng.randrange(VOCAB) for _ in range(own)])[:longest]
 
 
 class StrictExecutor(helpers.AttendingExecutor):
@@ -90,26 +99,29 @@ class EngineMachine(RuleBasedStateMachine):
 
     @initialize(args=config_args())
     def start(self, args: dict[str, Any]) -> None:
-        self.args = args
+        self.args = dict(args)
         self.executor = StrictExecutor()
+        cached = args.pop("cached")
         self.core = make_core(self.executor, **args)
+        if cached:
+            helpers.use_toy_index(self.core)
         self.requests: list[Request] = []
         self.expected: dict[str, list[int]] = {}
         self.got: dict[str, list[int]] = {}
 
-    @rule(data=st.data(), n=st.integers(1, 6))
-    def arrive(self, data: st.DataObject, n: int) -> None:
-        max_model_len = self.args["max_model_len"]
+    @rule(seed=st.integers(0, 2**16), n=st.integers(1, 8))
+    def arrive(self, seed: int, n: int) -> None:
+        rng, max_model_len = random.Random(seed), self.args["max_model_len"]
         for _ in range(n):
-            max_tokens = data.draw(st.integers(1, max_model_len) | st.just(max_model_len))
+            max_tokens = rng.choice([rng.randint(1, max_model_len), max_model_len])
             request = make_request(
                 f"r{len(self.requests)}",
-                data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=max_model_len - 1)),
+                random_prompt(rng, max_model_len - 1),
                 max_tokens=max_tokens,
-                min_tokens=data.draw(st.integers(0, min(2, max_tokens))),
-                priority=data.draw(st.integers(0, 2)),
-                arrival_time=float(data.draw(st.integers(0, 2))),
-                **data.draw(st.sampled_from(STOP_ARGS)),
+                min_tokens=rng.randint(0, min(2, max_tokens)),
+                priority=rng.randint(0, 2),
+                arrival_time=float(rng.randint(0, 2)),
+                **rng.choice(STOP_ARGS),
             )
             self.requests.append(request)
             self.expected[request.request_id] = helpers.expected_tokens(request, max_model_len, VOCAB)
@@ -159,7 +171,7 @@ class EngineMachine(RuleBasedStateMachine):
     @invariant()
     def integrity(self) -> None:
         if hasattr(self, "core"):
-            self.core.scheduler.check_integrity()
+            helpers.check(self.core)
 
     def teardown(self) -> None:
         """Everybody left finishes, in a bounded number of steps."""
@@ -174,11 +186,12 @@ class EngineMachine(RuleBasedStateMachine):
         assert sorted(self.executor.heard_of) == sorted(r.request_id for r in self.requests), "each id once"
         assert {request_id: self.got[request_id] for request_id in self.expected} == self.expected
         self.totals.preemptions += self.core.stats().num_preemptions
+        self.totals.prefix_hits += sum(request.num_cached_tokens > 0 for request in self.requests)
 
     def one_step(self) -> None:
         self.totals.steps += self.core.scheduler.has_requests()
         self.collect(self.core.step())
-        self.core.scheduler.check_integrity()
+        helpers.check(self.core)
 
     def collect(self, outputs: list[EngineCoreOutput]) -> None:
         for output in outputs:
@@ -212,6 +225,7 @@ def test_random_life_of_the_engine() -> None:
         ),
     )
     totals = EngineMachine.totals
+    print(totals)
     assert totals.steps >= 2_000, totals
     assert totals.preemptions >= 100 and totals.in_mid_prompt >= 100, totals
     assert totals.finished >= 300 and totals.finished_on_first_token >= 50, totals

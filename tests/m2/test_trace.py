@@ -103,7 +103,7 @@ def test_times_add_up(tmp_path: Path) -> None:
 def test_the_reader_puts_back_what_was_left_out(tmp_path: Path) -> None:
     trace = small_pool_run(tmp_path / "t.jsonl")
     assert trace.steps[1]["sched"][0]["table"] == [1, 2]
-    assert [trace.steps[2]["queues"][name] for name in ("waiting", "running")] == [["b"], ["a"]]  # type: ignore[literal-required]
+    assert [trace.steps[2]["queues"][name] for name in ("waiting", "running")] == [["b"], ["a"]]
 
 
 def test_the_header_tells_what_ran_and_not_where(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_a_skipped_decode_is_called_that(tmp_path: Path) -> None:
 
 
 def test_another_budget(tmp_path: Path) -> None:
-    chunked = {"enable_chunked_prefill": True, "max_num_batched_tokens": 8}
+    chunked: dict[str, Any] = {"enable_chunked_prefill": True, "max_num_batched_tokens": 8}
     divergence = diff(three_requests(tmp_path / "a"), three_requests(tmp_path / "b", **chunked))
     assert divergence is not None
     assert str(divergence).splitlines()[:2] == [

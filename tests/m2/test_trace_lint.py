@@ -98,8 +98,8 @@ def skips_a_decode(core: EngineCore) -> None:
     """r0 gets no token as long as others wait."""
     tokens = core.scheduler._num_tokens_to_compute
 
-    def skip(request: Request, budget: int) -> int:
-        return 0 if request.request_id == "r0" and len(core.scheduler.waiting) else tokens(request, budget)
+    def skip(request: Request, token_budget: int) -> int:
+        return 0 if request.request_id == "r0" and len(core.scheduler.waiting) else tokens(request, token_budget)
 
     core.scheduler._num_tokens_to_compute = skip  # type: ignore[method-assign]
 
@@ -203,7 +203,7 @@ def forgets_to_start_again(core: EngineCore) -> None:
 
 def computes_too_far(core: EngineCore) -> None:
     tokens = core.scheduler._num_tokens_to_compute
-    core.scheduler._num_tokens_to_compute = lambda request, budget: tokens(request, budget) + 1  # type: ignore[method-assign]
+    core.scheduler._num_tokens_to_compute = lambda request, token_budget: tokens(request, token_budget) + 1  # type: ignore[method-assign]
 
 
 def cuts_prompts(core: EngineCore) -> None:

@@ -74,18 +74,18 @@ def tells_the_worker_of_other_blocks(core: EngineCore) -> None:
 def allocates_too_few(core: EngineCore) -> None:
     manager = core.scheduler.kv_cache_manager
     num_new_blocks = manager._num_new_blocks
-    manager._num_new_blocks = lambda slots, held: num_new_blocks(max(slots - 1, 1), held)  # type: ignore[method-assign]
+    manager._num_new_blocks = lambda num_slots, num_held: num_new_blocks(max(num_slots - 1, 1), num_held)  # type: ignore[method-assign]
 
 
 def allocates_too_many(core: EngineCore) -> None:
     manager = core.scheduler.kv_cache_manager
     num_new_blocks = manager._num_new_blocks
-    manager._num_new_blocks = lambda slots, held: num_new_blocks(slots + 4, held)  # type: ignore[method-assign]
+    manager._num_new_blocks = lambda num_slots, num_held: num_new_blocks(num_slots + 4, num_held)  # type: ignore[method-assign]
 
 
 def keeps_the_blocks_of_the_finished(core: EngineCore) -> None:
     free = core.scheduler.kv_cache_manager.free
-    core.scheduler.kv_cache_manager.free = lambda r: None if r.is_finished else free(r)  # type: ignore[method-assign]
+    core.scheduler.kv_cache_manager.free = lambda request: None if request.is_finished else free(request)  # type: ignore[method-assign]
 
 
 def keeps_the_blocks_of_the_preempted(core: EngineCore) -> None:

@@ -8,49 +8,13 @@ from typing import Any
 
 import pytest
 
-from folovllm.core.kv_cache_utils import KVCacheBlock
-from folovllm.core.prefix_index import NullPrefixIndex
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import fake_tokens
 from folovllm.request import Request, RequestStatus
 from tests import core_helpers as helpers
-from tests.core_helpers import block_ids, free_ids, make_core, make_request
+from tests.core_helpers import block_ids, caching_core, free_ids, make_core, make_request
 
 pytestmark = pytest.mark.m3
-
-
-class ToyIndex(NullPrefixIndex):
-    """All tokens up to the end of a full block -> that block. Slow, obvious, and free of hash collisions."""
-
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self.blocks: dict[tuple[int, ...], KVCacheBlock] = {}
-
-    def match(self, request: Request) -> list[KVCacheBlock]:
-        hits: list[KVCacheBlock] = []
-        while (end := (len(hits) + 1) * self.block_size) <= request.num_tokens - 1:  # one token is left to compute
-            block = self.blocks.get(tuple(request.all_token_ids[:end]))
-            if block is None:
-                break
-            hits.append(block)
-        return hits
-
-    def insert(self, request: Request, blocks: list[KVCacheBlock], num_full_blocks: int) -> None:
-        for i, block in enumerate(blocks[:num_full_blocks]):
-            prefix = tuple(request.all_token_ids[: (i + 1) * self.block_size])
-            if prefix not in self.blocks:
-                self.blocks[prefix] = block
-                block.block_hash = repr(prefix).encode()
-
-    def remove(self, block: KVCacheBlock) -> None:
-        self.blocks = {prefix: other for prefix, other in self.blocks.items() if other is not block}
-
-
-def caching_core(**args: Any) -> tuple[EngineCore, ToyIndex]:
-    core = make_core(**args)
-    index = ToyIndex(core.kv_cache_config.block_size)
-    core.scheduler.kv_cache_manager.block_pool.prefix_index = index
-    return core, index
 
 
 def small_pool(**args: Any) -> tuple[EngineCore, Request, Request]:

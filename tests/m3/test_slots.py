@@ -3,8 +3,11 @@
 import importlib
 
 import pytest
+from typer.testing import CliRunner
 
+from folovllm.entrypoints.cli import app
 from folovllm.slots import SLOTS, resolve
+from folovllm.trace.record import read_trace
 from tests.core_helpers import drive, make_core, make_request
 
 pytestmark = pytest.mark.m3
@@ -75,3 +78,25 @@ def test_a_syntax_error_names_the_line(tmp_path):
 def test_an_unknown_slot_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match=r"unknown slot 'core.schduler'; there are core.scheduler"):
         resolve("core.scheduler", {"core.schduler": "x.py:Y"})
+
+
+def test_the_command_line_fills_slots_too(work_file, tiny_model_dir, tmp_path):
+    runner, trace = CliRunner(), tmp_path / "run.jsonl"
+    arguments = [
+        "generate",
+        "a b",
+        "b c",
+        "--max-tokens",
+        "4",
+        "-m",
+        str(tiny_model_dir("llama")),
+        "--trace",
+        str(trace),
+    ]
+    result = runner.invoke(app, [*arguments, "--impl", f"core.request_queue.fcfs={work_file}:Lifo", "--preset", "m1"])
+    assert result.exit_code == 0, result.output
+    admitted = [entry["req"] for step in read_trace(trace).steps for entry in step["sched"] if entry["start"] == 0]
+    assert admitted == sorted(admitted, reverse=True) and len(admitted) == 2, "the last to come is served first"
+    assert runner.invoke(app, ["trace", "show", str(trace), "--step", "0"]).exit_code == 0
+    bad = runner.invoke(app, [*arguments, "--impl", "core.scheduler"])
+    assert bad.exit_code == 2 and "--impl takes SLOT=FILE.py:CLASS" in bad.output

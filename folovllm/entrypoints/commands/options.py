@@ -15,6 +15,7 @@ import typer
 
 from folovllm.config import DEFAULT_MODEL, EngineConfig
 from folovllm.sampling_params import SamplingParams
+from folovllm.slots import check_overrides
 
 if TYPE_CHECKING:
     from folovllm.entrypoints.llm import LLM
@@ -73,6 +74,18 @@ class EngineOptions:
         int | None, typer.Option(help="Seed of requests that have none of their own.", rich_help_panel=ENGINE)
     ] = None
     download_dir: DownloadDirOption = None
+    impl: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SLOT=FILE.py:CLASS",
+            help="Replace a part of the engine by a class of yours, e.g. core.scheduler=mine.py:Scheduler. Repeatable.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None
+    trace: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write a record of every step; see folovllm trace.", rich_help_panel=ENGINE),
+    ] = None
     engine_arg: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,7 +98,9 @@ class EngineOptions:
     def engine_args(self, **defaults: Any) -> dict[str, Any]:
         """Arguments for `EngineConfig.from_args`, preset and without apart; `defaults` hold where nothing is given."""
         own = {name: value for name, value in vars(self).items() if value is not None}
-        own = {name: own[name] for name in own if name not in ("preset", "without", "engine_arg")}
+        own = {name: own[name] for name in own if name not in ("preset", "without", "impl", "engine_arg")}
+        if self.impl:
+            own["overrides"] = parse_overrides(self.impl)
         extra = parse_engine_args(self.engine_arg or ())
         for name in own.keys() & extra.keys():
             raise ValueError(
@@ -195,6 +210,18 @@ def parse_engine_args(items: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"--engine-arg {name} is given twice; keep one")
         parsed[name] = parse_value(text.strip())
     return parsed
+
+
+def parse_overrides(items: Iterable[str]) -> dict[str, str]:
+    """["core.scheduler=mine.py:Scheduler"] -> {"core.scheduler": "mine.py:Scheduler"}."""
+    overrides: dict[str, str] = {}
+    for item in items:
+        slot, equals, spec = item.partition("=")
+        if not equals or not slot or not spec:
+            raise ValueError(f"--impl takes SLOT=FILE.py:CLASS, e.g. core.scheduler=mine.py:Scheduler; got {item!r}")
+        overrides[slot] = spec
+    check_overrides(overrides)
+    return overrides
 
 
 def parse_value(text: str) -> Any:
