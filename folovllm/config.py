@@ -331,7 +331,8 @@ def _check_optional_int(name: str, value: Any, low: int, high: int | None = None
 
 def _check_overrides(overrides: Any) -> None:
     """Names and types only; whether the file is there and the class fits is seen when the slot is filled."""
-    _check_type("overrides", overrides, Mapping)
+    if not isinstance(overrides, Mapping):
+        raise ValueError(f"overrides must be a dict like {{'core.scheduler': 'path.py:Class'}}, got {overrides!r}")
     for slot, spec in overrides.items():
         if not isinstance(spec, str):
             raise ValueError(f"overrides[{slot!r}] must be a string 'path.py:Class' or 'module:Class', got {spec!r}")

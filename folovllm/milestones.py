@@ -140,7 +140,7 @@ def _removable(without: Iterable[str], up_to: tuple[Rung, ...]) -> frozenset[str
     left_out = frozenset(get_rung(rung_id).id for rung_id in without)
     for rung_id in sorted(left_out):
         if not get_rung(rung_id).off:
-            raise ValueError(f"without={rung_id!r}: {rung_id} is the ground the others stand on and cannot be left out")
+            raise ValueError(f"without={rung_id!r}: {rung_id} is the ground the others stand on; drop it from without")
         if rung_id not in {rung.id for rung in up_to}:
             raise ValueError(
                 f"without={rung_id!r}: the preset {up_to[-1].id!r} does not include it; drop it from without"

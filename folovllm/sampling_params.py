@@ -129,7 +129,7 @@ class SamplingParams:
         for name in ("stop", "bad_words"):
             for item in getattr(self, name) or ():
                 if not isinstance(item, str) or not item:
-                    raise ValueError(f"{name} must hold non-empty strings, got {item!r}")
+                    raise ValueError(f"{name} must hold non-empty strings, got {item!r}; None means none")
         for name in ("stop_token_ids", "allowed_token_ids"):
             for item in getattr(self, name) or ():
                 check_int(f"an item of {name}", item, low=0)

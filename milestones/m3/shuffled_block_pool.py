@@ -1,9 +1,8 @@
 """A part of your own: a block pool that hands out blocks in random order. The tokens must not notice.
 
-Milestone: M3. An example of filling a slot (folovllm/slots.py):
+Milestone: M3. vLLM counterpart: none. An example of filling a slot (folovllm/slots.py):
 
-    folovllm generate --preset m3 -e overrides=...        from Python: LLM(..., overrides={"core.block_pool": SPEC})
-    SPEC = "milestones/m3/shuffled_block_pool.py:ShuffledBlockPool"
+    folovllm generate --impl core.block_pool=milestones/m3/shuffled_block_pool.py:ShuffledBlockPool "Once upon"
 """
 
 import random

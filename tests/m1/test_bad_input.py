@@ -190,12 +190,12 @@ CONFIG = [
     config(
         "without a rung above", "without='m3': the preset 'm2' does not include it; drop it", preset="m2", without="m3"
     ),
-    config("without the ground", "m1 is the ground the others stand on", without=["m1"]),
+    config("without the ground", "m1 is the ground the others stand on; drop it from without", without=["m1"]),
     config("without None", r"without must be a list of milestones like \['m2'\], got None; use \(\)", without=None),
     config(
         "unknown slot", "unknown slot 'core.schduler'; there are core.scheduler", overrides={"core.schduler": "x.py:Y"}
     ),
-    config("slots as a list", "overrides must be a Mapping, got list", overrides=["x.py:Y"]),
+    config("slots as a list", r"overrides must be a dict like \{'core.scheduler'", overrides=["x.py:Y"]),
     config("a class in a slot", r"must be a string 'path.py:Class'", overrides={"core.scheduler": SamplingParams}),
     *(
         config(
@@ -211,14 +211,14 @@ CONFIG = [
 
 LOAD = [
     load(
-        "longer than the model", "max_model_len=4096 is more than the model's 512 .*use at most 512", max_model_len=4096
+        "longer than the model", "max_model_len=513 is more than the model's 512 .*use at most 512", max_model_len=513
     ),
     load("block longer than a request", "block_size=128 is more than max_model_len=64.*use at most 64", block_size=128),
     load("small budget", "max_num_batched_tokens=8 is less than max_model_len=64.*raise it", max_num_batched_tokens=8),
     load(
         "too few blocks", r"needs 4 blocks of 16 tokens .*but there are 4.*max_model_len to at most 48", num_kv_blocks=4
     ),
-    load("unknown backend", "attention_backend", attention_backend="flashy"),
+    load("unknown backend", "attention_backend.*torch_naive", attention_backend="flashy"),
     load(
         "slot without its file",
         "no file nowhere.py; the path is relative to",
@@ -237,10 +237,13 @@ LOAD = [
         ValueError,
         r"mine\.py, line 2",
     ),
+    load("typing error in an alias", "did you mean 'smollm2-135m'", ModelNotFoundError, model="smolm2-135m"),
     load(
-        "typing error in an alias", "did you mean 'smollm2-135m'|smollm2-135m", ModelNotFoundError, model="smolm2-135m"
+        "path that is not there",
+        "no model at .*to fix it: correct the path",
+        ModelNotFoundError,
+        model="./no/such/folder",
     ),
-    load("path that is not there", "expected .*found .*to fix it", ModelNotFoundError, model="./no/such/folder"),
     (
         "load: a file for a folder",
         lambda w: w.load(model=str(w.model / "model.safetensors")),
@@ -311,7 +314,7 @@ PARAMS = [
     params("n with greedy", "n must be 1 with greedy sampling", n=2, temperature=0),
     params("seed", "seed must be between", seed=2**64),
     params("logprobs", r"logprobs must be at least -1, got -2 \(-1 means the whole vocabulary\)", logprobs=-2),
-    params("empty stop string", "stop must hold non-empty strings, got ''", stop=""),
+    params("empty stop string", "stop must hold non-empty strings, got ''; None means none", stop=""),
     params("stop without text", "set detokenize=True, or stop on stop_token_ids", stop="x", detokenize=False),
     params("one stop token", r"stop_token_ids must be a list, got int: 7; write \[7\]", stop_token_ids=7),
     params("one bad word", r"bad_words must be a list, got str: 'no'; write \['no'\]", bad_words="no"),
@@ -392,6 +395,18 @@ CHAT = [
 
 TABLE: list[Row] = [*CONFIG, *LOAD, *FOLDER, *PARAMS, *PROMPTS, *CHAT]
 
+# What still ends in an accident further in instead of a refusal. A row that starts to pass belongs in the table above.
+KNOWN_GAPS: list[Row] = [
+    prompt("half a character", "surrogate|UTF-8", "\ud800"),
+    sample("half a character", "surrogate|UTF-8", bad_words=["\ud800"]),
+    chat("half a character", "surrogate|UTF-8", [{"role": "user", "content": "\ud800"}]),
+    chat("template that divides by zero", "the chat template", MESSAGES, chat_template="{{ 1 / 0 }}"),
+    chat("tools", "tools", MESSAGES, tools=5),
+    ("stream: params", lambda w: next(w.llm.stream("hi", {"n": 1})), ValueError, "sampling_params must be"),  # type: ignore
+    load("more blocks than memory", "num_kv_blocks.*memory|memory.*num_kv_blocks", num_kv_blocks=10**12),
+    load("more bytes than memory", "kv_cache_memory", num_kv_blocks=None, kv_cache_memory=10**18),
+]
+
 
 @pytest.fixture(scope="module")
 def llm(tiny_model_dir: Callable[[str], Path]) -> LLM:
@@ -416,7 +431,13 @@ def world(
     yield World(llm, tiny_model_dir("llama"), tmp_path)
 
 
-@pytest.mark.parametrize(("call", "error", "message"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+def row_params() -> list[Any]:
+    gap = pytest.mark.xfail(strict=True, reason="known gap")
+    rows = [pytest.param(*row[1:], id=row[0]) for row in TABLE]
+    return rows + [pytest.param(*row[1:], id=row[0], marks=gap) for row in KNOWN_GAPS]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), row_params())
 def test_bad_input(call: Call, error: type[ValueError], message: str, world: World, first_answer: list[int]) -> None:
     with pytest.raises(error, match=message):
         call(world)

@@ -1,0 +1,221 @@
+"""What a step of the engine costs beside the model: Python and numpy around a forward pass that does nothing.
+
+Milestone: M2. vLLM counterpart: none. The persistent input batch is there so that this cost does not grow with the
+length of the prompts: a row is copied when a request joins, and a step touches only what changed. The bench runs decode
+steps of 32 requests of 100 and of 4,000 tokens through LLMEngine.step, with a model whose forward pass returns zeros,
+and takes away the time of forward pass, logits and sampler. What remains is scheduling, input preparation, bookkeeping
+and output processing. `prepare` of the attention backend is shown apart: torch_naive lists the slots of every sequence
+there, which does grow with the context and belongs to attention.
+
+    python scripts/bench_step_overhead.py [--requests 32] [--lengths 100,4000] [--steps 300] [--json OUT]
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from folovllm.attention.backend import AttentionSpec
+from folovllm.attention.backends.torch_naive import TorchNaiveBackend
+from folovllm.attention.layer import Attention
+from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from folovllm.core.kv_cache_utils import KVCacheConfig
+from folovllm.core.sched.output import SchedulerOutput
+from folovllm.engine.llm_engine import LLMEngine
+from folovllm.executor.base import Executor
+from folovllm.hf_config import ModelArchitecture, RopeConfig
+from folovllm.outputs import ModelRunnerOutput
+from folovllm.sample.sampler import Sampler
+from folovllm.sampling_params import SamplingParams
+from folovllm.worker.model_runner import ForwardHandle, ModelRunner
+
+CPU = torch.device("cpu")
+HIDDEN_SIZE, VOCAB_SIZE = 8, 1000
+MAX_MODEL_LEN = 8192
+BLOCK_SIZE = 16
+LIMIT = 1.15  # the longest prompts may cost this much more than the shortest: noise, not growth
+
+
+class ZeroModel(nn.Module):
+    """A CausalLM whose hidden states and logits are zero; its one attention layer is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention(num_heads=1, head_size=1, num_kv_heads=1)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(input_ids), HIDDEN_SIZE)  # [num_tokens, hidden_size]
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(hidden_states), VOCAB_SIZE)  # [num_rows, vocab_size]
+
+    def attention_layers(self) -> list[nn.Module]:
+        return [self.attention]
+
+
+class Stopwatch:
+    """Adds up the seconds spent in the functions it wraps."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return timed
+
+    def take(self) -> float:
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+class ZeroExecutor(Executor):
+    """A real ModelRunner around the ZeroModel; `model_time` and `attention_time` collect what is not overhead."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.model_time, self.attention_time = Stopwatch(), Stopwatch()
+        model, sampler = ZeroModel(), Sampler()
+        spec = AttentionSpec(1, 1, 1, torch.float32, CPU, config.block_size)
+        backend = TorchNaiveBackend(spec)
+        runner = ModelRunner(config, model, backend, CPU, sampler)  # type: ignore[arg-type]
+        runner.model = self.model_time.wrap(model)  # type: ignore[assignment]
+        runner.model.compute_logits = self.model_time.wrap(model.compute_logits)
+        runner.model.attention_layers = model.attention_layers
+        runner.sampler = self.model_time.wrap(sampler)  # type: ignore[assignment]
+        backend.prepare = self.attention_time.wrap(backend.prepare)  # type: ignore[method-assign]
+        self.runner = runner
+
+    def available_kv_cache_bytes(self) -> int:
+        return 2**62
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
+        self.runner.initialize_kv_cache(kv_cache_config)
+
+    def execute(self, scheduler_output: SchedulerOutput) -> ForwardHandle:
+        return self.runner.execute(scheduler_output)
+
+    def sample(self, handle: ForwardHandle) -> ModelRunnerOutput:
+        return self.runner.sample(handle)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Microseconds per decode step."""
+
+    requests: int
+    prompt_len: int
+    overhead_median: float  # step() without model, sampler and the backend's prepare
+    overhead_p99: float
+    prepare_median: float  # of the attention backend
+    step_median: float  # all of step()
+
+
+def architecture() -> ModelArchitecture:
+    return ModelArchitecture(
+        architecture="LlamaForCausalLM",
+        model_type="llama",
+        num_hidden_layers=1,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=8,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=1,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=MAX_MODEL_LEN,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(),
+        tie_word_embeddings=True,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        dtype="float32",
+        bos_token_id=None,
+        eos_token_ids=(0,),
+    )
+
+
+def make_engine(num_requests: int) -> tuple[LLMEngine, ZeroExecutor]:
+    config = EngineConfig(
+        model_config=ModelConfig(max_model_len=MAX_MODEL_LEN),
+        cache_config=CacheConfig(block_size=BLOCK_SIZE),
+        scheduler_config=SchedulerConfig(max_num_seqs=num_requests),
+    ).resolve(architecture(), "cpu")
+    executor = ZeroExecutor(config)
+    return LLMEngine(config, executor, tokenizer=None), executor
+
+
+def measure(num_requests: int, prompt_len: int, steps: int) -> Result:
+    """Time `steps` decode steps after all prompts are in."""
+    engine, executor = make_engine(num_requests)
+    params = SamplingParams(temperature=0.0, max_tokens=MAX_MODEL_LEN, ignore_eos=True, detokenize=False)
+    for i in range(num_requests):
+        engine.add_request(str(i), [1 + (i * 7 + k) % (VOCAB_SIZE - 1) for k in range(prompt_len)], params)
+    while engine.stats().num_scheduled_tokens != num_requests or engine.stats().num_waiting:
+        engine.step()
+    overhead, prepare, whole = [], [], []
+    for step in range(-steps // 10, steps):  # the first tenth warms up
+        executor.model_time.take(), executor.attention_time.take()
+        start = time.perf_counter()
+        outputs = engine.step()
+        seconds = time.perf_counter() - start
+        assert len(outputs) == num_requests, "a decode step gives everybody a token"
+        model, attention = executor.model_time.take(), executor.attention_time.take()
+        if step >= 0:
+            overhead.append((seconds - model - attention) * 1e6)
+            prepare.append(attention * 1e6)
+            whole.append(seconds * 1e6)
+    p99 = sorted(overhead)[int(len(overhead) * 0.99)]
+    medians = map(statistics.median, (prepare, whole))
+    return Result(num_requests, prompt_len, statistics.median(overhead), p99, *medians)
+
+
+def print_table(results: list[Result]) -> None:
+    print("microseconds per decode step; forward pass, logits and sampler taken away")
+    print(f"{'requests':>8} {'prompt':>7} | {'overhead':>9} {'p99':>9} | {'prepare':>9} | {'whole step':>10}")
+    for r in results:
+        print(
+            f"{r.requests:8} {r.prompt_len:7} | {r.overhead_median:9.0f} {r.overhead_p99:9.0f} "
+            f"| {r.prepare_median:9.0f} | {r.step_median:10.0f}"
+        )
+    ratio = results[-1].overhead_median / results[0].overhead_median
+    verdict = "does not grow" if ratio <= LIMIT else "GROWS"
+    print(f"overhead at {results[-1].prompt_len} tokens / at {results[0].prompt_len}: {ratio:.2f}: it {verdict}")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--requests", type=int, default=32, help="requests in the batch")
+    parser.add_argument("--lengths", type=numbers, default=[100, 4000], help="prompt lengths to compare")
+    parser.add_argument("--steps", type=int, default=300, help="timed steps per row")
+    parser.add_argument("--json", type=Path, default=None, metavar="OUT", help="write machine and results there")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = [measure(args.requests, length, args.steps) for length in sorted(args.lengths)]
+    print_table(results)
+    if args.json is not None:
+        machine = {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()}
+        args.json.write_text(json.dumps({"machine": machine, "results": [dataclasses.asdict(r) for r in results]}))
+
+
+if __name__ == "__main__":
+    main()
