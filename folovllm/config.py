@@ -251,7 +251,7 @@ class EngineConfig:
     def _resolve_dtype(self, arch: ModelArchitecture, native_bf16: bool) -> str:
         if self.model_config.dtype != "auto":
             return self.model_config.dtype
-        return arch.dtype if native_bf16 or arch.dtype == "float32" else "float32"
+        return "float32" if arch.dtype == "bfloat16" and not native_bf16 else arch.dtype
 
     def _resolve_block_size(self, max_model_len: int) -> int:
         block_size = self.cache_config.block_size
@@ -271,8 +271,7 @@ class EngineConfig:
         if not chunked and budget < max_model_len:
             raise ValueError(
                 f"max_num_batched_tokens={budget} is less than max_model_len={max_model_len}, and without chunked "
-                f"prefill a longer prompt would wait forever: raise it, lower max_model_len, or set "
-                "enable_chunked_prefill=True"
+                f"prefill a longer prompt would wait forever: raise it, or lower max_model_len"
             )
         return budget
 
@@ -295,7 +294,8 @@ def engine_arg_names() -> dict[str, str]:
 def _refuse_unbuilt_switches(flat: Mapping[str, Any]) -> None:
     for rung in milestones.rungs_above_top():
         for name, off in rung.off.items():
-            if flat[name] != off and name not in _switched_by_built_rungs():
+            # None is vLLM's "nothing special", which is what an unbuilt rung's off-state does.
+            if flat[name] not in (off, None) and name not in _switched_by_built_rungs():
                 raise milestones.RungNotBuiltError(
                     f"{name}={flat[name]!r} belongs to milestone {rung.id} ({rung.title}), which is not built yet; "
                     f"use {name}={off!r}"

@@ -10,8 +10,10 @@ def resolve_device(device: str) -> str:
     """ "auto" -> "cuda" where there is one, else "cpu"; ValueError if CUDA is asked for and absent."""
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise ValueError("device='cuda' was asked for but torch sees no CUDA device; use device='cpu', or install a CUDA "
-                         "build of torch (see README.md)")  # fmt: skip
+        raise ValueError(
+            "device='cuda' was asked for but torch sees no CUDA device; use device='cpu', or install a CUDA build of "
+            "torch (see README.md)"
+        )
     return ("cuda" if available else "cpu") if device == "auto" else device
 
 

@@ -136,6 +136,10 @@ class KVCacheConfig:
         return self.num_usable_blocks * self.bytes_per_block
 
     @property
+    def total_bytes(self) -> int:
+        return self.num_blocks * self.bytes_per_block
+
+    @property
     def null_block_bytes(self) -> int:
         return self.bytes_per_block
 

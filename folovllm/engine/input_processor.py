@@ -56,8 +56,9 @@ class InputProcessor:
         """Return a Request (its `n` still to be fanned out by ParentRequest) or raise ValueError, changing nothing."""
         if not isinstance(request_id, str) or not request_id:
             raise ValueError(f"request_id must be a non-empty string, got {request_id!r}")
-        if not isinstance(params, SamplingParams):
-            raise ValueError(f"sampling_params must be a SamplingParams, got {type(params).__name__}: {params!r}")
+        check_sampling_params(params)
+        if arrival_time is not None and not isinstance(arrival_time, (int, float)):
+            raise ValueError(f"arrival_time must be seconds of time.monotonic(), got {arrival_time!r}")
         if not isinstance(priority, int):
             raise ValueError(f"priority must be an integer (lower is served first), got {priority!r}")
         token_ids = self._tokenize(prompt)
@@ -177,6 +178,12 @@ class InputProcessor:
         for token_ids in spellings:
             self._check_vocabulary(f"bad_words: {word!r}", token_ids)
         return spellings
+
+
+def check_sampling_params(params: object) -> None:
+    """ValueError for anything but a SamplingParams (a dict, say: SamplingParams.from_dict makes one of it)."""
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"sampling_params must be a SamplingParams, got {type(params).__name__}: {params!r}")
 
 
 def _content_of_dict(prompt: dict[str, Any]) -> Any:

@@ -48,7 +48,7 @@ class LLMEngine:
         arrival_time: float | None = None,
         priority: int = 0,
     ) -> None:
-        """Queue a prompt: text, token ids or a dict with either. Raises ValueError, with nothing added, if it is bad."""
+        """Queue a prompt: text, token ids or a dict with either. ValueError, with nothing added, if it is bad."""
         self.add_processed(self.process(request_id, prompt, params, arrival_time, priority), prompt)
 
     def process(

@@ -37,7 +37,7 @@ class ParentRequest:
 
     def collect(self, child_id: str, completion: CompletionOutput) -> list[CompletionOutput]:
         """What to report now that `child_id` has given `completion`: it alone, or with FINAL_ONLY all at the end."""
-        if completion.finished:
+        if completion.finished():
             self.unfinished.discard(child_id)
         if not self.final_only:
             return [completion]

@@ -69,7 +69,10 @@ class Tokenizer:
         return None if eos is None else self.backend.token_to_id(eos)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        try:
+            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError:  # half of a surrogate pair, as JSON may hold: no character, so no bytes
+            raise ValueError(f"the text is not valid Unicode, it has a lone surrogate: {text[:80]!r}") from None
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`; bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary become nothing."""
@@ -102,6 +105,8 @@ class Tokenizer:
             raise ValueError(
                 "this model has no chat template: use generate() with a plain prompt, or pass chat_template="
             )
+        if not isinstance(kwargs.get("tools") or [], (list, tuple)):
+            raise ValueError(f"tools must be a list of functions or of JSON schemas, got {kwargs['tools']!r}")
         if any(kwargs.get(key) for key in _TRANSFORMERS_ONLY) or any(map(callable, kwargs.get("tools") or ())):
             return self._render_with_transformers(plain, add_generation_prompt, template, kwargs)
         variables = {**self.special_tokens, "tools": None, "documents": None, **kwargs}
@@ -189,11 +194,9 @@ def _text_part(where: str, part: Any) -> str:
 
 
 def _render(template: str, **variables: Any) -> str:
-    import jinja2
-
     try:
         return str(_compile(template).render(**variables))
-    except (jinja2.TemplateError, TypeError) as error:
+    except Exception as error:  # a template is somebody's program: it may fail in any way
         raise ValueError(f"the chat template refuses these messages: {error}") from None
 
 

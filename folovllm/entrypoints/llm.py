@@ -11,7 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from folovllm.config import DEFAULT_MODEL, EngineConfig
-from folovllm.engine.input_processor import Prompt
+from folovllm.engine.input_processor import Prompt, check_sampling_params
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.engine.tokenizer import Tokenizer
 from folovllm.executor.uniproc import UniProcExecutor
@@ -31,9 +31,9 @@ class LLM:
     """A model with an engine around it.
 
     `model` is an alias ("smollm2-135m"), a HuggingFace folder or a HuggingFace id; `preset` a milestone ("m1"), by
-    default the highest that is built; `without` milestones to leave out. All else is an engine argument with vLLM's name,
-    e.g. dtype, max_model_len, max_num_seqs, block_size, seed, device (see folovllm.config). Raises ValueError for bad
-    arguments, and the errors of `folovllm.hub` where the model is missing or broken.
+    default the highest that is built; `without` milestones to leave out. All else is an engine argument with vLLM's
+    name, e.g. dtype, max_model_len, max_num_seqs, block_size, seed, device (see folovllm.config). Raises ValueError for
+    bad arguments, and the errors of `folovllm.hub` where the model is missing or broken.
     """
 
     def __init__(
@@ -47,9 +47,11 @@ class LLM:
         self.model_path = resolve_model(config.model_config.model, config.model_config.download_dir, pull=True)
         device = resolve_device(config.device)
         self.config = config.resolve(load_hf_config(self.model_path), device, has_native_bf16(device))
-        if self.config.model_config.arch.dtype == "bfloat16" and config.model_config.dtype == "auto":
-            if self.config.model_config.dtype != "bfloat16":
-                logger.warning("this processor has no native bfloat16: running in float32 (dtype='bfloat16' forces it)")
+        if (
+            config.model_config.dtype == "auto"
+            and self.config.model_config.dtype != self.config.model_config.arch.dtype
+        ):
+            logger.warning("this processor has no native bfloat16: running in float32 (dtype='bfloat16' forces it)")
         tokenizer = Tokenizer.from_folder(self.model_path)
         self.llm_engine = LLMEngine(self.config, UniProcExecutor(self.config, self.model_path), tokenizer)
         self._request_ids = itertools.count()
@@ -118,7 +120,8 @@ class LLM:
 
         Leaving the loop early aborts the request. Several streams may be read in turns.
         """
-        params = sampling_params or SamplingParams()
+        params = SamplingParams() if sampling_params is None else sampling_params
+        check_sampling_params(params)
         if params.output_kind is RequestOutputKind.CUMULATIVE:
             params = params.replace(output_kind=RequestOutputKind.DELTA)
         request = self._process(0, prompt, params, 0)

@@ -1,9 +1,9 @@
 """FakeExecutor: a deterministic "model" without weights and without torch, strict about the KV cache.
 
 Milestone: M1. vLLM counterpart: none. Its "K/V" of a token is a digest of the token and of the digest in the slot of
-the token before it, *as read through the block table*; the next token is a function of the last digest. So a wrong block
-table, a stale block, a missing write or a prefix hit with the wrong parent gives a wrong token, and scheduling and
-paging can be proven right in milliseconds.
+the token before it, *as read through the block table*; the next token is a function of the last digest. So a wrong
+block table, a stale block, a missing write or a prefix hit with the wrong parent gives a wrong token, and scheduling
+and paging can be proven right in milliseconds.
 
 Row 1: no torch.
 """

@@ -11,7 +11,7 @@ import torch
 from folovllm.attention.backend import AttentionSpec
 from folovllm.attention.selector import get_attn_backend
 from folovllm.config import EngineConfig
-from folovllm.core.kv_cache_utils import CPU_KV_CACHE_CEILING, KVCacheConfig
+from folovllm.core.kv_cache_utils import CPU_KV_CACHE_CEILING, GIB, KVCacheConfig
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.model_executor.model_loader import load_model
 from folovllm.outputs import ModelRunnerOutput
@@ -40,19 +40,29 @@ class Worker:
             block_size=config.block_size,
         )
         backend = get_attn_backend(config.attention_config.attention_backend, spec, config.overrides)
-        self.model_runner = ModelRunner(
-            config, model, backend, self.device, resolve("sample.sampler", config.overrides)()
-        )
+        sampler = resolve("sample.sampler", config.overrides)()
+        self.model_runner = ModelRunner(config, model, backend, self.device, sampler)
 
     def available_kv_cache_bytes(self) -> int:
         """What the KV cache may take: on a CPU half of the free memory, at most 4 GiB; on a GPU its share."""
+        free = self._free_memory()
         if self.device.type == "cpu":
-            return min(int(psutil.virtual_memory().available * CPU_FREE_MEMORY_SHARE), CPU_KV_CACHE_CEILING)
-        free, total = torch.cuda.mem_get_info(self.device)
-        used = total - free
-        return int(total * self.config.cache_config.gpu_memory_utilization) - used
+            return min(int(free * CPU_FREE_MEMORY_SHARE), CPU_KV_CACHE_CEILING)
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        return int(total * self.config.cache_config.gpu_memory_utilization) - (total - free)
+
+    def _free_memory(self) -> int:
+        if self.device.type == "cpu":
+            return int(psutil.virtual_memory().available)
+        return int(torch.cuda.mem_get_info(self.device)[0])
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
+        wanted, free = kv_cache_config.total_bytes, self._free_memory()
+        if wanted > free:
+            raise ValueError(
+                f"a KV cache of {wanted / GIB:.1f} GiB does not fit into the {free / GIB:.1f} GiB of free memory: "
+                f"lower kv_cache_memory or num_kv_blocks"
+            )
         self.model_runner.initialize_kv_cache(kv_cache_config)
 
     def execute(self, scheduler_output: SchedulerOutput) -> ForwardHandle:

@@ -67,7 +67,7 @@ def test_what_was_not_asked_for_is_none() -> None:
 
 @pytest.mark.parametrize(("reason", "finished"), [(None, False), ("stop", True), ("length", True), ("abort", True)])
 def test_a_finish_reason_means_finished(reason: str | None, finished: bool) -> None:
-    assert CompletionOutput(0, "", [], finish_reason=reason).finished is finished
+    assert CompletionOutput(0, "", [], finish_reason=reason).finished() is finished
     assert EngineCoreOutput("r", [], finish_reason=reason).finished is finished
 
 

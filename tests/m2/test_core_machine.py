@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.m2, pytest.mark.m3]
 
 VOCAB = 11  # small, so that EOS and stop ids really come up, also as the first token
 EOS = 3
-STOP_ARGS: list[dict[str, Any]] = [{}, {"eos_token_id": EOS}, {"stop_token_ids": [5]}]
+STOP_ARGS: list[dict[str, Any]] = [{}, {}, {"eos_token_id": EOS}, {"stop_token_ids": [5]}]
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Totals:
 
     steps: int = 0
     preemptions: int = 0
+    early_victims: int = 0  # preempted although they stood before somebody who was scheduled
     finished: int = 0
     finished_on_first_token: int = 0
     aborted: int = 0
@@ -53,25 +54,27 @@ def config_args(draw: st.DrawFn) -> dict[str, Any]:
     max_model_len = draw(st.integers(2, 24) | st.just(24))
     block_size = draw(st.integers(1, min(3, max_model_len)) | st.integers(1, max_model_len))
     needed = -(-max_model_len // block_size)
-    chunked = draw(st.booleans())
+    chunked, cached = draw(st.booleans()), draw(st.sampled_from([False, False, True]))
     return {
         "max_model_len": max_model_len,
         "block_size": block_size,
         "num_kv_blocks": 1 + needed + draw(st.integers(0, needed)),
-        "max_num_seqs": draw(st.integers(1, 6)),
+        "max_num_seqs": draw(st.integers(2, 6) | st.integers(1, 6)),
         "max_num_batched_tokens": draw(st.integers(1, 20)) if chunked else max_model_len + draw(st.integers(0, 20)),
         "enable_chunked_prefill": chunked,
         "long_prefill_token_threshold": draw(st.integers(0, 5)) if chunked else 0,
-        "policy": draw(st.sampled_from(["static", "continuous"])),
-        "scheduling_policy": draw(st.sampled_from(["fcfs", "priority"])),
+        "policy": draw(st.sampled_from(["continuous", "static"])),
+        # A victim that was scheduled already has published blocks that never ran: to be taken back by M6's index.
+        "scheduling_policy": "fcfs" if cached else draw(st.sampled_from(["fcfs", "priority"])),
         "reserve_full_sequence": draw(st.booleans()),
         "free_uncached_first": draw(st.booleans()),
-        "cached": draw(st.booleans()),
+        "cached": cached,
     }
 
 
 def random_prompt(rng: random.Random, longest: int) -> list[int]:
     """Often begins as others do, so that prefix hits really come up."""
+    longest = rng.randint(1, longest)
     common, own = rng.randint(0, longest), rng.randint(1, longest)
     return ([i % VOCAB for i in range(common)] + [rng.randrange(VOCAB) for _ in range(own)])[:longest]
 
@@ -83,12 +86,14 @@ class StrictExecutor(helpers.AttendingExecutor):
         super().__init__(vocab_size=VOCAB)
         self.fails = False
         self.heard_of: list[str] = []
+        self.last: SchedulerOutput | None = None
 
     def execute(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
         if self.fails:
             self.fails = False
             raise RuntimeError("the device is gone")
         self.heard_of += scheduler_output.finished_req_ids
+        self.last = scheduler_output
         return super().execute(scheduler_output)
 
 
@@ -110,28 +115,36 @@ class EngineMachine(RuleBasedStateMachine):
         self.got: dict[str, list[int]] = {}
 
     @rule(seed=st.integers(0, 2**16), n=st.integers(1, 8))
-    def arrive(self, seed: int, n: int) -> None:
-        rng, max_model_len = random.Random(seed), self.args["max_model_len"]
+    def crowd(self, seed: int, n: int) -> None:
+        rng = random.Random(seed)
         for _ in range(n):
-            max_tokens = rng.choice([rng.randint(1, max_model_len), max_model_len])
-            request = make_request(
-                f"r{len(self.requests)}",
-                random_prompt(rng, max_model_len - 1),
-                max_tokens=max_tokens,
-                min_tokens=rng.randint(0, min(2, max_tokens)),
-                priority=rng.randint(0, 2),
-                arrival_time=float(rng.randint(0, 2)),
-                **rng.choice(STOP_ARGS),
-            )
-            self.requests.append(request)
-            self.expected[request.request_id] = helpers.expected_tokens(request, max_model_len, VOCAB)
-            self.got[request.request_id] = []
-            self.core.add_request(request)
+            self.arrive(rng)
 
-    @rule(n=st.integers(1, 12))
-    def steps(self, n: int) -> None:
+    @rule(seed=st.integers(0, 2**16), n=st.integers(1, 12), rate=st.sampled_from([0.0, 0.5]))
+    def traffic(self, seed: int, n: int, rate: float) -> None:
+        """n steps; before each of them somebody may arrive."""
+        rng = random.Random(seed)
         for _ in range(n):
+            if rng.random() < rate:
+                self.arrive(rng)
             self.one_step()
+
+    def arrive(self, rng: random.Random) -> None:
+        max_model_len = self.args["max_model_len"]
+        max_tokens = rng.choice([rng.randint(1, max_model_len), max_model_len])
+        request = make_request(
+            f"r{len(self.requests)}",
+            random_prompt(rng, max_model_len - 1),
+            max_tokens=max_tokens,
+            min_tokens=rng.randint(0, min(2, max_tokens)),
+            priority=rng.randint(0, 2),
+            arrival_time=float(rng.randint(0, 2)),
+            **rng.choice(STOP_ARGS),
+        )
+        self.requests.append(request)
+        self.expected[request.request_id] = helpers.expected_tokens(request, max_model_len, VOCAB)
+        self.got[request.request_id] = []
+        self.core.add_request(request)
 
     @precondition(lambda self: self.core.has_unfinished_requests())
     @rule(data=st.data(), moment=st.sampled_from(["between steps", "execute", "sample", "update"]))
@@ -154,8 +167,8 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.core.has_unfinished_requests())
     @rule(seldom=st.integers(0, 3))
     def failing_step(self, seldom: int) -> None:
-        if seldom:
-            return
+        if seldom or self.args["cached"]:
+            return  # what a failed step has published is M6's to take back
         before = list(self.core.scheduler.requests)
         self.executor.fails = True
         with pytest.raises(RuntimeError, match="the device is gone"):
@@ -190,7 +203,11 @@ class EngineMachine(RuleBasedStateMachine):
 
     def one_step(self) -> None:
         self.totals.steps += self.core.scheduler.has_requests()
+        order = helpers.ids(self.core.scheduler.running)
         self.collect(self.core.step())
+        if self.executor.last is not None and (victims := self.executor.last.preempted_req_ids & set(order)):
+            last = max((order.index(r) for r in self.executor.last.num_scheduled_tokens), default=-1)
+            self.totals.early_victims += sum(order.index(victim) < last for victim in victims)
         helpers.check(self.core)
 
     def collect(self, outputs: list[EngineCoreOutput]) -> None:
@@ -221,12 +238,13 @@ def test_random_life_of_the_engine() -> None:
             stateful_step_count=20,
             deadline=None,
             derandomize=True,
+            report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
         ),
     )
     totals = EngineMachine.totals
-    print(totals)
     assert totals.steps >= 2_000, totals
     assert totals.preemptions >= 100 and totals.in_mid_prompt >= 100, totals
     assert totals.finished >= 300 and totals.finished_on_first_token >= 50, totals
-    assert totals.aborted >= 100 and totals.errors >= 50, totals
+    assert totals.aborted >= 100 and totals.errors >= 20, totals
+    assert totals.prefix_hits >= 100 and totals.early_victims >= 10, totals

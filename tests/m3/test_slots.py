@@ -82,17 +82,8 @@ def test_an_unknown_slot_is_refused_with_those_there_are():
 
 def test_the_command_line_fills_slots_too(work_file, tiny_model_dir, tmp_path):
     runner, trace = CliRunner(), tmp_path / "run.jsonl"
-    arguments = [
-        "generate",
-        "a b",
-        "b c",
-        "--max-tokens",
-        "4",
-        "-m",
-        str(tiny_model_dir("llama")),
-        "--trace",
-        str(trace),
-    ]
+    model = str(tiny_model_dir("llama"))
+    arguments = ["generate", "a b", "b c", "--max-tokens", "4", "--model", model, "--trace", str(trace)]
     result = runner.invoke(app, [*arguments, "--impl", f"core.request_queue.fcfs={work_file}:Lifo", "--preset", "m1"])
     assert result.exit_code == 0, result.output
     admitted = [entry["req"] for step in read_trace(trace).steps for entry in step["sched"] if entry["start"] == 0]

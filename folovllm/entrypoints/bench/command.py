@@ -22,8 +22,8 @@ from folovllm.hub import resolve_model
 
 SCHEMA = "folovllm.compare_perf/1"
 NOTES = (
-    "Every arm runs in a fresh process per repeat, the arms in turn (every second round backwards), each after a warm-up "
-    "of a few short requests; figures are medians over the repeats, a p99 is the median of the repeats' p99.",
+    "Every arm runs in a fresh process per repeat, the arms in turn (every second round backwards), each after a "
+    "warm-up of a few short requests; figures are medians over the repeats, a p99 is the median of the repeats' p99.",
     "Throughput counts output tokens; the time includes the prompts. Greedy, EOS ignored, no text is made of tokens.",
     "hf single: generate, one request after another. hf batch: one static batch, padded on the left, decoded until the "
     "longest output is complete; tokens nobody asked for are not counted. Its KV figures are calculated.",

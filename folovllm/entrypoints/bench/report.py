@@ -68,8 +68,8 @@ def _headline(result: dict[str, Any]) -> str:
     machine, run, bandwidth = result["machine"], result["run"], result["bandwidth"]
     speed = f"{bandwidth['bytes_per_second'] / GB:.1f} GB/s" if "bytes_per_second" in bandwidth else "unknown"
     return (
-        f"{run['model']} {run['dtype']} on {machine.get('gpu') or machine['cpu']}, {run['threads']} threads, memory reads "
-        f"{speed}; workload {run['workload']['name']}, {run['repeats']} repeat(s); "
+        f"{run['model']} {run['dtype']} on {machine.get('gpu') or machine['cpu']}, {run['threads']} threads, "
+        f"memory reads {speed}; workload {run['workload']['name']}, {run['repeats']} repeat(s); "
         f"max_model_len {run['max_model_len']}, KV {_mib(run['kv_cache_memory'])}"
     )
 
