@@ -130,6 +130,7 @@ def kv_utilisation(path: Path) -> None:
     m3 = drive(make_core(lengths, preset="m3", max_model_len=2048, num_kv_blocks=8 * 128 + 1))
     assert (len(m2.computed), len(m3.computed), max(m2.running), max(m3.running)) == (312, 128, 8, 32)
     assert (round(m2.mean_utilisation, 3), round(m3.mean_utilisation, 3)) == (0.094, 0.965)
+    _check_a_quarter_of_it(lengths)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for run, name, colour in ((m2, "m2: one page each", M2_COLOUR), (m3, "m3: blocks of 16", M3_COLOUR)):
         steps = range(1, len(run.computed) + 1)
@@ -143,6 +144,16 @@ def kv_utilisation(path: Path) -> None:
         ax.grid(alpha=0.3)
     figure.suptitle("Workload A, 360 MiB of KV cache (SmolLM2-135M, bf16), counted on the fake executor", fontsize=11)
     _save(figure, path)
+
+
+def _check_a_quarter_of_it(lengths: list[tuple[int, int]]) -> None:
+    """The table's other rows: 2 pages, or 256 blocks. Not drawn."""
+    m2 = drive(make_core(lengths, preset="m2", max_model_len=2048, num_kv_blocks=2 + 1))
+    core = make_core(lengths, preset="m3", max_model_len=2048, num_kv_blocks=2 * 128 + 1)
+    m3 = drive(core)
+    assert (len(m2.computed), len(m3.computed), max(m2.running), max(m3.running)) == (1158, 172, 2, 23)
+    assert (round(m2.mean_utilisation, 3), round(m3.mean_utilisation, 3)) == (0.095, 0.964)
+    assert core.stats().num_preemptions == 6 and sum(sum(c.values()) for c in m3.computed) == 8151
 
 
 def block_map(path: Path) -> None:

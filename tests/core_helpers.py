@@ -17,7 +17,7 @@ from folovllm.outputs import EngineCoreOutput, ModelRunnerOutput
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
 
-MAX_STEPS = 5_000  # a drive that needs more is stuck
+MAX_STEPS = 1_000  # a drive that needs more is stuck
 
 
 def tiny_arch(max_position_embeddings: int = 4096) -> ModelArchitecture:

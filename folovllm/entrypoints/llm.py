@@ -5,6 +5,7 @@ Milestone: M1. vLLM counterpart: vllm/entrypoints/llm.py. Left out: embeddings, 
 
 import itertools
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -54,6 +55,8 @@ class LLM:
             logger.warning("this processor has no native bfloat16: running in float32 (dtype='bfloat16' forces it)")
         tokenizer = Tokenizer.from_folder(self.model_path)
         self.llm_engine = LLMEngine(self.config, UniProcExecutor(self.config, self.model_path), tokenizer)
+        # A trace is complete only once it is closed: at the latest when this object or the interpreter goes.
+        self.shutdown = weakref.finalize(self, self.llm_engine.shutdown)
         self._request_ids = itertools.count()
         self._streams: dict[str, list[RequestOutput]] = {}  # open streams: request id -> outputs not read yet
 

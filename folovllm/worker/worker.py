@@ -17,6 +17,7 @@ from folovllm.model_executor.model_loader import load_model
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.slots import resolve
 from folovllm.worker.model_runner import ForwardHandle, ModelRunner
+from folovllm.worker.profile_run import profile_run
 
 # The rest of the free memory is for activations, the user's other programs and the file cache.
 CPU_FREE_MEMORY_SHARE = 0.5
@@ -48,8 +49,13 @@ class Worker:
         free = self._free_memory()
         if self.device.type == "cpu":
             return min(int(free * CPU_FREE_MEMORY_SHARE), CPU_KV_CACHE_CEILING)
-        total = torch.cuda.get_device_properties(self.device).total_memory
-        return int(total * self.config.cache_config.gpu_memory_utilization) - (total - free)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        temporary = profile_run(self.model_runner)
+        peak = torch.cuda.max_memory_allocated(self.device) - temporary  # weights and activations
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        others = total - free - torch.cuda.memory_reserved(self.device)  # other programs, CUDA's own
+        return int(total * self.config.cache_config.gpu_memory_utilization) - peak - others
 
     def _free_memory(self) -> int:
         if self.device.type == "cpu":

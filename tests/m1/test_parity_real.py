@@ -109,7 +109,7 @@ class Forced:
     gaps: torch.Tensor  # [num_tokens]
 
 
-BF16_ROWS = [row for row in ROWS if len(row["prompt_token_ids"]) < 30]
+BF16_ROWS = [row for row in ROWS if len(row["prompt_token_ids"]) < 20]
 MEAN_AND_P99_LIMIT = 1.2
 ARGMAX_GAP = 0.5
 
