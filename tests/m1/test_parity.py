@@ -194,15 +194,38 @@ def test_unseeded_requests_repeat_with_the_engine_seed(tiny_model_dir: MakeTiny)
 
 
 def test_prompt_logprobs_do_not_depend_on_the_engine(tiny_model_dir: MakeTiny) -> None:
-    """Whole, in chunks of 5, and preempted in between: the same numbers, once each."""
+    """Whole, in chunks of 5, and preempted in the middle of the prompt: the same numbers, once each."""
     prompt, params = draw_prompt(30, seed=3), SamplingParams(temperature=0.0, max_tokens=8, prompt_logprobs=2)
-    results = []
-    for args in ({}, {"block_size": 4, "enable_chunked_prefill": True, "max_num_batched_tokens": 5}):
-        engine = make_engine(tiny_model_dir("mistral"), max_model_len=MAX_MODEL_LEN, **args)
-        engine.add_request("a", prompt, params.replace(detokenize=False))
-        while engine.has_unfinished_requests():
-            (*_, last) = engine.step() or [None]
-        results.append([sorted((t, lp.logprob) for t, lp in entry.items()) for entry in last.prompt_logprobs[1:]])
-    whole, chunked = (torch.tensor(result) for result in results)
-    assert whole.shape[0] == 29
-    torch.testing.assert_close(chunked, whole, atol=1e-4, rtol=0)
+    chunks = {"block_size": 4, "enable_chunked_prefill": True, "max_num_batched_tokens": 5}
+    too_small = chunks | {"num_kv_blocks": MAX_MODEL_LEN // 4 + 1, "reserve_full_sequence": False}
+    whole, *others = (
+        prompt_logprobs_of(make_engine(tiny_model_dir("mistral"), max_model_len=MAX_MODEL_LEN, **args), prompt, params)
+        for args in ({}, chunks, too_small)
+    )
+    assert whole.shape == (29, 3, 2)
+    for other in others:
+        torch.testing.assert_close(other, whole, atol=1e-4, rtol=0)
+
+
+def prompt_logprobs_of(engine: LLMEngine, prompt: list[int], params: SamplingParams) -> torch.Tensor:
+    """[num_prompt_tokens - 1, 3, 2]: (token, logprob) of the top two and of the token itself.
+
+    An older request grows beside it; in an engine with a pool for one, this one has to give way in mid-prompt.
+    """
+    engine.add_request("older", draw_prompt(30, seed=4), greedy(30, detokenize=False))
+    engine.add_request("asks", prompt, params.replace(detokenize=False))
+    request = engine.engine_core.scheduler.requests["asks"]
+    gave_way_at, entries = None, None
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.request_id == "asks" and output.finished:
+                entries = output.prompt_logprobs
+        if request.num_preemptions and gave_way_at is None:
+            gave_way_at = request.num_output_tokens
+    assert gave_way_at == (0 if engine.config.cache_config.num_kv_blocks else None)
+    assert entries is not None and entries[0] is None and len(entries) == len(prompt)
+    rows = []
+    for token, entry in zip(prompt[1:], entries[1:], strict=True):
+        ranked = sorted(((t, lp.logprob) for t, lp in entry.items()), key=lambda pair: -pair[1])[:2]
+        rows.append([*ranked, (token, entry[token].logprob)])
+    return torch.tensor(rows)
