@@ -1,6 +1,9 @@
 """The benchmark: figures by hand, the requests it promises, and one small run from arguments to files."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -145,3 +148,9 @@ def test_a_failing_arm_keeps_the_others(tiny_model_dir, tmp_path, capsys):
     assert main([*argv, "--kv-cache-memory", "100", "--output", str(tmp_path)]) == 1
     result = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert not result["ok"] and "the KV cache is too small" in result["arms"]["m2"]["error"]
+
+
+def test_figures_in_pages_are_those_of_the_result_files():
+    script = Path(__file__).parents[2] / "scripts" / "fill_results.py"
+    check = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert check.returncode == 0, check.stdout + check.stderr

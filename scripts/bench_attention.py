@@ -1,0 +1,295 @@
+"""Attention alone: time and peak memory of each backend, prefill of growing prompts and decode of a batch.
+
+Milestone: M4. vLLM counterpart: benchmarks/kernels/benchmark_paged_attention.py. One layer of the default model's shape
+(9 query heads on 3 KV heads of 64) on pages of 16 in random order. Figures are for `forward` of one layer; `prepare`,
+which runs once per step for all layers, stands beside it. Backends take turns within a case, and the median of the
+rounds counts.
+
+Peak memory is what torch's allocator handed out during one `forward`, over what was there before, from the events of
+torch.profiler: it sees the buffers inside fused operators too, but not what a kernel allocates by other means.
+
+    python scripts/bench_attention.py [--backends torch_naive,torch_flash] [--threads 2] [--json OUT] [--plot OUT.png]
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; else its profiler talks on stderr
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from folovllm.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec
+from folovllm.attention.selector import BACKENDS, load_backend, refusal
+from folovllm.entrypoints.bench.machine import machine_header
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 9, 3, 64, 16
+PREFILL_LENS = (512, 2048, 8192)
+DECODE_SHAPES = ((32, 256), (32, 2048))
+SECONDS_PER_CASE = 6.0  # a backend stops after this, or after --repeats rounds
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """num_reqs sequences of seq_len tokens, of which the last q_len are new."""
+
+    name: str
+    num_reqs: int
+    seq_len: int
+    q_len: int
+
+    @property
+    def flops(self) -> float:
+        """Of the two products: 2 for each visible (query, key) pair, head and element."""
+        visible = self.q_len * (2 * self.seq_len - self.q_len + 1) / 2
+        return 4.0 * self.num_reqs * visible * NUM_HEADS * HEAD_SIZE
+
+    def kv_bytes(self, dtype: torch.dtype) -> int:
+        return 2 * self.num_reqs * self.seq_len * NUM_KV_HEADS * HEAD_SIZE * dtype.itemsize
+
+    @property
+    def naive_bytes(self) -> int:
+        """Scores and their softmax, fp32, and the mask; of one request, as torch_naive goes one by one."""
+        return self.q_len * self.seq_len * (2 * 4 * NUM_HEADS + 1)
+
+
+@dataclass(frozen=True)
+class Result:
+    case: str
+    backend: str
+    seq_len: int
+    prepare_ms: float
+    forward_ms: float
+    peak_mib: float
+    gflops_per_s: float
+    kv_gb_per_s: float
+    rounds: int
+
+
+CASES = [
+    *(Case(f"prefill {n}", 1, n, n) for n in PREFILL_LENS),
+    *(Case(f"decode {b}x{n}", b, n, 1) for b, n in DECODE_SHAPES),
+]
+
+
+class Setup:
+    """A backend with a filled cache and the inputs of a case, ready to run."""
+
+    def __init__(self, name: str, case: Case, dtype: torch.dtype) -> None:
+        self.name, self.case = name, case
+        spec = spec_of(dtype)
+        self.backend: AttentionBackend = load_backend(name)(spec)
+        generator = torch.Generator().manual_seed(0)
+        blocks_each = -(-case.seq_len // BLOCK_SIZE)
+        num_blocks = 1 + case.num_reqs * blocks_each
+        order = 1 + torch.randperm(num_blocks - 1, generator=generator)
+        self.block_table = order.view(case.num_reqs, blocks_each).int()  # [num_reqs, blocks_each]
+        self.cache = torch.zeros(self.backend.kv_cache_shape(num_blocks), dtype=dtype)
+        shape = (case.num_reqs * case.seq_len, NUM_KV_HEADS, HEAD_SIZE)
+        key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        history = self.metadata(case.seq_len)
+        self.backend.prepare(history)
+        self.backend.write(key, value, self.cache, history)
+        self.query = torch.randn(case.num_reqs * case.q_len, NUM_HEADS, HEAD_SIZE, generator=generator).to(dtype)
+        self.prepare_seconds: list[float] = []
+        self.forward_seconds: list[float] = []
+
+    def metadata(self, q_len: int) -> AttentionMetadata:
+        """A step that computes the last q_len tokens of every sequence."""
+        case = self.case
+        positions = torch.arange(case.seq_len - q_len, case.seq_len)  # [q_len]
+        block_ids = self.block_table[:, positions // BLOCK_SIZE].long()  # [num_reqs, q_len]
+        return AttentionMetadata(
+            query_start_loc=list(range(0, case.num_reqs * q_len + 1, q_len)),
+            seq_lens=[case.seq_len] * case.num_reqs,
+            block_table=self.block_table,
+            slot_mapping=(block_ids * BLOCK_SIZE + positions % BLOCK_SIZE).flatten(),
+            block_size=BLOCK_SIZE,
+        )
+
+    def run(self) -> torch.Tensor:
+        metadata = self.metadata(self.case.q_len)
+        start = time.perf_counter()
+        self.backend.prepare(metadata)
+        prepared = time.perf_counter()
+        output = self.backend.forward(self.query, self.cache, metadata)
+        self.forward_seconds.append(time.perf_counter() - prepared)
+        self.prepare_seconds.append(prepared - start)
+        return output
+
+    def peak_bytes(self) -> int:
+        metadata = self.metadata(self.case.q_len)
+        self.backend.prepare(metadata)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            self.backend.forward(self.query, self.cache, metadata)
+        return peak_of(profiler)
+
+    def wants_more(self, repeats: int) -> bool:
+        return len(self.forward_seconds) < repeats and sum(self.forward_seconds) < SECONDS_PER_CASE
+
+    def result(self, peak_bytes: int, dtype: torch.dtype) -> Result:
+        forward = statistics.median(self.forward_seconds)
+        return Result(
+            case=self.case.name,
+            backend=self.name,
+            seq_len=self.case.seq_len,
+            prepare_ms=round(1e3 * statistics.median(self.prepare_seconds), 4),
+            forward_ms=round(1e3 * forward, 4),
+            peak_mib=round(peak_bytes / MIB, 2),
+            gflops_per_s=round(self.case.flops / forward / 1e9, 2),
+            kv_gb_per_s=round(self.case.kv_bytes(dtype) / forward / 1e9, 3),
+            rounds=len(self.forward_seconds),
+        )
+
+
+def spec_of(dtype: torch.dtype) -> AttentionSpec:
+    return AttentionSpec(NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, dtype, torch.device("cpu"), BLOCK_SIZE)
+
+
+def peak_of(profiler: Any) -> int:
+    """The most bytes that were held at once, from the allocator's events: +n when n bytes are taken, -n when freed."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+def skip_reason(name: str, case: Case, dtype: torch.dtype) -> str | None:
+    if name == "torch_naive" and case.naive_bytes > psutil.virtual_memory().available / 2:
+        return f"{case.name}: would take {case.naive_bytes / MIB:,.0f} MiB, more than half of what is free"
+    return refusal(name, spec_of(dtype))
+
+
+def run_case(case: Case, names: list[str], dtype: torch.dtype, repeats: int) -> list[Result]:
+    setups = [Setup(name, case, dtype) for name in names]
+    outputs = [setup.run() for setup in setups]  # the first run is not timed: kernels load, caches fill
+    for name, output in zip(names, outputs, strict=True):
+        torch.testing.assert_close(output, outputs[0], rtol=0, atol=0.05, msg=f"{name} differs on {case.name}")
+    peaks = [setup.peak_bytes() for setup in setups]
+    for setup in setups:
+        setup.forward_seconds.clear()
+        setup.prepare_seconds.clear()
+    while waiting := [setup for setup in setups if setup.wants_more(repeats)]:
+        for setup in waiting:
+            setup.run()
+    return [setup.result(peak, dtype) for setup, peak in zip(setups, peaks, strict=True)]
+
+
+def print_table(results: list[Result]) -> None:
+    print(
+        f"{'case':<16}{'backend':<14}{'prepare ms':>11}{'forward ms':>11}{'peak MiB':>10}{'GFLOP/s':>9}{'KV GB/s':>9}"
+    )
+    for r in results:
+        print(
+            f"{r.case:<16}{r.backend:<14}{r.prepare_ms:>11.2f}{r.forward_ms:>11.2f}{r.peak_mib:>10.1f}"
+            f"{r.gflops_per_s:>9.1f}{r.kv_gb_per_s:>9.2f}"
+        )
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Time and memory of prefill against length, and decode as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    results = [Result(**result) for result in report["results"]]
+    names = list(dict.fromkeys(r.backend for r in results))
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
+    figure.suptitle(title_of(report), fontsize=10)
+    for ax, key, label in ((axes[0], "forward_ms", "ms per layer"), (axes[1], "peak_mib", "peak MiB per layer")):
+        for name in names:
+            points = [(r.seq_len, getattr(r, key)) for r in results if r.backend == name and "prefill" in r.case]
+            ax.plot(*zip(*points, strict=True), marker="o", label=name)
+        ax.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel=label, title=f"Prefill: {label}")
+        ax.set_xticks(PREFILL_LENS, [str(n) for n in PREFILL_LENS])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    axes[0].legend()
+    plot_decode(axes[2], [r for r in results if "decode" in r.case], names)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def plot_decode(ax: Any, results: list[Result], names: list[str]) -> None:
+    cases, width = list(dict.fromkeys(r.case for r in results)), 0.8 / len(names)
+    for i, name in enumerate(names):
+        heights = [r.forward_ms for r in results if r.backend == name]
+        places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(heights))]
+        bars = ax.bar(places, heights, width * 0.95, label=name)
+        ax.bar_label(bars, [f"{height:.2g}" for height in heights], fontsize=8, padding=1)
+    ax.set_xticks(range(len(cases)), cases)
+    ax.set(yscale="log", ylabel="ms per layer", title="Decode: ms per layer")
+    ax.margins(y=0.15)
+
+
+def title_of(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    load = machine["load_average"][0]
+    return (
+        f"Attention of one layer, {NUM_HEADS}/{NUM_KV_HEADS} heads of {HEAD_SIZE}, {report['dtype']}, blocks of "
+        f"{BLOCK_SIZE}, {machine['cpu']}, {report['threads']} threads, load average {load} before the run"
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time and peak memory of the attention backends on a CPU.")
+    parser.add_argument("--backends", default=",".join(BACKENDS), help="names, separated by commas")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=7, help="rounds, the median of which counts")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--plot", type=Path, help="draw them to this PNG")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    dtype, machine = DTYPES[args.dtype], machine_header()
+    results: list[Result] = []
+    skipped: dict[str, str] = {}
+    for case in CASES:
+        reasons = {name: skip_reason(name, case, dtype) for name in args.backends.split(",")}
+        skipped |= {name: reason for name, reason in reasons.items() if reason is not None}
+        with torch.inference_mode():
+            results += run_case(case, [name for name, why in reasons.items() if why is None], dtype, args.repeats)
+    report = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine,
+        "dtype": args.dtype,
+        "threads": args.threads,
+        "skipped": skipped,
+        "results": [asdict(result) for result in results],
+    }
+    print(title_of(report))
+    print_table(results)
+    for name, reason in skipped.items():
+        print(f"left out: {name}: {reason}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.plot:
+        plot(report, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""Write measured tables into Markdown pages, from committed result files, so that no figure is typed by hand.
+
+A page says where a table goes and from which file (paths from the repository root):
+
+    <!-- results: milestones/m3/results/compare_perf_A_cpu.json -->
+    ... written by this script ...
+    <!-- /results -->
+
+    python scripts/fill_results.py            rewrite all pages
+    python scripts/fill_results.py --check    exit code 1 if a page is not what its result file says
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+PAGES = ("README.md", "docs/**/*.md", "milestones/**/*.md")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; say which pages are out of date")
+    check = parser.parse_args().check
+    stale = []
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        filled = fill(text, page.parent)
+        if filled != text:
+            stale.append(page.relative_to(ROOT))
+            if not check:
+                page.write_text(filled, encoding="utf-8")
+    print(
+        "\n".join(f"{'out of date' if check else 'rewritten'}: {page}" for page in stale) or "all pages are up to date"
+    )
+    return 1 if check and stale else 0
+
+
+def pages() -> Iterator[Path]:
+    for pattern in PAGES:
+        yield from sorted(ROOT.glob(pattern))
+
+
+def fill(text: str, folder: Path) -> str:
+    """`text` of a page in `folder` with every results block rewritten from the file it names."""
+
+    def block(match: re.Match[str]) -> str:
+        file = ROOT / match[2]
+        link = os.path.relpath(file, folder)
+        return match[1] + table_of(json.loads(file.read_text(encoding="utf-8")), link) + match[3]
+
+    return BLOCK.sub(block, text)
+
+
+def table_of(result: dict[str, Any], link: str) -> str:
+    """One row per arm of a compare_perf file, and the facts a reader of a number asks for first."""
+    run, machine = result["run"], result["machine"]
+    modes = run["workload"]["num_requests"]
+    bandwidth = result["bandwidth"]["bytes_per_second"] / 1e9
+    lines = [
+        f"`python {run['command']}` on {machine['cpu']}, {run['threads']} threads, memory reads {bandwidth:.0f} GB/s, "
+        f"{run['dtype']}, median of {run['repeats']}; KV cache {run['kv_cache_memory'] / 2**20:.0f} MiB for every "
+        f"arm of ours, max_model_len {run['max_model_len']} ([all figures]({link}), commit {machine['git']['sha'][:10]}).",
+        "",
+        f"| | one by one ({modes['single']}) tok/s | | together ({modes['batch']}) tok/s | | ITL p50 / p99 ms | "
+        "running at once | KV slots used | memory |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    lines += [row(name, arm) for name, arm in result["arms"].items() if "modes" in arm]
+    return "\n".join(lines) + "\n"
+
+
+def row(name: str, arm: dict[str, Any]) -> str:
+    single, batch = arm["modes"]["single"], arm["modes"]["batch"]
+    return (
+        f"| {'HuggingFace' if name == 'hf' else name} | {single['output_tok_per_s']:.1f} | {single['ratio']:.2f}x "
+        f"| {batch['output_tok_per_s']:.1f} | {batch['ratio']:.2f}x "
+        f"| {batch['itl_ms']['p50']:.0f} / {batch['itl_ms']['p99']:.0f} | {batch['max_running']:.0f} "
+        f"| {batch['kv_utilisation']:.0%} | {arm['memory']['peak_rss_bytes'] / 2**20:.0f} MiB |"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
