@@ -77,6 +77,11 @@ class SamplingMetadata:
         """Whether anything happens to the logits before greedy rows take their argmax."""
         return self.may_empty_a_row or self.logit_bias is not None or self.penalties is not None
 
+    @property
+    def truncates(self) -> bool:
+        """Whether some row cuts off the tail of its distribution."""
+        return self.min_p is not None or self.top_k is not None or self.top_p is not None
+
     @classmethod
     def build(cls, rows: list[SamplingRow], vocab_size: int, device: torch.device | str) -> "SamplingMetadata":
         """Collect the parameters of a step. `rows` are in the order of the logits; tensors are made on `device`."""

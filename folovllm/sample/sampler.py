@@ -32,11 +32,15 @@ import torch
 from folovllm.outputs import TokenLogprobs
 from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sample.ops import masks, penalties, topk_topp
+from folovllm.sample.ops.select import first_argmax, largest
+from folovllm.sample.ops.shortlist import Shortlist
 from folovllm.sampling_params import GREEDY_EPSILON
 
 LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 LOGPROBS_MODES: tuple[LogprobsMode, ...] = ("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits")
-_GATHER_ROWS = 64  # rows ranked at a time: the int64 sort keys of a long prompt at once would take gigabytes
+_GATHER_ROWS = 64  # rows ranked at a time: the scratch memory for a long prompt at once would take gigabytes
+_GROUP_ELEMENTS = 2**19  # 2 MB of float32
+_SPARE = 59  # tokens looked at beyond the number wanted, for ties
 
 
 @dataclass(frozen=True)
@@ -104,16 +108,29 @@ class Sampler:
         if metadata.temperature is None:
             return self.greedy_sample(logits) if greedy is None else greedy  # the former: a batch without rows
         topk_topp.apply_temperature_(logits, metadata.temperature)
-        if metadata.min_p is not None:
-            topk_topp.apply_min_p_(logits, metadata.min_p)
-        topk_topp.apply_top_k_top_p_(logits, metadata.top_k, metadata.max_top_k, metadata.top_p)
-        drawn = topk_topp.random_sample(logits.softmax(dim=-1), metadata.seeds, metadata.output_indices)  # [R]
+        groups = _row_groups(logits)
+        drawn = torch.cat([self._truncate_and_draw(logits[g], metadata, g) for g in groups])  # [R]
         return drawn if greedy is None else torch.where(metadata.temperature < GREEDY_EPSILON, greedy, drawn)
+
+    @staticmethod
+    def _truncate_and_draw(logits: torch.Tensor, metadata: SamplingMetadata, rows: slice) -> torch.Tensor:
+        """min_p, top_k, top_p and the draw of step 9 for a group of rows. `logits [n, V]` are edited. Returns `[n]`."""
+        keys = metadata.seeds[rows], metadata.output_indices[rows]
+        if not metadata.truncates:
+            return topk_topp.random_sample(logits.softmax(dim=-1), *keys)
+        shortlist = Shortlist.build(logits)
+        if metadata.min_p is not None:
+            shortlist.apply_min_p_(logits, metadata.min_p[rows])
+        if metadata.top_k is not None:
+            shortlist.apply_top_k_(logits, metadata.top_k[rows], metadata.max_top_k)
+        if metadata.top_p is not None:
+            shortlist.apply_top_p_(logits, metadata.top_p[rows])
+        return shortlist.random_sample(logits.softmax(dim=-1), *keys)
 
     @staticmethod
     def greedy_sample(logits: torch.Tensor) -> torch.Tensor:
         """The most likely token of each row of `logits [R, V]`; the lowest id among equals. Returns `[R]`."""
-        return logits.argmax(dim=-1)
+        return first_argmax(logits)
 
     @staticmethod
     def compute_logprobs(logits: torch.Tensor) -> torch.Tensor:
@@ -156,12 +173,27 @@ class Sampler:
         result: list[TokenLogprobs | None] = [None] * metadata.num_rows
         if not wanted:
             return result
-        values = (raw if self.logprobs_mode.startswith("raw") else processed)[wanted]  # [W, V]
-        values = self.compute_logprobs(values) if self.logprobs_mode.endswith("logprobs") else values.float()
+        source = raw if self.logprobs_mode.startswith("raw") else processed  # [R, V]
+        sampled_ids = sampled[wanted]  # [W]
         counts = [k for k in metadata.num_logprobs if k is not None]
-        for i, one in zip(wanted, self.gather_logprobs(values, sampled[wanted], counts), strict=True):
-            result[i] = one
+        for g in _row_groups(source, len(wanted)):
+            values = source[wanted[g]]  # [n, V]
+            values = self.compute_logprobs(values) if self.logprobs_mode.endswith("logprobs") else values.float()
+            for i, one in zip(wanted[g], self.gather_logprobs(values, sampled_ids[g], counts[g]), strict=True):
+                result[i] = one
         return result
+
+
+def _row_groups(logits: torch.Tensor, num_rows: int | None = None) -> list[slice]:
+    """Cut rows (all of `logits [R, V]`, or `num_rows` like them) into groups of a few; rows do not know each other.
+
+    The steps on a group allocate half a dozen tensors of its size. For 32 rows each would be 6 MB, which malloc takes
+    from the system and gives back every time, and the page faults would cost more than the arithmetic: 10 of 17 ms.
+    On a GPU, whose allocator keeps its memory, one group is best.
+    """
+    total = len(logits) if num_rows is None else num_rows
+    size = max(1, _GROUP_ELEMENTS // logits.shape[-1]) if logits.device.type == "cpu" else max(1, total)
+    return [slice(start, start + size) for start in range(0, total, size)]
 
 
 def _gather_rows(logprobs: torch.Tensor, token_ids: torch.Tensor, counts: list[int]) -> list[TokenLogprobs]:
@@ -183,12 +215,17 @@ def _most_likely(logprobs: torch.Tensor, k: int) -> torch.Tensor:
 
     `topk` leaves open which of several equal entries it returns, and its choice changes with k. Equal logits are common
     (bf16 has 8 bits of precision), and k is the largest that any row wants; so a row's list would depend on its batch
-    mates. Hence we rank unique int64 keys instead: the value in the upper 32 bits, the reversed token id in the lower.
+    mates. Hence we take some more than k, put them in the order of their ids, and sort stably. If the last of them is
+    smaller than the k-th, all that tie with the k-th are there; other rows are ranked as a whole.
     """
-    vocab_size = logprobs.shape[-1]
-    bits = (logprobs.float() + 0.0).view(torch.int32)  # [n, V]; + 0.0 makes -0.0 and 0.0 the same
-    # IEEE floats order like their bits, except that negative ones are backwards: flip all of those but the sign.
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    reversed_ids = torch.arange(vocab_size - 1, -1, -1, device=logprobs.device)  # [V]
-    keys = (bits.to(torch.int64) << 32) + reversed_ids  # [n, V]
-    return vocab_size - 1 - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
+    size = min(k + _SPARE, logprobs.shape[-1])
+    if k == 0:
+        return torch.empty(len(logprobs), 0, dtype=torch.int64, device=logprobs.device)
+    values, ids = largest(logprobs, size)  # [n, size], [n, size]
+    ids = ids.sort(dim=-1).values  # [n, size]
+    order = logprobs.gather(1, ids).sort(dim=-1, descending=True, stable=True).indices  # [n, size]
+    top_ids = ids.gather(1, order[:, :k])  # [n, k]
+    tied = (values[:, -1] == values[:, k - 1]).nonzero().squeeze(1)  # [m]
+    if tied.numel() > 0 and size < logprobs.shape[-1]:
+        top_ids[tied] = logprobs[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return top_ids

@@ -12,14 +12,14 @@ import torch
 
 @dataclass(frozen=True)
 class Penalties:
-    """The penalised rows of a batch; rows without a penalty are not in here and cost nothing."""
+    """The N (row, token) cells of the logits that a penalty changes: every other cell costs nothing."""
 
-    rows: torch.Tensor  # [P] int64: their row numbers in the logits
-    seen: torch.Tensor  # [P, V] bool: the token occurs in the prompt or in the output
-    output_counts: torch.Tensor  # [P, V] float32: how often the token occurs in the output
-    repetition_penalties: torch.Tensor  # [P] float32
-    frequency_penalties: torch.Tensor  # [P] float32
-    presence_penalties: torch.Tensor  # [P] float32
+    rows: torch.Tensor  # [N] int64
+    token_ids: torch.Tensor  # [N] int64: tokens that occur in the prompt or in the output of their row, each once
+    output_counts: torch.Tensor  # [N] float32: how often the token occurs in the output
+    repetition_penalties: torch.Tensor  # [N] float32, those of the row
+    frequency_penalties: torch.Tensor  # [N] float32
+    presence_penalties: torch.Tensor  # [N] float32
 
 
 def count_tokens(token_ids: Sequence[Sequence[int]], vocab_size: int, device: torch.device | str) -> torch.Tensor:
@@ -51,13 +51,15 @@ def build_penalties(
     This walks prompt and output again in every step: O(length) for each penalised request, and only for those. Counts
     kept between steps would be faster, but they are state that preemption and drafts would have to keep right.
     """
-    output_counts = count_tokens(outputs, vocab_size, device)  # [P, V]
     # A prompt matters to the repetition penalty alone; do not walk it when that is off (1.0).
     repeated = [p if s[0] != 1.0 else () for p, s in zip(prompts, strengths, strict=True)]
-    seen = (count_tokens(repeated, vocab_size, device) + output_counts) > 0  # [P, V]
-    repetition, frequency, presence = torch.tensor(strengths, dtype=torch.float32, device=device).unbind(1)  # 3 x [P]
+    seen = [{*p, *o} for p, o in zip(repeated, outputs, strict=True)]
+    which = torch.tensor([i for i, ids in enumerate(seen) for _ in ids], dtype=torch.int64, device=device)  # [N]
+    token_ids = torch.tensor([t for ids in seen for t in ids], dtype=torch.int64, device=device)  # [N]
+    output_counts = count_tokens(outputs, vocab_size, device)[which, token_ids]  # [N]
+    per_cell = torch.tensor(strengths, dtype=torch.float32, device=device)[which]  # [N, 3]
     index = torch.tensor(rows, dtype=torch.int64, device=device)  # [P]
-    return Penalties(index, seen, output_counts, repetition, frequency, presence)
+    return Penalties(index[which], token_ids, output_counts, *per_cell.unbind(1))
 
 
 def apply_penalties_(logits: torch.Tensor, penalties: Penalties) -> None:
@@ -69,10 +71,10 @@ def apply_penalties_(logits: torch.Tensor, penalties: Penalties) -> None:
       2. frequency f: l -= f * c, stronger with every occurrence.
       3. presence p: l -= p if c > 0, the same however often.
     """
-    picked = logits[penalties.rows]  # [P, V], a copy
-    repetition = penalties.repetition_penalties.unsqueeze(1)  # [P, 1]
-    repeated = torch.where(picked > 0, picked / repetition, picked * repetition)  # [P, V]
-    picked = torch.where(penalties.seen, repeated, picked)  # [P, V]
-    picked -= penalties.frequency_penalties.unsqueeze(1) * penalties.output_counts
-    picked -= penalties.presence_penalties.unsqueeze(1) * (penalties.output_counts > 0)
-    logits[penalties.rows] = picked
+    cells = penalties.rows, penalties.token_ids
+    picked = logits[cells]  # [N], a copy
+    repetition = penalties.repetition_penalties  # [N]
+    picked = torch.where(picked > 0, picked / repetition, picked * repetition)  # [N]
+    picked -= penalties.frequency_penalties * penalties.output_counts
+    picked -= penalties.presence_penalties * (penalties.output_counts > 0)
+    logits[cells] = picked

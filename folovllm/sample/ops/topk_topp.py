@@ -1,7 +1,7 @@
 """Shaping and drawing from the distribution: temperature, min_p, top_k, top_p, and the draw itself.
 
 Milestone: M1. vLLM counterpart: vllm/v1/sample/ops/topk_topp_sampler.py.
-Left out: avoiding the full sort (M4), FlashInfer's rejection sampling.
+Left out: FlashInfer's rejection sampling. Avoiding the full sort is M4's ops/shortlist.py.
 
 A language model puts a little probability on every one of 50,000 tokens; together the thousands of absurd ones may
 hold several percent, enough to derail a text once in a while. The three truncations cut that tail off, each by another
@@ -18,7 +18,10 @@ import torch
 
 from folovllm.sample.ops.masks import NEG_INF
 from folovllm.sample.ops.noise import exponential_noise
+from folovllm.sample.ops.select import first_argmax, largest
 from folovllm.sampling_params import GREEDY_EPSILON
+
+_SUM_ERROR = 1e-10  # n * 2^-53, the worst case of a float64 sum of n probabilities, for n up to 900,000
 
 
 def apply_temperature_(logits: torch.Tensor, temperature: torch.Tensor) -> None:
@@ -51,8 +54,8 @@ def apply_top_k_(logits: torch.Tensor, top_k: torch.Tensor, max_top_k: int) -> N
     Worked example: logits [4, 3, 3, 1], k = 2 -> the 2nd largest is 3 -> drop what is < 3 -> [4, 3, 3, -inf].
     """
     vocab_size = logits.shape[-1]
-    largest = logits.topk(max_top_k, dim=-1).values  # [R, max_top_k], descending
-    threshold = largest.gather(1, top_k.clamp(max=max_top_k).unsqueeze(1) - 1)  # [R, 1]
+    descending, _ = largest(logits, max_top_k)  # [R, max_top_k]
+    threshold = descending.gather(1, top_k.clamp(max=max_top_k).unsqueeze(1) - 1)  # [R, 1]
     threshold.masked_fill_((top_k >= vocab_size).unsqueeze(1), NEG_INF)  # nothing is below -inf
     logits.masked_fill_(logits < threshold, NEG_INF)
 
@@ -66,11 +69,64 @@ def apply_top_p_(logits: torch.Tensor, top_p: torch.Tensor) -> None:
     Worked example: probabilities [0.5, 0.3, 0.15, 0.05], p = 0.7 -> ascending cumulative sums [0.05, 0.2, 0.5, 1.0]
     -> those <= 0.3 go, that is 0.05 and 0.15 -> [0.5, 0.3] stay (0.5 alone has not reached 0.7).
     """
-    probs, order = logits.softmax(dim=-1).sort(dim=-1, stable=True)  # [R, V], ascending; order: its token ids
-    p = top_p.unsqueeze(1)  # [R, 1]
-    remove = (probs.cumsum(dim=-1) <= 1 - p) & (p < 1)  # [R, V]
-    remove[:, -1] = False  # the likeliest stays, however small p is
-    logits.masked_fill_(torch.zeros_like(remove).scatter_(1, order, remove), NEG_INF)
+    probs = logits.softmax(dim=-1)  # [R, V]
+    limits = 1 - top_p  # [R]
+    for row in (top_p < 1).nonzero().squeeze(1).tolist():
+        keep = _nucleus(probs[row], limits[row])  # [V]
+        if keep is None:
+            keep = nucleus_by_sorting(probs[row], limits[row])
+        logits[row].masked_fill_(~keep, NEG_INF)
+
+
+def nucleus_by_sorting(probs: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """The definition of top_p for one row: which tokens of `probs [V]` stay when up to `limit` goes. Bool `[V]`."""
+    ascending, order = probs.sort(stable=True)  # [V], [V]; order: the token ids
+    keep = ascending.cumsum(dim=0) > limit  # [V]
+    keep[-1] = True  # the likeliest stays, however small p is
+    return torch.empty_like(keep).scatter_(0, order, keep)
+
+
+def _nucleus(probs: torch.Tensor, limit: torch.Tensor) -> torch.Tensor | None:
+    """The same without sorting more than a few tokens; None where rounding would decide.
+
+    Positive floats order like their bits, so the upper 16 (exponent and 7 bits of mantissa) put the tokens into buckets
+    of nearly equal probability, in order. The masses of the buckets tell in which one the sum crosses the limit: the
+    buckets below go, those above stay, and only the tokens inside are sorted.
+    """
+    buckets = probs.view(torch.int32) >> 16  # [V]
+    mass = torch.bincount(buckets, weights=probs.double()).cumsum(dim=0)  # [B] of all tokens up to this bucket
+    crossing = torch.searchsorted(mass, limit.double(), right=True).clamp(
+        max=len(mass) - 1
+    )  # the first above the limit
+    inside = (buckets == crossing).nonzero().squeeze(1)  # [n], ascending ids
+    ascending, order = probs[inside].sort(stable=True)  # [n], [n]
+    below = mass[crossing - 1] if crossing > 0 else mass.new_zeros(())
+    running = torch.cat([below.unsqueeze(0), below + ascending.cumsum(dim=0, dtype=torch.float64)])  # [1 + n]
+    exceeds, sure = mass_exceeds(running, limit)  # [1 + n], [1 + n]
+    if not sure.all() or exceeds[0] or not exceeds[-1]:
+        return None
+    keep = buckets > crossing  # [V]
+    keep[inside[order]] = exceeds[1:]
+    return keep
+
+
+def mass_exceeds(
+    mass: torch.Tensor, limit: torch.Tensor, error: torch.Tensor | float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether sums of probabilities are above a limit, and whether that does not depend on how they were summed.
+
+    torch sums a cumsum in float64, from the smallest up, and rounds the result to float32. We add up the same numbers
+    in another order, which changes a sum by less than 1e-10: the answer is sure if shifting the sum by
+    that much changes nothing after the rounding.
+
+    Args:
+        mass: float64.
+        limit: float32, of a shape that broadcasts.
+        error: how wrong `mass` may be beyond that.
+    """
+    error = error + _SUM_ERROR
+    low, high = (mass - error).float() > limit, (mass + error).float() > limit
+    return low, low == high
 
 
 def apply_top_k_top_p_(
@@ -89,4 +145,4 @@ def random_sample(probs: torch.Tensor, seeds: Sequence[int], output_indices: Seq
     `probs` need not sum to 1: a common factor moves all clocks alike.
     """
     noise = exponential_noise(seeds, output_indices, probs.shape[-1], probs.device)  # [R, V]
-    return (probs / noise).argmax(dim=-1)
+    return first_argmax(torch.div(probs, noise, out=noise))

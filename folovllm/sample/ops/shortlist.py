@@ -1,0 +1,131 @@
+"""min_p, top_k, top_p and the draw on a short list of tokens instead of the whole vocabulary, with the same answer.
+
+Milestone: M4. vLLM counterpart: none on a CPU; on a GPU the FlashInfer kernels behind
+vllm/v1/sample/ops/topk_topp_sampler.py spare the sort, too. Left out: keeping the list between steps.
+
+`ops/topk_topp.py` says what the truncations mean, and does them on all V tokens; sorting 32 such rows is more work than
+the whole model. But a model is usually sure of itself: what survives top_p are a few dozen tokens. So we take the 256
+largest logits of each row and decide there. The list is *exact*, not an approximation, because each step also proves,
+per row, that no token outside of the list could have changed its answer:
+
+    min_p   the threshold is above the least likely token of the list: everything outside is below it, too
+    top_k   the k-th largest logit is above the smallest of the list: everything that ties with it is on the list
+    top_p   the mass outside plus that of the list's lower end is at most 1 - p: the crossing happens on the list
+    draw    everything outside has been removed (the row is *closed*); the noise is keyed by token id, so the clocks of
+            the few that are left ring exactly when they would have rung in the full race
+
+A row without a proof (a flat distribution, a large k, a sum so close to 1 - p that rounding decides) takes the step
+from `ops/topk_topp.py`, alone. tests/m4 holds the two against each other, bit for bit.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from folovllm.sample.ops import topk_topp
+from folovllm.sample.ops.masks import NEG_INF
+from folovllm.sample.ops.noise import exponential_noise_for
+from folovllm.sample.ops.select import largest
+
+SHORTLIST_SIZE = 256
+# softmax is computed to a few units in the last place (2^-23): only beyond this factor is "larger logit" surely "larger
+# probability".
+_PROB_MARGIN = 1 + 1e-5
+# torch sums float32 in a cascade: an element goes through about 100 additions, each off by at most 2^-24 of the sum.
+_TAIL_ERROR = 1e-5
+
+
+@dataclass
+class Shortlist:
+    """The largest logits of each row of a batch, ids ascending (so that ties fall as they do in the full row)."""
+
+    ids: torch.Tensor  # [R, K] int64
+    floor: torch.Tensor  # [R] the smallest logit of the list; no token outside was larger
+    closed: torch.Tensor  # [R] bool: every token outside is -inf
+    usable: torch.Tensor  # [R] bool; False for good once a step had to take the long way
+
+    @classmethod
+    def build(cls, logits: torch.Tensor) -> "Shortlist":
+        """From `logits [R, V]`, after the temperature."""
+        size = min(SHORTLIST_SIZE, logits.shape[-1])
+        values, ids = largest(logits, size, in_order=False)  # [R, K], [R, K]
+        floor = values.amin(dim=-1)  # [R]
+        closed = floor == NEG_INF if size < logits.shape[-1] else torch.ones_like(floor, dtype=torch.bool)  # [R]
+        usable = values.amax(dim=-1).isfinite()  # [R]; inf and NaN (the largest of all) have no probabilities
+        return cls(ids.sort(dim=-1).values, floor, closed, usable)
+
+    def apply_min_p_(self, logits: torch.Tensor, min_p: torch.Tensor) -> None:
+        """`topk_topp.apply_min_p_` on `logits [R, V]`."""
+        probs = logits.softmax(dim=-1)  # [R, V]
+        listed = probs.gather(1, self.ids)  # [R, K]
+        threshold = min_p * probs.amax(dim=-1)  # [R]
+        proven = self.closed | (listed.amin(dim=-1) * _PROB_MARGIN < threshold)  # [R]
+        keep = ~(listed < threshold.unsqueeze(1))  # [R, K]
+        self._finish_(logits, min_p > 0, proven, keep, lambda part, rows: topk_topp.apply_min_p_(part, min_p[rows]))
+
+    def apply_top_k_(self, logits: torch.Tensor, top_k: torch.Tensor, max_top_k: int) -> None:
+        """`topk_topp.apply_top_k_` on `logits [R, V]`."""
+        listed = logits.gather(1, self.ids)  # [R, K]
+        size = listed.shape[1]
+        descending = listed.sort(dim=-1, descending=True).values  # [R, K]
+        threshold = descending.gather(1, top_k.clamp(max=size).unsqueeze(1) - 1).squeeze(1)  # [R]
+        # With k > K that is the smallest of the list: no proof, and a closed row loses nothing.
+        proven = self.closed | (self.floor < threshold)  # [R]
+        keep = ~(listed < threshold.unsqueeze(1))  # [R, K]
+        on = top_k < logits.shape[-1]  # [R]
+        self._finish_(logits, on, proven, keep, lambda part, r: topk_topp.apply_top_k_(part, top_k[r], max_top_k))
+
+    def apply_top_p_(self, logits: torch.Tensor, top_p: torch.Tensor) -> None:
+        """`topk_topp.apply_top_p_` on `logits [R, V]`: running sums that start with the mass of the tail."""
+        probs = logits.softmax(dim=-1)  # [R, V]
+        listed, order = probs.gather(1, self.ids).sort(dim=-1, stable=True)  # [R, K], ascending
+        tail = probs.scatter_(1, self.ids, 0.0).sum(dim=-1, keepdim=True).double()  # [R, 1], mass outside
+        mass = tail + listed.cumsum(dim=-1, dtype=torch.float64)  # [R, K]
+        limit = (1 - top_p).unsqueeze(1)  # [R, 1]
+        keep, sure = topk_topp.mass_exceeds(mass, limit, error=tail * _TAIL_ERROR)  # [R, K], [R, K]
+        keep[:, -1] = True  # the likeliest stays, however small p is
+        # The kept one that is least likely must be above the list's end, or its equals may stand outside.
+        crossing = listed.gather(1, keep.long().argmax(dim=-1, keepdim=True)).squeeze(1)  # [R]
+        on_the_list = self.closed | (crossing > listed[:, 0] * _PROB_MARGIN)  # [R]
+        proven = on_the_list & sure.all(dim=-1)  # [R]
+        keep = torch.zeros_like(keep).scatter_(1, order, keep)  # back to the order of ids
+        self._finish_(logits, top_p < 1, proven, keep, lambda part, rows: topk_topp.apply_top_p_(part, top_p[rows]))
+
+    def _finish_(
+        self,
+        logits: torch.Tensor,
+        on: torch.Tensor,
+        proven: torch.Tensor,
+        keep: torch.Tensor,
+        full_step_: Callable[[torch.Tensor, torch.Tensor], None],
+    ) -> None:
+        """Edit the rows of `logits [R, V]` where the step is on: by `keep [R, K]` if proven, else the long way.
+
+        Args:
+            on, proven: bool `[R]`.
+            full_step_: edits some rows of the logits `[n, V]`, given their numbers `[n]`.
+        """
+        short = (on & self.usable & proven).nonzero().squeeze(1)  # [n]
+        ids = self.ids[short]  # [n, K]
+        kept = logits[short.unsqueeze(1), ids].masked_fill_(~keep[short], NEG_INF)  # [n, K]
+        logits.index_fill_(0, short, NEG_INF)
+        logits[short.unsqueeze(1), ids] = kept
+        self.closed[short] = True
+        long = (on & ~(self.usable & proven)).nonzero().squeeze(1)  # [m]
+        if long.numel() > 0:
+            part = logits[long]  # [m, V], a copy
+            full_step_(part, long)
+            logits[long] = part
+            self.usable[long] = False
+
+    def random_sample(self, probs: torch.Tensor, seeds: Sequence[int], output_indices: Sequence[int]) -> torch.Tensor:
+        """`topk_topp.random_sample` for `probs [R, V]`: closed rows race on the list alone. Returns `[R]`."""
+        race = probs.gather(1, self.ids) / exponential_noise_for(seeds, output_indices, self.ids)  # [R, K]
+        drawn = self.ids.gather(1, race.argmax(dim=-1, keepdim=True)).squeeze(1)  # [R]; the first is the lowest id
+        rows = (~(self.closed & self.usable)).nonzero().squeeze(1)  # [m]
+        if rows.numel() > 0:
+            numbers = rows.tolist()
+            part = [seeds[i] for i in numbers], [output_indices[i] for i in numbers]
+            drawn[rows] = topk_topp.random_sample(probs[rows], *part)
+        return drawn
