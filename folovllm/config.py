@@ -25,6 +25,13 @@ DEFAULT_MODEL = "smollm2-135m"
 MAX_MODEL_LEN_BLOCK = "max_model_len"  # block_size of the contiguous cache: one page holds a whole request
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+ATTENTION_BACKENDS = (  # only their names; attention/selector.py knows where they are and what they can run
+    "auto",
+    "torch_naive",
+    "torch_sdpa",
+    "torch_flash",
+    "cpu_paged",
+)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 DEFAULT_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
@@ -132,8 +139,8 @@ class AttentionConfig:
     linear_backend: str = "torch"
 
     def __post_init__(self) -> None:
-        _check_type("attention_backend", self.attention_backend, str)
-        _check_choice("linear_backend", self.linear_backend, ("auto", "torch"))
+        _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        _check_choice("linear_backend", self.linear_backend, ("auto", "onednn", "torch"))
 
 
 @dataclass(frozen=True)
@@ -294,8 +301,8 @@ def engine_arg_names() -> dict[str, str]:
 def _refuse_unbuilt_switches(flat: Mapping[str, Any]) -> None:
     for rung in milestones.rungs_above_top():
         for name, off in rung.off.items():
-            # None is vLLM's "nothing special", which is what an unbuilt rung's off-state does.
-            if flat[name] not in (off, None) and name not in _switched_by_built_rungs():
+            # Only the rung's own value is refused: attention_backend="torch_sdpa" may well be there before "auto" is.
+            if flat[name] == rung.on[name] != off and name not in _switched_by_built_rungs():
                 raise milestones.RungNotBuiltError(
                     f"{name}={flat[name]!r} belongs to milestone {rung.id} ({rung.title}), which is not built yet; "
                     f"use {name}={off!r}"

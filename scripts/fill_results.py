@@ -67,7 +67,8 @@ def table_of(result: dict[str, Any], link: str) -> str:
     lines = [
         f"`python {run['command']}` on {machine['cpu']}, {run['threads']} threads, memory reads {bandwidth:.0f} GB/s, "
         f"{run['dtype']}, median of {run['repeats']}; KV cache {run['kv_cache_memory'] / 2**20:.0f} MiB for every "
-        f"arm of ours, max_model_len {run['max_model_len']} ([all figures]({link}), commit {machine['git']['sha'][:10]}).",
+        f"arm of ours, max_model_len {run['max_model_len']} ([all figures]({link}), commit "
+        f"{machine['git']['sha'][:10]}).",
         "",
         f"| | one by one ({modes['single']}) tok/s | | together ({modes['batch']}) tok/s | | ITL p50 / p99 ms | "
         "running at once | KV slots used | memory |",

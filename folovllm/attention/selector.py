@@ -1,24 +1,85 @@
-"""Choosing the attention backend: a lazy registry, `auto`, and refusals that name the alternative.
+"""Choosing the attention backend: a lazy registry, `auto`, and refusals that name the reason and the alternative.
 
-Milestone: M1 (more entries with M4). vLLM counterpart: vllm/attention/selector.py.
+Milestone: M1 (all backends but torch_naive arrive with M4). vLLM counterpart: vllm/attention/selector.py and
+vllm/attention/backends/registry.py. Left out: backends per layer.
+
+Lazy: a backend's file is imported when somebody asks for it, so that nobody pays for a kernel library, or needs to have
+one, that they do not run. What cannot be imported here is a refusal like any other.
 """
 
+import logging
 from collections.abc import Mapping
 
 from folovllm.attention.backend import AttentionBackend, AttentionSpec
-from folovllm.attention.backends.torch_naive import TorchNaiveBackend
+from folovllm.sampling_params import unknown_name_message
 from folovllm.slots import resolve
 
+logger = logging.getLogger(__name__)
+
 SLOT = "attention.backend"
-BACKENDS: dict[str, type[AttentionBackend]] = {TorchNaiveBackend.name: TorchNaiveBackend}
+AUTO = "auto"
+_HOME = "folovllm.attention.backends"
+# config.ATTENTION_BACKENDS knows the same names; it is plain data and cannot import this file.
+BACKENDS: dict[str, str] = {
+    "torch_naive": f"{_HOME}.torch_naive:TorchNaiveBackend",  # the oracle
+    "torch_sdpa": f"{_HOME}.torch_sdpa:TorchSdpaBackend",  # torch's own fused kernel on gathered K and V
+    "torch_flash": f"{_HOME}.torch_flash:TorchFlashBackend",  # tiles in plain torch, to be read
+    "cpu_paged": f"{_HOME}.cpu_paged:CpuPagedBackend",  # C++
+}
+# Best first. The last of each runs everywhere, so that `auto` always finds one.
+AUTO_ORDER: dict[str, tuple[str, ...]] = {
+    "cuda": ("torch_sdpa",),
+    "cpu": ("cpu_paged", "torch_sdpa"),
+}
 
 
 def get_attn_backend(name: str, spec: AttentionSpec, overrides: Mapping[str, str] | None = None) -> AttentionBackend:
     """Build the backend called `name` for `spec`, or the one that fills the slot; ValueError if it cannot run it."""
-    if name not in BACKENDS:
-        raise ValueError(f"unknown attention_backend {name!r}; available: {', '.join(BACKENDS)}")
-    backend = resolve(SLOT, overrides) if SLOT in (overrides or {}) else BACKENDS[name]
+    if overrides and SLOT in overrides:
+        return _from_slot(spec, overrides)
+    if name == AUTO:
+        name = auto_backend(spec)
+    elif name not in BACKENDS:
+        raise ValueError(unknown_name_message("attention_backend", name, [AUTO, *BACKENDS]))
+    reason = refusal(name, spec)
+    if reason is not None:
+        raise ValueError(
+            f"attention_backend={name!r} cannot run here: {reason}. Use attention_backend='auto', which takes the best "
+            f"that can, or {AUTO_ORDER[spec.device.type][-1]!r}, which runs everywhere"
+        )
+    return load_backend(name)(spec)
+
+
+def auto_backend(spec: AttentionSpec) -> str:
+    """Name of the best backend that runs `spec`; why the better ones do not is logged."""
+    order = AUTO_ORDER[spec.device.type]
+    for name in order:
+        reason = refusal(name, spec)
+        if reason is None:
+            return name
+        logger.info("attention_backend='auto' passes over %s: %s", name, reason)
+    raise AssertionError(f"{order[-1]} is meant to run everywhere")
+
+
+def refusal(name: str, spec: AttentionSpec) -> str | None:
+    """Why the backend called `name` cannot run `spec` here; None when it can."""
+    try:
+        backend = load_backend(name)
+    except (ValueError, ImportError) as error:  # it wants a library that is not here, or that is broken
+        return str(error)
+    return backend.refusal(spec)
+
+
+def load_backend(name: str) -> type[AttentionBackend]:
+    """Import a registered backend. ValueError or ImportError where its file wants what is not installed."""
+    # As if a user had named it for the slot: `resolve` is the one place that imports by name.
+    backend: type[AttentionBackend] = resolve(SLOT, {SLOT: BACKENDS[name]})
+    return backend
+
+
+def _from_slot(spec: AttentionSpec, overrides: Mapping[str, str]) -> AttentionBackend:
+    backend: type[AttentionBackend] = resolve(SLOT, overrides)
     reason = backend.refusal(spec)
     if reason is not None:
-        raise ValueError(f"attention_backend={name!r} cannot run here: {reason}")
+        raise ValueError(f"{overrides[SLOT]} in slot {SLOT!r} cannot run here: {reason}")
     return backend(spec)

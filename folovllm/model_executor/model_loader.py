@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from folovllm.hf_config import ModelArchitecture
+from folovllm.model_executor.fast_ops import use_fast_ops
 from folovllm.model_executor.layers.linear import LinearBase, QuantizationConfig
 from folovllm.model_executor.layers.packed_linear import pack_linears
 from folovllm.model_executor.models.llama import LlamaForCausalLM
@@ -28,7 +29,8 @@ def load_model(
 ) -> LlamaForCausalLM:
     """The model of `folder` with its weights, in `dtype` on `device`. WeightsError says what is wrong.
 
-    `linear_backend`: "torch" multiplies with the weights as they are; "auto" packs them first where that helps.
+    `linear_backend`: "torch" computes in plain torch, "onednn" packs the weights of linear layers first, "auto" uses
+    our C++ kernels too; each does what helps on this machine and leaves the rest as it is.
     """
     files = safetensors_files(folder)  # before building: a wrong folder should fail at once
     model = _build(arch, dtype, device, quant_config)
@@ -72,8 +74,10 @@ def _finish(model: LlamaForCausalLM, linear_backend: str) -> LlamaForCausalLM:
     for module in model.modules():
         if isinstance(module, LinearBase):
             module.quant_method.process_weights_after_loading(module)
-    if linear_backend == "auto":
+    if linear_backend == "onednn":
         pack_linears(model)
+    if linear_backend == "auto":
+        use_fast_ops(model)
     return model.eval().requires_grad_(False)
 
 

@@ -176,7 +176,7 @@ CONFIG = [
     config("queue order", "scheduling_policy must be one of fcfs, priority; got 'prio'; did", scheduling_policy="prio"),
     config(
         "linear backend",
-        "linear_backend must be one of auto, torch; got 'tourch'; did you mean",
+        "linear_backend must be one of auto, onednn, torch; got 'tourch'; did you mean",
         linear_backend="tourch",
     ),
     config("seed beyond 64 bits", "seed must be between -9223372036854775808 and", seed=2**63),

@@ -138,7 +138,7 @@ def forced_ours(model_dir: Path, **engine_args: Any) -> Forced:
     from folovllm.engine.llm_engine import LLMEngine
     from folovllm.executor.uniproc import UniProcExecutor
 
-    args = {"dtype": "bfloat16", "linear_backend": "auto", "block_size": 16, "max_num_seqs": len(BF16_ROWS)}
+    args = {"dtype": "bfloat16", "linear_backend": "onednn", "block_size": 16, "max_num_seqs": len(BF16_ROWS)}
     config = make_config(model_dir, max_model_len=MAX_MODEL_LEN, **args | engine_args)
     engine = LLMEngine(config, UniProcExecutor(config, model_dir), tokenizer=None)
     for i, row in enumerate(BF16_ROWS):
@@ -175,7 +175,11 @@ def mean_and_p99(forced: Forced, exact: Forced) -> tuple[float, float]:
 TOKEN_BY_TOKEN = {"enable_chunked_prefill": True, "long_prefill_token_threshold": 1}
 
 
-@pytest.mark.parametrize("engine_args", [{}, TOKEN_BY_TOKEN], ids=["whole texts", "token by token"])
+@pytest.mark.parametrize(
+    "engine_args",
+    [{}, TOKEN_BY_TOKEN, TOKEN_BY_TOKEN | {"linear_backend": "auto"}],
+    ids=["whole texts", "token by token", "token by token in C++"],
+)
 def test_bf16_is_as_near_to_fp32_as_huggingfaces(
     engine_args: dict[str, Any], model_dir: Path, exact: Forced, hf_bf16: Forced
 ) -> None:

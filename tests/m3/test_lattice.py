@@ -40,7 +40,7 @@ SWITCHES: dict[str, list[Any]] = {
     "scheduling_policy": ["fcfs", "priority"],
     "free_uncached_first": [True, False],
     "reserve_full_sequence": [True, False],
-    "linear_backend": ["auto", "torch"],
+    "linear_backend": ["onednn", "auto", "torch"],
     "enable_chunked_prefill": list(CHUNKING),
 }
 ARRAY = pairwise(SWITCHES | {"model": MODELS})

@@ -1,13 +1,16 @@
 """Linear layers whose weights were packed once, after loading, into the layout that the CPU's matmul wants.
 
-Milestone: M1 (`linear_backend="auto"`; M4 adds kernels of our own). vLLM counterpart: the oneDNN path of
+Milestone: M1 packs for oneDNN; M4 for a kernel of our own, csrc/linear.cpp. vLLM counterpart: the CPU paths of
 vllm/model_executor/layers/utils.py (dispatch_cpu_unquantized_gemm).
 
 `F.linear` gets its weight row by row and oneDNN reorders it on every call; for one token that costs more than the
-multiplication. torch has the packing operators, but only under private names, so they stand behind one probe.
+multiplication. torch has the packing operators, but only under private names, so they stand behind one probe. Either
+way a layer has its weight once, packed, and the plain one is dropped; a table that an embedding shares stays as well.
 """
 
+from abc import abstractmethod
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,35 +18,85 @@ from torch import nn
 
 from folovllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 
-_BATCH_HINT = 1  # the batch size that the packed layout is chosen for: decode is where packing pays
+_BATCH_HINT = 1  # the batch size that oneDNN's layout is chosen for: decode is where packing pays
+_BLOCK = 32  # outputs that lie together in our own layout
 
 
 class PackedLinearMethod(LinearMethodBase):
-    """Multiplies with `layer.packed_weight`; the plain weight is gone unless an embedding shares it."""
+    """Multiplies with `layer.packed_weight` and adds `layer.packed_bias`."""
 
     def create_weights(self, layer: LinearBase) -> None:
         raise NotImplementedError("a packed layer is made from a loaded plain one, by pack_linears")
 
+    @abstractmethod
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """weight [output_size, input_size] and bias [output_size] -> packed_weight, packed_bias."""
+
+
+class OneDnnLinearMethod(PackedLinearMethod):
+    """Packed by and for oneDNN; what lies in the tensor is its own affair."""
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return torch.ops.mkldnn._reorder_linear_weight(weight, _BATCH_HINT), bias
+
     def apply(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, layer.packed_weight, layer.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, layer.packed_weight, layer.packed_bias, "none", [], "")
 
 
-def pack_linears(model: nn.Module) -> int:
-    """Pack every plain linear layer of `model` that can be; how many were."""
-    layers = [m for m in model.modules() if isinstance(m, LinearBase) and _is_packable(m)]
-    shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Module) and _keeps_its_weight(m)}
-    for layer in layers:
-        assert isinstance(layer.weight, torch.Tensor)
-        layer.packed_weight = _pack(layer.weight.detach())
-        layer.quant_method = PackedLinearMethod()
-        if id(layer.weight) not in shared:
-            layer.register_parameter("weight", None)
-    return len(layers)
+class CppLinearMethod(PackedLinearMethod):
+    """Packed for csrc/linear.cpp: at memory speed for a few tokens, as fast as oneDNN for many, from the same bytes."""
+
+    def __init__(self, ops: Any) -> None:
+        self._pack_weight = ops.pack_weight.default
+        self._linear = ops.linear_packed.default
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if bias is not None:
+            bias = F.pad(bias.float(), (0, -len(bias) % _BLOCK))  # [output_size, rounded up to blocks]
+        return self._pack_weight(weight), bias  # [blocks, pairs of inputs, 32, 2]
+
+    def apply(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return self._linear(x, layer.packed_weight, layer.packed_bias, layer.output_size)
 
 
-def _is_packable(layer: LinearBase) -> bool:
-    plain = type(layer.quant_method) is UnquantizedLinearMethod
-    return plain and isinstance(layer.weight, torch.Tensor) and packing_works(layer.weight.dtype, layer.weight.device)
+def pack_linears(model: nn.Module, ops: Any | None = None) -> int:
+    """Pack every plain linear layer of `model` that can be; how many were. `ops`: our C++ operators, if there are."""
+    shared = {id(m.weight) for m in model.modules() if _keeps_its_weight(m)}
+    layers = [m for m in model.modules() if isinstance(m, LinearBase)]
+    return sum(_pack_layer(layer, ops, shared) for layer in layers if _is_plain(layer))
+
+
+def _pack_layer(layer: LinearBase, ops: Any | None, shared: set[int]) -> bool:
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, torch.Tensor)
+    method = packed_method(weight, ops)
+    if method is None:
+        return False
+    packed = method.pack(weight.detach(), None if bias is None else bias.detach())
+    layer.packed_weight, layer.packed_bias = packed  # type: ignore[assignment]
+    layer.quant_method = method
+    if id(weight) not in shared:
+        layer.register_parameter("weight", None)
+    return True
+
+
+def packed_method(weight: torch.Tensor, ops: Any | None) -> PackedLinearMethod | None:
+    """The fastest way to multiply with such a weight; None: as it is. bf16 on a CPU only, fp32 gains nothing."""
+    if weight.device.type != "cpu" or weight.dtype is not torch.bfloat16:
+        return None
+    if ops is not None and ops.has_bf16_dot() and not _has_amx():
+        return CppLinearMethod(ops)
+    return OneDnnLinearMethod() if onednn_packing_works() else None
+
+
+def _has_amx() -> bool:
+    """Intel's tile unit multiplies batches several times faster, and oneDNN uses it; our kernel does not."""
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return probe is not None and probe()
+
+
+def _is_plain(layer: LinearBase) -> bool:
+    return type(layer.quant_method) is UnquantizedLinearMethod and isinstance(layer.weight, torch.Tensor)
 
 
 def _keeps_its_weight(module: nn.Module) -> bool:
@@ -52,19 +105,14 @@ def _keeps_its_weight(module: nn.Module) -> bool:
 
 
 @lru_cache
-def packing_works(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch's private packing operators are there and right. bf16 on a CPU only: fp32 gains nothing."""
-    if device.type != "cpu" or dtype is not torch.bfloat16:
-        return False
-    weight = torch.arange(-64, 64, dtype=torch.float32).view(8, 16).to(dtype)  # [8, 16], exact in bf16
-    x = torch.eye(16, dtype=dtype)  # picks out the columns
+def onednn_packing_works() -> bool:
+    """Whether torch's private packing operators are there and right for bf16."""
+    weight = torch.arange(-64, 64, dtype=torch.float32).view(8, 16).bfloat16()  # [8, 16], exact in bf16
+    x = torch.eye(16, dtype=torch.bfloat16)  # picks out the columns
+    layer, method = nn.Module(), OneDnnLinearMethod()
     try:
-        got = torch.ops.mkldnn._linear_pointwise(x, _pack(weight), None, "none", [], "")
+        layer.packed_weight, layer.packed_bias = method.pack(weight, None)  # type: ignore[assignment]
+        got = method.apply(layer, x)
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
     return torch.equal(got, F.linear(x, weight))
-
-
-def _pack(weight: torch.Tensor) -> torch.Tensor:
-    """weight [output_size, input_size] -> an opaque oneDNN tensor."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight, _BATCH_HINT)

@@ -3,10 +3,12 @@
 Milestone: M1. vLLM counterpart: vllm/model_executor/layers/rotary_embedding.py. Left out: yarn, dynamic, partial and
 interleaved (GPT-J) variants. Source: Su et al. 2021, "RoFormer", section 3.4.2; the Llama 3.1 scaling is Meta's.
 
-One instance serves all layers. `rows` fetches cos and sin of the step's positions once; the layers only `apply_rotary`.
+One RotaryEmbedding serves all layers: `rows` fetches cos and sin of the step's positions once. The layers only turn
+their queries and keys by them, with ApplyRotary, into whose `impl` M4 puts a fused kernel.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -41,6 +43,16 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     """
     swapped = x.unflatten(-1, (2, -1)).flip(-2).view(x.shape)  # [num_tokens, heads, head_size], halves exchanged
     return (x * cos).addcmul_(swapped, sin)
+
+
+class ApplyRotary(nn.Module):
+    """Turns queries and keys. They may be turned in place: use what it returns, and no longer what it was given."""
+
+    impl: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = staticmethod(apply_rotary)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """x [num_tokens, heads, head_size], cos and sin [num_tokens, 1, head_size] -> as x."""
+        return self.impl(x, cos, sin)
 
 
 def cos_sin_table(head_size: int, max_position: int, rope: RopeConfig, device: torch.device) -> torch.Tensor:

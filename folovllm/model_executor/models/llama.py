@@ -22,7 +22,7 @@ from folovllm.model_executor.layers.linear import (
     QuantizationConfig,
     RowParallelLinear,
 )
-from folovllm.model_executor.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+from folovllm.model_executor.layers.rotary_embedding import ApplyRotary, RotaryEmbedding
 from folovllm.model_executor.layers.vocab_embedding import ParallelLMHead, VocabParallelEmbedding
 from folovllm.model_executor.weight_utils import load_weights
 
@@ -46,13 +46,14 @@ class LlamaAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             arch.q_size, arch.hidden_size, bias=arch.o_bias, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
+        self.rotary = ApplyRotary()
         self.attn = Attention(self.num_heads, self.head_size, self.num_kv_heads)
 
     def forward(self, hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
         qkv = self.qkv_proj(hidden).view(hidden.shape[0], -1, self.head_size)  # [num_tokens, all heads, head_size]
         num_qk = self.num_heads + self.num_kv_heads
         # Queries and keys lie side by side and turn alike: one rotation serves both.
-        qk = apply_rotary(self.normalize(qkv.narrow(1, 0, num_qk)), *rows)  # [num_tokens, q and k heads, head_size]
+        qk = self.rotary(self.normalize(qkv.narrow(1, 0, num_qk)), *rows)  # [num_tokens, q and k heads, head_size]
         query = qk.narrow(1, 0, self.num_heads)  # [num_tokens, num_heads, head_size]
         key = qk.narrow(1, self.num_heads, self.num_kv_heads)  # [num_tokens, num_kv_heads, head_size]
         value = qkv.narrow(1, num_qk, self.num_kv_heads)  # [num_tokens, num_kv_heads, head_size]

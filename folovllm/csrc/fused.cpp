@@ -1,0 +1,204 @@
+// What lies between the matmuls of a layer, each as one pass over memory: RMSNorm with its residual, rotary, SiLU-mul.
+//
+// Milestone: M4. vLLM counterpart: csrc/cpu/{layernorm,pos_encoding,activation}.cpp. Left out: fp16, quantised outputs.
+//
+// For one token none of this is much work: 576 numbers. But in torch each is five operators of 2 to 5 us, 30 layers of
+// which cost as much as the weights. Everything is fp32 between load and store, so a result is rounded once.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "vectors.h"
+
+namespace folovllm {
+namespace {
+
+constexpr int64_t kGrain = 1 << 14; // numbers: less work than this is not worth waking a thread
+
+// Calls visit(first, count) for each 16 numbers of a row of `size`; only the last count can be less. `visit` sees a
+// full vector's count as a constant, so the compiler drops the buffers.
+template <typename Visit>
+inline void for_each_vector(int64_t size, const Visit& visit) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    visit(i, kLanes);
+  }
+  if (i < size) {
+    visit(i, size - i);
+  }
+}
+
+template <typename T>
+inline Floats load_some(const T* p, int64_t count) {
+  return count == kLanes ? load(p) : load(p, count);
+}
+
+template <typename T>
+inline void store_some(T* p, Floats v, int64_t count) {
+  count == kLanes ? store(p, v) : store(p, v, count);
+}
+
+int64_t rows_per_thread(int64_t size) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size));
+}
+
+// x [tokens, heads, size] or [rows, size], the last axis dense: where row i = token * heads + head begins.
+struct Rows {
+  int64_t count, heads, token_stride, head_stride;
+
+  explicit Rows(const at::Tensor& x)
+      : count(x.numel() / std::max<int64_t>(1, x.size(-1))),
+        heads(x.dim() == 3 ? x.size(1) : 1),
+        token_stride(x.stride(0)),
+        head_stride(x.dim() == 3 ? x.stride(1) : 0) {}
+
+  int64_t offset(int64_t row) const {
+    return row / heads * token_stride + row % heads * head_stride;
+  }
+};
+
+at::Tensor with_dense_rows(const at::Tensor& x) {
+  const bool fits = (x.dim() == 2 || x.dim() == 3) && x.stride(-1) == 1;
+  return fits ? x : x.reshape({-1, x.size(-1)}).contiguous();
+}
+
+template <typename T>
+void rms_norm_row(const T* x, T* residual, const T* weight, T* out, int64_t size, float eps) {
+  Floats squares = {};
+  for_each_vector(size, [&](int64_t i, int64_t count) {
+    Floats v = load_some(x + i, count);
+    if (residual != nullptr) {
+      store_some(residual + i, v + load_some(residual + i, count), count);
+      v = load_some(residual + i, count); // as rounded: the norm is of what later layers will see
+    }
+    squares += v * v;
+  });
+  const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + eps);
+  const T* source = residual != nullptr ? residual : x;
+  for_each_vector(size, [&](int64_t i, int64_t count) {
+    store_some(out + i, load_some(source + i, count) * scale * load_some(weight + i, count), count);
+  });
+}
+
+template <typename T>
+void silu_and_mul_row(const T* gate, const T* up, T* out, int64_t size) {
+  for_each_vector(size, [&](int64_t i, int64_t count) {
+    const Floats g = load_some(gate + i, count);
+    store_some(out + i, g / (1.0f + exp(-g)) * load_some(up + i, count), count);
+  });
+}
+
+// The table's sin has its first half negated: both halves are x * cos + (the other half) * sin.
+template <typename T>
+void rotate_row(T* x, const T* cos, const T* sin, int64_t half) {
+  for_each_vector(half, [&](int64_t i, int64_t count) {
+    const Floats a = load_some(x + i, count), b = load_some(x + half + i, count);
+    store_some(x + i, a * load_some(cos + i, count) + b * load_some(sin + i, count), count);
+    store_some(x + half + i, b * load_some(cos + half + i, count) + a * load_some(sin + half + i, count), count);
+  });
+}
+
+// Run `body` with the name T standing for float or BFloat16.
+template <typename Body>
+void with_type(at::ScalarType type, const char* name, const Body& body) {
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, name, " knows float32 and bfloat16, not ", type);
+  type == at::kFloat ? body(float{}) : body(at::BFloat16{});
+}
+
+} // namespace
+
+// norm(x) * weight; or, with `residual`, first residual += x and then norm(residual) * weight. x [..., size] -> same.
+at::Tensor rms_norm(
+    const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight, double eps) {
+  const int64_t size = x.size(-1);
+  TORCH_CHECK(weight.numel() == size && weight.scalar_type() == x.scalar_type(), "rms_norm: weight does not fit x");
+  TORCH_CHECK(!residual || (residual->sizes() == x.sizes() && residual->scalar_type() == x.scalar_type() &&
+              residual->is_contiguous()), "rms_norm: residual must be contiguous, of x's shape and type");
+  const at::Tensor input = with_dense_rows(x), scale = weight.contiguous();
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  const Rows rows(input);
+  with_type(x.scalar_type(), "rms_norm", [&](auto zero) {
+    using T = decltype(zero);
+    const T* x_data = input.const_data_ptr<T>();
+    const T* scale_data = scale.const_data_ptr<T>();
+    T* residual_data = residual ? residual->mutable_data_ptr<T>() : nullptr;
+    T* out_data = out.mutable_data_ptr<T>();
+    at::parallel_for(0, rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        T* sum = residual_data == nullptr ? nullptr : residual_data + row * size;
+        rms_norm_row(x_data + rows.offset(row), sum, scale_data, out_data + row * size, size, static_cast<float>(eps));
+      }
+    });
+  });
+  return out;
+}
+
+// gate_up [..., 2 * size] -> silu(gate) * up [..., size].
+at::Tensor silu_and_mul(const at::Tensor& gate_up) {
+  TORCH_CHECK(gate_up.size(-1) % 2 == 0, "silu_and_mul: gate and up differ in size");
+  const int64_t size = gate_up.size(-1) / 2;
+  const at::Tensor input = with_dense_rows(gate_up);
+  auto shape = gate_up.sizes().vec();
+  shape.back() = size;
+  at::Tensor out = at::empty(shape, gate_up.options());
+  const Rows rows(input);
+  with_type(gate_up.scalar_type(), "silu_and_mul", [&](auto zero) {
+    using T = decltype(zero);
+    const T* data = input.const_data_ptr<T>();
+    T* out_data = out.mutable_data_ptr<T>();
+    at::parallel_for(0, rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const T* gate = data + rows.offset(row);
+        silu_and_mul_row(gate, gate + size, out_data + row * size, size);
+      }
+    });
+  });
+  return out;
+}
+
+// Turn x [tokens, heads, head_size] in place, by cos and sin [tokens, 1, head_size] of the tokens' positions.
+at::Tensor rotary_(at::Tensor x, const at::Tensor& cos, const at::Tensor& sin) {
+  const int64_t size = x.size(-1);
+  TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1 && size % 2 == 0,
+              "rotary_ wants [tokens, heads, even size], dense rows");
+  for (const at::Tensor* table : {&cos, &sin}) {
+    TORCH_CHECK(table->size(0) == x.size(0) && table->numel() == x.size(0) * size && table->stride(-1) == 1 &&
+                table->scalar_type() == x.scalar_type(), "rotary_: cos and sin must be [tokens, 1, head_size]");
+  }
+  const Rows rows(x);
+  with_type(x.scalar_type(), "rotary_", [&](auto zero) {
+    using T = decltype(zero);
+    T* data = x.mutable_data_ptr<T>();
+    const T* cos_data = cos.const_data_ptr<T>();
+    const T* sin_data = sin.const_data_ptr<T>();
+    at::parallel_for(0, rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t token = row / rows.heads;
+        const T* cos_row = cos_data + token * cos.stride(0);
+        const T* sin_row = sin_data + token * sin.stride(0);
+        rotate_row(data + rows.offset(row), cos_row, sin_row, size / 2);
+      }
+    });
+  });
+  return x;
+}
+
+} // namespace folovllm
+
+TORCH_LIBRARY_FRAGMENT(folovllm, m) {
+  m.def("rms_norm(Tensor x, Tensor(a!)? residual, Tensor weight, float eps) -> Tensor");
+  m.def("silu_and_mul(Tensor gate_up) -> Tensor");
+  m.def("rotary_(Tensor(a!) x, Tensor cos, Tensor sin) -> Tensor(a!)");
+}
+
+TORCH_LIBRARY_IMPL(folovllm, CPU, m) {
+  m.impl("rms_norm", &folovllm::rms_norm);
+  m.impl("silu_and_mul", &folovllm::silu_and_mul);
+  m.impl("rotary_", &folovllm::rotary_);
+}

@@ -1,0 +1,41 @@
+"""`linear_backend="auto"`: the same model, with C++ under its layers where that is faster.
+
+Milestone: M4. vLLM counterpart: CustomOp (vllm/model_executor/custom_op.py), whose layers choose their own kernel.
+Left out: fp16, and fusing across layers.
+
+Model files know nothing of this. A linear layer multiplies through its `quant_method`; norms, activations and rotations
+compute through their `impl`, a plain function on tensors with the same signature as the operator that can replace it.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from folovllm.csrc.build import load_ops
+from folovllm.model_executor.layers.activation import SiluAndMul
+from folovllm.model_executor.layers.layernorm import RMSNorm
+from folovllm.model_executor.layers.packed_linear import pack_linears
+from folovllm.model_executor.layers.rotary_embedding import ApplyRotary
+
+FUSED = {RMSNorm: "rms_norm", SiluAndMul: "silu_and_mul", ApplyRotary: "rotary_"}  # layer -> operator of csrc/fused.cpp
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def use_fast_ops(model: nn.Module) -> None:
+    """Swap in what this machine is fastest with. Without a compiler that is oneDNN's packing alone."""
+    weight = next(model.parameters())
+    if weight.device.type != "cpu":
+        return  # the kernels are the CPU's
+    ops = load_ops()
+    pack_linears(model, ops)
+    if ops is not None and weight.dtype in DTYPES:
+        fuse_layers(model, ops)
+
+
+def fuse_layers(model: nn.Module, ops: Any) -> None:
+    """Put the operators into the layers' `impl`."""
+    for module in model.modules():
+        name = FUSED.get(type(module))
+        if name is not None:
+            module.impl = getattr(ops, name).default  # the overload itself: a microsecond less per call

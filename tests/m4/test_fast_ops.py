@@ -1,0 +1,309 @@
+"""The C++ linears and fused layers against fp64, and `linear_backend="auto"` against "torch" (issue 4, 2.1 and 2.2).
+
+Milestone: M4. Tolerances: u = half the spacing of the dtype at 1, so a result rounded once is within u |result| of the
+exact one; what the fp32 arithmetic inside may add is stated where it is used. A second rounding would break them.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from folovllm.csrc.build import load_ops
+from folovllm.hf_config import RopeConfig, load_hf_config
+from folovllm.model_executor import fast_ops
+from folovllm.model_executor.fast_ops import FUSED, use_fast_ops
+from folovllm.model_executor.layers import packed_linear
+from folovllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from folovllm.model_executor.layers.packed_linear import CppLinearMethod, OneDnnLinearMethod
+from folovllm.model_executor.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+from folovllm.model_executor.model_loader import load_model
+from folovllm.model_executor.models.llama import LlamaForCausalLM
+from tests.m1.test_models import Bench, prompt
+from tests.parity_helpers import GapNaiveModel, make_engine, make_job, run_jobs
+from tests.tiny_models import TINY_MODELS
+
+pytestmark = pytest.mark.m4
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16)
+U32 = 2.0**-24
+UNIT = {torch.float32: U32, torch.bfloat16: 2.0**-8}
+SIZES = (1, 2, 15, 16, 17, 33, 56, 72, 576)  # around the 16 lanes of a vector
+
+MakeTiny = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def ops() -> Any:
+    loaded = load_ops()
+    if loaded is None:
+        pytest.skip("no C++ compiler here")
+    return loaded
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers within a larger tensor of NaN, starting at an odd element: reading beside them shows."""
+    around = torch.full((*x.shape[:-1], x.shape[-1] + 5), torch.nan, dtype=x.dtype)
+    around[..., 3:-2] = x
+    return around[..., 3:-2]
+
+
+def assert_within(got: torch.Tensor, exact: torch.Tensor, inner: torch.Tensor | float) -> None:
+    """Off by one rounding to got's dtype, and by `inner` before it."""
+    assert got.shape == exact.shape
+    error = (got.double() - exact).abs()
+    worst = (error - UNIT[got.dtype] * (exact.abs() + inner) - inner).max()
+    assert worst <= 1e-37, f"{worst.item():.3g} more than allowed, at an error of {error.max().item():.3g}"
+
+
+# ---- linear.cpp
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "portable"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(1, 1), (31, 2), (32, 64), (33, 63), (47, 576), (49, 17), (96, 130), (257, 100), (3072, 57)]
+)
+def test_linear(ops: Any, outputs: int, inputs: int, bias: bool, native: bool) -> None:
+    """Every number of rows up to two tiles, and around a panel. Inner error: fp32 sums of `inputs` terms."""
+    weight = randn(outputs, inputs, dtype=torch.bfloat16)
+    b = randn(outputs, dtype=torch.bfloat16) if bias else None
+    packed, padded = CppLinearMethod(ops).pack(weight, b)
+    for rows in (0, *range(1, 18), 95, 96, 97, 109):
+        x = strided(randn(rows, inputs, dtype=torch.bfloat16))
+        got = ops.linear_packed(x, packed, padded, outputs, native)
+        exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
+        size = F.linear(x.double().abs(), weight.double().abs(), None if b is None else b.double().abs())
+        if rows:
+            assert_within(got, exact, (inputs + 2) * U32 * size)
+        assert got.shape == (rows, outputs) and got.is_contiguous()
+
+
+def test_linear_takes_any_layout(ops: Any) -> None:
+    weight = randn(40, 30, dtype=torch.bfloat16)
+    packed = ops.pack_weight(weight)
+    x = randn(3, 4, 30, dtype=torch.bfloat16)
+    assert torch.equal(ops.pack_weight(weight.T.contiguous().T), packed)
+    wanted = ops.linear_packed(x.view(12, 30), packed, None, 40)
+    assert torch.equal(ops.linear_packed(x, packed, None, 40), wanted.view(3, 4, 40))
+    assert torch.equal(ops.linear_packed(x.view(12, 30).T.contiguous().T, packed, None, 40), wanted)
+    assert torch.equal(ops.linear_packed(x[0, 0], packed, None, 40), wanted[0])
+    assert torch.equal(ops.linear_packed(x[:, 1], packed, None, 40), wanted.view(3, 4, 40)[:, 1])
+
+
+def test_a_row_does_not_depend_on_its_mates(ops: Any) -> None:
+    """Unlike oneDNN, which picks another kernel for another number of rows: the sum of an output is always the same."""
+    packed, x = ops.pack_weight(randn(100, 576, dtype=torch.bfloat16)), randn(200, 576, dtype=torch.bfloat16)
+    together = ops.linear_packed(x, packed, None, 100)
+    for rows in (1, 2, 5, 13, 97):
+        assert torch.equal(ops.linear_packed(x[:rows], packed, None, 100), together[:rows])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_linear_in_threads(ops: Any, threads: int) -> None:
+    before = torch.get_num_threads()
+    weight, x = randn(1000, 200, dtype=torch.bfloat16), randn(3, 200, dtype=torch.bfloat16)
+    wanted = ops.linear_packed(x, ops.pack_weight(weight), None, 1000)
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(ops.linear_packed(x, ops.pack_weight(weight), None, 1000), wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_linear_refuses_what_does_not_fit(ops: Any) -> None:
+    packed, x = ops.pack_weight(randn(40, 30, dtype=torch.bfloat16)), randn(3, 30, dtype=torch.bfloat16)
+    for args in (
+        (x[:, :20], packed, None, 40),
+        (x, packed, None, 90),
+        (x.float(), packed, None, 40),
+        (x, packed, torch.zeros(40), 40),  # not padded to whole blocks
+    ):
+        with pytest.raises(RuntimeError, match="linear_packed"):
+            ops.linear_packed(*args)
+
+
+# ---- fused.cpp
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_rms_norm(ops: Any, size: int, dtype: torch.dtype) -> None:
+    weight = torch.rand(size).add(0.5).to(dtype)
+    for rows in (1, 3, 40):
+        for x in (randn(rows, size, dtype=dtype), strided(randn(rows, size, dtype=dtype))):
+            residual = randn(rows, size, dtype=dtype)
+            total = residual + x
+            got = ops.rms_norm(x, residual, weight, 1e-5)
+            assert torch.equal(residual, total), "the running sum is rounded as torch rounds it"
+            assert_within(got, exact_norm(total, weight), (size / 16 + 20) * U32 * exact_norm(total, weight).abs())
+            alone = ops.rms_norm(x, None, weight, 1e-5)
+            assert_within(alone, exact_norm(x, weight), (size / 16 + 20) * U32 * exact_norm(x, weight).abs())
+
+
+def exact_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x.double(), weight.shape, weight.double(), 1e-5)
+
+
+def test_rms_norm_of_heads(ops: Any) -> None:
+    """Qwen3 norms [num_tokens, heads, head_size] that are slices of a larger buffer."""
+    qkv, weight = randn(5, 11, 20, dtype=torch.bfloat16), randn(20, dtype=torch.bfloat16)
+    for heads in (qkv[:, :6], qkv[:, 6:9], qkv.transpose(0, 1)):
+        assert torch.equal(
+            ops.rms_norm(heads, None, weight, 1e-6), ops.rms_norm(heads.contiguous(), None, weight, 1e-6)
+        )
+        assert ops.rms_norm(heads, None, weight, 1e-6).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_silu_and_mul(ops: Any, size: int, dtype: torch.dtype) -> None:
+    for rows in (1, 3, 40):
+        gate_up = randn(rows, 2 * size, dtype=dtype) * 4
+        exact = F.silu(gate_up[:, :size].double()) * gate_up[:, size:].double()
+        for x in (gate_up, strided(gate_up), gate_up.T.contiguous().T):
+            assert_within(ops.silu_and_mul(x), exact, 8 * U32 * exact.abs())
+
+
+def test_silu_of_extremes(ops: Any) -> None:
+    """Where e^-x overflows or vanishes: silu is 0 and x. A NaN stays one."""
+    gate = torch.tensor([-3e38, -1000.0, -88.0, -0.0, 0.0, 88.0, 1000.0, 3e38, torch.nan])
+    got = ops.silu_and_mul(torch.cat((gate, torch.ones(9)))[None])[0]
+    wanted = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 88.0, 1000.0, 3e38, torch.nan])
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", [2, 20, 24, 64, 80, 96, 128, 256])
+def test_rotary(ops: Any, head_size: int, dtype: torch.dtype) -> None:
+    table = randn(50, 2, head_size, dtype=dtype)
+    for rows in (1, 3, 50):
+        cos, sin = table[:rows].split(1, dim=1)  # rows of a table are strided, as RotaryEmbedding.rows makes them
+        qkv = randn(rows, 7, head_size, dtype=dtype)
+        before = qkv.clone()
+        qk = qkv.narrow(1, 0, 5)
+        exact = apply_rotary(qk.double(), cos.double(), sin.double())
+        size = apply_rotary(qk.double().abs(), cos.double().abs(), sin.double().abs())
+        got = ops.rotary_(qk, cos, sin)
+        assert got.data_ptr() == qkv.data_ptr() and torch.equal(qkv[:, 5:], before[:, 5:]), "in place, values untouched"
+        assert_within(got, exact, 2 * U32 * size)
+
+
+def test_rotary_turns_as_the_table_says(ops: Any) -> None:
+    cos, sin = RotaryEmbedding(16, 600, RopeConfig(10000.0)).rows(torch.tensor([0, 5, 599]), torch.float32)
+    x = torch.randn(3, 4, 16)
+    torch.testing.assert_close(ops.rotary_(x.clone(), cos, sin), apply_rotary(x, cos, sin), atol=1e-6, rtol=0)
+
+
+def test_unknown_types_are_refused(ops: Any) -> None:
+    with pytest.raises(RuntimeError, match="float32 and bfloat16"):
+        ops.silu_and_mul(torch.zeros(1, 2, dtype=torch.float64))
+
+
+# ---- the switch
+
+
+def load_tiny(folder: Path, dtype: torch.dtype, linear_backend: str) -> LlamaForCausalLM:
+    return load_model(folder, load_hf_config(folder), dtype, CPU, linear_backend=linear_backend)
+
+
+def linears(model: torch.nn.Module) -> list[LinearBase]:
+    return [module for module in model.modules() if isinstance(module, LinearBase)]
+
+
+def methods(model: torch.nn.Module) -> set[type]:
+    return {type(layer.quant_method) for layer in linears(model)}
+
+
+def impls(model: torch.nn.Module) -> set[str]:
+    """What norms, activations and rotations compute with: names of operators, or "torch"."""
+    fusable = [module for module in model.modules() if type(module) in FUSED]
+    return {str(vars(module).get("impl", "torch")) for module in fusable}
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_greedy_tokens_stay_the_same(name: str, ops: Any, tiny_model_dir: MakeTiny) -> None:
+    folder = tiny_model_dir(name)
+    oracle = GapNaiveModel(folder)
+    jobs = [make_job(oracle, length, 16, seed) for seed, length in enumerate((1, 20, 33))]
+    engine = make_engine(folder, max_model_len=64, linear_backend="auto", enable_chunked_prefill=False)
+    assert run_jobs(engine, jobs, late=1) == [job.tokens for job in jobs]
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_bf16_is_no_worse_than_torch(name: str, ops: Any, tiny_model_dir: MakeTiny) -> None:
+    """Logits of a prompt and a decode step, against fp32: fewer roundings should not make them worse."""
+    folder = tiny_model_dir(name)
+    exact, torch_only, fast = Bench(folder), Bench(folder, torch.bfloat16), Bench(folder, torch.bfloat16)
+    use_fast_ops(fast.model)
+    errors = {}
+    for bench in (exact, torch_only, fast):
+        steps = [bench.step({0: prompt(40), 1: prompt(9, seed=1)}), bench.step({1: [7], 0: [8]})]
+        errors[bench] = torch.cat([logits.float() for step in steps for logits in step.values()])
+    wanted = errors.pop(exact)
+    ours, theirs = ((errors[bench] - wanted).abs().mean().item() for bench in (fast, torch_only))
+    assert 0 < ours <= 1.2 * theirs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["llama_tied_bias", "qwen3"])
+def test_auto_swaps_every_layer(name: str, dtype: torch.dtype, ops: Any, tiny_model_dir: MakeTiny) -> None:
+    model = load_tiny(tiny_model_dir(name), dtype, "auto")
+    assert impls(model) == {f"folovllm.{operator}.default" for operator in FUSED.values()}
+    if dtype is torch.float32 or not ops.has_bf16_dot():
+        assert CppLinearMethod not in methods(model)
+        return
+    assert methods(model) == {CppLinearMethod}
+    tied = model.arch.tie_word_embeddings
+    kept = [layer for layer in linears(model) if layer.weight is not None]
+    assert kept == ([model.lm_head] if tied else []), "a packed weight is not kept twice, but for the embedding's"
+
+
+def test_torch_means_plain_torch(tiny_model_dir: MakeTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_ops, "load_ops", lambda: pytest.fail("plain torch needs no compiler"))
+    model = load_tiny(tiny_model_dir("qwen3"), torch.bfloat16, "torch")
+    assert methods(model) == {UnquantizedLinearMethod} and impls(model) == {"torch"}
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_a_compiler(
+    dtype: torch.dtype, onednn: bool, tiny_model_dir: MakeTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN's packing, where torch still has it, and else plain torch: the same logits as "torch" but for rounding."""
+    monkeypatch.setattr(fast_ops, "load_ops", lambda: None)
+    works = onednn and packed_linear.onednn_packing_works()
+    monkeypatch.setattr(packed_linear, "onednn_packing_works", lambda: works)
+    folder = tiny_model_dir("llama_tied_bias")
+    plain, auto = Bench(folder, dtype), Bench(folder, dtype)
+    use_fast_ops(auto.model)
+    packs = works and dtype is torch.bfloat16
+    assert methods(auto.model) == {OneDnnLinearMethod if packs else UnquantizedLinearMethod}
+    assert impls(auto.model) == {"torch"}
+    wanted, got = plain.step({0: prompt(20)})[0].float(), auto.step({0: prompt(20)})[0].float()
+    assert (got - wanted).abs().mean() <= 4 * UNIT[dtype] * wanted.abs().max()
+
+
+def test_a_cpu_with_tiles_keeps_onednn(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_linear, "_has_amx", lambda: True)
+    monkeypatch.setattr(packed_linear, "onednn_packing_works", lambda: True)
+    assert isinstance(packed_linear.packed_method(torch.zeros(2, 2, dtype=torch.bfloat16), ops), OneDnnLinearMethod)
+    assert packed_linear.packed_method(torch.zeros(2, 2), ops) is None
+
+
+def test_fp16_is_left_to_torch(ops: Any, tiny_model_dir: MakeTiny) -> None:
+    model = load_tiny(tiny_model_dir("llama"), torch.float16, "auto")
+    assert methods(model) == {UnquantizedLinearMethod} and impls(model) == {"torch"}
