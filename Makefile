@@ -21,6 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "FoloVLLM needs Python >= 3.11; found $$($(PYTHON) --version). Try: make PYTHON=python3.11 setup"; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m folovllm.csrc.build || echo "setup: no C++ kernels; FoloVLLM runs without them, slower"
 	@touch $(STAMP)
 
 setup: $(STAMP)  ## virtual environment and pinned dependencies

@@ -35,7 +35,7 @@ LADDER: tuple[Rung, ...] = (
         "m1",
         "Basic inference",
         "engine, model, sampler, one request at a time",
-        on={"max_num_seqs": 1, "policy": "static", "linear_backend": "onednn"},
+        on={"max_num_seqs": 1, "policy": "static", "linear_backend": "auto"},
         built=True,
     ),
     Rung(

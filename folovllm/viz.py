@@ -127,7 +127,7 @@ def explore(draw: Callable[[Axes, Any], None], name: str, values: Sequence[Any],
 
     `size` is that of the whole row in inches.
     """
-    figure, axes = plt.subplots(1, len(values), figsize=size, squeeze=False)
+    figure, axes = plt.subplots(1, len(values), figsize=size, squeeze=False, layout="none")
     for ax, value in zip(axes[0], values, strict=True):
         draw(ax, value)
         ax.set_title(f"{name} = {value}")
@@ -163,7 +163,10 @@ def bars(
     gone = [i for i, p in enumerate(probs) if p == 0]
     ax.plot(gone, [0.0] * len(gone), "x", color=INK, markersize=5, clip_on=False, zorder=3)
     ax.set_xticks(list(places), labels, rotation=60, ha="right", rotation_mode="anchor")
-    ax.set_ylim(0, max(*probs, *(before or [0.0]), 0.05) * 1.12)
+    highest = max(*probs, *(before or [0.0]), 0.05) * 1.12
+    shared = len(ax.get_shared_y_axes().get_siblings(ax)) > 1
+    drawn_before = ax.get_ylim()[1] if shared and not ax.get_autoscaley_on() else 0.0  # keep a taller neighbour whole
+    ax.set_ylim(0, max(highest, drawn_before))
 
 
 # ---- pictures: the pipeline of a token

@@ -12,15 +12,16 @@ in which in every step one request finishes and another one takes its place.
 import argparse
 import dataclasses
 import json
-import os
-import platform
+import shlex
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from folovllm.engine.core import EngineCore
+from folovllm.entrypoints.bench.machine import machine_header
 from folovllm.executor.fake import FakeExecutor
 from folovllm.hf_config import ModelArchitecture, RopeConfig
 from folovllm.request import Request
@@ -145,10 +146,6 @@ def print_verdict(results: list[Result]) -> None:
     )
 
 
-def machine() -> dict[str, str | int | None]:
-    return {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()}
-
-
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -161,6 +158,7 @@ def main() -> None:
     parser.add_argument("--prompt-len", type=int, default=100, help="tokens per prompt")
     parser.add_argument("--json", type=Path, default=None, metavar="OUT", help="write machine and results there")
     args = parser.parse_args()
+    header = machine_header()  # first: the load average should not be ours
     results = [
         measure(workload, running, waiting, args.steps, args.prompt_len)
         for workload in ("decode", "churn")
@@ -171,7 +169,15 @@ def main() -> None:
     print_verdict(results)
     if args.json is not None:
         rows = [dataclasses.asdict(result) for result in results]
-        args.json.write_text(json.dumps({"machine": machine(), "unit": "us", "results": rows}, indent=2) + "\n")
+        command = shlex.join(["scripts/bench_scheduler.py", *without_output(sys.argv[1:])])
+        args.json.write_text(
+            json.dumps({"machine": header, "command": command, "unit": "us", "results": rows}, indent=1)
+        )
+
+
+def without_output(argv: list[str]) -> list[str]:
+    """The command line without --json and its folder, which is nobody's business."""
+    return [a for i, a in enumerate(argv) if a != "--json" and (i == 0 or argv[i - 1] != "--json")]
 
 
 if __name__ == "__main__":

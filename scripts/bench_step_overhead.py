@@ -16,8 +16,6 @@ Steps of the different lengths take turns, so that what else the machine does hi
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import statistics
 import time
 from dataclasses import dataclass
@@ -33,6 +31,7 @@ from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerCon
 from folovllm.core.kv_cache_utils import KVCacheConfig
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.engine.llm_engine import LLMEngine
+from folovllm.entrypoints.bench.machine import machine_header
 from folovllm.executor.base import Executor
 from folovllm.hf_config import ModelArchitecture, RopeConfig
 from folovllm.outputs import ModelRunnerOutput
@@ -256,12 +255,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="timed steps per row")
     parser.add_argument("--json", type=Path, default=None, metavar="OUT", help="write machine and results there")
     args = parser.parse_args()
+    header = machine_header()  # first: the load average should not be ours
     torch.set_num_threads(1)
     results = measure(args.requests, sorted(args.lengths), args.steps)
     print_table(results)
     if args.json is not None:
-        machine = {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()}
-        args.json.write_text(json.dumps({"machine": machine, "results": [dataclasses.asdict(r) for r in results]}))
+        command = f"scripts/bench_step_overhead.py --requests {args.requests} --steps {args.steps}"
+        rows = [dataclasses.asdict(result) for result in results]
+        args.json.write_text(
+            json.dumps({"machine": header, "command": command, "unit": "us", "results": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

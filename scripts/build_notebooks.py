@@ -106,6 +106,8 @@ def build(source: Path, fast: bool) -> Path:
     for cell, text in zip(notebook.cells, committed_sources, strict=True):
         cell.source = text  # fast or not, the notebook shows its source
     text = nbformat.writes(notebook) + "\n"
+    if str(ROOT) in text or '"name": "stderr"' in text:
+        raise NotebookProblem("an output holds a folder of this machine, or a warning: silence its cause")
     if len(text.encode()) > MAX_BYTES:
         raise NotebookProblem(f"{len(text.encode()):,} bytes are more than {MAX_BYTES:,}: smaller or fewer pictures")
     target_of(source).write_text(text, encoding="utf-8")

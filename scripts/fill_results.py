@@ -7,6 +7,8 @@ A page says where a table goes and from which file (paths from the repository ro
     ... written by this script ...
     <!-- /results -->
 
+After the file name, `running=32` keeps only the rows of that value (for files with a list of `results`).
+
     python scripts/fill_results.py            rewrite all pages
     python scripts/fill_results.py --check    exit code 1 if a page is not what its result file says
 """
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: (\S+)((?: \w+=\w+)*) -->\n).*?(<!-- /results -->)", re.DOTALL)
 PAGES = ("README.md", "docs/**/*.md", "milestones/**/*.md")
 
 
@@ -54,7 +56,10 @@ def fill(text: str, folder: Path) -> str:
     def block(match: re.Match[str]) -> str:
         file = ROOT / match[2]
         link = os.path.relpath(file, folder)
-        return match[1] + table_of(json.loads(file.read_text(encoding="utf-8")), link) + match[3]
+        result = json.loads(file.read_text(encoding="utf-8"))
+        wanted = dict(item.split("=") for item in match[3].split())
+        table = plain_table(result, link, wanted) if "results" in result else table_of(result, link)
+        return match[1] + table + match[4]
 
     return BLOCK.sub(block, text)
 
@@ -76,6 +81,26 @@ def table_of(result: dict[str, Any], link: str) -> str:
     ]
     lines += [row(name, arm) for name, arm in result["arms"].items() if "modes" in arm]
     return "\n".join(lines) + "\n"
+
+
+def plain_table(result: dict[str, Any], link: str, wanted: dict[str, str]) -> str:
+    """A file with a list of `results`: their keys are the columns."""
+    machine = result["machine"]
+    rows = [r for r in result["results"] if all(str(r[key]) == value for key, value in wanted.items())]
+    columns = list(rows[0])
+    lines = [
+        f"`python {result['command']}` on {machine['cpu']}, {machine['cores']} cores, times in {result['unit']} "
+        f"([all figures]({link}), commit {machine['git']['sha'][:10]}).",
+        "",
+        "| " + " | ".join(column.replace("_", " ") for column in columns) + " |",
+        "|" + "--:|" * len(columns),
+    ]
+    lines += ["| " + " | ".join(number(r[column]) for column in columns) + " |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def number(value: Any) -> str:
+    return f"{value:,.0f}" if isinstance(value, float) else str(value)
 
 
 def row(name: str, arm: dict[str, Any]) -> str:

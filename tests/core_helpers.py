@@ -17,7 +17,7 @@ from folovllm.outputs import EngineCoreOutput, ModelRunnerOutput
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
 
-# A drive that needs more is stuck. With a budget of 1 token, 50 requests of 24 tokens rightly take more than 1,000 steps.
+# A drive that needs more is stuck. With a budget of 1 token, 50 requests of 24 tokens rightly take over 1,000 steps.
 MAX_STEPS = 20_000
 
 

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from tqdm.auto import tqdm
+from tqdm import tqdm  # not tqdm.auto, which warns in notebooks without ipywidgets
 
 from folovllm.config import DEFAULT_MODEL, EngineConfig
 from folovllm.engine.input_processor import Prompt, check_sampling_params
