@@ -21,8 +21,7 @@ OFF = {
 # The switches as DESIGN section 1 and the milestone pages document them.
 PRESETS: dict[str, dict[str, Any]] = {
     "m1": OFF | {"max_num_seqs": 1, "policy": "static", "block_size": "max_model_len", "linear_backend": "auto"},
-    "m2": OFF
-    | {"max_num_seqs": None, "policy": "continuous", "block_size": "max_model_len", "linear_backend": "auto"},
+    "m2": OFF | {"max_num_seqs": None, "policy": "continuous", "block_size": "max_model_len", "linear_backend": "auto"},
     "m3": OFF | {"max_num_seqs": None, "policy": "continuous", "block_size": 16, "linear_backend": "auto"},
 }
 WHERE = engine_arg_names()
