@@ -14,10 +14,13 @@ FAST = False  # True: fewer repetitions (the builder sets it when it only checks
 # %%
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 ROOT = next(p for p in [Path.cwd(), *Path.cwd().parents] if (p / "folovllm").is_dir())
 sys.path.insert(0, str(ROOT))  # for tests/tiny_models.py
+
+warnings.filterwarnings("ignore", message="IProgress")  # tqdm would like ipywidgets; nothing here needs them
 
 import torch
 from matplotlib import pyplot as plt
