@@ -11,6 +11,7 @@ Row 0: plain data, no torch.
 
 import dataclasses
 import difflib
+import importlib.util
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ ATTENTION_BACKENDS = (  # only their names; attention/selector.py knows where th
     "torch_sdpa",
     "torch_flash",
     "cpu_paged",
+    "triton_paged",
+    "flash_attn",
 )
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
@@ -87,6 +90,10 @@ class CacheConfig:
     kv_cache_memory: int | None = None  # bytes
     num_kv_blocks: int | None = None  # overrides both; includes the null block
     enable_prefix_caching: bool = False
+    prefix_index: str = "hash"  # "radix": a tree instead of the hash chain, with the same hits
+    partial_block_hits: bool = False  # copy the tokens of a block that only begins like ours, instead of computing them
+    prefix_caching_hash_algo: str = "sha256"
+    prefix_caching_seed: int = 0  # of the hash chain's root; vLLM draws a root per process
     free_uncached_first: bool = True
 
     def __post_init__(self) -> None:
@@ -96,11 +103,26 @@ class CacheConfig:
                     f"block_size must be a number of tokens, such as 16, or 'max_model_len', got {self.block_size!r}"
                 )
             check_int("block_size", self.block_size, low=1, hint="tokens, or 'max_model_len'")
-        check_bool("enable_prefix_caching", self.enable_prefix_caching)
+        self._check_prefix_caching()
         check_bool("free_uncached_first", self.free_uncached_first)
         _check_optional_int("kv_cache_memory", self.kv_cache_memory, low=1, hint="bytes, such as 4 * 1024**3")
         _check_optional_int("num_kv_blocks", self.num_kv_blocks, low=2, hint="one of them is the null block")
         check_number("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, low_open=True)
+
+    def _check_prefix_caching(self) -> None:
+        check_bool("enable_prefix_caching", self.enable_prefix_caching)
+        _check_choice("prefix_index", self.prefix_index, ("hash", "radix"))
+        check_bool("partial_block_hits", self.partial_block_hits)
+        _check_choice("prefix_caching_hash_algo", self.prefix_caching_hash_algo, ("sha256", "xxhash"))
+        check_int("prefix_caching_seed", self.prefix_caching_seed, low=0)
+        if self.partial_block_hits and not self.enable_prefix_caching:
+            raise ValueError(
+                "partial_block_hits needs prefix caching: set enable_prefix_caching=True or leave it False"
+            )
+        if self.prefix_caching_hash_algo == "xxhash" and importlib.util.find_spec("xxhash") is None:
+            raise ValueError(
+                "prefix_caching_hash_algo='xxhash' needs the package xxhash: pip install xxhash, or use 'sha256'"
+            )
 
 
 @dataclass(frozen=True)
@@ -145,13 +167,12 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """How a quantised checkpoint is run."""
+    """How a quantised checkpoint is run: as it is ("auto"), or turned into plain weights while it is loaded."""
 
-    quantization: str | None = "dequantize"
+    quantization: str = "dequantize"
 
     def __post_init__(self) -> None:
-        if self.quantization is not None:
-            _check_choice("quantization", self.quantization, ("auto", "dequantize"))
+        _check_choice("quantization", self.quantization, ("auto", "dequantize"))
 
 
 @dataclass(frozen=True)

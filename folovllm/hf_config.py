@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from folovllm.gptq_config import GPTQConfig
+
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DTYPES = ("float32", "bfloat16", "float16")
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -56,6 +58,7 @@ class ModelArchitecture:
     dtype: str  # "float32" | "bfloat16" | "float16"
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]  # the first is "the" EOS; generation_config may add more
+    quantization: GPTQConfig | None = None  # how the checkpoint's linear layers are quantised (M7)
 
     @property
     def q_size(self) -> int:
@@ -94,7 +97,8 @@ def load_hf_config(folder: Path) -> ModelArchitecture:
         _refuse("config.json", f"none in {folder}", "pass the folder of a HuggingFace model")
     generation = folder / "generation_config.json"
     try:
-        return parse_hf_config(_read_json(path), _read_json(generation) if generation.is_file() else None)
+        config = _with_quantize_config(_read_json(path), folder / "quantize_config.json")
+        return parse_hf_config(config, _read_json(generation) if generation.is_file() else None)
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from None
 
@@ -128,6 +132,7 @@ def parse_hf_config(config: Mapping[str, Any], generation_config: Mapping[str, A
         dtype=_dtype(config),
         bos_token_id=config.get("bos_token_id"),
         eos_token_ids=_eos_token_ids(config, generation_config or {}),
+        quantization=_quantization(config),
     )
 
 
@@ -166,10 +171,6 @@ def _check_supported(config: Mapping[str, Any]) -> None:
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         _refuse("hidden_act 'silu'", repr(activation), "use a model with a SwiGLU MLP; no other activation is written")
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method", "?") if isinstance(quantization, Mapping) else quantization
-        _refuse("unquantised weights", f"quantization_config of {method!r}", "use the unquantised model (GPTQ is M7)")
     window = _active_sliding_window(config)
     if window is not None:
         todo = (
@@ -178,6 +179,27 @@ def _check_supported(config: Mapping[str, Any]) -> None:
         )
         positions = config.get("max_position_embeddings")
         _refuse("full attention", f"a sliding window of {window} tokens within {positions} positions", todo)
+
+
+def _with_quantize_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """AutoGPTQ before 0.5 wrote its settings into a file of their own, and nothing into config.json."""
+    if config.get("quantization_config") is None and path.is_file():
+        return {**config, "quantization_config": {"quant_method": "gptq", **_read_json(path)}}
+    return config
+
+
+def _quantization(config: Mapping[str, Any]) -> GPTQConfig | None:
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method", "?") if isinstance(quantization, Mapping) else quantization
+    if method != "gptq":
+        todo = "use the unquantised model, or a GPTQ version of it"
+        _refuse("GPTQ or unquantised weights", f"quantization_config of {method!r}", todo)
+    try:
+        return GPTQConfig.from_json(quantization, bool(config.get("tie_word_embeddings", False)))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _active_sliding_window(config: Mapping[str, Any]) -> int | None:

@@ -60,6 +60,7 @@ LADDER: tuple[Rung, ...] = (
         "tiled attention backends and the fast CPU path",
         on={"attention_backend": "auto", "linear_backend": "auto"},
         off={"attention_backend": "torch_naive", "linear_backend": "torch"},
+        built=True,
     ),
     Rung(
         "m5",
@@ -67,6 +68,7 @@ LADDER: tuple[Rung, ...] = (
         "long prompts split over steps, mixed with decodes",
         on={"enable_chunked_prefill": True},
         off={"enable_chunked_prefill": False},
+        built=True,
     ),
     Rung(
         "m6",
@@ -74,6 +76,7 @@ LADDER: tuple[Rung, ...] = (
         "blocks of equal prompt prefixes shared between requests",
         on={"enable_prefix_caching": True},
         off={"enable_prefix_caching": False},
+        built=True,
     ),
     Rung("m7", "GPTQ", "4-bit weights", on={"quantization": "auto"}, off={"quantization": "dequantize"}),
 )

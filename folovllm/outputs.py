@@ -70,6 +70,12 @@ class EngineStats:
     num_generation_tokens: int
     num_scheduled_tokens: int  # in the last step
     num_preemptions: int
+    # Prefix cache, in tokens. Counted when a request is admitted; prompt_logprobs requests do not ask the cache.
+    prefix_cache_queries: int = 0  # tokens of the requests that asked
+    prefix_cache_hits: int = 0
+    prefix_cache_hit_rate: float = 0.0  # of the last 1000 requests, 0..1
+    preempted_prefix_cache_queries: int = 0  # the same two of requests that came back after a preemption
+    preempted_prefix_cache_hits: int = 0
 
 
 @dataclass

@@ -12,6 +12,7 @@ Row 0: plain data, no torch.
 
 import enum
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from folovllm.sampling_params import SamplingParams
@@ -109,6 +110,10 @@ class Request:
         self.output_token_ids: list[int] = []
         self.all_token_ids = list(prompt_token_ids)
         self.spec_token_ids: list[int] = []  # draft tokens; empty until speculative decoding exists
+        # Names of the full blocks, for the prefix index. Empty while nobody has attached a hasher.
+        self.block_tokens: list[bytes] = []  # packed, 4 bytes per token
+        self.block_hashes: list[bytes] = []
+        self._hash_new_blocks: Callable[[Request], None] | None = None
 
         self.num_computed_tokens = 0
         self.num_cached_tokens = -1  # prefix hit at first admission; -1 until then
@@ -134,9 +139,21 @@ class Request:
     def is_finished(self) -> bool:
         return RequestStatus.is_finished(self.status)
 
+    @property
+    def skip_reading_prefix_cache(self) -> bool:
+        """Whoever wants the logprobs of its prompt must compute it, cached or not. What it computes is cached."""
+        return self.sampling_params.prompt_logprobs is not None
+
+    def attach_block_hasher(self, hash_new_blocks: "Callable[[Request], None]") -> None:
+        """Name the full blocks with `hash_new_blocks`, those there are now, and each later one as it fills."""
+        self._hash_new_blocks = hash_new_blocks
+        hash_new_blocks(self)
+
     def append_output_token_id(self, token_id: int) -> None:
         self.output_token_ids.append(token_id)
         self.all_token_ids.append(token_id)
+        if self._hash_new_blocks is not None:
+            self._hash_new_blocks(self)
 
     def set_status(self, status: RequestStatus) -> None:
         """Move to `status`; an illegal move is a bug of ours."""

@@ -36,7 +36,7 @@ SLOTS: dict[str, Slot] = {
             "folovllm.core.sched.scheduler:Scheduler",
             "m1",
             ("add_request", "schedule", "update_from_output", "finish_requests", "has_requests",
-             "has_unfinished_requests", "make_stats", "check_integrity"),
+             "fail_step", "reset_prefix_cache", "has_unfinished_requests", "make_stats", "check_integrity"),
         ),
         Slot(
             "core.request_queue.fcfs",
@@ -54,13 +54,27 @@ SLOTS: dict[str, Slot] = {
             "core.kv_cache_manager",
             "folovllm.core.kv_cache_manager:KVCacheManager",
             "m3",
-            ("allocate_slots", "free", "get_computed_blocks", "get_block_ids", "check_integrity"),
+            ("add_request", "get_computed_blocks", "record_admission", "allocate_slots", "take_block_copies", "free",
+             "preempt", "end_step", "reset_prefix_cache", "get_block_ids", "check_integrity"),
         ),
         Slot(
             "core.block_pool",
             "folovllm.core.block_pool:BlockPool",
             "m3",
-            ("get_new_blocks", "touch", "free_blocks", "get_num_free_blocks", "check_integrity"),
+            ("get_new_blocks", "touch", "free_blocks", "unpublish", "reset_prefix_cache", "get_num_free_blocks",
+             "check_integrity"),
+        ),
+        Slot(
+            "core.prefix_index.hash",
+            "folovllm.core.prefix_index:HashPrefixIndex",
+            "m6",
+            ("hash_new_blocks", "match", "match_partial", "insert", "remove", "check_integrity"),
+        ),
+        Slot(
+            "core.prefix_index.radix",
+            "folovllm.core.prefix_index:RadixPrefixIndex",
+            "m6",
+            ("hash_new_blocks", "match", "match_partial", "insert", "remove", "check_integrity"),
         ),
         Slot(
             "attention.backend",

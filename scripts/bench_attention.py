@@ -1,9 +1,9 @@
-"""Attention alone: time and peak memory of each backend, prefill of growing prompts and decode of a batch.
+"""Attention alone: time and peak memory of each backend against context length, in prefill and in decode.
 
 Milestone: M4. vLLM counterpart: benchmarks/kernels/benchmark_paged_attention.py. One layer of the default model's shape
 (9 query heads on 3 KV heads of 64) on pages of 16 in random order. Figures are for `forward` of one layer; `prepare`,
 which runs once per step for all layers, stands beside it. Backends take turns within a case, and the median of the
-rounds counts.
+rounds counts. Decode is held against reading its K/V once, at the memory bandwidth measured in the same run.
 
 Peak memory is what torch's allocator handed out during one `forward`, over what was there before, from the events of
 torch.profiler: the output is in it (9 MiB of bf16 at 8,192 tokens), and buffers inside fused operators, but not what
@@ -33,10 +33,12 @@ from torch.profiler import ProfilerActivity, profile
 from folovllm.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec
 from folovllm.attention.selector import BACKENDS, load_backend, refusal
 from folovllm.entrypoints.bench.machine import machine_header
+from folovllm.entrypoints.bench.probe import measure_bandwidth
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 9, 3, 64, 16
-PREFILL_LENS = (512, 2048, 8192)
-DECODE_SHAPES = ((32, 256), (32, 2048))
+PREFILL_LENS = (256, 512, 1024, 2048, 4096, 8192)
+DECODE_BATCH, DECODE_LENS = 32, (256, 512, 1024, 2048, 4096)
+BANDWIDTH_BYTES = 2**29
 SECONDS_PER_CASE = 6.0  # a backend stops after this, or after --repeats rounds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIB = 2**20
@@ -76,12 +78,13 @@ class Result:
     peak_mib: float
     gflops_per_s: float
     kv_gb_per_s: float
+    times_kv_read: float | None  # forward over reading its K/V once from memory; of decode only
     rounds: int
 
 
 CASES = [
     *(Case(f"prefill {n}", 1, n, n) for n in PREFILL_LENS),
-    *(Case(f"decode {b}x{n}", b, n, 1) for b, n in DECODE_SHAPES),
+    *(Case(f"decode {DECODE_BATCH}x{n}", DECODE_BATCH, n, 1) for n in DECODE_LENS),
 ]
 
 
@@ -140,8 +143,9 @@ class Setup:
     def wants_more(self, repeats: int) -> bool:
         return len(self.forward_seconds) < repeats and sum(self.forward_seconds) < SECONDS_PER_CASE
 
-    def result(self, peak_bytes: int, dtype: torch.dtype) -> Result:
+    def result(self, peak_bytes: int, dtype: torch.dtype, bytes_per_second: float) -> Result:
         forward = statistics.median(self.forward_seconds)
+        read = self.case.kv_bytes(dtype) / bytes_per_second
         return Result(
             case=self.case.name,
             backend=self.name,
@@ -151,6 +155,7 @@ class Setup:
             peak_mib=round(peak_bytes / MIB, 2),
             gflops_per_s=round(self.case.flops / forward / 1e9, 2),
             kv_gb_per_s=round(self.case.kv_bytes(dtype) / forward / 1e9, 3),
+            times_kv_read=round(forward / read, 2) if self.case.q_len == 1 else None,
             rounds=len(self.forward_seconds),
         )
 
@@ -178,7 +183,7 @@ def skip_reason(name: str, case: Case, dtype: torch.dtype) -> str | None:
     return refusal(name, spec_of(dtype))
 
 
-def run_case(case: Case, names: list[str], dtype: torch.dtype, repeats: int) -> list[Result]:
+def run_case(case: Case, names: list[str], dtype: torch.dtype, repeats: int, bytes_per_second: float) -> list[Result]:
     setups = [Setup(name, case, dtype) for name in names]
     outputs = [setup.run() for setup in setups]  # the first run is not timed: kernels load, caches fill
     for name, output in zip(names, outputs, strict=True):
@@ -190,56 +195,67 @@ def run_case(case: Case, names: list[str], dtype: torch.dtype, repeats: int) -> 
     while waiting := [setup for setup in setups if setup.wants_more(repeats)]:
         for setup in waiting:
             setup.run()
-    return [setup.result(peak, dtype) for setup, peak in zip(setups, peaks, strict=True)]
+    return [setup.result(peak, dtype, bytes_per_second) for setup, peak in zip(setups, peaks, strict=True)]
 
 
 def print_table(results: list[Result]) -> None:
     print(
         f"{'case':<16}{'backend':<14}{'prepare ms':>11}{'forward ms':>11}{'peak MiB':>10}{'GFLOP/s':>9}{'KV GB/s':>9}"
+        f"{'x read KV':>11}"
     )
     for r in results:
+        read = "" if r.times_kv_read is None else f"{r.times_kv_read:.2f}"
         print(
             f"{r.case:<16}{r.backend:<14}{r.prepare_ms:>11.2f}{r.forward_ms:>11.2f}{r.peak_mib:>10.1f}"
-            f"{r.gflops_per_s:>9.1f}{r.kv_gb_per_s:>9.2f}"
+            f"{r.gflops_per_s:>9.1f}{r.kv_gb_per_s:>9.2f}{read:>11}"
         )
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Time and memory of prefill against length, and decode as bars."""
+    """Time and memory of prefill, and time of decode, against context length; both axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     results = [Result(**result) for result in report["results"]]
-    names = list(dict.fromkeys(r.backend for r in results))
-    figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
+    prefill, decode = ([r for r in results if kind in r.case] for kind in ("prefill", "decode"))
+    figure, axes = plt.subplots(1, 3, figsize=(17, 5.2), layout="constrained")
     figure.suptitle(title_of(report), fontsize=10)
-    for ax, key, label in ((axes[0], "forward_ms", "ms per layer"), (axes[1], "peak_mib", "peak MiB per layer")):
-        for name in names:
-            points = [(r.seq_len, getattr(r, key)) for r in results if r.backend == name and "prefill" in r.case]
-            ax.plot(*zip(*points, strict=True), marker="o", label=name)
-        ax.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel=label, title=f"Prefill: {label}")
-        ax.set_xticks(PREFILL_LENS, [str(n) for n in PREFILL_LENS])
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
-    axes[0].legend()
-    plot_decode(axes[2], [r for r in results if "decode" in r.case], names)
+    plot_lines(axes[0], prefill, "forward_ms", "Prefill: ms per layer", "tokens of the prompt")
+    plot_lines(axes[1], prefill, "peak_mib", "Prefill: peak memory per layer, MiB", "tokens of the prompt")
+    plot_lines(axes[2], decode, "forward_ms", f"Decode of {DECODE_BATCH} requests: ms per layer", "tokens of context")
+    annotate_memory(axes[1], prefill)
+    read = {r.seq_len: r.forward_ms / r.times_kv_read for r in decode if r.times_kv_read}
+    axes[2].plot(list(read), list(read.values()), "k--", linewidth=1, label="reading its K/V once")
+    axes[2].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
 
-def plot_decode(ax: Any, results: list[Result], names: list[str]) -> None:
-    cases, width = list(dict.fromkeys(r.case for r in results)), 0.8 / len(names)
-    for i, name in enumerate(names):
-        heights = [r.forward_ms for r in results if r.backend == name]
-        places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(heights))]
-        bars = ax.bar(places, heights, width * 0.95, label=name)
-        ax.bar_label(bars, [f"{h:.0f}" if h >= 10 else f"{h:.2g}" for h in heights], fontsize=8, padding=1)
-    ax.set_xticks(range(len(cases)), cases)
-    ax.set(yscale="log", ylabel="ms per layer", title="Decode: ms per layer")
-    ax.margins(y=0.15)
+def plot_lines(ax: Any, results: list[Result], key: str, title: str, xlabel: str) -> None:
+    """One line per backend."""
+    lengths = sorted({r.seq_len for r in results})
+    for name in dict.fromkeys(r.backend for r in results):
+        points = [(r.seq_len, getattr(r, key)) for r in results if r.backend == name]
+        ax.plot(*zip(*points, strict=True), marker="o", ms=4, label=name)
+    ax.set(xscale="log", yscale="log", title=title, xlabel=xlabel)
+    ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    ax.xaxis.minorticks_off()
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+
+
+def annotate_memory(ax: Any, prefill: list[Result]) -> None:
+    """How much less flash holds than naive, at the longest prompt that both ran."""
+    peaks = {(r.backend, r.seq_len): r.peak_mib for r in prefill}
+    both = [n for name, n in peaks if name == "torch_naive" and ("torch_flash", n) in peaks]
+    if both:
+        naive, flash = (peaks[name, max(both)] for name in ("torch_naive", "torch_flash"))
+        ax.annotate("", (max(both), flash), (max(both), naive), arrowprops={"arrowstyle": "->", "color": "black"})
+        text = f"{naive / flash:,.0f}x less"
+        ax.annotate(text, (max(both), (naive * flash) ** 0.5), (-6, 0), textcoords="offset points", ha="right")
 
 
 def title_of(report: dict[str, Any]) -> str:
@@ -267,19 +283,24 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     dtype, machine = DTYPES[args.dtype], machine_header()
+    bandwidth = measure_bandwidth("cpu", BANDWIDTH_BYTES)
     results: list[Result] = []
     skipped: dict[str, str] = {}
     for case in CASES:
         reasons = {name: skip_reason(name, case, dtype) for name in args.backends.split(",")}
         skipped |= {name: reason for name, reason in reasons.items() if reason is not None}
         with torch.inference_mode():
-            results += run_case(case, [name for name, why in reasons.items() if why is None], dtype, args.repeats)
+            wanted = [name for name, why in reasons.items() if why is None]
+            results += run_case(case, wanted, dtype, args.repeats, bandwidth["bytes_per_second"])
     report = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": f"scripts/bench_attention.py --dtype {args.dtype} --threads {args.threads} --repeats {args.repeats}",
+        "unit": "ms",
         "machine": machine,
         "load_average_after": [round(load, 2) for load in psutil.getloadavg()],
         "dtype": args.dtype,
         "threads": args.threads,
+        "bandwidth": bandwidth,
         "skipped": skipped,
         "results": [asdict(result) for result in results],
     }

@@ -58,7 +58,10 @@ def fill(text: str, folder: Path) -> str:
         link = os.path.relpath(file, folder)
         result = json.loads(file.read_text(encoding="utf-8"))
         wanted = dict(item.split("=") for item in match[3].split())
-        table = plain_table(result, link, wanted) if "results" in result else table_of(result, link)
+        if result.get("schema", "").startswith("folovllm.compare_peers/"):
+            table = peers_table(result, link)
+        else:
+            table = plain_table(result, link, wanted) if "results" in result else table_of(result, link)
         return match[1] + table + match[4]
 
     return BLOCK.sub(block, text)
@@ -81,6 +84,13 @@ def table_of(result: dict[str, Any], link: str) -> str:
     ]
     lines += [row(name, arm) for name, arm in result["arms"].items() if "modes" in arm]
     return "\n".join(lines) + "\n"
+
+
+def peers_table(result: dict[str, Any], link: str) -> str:
+    """One row per engine of a compare_peers file: the table that compare_peers itself writes beside it."""
+    from folovllm.entrypoints.bench.peers.report import markdown
+
+    return markdown(result, link)
 
 
 def plain_table(result: dict[str, Any], link: str, wanted: dict[str, str]) -> str:

@@ -71,11 +71,14 @@ def draw_prompt(length: int, seed: int) -> list[int]:
     return torch.randint(3, VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def make_job(model: GapNaiveModel, length: int, num_tokens: int, seed: int, priority: int = 0) -> Job:
+def make_job(
+    model: GapNaiveModel, length: int, num_tokens: int, seed: int, priority: int = 0, prefix: Sequence[int] = ()
+) -> Job:
     """A greedy job whose top two logits are never closer than MIN_GAP and whose text does not loop: the first such
-    prompt that `seed` leads to."""
+    prompt that `seed` leads to. It begins with `prefix`, and has `length` tokens in all."""
     for attempt in range(MAX_DRAWS):
-        job = model.run(draw_prompt(length, 1000 * seed + attempt), greedy(num_tokens))
+        own = draw_prompt(length - len(prefix), 1000 * seed + attempt)
+        job = model.run([*prefix, *own], greedy(num_tokens))
         if job.min_gap > MIN_GAP and len(set(job.tokens)) >= min(MIN_VARIETY, num_tokens / 2):
             return dataclasses.replace(job, priority=priority)
     raise AssertionError(f"no prompt of {length} tokens keeps clear of ties for {num_tokens} tokens")

@@ -25,10 +25,12 @@ BACKENDS: dict[str, str] = {
     "torch_sdpa": f"{_HOME}.torch_sdpa:TorchSdpaBackend",  # torch's own fused kernel on gathered K and V
     "torch_flash": f"{_HOME}.torch_flash:TorchFlashBackend",  # tiles in plain torch, to be read
     "cpu_paged": f"{_HOME}.cpu_paged:CpuPagedBackend",  # C++
+    "triton_paged": f"{_HOME}.triton_paged:TritonPagedBackend",  # our GPU kernels
+    "flash_attn": f"{_HOME}.flash_attn:FlashAttnBackend",  # FlashAttention's own GPU kernels
 }
 # Best first. The last of each runs everywhere, so that `auto` always finds one.
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
-    "cuda": ("torch_sdpa",),
+    "cuda": ("flash_attn", "triton_paged", "torch_sdpa"),  # not measured yet: docs/dev/gpu_status.md
     "cpu": ("cpu_paged", "torch_sdpa"),
 }
 

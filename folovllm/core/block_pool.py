@@ -1,6 +1,7 @@
 """BlockPool: all blocks of the KV cache, who holds them, and which are free.
 
-Milestone: M1 (one page per request), M3 (blocks of 16). vLLM counterpart: vllm/v1/core/block_pool.py.
+Milestone: M1 (one page per request), M3 (blocks of 16), M6 (cached blocks).
+vLLM counterpart: vllm/v1/core/block_pool.py.
 
 Row 1: no torch.
 """
@@ -29,6 +30,7 @@ class BlockPool:
         self.null_block.is_null = True
         self.prefix_index = prefix_index or NullPrefixIndex()
         self.free_uncached_first = free_uncached_first
+        self.num_free_cached_blocks = 0  # free blocks that can still be hit
 
     def get_num_free_blocks(self) -> int:
         return self.free_block_queue.num_free_blocks
@@ -39,22 +41,47 @@ class BlockPool:
         return 1.0 - self.get_num_free_blocks() / (self.num_blocks - 1)
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
-        """Take `num_blocks` from the head of the free queue; ValueError, with nothing taken, if there are fewer."""
+        """Take `num_blocks` from the head of the free queue; ValueError, with nothing taken, if there are fewer.
+
+        This is the only eviction there is: a cached block that comes to the head is forgotten when it is taken. Blocks
+        are freed to the tail, the end of a sequence before its beginning, so the least recently used goes first, and
+        of one sequence the part that the fewest can share.
+        """
         if num_blocks > self.get_num_free_blocks():
             raise ValueError(f"Cannot get {num_blocks} free blocks from the pool, it has {self.get_num_free_blocks()}")
         blocks = self.free_block_queue.popleft_n(num_blocks)
         for block in blocks:
+            assert block.ref_cnt == 0, f"{block} was free and held"
             if block.block_hash is not None:
-                self.prefix_index.remove(block)
-                block.block_hash = None
+                self._forget(block)
+                self.num_free_cached_blocks -= 1
             block.ref_cnt = 1
         return blocks
+
+    def _forget(self, block: KVCacheBlock) -> None:
+        self.prefix_index.remove(block)
+        block.block_hash = None
+
+    def unpublish(self, blocks: Iterable[KVCacheBlock]) -> None:
+        """Forget cached blocks, held or free: what they should hold was never computed. Others are left alone."""
+        for block in blocks:
+            if block.block_hash is not None:
+                self._forget(block)
+                self.num_free_cached_blocks -= block.ref_cnt == 0
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached block; False, with nothing changed, while anybody holds a block."""
+        if self.get_num_free_blocks() < self.num_blocks - 1:
+            return False
+        self.unpublish(self.blocks)
+        return True
 
     def touch(self, blocks: Iterable[KVCacheBlock]) -> None:
         """Add a reference to cached blocks; those that were free leave the queue, so that nobody reuses them."""
         for block in blocks:
             if block.ref_cnt == 0 and not block.is_null:
                 self.free_block_queue.remove(block)
+                self.num_free_cached_blocks -= block.block_hash is not None
             block.ref_cnt += 1
 
     def free_blocks(self, ordered_blocks: Sequence[KVCacheBlock]) -> None:
@@ -71,6 +98,7 @@ class BlockPool:
             block.ref_cnt -= 1
             if block.ref_cnt == 0:
                 freed.append(block)
+                self.num_free_cached_blocks += block.block_hash is not None
         if self.free_uncached_first:
             self.free_block_queue.prepend_n([b for b in freed if b.block_hash is None])
             freed = [b for b in freed if b.block_hash is not None]
@@ -79,9 +107,12 @@ class BlockPool:
     def check_integrity(self, block_tables: Iterable[Sequence[KVCacheBlock]]) -> None:
         """Assert that free + held is everything and that counts match `block_tables`, all the tables there are."""
         held = Counter(block.block_id for table in block_tables for block in table if not block.is_null)
-        free = [block.block_id for block in self.free_block_queue.get_all_free_blocks()]
+        free_blocks = self.free_block_queue.get_all_free_blocks()
+        free = [block.block_id for block in free_blocks]
+        assert self.num_free_cached_blocks == sum(block.block_hash is not None for block in free_blocks)
         assert len(free) == len(set(free)) == self.get_num_free_blocks(), f"free queue is inconsistent: {free}"
         assert not held.keys() & set(free), f"blocks both held and free: {sorted(held.keys() & set(free))}"
         assert len(held) + len(free) == self.num_blocks - 1, f"blocks lost: {len(held)} held + {len(free)} free"
         for block in self.blocks[1:]:
             assert block.ref_cnt == held[block.block_id], f"{block}: {held[block.block_id]} tables hold it"
+        self.prefix_index.check_integrity(self.blocks)

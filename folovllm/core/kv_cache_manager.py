@@ -1,6 +1,7 @@
 """KVCacheManager: gives requests the blocks they need, and takes them back.
 
-Milestone: M1 (one page per request), M3 (block tables that grow). vLLM counterpart: vllm/v1/core/kv_cache_manager.py.
+Milestone: M1 (one page per request), M3 (block tables that grow), M6 (shared and copied blocks).
+vLLM counterpart: vllm/v1/core/kv_cache_manager.py.
 Left out: several KV groups, KV connectors, lookahead for drafts (the argument is there).
 
 Row 1: no torch. The contiguous cache of M1 is this same code with block_size = max_model_len.
@@ -9,32 +10,67 @@ Row 1: no torch. The contiguous cache of M1 is this same code with block_size = 
 from collections.abc import Sequence
 
 from folovllm.core.block_pool import BlockPool
-from folovllm.core.kv_cache_utils import KVCacheBlock, cdiv
+from folovllm.core.kv_cache_utils import KVCacheBlock, PrefixCacheStats, cdiv
 from folovllm.request import Request
 
 
 class KVCacheManager:
     """Block tables of all requests that hold blocks: request id -> its blocks, in the order of its tokens."""
 
-    def __init__(self, block_size: int, max_model_len: int, block_pool: BlockPool) -> None:
+    def __init__(
+        self, block_size: int, max_model_len: int, block_pool: BlockPool, partial_block_hits: bool = False
+    ) -> None:
         self.block_size = block_size
         self.max_model_len = max_model_len
         self.block_pool = block_pool
+        self.partial_block_hits = partial_block_hits
         self.req_to_blocks: dict[str, list[KVCacheBlock]] = {}
+        self._num_full: dict[str, int] = {}  # leading blocks of a table that were published, or hit
+        self.prefix_cache_stats = PrefixCacheStats()
+        # Of the step that is scheduled and has not run. Its blocks are published already, so that requests of the same
+        # step share them; until it has run they hold nothing.
+        self._published: dict[str, list[KVCacheBlock]] = {}  # by the request that computes them
+        self._block_copies: list[tuple[int, int]] = []
+        self._pinned: list[KVCacheBlock] = []  # sources of copies
 
     @property
     def usage(self) -> float:
         return self.block_pool.usage
 
-    def get_computed_blocks(self, request: Request) -> tuple[list[KVCacheBlock], int]:
-        """Cached blocks of the longest known prefix, and how many tokens they hold. Touches nothing.
+    # ---- prefix hits
 
-        A request that wants prompt_logprobs must compute its whole prompt, so it never reads the cache.
+    def add_request(self, request: Request) -> None:
+        """Let the prefix index name the full blocks of a new request."""
+        request.attach_block_hasher(self.block_pool.prefix_index.hash_new_blocks)
+
+    def get_computed_blocks(self, request: Request) -> tuple[list[KVCacheBlock], int]:
+        """Cached blocks of the longest known prefix, and how many tokens they give. Touches nothing.
+
+        E.g. blocks of 4: ([b3, b7], 8) are two whole blocks. ([b3, b7, b5], 9): b5 only begins like the third block of
+        `request`; its first token will be copied. A request that wants prompt_logprobs never reads the cache.
         """
-        if request.sampling_params.prompt_logprobs is not None:
+        if request.skip_reading_prefix_cache:
             return [], 0
-        blocks = self.block_pool.prefix_index.match(request)
-        return blocks, len(blocks) * self.block_size
+        hits = self.block_pool.prefix_index.match(request)
+        source, length = self._partial_hit(request, hits) if self.partial_block_hits else (None, 0)
+        return [*hits, *([source] if source else [])], len(hits) * self.block_size + length
+
+    def _partial_hit(self, request: Request, hits: list[KVCacheBlock]) -> tuple[KVCacheBlock | None, int]:
+        """Copies run before anything is written, so what this step computes cannot be a source."""
+        not_yet_computed = {block.block_id for blocks in self._published.values() for block in blocks}
+        source, length = self.block_pool.prefix_index.match_partial(request, hits, not_yet_computed)
+        # The source is held beside the blocks the request needs. In a pool that has just those, insisting on the hit
+        # would keep the request waiting for ever.
+        if source and not self._fits(request.num_tokens, len(hits), [*hits, source]):
+            return None, 0
+        return source, length
+
+    def record_admission(self, request: Request, num_hit_tokens: int) -> None:
+        """Count a lookup once, when its request is admitted: a head of the queue that must wait looks up every step."""
+        if not request.skip_reading_prefix_cache:
+            self.prefix_cache_stats.record(request.num_tokens, num_hit_tokens, is_resumed=request.num_preemptions > 0)
+
+    # ---- blocks
 
     def allocate_slots(
         self,
@@ -43,46 +79,102 @@ class KVCacheManager:
         new_computed_blocks: Sequence[KVCacheBlock] = (),
         num_lookahead_tokens: int = 0,
         full_sequence_must_fit: bool = False,
+        num_new_computed_tokens: int | None = None,
     ) -> list[KVCacheBlock] | None:
         """Blocks for `num_new_tokens` more tokens of `request`, or None, with nothing changed, if they do not fit.
 
         Returns only the newly taken blocks: an empty list is success, None is failure. E.g. block_size 4, 6 tokens
         computed (2 blocks owned): 2 more tokens need no block, a third needs one.
 
-        `full_sequence_must_fit`: refuse unless the whole known sequence would fit, not only this step's part.
+        `new_computed_blocks` and `num_new_computed_tokens` (default: all their tokens) are what `get_computed_blocks`
+        answered. `full_sequence_must_fit`: refuse unless the whole known sequence would fit, not only this step's part.
         """
         if num_new_tokens <= 0:
             raise ValueError(f"num_new_tokens must be at least 1, got {num_new_tokens}")
         owned = self.req_to_blocks.get(request.request_id, [])
         assert not (owned and new_computed_blocks), "prefix hits are adopted at admission, when nothing is owned yet"
-        num_computed = request.num_computed_tokens + len(new_computed_blocks) * self.block_size
+        hits, num_hit_tokens = new_computed_blocks, num_new_computed_tokens
+        if num_hit_tokens is None:
+            num_hit_tokens = len(hits) * self.block_size
+        num_held = len(owned) + num_hit_tokens // self.block_size  # a block hit in part is copied, not held
+        num_computed = request.num_computed_tokens + num_hit_tokens
         num_slots = min(num_computed + num_new_tokens + num_lookahead_tokens, self.max_model_len)
-        num_held = len(owned) + len(new_computed_blocks)
-        # Adopting a hit that nobody holds takes it out of the free queue: it costs a free block too.
-        num_evictable_hits = sum(block.ref_cnt == 0 for block in new_computed_blocks)
-
-        def fits(slots: int) -> bool:
-            return self._num_new_blocks(slots, num_held) + num_evictable_hits <= self.block_pool.get_num_free_blocks()
-
-        if full_sequence_must_fit and not fits(min(request.num_tokens, self.max_model_len)):
-            return None
-        if not fits(num_slots):
+        must_fit = max(num_slots, min(request.num_tokens, self.max_model_len)) if full_sequence_must_fit else num_slots
+        if not self._fits(must_fit, num_held, hits):
             return None
 
-        self.block_pool.touch(new_computed_blocks)
-        new_blocks = self.block_pool.get_new_blocks(self._num_new_blocks(num_slots, num_held))
         table = self.req_to_blocks.setdefault(request.request_id, [])
-        table += [*new_computed_blocks, *new_blocks]
-        num_known = min(num_computed + num_new_tokens, request.num_tokens)
-        self.block_pool.prefix_index.insert(request, table, num_known // self.block_size)
+        if hits:
+            self.block_pool.touch(hits)
+            table += hits[:num_held]
+            self._num_full[request.request_id] = num_held
+        new_blocks = self.block_pool.get_new_blocks(self._num_new_blocks(num_slots, num_held))
+        table += new_blocks
+        self._copy(hits[num_held:], new_blocks)
+        self._publish(request, table, min(num_computed + num_new_tokens, request.num_tokens) // self.block_size)
         return new_blocks
+
+    def _fits(self, num_slots: int, num_held: int, hits: Sequence[KVCacheBlock]) -> bool:
+        """Adopting a hit that nobody holds takes it out of the free queue: it costs a free block too."""
+        num_evictable_hits = sum(block.ref_cnt == 0 for block in hits) if hits else 0
+        needed = self._num_new_blocks(num_slots, num_held) + num_evictable_hits
+        return needed <= self.block_pool.get_num_free_blocks()
+
+    def _num_new_blocks(self, num_slots: int, num_held: int) -> int:
+        return max(cdiv(num_slots, self.block_size) - num_held, 0)
+
+    def _copy(self, sources: Sequence[KVCacheBlock], new_blocks: Sequence[KVCacheBlock]) -> None:
+        """The request goes on in its own copy of a block that others hold, or may hit: copy on write.
+
+        The source was touched, and stays pinned until the copy has run: nobody may be given it in this step.
+        """
+        for source, destination in zip(sources, new_blocks, strict=False):  # at most one
+            self._block_copies.append((source.block_id, destination.block_id))
+            self._pinned.append(source)
+
+    def _publish(self, request: Request, table: list[KVCacheBlock], num_full_blocks: int) -> None:
+        """Full blocks of known tokens, never of drafts, can be hit from now on. Remember which are new."""
+        first = self._num_full.get(request.request_id, 0)
+        if num_full_blocks <= first:
+            return
+        self._num_full[request.request_id] = num_full_blocks
+        self.block_pool.prefix_index.insert(request, table, num_full_blocks)
+        published = [block for block in table[first:num_full_blocks] if block.block_hash is not None]
+        self._published.setdefault(request.request_id, []).extend(published)
+
+    def take_block_copies(self) -> list[tuple[int, int]]:
+        """(source, destination) ids of the copies that the next step must make before it writes anything."""
+        copies, self._block_copies = self._block_copies, []
+        return copies
 
     def free(self, request: Request) -> None:
         """Give back all blocks of `request`; one without blocks is fine.
 
         In reverse, so that the end of a sequence is reused before its beginning, which others may share.
         """
+        self._num_full.pop(request.request_id, None)
         self.block_pool.free_blocks(self.req_to_blocks.pop(request.request_id, [])[::-1])
+
+    def preempt(self, request: Request) -> None:
+        """Like `free`. What `request` has published in the step being scheduled is taken back: it will not run."""
+        self.block_pool.unpublish(self._published.pop(request.request_id, []))
+        self.free(request)
+
+    def end_step(self, has_run: bool) -> None:
+        """The step that was scheduled has run, or failed: then nobody knows what its blocks hold.
+
+        An engine that schedules the next step while this one runs would need a list of blocks per step.
+        """
+        if not has_run:
+            for blocks in self._published.values():
+                self.block_pool.unpublish(blocks)
+        self._published = {}
+        self.block_pool.free_blocks(self._pinned)
+        self._pinned = []
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached block; False, with nothing changed, while anybody holds a block."""
+        return self.block_pool.reset_prefix_cache()
 
     def get_block_ids(self, request_id: str) -> tuple[list[int], ...]:
         """Block table per KV group; there is one group."""
@@ -94,7 +186,4 @@ class KVCacheManager:
 
     def check_integrity(self) -> None:
         """Assert that pool and tables agree (linear in the number of blocks: for tests and idle engines)."""
-        self.block_pool.check_integrity(self.req_to_blocks.values())
-
-    def _num_new_blocks(self, num_slots: int, num_held: int) -> int:
-        return max(cdiv(num_slots, self.block_size) - num_held, 0)
+        self.block_pool.check_integrity([*self.req_to_blocks.values(), self._pinned])

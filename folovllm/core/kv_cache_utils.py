@@ -1,11 +1,13 @@
 """Blocks of the KV cache, the queue of free ones, and the arithmetic of how many there are.
 
-Milestone: M1 (the arithmetic), M3 (many small blocks). vLLM counterpart: vllm/v1/core/kv_cache_utils.py.
-Left out: KV groups of different kinds (sliding window, Mamba); hashes arrive with M6.
+Milestone: M1 (the arithmetic), M3 (many small blocks), M6 (hit statistics). vLLM counterpart:
+vllm/v1/core/kv_cache_utils.py, and PrefixCachingMetrics in it. Left out: KV groups of different kinds (sliding window,
+Mamba). Hashes are in block_hash.py.
 
 Row 1: no torch.
 """
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,7 +22,8 @@ CPU_KV_CACHE_CEILING = 4 * GIB  # as vLLM's CPU build: stated, so that nobody wo
 class KVCacheBlock:
     """One block (page): `block_size` token slots of K and V in every layer.
 
-    The links belong to the free queue; a block outside it has none. A block with `ref_cnt` 0 is in the queue.
+    The links belong to the free queue; a block outside it has none. A block with `ref_cnt` 0 is in the queue. One with
+    a `block_hash` is published: the prefix index knows it by that name, and whoever has the same prefix may hit it.
     """
 
     block_id: int
@@ -104,6 +107,43 @@ class FreeKVCacheBlockQueue:
         block.prev_free_block, block.next_free_block = before, after
         before.next_free_block = after.prev_free_block = block
         self.num_free_blocks += 1
+
+
+HIT_RATE_WINDOW = 1000  # requests
+
+
+class PrefixCacheStats:
+    """Tokens looked up and tokens hit, counted at admission; those of resumed requests apart (spec B5, B17).
+
+    A request that comes back after a preemption hits what it has just computed itself. That says nothing about how much
+    the requests share, so it does not count towards the rate.
+    """
+
+    def __init__(self, window: int = HIT_RATE_WINDOW) -> None:
+        self.queries = self.hits = self.preempted_queries = self.preempted_hits = 0  # tokens, since the start
+        self._recent: deque[tuple[int, int]] = deque()  # (queries, hits) of the last `window` requests
+        self._window = window
+        self._recent_queries = self._recent_hits = 0
+
+    def record(self, num_tokens: int, num_hit_tokens: int, is_resumed: bool) -> None:
+        if is_resumed:
+            self.preempted_queries += num_tokens
+            self.preempted_hits += num_hit_tokens
+            return
+        self.queries += num_tokens
+        self.hits += num_hit_tokens
+        self._recent.append((num_tokens, num_hit_tokens))
+        self._recent_queries += num_tokens
+        self._recent_hits += num_hit_tokens
+        if len(self._recent) > self._window:
+            queries, hits = self._recent.popleft()
+            self._recent_queries -= queries
+            self._recent_hits -= hits
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the looked-up tokens that were hit, 0..1, over the last requests; 0.0 if there were none."""
+        return self._recent_hits / self._recent_queries if self._recent_queries else 0.0
 
 
 def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype_bytes: int) -> int:

@@ -9,6 +9,7 @@
 // Arithmetic: attention_math.h.
 
 #include "attention_math.h"
+#include "ops.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -25,15 +26,35 @@ constexpr int64_t kMinSplit = 256;       // keys; a shorter part is not worth me
 constexpr int64_t kTasksPerThread = 4;   // enough that the last task to end does not keep the others waiting for long
 constexpr int64_t kSerialWork = 2048;    // rows x keys; less than this is done before another thread wakes up
 
+// Ask for the lines that a token's K will be written to. A key lies in as many lines as it has words, each 64 bytes for
+// the 16 tokens of its group: waiting for them one after another would take longer than all the rest of the write.
+template <typename T>
+void fetch_slot(const Pages<T>& pages, int64_t slot) {
+  const int64_t block = slot / pages.block_size, offset = slot % pages.block_size;
+  const int64_t stride = pages.width(offset) * Pages<T>::kPerWord;
+  for (int64_t head = 0; head < pages.num_kv_heads; ++head) {
+    const T* lane = pages.lane(block, head, offset);
+    for (int64_t p = 0; p < pages.words(); ++p) {
+      __builtin_prefetch(lane + p * stride, /*write=*/1);
+    }
+  }
+}
+
 template <typename T>
 void write_tokens(const Pages<T>& pages, const at::Tensor& key, const at::Tensor& value, const int64_t* slots) {
   constexpr int64_t kPerWord = Pages<T>::kPerWord;
   const T* keys = key.const_data_ptr<T>();
   const T* values = value.const_data_ptr<T>();
+  for (int64_t token = 0; token < key.size(0); ++token) {
+    TORCH_CHECK(slots[token] >= 0 && slots[token] < pages.num_blocks * pages.block_size, "slot ", slots[token],
+                " is outside the cache");
+  }
   at::parallel_for(0, key.size(0), /*grain_size=*/16, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
+      if (token + 1 < end) {
+        fetch_slot(pages, slots[token + 1]);
+      }
       const int64_t block = slots[token] / pages.block_size, offset = slots[token] % pages.block_size;
-      TORCH_CHECK(slots[token] >= 0 && block < pages.num_blocks, "slot ", slots[token], " is outside the cache");
       const int64_t stride = pages.width(offset) * kPerWord;
       for (int64_t head = 0; head < pages.num_kv_heads; ++head) {
         const T* source = keys + token * key.stride(0) + head * key.stride(1);
@@ -201,7 +222,7 @@ void run_task(const Batch<T>& batch, const Task& task, const Task* after, float*
   locate_in(batch, task, task.first_key, tiles[0]);
   for (int64_t first = task.first_key, i = 0; first < task.end_key; first += kTile, ++i) {
     Tile<T>&tile = tiles[i % 2], &next = tiles[(i + 1) % 2];
-    const int64_t count = std::min(kTile, task.end_key - first);
+    const int64_t count = std::min(kTile, task.end_key - first), scored = (count + kGroup - 1) / kGroup * kGroup;
     collect<T, kWords>(batch.pages, table, task.kv_head, first, count, scratch.key, scratch.widened, tile);
     int64_t next_count = 0;
     if (first + kTile < task.end_key) {
@@ -209,21 +230,21 @@ void run_task(const Batch<T>& batch, const Task& task, const Task* after, float*
     } else if (after != nullptr) {
       next_count = locate_in(batch, *after, after->first_key, next);
     }
-    const bool full = next_count == kTile;  // the rest of a sequence is not worth a special case
-    const float* const* next_keys = full && all_whole(next) ? next.group : nullptr;
+    Ahead<T> ahead(next, next_count);
     in_row_blocks(rows, [&](auto R, int64_t r) {
-      score<kDot, R>(scratch.query + r * words, words, tile.group, r == 0 ? next_keys : nullptr, batch.scale,
-                     scratch.scores + r * kTile);
+      score<kDot, R>(scratch.query + r * words, words, tile.group, r == 0 ? ahead.keys() : nullptr, batch.scale,
+                     scored, scratch.scores + r * kTile);
     });
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t valid = batch.visible(task.sequence, task.first_query + r / batch.group) - first;
-      softmax_row<T>(scratch.scores + r * kTile, std::clamp<int64_t>(valid, 0, count), scratch.max[r],
+      softmax_row<T>(scratch.scores + r * kTile, scored, std::clamp<int64_t>(valid, 0, count), scratch.max[r],
                      scratch.total[r], scratch.rescale[r]);
     }
     in_row_blocks(rows, [&](auto R, int64_t r) {
-      add_tile<T, kDot, R>(scratch.scores + r * kTile, tile.value, full && r == 0 ? next.value : nullptr, count,
+      add_tile<T, kDot, R>(scratch.scores + r * kTile, tile.value, r == 0 ? ahead.values() : nullptr, count,
                            scratch.rescale + r, scratch.sum + r * width, head_size);
     });
+    ahead.fetch_values(count, next_count, head_size);  // those that this tile, if it is a short one, did not ask for
   }
 #if FOLOVLLM_BF16_DOT
   if constexpr (kDot) {

@@ -45,12 +45,6 @@ constexpr int64_t padded(int64_t head_size) {
   return (head_size + 31) / 32 * 32;
 }
 
-// Ask for a line of the next tile. Into L2 and not L1: a core waits for some 24 lines at once on their way to L1, and
-// 24 x 64 bytes per 110 ns are 14 GB/s; more may be on their way to L2 (measured here: 11 GB/s against 18 per core).
-inline void prefetch(const void* line) {
-  __builtin_prefetch(line, /*write=*/0, /*locality=*/2);
-}
-
 // ---- The two products. R rows at once, so that each vector of K or V is loaded once for R rows.
 
 // sum + k * q in every lane; with kDot a word holds two bf16, whose products are both added.
@@ -64,51 +58,62 @@ inline Vec dot(Vec sum, Vec k, float q) {
   return at::vec::fmadd(k, Vec(q), sum);
 }
 
-// scores[r][j] = scale * q[r] . k[j] for the 64 keys of a tile. `next`, if given, is the tile that comes after; its
-// keys are asked for now, a line at a time, so that memory works while we compute. Pages lie anywhere, and the CPU's own
-// prefetcher starts anew in each.
-template <bool kDot, int R>
-void score(const float* query, int64_t words, const float* const* group, const float* const* next, float scale,
-           float* scores) {
-  constexpr int kVecs = 4;
-  for (int64_t first = 0; first < kTile; first += kVecs * kWidth) {
-    const float* column[kVecs];
-    Vec sum[R][kVecs];
+// scores[r][j] = scale * q[r] . k[j] for V vectors of keys, from key `first` of a tile on. `next`, if given, is the tile
+// that comes after; its keys are asked for now, a line at a time, so that memory works while we compute. Pages lie
+// anywhere, and the CPU's own prefetcher starts anew in each.
+template <bool kDot, int R, int V>
+void score_vectors(const float* query, int64_t words, const float* const* group, const float* const* next, float scale,
+                   int64_t first, float* scores) {
+  const float* column[V];
+  Vec sum[R][V];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
-      const int64_t key = first + v * kWidth;
-      column[v] = group[key / kGroup] + key % kGroup;
+  for (int v = 0; v < V; ++v) {
+    const int64_t key = first + v * kWidth;
+    column[v] = group[key / kGroup] + key % kGroup;
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        sum[r][v] = Vec(0.0f);
+    for (int r = 0; r < R; ++r) {
+      sum[r][v] = Vec(0.0f);
+    }
+  }
+  for (int64_t p = 0; p < words; ++p) {
+    Vec k[V];
+    if (next != nullptr) {
+      for (int64_t g = 0; g < kTile / kGroup; ++g) {
+        prefetch(next[g] + p * kGroup);
       }
     }
-    for (int64_t p = 0; p < words; ++p) {
-      Vec k[kVecs];
-      if (next != nullptr && first == 0) {
-        for (int64_t g = 0; g < kTile / kGroup; ++g) {
-          prefetch(next[g] + p * kGroup);
-        }
-      }
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) {
-        k[v] = Vec::loadu(column[v] + p * kGroup);
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const float q = query[r * words + p];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) {
-          sum[r][v] = dot<kDot>(sum[r][v], k[v], q);
-        }
-      }
+    for (int v = 0; v < V; ++v) {
+      k[v] = Vec::loadu(column[v] + p * kGroup);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
+      const float q = query[r * words + p];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) {
-        (sum[r][v] * Vec(scale)).store(scores + r * kTile + first + v * kWidth);
+      for (int v = 0; v < V; ++v) {
+        sum[r][v] = dot<kDot>(sum[r][v], k[v], q);
       }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      (sum[r][v] * Vec(scale)).store(scores + r * kTile + first + v * kWidth);
+    }
+  }
+}
+
+// The first `count` keys of a tile, a multiple of 16.
+template <bool kDot, int R>
+void score(const float* query, int64_t words, const float* const* group, const float* const* next, float scale,
+           int64_t count, float* scores) {
+  for (int64_t first = 0; first < count; first += 4 * kWidth, next = nullptr) {
+    switch (std::min<int64_t>(4, (count - first) / kWidth)) {
+      case 1: score_vectors<kDot, R, 1>(query, words, group, next, scale, first, scores); break;
+      case 2: score_vectors<kDot, R, 2>(query, words, group, next, scale, first, scores); break;
+      case 3: score_vectors<kDot, R, 3>(query, words, group, next, scale, first, scores); break;
+      default: score_vectors<kDot, R, 4>(query, words, group, next, scale, first, scores);
     }
   }
 }
@@ -281,30 +286,31 @@ void in_row_blocks(int64_t rows, const F& f) {
 
 // ---- Online softmax
 
-// Scores of one row -> weights exp(score - max), for keys below `valid`; 0 for the others. Updates max and total, and
+// `count` scores of one row -> weights exp(score - max), for keys below `valid`; 0 for the others. Updates max and total, and
 // says by how much the sums so far must shrink because the maximum grew.
 template <typename T>
-void softmax_row(float* scores, int64_t valid, float& max, float& total, float& rescale) {
+void softmax_row(float* scores, int64_t count, int64_t valid, float& max, float& total, float& rescale) {
   // Not by adding -inf: what lies in a slot that nobody has written may be NaN.
-  std::fill(scores + valid, scores + kTile, kMinusInf);
+  std::fill(scores + valid, scores + count, kMinusInf);
   Vec highest(max);
-  for (int64_t j = 0; j < kTile; j += kWidth) {
+  for (int64_t j = 0; j < count; j += kWidth) {
     highest = at::vec::maximum(highest, Vec::loadu(scores + j));
   }
   const float new_max = at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, highest);
   if (new_max == kMinusInf) {  // this row has seen no key yet: -inf - -inf would be NaN
-    std::fill(scores, scores + kTile, 0.0f);
+    std::fill(scores, scores + count, 0.0f);
     rescale = 1.0f;
     return;
   }
   Vec added(0.0f);
-  for (int64_t j = 0; j < kTile; j += kWidth) {
+  for (int64_t j = 0; j < count; j += kWidth) {
     const Vec x = Vec::loadu(scores + j) - Vec(new_max);
     const Vec weight = std::is_same_v<T, float> ? x.exp() : x.exp_u20();
     weight.store(scores + j);
     added = added + weight;
   }
-  rescale = std::exp(max - new_max);
+  // A call of exp per row would cost as much as the row; most rows have seen their maximum early.
+  rescale = max == new_max ? 1.0f : max == kMinusInf ? 0.0f : std::exp(max - new_max);
   total = total * rescale + at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, added);
   max = new_max;
 }

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <optional>
 
+#include "ops.h"
 #include "vectors.h"
 
 namespace folovllm {

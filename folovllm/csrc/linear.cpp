@@ -27,6 +27,7 @@
 #include <optional>
 #include <utility>
 
+#include "ops.h"
 #include "vectors.h"
 
 namespace folovllm {
@@ -36,6 +37,7 @@ constexpr int64_t kBlock = 2 * kLanes; // outputs of a block: two vectors, which
 constexpr int kTile = 8;               // rows at a time: 16 sums hide the latency of dot, and fit 32 registers
 constexpr int64_t kPanel = 96;         // rows whose inputs (96 x 1,536 x 2 bytes) stay in L2 while blocks pass by
 constexpr int64_t kPrefetch = 48;      // vectors ahead, 3 KiB: where one thread's reads were fastest
+constexpr int kHint = 2;               // ask for lines into L2: more of them may be on their way there than to L1
 constexpr int64_t kGrainBytes = 1 << 16;  // less than this is not worth waking a thread
 
 using Pairs = Bits; // [16], each two bf16: the even input in the low half
@@ -67,78 +69,121 @@ inline Floats dot(Floats sum, Pairs w, uint32_t x) {
 
 struct Problem {
   const at::BFloat16* x;       // [rows, 2 * pairs], rows x_stride apart
-  const at::BFloat16* packed;  // [blocks, pairs, 32, 2]
-  const float* bias;           // [blocks * 32] or null
+  const at::BFloat16* packed;  // [units * (1 or 2), pairs, 32, 2]
+  const float* bias;           // [units * 32] or null
   at::BFloat16* out;           // [rows, out_features]
   int64_t rows, pairs, x_stride, out_features;
 };
 
-// Rows row .. row + R of one block: tile `index` of `tiles` that use this block one after another.
+// Rows row .. row + R of one unit: tile `index` of `tiles` that use this unit one after another. A unit is one block of
+// weights, or with kGated two: the gate's and, right behind it, the up projection's of the same outputs.
 //
-// Prefetch: memory must never rest. A single tile asks for what it needs 3 KiB later (beyond the block's end lies the
-// next one). Where several tiles share a block, only the first would wait for memory and the others leave it idle; so
-// each of them fetches its share of the *next* block, evenly over its time.
-template <bool native, int R>
-void tile(const Problem& p, int64_t block, int64_t row, int64_t index, int64_t tiles) {
+// Prefetch: memory must never rest. A single tile asks for what it needs 3 KiB later (beyond the unit's end lies the
+// next one). Where several tiles share a unit, only the first would wait for memory and the others leave it idle; so
+// each of them fetches its share of the *next* unit, evenly over its time.
+template <bool native, bool kGated, int R>
+void tile(const Problem& p, int64_t unit, int64_t row, int64_t index, int64_t tiles) {
+  constexpr int64_t kParts = kGated ? 2 : 1;
   const at::BFloat16* x = p.x + row * p.x_stride;
-  const at::BFloat16* weight = p.packed + block * p.pairs * kBlock * 2;
-  const int64_t distance = tiles == 1 ? kPrefetch * kLanes : (p.pairs + p.pairs * index / tiles) * kBlock;
+  const int64_t pairs = kParts * p.pairs;
+  const at::BFloat16* weight = p.packed + unit * pairs * kBlock * 2;
+  const int64_t distance = tiles == 1 ? kPrefetch * kLanes : (pairs + pairs * index / tiles) * kBlock;
   const at::BFloat16* ahead = weight + 2 * distance;
   const int64_t pace = 65536 / tiles; // in fixed point: a division per step would be slow
-  Floats sum[R][2];
-  for (int r = 0; r < R; ++r) {
-    for (int half = 0; half < 2; ++half) {
-      sum[r][half] = p.bias != nullptr ? load(p.bias + block * kBlock + half * kLanes) : Floats{};
+  Floats sum[kParts][R][2];
+#pragma GCC unroll 2
+  for (int64_t part = 0; part < kParts; ++part) {
+    Floats s[R][2]; // of its own, so that it stays in registers
+    for (int r = 0; r < R; ++r) {
+      for (int half = 0; half < 2; ++half) {
+        s[r][half] = p.bias != nullptr ? load(p.bias + unit * kBlock + half * kLanes) : Floats{};
+      }
     }
-  }
-  for (int64_t pair = 0; pair < p.pairs; ++pair, weight += 2 * kBlock) {
-    const at::BFloat16* line = ahead + (pair * pace >> 16) * 2 * kBlock;
-    __builtin_prefetch(line);
-    __builtin_prefetch(line + 2 * kLanes);
-    Pairs w0, w1;
-    std::memcpy(&w0, weight, sizeof(w0));
-    std::memcpy(&w1, weight + 2 * kLanes, sizeof(w1));
+    for (int64_t pair = 0; pair < p.pairs; ++pair, weight += 2 * kBlock) {
+      const at::BFloat16* line = ahead + ((part * p.pairs + pair) * pace >> 16) * 2 * kBlock;
+      __builtin_prefetch(line, /*write=*/0, kHint);
+      __builtin_prefetch(line + 2 * kLanes, /*write=*/0, kHint);
+      Pairs w0, w1;
+      std::memcpy(&w0, weight, sizeof(w0));
+      std::memcpy(&w1, weight + 2 * kLanes, sizeof(w1));
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const uint32_t xr = load_pair(x + r * p.x_stride + 2 * pair);
+        s[r][0] = dot<native>(s[r][0], w0, xr);
+        s[r][1] = dot<native>(s[r][1], w1, xr);
+      }
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const uint32_t xr = load_pair(x + r * p.x_stride + 2 * pair);
-      sum[r][0] = dot<native>(sum[r][0], w0, xr);
-      sum[r][1] = dot<native>(sum[r][1], w1, xr);
+      sum[part][r][0] = s[r][0];
+      sum[part][r][1] = s[r][1];
     }
   }
-  const int64_t first = block * kBlock;
+  const int64_t first = unit * kBlock, count = p.out_features - first;
   for (int r = 0; r < R; ++r) {
     at::BFloat16* out = p.out + (row + r) * p.out_features + first;
-    const int64_t count = p.out_features - first;
-    if (count >= kBlock) {
-      store(out, sum[r][0]);
-      store(out + kLanes, sum[r][1]);
-    } else {
-      store(out, sum[r][0], std::min(kLanes, count));
-      store(out + kLanes, sum[r][1], std::max<int64_t>(0, count - kLanes));
+    for (int half = 0; half < 2; ++half) {
+      Floats y = sum[0][r][half];
+      if constexpr (kGated) {
+        y = y / (1.0f + exp(-y)) * sum[1][r][half];
+      }
+      if (count >= kBlock) {
+        store(out + half * kLanes, y);
+      } else {
+        store(out + half * kLanes, y, std::clamp<int64_t>(count - half * kLanes, 0, kLanes));
+      }
     }
   }
 }
 
 using Tile = void (*)(const Problem&, int64_t, int64_t, int64_t, int64_t);
 
-template <bool native, int... R>
+template <bool native, bool kGated, int... R>
 constexpr std::array<Tile, sizeof...(R)> all_tiles(std::integer_sequence<int, R...>) {
-  return {tile<native, R + 1>...};
+  return {tile<native, kGated, R + 1>...};
 }
 
-template <bool native>
+template <bool native, bool kGated>
 void run(const Problem& p, int64_t begin, int64_t end) {
-  static constexpr auto tile_of = all_tiles<native>(std::make_integer_sequence<int, kTile>{}); // by rows, less 1
+  static constexpr auto tile_of = all_tiles<native, kGated>(std::make_integer_sequence<int, kTile>{}); // by rows, less 1
   for (int64_t panel = 0; panel < p.rows; panel += kPanel) {
     const int64_t rows = std::min(kPanel, p.rows - panel), tiles = ceil_div(rows, kTile);
-    for (int64_t block = begin; block < end; ++block) {
+    for (int64_t unit = begin; unit < end; ++unit) {
       for (int64_t index = 0; index < tiles; ++index) {
         // E.g. 9 rows are 4 and 5: of 8 and 1, the 1 would read the weights for a single row.
         const int64_t first = rows * index / tiles, last = rows * (index + 1) / tiles;
-        tile_of[last - first - 1](p, block, panel + first, index, tiles);
+        tile_of[last - first - 1](p, unit, panel + first, index, tiles);
       }
     }
   }
+}
+
+// The product of both operators: x [..., in] with `units` units of packed weights -> [..., out].
+template <bool kGated>
+at::Tensor multiply(const at::Tensor& x, const at::Tensor& packed, const float* bias, int64_t out_features, bool native) {
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && packed.scalar_type() == at::kBFloat16, "linear_packed wants bf16");
+  constexpr int64_t kParts = kGated ? 2 : 1;
+  const int64_t units = packed.size(0) / kParts, pairs = packed.size(1), in_features = x.size(-1);
+  TORCH_CHECK(ceil_div(in_features, 2) == pairs && ceil_div(out_features, kBlock) == units, "linear_packed: x ",
+              x.sizes(), " and ", out_features, " outputs do not fit the packed weight ", packed.sizes());
+  auto shape = x.sizes().vec();
+  shape.back() = out_features;
+  at::Tensor rows = x.dim() == 2 ? x : x.reshape({-1, in_features});
+  if (in_features % 2 != 0) {
+    rows = at::constant_pad_nd(rows, {0, 1});
+  }
+  if (rows.stride(1) != 1) {
+    rows = rows.contiguous();
+  }
+  at::Tensor out = at::empty({rows.size(0), out_features}, x.options());
+  const Problem p{
+      rows.const_data_ptr<at::BFloat16>(), packed.const_data_ptr<at::BFloat16>(), bias,
+      out.mutable_data_ptr<at::BFloat16>(), rows.size(0), pairs, rows.stride(0), out_features};
+  const int64_t grain = ceil_div(kGrainBytes, kParts * pairs * kBlock * 4);
+  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    native ? run<true, kGated>(p, begin, end) : run<false, kGated>(p, begin, end);
+  });
+  return x.dim() == 2 ? out : out.view(shape);
 }
 
 } // namespace
@@ -159,31 +204,17 @@ at::Tensor pack_weight(const at::Tensor& weight) {
 at::Tensor linear_packed(
     const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias, int64_t out_features,
     bool native) {
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && packed.scalar_type() == at::kBFloat16, "linear_packed wants bf16");
-  const int64_t blocks = packed.size(0), pairs = packed.size(1), in_features = x.size(-1);
-  TORCH_CHECK(ceil_div(in_features, 2) == pairs && ceil_div(out_features, kBlock) == blocks, "linear_packed: x ",
-              x.sizes(), " and ", out_features, " outputs do not fit the packed weight ", packed.sizes());
-  auto shape = x.sizes().vec();
-  shape.back() = out_features;
-  at::Tensor rows = x.dim() == 2 ? x : x.reshape({-1, in_features});
-  if (in_features % 2 != 0) {
-    rows = at::constant_pad_nd(rows, {0, 1});
-  }
-  if (rows.stride(1) != 1) {
-    rows = rows.contiguous();
-  }
-  TORCH_CHECK(!bias || (bias->numel() == blocks * kBlock && bias->is_contiguous() && bias->scalar_type() == at::kFloat),
-              "linear_packed: the bias must be float32 and padded to whole blocks of ", kBlock);
-  at::Tensor out = at::empty({rows.size(0), out_features}, x.options());
-  const Problem p{
-      rows.const_data_ptr<at::BFloat16>(), packed.const_data_ptr<at::BFloat16>(),
-      bias ? bias->const_data_ptr<float>() : nullptr, out.mutable_data_ptr<at::BFloat16>(),
-      rows.size(0), pairs, rows.stride(0), out_features};
-  const int64_t grain = ceil_div(kGrainBytes, pairs * kBlock * 4);
-  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    native ? run<true>(p, begin, end) : run<false>(p, begin, end);
-  });
-  return out.view(shape);
+  TORCH_CHECK(!bias || (bias->numel() == packed.size(0) * kBlock && bias->is_contiguous() &&
+              bias->scalar_type() == at::kFloat), "linear_packed: the bias must be float32 and padded to whole blocks of ",
+              kBlock);
+  return multiply<false>(x, packed, bias ? bias->const_data_ptr<float>() : nullptr, out_features, native);
+}
+
+// silu(x gate^T) * (x up^T) [..., out], rounded once: the gate and up projections of an MLP with what follows them. The
+// weight is pack_weight of both, their blocks taking turns: gate 0, up 0, gate 1, up 1, ...
+at::Tensor linear_silu_packed(const at::Tensor& x, const at::Tensor& packed, int64_t out_features, bool native) {
+  TORCH_CHECK(packed.size(0) % 2 == 0, "linear_silu_packed: gate and up differ in size");
+  return multiply<true>(x, packed, nullptr, out_features, native);
 }
 
 // Whether this library was compiled with bf16 dot products, and `linear_packed` is therefore fast.
@@ -196,10 +227,12 @@ bool has_bf16_dot() {
 TORCH_LIBRARY_FRAGMENT(folovllm, m) {
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("linear_packed(Tensor x, Tensor packed, Tensor? bias, int out_features, bool native=True) -> Tensor");
+  m.def("linear_silu_packed(Tensor x, Tensor packed, int out_features, bool native=True) -> Tensor");
   m.def("has_bf16_dot() -> bool", &folovllm::has_bf16_dot);
 }
 
 TORCH_LIBRARY_IMPL(folovllm, CPU, m) {
   m.impl("pack_weight", &folovllm::pack_weight);
   m.impl("linear_packed", &folovllm::linear_packed);
+  m.impl("linear_silu_packed", &folovllm::linear_silu_packed);
 }

@@ -109,10 +109,43 @@ void locate(const Pages<T>& pages, const int32_t* table, int64_t head, int64_t f
   }
 }
 
-template <typename T>
-bool all_whole(const Tile<T>& tile) {
-  return std::find(std::begin(tile.group), std::end(tile.group), nullptr) == std::end(tile.group);
+// Ask for a line of the next tile. Into L2 and not L1: a core waits for some 24 lines at once on their way to L1, and
+// 24 x 64 bytes per 110 ns are 14 GB/s; more may be on their way to L2 (measured here: 11 GB/s against 18 per core).
+inline void prefetch(const void* line) {
+  __builtin_prefetch(line, /*write=*/0, /*locality=*/2);
 }
+
+// Where the next tile is, for asking for its lines while this one is computed. The last tile of a sequence is shorter: what
+// it lacks is made up with what it has, so that the loops that ask need not count. Nothing to ask for: null.
+template <typename T>
+class Ahead {
+ public:
+  Ahead(Tile<T>& next, int64_t count) : next_(next), whole_(count > 0 && next.group[0] != nullptr) {
+    if (whole_) {
+      std::transform(std::begin(next.group), std::end(next.group), keys_,
+                     [&](const float* group) { return group != nullptr ? group : next.group[0]; });
+      std::fill(next.value + count, std::end(next.value), next.value[0]);
+    }
+  }
+  const float* const* keys() const {
+    return whole_ ? keys_ : nullptr;
+  }
+  const T* const* values() const {
+    return whole_ ? next_.value : nullptr;
+  }
+  void fetch_values(int64_t begin, int64_t end, int64_t head_size) const {
+    for (int64_t j = begin; whole_ && j < end; ++j) {
+      for (int64_t d = 0; d < head_size; d += 64 / static_cast<int64_t>(sizeof(T))) {
+        prefetch(next_.value[j] + d);
+      }
+    }
+  }
+
+ private:
+  Tile<T>& next_;
+  bool whole_;
+  const float* keys_[kTile / kGroup];
+};
 
 // Make every group of a located tile readable as [words][16]: collect those that are not whole, token by token (pages
 // of 1 or 5 tokens), and widen them where the CPU cannot multiply 16-bit words. `collected` and `widened` have room for

@@ -39,6 +39,13 @@ class EngineCore:
         """End requests at any moment; unknown ids are ignored."""
         self.trace.finished(self.scheduler, self.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_ABORTED))
 
+    def reset_prefix_cache(self, reset_running: bool = False) -> bool:
+        """Forget all cached blocks; False, with nothing changed, while requests run (unless they are preempted)."""
+        running = list(self.scheduler.running) if reset_running else []
+        done = self.scheduler.reset_prefix_cache(reset_running)
+        self.trace.preempted(self.scheduler, running[::-1])
+        return done
+
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished_requests()
 
@@ -59,9 +66,7 @@ class EngineCore:
             self.trace.begin("sample")
             runner_output = self.executor.sample(handle)
         except BaseException:
-            failed = self.scheduler.finish_requests(scheduler_output.num_scheduled_tokens, RequestStatus.FINISHED_ERROR)
-            self.scheduler.finished_req_ids |= scheduler_output.finished_req_ids  # the worker may not have read them
-            self.trace.finished(self.scheduler, failed)
+            self.trace.finished(self.scheduler, self.scheduler.fail_step(scheduler_output))
             self.trace.end_step(self.scheduler, [])
             raise
         self.trace.begin("update")

@@ -104,6 +104,10 @@ class LLMEngine:
     def _knows(self, request_id: str) -> bool:
         return request_id in self.engine_core.scheduler.requests
 
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forget all cached blocks; False while requests run. With `reset_running_requests` they start again."""
+        return self.engine_core.reset_prefix_cache(reset_running_requests)
+
     def stats(self) -> EngineStats:
         return self.engine_core.stats()
 

@@ -19,6 +19,7 @@ from folovllm.entrypoints.commands.generate import generate
 from folovllm.entrypoints.commands.info import info
 from folovllm.entrypoints.commands.options import DebugOption
 from folovllm.entrypoints.commands.pull import pull
+from folovllm.entrypoints.commands.quantize import quantize
 from folovllm.entrypoints.commands.trace import trace_app
 
 EXIT_USER_ERROR = 2  # what typer itself uses for a wrong option
@@ -85,6 +86,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(demo)
 app.command()(pull)
+app.command()(quantize)
 app.command()(info)
 app.add_typer(trace_app, name="trace")
 # Everything after `bench` belongs to the benchmark, its --help included.

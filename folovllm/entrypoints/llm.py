@@ -67,6 +67,10 @@ class LLM:
     def stats(self) -> EngineStats:
         return self.llm_engine.stats()
 
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forget all cached prefixes, e.g. before a measurement; False if that was refused because a stream is open."""
+        return self.llm_engine.reset_prefix_cache(reset_running_requests)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -219,9 +223,10 @@ def _advance(bar: tqdm, output: RequestOutput, stats: EngineStats) -> None:
     bar.folovllm_in = getattr(bar, "folovllm_in", 0) + new_in
     bar.folovllm_out = getattr(bar, "folovllm_out", 0) + new_out
     elapsed = max(bar.format_dict["elapsed"], 1e-9)
+    hits = f", prefix hits {stats.prefix_cache_hit_rate:.0%}" if stats.prefix_cache_hits else ""
     bar.set_postfix_str(
         f"input {bar.folovllm_in / elapsed:.1f} tok/s, output {bar.folovllm_out / elapsed:.1f} tok/s, "
-        f"KV {stats.kv_cache_usage:.0%}",
+        f"KV {stats.kv_cache_usage:.0%}{hits}",
         refresh=False,
     )
     bar.update(1)

@@ -14,6 +14,8 @@ from folovllm.hf_config import ModelArchitecture
 from folovllm.model_executor.fast_ops import use_fast_ops
 from folovllm.model_executor.layers.linear import LinearBase, QuantizationConfig
 from folovllm.model_executor.layers.packed_linear import pack_linears
+from folovllm.model_executor.layers.quantization.gptq import GPTQQuantization
+from folovllm.model_executor.layers.quantization.quantized_linear import dequantize_weights
 from folovllm.model_executor.models.llama import LlamaForCausalLM
 from folovllm.model_executor.models.registry import get_model_class
 from folovllm.model_executor.weight_utils import WeightsError, iterate_weights, safetensors_files
@@ -26,16 +28,24 @@ def load_model(
     device: torch.device,
     quant_config: QuantizationConfig | None = None,
     linear_backend: str = "torch",
+    quantization: str = "dequantize",
 ) -> LlamaForCausalLM:
     """The model of `folder` with its weights, in `dtype` on `device`. WeightsError says what is wrong.
 
     `linear_backend`: "torch" computes in plain torch, "onednn" packs the weights of linear layers first, "auto" uses
     our C++ kernels too; each does what helps on this machine and leaves the rest as it is.
+    `quantization` matters to a GPTQ checkpoint: "auto" keeps its weights packed, "dequantize" loads plain ones.
     """
     files = safetensors_files(folder)  # before building: a wrong folder should fail at once
-    model = _build(arch, dtype, device, quant_config)
+    weights = iterate_weights(files)
+    if arch.quantization is not None:
+        if quantization == "auto":
+            quant_config = quant_config or GPTQQuantization(arch.quantization)
+        else:
+            weights = dequantize_weights(weights, arch.quantization)
     try:
-        model.load_weights(iterate_weights(files))
+        model = _build(arch, dtype, device, quant_config)
+        model.load_weights(weights)
     except WeightsError as error:
         raise WeightsError(f"{folder}: {error}") from None
     return _finish(model, linear_backend)

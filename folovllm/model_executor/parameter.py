@@ -16,16 +16,20 @@ from torch import nn
 WeightLoader = Callable[[nn.Parameter, torch.Tensor, Any], None]
 
 
-class ShapeMismatchError(ValueError):
-    """A checkpoint tensor has another shape than the layer needs; `load_weights` adds the tensor's name."""
+class TensorMismatchError(ValueError):
+    """A checkpoint tensor is not what the layer needs; `load_weights` adds the tensor's name."""
+
+
+class ShapeMismatchError(TensorMismatchError):
+    """It has another shape."""
 
     def __init__(self, expected: tuple[int, ...], found: tuple[int, ...]) -> None:
         super().__init__(f"expected shape {list(expected)}; found {list(found)}")
 
 
-def new_parameter(*shape: int, weight_loader: WeightLoader) -> nn.Parameter:
-    """An uninitialised parameter of the default dtype and device: the checkpoint fills every one of them."""
-    param = nn.Parameter(torch.empty(*shape), requires_grad=False)
+def new_parameter(*shape: int, weight_loader: WeightLoader, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """An uninitialised parameter, of the default dtype unless told: the checkpoint fills every one of them."""
+    param = nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
     set_weight_loader(param, weight_loader)
     return param
 
@@ -42,8 +46,12 @@ def load_whole(param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: Any =
 def copy_shard(target: torch.Tensor, loaded_weight: torch.Tensor, dim: int, rank: int, world: int) -> None:
     """Copy the `rank`-th of `world` equal pieces of `loaded_weight` along `dim` into `target`, converting the dtype.
 
-    E.g. target [3, 8], loaded [6, 8], dim 0, rank 1 of 2 -> rows 3..5.
+    E.g. target [3, 8], loaded [6, 8], dim 0, rank 1 of 2 -> rows 3..5. Integers never become floats or the reverse:
+    they would be packed weights in the place of plain ones.
     """
+    if target.is_floating_point() != loaded_weight.is_floating_point():
+        kind = "floating-point" if target.is_floating_point() else "integer"
+        raise TensorMismatchError(f"expected {kind} values; found {str(loaded_weight.dtype).removeprefix('torch.')}")
     size = target.shape[dim]
     expected = tuple(n * world if i == dim else n for i, n in enumerate(target.shape))
     if tuple(loaded_weight.shape) != expected:

@@ -1,7 +1,7 @@
 """From files to parameters: reading safetensors tensor by tensor, and checking that every one finds its place.
 
 Milestone: M0. vLLM counterpart: vllm/model_executor/model_loader/weight_utils.py and models/utils.py. Left out: pickled
-weights (never opened), downloading (folovllm.hub), filters for quantised extras.
+weights (never opened), downloading (folovllm.hub).
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from folovllm.model_executor.parameter import ShapeMismatchError
+from folovllm.model_executor.parameter import TensorMismatchError
 
 INDEX = "model.safetensors.index.json"
 _PULL_AGAIN = "the file is corrupt or its download was cut short: fetch it again"
@@ -99,7 +99,7 @@ def load_weights(
         if name in targets:
             _load_one(name, tensor, *targets[name])
             missing.pop(name, None)
-        elif not _ignorable(name, targets):
+        elif not _ignorable(name, tensor, targets):
             unexpected.append(name)
     _check_complete(list(missing), unexpected)
 
@@ -107,13 +107,15 @@ def load_weights(
 def _load_one(name: str, tensor: torch.Tensor, param: nn.Parameter, shard_id: Any) -> None:
     try:
         param.weight_loader(param, tensor, shard_id)  # type: ignore[attr-defined]
-    except ShapeMismatchError as error:
+    except TensorMismatchError as error:
         todo = "the weights and config.json belong to different models: download both again"
         raise WeightsError(f"tensor {name!r}: {error}; to fix it: {todo}") from None
 
 
-def _ignorable(name: str, targets: Mapping[str, Target]) -> bool:
-    """Harmless leftovers: the output head of a tied model (it is the embedding), and old rotary tables."""
+def _ignorable(name: str, tensor: torch.Tensor, targets: Mapping[str, Target]) -> bool:
+    """Harmless leftovers: the output head of a tied model (it is the embedding), old rotary tables, biases of zeros."""
+    if name.endswith(".bias"):  # early GPTQ tools gave one to every layer
+        return not tensor.any()
     return (name == "lm_head.weight" and name not in targets) or name.endswith("rotary_emb.inv_freq")
 
 
@@ -123,6 +125,12 @@ def _check_complete(missing: list[str], unexpected: list[str]) -> None:
     found = [f"{len(missing)} missing ({listing(missing)})"] if missing else []
     found += [f"{len(unexpected)} unexpected ({listing(unexpected)})"] if unexpected else []
     todo = "the weights and config.json belong to different models, or a file is missing: download both again"
+    if any(name.endswith(".qweight") for name in unexpected):
+        todo = "these are GPTQ weights: give config.json back its 'quantization_config', or quantize_config.json"
+    if missing and all(name.endswith(".g_idx") for name in missing):
+        todo = (
+            "without g_idx nobody knows which scale belongs to which input: write the checkpoint again with GPTQModel"
+        )
     if missing == ["lm_head.weight"]:
         todo = "download the weights again; if the model ties its embeddings, config.json needs tie_word_embeddings"
     refuse("the tensors config.json describes", " and ".join(found), todo)

@@ -109,13 +109,16 @@ def _tokens(record: StepRecord) -> list[str]:
     return [_phrase(event) for event in record["events"] if event[0] == "sample"]
 
 
+_BLOCK_EVENTS = ("alloc", "hit", "copy", "free")
+
+
 def _rest(record: StepRecord) -> list[str]:
-    others = [_phrase(event) for event in record["events"] if event[0] not in ("alloc", "hit", "free")]
+    others = [_phrase(event) for event in record["events"] if event[0] not in _BLOCK_EVENTS]
     return others + [f"{name} {value}" for name, value in record["queues"].items()]
 
 
 def _pool(record: StepRecord) -> list[str]:
-    blocks = [_phrase(event) for event in record["events"] if event[0] in ("alloc", "hit", "free")]
+    blocks = [_phrase(event) for event in record["events"] if event[0] in _BLOCK_EVENTS]
     return blocks + [f"{name} {value}" for name, value in record["pool"].items()]
 
 

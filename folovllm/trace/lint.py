@@ -1,7 +1,7 @@
 """lint: the rules of scheduling and paging in executable form, checked on a trace.
 
-Milestone: M2 (queues, budgets, tokens), M3 (blocks). vLLM counterpart: none; the rules are spec B4-B8.
-Left out: prefix-cache contents (which hit is right, what is evicted), drafts.
+Milestone: M2 (queues, budgets, tokens), M3 (blocks), M6 (hits: lint_cache.py). vLLM counterpart: none; the rules are
+spec B4-B8. Left out: which cached block is evicted, drafts.
 
 Row 1: no torch. The lint replays the events and holds them against what the engine says about itself. After a violation
 it believes the engine and goes on, so that one bug is one message and not a hundred.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from folovllm.trace.lint_cache import CACHE_RULES, CacheLinter
 from folovllm.trace.record import Event, SchedEntry, StepRecord, Trace, read_trace
 from folovllm.trace.replay import Replay
 
@@ -41,7 +42,7 @@ RULES: dict[str, str] = {
     "waste": "a table has no block that its tokens do not need",
     "kept-blocks": "who does not run holds no blocks",
     "conservation": "free + cached + held blocks are all there are",
-}
+} | CACHE_RULES
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class _Linter:
         self.usable_blocks: int = trace.header["kv"]["usable_blocks"]
         self.violations: list[Violation] = []
         self.replay = Replay()
+        self.cache = CacheLinter(self.block_size, self.report)
         self.step: int | None = None
         self.num_steps = 0
         self.missing_blocks = 0  # reported already
@@ -97,10 +99,13 @@ class _Linter:
             self.report("steps", f"step {self.num_steps} was expected")
         self.num_steps = self.step + 1
         preempted = self._apply(record["events"][: record["planned"]])
+        self.cache.planned(record["events"][: record["planned"]])
         self._check_budget(record)
         self._check_order(record["sched"], record["budget"]["used"], preempted)
         for entry in record["sched"]:
             self._check_entry(entry)
+            self.cache.entry(entry)
+        self.cache.ran(record)
         self.replay.run(record["sched"])
         if len(self.replay.running) > self.max_num_seqs:
             self.report("seats", f"{len(self.replay.running)} requests run, the limit is {self.max_num_seqs}")
@@ -211,7 +216,7 @@ class _Linter:
             return
         request_id, start, n, end = entry["req"], entry["start"], entry["n"], entry["start"] + entry["n"]
         joins = request_id not in self.replay.running
-        computed = self.replay.hits.get(request_id, 0) * self.block_size if joins else request.num_computed_tokens
+        computed = self._num_hit_tokens(request_id) if joins else request.num_computed_tokens
         if start != computed:
             self.report("recompute", f"{request_id} starts at token {start} with {computed} computed")
         if n < 1 or end > request.num_tokens:
@@ -221,6 +226,10 @@ class _Linter:
         if 0 < self.threshold < n:
             self.report("chunk", f"{request_id} computes {n} tokens at once, the threshold is {self.threshold}")
         self._check_table(request_id, entry["table"], end)
+
+    def _num_hit_tokens(self, request_id: str) -> int:
+        """Tokens that a request just admitted has from the cache: in shared blocks, and copied."""
+        return self.replay.hits.get(request_id, 0) * self.block_size + self.cache.copies.get(request_id, 0)
 
     def _check_progress(self, is_stalled: bool) -> None:
         if is_stalled and not self.is_stalled:  # an engine that stands still does so in every step

@@ -22,6 +22,8 @@ change is left out: `table` is written when it grew or is new, the two queues wh
 Events, in the order in which they happened:
     ["add", request, prompt tokens, max_tokens, priority]      ["preempt", request]
     ["hit", request, [blocks]]    taken from the prefix cache  ["alloc", request, [blocks]]    new
+    ["copy", request, source block, its own block, tokens]     the part of a block that a prefix hit ends in
+    ["requeue", request]          preempted between two steps, so that the prefix cache could be reset
     ["free", request, [blocks]]   its whole table, in order    ["sample", request, [token ids]]
     ["finish", request, "stop" | "length" | "abort" | "error"]
 """

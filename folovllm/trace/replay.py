@@ -47,7 +47,7 @@ class Replay:
                     request_id, num_prompt_tokens, max_tokens, priority, num_tokens=num_prompt_tokens
                 )
                 self.waiting.append(request_id)
-            case "preempt":
+            case "preempt" | "requeue":
                 self._leave_queues(request_id)
                 self.waiting.insert(0, request_id)
                 if request_id in self.requests:

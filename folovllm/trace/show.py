@@ -48,14 +48,14 @@ def _flat(holders: dict[int, list[str]]) -> list[str]:
 def _summary(record: StepRecord) -> list[str]:
     budget, queues, pool = record["budget"], record["queues"], record["pool"]
     spans = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in record["spans"].items())
-    moves = [event for event in record["events"] if event[0] in ("add", "preempt", "finish")]
+    moves = [event for event in record["events"] if event[0] in ("add", "preempt", "requeue", "copy", "finish")]
     waiting = queues["waiting"]
     return [
         f"step {record['step']} at {record['t0']:.3f} s, {record['dur'] * 1e3:.2f} ms ({spans})",
         f"computes {budget['used']} of at most {budget['tokens']} tokens for {len(record['sched'])} requests",
         f"then running {', '.join(queues['running']) or 'nobody'}",
         f"then waiting {queues['num_waiting'] if waiting is None else ', '.join(waiting) or 'nobody'}",
-        f"then {pool['free']} blocks free",
+        f"then {pool['free']} blocks free" + (f", {pool['cached']} more free but cached" if pool["cached"] else ""),
         "events: " + ("; ".join(" ".join(map(str, event)) for event in moves) or "nobody came or went"),
     ]
 

@@ -43,6 +43,9 @@ class NullTrace:
     def finished(self, scheduler: Scheduler, requests: Iterable[Request]) -> None:
         """`requests` were ended from outside: an abort, an error."""
 
+    def preempted(self, scheduler: Scheduler, requests: Iterable[Request]) -> None:
+        """`requests` were put back into the queue between two steps."""
+
     def begin(self, span: str) -> None:
         """The part `span` of a step begins; the one before it ends."""
 
@@ -129,6 +132,7 @@ class TraceWriter(NullTrace):
     def _reset(self) -> None:
         """Nothing is known of the next step yet."""
         self._events: list[Event] = []
+        self._copies: dict[int, int] = {}  # destination block -> source
         self._sched: list[SchedEntry] = []
         self._num_used = self._num_planned = 0
         self._queues_changed = False
@@ -146,6 +150,12 @@ class TraceWriter(NullTrace):
     def finished(self, scheduler: Scheduler, requests: Iterable[Request]) -> None:
         for request in requests:
             self._note_finish(scheduler, request.request_id, RequestStatus.get_finished_reason(request.status))
+
+    def preempted(self, scheduler: Scheduler, requests: Iterable[Request]) -> None:
+        for request in requests:
+            self._events.append(["requeue", request.request_id])
+            self._note_free(scheduler, request.request_id)
+            self._queues_changed = True
 
     def _note_finish(self, scheduler: Scheduler, request_id: str, reason: str | None) -> None:
         self._events.append(["finish", request_id, reason])
@@ -174,6 +184,7 @@ class TraceWriter(NullTrace):
             self._queues_changed = True
         sent: dict[str, NewRequestData | CachedRequestData] = {new.request_id: new for new in output.scheduled_new_reqs}
         sent |= {cached.request_id: cached for cached in output.scheduled_cached_reqs}
+        self._copies = {destination: source for source, destination in output.block_copies}
         self._sched = [self._entry(scheduler, sent[r], n) for r, n in output.num_scheduled_tokens.items()]
         self._num_used = output.total_num_scheduled_tokens
         self._num_planned = len(self._events)
@@ -200,6 +211,9 @@ class TraceWriter(NullTrace):
             self._shared.update(blocks[:num_hits])
         if blocks[num_hits:]:
             self._events.append(["alloc", request_id, blocks[num_hits:]])
+            if source := self._copies.get(blocks[num_hits]):
+                length = num_hit_tokens - num_hits * scheduler.kv_cache_manager.block_size
+                self._events.append(["copy", request_id, source, blocks[num_hits], length])
 
     def end_step(self, scheduler: Scheduler, outputs: Iterable[EngineCoreOutput]) -> None:
         self.begin("")  # ends the last span
@@ -249,8 +263,9 @@ class TraceWriter(NullTrace):
         pool = scheduler.kv_cache_manager.block_pool
         counts = {block_id: pool.blocks[block_id].ref_cnt for block_id in self._shared}
         self._shared = {block_id for block_id, count in counts.items() if count > 1}
-        # Without a prefix index no free block is worth remembering (M6 counts them).
-        return {"free": pool.get_num_free_blocks(), "cached": 0, "ref": {b: counts[b] for b in sorted(self._shared)}}
+        cached = pool.num_free_cached_blocks
+        ref = {block_id: counts[block_id] for block_id in sorted(self._shared)}
+        return {"free": pool.get_num_free_blocks() - cached, "cached": cached, "ref": ref}
 
     def close(self) -> None:
         """Write the end line: it says that nothing is missing. Closing twice is fine."""

@@ -7,7 +7,6 @@ The batch is flat: the new tokens of all requests one after another, without pad
 request is in prefill or decode; it only knows how many tokens are computed and how many are new.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +17,8 @@ from folovllm.config import EngineConfig
 from folovllm.core.kv_cache_utils import KVCacheConfig
 from folovllm.core.sched.output import NewRequestData, SchedulerOutput
 from folovllm.forward_context import set_forward_context
+from folovllm.model_executor.fast_layers import fuse_decoder_layers
+from folovllm.model_executor.huge_pages import huge_zeros
 from folovllm.model_executor.models.interface import CausalLM
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.request import TokenLogprobs
@@ -63,9 +64,10 @@ class ModelRunner:
         """One tensor for all layers, cut into a slice per layer: [num_layers, *backend.kv_cache_shape]."""
         layers = self.model.attention_layers()
         shape = (len(layers), *self.backend.kv_cache_shape(kv_cache_config.num_blocks))
-        self.kv_caches = _lazy_zeros(shape, self.backend.spec.dtype, self.device)
+        self.kv_caches = _zeros(shape, self.backend.spec.dtype, self.device)
         for layer, kv_cache in zip(layers, self.kv_caches, strict=True):
             layer.bind(self.backend, kv_cache)
+        fuse_decoder_layers(self.model, self.backend)
 
     # ---- execute: state, inputs, forward pass
 
@@ -201,12 +203,6 @@ class ModelRunner:
         return result
 
 
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros; on a CPU from pages that the operating system provides when they are first written.
-
-    torch.zeros writes all of them at once: a second per 2 GiB at start-up, and memory that may never be used.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    num_bytes = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """torch.zeros writes them all at once: on a CPU a second per 2 GiB at start, of memory that may never be used."""
+    return huge_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)

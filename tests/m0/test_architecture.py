@@ -18,6 +18,7 @@ ROWS = {
     "folovllm.milestones": 0,
     "folovllm.config": 0,
     "folovllm.hf_config": 0,
+    "folovllm.gptq_config": 0,
     "folovllm.sampling_params": 0,
     "folovllm.request": 0,
     "folovllm.outputs": 0,

@@ -58,6 +58,9 @@ OTHER_VALUES: dict[str, Any] = {
     "gpu_memory_utilization": 1,
     "kv_cache_memory": 1,
     "num_kv_blocks": 2,
+    "prefix_index": "radix",
+    "partial_block_hits": True,
+    "prefix_caching_seed": 7,
     "free_uncached_first": False,
     "policy": "static",
     "scheduling_policy": "priority",
@@ -103,7 +106,9 @@ def test_every_argument_is_tried() -> None:
     """A new argument needs a line in OTHER_VALUES, unless it belongs to a rung that is still to be built."""
     of_later_rungs = {name for rung in milestones.rungs_above_top() for name in rung.on}
     untried = set(engine_arg_names()) - set(OTHER_VALUES) - of_later_rungs
-    assert untried <= {"long_prefill_token_threshold", "linear_backend", *of_built_switches()}, untried
+    # Of the last one the other value asks for a package that may not be installed: tests/m6/test_block_hash.py.
+    exceptions = {"long_prefill_token_threshold", "linear_backend", "prefix_caching_hash_algo"}
+    assert untried <= exceptions | of_built_switches(), untried
 
 
 def of_built_switches() -> set[str]:

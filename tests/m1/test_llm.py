@@ -422,6 +422,7 @@ def test_an_id_in_use_is_refused(llm: LLM) -> None:
 
 
 def test_metrics_are_filled(llm: LLM) -> None:
+    assert llm.reset_prefix_cache()  # other tests have asked the same
     for output in generate(llm, TEXTS):
         m = output.metrics
         assert m.num_generation_tokens == 12 and len(m.inter_token_latencies) == 11
@@ -429,6 +430,9 @@ def test_metrics_are_filled(llm: LLM) -> None:
         assert m.time_to_first_token >= m.prefill_time and m.time_per_output_token > 0
         assert m.decode_time == pytest.approx(sum(m.inter_token_latencies))
         assert output.num_cached_tokens == 0
+    block_size = llm.config.block_size
+    for output in generate(llm, TEXTS):
+        assert output.num_cached_tokens == (len(output.prompt_token_ids) - 1) // block_size * block_size
 
 
 def test_stats_count(llm: LLM) -> None:

@@ -46,6 +46,8 @@ class Totals:
     errors: int = 0
     in_mid_prompt: int = 0
     prefix_hits: int = 0
+    partial_hits: int = 0
+    cached_errors: int = 0  # failed steps with prefix caching on
 
 
 @st.composite
@@ -54,7 +56,7 @@ def config_args(draw: st.DrawFn) -> dict[str, Any]:
     max_model_len = draw(st.integers(2, 24) | st.just(24))
     block_size = draw(st.integers(1, min(3, max_model_len)) | st.integers(1, max_model_len))
     needed = -(-max_model_len // block_size)
-    chunked, cached = draw(st.booleans()), draw(st.sampled_from([False, False, True]))
+    chunked, cached = draw(st.booleans()), draw(st.booleans())
     return {
         "max_model_len": max_model_len,
         "block_size": block_size,
@@ -64,11 +66,12 @@ def config_args(draw: st.DrawFn) -> dict[str, Any]:
         "enable_chunked_prefill": chunked,
         "long_prefill_token_threshold": draw(st.integers(0, 5)) if chunked else 0,
         "policy": draw(st.sampled_from(["continuous", "static"])),
-        # A victim that was scheduled already has published blocks that never ran: to be taken back by M6's index.
-        "scheduling_policy": "fcfs" if cached else draw(st.sampled_from(["fcfs", "priority"])),
+        "scheduling_policy": draw(st.sampled_from(["fcfs", "priority"])),
         "reserve_full_sequence": draw(st.booleans()),
         "free_uncached_first": draw(st.booleans()),
-        "cached": cached,
+        "enable_prefix_caching": cached,
+        "prefix_index": draw(st.sampled_from(["hash", "radix"])),
+        "partial_block_hits": cached and draw(st.booleans()),
     }
 
 
@@ -102,12 +105,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     @initialize(args=config_args())
     def start(self, args: dict[str, Any]) -> None:
-        self.args = dict(args)
+        self.args = args
         self.executor = StrictExecutor()
-        cached = args.pop("cached")
         self.core = make_core(self.executor, **args)
-        if cached:
-            helpers.use_toy_index(self.core)
         self.requests: list[Request] = []
         self.expected: dict[str, list[int]] = {}
         self.got: dict[str, list[int]] = {}
@@ -137,6 +137,7 @@ class EngineMachine(RuleBasedStateMachine):
             min_tokens=rng.randint(0, min(2, max_tokens)),
             priority=rng.randint(0, 2),
             arrival_time=float(rng.randint(0, 2)),
+            cache_salt=rng.choice([None, None, None, "salt"]),
             **rng.choice(STOP_ARGS),
         )
         self.requests.append(request)
@@ -165,8 +166,8 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.core.has_unfinished_requests())
     @rule(seldom=st.integers(0, 3))
     def failing_step(self, seldom: int) -> None:
-        if seldom or self.args["cached"]:
-            return  # what a failed step has published is M6's to take back
+        if seldom:
+            return
         before = list(self.core.scheduler.requests)
         self.executor.fails = True
         with pytest.raises(RuntimeError, match="the device is gone"):
@@ -178,6 +179,7 @@ class EngineMachine(RuleBasedStateMachine):
         for request_id in gone:
             del self.expected[request_id]
         self.totals.errors += len(gone)
+        self.totals.cached_errors += self.args["enable_prefix_caching"] and bool(gone)
 
     @invariant()
     def integrity(self) -> None:
@@ -197,7 +199,9 @@ class EngineMachine(RuleBasedStateMachine):
         assert sorted(self.executor.heard_of) == sorted(r.request_id for r in self.requests), "each id once"
         assert {request_id: self.got[request_id] for request_id in self.expected} == self.expected
         self.totals.preemptions += self.core.stats().num_preemptions
-        self.totals.prefix_hits += sum(request.num_cached_tokens > 0 for request in self.requests)
+        cached = [request.num_cached_tokens for request in self.requests if request.num_cached_tokens > 0]
+        self.totals.prefix_hits += len(cached)
+        self.totals.partial_hits += sum(n % self.args["block_size"] > 0 for n in cached)
 
     def one_step(self) -> None:
         self.totals.steps += self.core.scheduler.has_requests()
@@ -241,7 +245,7 @@ def test_random_life_of_the_engine() -> None:
     assert totals.preemptions >= 100 and totals.in_mid_prompt >= 100, totals
     assert totals.finished >= 300 and totals.finished_on_first_token >= 50, totals
     assert totals.aborted >= 100 and totals.errors >= 20, totals
-    assert totals.prefix_hits >= 100, totals
+    assert totals.prefix_hits >= 100 and totals.partial_hits >= 10 and totals.cached_errors >= 10, totals
 
 
 def crowded_core(rng: random.Random) -> EngineCore:
@@ -255,6 +259,7 @@ def crowded_core(rng: random.Random) -> EngineCore:
         enable_chunked_prefill=chunked,
         max_num_batched_tokens=rng.randint(4, 20) if chunked else None,
         reserve_full_sequence=rng.random() < 0.5,
+        enable_prefix_caching=rng.random() < 0.5,
     )
 
 

@@ -14,8 +14,10 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import build_notebooks  # noqa: E402
 
 MILESTONE = {"00": pytest.mark.m1, "01": pytest.mark.m1, "03": pytest.mark.m2, "04": pytest.mark.m3}
-NOTEBOOKS = [
-    pytest.param(source, id=source.stem, marks=MILESTONE[source.stem[:2]]) for source in build_notebooks.sources()
+NOTEBOOKS = [  # later milestones test their own
+    pytest.param(source, id=source.stem, marks=MILESTONE[source.stem[:2]])
+    for source in build_notebooks.sources()
+    if source.stem[:2] in MILESTONE
 ]
 
 

@@ -1,7 +1,8 @@
 """The lattice: whatever the switches, the same greedy tokens as `generate_naive` (DESIGN section 1; issue 3, 4.1).
 
-Milestone: M3 (each later rung adds its switch here). A pairwise covering array always runs, the full product is `slow`.
-Chunked prefill is a rung of M5, but the scheduler has it and the lattice runs it.
+Milestone: M3; M4 added `attention_backend`, M5 `enable_chunked_prefill`, M6 `enable_prefix_caching` and what goes with
+it (each later rung adds its switch here). A pairwise covering array always runs, and some crowded corners; the full
+product of the switches that schedule is `slow`, with kernels, models and the kinds of cache taking turns in it.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import pytest
 
 from folovllm.milestones import LADDER
 from tests.pairwise import Case, pairwise, product
-from tests.parity_helpers import MIN_GAP, GapNaiveModel, Job, make_engine, make_job, run_jobs
+from tests.parity_helpers import MIN_GAP, GapNaiveModel, Job, draw_prompt, make_engine, make_job, run_jobs
 
 pytestmark = pytest.mark.m3
 
@@ -22,41 +23,61 @@ MAX_MODEL_LEN = 64
 # (prompt length, output tokens, priority). One fills the context to its end, one is a single token, several sit at and
 # around the edges of blocks of 5 and 16.
 SHAPES = [(1, 40, 0), (16, 20, 2), (5, 30, 1), (17, 24, 0), (40, 24, 3), (2, 12, 1), (31, 9, 2), (33, 1, 0)]
+FAMILY = {17, 31, 33, 40}  # prompts of these lengths begin alike: 16 tokens in all of them, 30 in three
+COMMON = draw_prompt(30, seed=99)
 LATE = 3  # so many arrive while the others run
 
-CHUNKING: dict[str, dict[str, Any]] = {
-    "off": {},
+CHUNKING: dict[str, dict[str, Any]] = {  # off: whole prompts; "all": a budget that never splits one
+    "off": {"enable_chunked_prefill": False},
     "budget 1": {"max_num_batched_tokens": 1, "enable_chunked_prefill": True},
     "budget 7": {"max_num_batched_tokens": 7, "enable_chunked_prefill": True},
-    "budget 40": {"max_num_batched_tokens": 40, "enable_chunked_prefill": True},
+    "budget 16": {"max_num_batched_tokens": 16, "enable_chunked_prefill": True},
+    "budget 64": {"max_num_batched_tokens": 64, "enable_chunked_prefill": True},
+    "all": {"enable_chunked_prefill": True},
     "threshold 3": {"long_prefill_token_threshold": 3, "enable_chunked_prefill": True},
 }
+CACHING: dict[str, dict[str, Any]] = {
+    "off": {"enable_prefix_caching": False},
+    "hash": {"enable_prefix_caching": True, "prefix_index": "hash"},
+    "radix": {"enable_prefix_caching": True, "prefix_index": "radix"},
+    "hash, partial": {"enable_prefix_caching": True, "prefix_index": "hash", "partial_block_hits": True},
+    "radix, partial": {"enable_prefix_caching": True, "prefix_index": "radix", "partial_block_hits": True},
+}
+POOLS = {"evicting": 2, "tiny": 1}  # requests of max_model_len that fit, and not a block more
 MODELS = ["llama", "llama_rope", "qwen2", "qwen3"]
 SWITCHES: dict[str, list[Any]] = {
     "policy": ["static", "continuous"],
     "max_num_seqs": [1, 3, 8],
     "block_size": [1, 5, 16, "max_model_len"],
-    "num_kv_blocks": ["ample", "tiny"],  # tiny: one request of max_model_len and not a block more
+    "num_kv_blocks": ["ample", *POOLS],
     "scheduling_policy": ["fcfs", "priority"],
     "free_uncached_first": [True, False],
     "reserve_full_sequence": [True, False],
     "linear_backend": ["onednn", "auto", "torch"],
+    "attention_backend": ["torch_naive", "auto", "torch_sdpa", "torch_flash"],  # auto: C++ where there is a compiler
     "enable_chunked_prefill": list(CHUNKING),
+    "enable_prefix_caching": list(CACHING),
 }
-ARRAY = pairwise(SWITCHES | {"model": MODELS})
+RUNS = {"passes": [1, 2], "model": MODELS}  # the second pass meets a warm cache
+ARRAY = pairwise(SWITCHES | RUNS)
+# In the full product a kernel need not meet every schedule: it cannot know who made its batch. Nor need each cache.
+TURNS = {name: SWITCHES[name] for name in ("linear_backend", "attention_backend")} | RUNS
+CACHES = [name for name in CACHING if name != "off"]
 
 MakeTiny = Callable[[str], Path]
 
 
 def engine_args(case: Case) -> dict[str, Any]:
     args = {name: value for name, value in case.items() if name in SWITCHES} | {"max_model_len": MAX_MODEL_LEN}
-    args |= {"num_kv_blocks": tiny_pool(case) if args["num_kv_blocks"] == "tiny" else None}
-    return args | {"enable_chunked_prefill": False} | CHUNKING[case["enable_chunked_prefill"]]
+    args |= {"num_kv_blocks": num_kv_blocks(case)}
+    return args | CHUNKING[case["enable_chunked_prefill"]] | CACHING[case["enable_prefix_caching"]]
 
 
-def tiny_pool(case: Case) -> int:
+def num_kv_blocks(case: Case) -> int | None:
+    if case["num_kv_blocks"] == "ample":
+        return None
     block_size = MAX_MODEL_LEN if case["block_size"] == "max_model_len" else case["block_size"]
-    return math.ceil(MAX_MODEL_LEN / block_size) + 1  # and the null block
+    return POOLS[case["num_kv_blocks"]] * math.ceil(MAX_MODEL_LEN / block_size) + 1  # and the null block
 
 
 def must_preempt(case: Case) -> bool:
@@ -64,6 +85,13 @@ def must_preempt(case: Case) -> bool:
     a budget of one token gives it all to the first request: nobody joins it."""
     grows = case["block_size"] != "max_model_len" and case["max_num_seqs"] > 1
     return grows and case["num_kv_blocks"] == "tiny" and case["enable_chunked_prefill"] != "budget 1"
+
+
+def must_hit(case: Case) -> bool:
+    """Everything is there in the second pass, if there was room. A page of max_model_len never gets full, and only full
+    blocks are published: of 64 tokens the last has no K/V."""
+    cached = case["enable_prefix_caching"] != "off" and case["passes"] == 2
+    return cached and case["num_kv_blocks"] == "ample" and case["block_size"] != "max_model_len"
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +102,10 @@ def jobs_of(tiny_model_dir: MakeTiny) -> Callable[[str], list[Job]]:
     def get(name: str) -> list[Job]:
         if name not in made:
             model = GapNaiveModel(tiny_model_dir(name))
-            made[name] = [make_job(model, length, n, seed, prio) for seed, (length, n, prio) in enumerate(SHAPES)]
+            made[name] = [
+                make_job(model, length, n, seed, prio, COMMON[: length - 1] if length in FAMILY else ())
+                for seed, (length, n, prio) in enumerate(SHAPES)
+            ]
         return made[name]
 
     return get
@@ -83,15 +114,29 @@ def jobs_of(tiny_model_dir: MakeTiny) -> Callable[[str], list[Job]]:
 def run_case(case: Case, folder: Path, jobs: list[Job]) -> int:
     """Run a case, compare every token; how many preemptions there were."""
     engine = make_engine(folder, **engine_args(case))
-    assert run_jobs(engine, jobs, late=LATE) == [job.tokens for job in jobs], f"differs with {case}"
-    num_preemptions = engine.stats().num_preemptions
-    assert num_preemptions > 0 or not must_preempt(case), f"the pool was meant to run dry with {case}"
-    return num_preemptions
+    for number in range(case["passes"]):
+        assert run_jobs(engine, jobs, late=LATE) == [job.tokens for job in jobs], f"pass {number} differs with {case}"
+    stats = engine.stats()
+    assert stats.num_preemptions > 0 or not must_preempt(case), f"the pool was meant to run dry with {case}"
+    assert stats.prefix_cache_hits > 0 or not must_hit(case), f"the second pass was meant to hit with {case}"
+    assert stats.prefix_cache_hits == 0 or case["enable_prefix_caching"] != "off"
+    return stats.num_preemptions
 
 
 @pytest.mark.parametrize("case", ARRAY, ids=lambda case: "-".join(map(str, case.values())))
 def test_pairwise(case: Case, tiny_model_dir: MakeTiny, jobs_of: Callable[[str], list[Job]]) -> None:
     run_case(case, tiny_model_dir(case["model"]), jobs_of(case["model"]))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("chunking", ["off", "budget 7", "budget 16", "threshold 3"])
+def test_corners(chunking: str, cache: str, tiny_model_dir: MakeTiny, jobs_of: Callable[[str], list[Job]]) -> None:
+    """Everything that can get into another's way at once: chunks, hits, copies, preemptions in mid-prompt."""
+    crowd = {"max_num_seqs": 8, "num_kv_blocks": "tiny", "reserve_full_sequence": False, "passes": 2}
+    case = ARRAY[-1] | crowd | {"enable_chunked_prefill": chunking, "enable_prefix_caching": cache}
+    for block_size, policy in ((1, "fcfs"), (5, "priority")):
+        case |= {"block_size": block_size, "scheduling_policy": policy, "policy": "continuous"}
+        assert run_case(case, tiny_model_dir("llama"), jobs_of("llama")) > 0
 
 
 @pytest.mark.slow
@@ -100,9 +145,15 @@ def test_pairwise(case: Case, tiny_model_dir: MakeTiny, jobs_of: Callable[[str],
 def test_full_product(
     policy: str, block_size: int | str, tiny_model_dir: MakeTiny, jobs_of: Callable[[str], list[Job]]
 ) -> None:
-    cases = product(SWITCHES | {"policy": [policy], "block_size": [block_size]})
-    models = itertools.cycle(MODELS)
-    preemptions = sum(run_case(case, tiny_model_dir(m), jobs_of(m)) for case, m in zip(cases, models, strict=False))
+    # Caching first, so that it changes slowly: beside every second case it would meet every second turn only.
+    fixed = {"enable_prefix_caching": ["off", "on"], "policy": [policy], "block_size": [block_size]}
+    scheduling = {name: values for name, values in SWITCHES.items() if name not in TURNS}
+    cases = product({"enable_prefix_caching": []} | scheduling | fixed)
+    turns = zip(cases, itertools.cycle(product(TURNS | {"cache": CACHES})), strict=False)
+    preemptions = 0
+    for case in (case | turn for case, turn in turns):
+        case["enable_prefix_caching"] = case["cache"] if case["enable_prefix_caching"] == "on" else "off"
+        preemptions += run_case(case, tiny_model_dir(case["model"]), jobs_of(case["model"]))
     print(f"{policy}, block_size {block_size}: {len(cases)} combinations, {preemptions} preemptions")
 
 
@@ -120,14 +171,14 @@ def test_the_lattice_knows_every_switch_of_the_ladder() -> None:
 
 
 def test_the_array_covers_every_pair() -> None:
-    switches = SWITCHES | {"model": MODELS}
+    switches = SWITCHES | RUNS
     for (a, a_values), (b, b_values) in itertools.combinations(switches.items(), 2):
         seen = {(case[a], case[b]) for case in ARRAY}
         assert seen == set(itertools.product(a_values, b_values)), f"{a} x {b}"
-    assert len(ARRAY) < 40 < len(product(SWITCHES))
-    assert any(map(must_preempt, ARRAY))
+    assert len(ARRAY) < 45 < len(product(SWITCHES))
+    assert any(map(must_preempt, ARRAY)) and any(map(must_hit, ARRAY))
 
 
 def test_the_array_is_the_same_every_time() -> None:
-    assert pairwise(SWITCHES | {"model": MODELS}) == ARRAY
+    assert pairwise(SWITCHES | RUNS) == ARRAY
     assert len(pairwise({"a": [0, 1], "b": [0, 1], "c": [0, 1]})) == 4  # the optimum of the textbook example

@@ -16,6 +16,7 @@ from folovllm.csrc.build import load_ops
 from folovllm.hf_config import RopeConfig, load_hf_config
 from folovllm.model_executor import fast_ops
 from folovllm.model_executor.fast_ops import FUSED, use_fast_ops
+from folovllm.model_executor.huge_pages import HugeArena
 from folovllm.model_executor.layers import packed_linear
 from folovllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from folovllm.model_executor.layers.packed_linear import CppLinearMethod, OneDnnLinearMethod
@@ -81,7 +82,7 @@ def test_linear(ops: Any, outputs: int, inputs: int, bias: bool, native: bool) -
     """Every number of rows up to two tiles, and around a panel. Inner error: fp32 sums of `inputs` terms."""
     weight = randn(outputs, inputs, dtype=torch.bfloat16)
     b = randn(outputs, dtype=torch.bfloat16) if bias else None
-    packed, padded = CppLinearMethod(ops).pack(weight, b)
+    packed, padded = CppLinearMethod(ops, HugeArena(2**16)).pack(weight, b)
     for rows in (0, *range(1, 18), 95, 96, 97, 109):
         x = strided(randn(rows, inputs, dtype=torch.bfloat16))
         got = ops.linear_packed(x, packed, padded, outputs, native)
@@ -300,8 +301,9 @@ def test_without_a_compiler(
 def test_a_cpu_with_tiles_keeps_onednn(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_linear, "_has_amx", lambda: True)
     monkeypatch.setattr(packed_linear, "onednn_packing_works", lambda: True)
-    assert isinstance(packed_linear.packed_method(torch.zeros(2, 2, dtype=torch.bfloat16), ops), OneDnnLinearMethod)
-    assert packed_linear.packed_method(torch.zeros(2, 2), ops) is None
+    bf16, arena = torch.zeros(2, 2, dtype=torch.bfloat16), HugeArena()
+    assert isinstance(packed_linear.packed_method(bf16, ops, arena), OneDnnLinearMethod)
+    assert packed_linear.packed_method(torch.zeros(2, 2), ops, arena) is None
 
 
 def test_fp16_is_left_to_torch(ops: Any, tiny_model_dir: MakeTiny) -> None:

@@ -3,6 +3,8 @@
 Milestone: M4.
 """
 
+import dataclasses
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +76,9 @@ def refuse(monkeypatch: pytest.MonkeyPatch, **reasons: str) -> None:
     [
         (CPU, [], "cpu_paged"),
         (CPU, ["cpu_paged"], "torch_sdpa"),
-        (CUDA, [], "torch_sdpa"),
+        (CUDA, [], "flash_attn"),
+        (CUDA, ["flash_attn"], "triton_paged"),
+        (CUDA, ["flash_attn", "triton_paged"], "torch_sdpa"),
     ],
 )
 def test_auto_takes_the_best_that_runs(
@@ -87,6 +91,18 @@ def test_auto_takes_the_best_that_runs(
 def test_auto_builds_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch, cpu_paged="no compiler")
     assert isinstance(get_attn_backend("auto", CPU), TorchSdpaBackend)
+
+
+def test_auto_reads_the_real_refusals_of_the_gpu_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention 2 wants pages of 256 tokens and half precision; Triton, where it is installed, takes the rest."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    paged = "torch_sdpa" if importlib.util.find_spec("triton") is None else "triton_paged"
+    assert auto_backend(CUDA) == paged
+    assert auto_backend(dataclasses.replace(CUDA, block_size=256)) in ("flash_attn", paged)  # torch may be older
+    assert auto_backend(dataclasses.replace(CUDA, block_size=256, dtype=torch.float32)) == paged
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert auto_backend(CUDA) == "torch_sdpa"
 
 
 def test_auto_says_what_it_passed_over(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -135,10 +151,11 @@ def test_a_library_that_is_missing_or_broken_is_a_refusal(
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("flash", "unknown attention_backend 'flash'; did you mean 'torch_flash'"),
+        ("flash", "unknown attention_backend 'flash'; did you mean 'flash_attn'"),
+        ("triton", "did you mean 'triton_paged'"),
         ("torch_spda", "did you mean 'torch_sdpa'"),
         ("cpu", "did you mean 'cpu_paged'|known: auto, torch_naive, torch_sdpa"),
-        ("xxxx", "known: auto, torch_naive, torch_sdpa, torch_flash, cpu_paged"),
+        ("xxxx", "known: auto, torch_naive, torch_sdpa, torch_flash, cpu_paged, triton_paged, flash_attn"),
     ],
 )
 def test_an_unknown_name_leads_to_the_nearest(name: str, message: str) -> None:

@@ -1,6 +1,7 @@
 """Scheduler: decides in every step how many tokens of which requests are computed.
 
-Milestone: M1 (one request), M2 (continuous batching), M5 (chunks). vLLM counterpart: vllm/v1/core/sched/scheduler.py.
+Milestone: M1 (one request), M2 (continuous batching), M5 (chunks), M6 (prefix hits).
+vLLM counterpart: vllm/v1/core/sched/scheduler.py.
 Left out: encoder budgets, KV connectors, LoRA limits, structured output, pipeline parallelism.
 
 Row 1: no torch. There are no phases: a step gives a request some tokens so that `num_computed_tokens` catches up with
@@ -15,6 +16,7 @@ from folovllm.config import EngineConfig
 from folovllm.core.block_pool import BlockPool
 from folovllm.core.kv_cache_manager import KVCacheManager
 from folovllm.core.kv_cache_utils import KVCacheBlock, KVCacheConfig
+from folovllm.core.prefix_index import make_prefix_index
 from folovllm.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from folovllm.core.sched.request_queue import RequestQueue
 from folovllm.outputs import EngineCoreOutput, EngineStats, ModelRunnerOutput
@@ -64,10 +66,15 @@ class Scheduler:
         make_pool, make_manager = (
             resolve(f"core.{part}", config.overrides) for part in ("block_pool", "kv_cache_manager")
         )
+        cache_config = config.cache_config
         pool: BlockPool = make_pool(
-            kv_cache_config.num_blocks, free_uncached_first=config.cache_config.free_uncached_first
+            kv_cache_config.num_blocks,
+            make_prefix_index(cache_config, config.overrides),
+            free_uncached_first=cache_config.free_uncached_first,
         )
-        self.kv_cache_manager: KVCacheManager = make_manager(kv_cache_config.block_size, self.max_model_len, pool)
+        self.kv_cache_manager: KVCacheManager = make_manager(
+            kv_cache_config.block_size, self.max_model_len, pool, partial_block_hits=cache_config.partial_block_hits
+        )
         self.requests: dict[str, Request] = {}
         self.waiting: RequestQueue = resolve(f"core.request_queue.{self.scheduling_policy}", config.overrides)()
         self.running: list[Request] = []
@@ -88,6 +95,7 @@ class Scheduler:
         # It would wait forever: the input processor refuses such prompts.
         assert request.num_prompt_tokens < self.max_model_len, f"{request}: no room for a token to generate"
         self.requests[request.request_id] = request
+        self.kv_cache_manager.add_request(request)
         self.waiting.add_request(request)
 
     def finish_requests(self, request_ids: Iterable[str], status: RequestStatus) -> list[Request]:
@@ -104,6 +112,27 @@ class Scheduler:
             request.set_status(status)
             self._free(request)
         return finished
+
+    def fail_step(self, scheduler_output: SchedulerOutput) -> list[Request]:
+        """The executor raised in the middle of that step: end its requests, and believe nothing it should have written.
+
+        The others live. The failed ones; the worker may not have heard who finished before, so it is told again.
+        """
+        self.kv_cache_manager.end_step(has_run=False)
+        failed = self.finish_requests(scheduler_output.num_scheduled_tokens, RequestStatus.FINISHED_ERROR)
+        self.finished_req_ids |= scheduler_output.finished_req_ids
+        return failed
+
+    def reset_prefix_cache(self, reset_running: bool = False) -> bool:
+        """Forget all cached blocks; False, with nothing changed, while requests hold blocks.
+
+        `reset_running` preempts them first: they compute everything again. Only between two steps.
+        """
+        if reset_running:
+            for request in reversed(self.running):  # each goes to the front of the queue: their order stays
+                self._preempt(request)
+            self.running = []
+        return self.kv_cache_manager.reset_prefix_cache()
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.requests)
@@ -154,7 +183,11 @@ class Scheduler:
                 break  # whole prompts only; nobody may overtake the head, or it could wait forever
             num_new_tokens = min(num_new_tokens, step.token_budget)
             new_blocks = self.kv_cache_manager.allocate_slots(
-                request, num_new_tokens, hit_blocks, full_sequence_must_fit=self.reserve_full_sequence
+                request,
+                num_new_tokens,
+                hit_blocks,
+                full_sequence_must_fit=self.reserve_full_sequence,
+                num_new_computed_tokens=num_hit_tokens,
             )
             if new_blocks is None:
                 break
@@ -172,6 +205,7 @@ class Scheduler:
         return min(num_new_tokens, threshold) if threshold > 0 else num_new_tokens
 
     def _admit(self, request: Request, num_hit_tokens: int, step: _Step) -> None:
+        self.kv_cache_manager.record_admission(request, num_hit_tokens)
         (step.resumed if request.status == RequestStatus.PREEMPTED else step.admitted).append(request)
         request.set_status(RequestStatus.RUNNING)
         self.running.append(request)
@@ -204,7 +238,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Free all blocks; the request keeps its tokens and computes their K/V again when it comes back."""
-        self.kv_cache_manager.free(request)
+        self.kv_cache_manager.preempt(request)
         request.set_status(RequestStatus.PREEMPTED)
         request.num_computed_tokens = 0
         request.spec_token_ids = []
@@ -230,6 +264,7 @@ class Scheduler:
             ),
             finished_req_ids=frozenset(self.finished_req_ids),
             preempted_req_ids=frozenset(request.request_id for request in step.preempted),
+            block_copies=self.kv_cache_manager.take_block_copies(),
         )
         self.finished_req_ids = set()
         return output
@@ -280,6 +315,7 @@ class Scheduler:
     ) -> list[EngineCoreOutput]:
         """Append the sampled tokens, stop who is done, and say what each request got."""
         now = time.monotonic()
+        self.kv_cache_manager.end_step(has_run=True)
         outputs = []
         for request_id in scheduler_output.num_scheduled_tokens:
             request = self.requests.get(request_id)
@@ -337,6 +373,7 @@ class Scheduler:
     # ---- statistics and integrity
 
     def make_stats(self) -> EngineStats:
+        prefix_cache = self.kv_cache_manager.prefix_cache_stats
         return EngineStats(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
@@ -348,6 +385,11 @@ class Scheduler:
             num_generation_tokens=self.num_generation_tokens,
             num_scheduled_tokens=self.num_last_scheduled_tokens,
             num_preemptions=self.num_preemptions,
+            prefix_cache_queries=prefix_cache.queries,
+            prefix_cache_hits=prefix_cache.hits,
+            prefix_cache_hit_rate=prefix_cache.hit_rate,
+            preempted_prefix_cache_queries=prefix_cache.preempted_queries,
+            preempted_prefix_cache_hits=prefix_cache.preempted_hits,
         )
 
     def check_integrity(self) -> None:

@@ -5,9 +5,12 @@ or compiled kernel of one helps or hurts another, and peak memory is the arm's o
 """
 
 import json
+import os
 import re
 import resource
+import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -16,8 +19,9 @@ from typing import Any
 from folovllm.config import DTYPE_BYTES
 from folovllm.entrypoints.bench import measure
 from folovllm.entrypoints.bench.engine_arm import Arm, EngineArm, Run
-from folovllm.entrypoints.bench.task import BANDWIDTH, BASELINE, ArmTask
-from folovllm.entrypoints.bench.workloads import BenchRequest
+from folovllm.entrypoints.bench.random_weights import write_checkpoint
+from folovllm.entrypoints.bench.requests import BenchRequest, Feed
+from folovllm.entrypoints.bench.task import BANDWIDTH, BASELINE, WEIGHTS, ArmTask
 from folovllm.hf_config import ModelArchitecture, load_hf_config
 
 WARM_UP_REQUESTS, WARM_UP_PROMPT, WARM_UP_OUTPUT = 4, 16, 4
@@ -25,15 +29,37 @@ WARM_UP_REQUESTS, WARM_UP_PROMPT, WARM_UP_OUTPUT = 4, 16, 4
 
 def child_main(task_file: Path, result_file: Path) -> int:
     """Do the task of `task_file`; whatever happens, `result_file` says so."""
+    die_with_parent()
     task = ArmTask.from_json(task_file.read_text())
     result: dict[str, Any]
     try:
-        result = {"ok": True} | (probe(task) if task.arm == BANDWIDTH else measure_arm(task))
+        result = {"ok": True} | do(task)
     except BaseException as error:
         traceback.print_exc()
         result = {"ok": False, "error": f"{type(error).__name__}: {error}"}
     result_file.write_text(json.dumps(result))
     return 0 if result["ok"] else 1
+
+
+def die_with_parent() -> None:
+    """End this process and what it started once stdin closes: the parent holds the other end, even if it is killed."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    if os.getpgrp() == os.getpid():  # started by the runner: this group is ours alone
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def do(task: ArmTask) -> dict[str, Any]:
+    """Measure the memory, write the weights, or measure an arm."""
+    if task.arm == WEIGHTS:
+        assert task.shape is not None
+        write_checkpoint(task.shape, Path(task.model_path))
+        return {}
+    return probe(task) if task.arm == BANDWIDTH else measure_arm(task)
 
 
 def probe(task: ArmTask) -> dict[str, Any]:
@@ -55,8 +81,11 @@ def measure_arm(task: ArmTask) -> dict[str, Any]:
     modes = {}
     for mode in task.modes:
         requests = workload.for_mode(mode)
+        if mode != "warm":
+            arm.forget()
         run = run_one_by_one(arm, requests) if mode == "single" else arm.run(requests)
-        modes[mode] = mode_result(run, mode, arch, DTYPE_BYTES[task.dtype])
+        groups = measure.group_figures([request.group for request in requests], run.timings)
+        modes[mode] = {**mode_result(run, mode, arch, DTYPE_BYTES[task.dtype]), "groups": groups}
         _say(task, f"{mode}: {len(requests)} requests, {modes[mode]['output_tok_per_s']:.1f} tok/s")
     # Memory before the sweep, which may hold larger batches than the workload itself.
     memory = peak_memory(task.device)
@@ -66,17 +95,11 @@ def measure_arm(task: ArmTask) -> dict[str, Any]:
 
 def run_one_by_one(arm: Arm, requests: list[BenchRequest]) -> Run:
     """Send each request when the one before is complete, and join what came back."""
-    total = Run()
-    for request in requests:
-        run = arm.run([request])
-        later = [measure.StepSample(total.seconds + s.seconds, *_counts(s)) for s in run.samples]
-        total = Run(
-            total.seconds + run.seconds,
-            total.tokens + run.tokens,
-            total.timings + run.timings,
-            total.samples + later,
-            total.num_preemptions + run.num_preemptions,
-        )
+    total, feed = Run(), Feed(requests)
+    for index in range(len(requests)):
+        run = arm.run([feed.complete(index)])
+        feed.answered(index, run.tokens[0])
+        total = total.then(run)
     return total
 
 
@@ -136,9 +159,12 @@ def _load(task: ArmTask) -> tuple[Arm, dict[str, float]]:
 
 
 def _warm_up(arm: Arm, requests: list[BenchRequest]) -> None:
-    """A few short requests, one alone and some together: buffers, thread pools and kernels are made here."""
+    """A few short requests, one alone and some together: buffers, thread pools and kernels are made here.
+
+    Their prompts are read backwards, so that no prefix cache knows the beginning of a real one.
+    """
     short = [
-        BenchRequest(request.prompt_token_ids[:WARM_UP_PROMPT], WARM_UP_OUTPUT)
+        BenchRequest(request.prompt_token_ids[:WARM_UP_PROMPT][::-1], WARM_UP_OUTPUT)
         for request in requests[:WARM_UP_REQUESTS]
     ]
     arm.run(short[:1])
@@ -147,6 +173,7 @@ def _warm_up(arm: Arm, requests: list[BenchRequest]) -> None:
 
 def _sweep_point(task: ArmTask, arm: Arm, requests: list[BenchRequest]) -> dict[str, Any]:
     """Throughput of the first few requests of the workload sent at once."""
+    arm.forget()
     run = arm.run(requests)
     figures = measure.speed_figures(run.timings, run.seconds)
     _say(task, f"{len(requests)} at once: {figures['output_tok_per_s']:.1f} tok/s")
@@ -160,9 +187,5 @@ def _sweep_point(task: ArmTask, arm: Arm, requests: list[BenchRequest]) -> dict[
     }
 
 
-def _counts(sample: measure.StepSample) -> tuple[int, int, int]:
-    return sample.num_running, sample.num_used_slots, sample.num_reserved_slots
-
-
 def _say(task: ArmTask, text: str) -> None:
-    print(f"    {task.arm} {text}", file=sys.stderr, flush=True)
+    print(f"    {task.name} {text}", file=sys.stderr, flush=True)

@@ -12,10 +12,14 @@ from typing import Any
 
 from folovllm.config import DTYPE_BYTES
 from folovllm.entrypoints.bench import report, summary
+from folovllm.entrypoints.bench.ablation import ablation_rows
+from folovllm.entrypoints.bench.groups import page_rows
 from folovllm.entrypoints.bench.machine import machine_header
 from folovllm.entrypoints.bench.options import BenchOptions, parse_options
-from folovllm.entrypoints.bench.runner import run_rounds, run_task, say
-from folovllm.entrypoints.bench.task import BANDWIDTH, ArmTask
+from folovllm.entrypoints.bench.random_weights import check_room, checkpoint_folder, is_written
+from folovllm.entrypoints.bench.runner import children_end_with_us, run_rounds, run_task, say
+from folovllm.entrypoints.bench.shapes import shape_architecture
+from folovllm.entrypoints.bench.task import BANDWIDTH, WEIGHTS, ArmTask
 from folovllm.entrypoints.bench.workloads import WORKLOADS, make_workload
 from folovllm.hf_config import ModelArchitecture, load_hf_config
 from folovllm.hub import resolve_model
@@ -27,6 +31,8 @@ NOTES = (
     "Throughput counts output tokens; the time includes the prompts. Greedy, EOS ignored, no text is made of tokens.",
     "hf single: generate, one request after another. hf batch: one static batch, padded on the left, decoded until the "
     "longest output is complete; tokens nobody asked for are not counted. Its KV figures are calculated.",
+    "The prefix cache is emptied before every mode but warm, which repeats cold. long-prompts: requests arrive between "
+    "two steps, when the decoding ones have got so many tokens each; TTFT counts from there.",
     "KV utilisation: slots that hold K/V over slots in reserved blocks, mean over the steps.",
     "GB/s: weights and K/V that single-stream decode steps must read (unquantised), over the time between tokens; its "
     "share is of the memory bandwidth measured in this run.",
@@ -67,9 +73,16 @@ def main(argv: list[str] | None = None) -> int:
 
         return child_main(Path(argv[1]), Path(argv[2]))
     options = parse_options(argv)
+    with children_end_with_us():
+        return run(options, argv)
+
+
+def run(options: BenchOptions, argv: list[str]) -> int:
+    """Plan, measure, write, print; the exit status."""
     try:
         plan = make_plan(options)
         options.output.mkdir(parents=True, exist_ok=True)
+        ensure_weights(plan)
     except (ValueError, OSError) as error:
         print(f"compare_perf.py: error: {error}", file=sys.stderr)
         return 2
@@ -86,9 +99,8 @@ def make_plan(options: BenchOptions) -> Plan:
         from folovllm.platforms import resolve_device
 
         device = resolve_device(device)
-    folder = resolve_model(options.model, pull=True)
-    arch = load_hf_config(folder)
-    workload = make_workload(options.workload, arch.vocab_size, options.num_requests)
+    folder, arch = find_model(options, device)
+    workload = make_workload(options.workload, arch.vocab_size, options.num_requests, options.hit_rates)
     if options.max_model_len > arch.max_position_embeddings:
         raise ValueError(
             f"--max-model-len {options.max_model_len}: the model has {arch.max_position_embeddings} positions"
@@ -111,8 +123,31 @@ def make_plan(options: BenchOptions) -> Plan:
         kv_cache_memory=options.kv_cache_memory,
         batch_sizes=options.batch_sizes,
         bandwidth_bytes=options.bandwidth_bytes,
+        hit_rates=options.hit_rates,
+        shape=options.random_weights,
     )
     return Plan(options, task, arch)
+
+
+def find_model(options: BenchOptions, device: str) -> tuple[Path, ModelArchitecture]:
+    """The folder of the weights, real or (not written yet, perhaps) random, and what config.json says."""
+    if options.random_weights is None:
+        folder = resolve_model(options.model, pull=True)
+        return folder, load_hf_config(folder)
+    folder = checkpoint_folder(options.random_weights)
+    check_room(options.random_weights, folder, device, options.dtype)
+    return folder, shape_architecture(options.random_weights)
+
+
+def ensure_weights(plan: Plan) -> None:
+    """Write the random checkpoint if it is not there, in a process of its own: this one has no torch."""
+    folder = Path(plan.task.model_path)
+    if plan.task.shape is None or is_written(folder):
+        return
+    say(f"writing random weights of {plan.task.shape}, once, to the cache ...")
+    result = run_task(replace(plan.task, arm=WEIGHTS), plan.options.timeout)
+    if not result["ok"]:
+        raise ValueError(f"the random weights could not be written: {result['error']}")
 
 
 def measure(plan: Plan, argv: list[str]) -> dict[str, Any]:
@@ -126,8 +161,9 @@ def measure(plan: Plan, argv: list[str]) -> dict[str, Any]:
     reference = summary.add_ratios(arms, bandwidth["bytes_per_second"] if bandwidth else None)
     equality = summary.equality_rows(runs, must_be_equal=options.dtype == "float32")
     fit = {task.arm: run_fit(task, options.timeout) for task in plan.fit_tasks}
+    ablation = ablation_rows(arms, options.arms) if options.ablate else []
     failed = [run for run in [probe, *runs.values()] if run.error] + [run for run in fit.values() if not run["ok"]]
-    return {
+    result: dict[str, Any] = {
         "schema": SCHEMA,
         "ok": not failed and all(row["ok"] for row in equality) and all(map(_repeats_agree, arms.values())),
         "machine": machine | (probe.results[0]["device"] if probe.results else {}),
@@ -137,8 +173,12 @@ def measure(plan: Plan, argv: list[str]) -> dict[str, Any]:
         "arms": arms,
         "equality": equality,
         "fit": fit,
+        "ablation": ablation,
         "notes": list(NOTES),
     }
+    if rows := page_rows(result):
+        result |= {"command": result["run"]["command"], "unit": "ms", "results": rows}
+    return result
 
 
 def run_fit(task: ArmTask, timeout: float) -> dict[str, Any]:
@@ -158,7 +198,8 @@ def describe_run(plan: Plan, argv: list[str]) -> dict[str, Any]:
     options, workload = plan.options, plan.task.make_workload()
     return {
         "command": shlex.join(["scripts/compare_perf.py", *map(without_folders, argv)]),
-        "model": without_folders(options.model),
+        "model": without_folders(options.model_name),
+        "random_weights": options.random_weights,
         "device": plan.task.device,
         "dtype": options.dtype,
         "threads": options.threads,
@@ -170,7 +211,7 @@ def describe_run(plan: Plan, argv: list[str]) -> dict[str, Any]:
             "name": workload.name,
             "about": WORKLOADS[workload.name].about,
             "num_requests": {mode: len(workload.for_mode(mode)) for mode in workload.modes},
-            "prompt_tokens": sum(len(request.prompt_token_ids) for request in workload.requests),
+            "prompt_tokens": sum(workload.prompt_lens),
             "output_tokens": sum(request.output_len for request in workload.requests),
             "sha256": workload.digest(),
         },

@@ -5,16 +5,21 @@ Milestone: M1. vLLM counterpart: vllm/benchmarks/throughput.py (which sees only 
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from folovllm import milestones
 from folovllm.config import EngineConfig, engine_arg_names
 from folovllm.core.kv_cache_utils import KVCacheConfig, cdiv
 from folovllm.entrypoints.bench.measure import RequestTiming, StepSample
-from folovllm.entrypoints.bench.task import ArmTask, split_arm
-from folovllm.entrypoints.bench.workloads import BenchRequest
+from folovllm.entrypoints.bench.requests import BenchRequest, Feed
+from folovllm.entrypoints.bench.task import ArmTask, parse_arm
+from folovllm.hf_config import load_hf_config
 from folovllm.outputs import EngineStats, RequestOutput
 from folovllm.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from folovllm.engine.llm_engine import LLMEngine
 
 
 @dataclass
@@ -27,12 +32,30 @@ class Run:
     samples: list[StepSample] = field(default_factory=list)
     num_preemptions: int = 0
 
+    def then(self, later: "Run") -> "Run":
+        """This run and one that began when it was over, as one."""
+        moved = [
+            StepSample(self.seconds + s.seconds, s.num_running, s.num_used_slots, s.num_reserved_slots)
+            for s in later.samples
+        ]
+        return Run(
+            self.seconds + later.seconds,
+            self.tokens + later.tokens,
+            self.timings + later.timings,
+            self.samples + moved,
+            self.num_preemptions + later.num_preemptions,
+        )
+
 
 class Arm(Protocol):
     """Someone who answers requests: an engine of ours or a baseline."""
 
     def run(self, requests: list[BenchRequest]) -> Run:
-        """Answer `requests`, all sent at once."""
+        """Answer `requests`: all sent at once, but for those that arrive later or follow another's answer."""
+        ...
+
+    def forget(self) -> None:
+        """Empty the prefix cache, where there is one."""
         ...
 
     def info(self) -> dict[str, Any]:
@@ -41,43 +64,53 @@ class Arm(Protocol):
 
 
 class EngineArm:
-    """`task.arm` names the preset. Text is not made from the tokens: the baseline does not either."""
+    """`task.arm` names the preset. No tokenizer, and no text is made from the tokens: the baseline does not either."""
 
     def __init__(self, task: ArmTask) -> None:
-        from folovllm.entrypoints.llm import LLM
-
-        preset, without = split_arm(task.arm)
-        self.llm = LLM(
-            task.model_path,
-            preset=preset,
-            without=without,
-            dtype=task.dtype,
-            device=task.device,
-            max_model_len=task.max_model_len,
-            kv_cache_memory=task.kv_cache_memory,
-        )
+        self.engine = make_engine(task)
         self._num_sent = 0
 
     def run(self, requests: list[BenchRequest]) -> Run:
-        """Send all, step until all have finished. The clock starts before the first is sent."""
-        engine, run = self.llm.llm_engine, Run()
-        finished: dict[str, RequestOutput] = {}
+        """Send what is due, step, until all have finished. The clock starts before the first is sent."""
+        engine, run, feed = self.engine, Run(), Feed(requests)
+        index_of: dict[str, int] = {}  # request id -> index
+        finished: dict[int, RequestOutput] = {}
         preempted_before = engine.stats().num_preemptions
         start = time.monotonic()
-        ids = [self._send(request, start) for request in requests]
-        while engine.has_unfinished_requests():
+        while len(finished) < len(requests):
+            idle = not engine.has_unfinished_requests()
+            for index in feed.due(self._clock(feed, index_of), idle):
+                index_of[self._send(feed.complete(index), time.monotonic() if index_of else start)] = index
             outputs = engine.step()  # FINAL_ONLY: what comes out has finished
-            finished |= {output.request_id: output for output in outputs}
+            for output in outputs:
+                index = index_of[output.request_id]
+                finished[index] = output
+                feed.answered(index, output.outputs[0].token_ids)
             run.samples.append(_sample(time.monotonic() - start, engine.stats(), len(outputs)))
         run.seconds = time.monotonic() - start
         run.num_preemptions = engine.stats().num_preemptions - preempted_before
-        run.tokens = [finished[i].outputs[0].token_ids for i in ids]
-        run.timings = [_timing(finished[i]) for i in ids]
+        run.tokens = [finished[i].outputs[0].token_ids for i in range(len(requests))]
+        run.timings = [_timing(finished[i]) for i in range(len(requests))]
         return run
 
+    def forget(self) -> None:
+        reset = getattr(self.engine, "reset_prefix_cache", None)  # there from M6 on
+        assert reset is None or reset() is not False, "the engine is idle, so nothing can hold a cached block"
+
     def info(self) -> dict[str, Any]:
-        config, kv = self.llm.config, self.llm.llm_engine.engine_core.kv_cache_config
+        config, kv = self.engine.config, self.engine.engine_core.kv_cache_config
         return {"settings": switches(config), "kv_cache": kv_sizes(kv, config.max_model_len)}
+
+    def _clock(self, feed: Feed, index_of: dict[str, int]) -> float:
+        """Tokens that each of the steady requests has got, on average; only asked for where someone is to arrive."""
+        if not feed.waits_for_arrivals:
+            return 0.0
+        steady, alive = feed.steady(), self.engine.engine_core.scheduler.requests
+        tokens = {index: len(alive[i].output_token_ids) for i, index in index_of.items() if i in alive}
+        sent = set(index_of.values())
+        # One that was sent and is not alive has finished: it has got all it wanted.
+        total = sum(tokens.get(i, feed.requests[i].output_len if i in sent else 0) for i in steady)
+        return total / len(steady)
 
     def _send(self, request: BenchRequest, arrival_time: float) -> str:
         params = SamplingParams(
@@ -90,8 +123,27 @@ class EngineArm:
         request_id = f"bench-{self._num_sent}"
         self._num_sent += 1
         prompt = {"prompt_token_ids": request.prompt_token_ids}
-        self.llm.llm_engine.add_request(request_id, prompt, params, arrival_time)
+        self.engine.add_request(request_id, prompt, params, arrival_time)
         return request_id
+
+
+def make_engine(task: ArmTask) -> "LLMEngine":
+    """The engine that `LLM` would make, without a tokenizer: a folder of random weights has none."""
+    from folovllm.engine.llm_engine import LLMEngine
+    from folovllm.executor.uniproc import UniProcExecutor
+    from folovllm.platforms import has_native_bf16
+
+    spec, folder = parse_arm(task.arm), Path(task.model_path)
+    args = {
+        "model": task.model_path,
+        "dtype": task.dtype,
+        "device": task.device,
+        "max_model_len": task.max_model_len,
+        "kv_cache_memory": task.kv_cache_memory,
+    }
+    config = EngineConfig.from_args(spec.preset, spec.without, **{**args, **spec.engine_args})
+    config = config.resolve(load_hf_config(folder), task.device, has_native_bf16(task.device))
+    return LLMEngine(config, UniProcExecutor(config, folder), tokenizer=None)
 
 
 def switches(config: EngineConfig) -> dict[str, Any]:
@@ -124,4 +176,5 @@ def _timing(output: RequestOutput) -> RequestTiming:
         output_len=len(output.outputs[0].token_ids),
         time_to_first_token=metrics.time_to_first_token,
         inter_token_latencies=metrics.inter_token_latencies,
+        num_cached_tokens=max(output.num_cached_tokens or 0, 0),  # -1: never admitted
     )

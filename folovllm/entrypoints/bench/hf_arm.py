@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteri
 
 from folovllm.entrypoints.bench.engine_arm import Run
 from folovllm.entrypoints.bench.measure import RequestTiming, StepSample
+from folovllm.entrypoints.bench.requests import BenchRequest, Feed
 from folovllm.entrypoints.bench.task import ArmTask
-from folovllm.entrypoints.bench.workloads import BenchRequest
 
 PAD_TOKEN_ID = 0  # masked: any id will do
 
@@ -49,9 +49,25 @@ class HFArm:
         self.model.generation_config.eos_token_id = None  # as ignore_eos=True: the length is forced
         self.model.generation_config.pad_token_id = PAD_TOKEN_ID
 
-    @torch.inference_mode()
     def run(self, requests: list[BenchRequest]) -> Run:
-        """Answer `requests` as one batch. The clock starts before the batch is padded."""
+        """Answer `requests` as one batch, or, where some follow others, as one batch per turn. No arrivals."""
+        feed, total = Feed(requests), Run()
+        if any(request.arrival for request in requests):
+            raise ValueError("HuggingFace generate takes no request while it runs: use --baseline none")
+        while turn := feed.due():
+            assert turn[0] == len(total.tokens), "conversations go turn by turn, in the order of the requests"
+            run = self._run_batch([feed.complete(index) for index in turn])
+            for index, token_ids in zip(turn, run.tokens, strict=True):
+                feed.answered(index, token_ids)
+            total = total.then(run)
+        return total
+
+    def forget(self) -> None:
+        """Nothing is kept between two calls of `generate`."""
+
+    @torch.inference_mode()
+    def _run_batch(self, requests: list[BenchRequest]) -> Run:
+        """One call of `generate`. The clock starts before the batch is padded."""
         clock = StepClock(self.device)
         start = time.monotonic()
         ids, mask = self._pad(requests)

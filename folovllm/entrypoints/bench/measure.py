@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from folovllm.hf_config import ModelArchitecture
@@ -26,6 +27,7 @@ class RequestTiming:
     output_len: int
     time_to_first_token: float
     inter_token_latencies: list[float]
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
 
     @property
     def decode_time(self) -> float:
@@ -77,9 +79,45 @@ def speed_figures(timings: Sequence[RequestTiming], seconds: float) -> dict[str,
         "output_tokens": output_tokens,
         "output_tok_per_s": output_tokens / seconds,
         "total_tok_per_s": (prompt_tokens + output_tokens) / seconds,
-        "ttft_ms": latency_summary([timing.time_to_first_token for timing in timings]),
+        "cached_tokens": sum(timing.num_cached_tokens for timing in timings),
+        "cached_share": sum(timing.num_cached_tokens for timing in timings) / max(prompt_tokens, 1),
+        **latency_figures(timings),
         "tpot_ms": latency_summary([tpot for tpot in tpots if tpot is not None]),
+    }
+
+
+def latency_figures(timings: Sequence[RequestTiming]) -> dict[str, Any]:
+    return {
+        "ttft_ms": latency_summary([timing.time_to_first_token for timing in timings]),
         "itl_ms": latency_summary([gap for timing in timings for gap in timing.inter_token_latencies]),
+    }
+
+
+def group_figures(groups: Sequence[str], timings: Sequence[RequestTiming]) -> dict[str, Any]:
+    """Latencies and cache hits per group of requests, in the order in which the groups appear.
+
+    `groups[i]` is the group of `timings[i]`; "" is none. E.g. {"decoding": {...}, "long": {...}}. `gaps` is what the
+    first request of the group saw: [seconds since it arrived, milliseconds since its token before] for every token.
+    """
+    found: dict[str, list[RequestTiming]] = {}
+    for group, timing in zip(groups, timings, strict=True):
+        found.setdefault(group, []).append(timing)
+    return {group: _one_group(members) for group, members in found.items() if group}
+
+
+def _one_group(timings: list[RequestTiming]) -> dict[str, Any]:
+    prompt_tokens = sum(timing.prompt_len for timing in timings)
+    cached_tokens = sum(timing.num_cached_tokens for timing in timings)
+    first = timings[0]
+    times = list(accumulate(first.inter_token_latencies, initial=first.time_to_first_token))[1:]
+    gaps = [[round(when, 4), round(gap * 1e3, 3)] for when, gap in zip(times, first.inter_token_latencies, strict=True)]
+    return {
+        "num_requests": len(timings),
+        "prompt_tokens": prompt_tokens,
+        "cached_tokens": cached_tokens,
+        "cached_share": cached_tokens / max(prompt_tokens, 1),
+        **latency_figures(timings),
+        "gaps": gaps,
     }
 
 

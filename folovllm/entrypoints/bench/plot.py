@@ -13,7 +13,9 @@ matplotlib.use("Agg")  # files only: no window system needed
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-MODE_COLOURS = {"single": "#4c78a8", "batch": "#f58518"}
+from folovllm.entrypoints.bench.plot_groups import draw_ablation, draw_groups
+
+MODE_COLOURS = {"single": "#4c78a8", "batch": "#f58518", "cold": "#4c78a8", "warm": "#f58518"}
 BASELINE_GREY = "#7f7f7f"
 ARM_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf")
 PERCENTILES = (("p50", 1.0), ("p99", 0.45))  # and how opaque its bar is
@@ -21,7 +23,7 @@ DPI = 110
 
 
 def write_plots(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
-    """The overview, and a second picture where there was a sweep or a fit; returns what was written."""
+    """The overview, and one more where there was a sweep, a fit, groups or an ablation; returns what was written."""
     arms = {name: arm for name, arm in result["arms"].items() if "modes" in arm}
     if not arms:
         return []
@@ -30,12 +32,17 @@ def write_plots(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     fit = {name: fit for name, fit in result["fit"].items() if fit["ok"]}
     if sweep or fit:
         paths.append(_batching(result, sweep, fit, folder / f"{stem}_batching.png"))
+    for name, draw in (("groups", draw_groups), ("ablation", draw_ablation)):
+        figure = draw(result, colours_of(arms))
+        if figure is not None:
+            figure.suptitle(title_of(result), fontsize=10)
+            paths.append(_save(figure, folder / f"{stem}_{name}.png"))
     return paths
 
 
 def _overview(result: dict[str, Any], arms: dict[str, Any], path: Path) -> Path:
     figure, axes = plt.subplots(2, 2, figsize=(14, 9), layout="constrained")
-    figure.suptitle(_title(result), fontsize=11)
+    figure.suptitle(title_of(result), fontsize=11)
     _throughput(axes[0][0], arms, result["reference"])
     _utilisation(axes[0][1], arms)
     _latency(axes[1][0], arms, "ttft_ms", "Time to first token (in a batch: the queue included)")
@@ -46,7 +53,7 @@ def _overview(result: dict[str, Any], arms: dict[str, Any], path: Path) -> Path:
 def _batching(result: dict[str, Any], sweep: dict[str, Any], fit: dict[str, Any], path: Path) -> Path:
     panels = [panel for panel in (sweep, fit) if panel]
     figure, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 4.8), layout="constrained", squeeze=False)
-    figure.suptitle(_title(result), fontsize=10)
+    figure.suptitle(title_of(result), fontsize=10)
     if sweep:
         _sweep(axes[0][0], sweep)
     if fit:
@@ -91,7 +98,7 @@ def _latency(ax: Axes, arms: dict[str, Any], key: str, title: str) -> None:
 def _utilisation(ax: Axes, arms: dict[str, Any]) -> None:
     """Used over reserved slots against time, in the mode with most requests at once."""
     mode = _modes_of(arms)[-1]
-    for name, colour in _colours(arms).items():
+    for name, colour in colours_of(arms).items():
         figures = arms[name]["modes"][mode]
         points = [point for point in figures["kv_series"] if point[3]]
         seconds, shares = [point[0] for point in points], [100 * point[2] / point[3] for point in points]
@@ -108,7 +115,7 @@ def _utilisation(ax: Axes, arms: dict[str, Any]) -> None:
 
 
 def _sweep(ax: Axes, sweep: dict[str, Any]) -> None:
-    for name, colour in _colours(sweep).items():
+    for name, colour in colours_of(sweep).items():
         points = sweep[name]
         sizes, speeds = [p["batch_size"] for p in points], [p["output_tok_per_s"] for p in points]
         ax.plot(sizes, speeds, marker="o", label=name, color=colour)
@@ -141,7 +148,7 @@ def _fit(ax: Axes, fit: dict[str, Any]) -> None:
     ax.legend()
 
 
-def _title(result: dict[str, Any]) -> str:
+def title_of(result: dict[str, Any]) -> str:
     machine, run = result["machine"], result["run"]
     git = machine["git"] or {"sha": "unknown", "dirty": False}
     commit = git["sha"][:10] + (" + changes" if git["dirty"] else "")
@@ -157,7 +164,7 @@ def _modes_of(arms: dict[str, Any]) -> list[str]:
     return list(next(iter(arms.values()))["modes"])
 
 
-def _colours(arms: dict[str, Any]) -> dict[str, str]:
+def colours_of(arms: dict[str, Any]) -> dict[str, str]:
     """The baseline grey, ours in colours that stay the same from plot to plot of one result."""
     ours = [name for name in arms if name != "hf"]
     colours = {name: ARM_COLOURS[i % len(ARM_COLOURS)] for i, name in enumerate(ours)}

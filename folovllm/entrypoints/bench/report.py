@@ -11,6 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from folovllm.entrypoints.bench.ablation import ablation_table
+from folovllm.entrypoints.bench.groups import groups_table
+from folovllm.entrypoints.bench.tables import make_table, mib, modes_of, num, share
+
 MIN_WIDTH = 150  # a pipe has no width: the tables should still be whole
 JSON_DEPTH = 6  # deeper than this is written on one line
 GB = 1e9
@@ -52,6 +56,9 @@ def print_tables(result: dict[str, Any], files: list[Path], console: Console | N
         console.width = MIN_WIDTH
     console.print(_headline(result))
     console.print(speed_table(result))
+    for table in (groups_table(result), ablation_table(result)):
+        if table.row_count:
+            console.print(table)
     console.print(memory_table(result))
     if any(arm.get("sweep") for arm in result["arms"].values()):
         console.print(sweep_table(result))
@@ -70,31 +77,31 @@ def _headline(result: dict[str, Any]) -> str:
     return (
         f"{run['model']} {run['dtype']} on {machine.get('gpu') or machine['cpu']}, {run['threads']} threads, "
         f"memory reads {speed}; workload {run['workload']['name']}, {run['repeats']} repeat(s); "
-        f"max_model_len {run['max_model_len']}, KV {_mib(run['kv_cache_memory'])}"
+        f"max_model_len {run['max_model_len']}, KV {mib(run['kv_cache_memory'])}"
     )
 
 
 def speed_table(result: dict[str, Any]) -> Table:
-    table = Table(title="Throughput and latency (medians; milliseconds)", title_justify="left")
+    title = "Throughput and latency (medians; milliseconds)"
     ratio = f"x {result['reference']}"
     columns = ("arm", "mode", "out tok/s", ratio, "total tok/s", "TTFT mean", "p50", "p99", "TPOT p50", "p99")
-    _columns(table, *columns, "ITL p50", "p99")
-    for name, mode, figures in _modes(result):
+    table = make_table(title, *columns, "ITL p50", "p99")
+    for name, mode, figures in modes_of(result):
         ttft, tpot, itl = figures["ttft_ms"], figures["tpot_ms"], figures["itl_ms"]
         table.add_row(
             name,
             mode,
-            _num(figures["output_tok_per_s"]),
-            _num(figures["ratio"], 2),
-            _num(figures["total_tok_per_s"]),
-            *(_num(ttft[key]) for key in ("mean", "p50", "p99")),
-            *(_num(summary[key]) for summary in (tpot, itl) for key in ("p50", "p99")),
+            num(figures["output_tok_per_s"]),
+            num(figures["ratio"], 2),
+            num(figures["total_tok_per_s"]),
+            *(num(ttft[key]) for key in ("mean", "p50", "p99")),
+            *(num(summary[key]) for summary in (tpot, itl) for key in ("p50", "p99")),
         )
     return table
 
 
 def memory_table(result: dict[str, Any]) -> Table:
-    table = Table(title="Memory and cache", title_justify="left")
+    title = "Memory and cache"
     columns = (
         "arm",
         "mode",
@@ -104,22 +111,24 @@ def memory_table(result: dict[str, Any]) -> Table:
         "KV used/reserved",
         "max running",
     )
-    _columns(table, *columns, "preempted", "decode GB/s", "of bandwidth", "peak RSS", "peak GPU", "import + load s")
-    for name, mode, figures in _modes(result):
+    table = make_table(
+        title, *columns, "preempted", "decode GB/s", "of bandwidth", "peak RSS", "peak GPU", "import + load s"
+    )
+    for name, mode, figures in modes_of(result):
         arm, kv = result["arms"][name], result["arms"][name]["kv_cache"]
         table.add_row(
             name,
             mode,
-            _mib(kv["allocated_bytes"]) if kv else "grows",
+            mib(kv["allocated_bytes"]) if kv else "grows",
             str(kv["fits_at_full_length"]) if kv else "-",
-            _mib(figures["kv_reserved_bytes_peak"]),
-            _share(figures["kv_utilisation"]),
-            _num(figures["max_running"], 0),
-            _num(figures["preemptions"], 0),
-            _num(figures["decode_bytes_per_second"], 1, GB),
-            _share(figures["bandwidth_share"]),
-            _mib(arm["memory"]["peak_rss_bytes"]),
-            _mib(arm["memory"]["peak_gpu_bytes"]),
+            mib(figures["kv_reserved_bytes_peak"]),
+            share(figures["kv_utilisation"]),
+            num(figures["max_running"], 0),
+            num(figures["preemptions"], 0),
+            num(figures["decode_bytes_per_second"], 1, GB),
+            share(figures["bandwidth_share"]),
+            mib(arm["memory"]["peak_rss_bytes"]),
+            mib(arm["memory"]["peak_gpu_bytes"]),
             f"{arm['load']['import_seconds']:.1f} + {arm['load']['load_seconds']:.1f}",
         )
     return table
@@ -128,27 +137,29 @@ def memory_table(result: dict[str, Any]) -> Table:
 def sweep_table(result: dict[str, Any]) -> Table:
     """Rows: requests sent at once. Columns: arms."""
     arms = {name: arm["sweep"] for name, arm in result["arms"].items() if arm.get("sweep")}
-    table = Table(title="Output tok/s against requests sent at once (most that ran together)", title_justify="left")
-    _columns(table, "requests", *arms)
+    title = "Output tok/s against requests sent at once (most that ran together)"
+    table = make_table(title, "requests", *arms)
     for points in zip(*arms.values(), strict=True):
-        cells = [f"{_num(point['output_tok_per_s'])} ({point['max_running']:.0f})" for point in points]
+        cells = [f"{num(point['output_tok_per_s'])} ({point['max_running']:.0f})" for point in points]
         table.add_row(str(int(points[0]["batch_size"])), *cells)
     return table
 
 
 def fit_table(result: dict[str, Any]) -> Table:
-    table = Table(title="Requests running at the same time in the same KV bytes", title_justify="left")
-    _columns(table, "arm", "KV allocated", "max running", "mean running", "preempted", "KV used/reserved", "out tok/s")
+    title = "Requests running at the same time in the same KV bytes"
+    table = make_table(
+        title, "arm", "KV allocated", "max running", "mean running", "preempted", "KV used/reserved", "out tok/s"
+    )
     for name, fit in result["fit"].items():
         if fit["ok"]:
             table.add_row(
                 name,
-                _mib(fit["kv_cache"]["allocated_bytes"]),
-                _num(fit["max_running"], 0),
-                _num(fit["mean_running"]),
-                _num(fit["preemptions"], 0),
-                _share(fit["kv_utilisation"]),
-                _num(fit["output_tok_per_s"]),
+                mib(fit["kv_cache"]["allocated_bytes"]),
+                num(fit["max_running"], 0),
+                num(fit["mean_running"]),
+                num(fit["preemptions"], 0),
+                share(fit["kv_utilisation"]),
+                num(fit["output_tok_per_s"]),
             )
     return table
 
@@ -156,8 +167,10 @@ def fit_table(result: dict[str, Any]) -> Table:
 def equality_table(result: dict[str, Any]) -> Table:
     must = result["run"]["dtype"] == "float32"
     rule = "float32: must be equal" if must else f"{result['run']['dtype']}: rounding may tip near-ties"
-    table = Table(title=f"Greedy tokens ({rule})", title_justify="left")
-    _columns(table, "tokens of", "compared with", "requests equal", "first differences (request: position)", "verdict")
+    title = f"Greedy tokens ({rule})"
+    table = make_table(
+        title, "tokens of", "compared with", "requests equal", "first differences (request: position)", "verdict"
+    )
     for row in result["equality"]:
         differences = ", ".join(f"{index}: {position}" for index, position in row["first_differences"].items())
         verdict = "equal" if not differences else "differ" if row["ok"] else "[bold red]MUST BE EQUAL[/]"
@@ -175,32 +188,7 @@ def problems(result: dict[str, Any]) -> list[str]:
     unequal = [f"{row['tokens_of']} vs {row['compared_with']}" for row in result["equality"] if not row["ok"]]
     if unequal:
         lines.append(f"tokens differ in float32: {'; '.join(unequal)}")
-    for name, mode, figures in _modes(result):
+    for name, mode, figures in modes_of(result):
         if not figures["repeats_equal"]:
             lines.append(f"{name} {mode}: the repeats gave different tokens")
     return lines
-
-
-def _modes(result: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """(arm, mode, figures) for every mode that was measured, mode by mode so that arms stand together."""
-    arms = result["arms"].items()
-    found = [(name, mode, figures) for name, arm in arms for mode, figures in arm.get("modes", {}).items()]
-    return sorted(found, key=lambda row: row[1] == "batch")  # stable: single first
-
-
-def _columns(table: Table, *names: str) -> None:
-    for name in names:
-        left = name in ("arm", "mode", "tokens of", "compared with", "verdict") or name.startswith("first differences")
-        table.add_column(name, justify="left" if left else "right")
-
-
-def _num(value: float | None, digits: int = 1, unit: float = 1.0) -> str:
-    return "-" if value is None else f"{value / unit:,.{digits}f}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
-
-
-def _mib(value: float | None) -> str:
-    return "-" if value is None else f"{value / 2**20:,.0f} MiB"

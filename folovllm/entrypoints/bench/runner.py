@@ -3,17 +3,24 @@
 Milestone: M1. vLLM counterpart: none. No torch.
 
     round 1: bandwidth, hf, m1, m2     round 2: m2, m1, hf, bandwidth     round 3: as round 1
+
+A child leads a process group of its own, and the group ends with us, however we end: by a timeout, Ctrl-C or SIGTERM
+here (`children_end_with_us`), by SIGKILL through the pipe that is the child's stdin (`child.die_with_parent`).
 """
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from folovllm.entrypoints.bench.task import ArmTask
 
@@ -35,12 +42,13 @@ def say(text: str) -> None:
 
 def run_rounds(tasks: list[ArmTask], repeats: int, timeout: float, say: Say = say) -> dict[str, ArmRuns]:
     """Run every task once per round; every second round backwards. An arm that failed is not tried again."""
-    runs = {task.arm: ArmRuns() for task in tasks}
+    runs = {task.name: ArmRuns() for task in tasks}
+    assert len(runs) == len(tasks), "two tasks of one name: give them labels"
     for round_index in range(repeats):
         for task in tasks if round_index % 2 == 0 else reversed(tasks):
-            arm = runs[task.arm]
+            arm = runs[task.name]
             if arm.error is None:
-                say(f"[round {round_index + 1}/{repeats}] {task.arm} ...")
+                say(f"[round {round_index + 1}/{repeats}] {task.name} ...")
                 _record(arm, task, timeout, say)
     return runs
 
@@ -52,7 +60,7 @@ def run_task(task: ArmTask, timeout: float) -> dict[str, Any]:
         task_file.write_text(task.to_json())
         command = [sys.executable, "-m", "folovllm.entrypoints.bench", "--arm", str(task_file), str(result_file)]
         try:
-            status = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=timeout).returncode
+            status = run_child(command, timeout)
         except subprocess.TimeoutExpired:
             return {"ok": False, "error": f"took longer than {timeout:.0f} s (--timeout) and was ended"}
         if not result_file.exists():
@@ -61,15 +69,46 @@ def run_task(task: ArmTask, timeout: float) -> dict[str, Any]:
         return result
 
 
+def run_child(command: list[str], timeout: float) -> int:
+    """The exit status of `command`; TimeoutExpired when it took too long. Nothing it started outlives this call."""
+    with (
+        children_end_with_us(),
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) as child,
+    ):
+        try:
+            return child.wait(timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # all gone already
+                os.killpg(child.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def children_end_with_us() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise here as Ctrl-C does, so that `finally` blocks run."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+
+    def leave(number: int, frame: Any) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def _record(arm: ArmRuns, task: ArmTask, timeout: float, say: Say) -> None:
     start = time.perf_counter()
     result = run_task(task, timeout)
     if result["ok"]:
         arm.results.append(result)
-        say(f"    {task.arm} done in {time.perf_counter() - start:.1f} s")
+        say(f"    {task.name} done in {time.perf_counter() - start:.1f} s")
     else:
         arm.error = result["error"]
-        say(f"    {task.arm} FAILED: {arm.error}")
+        say(f"    {task.name} FAILED: {arm.error}")
 
 
 def _how_it_died(status: int) -> str:

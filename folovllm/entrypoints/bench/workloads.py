@@ -1,83 +1,39 @@
-"""Workloads: which requests a benchmark sends, by name, the same ones every time.
+"""Workloads by name: which requests a benchmark sends, the same ones every time.
 
-Milestone: M1. vLLM counterpart: vllm/benchmarks/datasets.py. Left out: data sets of real conversations.
-
-Prompts are random token ids, so that no engine profits from text it has seen, and the length of every output is forced
-(EOS is ignored): all engines do the same work. No torch.
+Milestone: M1; M5 and M6 added the last four. vLLM counterpart: vllm/benchmarks/datasets.py. No torch.
 """
 
-import hashlib
-import json
-import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-FIRST_RANDOM_ID = 100  # below are special tokens in many vocabularies
-LAST_RANDOM_ID = 48_999  # within every vocabulary that the benchmark is meant for; a smaller one lowers it
-NUM_SINGLE_STREAM = 8  # one after another is slow: the first few requests stand for all
-MODES = ("single", "batch")
+from folovllm.entrypoints.bench import scenarios
+from folovllm.entrypoints.bench.requests import (
+    CACHE_MODES,
+    MODES,
+    NUM_SINGLE_STREAM,
+    BenchRequest,
+    Workload,
+    random_requests,
+)
 
-
-@dataclass(frozen=True)
-class BenchRequest:
-    """One request: token ids in, and how many tokens must come out."""
-
-    prompt_token_ids: list[int]
-    output_len: int
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Requests and the modes to run them in: "single" one after another, "batch" all at once."""
-
-    name: str
-    requests: list[BenchRequest] = field(repr=False)
-    modes: tuple[str, ...] = MODES
-
-    def for_mode(self, mode: str) -> list[BenchRequest]:
-        return self.requests[:NUM_SINGLE_STREAM] if mode == "single" else self.requests
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest request, prompt and output together."""
-        return max(len(request.prompt_token_ids) + request.output_len for request in self.requests)
-
-    def digest(self) -> str:
-        """SHA-256 of all token ids and lengths: two runs with the same digest asked for the same."""
-        plain = [[request.prompt_token_ids, request.output_len] for request in self.requests]
-        return hashlib.sha256(json.dumps(plain, separators=(",", ":")).encode()).hexdigest()
-
-
-def random_requests(
-    count: int, prompt_len: tuple[int, int], output_len: tuple[int, int], vocab_size: int, seed: int = 0
-) -> list[BenchRequest]:
-    """`count` requests with lengths drawn evenly from the two ranges (both ends included).
-
-    The order of the draws is part of the contract: per request the prompt's length, its ids, the output's length. So a
-    shorter workload is a prefix of a longer one.
-    """
-    end = min(LAST_RANDOM_ID + 1, vocab_size)
-    if end <= FIRST_RANDOM_ID:
-        raise ValueError(
-            f"the model's vocabulary has {vocab_size} tokens; the workloads need more than {FIRST_RANDOM_ID}"
-        )
-    rng = random.Random(seed)
-    requests = []
-    for _ in range(count):
-        num_prompt_tokens = rng.randint(*prompt_len)
-        prompt = [rng.randrange(FIRST_RANDOM_ID, end) for _ in range(num_prompt_tokens)]
-        requests.append(BenchRequest(prompt, rng.randint(*output_len)))
-    return requests
+__all__ = ["WORKLOADS", "BenchRequest", "Workload", "WorkloadRecipe", "make_workload", "random_requests"]
 
 
 @dataclass(frozen=True)
 class WorkloadRecipe:
-    """How to make a workload: `make(count, vocab_size)` gives the requests."""
+    """How to make a workload: `make(count, vocab_size)` gives the requests, `make(.., hit_rates)` where it has some.
+
+    `rungs`: the milestones it was made to compare, measured unless others are asked for; None: all that are built.
+    """
 
     about: str
     default_count: int
-    make: Callable[[int, int], list[BenchRequest]]
+    make: Callable[..., list[BenchRequest]]
     modes: tuple[str, ...] = MODES
+    num_single: int | None = NUM_SINGLE_STREAM
+    rungs: tuple[str, ...] | None = None
+    hit_rates: tuple[int, ...] = ()
+    has_arrivals: bool = False
 
 
 def _workload_a(count: int, vocab_size: int) -> list[BenchRequest]:
@@ -88,19 +44,54 @@ def _smoke(count: int, vocab_size: int) -> list[BenchRequest]:
     return random_requests(count, prompt_len=(4, 16), output_len=(3, 8), vocab_size=vocab_size)
 
 
-# A milestone that needs other requests (long prompts, shared prefixes) adds a line.
+# A milestone that needs other requests adds a line.
 WORKLOADS: dict[str, WorkloadRecipe] = {
     "A": WorkloadRecipe(
         "32 requests, 32-256 tokens in, 32-128 out, one by one (first 8) and all at once", 32, _workload_a
     ),
     "single": WorkloadRecipe("the first 8 requests of A, only one after another", 8, _workload_a, ("single",)),
     "smoke": WorkloadRecipe("4 requests of a few tokens: does it run? Not for figures", 4, _smoke),
+    "long-prompts": WorkloadRecipe(
+        "8 requests of 32-64 tokens decode 320 each, and 4 prompts of 4,000 tokens arrive among them, one whenever "
+        "they have got another 64 tokens; no HuggingFace arm, as generate takes no arrivals",
+        12,
+        scenarios.long_prompts,
+        ("batch",),
+        rungs=("m4", "m5"),
+        has_arrivals=True,
+    ),
+    "shared-prefix": WorkloadRecipe(
+        "for each of --hit-rates, 6 prompts of 1,500 tokens that begin with the same share of them, 8 out, one by one; "
+        "--num-requests is per hit rate",
+        6,
+        scenarios.shared_prefix,
+        ("single",),
+        num_single=None,
+        rungs=("m5", "m6"),
+        hit_rates=scenarios.HIT_RATES,
+    ),
+    "multi-turn": WorkloadRecipe(
+        "8 conversations of 4 turns, 256-384 tokens first, 24-64 more each turn, 32 out; twice: cache cold, then warm",
+        32,
+        scenarios.multi_turn,
+        CACHE_MODES,
+        rungs=("m5", "m6"),
+    ),
+    "few-shot": WorkloadRecipe(
+        "24 questions of 16-48 tokens after the same 1,024 tokens of examples, 8-24 out; twice: cache cold, then warm",
+        24,
+        scenarios.few_shot,
+        CACHE_MODES,
+        rungs=("m5", "m6"),
+    ),
 }
 
 
-def make_workload(name: str, vocab_size: int, count: int | None = None) -> Workload:
+def make_workload(name: str, vocab_size: int, count: int | None = None, hit_rates: tuple[int, ...] = ()) -> Workload:
     """The workload called `name`, or its first `count` requests. ValueError lists the names there are."""
     recipe = WORKLOADS.get(name)
     if recipe is None:
         raise ValueError(f"unknown workload {name!r}; there are {', '.join(WORKLOADS)}")
-    return Workload(name, recipe.make(count or recipe.default_count, vocab_size), recipe.modes)
+    extra = (hit_rates or recipe.hit_rates,) if recipe.hit_rates else ()
+    requests = recipe.make(count or recipe.default_count, vocab_size, *extra)
+    return Workload(name, requests, recipe.modes, recipe.num_single)

@@ -77,6 +77,10 @@ class LinearBase(nn.Module):
         self.quant_method.create_weights(self)
         self.bias = new_parameter(output_size, weight_loader=self.weight_loader) if bias else None
 
+    def output_parts(self) -> dict[Any, int]:
+        """The checkpoint's layers in this one, in output order: shard_id -> output features. One, unless fused."""
+        return {None: self.output_size}
+
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
         raise NotImplementedError
 
@@ -106,6 +110,9 @@ class MergedColumnParallelLinear(LinearBase):
         self.shard_sizes = [divide(size, world) for size in output_sizes]
         super().__init__(input_size, sum(self.shard_sizes), bias, world=world, **kwargs)
 
+    def output_parts(self) -> dict[Any, int]:
+        return dict(enumerate(self.shard_sizes))
+
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
         start = sum(self.shard_sizes[:shard_id])
         load_fused_shard(param, loaded_weight, start, self.shard_sizes[shard_id], self)
@@ -133,6 +140,9 @@ class QKVParallelLinear(LinearBase):
         self.kv_copies = divide(world, min(world, num_kv_heads))  # ranks that share one KV head
         self.q_size, self.kv_size = self.num_heads * head_size, self.num_kv_heads * head_size
         super().__init__(hidden_size, self.q_size + 2 * self.kv_size, bias, world=world, **kwargs)
+
+    def output_parts(self) -> dict[Any, int]:
+        return {"q": self.q_size, "k": self.kv_size, "v": self.kv_size}
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
         start = {"q": 0, "k": self.q_size, "v": self.q_size + self.kv_size}[shard_id]
@@ -162,7 +172,8 @@ def load_fused_shard(
 ) -> None:
     """Copy this rank's piece of one fused layer into outputs start .. start + size of `param`.
 
-    A quant method that packs p outputs into one number marks it as `packed_factor`; positions shrink by that.
+    A quant method that packs p outputs into one number marks it as `packed_factor`; positions shrink by that. It may
+    be a Fraction: 32 outputs of 3 bits lie in 3 words.
     """
     factor = getattr(param, "packed_factor", 1)
     dim = output_dim(param)

@@ -1,0 +1,171 @@
+"""flash_attn: FlashAttention's own kernels on our pages, one call for the whole batch.
+
+Milestone: M4. vLLM counterpart: vllm/v1/attention/backends/flash_attn.py. Left out: FlashAttention 4, split-KV for long
+contexts with few requests, the variant with a preallocated output (CUDA graphs will want it).
+
+torch >= 2.12 carries the kernel (`torch.nn.attention.varlen.varlen_attn` with `block_table`); for an older torch the
+flash-attn package has the same one. What they take is what AttentionMetadata holds:
+
+    query_start_loc = [0, 2, 5]           cu_seq_q    where the rows of each request begin
+    seq_lens        = [5, 3]              seqused_k   how many keys each has;  cu_seq_k = [0, 5, 8]
+    block_table     = [[7, 2], [4, 0]]    block_table
+    kv_cache[0], kv_cache[1]              key, value  pages [num_blocks, block_size, num_kv_heads, head_size]
+
+Both align the causal triangle with the bottom right corner, which is what a chunk at the end of a sequence wants.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+
+from folovllm.attention.backend import AttentionMetadata, AttentionSpec
+from folovllm.attention.backends.torch_naive import TorchNaiveBackend
+
+DTYPES = (torch.bfloat16, torch.float16)
+MAX_HEAD_SIZE = 256
+HEAD_MULTIPLE = 8
+# FlashAttention 2 copies K in tiles that must not cross a page. FlashAttention 3 (Hopper) takes pages of any size.
+PAGE_MULTIPLE = 256
+SMALLEST_CAPABILITY = (8, 0)  # Ampere
+_CAUSAL = (-1, 0)  # a window: any number of keys to the left of a query's own, none to the right
+# More than one split of the keys gives wrong rows with pages in torch 2.13's FlashAttention 2 (pytorch issue 194167),
+# and so does its own choice. Decoding few long sequences pays for that; triton_paged splits them.
+_NUM_SPLITS = 1
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, "FlashMetadata", float], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class FlashMetadata:
+    """The arguments that all layers share."""
+
+    cu_seq_q: torch.Tensor  # [num_reqs + 1] int32
+    cu_seq_k: torch.Tensor  # [num_reqs + 1] int32; with pages only its differences matter
+    seqused_k: torch.Tensor  # [num_reqs] int32
+    block_table: torch.Tensor  # [num_reqs, max_blocks_per_req] int32, rows contiguous
+    max_q: int
+    max_k: int
+
+
+class FlashAttnBackend(TorchNaiveBackend):
+    """Layout of the cache, `write` and `copy_blocks` are those of torch_naive: it is the kernel's, too."""
+
+    name = "flash_attn"
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        kernel = find_kernel()
+        assert kernel is not None, "refusal() said that there is one"
+        self.kernel = kernel
+
+    @classmethod
+    def refusal(cls, spec: AttentionSpec) -> str | None:
+        return _refusal_of_spec(spec) or _refusal_of_machine(spec)
+
+    def prepare(self, metadata: AttentionMetadata) -> None:
+        start, lens, device = metadata.query_start_loc, metadata.seq_lens, metadata.block_table.device
+        metadata.prepared = FlashMetadata(
+            cu_seq_q=torch.tensor(start, dtype=torch.int32, device=device),
+            cu_seq_k=torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=device),
+            seqused_k=torch.tensor(lens, dtype=torch.int32, device=device),
+            block_table=metadata.block_table.contiguous(),
+            max_q=max(end - first for first, end in pairwise(start)),
+            max_k=max(lens),
+        )
+
+    def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        return self.kernel(query.contiguous(), kv_cache, metadata.prepared, self.spec.scale)
+
+
+def call_torch(query: torch.Tensor, kv_cache: torch.Tensor, step: FlashMetadata, scale: float) -> torch.Tensor:
+    """query [num_tokens, num_heads, head_size], same shape back; pages kv_cache[0] and kv_cache[1]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    key, value = kv_cache  # each [num_blocks, block_size, num_kv_heads, head_size]
+    out = varlen_attn(
+        query, key, value, step.cu_seq_q, step.cu_seq_k, step.max_q, step.max_k,
+        scale=scale, window_size=_CAUSAL, enable_gqa=query.shape[1] != key.shape[2],
+        seqused_k=step.seqused_k, block_table=step.block_table, num_splits=_NUM_SPLITS,
+    )  # fmt: skip
+    assert isinstance(out, torch.Tensor)  # a tuple only when the log-sum-exp was asked for
+    return out
+
+
+def call_package(query: torch.Tensor, kv_cache: torch.Tensor, step: FlashMetadata, scale: float) -> torch.Tensor:
+    """The same through flash-attn >= 2.5, which takes the lengths of the keys from the differences of cu_seq_k."""
+    from flash_attn import flash_attn_varlen_func
+
+    key, value = kv_cache  # each [num_blocks, block_size, num_kv_heads, head_size]
+    out: torch.Tensor = flash_attn_varlen_func(
+        query, key, value, step.cu_seq_q, step.cu_seq_k, step.max_q, step.max_k,
+        softmax_scale=scale, causal=True, block_table=step.block_table,
+    )  # fmt: skip
+    return out
+
+
+def find_kernel() -> Kernel | None:
+    """torch's own kernel, else that of the package; None without either."""
+    if _torch_has_pages():
+        return call_torch
+    return call_package if _package_is_there() else None
+
+
+def _torch_has_pages() -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"block_table", "seqused_k", "num_splits"} <= inspect.signature(varlen_attn).parameters.keys()
+
+
+def _package_is_there() -> bool:
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except ImportError:  # not installed, or built for another torch
+        return False
+    return True
+
+
+def page_multiple() -> int:
+    """What the block size must be divisible by: 1 where the user has activated FlashAttention 3 in torch."""
+    if not _torch_has_pages():
+        return PAGE_MULTIPLE
+    from torch.nn.attention import current_flash_attention_impl
+
+    return 1 if current_flash_attention_impl() == "FA3" else PAGE_MULTIPLE
+
+
+def _refusal_of_spec(spec: AttentionSpec) -> str | None:
+    if spec.device.type != "cuda":
+        return f"it runs on an NVIDIA GPU, not on {spec.device.type}; use 'torch_flash', the same algorithm"
+    if spec.dtype not in DTYPES:
+        return f"it computes in bfloat16 and float16, not in {spec.dtype}; use 'triton_paged' or another dtype"
+    if spec.head_size > MAX_HEAD_SIZE or spec.head_size % HEAD_MULTIPLE:
+        return (
+            f"it wants a head size up to {MAX_HEAD_SIZE} that is divisible by {HEAD_MULTIPLE}, not {spec.head_size}; "
+            f"use 'triton_paged'"
+        )
+    return None
+
+
+def _refusal_of_machine(spec: AttentionSpec) -> str | None:
+    if find_kernel() is None:
+        return "neither torch >= 2.12 nor the flash-attn package is installed; use 'triton_paged'"
+    multiple = page_multiple()
+    if spec.block_size % multiple:
+        return (
+            f"its pages must be divisible by {multiple} tokens, not hold {spec.block_size}; "
+            f"use block_size={multiple} or 'triton_paged'"
+        )
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device; use device='cpu'"
+    capability = torch.cuda.get_device_capability(spec.device)
+    if capability < SMALLEST_CAPABILITY:
+        return (
+            f"it wants compute capability 8.0 (Ampere) or later, this GPU has {'.'.join(map(str, capability))}; "
+            f"use 'torch_sdpa'"
+        )
+    return None

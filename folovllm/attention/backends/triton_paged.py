@@ -1,0 +1,187 @@
+"""triton_paged: our own GPU attention, straight from the pages (attention/ops/triton_attention.py has the kernels).
+
+Milestone: M4. vLLM counterpart: vllm/v1/attention/backends/triton_attn.py. Left out: CUDA graphs (the lists of
+`prepare` have the size of the batch), tile sizes found by measuring.
+
+This file decides what the kernels are launched on: requests with several new tokens are cut into tiles of queries,
+those with one into parts of their keys. No kernel waits for the other kind, and both read the same pages.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from folovllm.attention.backend import AttentionMetadata, AttentionSpec
+from folovllm.attention.backends.torch_naive import TorchNaiveBackend
+
+try:
+    import triton
+
+    from folovllm.attention.ops import triton_attention as kernels
+except ImportError as error:
+    raise ImportError(
+        f"Triton is not installed ({error}); it comes with the CUDA builds of torch on Linux, or install it with "
+        f"`pip install triton`; use 'torch_sdpa'"
+    ) from error
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_SIZE = 256
+MAX_QUERIES_PER_KV = 64
+SMALLEST_CAPABILITY = (8, 0)  # Ampere, the first with bf16
+# Keys per program of a single query. Fewer give more programs to run side by side, more leave fewer parts to merge.
+SPLIT_KV = 256
+_SMALLEST_TILE = 16  # what a matrix unit multiplies at once
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of the blocks that a program computes with; all are powers of two."""
+
+    head_pad: int
+    chunk_rows: int  # (new token, head) pairs per tile of `chunk_kernel`
+    single_rows: int  # heads per tile of `single_kernel`
+    block_kv: int  # keys per tile
+
+
+@dataclass(frozen=True)
+class TritonMetadata:
+    """The lists of `AttentionMetadata` on the device, and who does what."""
+
+    query_start_loc: torch.Tensor  # [num_reqs + 1] int32
+    seq_lens: torch.Tensor  # [num_reqs] int32
+    tiles: torch.Tensor  # [num_tiles, 2] int32 (request, first new token)
+    singles: torch.Tensor  # [num_singles] int32 requests with one new token
+    max_splits: int  # parts of the longest of them
+
+
+class TritonPagedBackend(TorchNaiveBackend):
+    """Layout of the cache and `copy_blocks` are those of torch_naive."""
+
+    name = "triton_paged"
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        self.tiles = tile_sizes(spec)
+        self.shape_args = {
+            "BLOCK_SIZE": spec.block_size,
+            "HEAD_SIZE": spec.head_size,
+            "HEAD_PAD": self.tiles.head_pad,
+            "GROUP": spec.num_queries_per_kv,
+            "BLOCK_KV": self.tiles.block_kv,
+        }
+        assert SPLIT_KV % self.tiles.block_kv == 0
+
+    @classmethod
+    def refusal(cls, spec: AttentionSpec) -> str | None:
+        if spec.dtype not in DTYPES:
+            return f"it computes in float32, bfloat16 and float16, not in {spec.dtype}; use 'torch_naive'"
+        if spec.head_size > MAX_HEAD_SIZE or spec.num_queries_per_kv > MAX_QUERIES_PER_KV:
+            return (
+                f"head size {spec.head_size} with {spec.num_queries_per_kv} query heads per KV head is beyond its "
+                f"{MAX_HEAD_SIZE} and {MAX_QUERIES_PER_KV}; use 'torch_sdpa'"
+            )
+        return _refusal_of_interpreter(spec) if is_interpreted() else _refusal_of_gpu(spec)
+
+    def prepare(self, metadata: AttentionMetadata) -> None:
+        """Cut the step into programs. E.g. 6, 1, 3 new tokens, 4 per tile: tiles (0, 0), (0, 4), (2, 0), single 1."""
+        start, device = metadata.query_start_loc, metadata.block_table.device
+        q_lens = [start[i + 1] - start[i] for i in range(metadata.num_reqs)]
+        per_tile = self.tiles.chunk_rows // self.spec.num_queries_per_kv
+        tiles = [(i, first) for i, q_len in enumerate(q_lens) if q_len > 1 for first in range(0, q_len, per_tile)]
+        singles = [i for i, q_len in enumerate(q_lens) if q_len == 1]
+        longest = max((metadata.seq_lens[i] for i in singles), default=0)
+        metadata.prepared = TritonMetadata(
+            query_start_loc=torch.tensor(start, dtype=torch.int32, device=device),
+            seq_lens=torch.tensor(metadata.seq_lens, dtype=torch.int32, device=device),
+            tiles=torch.tensor(tiles, dtype=torch.int32, device=device),
+            singles=torch.tensor(singles, dtype=torch.int32, device=device),
+            max_splits=-(-longest // SPLIT_KV),
+        )
+
+    def write(
+        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
+    ) -> None:
+        row_size = self.spec.num_kv_heads * self.spec.head_size
+        key, value = key.reshape(-1, row_size), value.reshape(-1, row_size)  # [num_tokens, row_size], mostly views
+        kernels.write_kernel[(key.shape[0],)](
+            key, value, kv_cache[0], kv_cache[1], metadata.slot_mapping, key.stride(0), value.stride(0),
+            ROW_SIZE=row_size, ROW_PAD=triton.next_power_of_2(row_size),
+        )  # fmt: skip
+
+    def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        assert query.stride(2) == 1
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_tokens, num_heads, head_size]
+        prepared: TritonMetadata = metadata.prepared
+        if len(prepared.tiles):
+            self._attend_chunks(out, query, kv_cache, metadata.block_table, prepared)
+        if len(prepared.singles):
+            self._attend_singles(out, query, kv_cache, metadata.block_table, prepared)
+        return out
+
+    def _attend_chunks(
+        self, out: torch.Tensor, query: torch.Tensor, kv_cache: torch.Tensor, table: torch.Tensor, step: TritonMetadata
+    ) -> None:
+        kernels.chunk_kernel[(len(step.tiles), self.spec.num_kv_heads)](
+            out, query, kv_cache[0], kv_cache[1], table, step.query_start_loc, step.seq_lens, step.tiles,
+            self.spec.scale, query.stride(0), query.stride(1), out.stride(0), table.stride(0), kv_cache.stride(2),
+            BLOCK_ROWS=self.tiles.chunk_rows, **self.shape_args,
+        )  # fmt: skip
+
+    def _attend_singles(
+        self, out: torch.Tensor, query: torch.Tensor, kv_cache: torch.Tensor, table: torch.Tensor, step: TritonMetadata
+    ) -> None:
+        num_singles, num_heads, head_size = len(step.singles), self.spec.num_heads, self.spec.head_size
+        # Parts stay in fp32: they are rounded once, after the merge.
+        lse = torch.empty(num_singles, num_heads, step.max_splits, device=out.device, dtype=torch.float32)
+        parts = torch.empty(*lse.shape, head_size, device=out.device, dtype=torch.float32)
+        kernels.single_kernel[(num_singles, self.spec.num_kv_heads, step.max_splits)](
+            parts, lse, query, kv_cache[0], kv_cache[1], table, step.query_start_loc, step.seq_lens, step.singles,
+            self.spec.scale, query.stride(0), query.stride(1), table.stride(0), kv_cache.stride(2),
+            BLOCK_ROWS=self.tiles.single_rows, SPLIT_KV=SPLIT_KV, **self.shape_args,
+        )  # fmt: skip
+        kernels.merge_kernel[(num_singles, num_heads)](
+            out, parts, lse, step.query_start_loc, step.seq_lens, step.singles, out.stride(0), step.max_splits,
+            HEAD_SIZE=head_size, HEAD_PAD=self.tiles.head_pad, SPLIT_KV=SPLIT_KV,
+        )  # fmt: skip
+
+
+def tile_sizes(spec: AttentionSpec) -> Tiles:
+    """Tiles that fit into the registers of a program, and into the memory that its GPU has beside them.
+
+    Tiles twice as large make the compiler move registers to memory and back, which costs more than the larger tile
+    gains; in fp32, where no matrix unit helps, that is soonest. tests/m4/test_triton_paged.py asks the compiler what it
+    had to move; which sizes are fastest only a GPU can tell.
+    """
+    head_pad = max(_SMALLEST_TILE, triton.next_power_of_2(spec.head_size))
+    group = triton.next_power_of_2(spec.num_queries_per_kv)
+    return Tiles(
+        head_pad=head_pad,
+        chunk_rows=max(64 if spec.dtype.itemsize == 2 and head_pad <= 128 else 32, group),
+        single_rows=max(_SMALLEST_TILE, group),
+        block_kv=32 if head_pad * spec.dtype.itemsize <= 256 else 16,
+    )
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on a CPU: TRITON_INTERPRET=1 when they were imported (tests)."""
+    return not isinstance(kernels.chunk_kernel, triton.JITFunction)
+
+
+def _refusal_of_interpreter(spec: AttentionSpec) -> str | None:
+    if spec.dtype is not torch.float32:
+        return f"Triton's interpreter does not multiply {spec.dtype} (TRITON_INTERPRET=1 is set); use 'torch_flash'"
+    return None
+
+
+def _refusal_of_gpu(spec: AttentionSpec) -> str | None:
+    if spec.device.type != "cuda":
+        return f"it runs on an NVIDIA GPU, not on {spec.device.type}; use 'torch_flash', the same algorithm"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device; use 'torch_sdpa'"
+    capability = torch.cuda.get_device_capability(spec.device)
+    if capability < SMALLEST_CAPABILITY:
+        return (
+            f"it wants compute capability 8.0 (Ampere) or later, this GPU has {'.'.join(map(str, capability))}; "
+            f"use 'torch_sdpa'"
+        )
+    return None

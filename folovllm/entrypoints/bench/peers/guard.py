@@ -1,0 +1,28 @@
+"""Runs a command and, if the process that asked for it dies, ends the command and everything that it started.
+
+Milestone: M4. vLLM counterpart: none. A stand-alone file: `python guard.py COMMAND...`, started in a session of its own
+with a pipe as stdin. Nobody writes into the pipe; when the other end closes, its owner is gone, be it by SIGKILL.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+
+def main(command: list[str]) -> int:
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    threading.Thread(target=end_with_owner, daemon=True).start()
+    status = child.wait()
+    return status if status >= 0 else 128 - status  # E.g. killed by signal 9 -> 137, as a shell says it
+
+
+def end_with_owner() -> None:
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGKILL)  # this process included
+
+
+if __name__ == "__main__":
+    os._exit(main(sys.argv[1:]))  # not sys.exit: the thread is still reading

@@ -1,0 +1,95 @@
+"""A decoder layer as one C++ call, where everything it is made of is C++ already.
+
+Milestone: M4. vLLM counterpart: none on a CPU; on a GPU, CUDA graphs (which replay all launches of a step) serve the
+same end. Left out: fp32 and quantised layers, which run operator by operator.
+
+With one token per step the twelve modules, views and operator calls of a layer cost as much Python as a seventh of its
+arithmetic. The model file stays as it is: its layers are called as ever, and whoever wants to read what they do reads
+it there. csrc/layer.cpp does the same in the same order.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from folovllm.attention.backend import AttentionBackend
+from folovllm.attention.backends.cpu_paged import CpuPagedBackend
+from folovllm.forward_context import get_attn_metadata
+from folovllm.model_executor.layers.packed_linear import CppGatedLinearMethod, CppLinearMethod
+from folovllm.model_executor.models.interface import CausalLM
+from folovllm.model_executor.models.llama import LlamaDecoderLayer
+
+Rows = tuple[torch.Tensor, torch.Tensor]
+
+
+class FusedDecoderLayer:
+    """Stands in for `LlamaDecoderLayer.forward`."""
+
+    def __init__(self, layer: LlamaDecoderLayer, backend: CpuPagedBackend) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._op = backend.ops.decoder_layer.default
+        self._attn = attention.attn
+        self._weights = fused_weights(layer)
+        self._sizes = (attention.num_heads, mlp.gate_up_proj.output_size // 2)
+        self._eps, self._scale = layer.input_layernorm.eps, backend.spec.scale
+
+    def __call__(self, hidden: torch.Tensor, residual: torch.Tensor, rows: Rows) -> Rows:
+        """As the layer: hidden and residual [num_tokens, hidden_size], rows are cos and sin of the positions."""
+        metadata = get_attn_metadata()
+        prepared = metadata.prepared
+        out = self._op(
+            hidden,
+            residual,
+            *rows,
+            self._weights,
+            self._attn.kv_cache,
+            metadata.slot_mapping,
+            prepared.query_start_loc,
+            prepared.seq_lens,
+            metadata.block_table,
+            *self._sizes,
+            self._eps,
+            self._scale,
+        )  # [num_tokens, hidden_size]
+        return out, residual
+
+
+def fuse_decoder_layers(model: CausalLM, backend: AttentionBackend) -> int:
+    """Let the layers that can run as one call do so; how many. Call it when the layers are bound to `backend`."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()  # a test's model may be anything
+    layers = [module for module in modules if isinstance(module, LlamaDecoderLayer)]
+    fusable = [layer for layer in layers if _can_fuse(layer, backend)]
+    for layer in fusable:
+        assert isinstance(backend, CpuPagedBackend)
+        layer.forward = FusedDecoderLayer(layer, backend)  # type: ignore[method-assign]
+    return len(fusable)
+
+
+def fused_weights(layer: LlamaDecoderLayer) -> list[torch.Tensor]:
+    """In the order of csrc/layer.cpp; an empty tensor where the model has none."""
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv, out, gate_up, down = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+    none = torch.empty(0)
+    tensors: list[Any] = [
+        layer.input_layernorm.weight,
+        *(qkv.packed_weight, qkv.packed_bias),
+        *(getattr(getattr(attention, norm, None), "weight", None) for norm in ("q_norm", "k_norm")),
+        *(out.packed_weight, out.packed_bias),
+        layer.post_attention_layernorm.weight,
+        gate_up.packed_weight,
+        *(down.packed_weight, down.packed_bias),
+    ]
+    return [none if tensor is None else tensor.detach() for tensor in tensors]
+
+
+def _can_fuse(layer: LlamaDecoderLayer, backend: AttentionBackend) -> bool:
+    """Exactly these classes: a subclass may compute something else."""
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = (attention.qkv_proj, attention.o_proj, mlp.down_proj)
+    return (
+        type(backend) is CpuPagedBackend
+        and backend.padding == 0
+        and all(type(linear.quant_method) is CppLinearMethod for linear in linears)
+        and type(mlp.gate_up_proj.quant_method) is CppGatedLinearMethod
+    )

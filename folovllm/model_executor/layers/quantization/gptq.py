@@ -1,0 +1,81 @@
+"""GPTQ checkpoints in the linear layers' `quant_method` slot.
+
+Milestone: M7. vLLM counterpart: vllm/model_executor/layers/quantization/gptq.py (GPTQConfig and GPTQLinearMethod).
+Left out: ranks that share the inputs of a layer, quantised embeddings.
+"""
+
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import nn
+
+from folovllm.gptq_config import WORD_BITS, GPTQConfig
+from folovllm.model_executor.layers.linear import LinearBase, LinearMethodBase, RowParallelLinear
+from folovllm.model_executor.layers.quantization.kernels import GPTQKernel, get_kernel
+from folovllm.model_executor.layers.quantization.quantized_linear import check_g_idx, tensor_layout
+from folovllm.model_executor.parameter import TensorMismatchError, copy_shard, new_parameter
+from folovllm.model_executor.weight_utils import WeightsError
+
+
+class GPTQQuantization:
+    """The `quant_config` of a model: every linear layer but the head, unless the checkpoint quantised that too."""
+
+    def __init__(self, config: GPTQConfig, kernel: str = "dequant") -> None:
+        self.config = config
+        self.kernel = get_kernel(kernel, config)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        if prefix == "lm_head" and not self.config.lm_head:
+            return None
+        return GPTQLinearMethod(self.config, self.kernel, prefix)
+
+
+class GPTQLinearMethod(LinearMethodBase):
+    """Holds the four tensors of the checkpoint; a kernel multiplies with them."""
+
+    def __init__(self, config: GPTQConfig, kernel: GPTQKernel, prefix: str) -> None:
+        self.config, self.kernel, self.prefix = config, kernel, prefix
+
+    def create_weights(self, layer: LinearBase) -> None:
+        assert layer.world == 1 or not isinstance(layer, RowParallelLinear), "g_idx over ranks: with tensor parallelism"
+        parts = layer.output_parts()
+        shapes = self._shapes(layer.input_size, list(parts.values()))
+        # The default loaders place a tensor by these two: outputs lie along axis 1, and in qzeros several in a word.
+        for name, dtype, packed in (
+            ("qweight", torch.int32, 1),
+            ("qzeros", torch.int32, Fraction(WORD_BITS, self.config.bits)),
+            ("scales", torch.float32, 1),  # holds fp16 and bf16 alike, exactly
+        ):
+            param = new_parameter(*shapes[name], weight_loader=layer.weight_loader, dtype=dtype)
+            param.output_dim, param.packed_factor = 1, packed  # type: ignore[attr-defined]
+            setattr(layer, name, param)
+        # q, k and v were quantised apart: under act-order the inputs of each fell into groups of its own.
+        g_idx = new_parameter(len(parts), layer.input_size, weight_loader=_g_idx_loader(layer), dtype=torch.int32)
+        g_idx.num_groups = self.config.num_groups(layer.input_size)  # type: ignore[attr-defined]
+        layer.g_idx = g_idx  # [parts, input_size]
+
+    def _shapes(self, input_size: int, output_sizes: list[int]) -> dict[str, tuple[int, ...]]:
+        try:
+            for size in output_sizes:  # each part is packed on its own
+                tensor_layout(self.config, input_size, size)
+        except TensorMismatchError as error:
+            raise WeightsError(f"{self.prefix}: {error}; to fix it: correct bits in quantization_config") from None
+        layout = tensor_layout(self.config, input_size, sum(output_sizes))
+        return {name: shape for name, (shape, _) in layout.items()}
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        self.kernel.process(layer)
+
+    def apply(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return self.kernel.apply(layer, x)  # type: ignore[arg-type]
+
+
+def _g_idx_loader(layer: LinearBase) -> Any:
+    rows = {shard_id: row for row, shard_id in enumerate(layer.output_parts())}
+
+    def load(param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
+        copy_shard(param.data[rows[shard_id]], loaded_weight, dim=0, rank=0, world=1)
+        check_g_idx(loaded_weight, param.num_groups)  # type: ignore[attr-defined]
+
+    return load

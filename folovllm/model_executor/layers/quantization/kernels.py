@@ -1,0 +1,59 @@
+"""How a GPTQ layer multiplies: the kernels that GPTQLinearMethod can be given.
+
+Milestone: M7. vLLM counterpart: MPLinearKernel and choose_mp_linear_kernel
+(vllm/model_executor/layers/quantization/kernels/mixed_precision).
+
+A kernel may replace the loaded tensors by its own packing (`process`); the reference leaves them as they are.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+
+from folovllm.gptq_config import GPTQConfig
+from folovllm.model_executor.layers.linear import LinearBase
+from folovllm.model_executor.layers.quantization.quantized_linear import QuantizedLinear, unpack_loaded
+
+
+class GPTQKernel(ABC):
+    """One object serves all layers of a model; what belongs to a layer is kept on the layer."""
+
+    def __init__(self, config: GPTQConfig) -> None:
+        self.config = config
+
+    def process(self, layer: LinearBase) -> None:  # noqa: B027 - optional
+        """Repack `layer`, once its tensors are loaded."""
+
+    @abstractmethod
+    def apply(self, layer: LinearBase, x: torch.Tensor) -> torch.Tensor:
+        """x [num_tokens, input_size] -> [num_tokens, output_size], bias included."""
+
+
+class DequantKernel(GPTQKernel):
+    """The reference: the whole weight is dequantised for every call and dropped again. Exact, small and slow."""
+
+    def apply(self, layer: LinearBase, x: torch.Tensor) -> torch.Tensor:
+        weight = torch.cat([part.dequantize() for part in layer_parts(layer, self.config)])  # [output_size, input_size]
+        return F.linear(x, weight.to(x.dtype), layer.bias)
+
+
+def layer_parts(layer: LinearBase, config: GPTQConfig) -> list[QuantizedLinear]:
+    """The checkpoint's layers in `layer`, in output order. Under act-order each has groups of its own."""
+    parts, start = [], 0
+    qweight, qzeros, scales, g_idx = (getattr(layer, name) for name in ("qweight", "qzeros", "scales", "g_idx"))
+    for row, size in enumerate(layer.output_parts().values()):
+        columns, words = slice(start, start + size), slice(config.num_words(start), config.num_words(start + size))
+        parts.append(unpack_loaded(qweight[:, columns], qzeros[:, words], scales[:, columns], g_idx[row], config))
+        start += size
+    return parts
+
+
+KERNELS: dict[str, type[GPTQKernel]] = {"dequant": DequantKernel}
+
+
+def get_kernel(name: str, config: GPTQConfig) -> GPTQKernel:
+    """The kernel called `name`; ValueError with the names there are."""
+    if name not in KERNELS:
+        raise ValueError(f"unknown GPTQ kernel {name!r}; there are {', '.join(KERNELS)}")
+    return KERNELS[name](config)

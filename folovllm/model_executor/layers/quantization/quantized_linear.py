@@ -1,0 +1,148 @@
+"""QuantizedLinear: one linear layer in levels, scales and zeros, and its four tensors in an AutoGPTQ checkpoint.
+
+Milestone: M7. vLLM counterpart: none; vLLM's kernels read the packed tensors directly.
+
+    qweight  int32  [words of input_size, output_size]   levels, packed along the inputs
+    qzeros   int32  [num_groups, words of output_size]   zeros (minus one in v1), packed along the outputs
+    scales   fp16   [num_groups, output_size]
+    g_idx    int32  [input_size]                          the group of each input
+                                                      weight[o, i] = scales[g, o] * (level[o, i] - zeros[g, o])
+                                                                     with g = g_idx[i]
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from folovllm.gptq_config import GPTQConfig
+from folovllm.model_executor.layers.quantization.packing import (
+    add_one_to_each,
+    pack_columns,
+    pack_rows,
+    unpack_columns,
+    unpack_rows,
+)
+from folovllm.model_executor.parameter import ShapeMismatchError, TensorMismatchError
+from folovllm.model_executor.weight_utils import WeightsError, refuse
+
+LEAVES = ("qweight", "qzeros", "scales", "g_idx")
+_BOTH_AGAIN = "the weights and quantization_config belong to different models: download both again"
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """Unpacked, so that it can be looked at and computed with."""
+
+    levels: torch.Tensor  # [output_size, input_size] uint8
+    scales: torch.Tensor  # [num_groups, output_size] fp32, values that fp16 can hold
+    zeros: torch.Tensor  # [num_groups, output_size] int32
+    g_idx: torch.Tensor  # [input_size] int32
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight it stands for: [output_size, input_size] fp32."""
+        group = self.g_idx.long()
+        scales, zeros = self.scales[group].t(), self.zeros[group].t()  # [output_size, input_size]
+        return (self.levels.float() - zeros) * scales
+
+    def outputs(self, start: int, size: int) -> "QuantizedLinear":
+        """Only outputs start .. start + size: one layer of a fused one."""
+        columns = slice(start, start + size)
+        return QuantizedLinear(self.levels[columns], self.scales[:, columns], self.zeros[:, columns], self.g_idx)
+
+    def pack(self, config: GPTQConfig) -> dict[str, torch.Tensor]:
+        """Its four tensors, as they are written."""
+        stored_zeros = self.zeros - config.zero_offset
+        assert int(stored_zeros.min()) >= 0 and int(stored_zeros.max()) <= config.max_level
+        return {
+            "qweight": pack_rows(self.levels.t(), config.bits),
+            "qzeros": pack_columns(stored_zeros, config.bits),
+            "scales": self.scales.to(torch.float16).contiguous(),
+            "g_idx": self.g_idx.to(torch.int32).clone(),  # parts share it, and safetensors writes no tensor twice
+        }
+
+
+def unpack_linear(tensors: Mapping[str, torch.Tensor], config: GPTQConfig) -> QuantizedLinear:
+    """From the four tensors; TensorMismatchError if they do not fit each other."""
+    output_size, input_size = tensors["scales"].shape[-1], tensors["g_idx"].numel()
+    for leaf, (shape, floating) in tensor_layout(config, input_size, output_size).items():
+        check_tensor(leaf, tensors[leaf], shape, floating)
+    check_g_idx(tensors["g_idx"], config.num_groups(input_size))
+    return unpack_loaded(tensors["qweight"], tensors["qzeros"], tensors["scales"], tensors["g_idx"], config)
+
+
+def unpack_loaded(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, config: GPTQConfig
+) -> QuantizedLinear:
+    """From four tensors that were checked when they were loaded."""
+    levels = unpack_rows(qweight, config.bits).t()  # [output_size, input_size]
+    return QuantizedLinear(levels, scales.float(), _unpack_zeros(qzeros, config), g_idx)
+
+
+def _unpack_zeros(qzeros: torch.Tensor, config: GPTQConfig) -> torch.Tensor:
+    """[num_groups, output_size] int32. v1 has lost one of each; GPTQModel takes it from whole words, so 0 is no limit.
+
+    Only 3 bits it takes value by value, modulo 8. AutoGPTQ's kernels read a stored 15 as 16, which nothing writes.
+    """
+    if config.zero_offset and config.bits != 3:
+        qzeros = add_one_to_each(qzeros, config.bits)
+    zeros = unpack_columns(qzeros, config.bits).to(torch.int32)
+    return (zeros + config.zero_offset) % 8 if config.bits == 3 else zeros
+
+
+def tensor_layout(config: GPTQConfig, input_size: int, output_size: int) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Each tensor's shape, and whether it is floating-point. TensorMismatchError for sizes that fill no whole words."""
+    unit = config.pack_unit
+    if input_size % unit or output_size % unit:
+        expected = f"inputs and outputs in multiples of {unit}, as {config.bits} bits are packed"
+        raise TensorMismatchError(f"expected {expected}; found {input_size} inputs and {output_size} outputs")
+    groups = config.num_groups(input_size)
+    return {
+        "qweight": ((config.num_words(input_size), output_size), False),
+        "qzeros": ((groups, config.num_words(output_size)), False),
+        "scales": ((groups, output_size), True),
+        "g_idx": ((input_size,), False),
+    }
+
+
+def check_tensor(leaf: str, tensor: torch.Tensor, shape: tuple[int, ...], floating: bool) -> None:
+    if tuple(tensor.shape) != shape:
+        raise TensorMismatchError(f"{leaf}: {ShapeMismatchError(shape, tuple(tensor.shape))}")
+    if tensor.is_floating_point() != floating or (leaf.startswith("q") and tensor.dtype != torch.int32):
+        expected = "floating-point values" if floating else "int32 values"
+        raise TensorMismatchError(f"{leaf}: expected {expected}; found {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_g_idx(g_idx: torch.Tensor, num_groups: int) -> None:
+    low, high = int(g_idx.min()), int(g_idx.max())
+    if low < 0 or high >= num_groups:
+        raise TensorMismatchError(f"expected groups 0 .. {num_groups - 1} in g_idx; found {low} .. {high}")
+
+
+def dequantize_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], config: GPTQConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """A GPTQ checkpoint read as a plain one: each layer's four tensors become its "weight", in fp32.
+
+    Four tensors of a layer may lie in different files, so incomplete layers wait; WeightsError if one stays so.
+    """
+    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in weights:
+        layer, _, leaf = name.rpartition(".")
+        if leaf not in LEAVES:
+            yield name, tensor
+            continue
+        parts = waiting.setdefault(layer, {})
+        parts[leaf] = tensor
+        if len(parts) == len(LEAVES):
+            yield f"{layer}.weight", _dequantize_one(layer, waiting.pop(layer), config)
+    for layer, parts in waiting.items():
+        missing = ", ".join(leaf for leaf in LEAVES if leaf not in parts)
+        refuse(f"{', '.join(LEAVES)} of {layer}", f"no {missing}", "write the checkpoint again with GPTQModel")
+
+
+def _dequantize_one(layer: str, tensors: Mapping[str, torch.Tensor], config: GPTQConfig) -> torch.Tensor:
+    try:
+        return unpack_linear(tensors, config).dequantize()
+    except TensorMismatchError as error:
+        raise WeightsError(f"layer {layer!r}: {error}; to fix it: {_BOTH_AGAIN}") from None

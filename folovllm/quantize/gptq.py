@@ -1,0 +1,158 @@
+"""GPTQ: round one input column after the other, and let the columns that remain make up for the error.
+
+Milestone: M7. vLLM counterpart: none. Left out: MSE-optimal grids, static groups.
+Source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization", algorithm 1; it is the OBQ update of Frantar &
+Alistarh 2022 with the same column order for every row, and OBQ is LeCun's and Hassibi's OBS with rounding for pruning.
+
+Rounding W [output_size, input_size] to Q should disturb the outputs W X least: minimise |(W - Q) X|^2, whose curvature
+is H = X X^T, the same for every row of W. If column i is fixed at its rounded value, the best answer of the columns F
+that are still free is
+
+    W[:, F] -= (W[:, i] - Q[:, i]) / [H_F^-1]_ii * [H_F^-1]_iF            (i itself counts to F here)
+
+and the H_F^-1 of all steps are contained in one triangular matrix: with U^T U = H^-1, U upper,
+
+    [H_F^-1]_iF / [H_F^-1]_ii  =  U[i, F] / U[i, i]
+"""
+
+import torch
+
+from folovllm.gptq_config import PER_CHANNEL, GPTQConfig
+from folovllm.model_executor.layers.quantization.quantized_linear import QuantizedLinear
+from folovllm.quantize.grid import Grid, find_grid
+
+BLOCK_SIZE = 128  # columns whose effect on the rest is applied in one matmul
+_DAMP_STEPS = 6  # how often damping is raised tenfold before we give up
+
+
+class Hessian:
+    """H = X X^T over all calibration tokens, in fp32, and how many they were."""
+
+    def __init__(self, input_size: int, device: torch.device | None = None) -> None:
+        self.matrix = torch.zeros(input_size, input_size, dtype=torch.float32, device=device)
+        self.num_tokens = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """x [num_tokens, input_size], in any dtype."""
+        x = x.float()
+        self.matrix.addmm_(x.t(), x)
+        self.num_tokens += x.shape[0]
+
+
+def gptq_quantize(
+    weight: torch.Tensor, hessian: torch.Tensor, config: GPTQConfig, damp: float = 0.01, block_size: int = BLOCK_SIZE
+) -> QuantizedLinear:
+    """Quantise `weight` [output_size, input_size] for inputs with `hessian` [input_size, input_size].
+
+    `damp` times the mean of H's diagonal is added to the diagonal. With `config.desc_act` the columns are taken in the
+    order of falling H_ii: those that matter most are rounded while most others can still make up for it.
+    """
+    work, hessian = weight.float().clone(), hessian.float().clone()
+    _silence_dead_inputs(work, hessian)
+    order = _column_order(hessian, config.desc_act)  # [input_size]
+    work, hessian = work[:, order], hessian[order][:, order]
+    levels, grids = _quantize_columns(work, inverse_root(hessian, damp), config, _aligned(block_size, config))
+    scales, zeros = _stack(grids)
+    input_size = weight.shape[1]
+    group_of_step = torch.arange(input_size, device=weight.device) // config.group_length(input_size)
+    back = torch.argsort(order)  # the columns' first places
+    return QuantizedLinear(levels[:, back], scales, zeros, group_of_step[back].to(torch.int32))
+
+
+def rtn_quantize(weight: torch.Tensor, config: GPTQConfig) -> QuantizedLinear:
+    """Rounding to nearest, group by group: the yardstick. No column knows of another's error."""
+    input_size = weight.shape[1]
+    length = config.group_length(input_size)
+    groups = weight.float().split(length, dim=1)
+    grids = [find_grid(group, config) for group in groups]
+    levels = torch.cat([grid.levels(group) for grid, group in zip(grids, groups, strict=True)], dim=1)
+    scales, zeros = _stack(grids)
+    g_idx = (torch.arange(input_size, device=weight.device) // length).to(torch.int32)
+    return QuantizedLinear(levels.to(torch.uint8), scales, zeros, g_idx)
+
+
+def gptq_step(weight: torch.Tensor, column: int, rounded: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+    """One step: fix `column` of `weight` at `rounded` [output_size]; later columns make up for it, in place.
+
+    weight [output_size, n] and root [n, n] (rows and columns alike cut from U). Returns the error in units of U's
+    diagonal [output_size], which is what columns outside of this cut will need.
+    """
+    error = (weight[:, column] - rounded) / root[column, column]
+    weight[:, column:] -= torch.outer(error, root[column, column:])  # at `column` itself this subtracts the error whole
+    return error
+
+
+def _quantize_columns(
+    work: torch.Tensor, root: torch.Tensor, config: GPTQConfig, block_size: int
+) -> tuple[torch.Tensor, list[Grid]]:
+    """All columns, in blocks: within one every step updates the block only, the rest follows in one matmul.
+
+    Nothing is approximated: a column is read first when its own block begins, and by then has all updates.
+    """
+    input_size, length = work.shape[1], config.group_length(work.shape[1])
+    levels = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+    grids: list[Grid] = []
+    for start in range(0, input_size, block_size):
+        end = min(start + block_size, input_size)
+        block, block_root = work[:, start:end].contiguous(), root[start:end, start:end]
+        errors = torch.empty_like(block)  # [output_size, columns of the block]
+        for i in range(end - start):
+            if (start + i) % length == 0:  # as a group begins its grid is fixed, from the weights as they are now
+                group = block[:, i : i + length] if length <= block_size else work[:, start : start + length]
+                grids.append(find_grid(group, config))
+            level = grids[-1].levels(block[:, i])
+            levels[:, start + i] = level.to(torch.uint8)
+            errors[:, i] = gptq_step(block, i, grids[-1].values(level), block_root)
+        work[:, end:] -= errors @ root[start:end, end:]
+    return levels, grids
+
+
+def _stack(grids: list[Grid]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scales fp32, zeros int32), each [num_groups, output_size]."""
+    return torch.stack([grid.scale for grid in grids]), torch.stack([grid.zero for grid in grids]).to(torch.int32)
+
+
+def inverse_root(hessian: torch.Tensor, damp: float) -> torch.Tensor:
+    """U, upper triangular with U^T U = (H + damping)^-1, as fp32: [input_size, input_size].
+
+    Computed in fp64. Damping is raised while H is not positive definite, as with fewer tokens than inputs.
+    """
+    size, mean = hessian.shape[0], float(hessian.diagonal().mean())
+    eye = torch.eye(size, dtype=torch.float64, device=hessian.device)
+    for raised in range(_DAMP_STEPS):
+        lower, failed = torch.linalg.cholesky_ex(hessian.double() + eye * (damp * 10**raised * mean))
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                return upper.float()
+        damp = max(damp, 1e-6)  # zero would stay zero
+    raise ValueError("the inputs of a layer hold NaN or infinity: check the model and the calibration text")
+
+
+def output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
+    """|(W - Q) X|^2 / |W X|^2 for weights [output_size, input_size]: the share of the output that rounding disturbs."""
+    difference = weight.float() - quantized.float()
+    disturbed = (difference @ hessian * difference).sum()
+    total = (weight.float() @ hessian * weight.float()).sum()
+    return float(disturbed / total) if total > 0 else 0.0
+
+
+def _silence_dead_inputs(weight: torch.Tensor, hessian: torch.Tensor) -> None:
+    """Inputs that were never anything but zero: any weight does, so take zero, and keep H invertible."""
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1.0
+    weight[:, dead] = 0.0
+
+
+def _column_order(hessian: torch.Tensor, desc_act: bool) -> torch.Tensor:
+    if desc_act:
+        return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    return torch.arange(hessian.shape[0], device=hessian.device)
+
+
+def _aligned(block_size: int, config: GPTQConfig) -> int:
+    """A group must begin and end within one block, or begin with one: else its grid would see weights half updated."""
+    if config.group_size == PER_CHANNEL:
+        return block_size
+    return config.group_size * max(1, block_size // config.group_size)

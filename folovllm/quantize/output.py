@@ -1,0 +1,143 @@
+"""The folder that a quantised checkpoint grows in: a file per finished layer, and config.json last.
+
+Milestone: M7. vLLM counterpart: none. Left out: merging the files; loaders read the index.
+
+    quantize_log.json                     settings and the layers that are done; what an interrupted job goes on from
+    model-00001-of-00032.safetensors      embedding, final norm, head, untouched
+    model-00002-of-00032.safetensors      layer 0, and so on
+    config.json, model.safetensors.index.json, tokenizer: written at the end, so half a model is never loaded as a whole
+
+Files appear under their names only when they are whole (written beside, then renamed).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from folovllm.gptq_config import GPTQConfig
+from folovllm.hf_config import ModelArchitecture
+from folovllm.model_executor.weight_utils import INDEX
+from folovllm.quantize.layerwise import TensorFolder
+
+LOG = "quantize_log.json"
+QUANTIZER = "folovllm"
+# Everything beside the weights that makes a model folder: tokenizer, chat template, generation_config.
+_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+
+
+@dataclass(frozen=True)
+class LayerErrors:
+    """How much rounding one linear layer disturbs its outputs (see `output_error`); None where nothing measured it."""
+
+    layer: int
+    linear: str
+    error: float | None
+    rtn_error: float | None
+    seconds: float
+
+    def summary(self) -> str:
+        """E.g. "layer 3 mlp.down_proj: GPTQ 1.1e-03, nearest 3.9e-03"."""
+        name = f"layer {self.layer} {self.linear}"
+        if self.error is None:
+            return name
+        return f"{name}: GPTQ {self.error:.1e}, nearest {self.rtn_error:.1e}"
+
+
+class OutputFolder:
+    """Opened for one set of settings; ValueError if the folder holds anything else."""
+
+    def __init__(self, source: Path, out: Path, settings: dict[str, Any], arch: ModelArchitecture) -> None:
+        self.source, self.out, self.num_layers = source, out, arch.num_hidden_layers
+        self.settings = settings | {"source": _source_digest(source)}
+        self.errors: list[LayerErrors] = []
+        if (out / LOG).is_file():
+            self._resume()
+        elif out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} is not empty: name a new folder")
+        out.mkdir(parents=True, exist_ok=True)
+        self._write_log()
+
+    def _resume(self) -> None:
+        log = json.loads((self.out / LOG).read_text(encoding="utf-8"))
+        if (self.out / "config.json").is_file():
+            raise ValueError(f"{self.out} holds a finished model: name a new folder")
+        different = [name for name in self.settings if log["settings"].get(name) != self.settings[name]]
+        if different:
+            raise ValueError(
+                f"{self.out} holds an unfinished model that was begun with other settings ({', '.join(different)}): "
+                f"repeat that command to go on, or name a new folder"
+            )
+        self.errors = [LayerErrors(**entry) for entry in log["linears"]]
+
+    def has_layer(self, index: int) -> bool:
+        return any(entry.layer == index for entry in self.errors) and self._layer_path(index).is_file()
+
+    def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
+        return load_file(self._layer_path(index))
+
+    def add_layer(self, index: int, tensors: dict[str, torch.Tensor], errors: Sequence[LayerErrors]) -> None:
+        """The log last: a layer counts once it says so."""
+        _save(tensors, self._layer_path(index))
+        self.errors = [entry for entry in self.errors if entry.layer != index] + list(errors)
+        self._write_log()
+
+    def finish(self, config: GPTQConfig, damp: float) -> None:
+        """Whatever is no decoder layer, the index, the small files, and config.json."""
+        tensors = TensorFolder(self.source)
+        rest = {name: tensors.get(name) for name in sorted(tensors.files) if not name.startswith("model.layers.")}
+        _save(rest, self._path(0))
+        for path in self.source.iterdir():
+            if path.is_file() and not path.name.endswith(_NOT_COPIED) and path.name != "config.json":
+                shutil.copy2(path, self.out / path.name)
+        quantization = config.to_json(damp, QUANTIZER)
+        self._write_json("quantize_config.json", quantization)
+        self._write_index()
+        original = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+        self._write_json("config.json", original | {"quantization_config": quantization})
+
+    def _write_index(self) -> None:
+        weight_map, total = {}, 0
+        for number in range(self.num_layers + 1):
+            for name, tensor in load_file(self._path(number)).items():
+                weight_map[name], total = self._path(number).name, total + tensor.nbytes
+        self._write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    def _write_log(self) -> None:
+        self._write_json(LOG, {"settings": self.settings, "linears": [asdict(entry) for entry in self.errors]})
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        beside = self.out / f".{name}.tmp"
+        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, self.out / name)
+
+    def _layer_path(self, index: int) -> Path:
+        return self._path(index + 1)
+
+    def _path(self, number: int) -> Path:
+        return self.out / f"model-{number + 1:05}-of-{self.num_layers + 1:05}.safetensors"
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    beside = path.with_name(f".{path.name}.tmp")  # hidden, and no *.safetensors: no loader takes it for a part
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata={"format": "pt"})
+    os.replace(beside, path)
+
+
+def digest_of(windows: Sequence[Sequence[int]]) -> str:
+    """Tells one set of calibration sequences from another."""
+    return hashlib.sha256(json.dumps([list(window) for window in windows]).encode()).hexdigest()[:12]
+
+
+def _source_digest(source: Path) -> str:
+    """Tells one source from another by its config and the names and sizes of its files; reading them takes longer."""
+    parts = [(source / "config.json").read_text(encoding="utf-8")]
+    parts += sorted(f"{path.name} {path.stat().st_size}" for path in source.glob("*.safetensors"))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

@@ -1,0 +1,182 @@
+"""The job: a plain checkpoint in, a GPTQ checkpoint out, one decoder layer at a time.
+
+Milestone: M7. vLLM counterpart: none. Left out: several GPUs, quantising the head or the embedding.
+
+Layer by layer, the calibration sequences go through what is quantised already, so each layer is fitted to the inputs
+that it will really get; and within a layer likewise: qkv, then o, then gate and up, then down. In memory are one layer,
+one Hessian and the sequences' hidden states; finished layers are on disk, and an interrupted job goes on after them.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from folovllm.gptq_config import GPTQConfig
+from folovllm.hf_config import ModelArchitecture, load_hf_config
+from folovllm.model_executor.layers.linear import LinearBase
+from folovllm.model_executor.layers.quantization.quantized_linear import LEAVES, QuantizedLinear, dequantize_weights
+from folovllm.model_executor.models.llama import LlamaDecoderLayer
+from folovllm.model_executor.weight_utils import load_weights
+from folovllm.quantize.gptq import Hessian, gptq_quantize, output_error, rtn_quantize
+from folovllm.quantize.layerwise import LayerRunner, TensorFolder, linears_of
+from folovllm.quantize.output import LayerErrors, OutputFolder, digest_of
+
+METHODS = ("gptq", "rtn")
+_POSSIBLE_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """What is asked for. `damp`: the share of the Hessian's mean diagonal that is added to its diagonal."""
+
+    config: GPTQConfig
+    method: str = "gptq"
+    damp: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
+        if not 0.0 <= self.damp <= 1.0:
+            raise ValueError(f"damp must be between 0 and 1, such as 0.01; got {self.damp}")
+        if self.method == "rtn" and self.config.desc_act:
+            raise ValueError("act-order orders GPTQ's columns; rounding to nearest has no order: drop --desc-act")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def quantize_checkpoint(
+    source: Path,
+    out: Path,
+    settings: QuantizeSettings,
+    windows: Sequence[Sequence[int]] = (),
+    progress: bool = True,
+) -> list[LayerErrors]:
+    """Write the quantised checkpoint of folder `source` to folder `out`; the error of each layer it made.
+
+    `windows`: token ids of the calibration sequences. Goes on where an earlier call with the same settings was
+    interrupted. ValueError for sizes that do not divide, a quantised source, or an `out` that holds something else.
+    """
+    arch = load_hf_config(source)
+    check_sizes(arch, settings.config)
+    if arch.quantization is not None:
+        raise ValueError(f"{source} is quantised already: quantise the model it was made from")
+    if settings.method == "gptq" and not windows:
+        raise ValueError("GPTQ needs calibration sequences; only method='rtn' does without")
+    output = OutputFolder(source, out, settings.to_json() | {"calibration": digest_of(windows)}, arch)
+    job = QuantizeJob(TensorFolder(source), output, arch, settings)
+    errors = job.run(windows, progress)
+    output.finish(settings.config, settings.damp)
+    return errors
+
+
+class QuantizeJob:
+    """The loop over layers."""
+
+    def __init__(
+        self, tensors: TensorFolder, output: OutputFolder, arch: ModelArchitecture, settings: QuantizeSettings
+    ) -> None:
+        self.tensors, self.output, self.settings, self.config = tensors, output, settings, settings.config
+        self.num_layers = arch.num_hidden_layers
+        self.runner = LayerRunner(tensors, arch)
+        self.packed_modules = self.runner.packed_modules
+
+    @torch.inference_mode()
+    def run(self, windows: Sequence[Sequence[int]], progress: bool) -> list[LayerErrors]:
+        states = self.runner.embed(windows) if self.settings.method == "gptq" else []
+        bar = tqdm(total=4 * self.num_layers, unit="linear", desc=self.settings.method, disable=not progress)
+        with bar:
+            for index in range(self.num_layers):
+                self._do_layer(index, states, bar)
+        return self.output.errors
+
+    def _do_layer(self, index: int, states: list[torch.Tensor], bar: "tqdm[Any]") -> None:
+        """Quantise a layer, or take it from the output folder, and move `states` through it, in place."""
+        layer = self.runner.load_layer(index)
+        if self.output.has_layer(index):
+            self._reload(layer, index)
+            bar.update(4)
+        else:
+            self._quantize_layer(layer, index, states, bar)
+        # The layer as it will be run later: what it puts out is the next one's calibration input.
+        for i, hidden in enumerate(states):
+            states[i] = self.runner.run(layer, hidden)
+        # Parameters know their layer by their weight_loader: uncut, it would live until the garbage collector comes.
+        for param in layer.parameters():
+            delattr(param, "weight_loader")
+
+    def _reload(self, layer: LlamaDecoderLayer, index: int) -> None:
+        """Fill `layer` with what an earlier call made of it."""
+        prefix = f"model.layers.{index}."
+        stored = self.output.layer_tensors(index)
+        plain = dequantize_weights(((name.removeprefix(prefix), t) for name, t in stored.items()), self.config)
+        load_weights(layer, plain, self.packed_modules)
+
+    def _quantize_layer(
+        self, layer: LlamaDecoderLayer, index: int, states: list[torch.Tensor], bar: "tqdm[Any]"
+    ) -> None:
+        prefix = f"model.layers.{index}."
+        tensors = dict(self.tensors.items(prefix))  # norms and biases stay as they are
+        errors: list[LayerErrors] = []
+        for name, linear in linears_of(layer):
+            start = time.perf_counter()
+            quantized, error, rtn_error = self._quantize_linear(linear, layer, states)
+            linear.weight.data.copy_(quantized.dequantize())  # type: ignore[operator]
+            tensors |= self._packed(name, linear, quantized, tensors)
+            errors.append(LayerErrors(index, name, error, rtn_error, time.perf_counter() - start))
+            bar.update()
+            bar.set_postfix_str(errors[-1].summary())
+        self.output.add_layer(index, {prefix + name: tensor for name, tensor in tensors.items()}, errors)
+
+    def _quantize_linear(
+        self, linear: LinearBase, layer: LlamaDecoderLayer, states: list[torch.Tensor]
+    ) -> tuple[QuantizedLinear, float | None, float | None]:
+        """A fused layer at once: its parts share their inputs, and rows do not know of each other."""
+        weight = linear.weight.detach().clone()  # type: ignore[operator]
+        nearest = rtn_quantize(weight, self.config)
+        if self.settings.method == "rtn":
+            return nearest, None, None
+        hessian = Hessian(linear.input_size)
+        for x in self.runner.inputs_of(linear, layer, states):
+            hessian.add(x)
+        quantized = gptq_quantize(weight, hessian.matrix, self.config, self.settings.damp)
+        errors = [output_error(weight, q.dequantize(), hessian.matrix) for q in (quantized, nearest)]
+        return quantized, errors[0], errors[1]
+
+    def _packed(self, name: str, linear: LinearBase, quantized: QuantizedLinear, tensors: Tensors) -> Tensors:
+        """The packed tensors of each of the checkpoint's layers in `linear`; their plain weights leave `tensors`."""
+        parent, _, last = name.rpartition(".")
+        names = {shard_id: part for part, shard_id in self.packed_modules.get(last, [(last, None)])}
+        packed: Tensors = {}
+        start = 0
+        for shard_id, size in linear.output_parts().items():
+            full = f"{parent}.{names[shard_id]}"
+            del tensors[f"{full}.weight"]
+            leaves = quantized.outputs(start, size).pack(self.config)
+            packed |= {f"{full}.{leaf}": leaves[leaf] for leaf in LEAVES}
+            start += size
+        return packed
+
+
+def check_sizes(arch: ModelArchitecture, config: GPTQConfig) -> None:
+    """ValueError unless groups divide every input size, and every size fills whole words."""
+    inputs = {arch.hidden_size, arch.q_size, arch.intermediate_size}
+    if any(size % config.group_length(size) for size in inputs):
+        fitting = [str(g) for g in _POSSIBLE_GROUPS if all(size % g == 0 for size in inputs)]
+        sizes = ", ".join(map(str, sorted(inputs)))
+        raise ValueError(
+            f"group_size={config.group_size} does not divide all input sizes of this model ({sizes}); "
+            f"use {', '.join([*fitting, '-1'])} (-1: one group per output)"
+        )
+    odd = sorted(size for size in inputs | {arch.kv_size} if size % config.pack_unit)
+    if odd:
+        raise ValueError(
+            f"{config.bits} bits are packed {config.pack_unit} values at a time, and this model has sizes that are no "
+            f"multiples of it ({', '.join(map(str, odd))}); use another number of bits"
+        )

@@ -1,0 +1,224 @@
+#!/usr/bin/env python3
+"""Which token budget? Sweeps `max_num_batched_tokens` while 8 requests decode and 4,000-token prompts arrive.
+
+Milestone: M5. vLLM counterpart: benchmarks/auto_tune. The budget is how many tokens one step computes: decoding
+requests take one each, the rest of it goes to the prompt. A small one keeps the steps short, so nobody who decodes
+waits long; a large one has the prompt done in fewer steps, and wastes less. What to want is a promise to the users, an
+SLO (service level objective): of the budgets that keep it, the one that answers long prompts soonest is picked.
+
+The SLO is on the 99th percentile of the time between tokens (ITL) of the decoding requests: in milliseconds, or in
+multiples of their undisturbed ITL, which is measured in the same run without any long prompt. Each budget runs in fresh
+processes, the budgets in turn; medians count.
+
+    python scripts/tune_chunk_size.py [--budgets 64,128,256,512,1024,2048] [--slo-itl-ms 100 | --slo-itl-times 8]
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from folovllm.entrypoints.bench.command import Plan, ensure_weights, make_plan, without_folders
+from folovllm.entrypoints.bench.machine import machine_header
+from folovllm.entrypoints.bench.options import BenchOptions, numbers, parse_options
+from folovllm.entrypoints.bench.plot import title_of
+from folovllm.entrypoints.bench.runner import ArmRuns, children_end_with_us, run_rounds
+from folovllm.entrypoints.bench.scenarios import DECODING, LONG, NUM_DECODING
+from folovllm.entrypoints.bench.summary import summarise_arm
+from folovllm.entrypoints.bench.task import BANDWIDTH, ArmTask
+
+WORKLOAD = "long-prompts"
+UNDISTURBED = "undisturbed"  # the decoding requests alone
+BUDGETS = (32, 64, 128, 256, 512, 1024, 2048)
+SLO_TIMES = 8.0  # how much longer than undisturbed a token may take, unless --slo says otherwise
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one budget gives; milliseconds and tokens per second, medians over the repeats."""
+
+    budget: int
+    itl_p50_ms: float
+    itl_p99_ms: float
+    ttft_long_ms: float
+    total_tok_per_s: float
+
+
+def pick(points: list[Point], slo_ms: float) -> Point | None:
+    """Of the budgets whose ITL p99 keeps the SLO, that with the lowest TTFT of the long prompts; None if none does."""
+    kept = [point for point in points if point.itl_p99_ms <= slo_ms]
+    return min(kept, key=lambda point: point.ttft_long_ms, default=None)
+
+
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, BenchOptions]:
+    """Our own options; all others are the benchmark's."""
+    parser = argparse.ArgumentParser(
+        prog="tune_chunk_size.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="All other options are those of scripts/compare_perf.py: --model, --random-weights, --repeats, ...",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--budgets", type=numbers, default=BUDGETS, metavar="64,128,...", help="default: %(default)s")
+    slo = parser.add_mutually_exclusive_group()
+    slo.add_argument("--slo-itl-ms", type=float, metavar="MS", help="ITL p99 of the decoding requests, at most")
+    slo.add_argument(
+        "--slo-itl-times", type=float, default=SLO_TIMES, metavar="X",
+        help="the same, as a multiple of the undisturbed median ITL (default: %(default)s)",
+    )  # fmt: skip
+    add("--json", type=Path, metavar="OUT", help="default: tune_chunk_size_DEVICE_DATE.json in --output")
+    add("--plot", type=Path, metavar="OUT", help="default: the same with .png")
+    args, benchmark_args = parser.parse_known_args(argv)
+    if len(set(args.budgets)) != len(args.budgets) or min(args.budgets) <= NUM_DECODING:
+        parser.error(f"--budgets: each once, and more than {NUM_DECODING}, which the decoding requests take")
+    return args, parse_options([*benchmark_args, "--workload", WORKLOAD])
+
+
+def make_tasks(plan: Plan, budgets: tuple[int, ...]) -> list[ArmTask]:
+    """One per budget, and the decoding requests alone."""
+    top = plan.options.arms[-1]
+    alone = replace(plan.task, arm=top, label=UNDISTURBED, num_requests=NUM_DECODING)
+    return [
+        replace(plan.task, arm=BANDWIDTH),
+        alone,
+        *(replace(plan.task, arm=f"{top}+budget={budget}") for budget in sorted(budgets)),
+    ]
+
+
+def points_of(arms: dict[str, dict[str, Any]]) -> list[Point]:
+    """From the summaries of the arms; one that failed is left out."""
+    points = []
+    for name, arm in arms.items():
+        if name != UNDISTURBED and "modes" in arm:
+            figures = arm["modes"]["batch"]
+            decoding, long = figures["groups"][DECODING], figures["groups"][LONG]
+            itl, ttft = decoding["itl_ms"], long["ttft_ms"]["p50"]
+            points.append(Point(int(name.split("=")[1]), itl["p50"], itl["p99"], ttft, figures["total_tok_per_s"]))
+    return points
+
+
+def summarise(runs: dict[str, ArmRuns], args: argparse.Namespace) -> dict[str, Any]:
+    """Points, the SLO in milliseconds, and who keeps it."""
+    arms = {name: summarise_arm(arm_runs) for name, arm_runs in runs.items()}
+    if "modes" not in arms[UNDISTURBED]:
+        raise ValueError(f"the decoding requests alone failed: {arms[UNDISTURBED]['error']}")
+    itl = arms[UNDISTURBED]["modes"]["batch"]["groups"][DECODING]["itl_ms"]
+    slo = args.slo_itl_ms if args.slo_itl_ms is not None else args.slo_itl_times * itl["p50"]
+    points = points_of(arms)
+    picked = pick(points, slo)
+    return {
+        "undisturbed_itl_ms": itl,
+        "slo_itl_ms": slo,
+        "slo_times_undisturbed": slo / itl["p50"],
+        "picked_budget": picked.budget if picked else None,
+        "results": [asdict(point) for point in points],
+        "failed": {name: arm["error"] for name, arm in arms.items() if not arm["ok"]},
+    }
+
+
+def verdict(result: dict[str, Any]) -> str:
+    slo = f"ITL p99 of at most {result['slo_itl_ms']:.1f} ms ({result['slo_times_undisturbed']:.1f} x undisturbed)"
+    if result["picked_budget"] is None:
+        best = min(result["results"], key=lambda point: point["itl_p99_ms"], default=None)
+        hint = f"; the lowest is {best['itl_p99_ms']:.1f} ms at {best['budget']}" if best else ""
+        return f"no budget keeps an {slo}{hint}"
+    return f"an {slo} picks max_num_batched_tokens={result['picked_budget']}"
+
+
+def print_table(result: dict[str, Any]) -> None:
+    undisturbed = result["undisturbed_itl_ms"]
+    print(f"{'budget':>8} {'ITL p50 ms':>11} {'ITL p99 ms':>11} {'TTFT long ms':>13} {'total tok/s':>12}")
+    print(f"{'alone':>8} {undisturbed['p50']:11.1f} {undisturbed['p99']:11.1f} {'':>13} {'':>12}")
+    for p in result["results"]:
+        mark = " <" if p["budget"] == result["picked_budget"] else ""
+        print(
+            f"{p['budget']:8} {p['itl_p50_ms']:11.1f} {p['itl_p99_ms']:11.1f} {p['ttft_long_ms']:13.0f} "
+            f"{p['total_tok_per_s']:12.0f}{mark}"
+        )
+    print(verdict(result))
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Three curves over the budget; the SLO as a line, the picked budget marked in all."""
+    from matplotlib import pyplot as plt
+
+    budgets = [p["budget"] for p in result["results"]]
+    figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    figure.suptitle(f"{title_of(result)}\n{verdict(result)}", fontsize=10)
+    panels = (
+        ("itl_p99_ms", "ITL p99 of the decoding requests", "ms (log)", "#d62728"),
+        ("ttft_long_ms", "TTFT of the 4,000-token prompts (median)", "ms", "#1f77b4"),
+        ("total_tok_per_s", "Total throughput, prompts included", "tokens / s", "#2ca02c"),
+    )
+    for ax, (key, title, unit, colour) in zip(axes, panels, strict=True):
+        ax.plot(budgets, [p[key] for p in result["results"]], marker="o", color=colour)
+        ax.set(title=title, ylabel=unit, xlabel="max_num_batched_tokens", xscale="log")
+        ax.set_xticks(budgets, [str(budget) for budget in budgets])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+        if result["picked_budget"]:
+            ax.axvline(result["picked_budget"], color="black", linestyle=":", label="picked")
+        if key == "itl_p99_ms":
+            ax.set_yscale("log")
+            ax.axhline(result["slo_itl_ms"], color="grey", linestyle="--", label="SLO")
+            ax.axhline(result["undisturbed_itl_ms"]["p50"], color="grey", label="undisturbed median")
+            ax.legend()
+        else:
+            ax.set_ylim(bottom=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def run(args: argparse.Namespace, options: BenchOptions, argv: list[str]) -> int:
+    machine, now = machine_header(), datetime.now()
+    plan = make_plan(options)
+    ensure_weights(plan)
+    runs = run_rounds(make_tasks(plan, args.budgets), options.repeats, options.timeout)
+    probe = runs.pop(BANDWIDTH).results
+    result = {
+        "schema": "folovllm.tune_chunk_size/1",
+        "date": now.isoformat(timespec="seconds"),
+        "command": shlex.join(["scripts/tune_chunk_size.py", *map(without_folders, argv)]),
+        "unit": "ms",
+        "machine": machine | (probe[0]["device"] if probe else {}),
+        "run": {
+            "model": without_folders(options.model_name),
+            "dtype": options.dtype,
+            "device": plan.task.device,
+            "threads": options.threads,
+            "repeats": options.repeats,
+            "max_model_len": options.max_model_len,
+            "kv_cache_memory": options.kv_cache_memory,
+            "workload": {"name": WORKLOAD, "sha256": plan.task.make_workload().digest()},
+        },
+        **summarise(runs, args),
+    }
+    stem = options.output / f"tune_chunk_size_{plan.task.device}_{now:%Y%m%d-%H%M%S}"
+    json_file, plot_file = args.json or stem.with_suffix(".json"), args.plot or stem.with_suffix(".png")
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+    json_file.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, plot_file)
+    print_table(result)
+    print(f"wrote {json_file}\nwrote {plot_file}")
+    return 1 if result["failed"] else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args, options = parse_args(argv)
+    try:
+        with children_end_with_us():
+            return run(args, options, argv)
+    except (ValueError, OSError) as error:
+        print(f"tune_chunk_size.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

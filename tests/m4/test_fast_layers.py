@@ -1,0 +1,186 @@
+"""A decoder layer as one C++ call: the same numbers as operator by operator, in at most four calls (issue 4, 2.2).
+
+Milestone: M4. The two paths compute the same operations in the same order, so they are equal to the bit.
+"""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from folovllm.attention.backend import AttentionMetadata, AttentionSpec
+from folovllm.attention.backends.cpu_paged import CpuPagedBackend
+from folovllm.attention.backends.torch_naive import TorchNaiveBackend
+from folovllm.csrc.build import load_ops
+from folovllm.forward_context import set_forward_context
+from folovllm.hf_config import ModelArchitecture, load_hf_config
+from folovllm.model_executor.fast_layers import FusedDecoderLayer, fuse_decoder_layers
+from folovllm.model_executor.huge_pages import ALIGNMENT, HugeArena, huge_zeros
+from folovllm.model_executor.layers.linear import LinearBase
+from folovllm.model_executor.layers.packed_linear import CppGatedLinearMethod
+from folovllm.model_executor.model_loader import random_model
+from folovllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+
+pytestmark = pytest.mark.m4
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+BLOCK_SIZE, NUM_BLOCKS = 16, 16
+# What is odd about each: (tiny model it is like, its sizes).
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"intermediate_size": 96, "head_dim": 32}),
+    "bias": ("qwen2", {"intermediate_size": 64, "head_dim": 16}),
+    "head norms": ("qwen3", {"intermediate_size": 160, "head_dim": 48}),
+}
+# Requests as (tokens computed before, new ones): prompts, a chunk, decodes.
+STEPS = [[(0, 20), (0, 1), (0, 33)], [(20, 1), (1, 17), (33, 1)], [(21, 1), (18, 1), (34, 1)]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ops() -> Any:
+    loaded = load_ops()
+    if loaded is None or not loaded.has_bf16_dot():
+        pytest.skip("no C++ linears here")
+    return loaded
+
+
+@pytest.fixture
+def arch(request: pytest.FixtureRequest, tiny_model_dir: Any) -> ModelArchitecture:
+    name, sizes = SHAPES[request.param]
+    return dataclasses.replace(load_hf_config(tiny_model_dir(name)), **sizes)
+
+
+def build(arch: ModelArchitecture, backend_class: type = CpuPagedBackend) -> tuple[LlamaForCausalLM, Any]:
+    model = random_model(arch, BF16, CPU, seed=1, linear_backend="auto")
+    heads = (arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim)
+    backend = backend_class(AttentionSpec(*heads, BF16, CPU, BLOCK_SIZE))
+    for layer in model.attention_layers():
+        layer.bind(backend, torch.zeros(backend.kv_cache_shape(NUM_BLOCKS), dtype=BF16))
+    return model, backend
+
+
+def run(model: LlamaForCausalLM, backend: Any, step: list[tuple[int, int]]) -> torch.Tensor:
+    """Hidden states [num_tokens, hidden_size] of a step; request r owns blocks 1 + r, 4 + r, 7 + r, ..."""
+    tables = torch.arange(1, NUM_BLOCKS).view(-1, 3).T.contiguous().int()  # [3, 5]
+    positions = [torch.arange(done, done + new) for done, new in step]
+    slots = [t[p // BLOCK_SIZE].long() * BLOCK_SIZE + p % BLOCK_SIZE for t, p in zip(tables, positions, strict=True)]
+    starts = [0, *torch.tensor([new for _, new in step]).cumsum(0).tolist()]
+    metadata = AttentionMetadata(starts, [done + new for done, new in step], tables, torch.cat(slots), BLOCK_SIZE)
+    backend.prepare(metadata)
+    ids = torch.cat(positions) * 7 % 250 + 3
+    with torch.inference_mode(), set_forward_context(metadata):
+        return model(ids, torch.cat(positions))
+
+
+def layers(model: LlamaForCausalLM) -> list[LlamaDecoderLayer]:
+    return [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
+
+
+@pytest.mark.parametrize("arch", SHAPES, indirect=True)
+def test_one_call_is_equal_to_many(arch: ModelArchitecture) -> None:
+    (fused, fused_backend), (plain, plain_backend) = build(arch), build(arch)
+    assert fuse_decoder_layers(fused, fused_backend) == arch.num_hidden_layers
+    for step in STEPS:
+        assert torch.equal(run(fused, fused_backend, step), run(plain, plain_backend, step))
+    caches = zip(fused.attention_layers(), plain.attention_layers(), strict=True)
+    assert all(torch.equal(ours.kv_cache, theirs.kv_cache) for ours, theirs in caches)
+
+
+@pytest.mark.parametrize("arch", ["head norms"], indirect=True)
+def test_it_does_not_go_through_the_modules(arch: ModelArchitecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, backend = build(arch)
+    fuse_decoder_layers(model, backend)
+    monkeypatch.setattr(LinearBase, "forward", lambda *_: pytest.fail("a layer ran module by module"))
+    run(model, backend, STEPS[0])
+
+
+class CountOps(TorchDispatchMode):
+    """How many operators a layer calls: those of our library, seen from Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func).startswith("folovllm"):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("arch", SHAPES, indirect=True)
+def test_at_most_four_fused_calls_per_layer(arch: ModelArchitecture) -> None:
+    """Issue 4, 2.2. One for the layer; beside the layers there is the last norm."""
+    model, backend = build(arch)
+    fuse_decoder_layers(model, backend)
+    with CountOps() as counted:
+        run(model, backend, [(0, 1), (0, 1), (0, 1)])
+    outside = [name for name in counted.names if "decoder_layer" not in name]
+    assert len(counted.names) - len(outside) == arch.num_hidden_layers and len(outside) == 1
+
+
+@pytest.mark.parametrize("arch", ["llama"], indirect=True)
+def test_other_backends_run_module_by_module(arch: ModelArchitecture) -> None:
+    model, backend = build(arch, TorchNaiveBackend)
+    assert fuse_decoder_layers(model, backend) == 0
+    assert not any(isinstance(layer.forward, FusedDecoderLayer) for layer in layers(model))
+
+
+def test_heads_that_are_padded_run_module_by_module(tiny_model_dir: Any) -> None:
+    """A head of 24 is padded to 32 by the backend, in Python."""
+    arch = dataclasses.replace(load_hf_config(tiny_model_dir("llama")), intermediate_size=96)
+    assert fuse_decoder_layers(*build(arch)) == 0
+
+
+# ---- the MLP whose activation is part of its first matmul
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "portable"])
+@pytest.mark.parametrize(("size", "inputs"), [(32, 2), (64, 57), (160, 128), (1536, 576)])
+def test_gated_linear(ops: Any, size: int, inputs: int, native: bool) -> None:
+    """Against fp64, rows around a tile of 8 and a panel of 96. Rounded once, plus what the fp32 sums lose."""
+    torch.manual_seed(0)
+    gate_up = torch.randn(2 * size, inputs).to(BF16)
+    packed, _ = CppGatedLinearMethod(ops).pack(ops.pack_weight(gate_up), None)
+    for rows in (1, 7, 8, 9, 97):
+        x = torch.randn(rows, inputs).to(BF16)
+        gate, up = (x.double() @ gate_up.double().T).chunk(2, dim=-1)
+        exact = torch.nn.functional.silu(gate) * up
+        lost = 2.0**-24 * inputs * (x.double().abs() @ gate_up.double().abs().T).amax(dim=-1, keepdim=True)
+        got = ops.linear_silu_packed(x, packed, size, native)
+        assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + lost * (1 + gate.abs() + up.abs())).all()
+
+
+@pytest.mark.parametrize("arch", ["llama"], indirect=True)
+def test_gate_and_up_are_one_call(arch: ModelArchitecture) -> None:
+    model, _ = build(arch)
+    for layer in layers(model):
+        assert type(layer.mlp.gate_up_proj.quant_method) is CppGatedLinearMethod
+        assert isinstance(layer.mlp.act_fn, torch.nn.Identity)
+
+
+# ---- memory
+
+
+def test_an_arena_keeps_what_it_was_given() -> None:
+    """Tensors of odd sizes, smaller and larger than a chunk: unchanged, aligned, not over each other."""
+    torch.manual_seed(0)
+    arena = HugeArena(chunk_bytes=4096)
+    originals = [torch.randn(n).to(dtype) for n in (1, 33, 2000, 5000, 7) for dtype in (BF16, torch.float32)]
+    moved = [arena.move(tensor) for tensor in originals]
+    assert all(torch.equal(a, b) for a, b in zip(originals, moved, strict=True))
+    assert all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in moved)
+
+
+def test_an_arena_lives_as_long_as_its_tensors() -> None:
+    tensor = HugeArena(chunk_bytes=4096).move(torch.arange(1000))
+    junk = [torch.full((1000,), 7) for _ in range(20)]  # whoever got freed memory would write into it
+    assert torch.equal(tensor, torch.arange(1000)) and len(junk) == 20
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 5), (2, 1024, 1024)])
+def test_huge_zeros(shape: tuple[int, ...]) -> None:
+    zeros = huge_zeros(shape, BF16)
+    assert zeros.shape == shape and zeros.dtype is BF16 and not zeros.any()
+    zeros.fill_(1)
+    assert zeros.float().sum() == zeros.numel()
