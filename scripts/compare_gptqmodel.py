@@ -7,8 +7,7 @@ which sees the packages of this one; nothing is installed into this one. The mod
     python scripts/compare_gptqmodel.py [--model smollm2-135m] [--layers 2] [--perplexity] [--json OUT]
 
 The reference is transformers on the dequantised twin: the weights as *we* read them, in a plain checkpoint. Beside it
-stand the logits of GPTQModel's loader and of transformers' (which calls GPTQModel), which should be equal, and those of
-this engine, which sums in another order. All in fp16.
+stand the logits of this engine, of GPTQModel's loader and of transformers' (which calls GPTQModel), all in fp16.
 """
 
 import argparse
@@ -36,8 +35,9 @@ CASES: dict[str, dict[str, Any]] = {
     "2 bits": {"bits": 2, "group_size": 32},
     "8 bits, per channel": {"bits": 8, "group_size": -1},
 }
-# Of logits, in units of their standard deviation. The same weights in the same code are equal; two programs are not.
-EQUAL = {"gptqmodel": 1e-3, "transformers": 1e-3, "folovllm": 3e-2}
+# Of logits, in units of their standard deviation: a logit of 20 in fp16 has steps of 4e-3 of them, and sums in another
+# order cost one or two. Zeros off by one were seen to cost 12, the groups of k_proj alone off by one 0.3.
+EQUAL = 3e-2
 Job = dict[str, Any]
 
 
@@ -193,7 +193,7 @@ def row_of(name: str, folder: Path, probe: list[int], answers: dict[str, Any], p
     twin = answer_of(answers, twin_of(folder), "transformers")
     assert isinstance(twin, torch.Tensor), f"transformers does not load a plain checkpoint: {twin}"
     distances = {via: r if isinstance(r, str) else distance(r, twin) for via, r in results.items()}
-    equal = all(isinstance(d, float) and d < EQUAL[via] for via, d in distances.items())
+    equal = all(isinstance(d, float) and d < EQUAL for d in distances.values())
     row = {"case": name, "written_by": folder.name, "equal": equal, "distance": distances}
     return row | ({"perplexity": our_perplexity(folder)} if perplexity else {})
 

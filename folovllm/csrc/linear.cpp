@@ -37,6 +37,7 @@ constexpr int64_t kBlock = 2 * kLanes; // outputs of a block: two vectors, which
 constexpr int kTile = 8;               // rows at a time: 16 sums hide the latency of dot, and fit 32 registers
 constexpr int64_t kPanel = 96;         // rows whose inputs (96 x 1,536 x 2 bytes) stay in L2 while blocks pass by
 constexpr int64_t kPrefetch = 48;      // vectors ahead, 3 KiB: where one thread's reads were fastest
+constexpr int64_t kSharers = 4;        // tiles that fetch together
 constexpr int kHint = 2;               // ask for lines into L2: more of them may be on their way there than to L1
 constexpr int64_t kGrainBytes = 1 << 16;  // less than this is not worth waking a thread
 
@@ -75,21 +76,35 @@ struct Problem {
   int64_t rows, pairs, x_stride, out_features;
 };
 
-// Rows row .. row + R of one unit: tile `index` of `tiles` that use this unit one after another. A unit is one block of
-// weights, or with kGated two: the gate's and, right behind it, the up projection's of the same outputs.
-//
-// Prefetch: memory must never rest. A single tile asks for what it needs 3 KiB later (beyond the unit's end lies the
-// next one). Where several tiles share a unit, only the first would wait for memory and the others leave it idle; so
-// each of them fetches its share of the *next* unit, evenly over its time.
-template <bool native, bool kGated, int R>
-void tile(const Problem& p, int64_t unit, int64_t row, int64_t index, int64_t tiles) {
+// What a tile asks memory for while it computes: what lies `distance` pairs ahead of the unit's begin and on from there,
+// `pace` / 65,536 pairs for each one it computes with (in fixed point: a division per step would be slow).
+struct Fetch {
+  int64_t distance, pace;
+};
+
+// Memory must never rest. A single tile asks for what it needs 3 KiB later (beyond the unit's end lies the next one).
+// Where a few tiles share a unit, only the first would wait for memory and the others leave it idle; so each of them
+// fetches its share of the *next* unit, evenly over its time. Of many tiles the first fetches it all, and the others
+// (pace 0) have the load ports for themselves.
+Fetch fetch_of(int64_t index, int64_t tiles, int64_t pairs) {
+  if (tiles == 1) {
+    return {kPrefetch * kLanes / kBlock, 65536};
+  }
+  if (tiles <= kSharers) {
+    return {pairs + pairs * index / tiles, 65536 / tiles};
+  }
+  return {pairs, index == 0 ? 65536 : 0};
+}
+
+// Rows row .. row + R of one unit. A unit is one block of weights, or with kGated two: the gate's and, right behind it,
+// the up projection's of the same outputs.
+template <bool native, bool kGated, bool kFetch, int R>
+void tile(const Problem& p, int64_t unit, int64_t row, Fetch fetch) {
   constexpr int64_t kParts = kGated ? 2 : 1;
   const at::BFloat16* x = p.x + row * p.x_stride;
   const int64_t pairs = kParts * p.pairs;
   const at::BFloat16* weight = p.packed + unit * pairs * kBlock * 2;
-  const int64_t distance = tiles == 1 ? kPrefetch * kLanes : (pairs + pairs * index / tiles) * kBlock;
-  const at::BFloat16* ahead = weight + 2 * distance;
-  const int64_t pace = 65536 / tiles; // in fixed point: a division per step would be slow
+  const at::BFloat16* ahead = weight + 2 * kBlock * fetch.distance;
   Floats sum[kParts][R][2];
 #pragma GCC unroll 2
   for (int64_t part = 0; part < kParts; ++part) {
@@ -100,9 +115,11 @@ void tile(const Problem& p, int64_t unit, int64_t row, int64_t index, int64_t ti
       }
     }
     for (int64_t pair = 0; pair < p.pairs; ++pair, weight += 2 * kBlock) {
-      const at::BFloat16* line = ahead + ((part * p.pairs + pair) * pace >> 16) * 2 * kBlock;
-      __builtin_prefetch(line, /*write=*/0, kHint);
-      __builtin_prefetch(line + 2 * kLanes, /*write=*/0, kHint);
+      if constexpr (kFetch) {
+        const at::BFloat16* line = ahead + ((part * p.pairs + pair) * fetch.pace >> 16) * 2 * kBlock;
+        __builtin_prefetch(line, /*write=*/0, kHint);
+        __builtin_prefetch(line + 2 * kLanes, /*write=*/0, kHint);
+      }
       Pairs w0, w1;
       std::memcpy(&w0, weight, sizeof(w0));
       std::memcpy(&w1, weight + 2 * kLanes, sizeof(w1));
@@ -136,23 +153,26 @@ void tile(const Problem& p, int64_t unit, int64_t row, int64_t index, int64_t ti
   }
 }
 
-using Tile = void (*)(const Problem&, int64_t, int64_t, int64_t, int64_t);
+using Tile = void (*)(const Problem&, int64_t, int64_t, Fetch);
 
-template <bool native, bool kGated, int... R>
+template <bool native, bool kGated, bool kFetch, int... R>
 constexpr std::array<Tile, sizeof...(R)> all_tiles(std::integer_sequence<int, R...>) {
-  return {tile<native, kGated, R + 1>...};
+  return {tile<native, kGated, kFetch, R + 1>...};
 }
 
 template <bool native, bool kGated>
 void run(const Problem& p, int64_t begin, int64_t end) {
-  static constexpr auto tile_of = all_tiles<native, kGated>(std::make_integer_sequence<int, kTile>{}); // by rows, less 1
+  constexpr auto kHeights = std::make_integer_sequence<int, kTile>{};
+  static constexpr auto fetching = all_tiles<native, kGated, true>(kHeights); // by rows, less 1
+  static constexpr auto plain = all_tiles<native, kGated, false>(kHeights);
   for (int64_t panel = 0; panel < p.rows; panel += kPanel) {
     const int64_t rows = std::min(kPanel, p.rows - panel), tiles = ceil_div(rows, kTile);
     for (int64_t unit = begin; unit < end; ++unit) {
       for (int64_t index = 0; index < tiles; ++index) {
         // E.g. 9 rows are 4 and 5: of 8 and 1, the 1 would read the weights for a single row.
         const int64_t first = rows * index / tiles, last = rows * (index + 1) / tiles;
-        tile_of[last - first - 1](p, unit, panel + first, index, tiles);
+        const Fetch fetch = fetch_of(index, tiles, kGated ? 2 * p.pairs : p.pairs);
+        (fetch.pace != 0 ? fetching : plain)[last - first - 1](p, unit, panel + first, fetch);
       }
     }
   }

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.m6, pytest.mark.weights]
 
 TIE = 1e-3
 BLOCK_SIZE = 16
-MAX_MODEL_LEN = 384
+MAX_MODEL_LEN = 320
 Text = tuple[int, ...]
 Prompts = list[list[int]]
 AskHf = Callable[[Text, Text], list[int]]
@@ -37,7 +37,7 @@ EXAMPLES = "\n\n".join(
     for word, other in [("hot", "cold"), ("big", "small"), ("old", "new"), ("dark", "bright"), ("wet", "dry"),
                         ("high", "low")]
 )  # fmt: skip
-WORDS = ["happy", "fast", "strong", "early"]
+WORDS = ["happy", "fast", "strong", "early", "rich"]
 QUESTIONS = ["Where did the dog wait?", "How many steps were there?", "Who carried oil?", "What was the dog's name?"]
 TALKS = [
     ["Hello! Who are you?", "Tell me one fact about the Moon.", "And one about the Sun."],
@@ -89,7 +89,7 @@ def check_one_batch(llm: LLM, parts_from_hf: AskHf, prompts: Prompts, num: int) 
         ties = parts_from_hf(ours, generated) + parts_from_hf(again, generated)
         assert ours == again or ties, "cold and warm part, and not at a tie"
     after = llm.stats()
-    hits = [[output.num_cached_tokens for output in outputs] for outputs in (cold, warm)]
+    hits = [[output.num_cached_tokens or 0 for output in outputs] for outputs in (cold, warm)]
     num_preemptions = after.num_preemptions - before.num_preemptions
     print(f"{[len(p) for p in prompts]} tokens, hits {hits}, {num_preemptions} preemptions")
     assert after.prefix_cache_hits - before.prefix_cache_hits == sum(map(sum, hits))
@@ -122,7 +122,7 @@ def test_few_shot(llm: LLM, parts_from_hf: AskHf) -> None:
     """The same worked examples before every question."""
     encode = llm.get_tokenizer().encode
     prompts = [encode(f"{EXAMPLES}\n\nWord: {word}\nOpposite:") for word in WORDS]
-    check_one_batch(llm, parts_from_hf, prompts, 18)
+    check_one_batch(llm, parts_from_hf, prompts, 14)
 
 
 def test_a_shared_system_prompt(llm: LLM, parts_from_hf: AskHf) -> None:
@@ -134,24 +134,33 @@ def test_a_shared_system_prompt(llm: LLM, parts_from_hf: AskHf) -> None:
 
 
 def test_chats_of_several_turns(llm: LLM, parts_from_hf: AskHf) -> None:
-    """Each turn's prompt is the whole talk so far; of it everything but the last tokens was computed before."""
+    """Each turn's prompt is the whole talk so far; of it everything but the last answer's last token was computed."""
     assert llm.reset_prefix_cache()
-    tokenizer = llm.get_tokenizer()
-    opening = tokenizer.apply_chat_template([{"role": "system", "content": "You answer in one short sentence."}])
-    start = tokenizer.encode(opening, add_special_tokens=False)
-    talks, generated = [list(start) for _ in TALKS], [()] * len(TALKS)
-    rows: list[list[int]] = []
+    before = llm.stats()
+    encode, apply_chat_template = llm.get_tokenizer().encode, llm.get_tokenizer().apply_chat_template
+    opening = apply_chat_template([{"role": "system", "content": "You answer in one short sentence."}])
+    talks = [encode(opening, add_special_tokens=False) for _ in TALKS]
+    generated: list[Text] = [()] * len(TALKS)
+    hits, computed = [], []
     for turn in range(3):
         for talk, words in zip(talks, TALKS, strict=True):
             says = f"<|im_start|>user\n{words[turn]}<|im_end|>\n<|im_start|>assistant\n"
-            talk += tokenizer.encode(says, add_special_tokens=False)
+            talk += encode(says, add_special_tokens=False)
         outputs = llm.generate([{"prompt_token_ids": talk} for talk in talks], greedy(16), use_tqdm=False)
-        rows.append([output.num_cached_tokens for output in outputs])
+        hits.append([output.num_cached_tokens for output in outputs])
         for i, output in enumerate(outputs):
             answer = output.outputs[0].token_ids
             generated[i] += tuple(range(len(talks[i]), len(talks[i]) + len(answer)))
-            talks[i] += answer + tokenizer.encode("<|im_end|>\n", add_special_tokens=False)
+            talks[i] += answer
+        computed.append([len(talk) - 1 for talk in talks])
+        for talk in talks:
+            talk += encode("<|im_end|>\n", add_special_tokens=False)
     for talk, positions in zip(talks, generated, strict=True):  # one look at the end sees all turns
         parts_from_hf(tuple(talk), positions)
-    print(f"{[len(talk) for talk in talks]} tokens at the end, hits per turn {rows}")
-    assert min(rows[2]) > max(rows[1]) - 40 and min(rows[1]) >= BLOCK_SIZE and min(rows[2]) >= 4 * BLOCK_SIZE
+    num_preemptions = llm.stats().num_preemptions - before.num_preemptions
+    print(f"{[len(talk) for talk in talks]} tokens at the end, hits per turn {hits}, {num_preemptions} preemptions")
+    if llm.config.cache_config.num_kv_blocks is None:
+        whole = [[n // BLOCK_SIZE * BLOCK_SIZE for n in row] for row in computed]
+        assert hits[1:] == whole[:2], "a turn finds everything of the one before, in whole blocks"
+    else:
+        assert num_preemptions > 0 and all(hits[1])

@@ -1,0 +1,209 @@
+"""The profile of a decode step: what each arm really runs, the arithmetic of the predictions, and the files.
+
+Tiny random weights: what is tested must not depend on how fast this machine is today.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from folovllm.csrc.build import load_ops
+from folovllm.entrypoints.bench import step_profile
+from folovllm.entrypoints.bench.random_weights import checkpoint_folder, write_checkpoint
+from folovllm.entrypoints.bench.step_predictions import PREDICTIONS, Sizes
+from folovllm.entrypoints.bench.step_profile import FAMILIES, RUNGS, Job, by_family
+from folovllm.entrypoints.bench.task import ArmTask
+from folovllm.model_executor import fast_ops, huge_pages
+from folovllm.model_executor.fast_layers import FusedDecoderLayer
+from folovllm.model_executor.models.llama import LlamaDecoderLayer
+
+pytestmark = pytest.mark.m4
+
+ROOT = Path(__file__).parents[2]
+LAYERS, BATCH = 2, 3
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("weights")
+    write_checkpoint("tiny", checkpoint_folder("tiny", root))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def job(number: int, weights: Path) -> Job:
+    folder = str(checkpoint_folder("tiny", weights))
+    sizes = {"max_model_len": 256, "kv_cache_memory": 2**20, "bandwidth_bytes": 2**20}
+    task = ArmTask("", folder, 512, "A", None, (), "cpu", "bfloat16", 1, **sizes, shape="tiny")
+    return Job(number, task, batches=(BATCH,), context=24, steps=4)
+
+
+# --- the ladder
+
+
+needs_fast_linears = pytest.mark.skipif(
+    load_ops() is None or not load_ops().has_bf16_dot(), reason="this machine's linears are not ours"
+)
+
+
+@needs_fast_linears
+@pytest.mark.parametrize("number", [rung.number for rung in RUNGS])
+def test_an_arm_has_its_change_and_no_later_one(number, weights, monkeypatch):
+    engines, pages = [], []
+    make_engine = step_profile.make_engine
+
+    def spy(task):
+        pages.append(huge_pages.huge_zeros)
+        engines.append(make_engine(task))
+        return engines[-1]
+
+    monkeypatch.setattr(step_profile, "make_engine", spy)
+    before = huge_pages.huge_zeros, fast_ops.fuse_mlps
+    figures = step_profile.measure_arm(job(number, weights))[str(BATCH)]
+    runner = step_profile.runner_of(engines[0])
+    layers = [module for module in runner.model.modules() if isinstance(module, LlamaDecoderLayer)]
+    method = type(layers[0].mlp.gate_up_proj.quant_method).__name__
+
+    assert runner.backend.name == ("torch_naive" if number < 4 else "cpu_paged")
+    names = {1: "UnquantizedLinearMethod", 2: "OneDnnLinearMethod", 3: "CppLinearMethod", 4: "CppLinearMethod"}
+    assert method == names.get(number, "CppGatedLinearMethod")
+    assert isinstance(layers[0].forward, FusedDecoderLayer) == (number >= 6)
+    assert (pages[0] is step_profile.ordinary_zeros) == (number < 7)
+    assert (huge_pages.huge_zeros, fast_ops.fuse_mlps) == before, "the patches are gone"
+
+    families = figures["families"]
+    assert families["layer"]["operators"] == (LAYERS if number >= 6 else 0)
+    assert families["linear"]["operators"] == (1 if number >= 6 else 1 + 4 * LAYERS), "the head is always one"
+    assert (families["silu"]["operators"] > 0) == (number < 5)
+    assert (families["attention"]["operators"] > 10 * LAYERS) == (number < 4), "naive goes request by request"
+    assert families["sampler"]["calls"] == 1
+    assert figures["step_ms"] > 0 and figures["execute_ms"] > 0 and figures["sample_ms"] > 0 and figures["rest_ms"] > 0
+
+
+def test_ordinary_zeros():
+    assert torch.equal(step_profile.ordinary_zeros((3, 2), torch.bfloat16), torch.zeros(3, 2, dtype=torch.bfloat16))
+    assert step_profile.ordinary_zeros((0, 2), torch.float32).shape == (0, 2)
+
+
+# --- families
+
+
+def test_an_operator_belongs_to_the_innermost_span_and_hides_what_it_calls():
+    def event(name, parent=None, us=0.0):
+        return SimpleNamespace(name=name, cpu_parent=parent, cpu_time_total=us)
+
+    layer = event("family:layer")
+    linear = event("family:linear", layer)
+    multiply = event("aten::linear", linear, 2000.0)
+    events = [
+        layer,
+        linear,
+        multiply,
+        event("aten::mm", multiply, 1900.0),  # already in aten::linear
+        event("aten::view", layer, 10.0),
+        event("aten::embedding", None, 100.0),
+        event("[memory]", None, 5.0),
+    ]
+    figures = by_family(events)
+    assert figures["families"]["linear"] == {"ms": 2.0, "operators": 1, "calls": 1}
+    assert figures["families"]["other"]["ms"] == pytest.approx(0.11)
+    assert figures["families"]["layer"] == {"ms": 0.0, "operators": 0, "calls": 1}
+    assert (figures["operators"], figures["operators_in_layers"]) == (3, 2)
+
+
+# --- predictions, by hand
+
+SIZES = Sizes(weight_bytes=2_000_000, num_weights=1_000_000, kv_bytes_per_token=1000, vocab_size=1000, context=100)
+
+
+def figures(**families) -> dict:
+    """A step of 20 ms, 2 of them Python between 100 operators; memory at 1 GB/s (huge pages: 2), 10 GFLOP/s."""
+    nothing = {"ms": 0.0, "operators": 0, "calls": 0}
+    return {
+        "step_ms": 20.0,
+        "python_ms": 2.0,
+        "operators": 100,
+        "operators_in_layers": 62,
+        "families": {name: families.get(name, nothing) for name in FAMILIES},
+        "bandwidth": {"ordinary": 1e9, "huge": 2e9},
+        "flops": 10e9,
+    }
+
+
+BEFORE = figures(
+    linear={"ms": 8.0, "operators": 9, "calls": 9},
+    attention={"ms": 4.0, "operators": 40, "calls": 3},
+    kv_write={"ms": 0.5, "operators": 4, "calls": 2},
+    norm={"ms": 1.0, "operators": 20, "calls": 5},
+    silu={"ms": 0.5, "operators": 5, "calls": 5},
+    layer={"ms": 0.0, "operators": 0, "calls": 2},
+)
+
+
+@pytest.mark.parametrize(
+    ("number", "batch", "expected"),
+    [
+        (2, 1, 20 - 8 + 2),  # 2 MB at 1 GB/s
+        (2, 100, 20 - 8 + 20),  # 200 million operations at 10 GFLOP/s take longer than reading
+        (3, 1, 20 - 8 + 2 - 0.75 - 2 * 15 / 100),  # norm: 5 operators of 20 stay
+        (4, 10, 20 - 4 + 1 - 2 * (37 + 2) / 100),  # 10 x 100 x 1000 bytes are 1 MB
+        (5, 1, 20 - 0.5 - 2 * 5 / 100),
+        (6, 1, 20 - 2 * 60 / 100),
+        (7, 1, 20 - (8 + 4) / 2),
+        (8, 100, 20 + 3 * 0.4),  # 100 x 1000 logits are 0.4 MB
+    ],
+)
+def test_predictions_by_hand(number, batch, expected):
+    assert PREDICTIONS[number][0](BEFORE, figures(), SIZES, batch) == pytest.approx(expected)
+
+
+# --- the whole run
+
+
+def test_a_run_of_two_arms(weights, tmp_path, monkeypatch, capsys):
+    profile = script("profile_step")
+    in_cache = lambda shape: checkpoint_folder(shape, weights)  # noqa: E731
+    monkeypatch.setattr("folovllm.entrypoints.bench.command.checkpoint_folder", in_cache)
+    files = ["--json", str(tmp_path / "p.json"), "--plot", str(tmp_path / "p.png")]
+    small = ["--random-weights", "tiny", "--threads", "1", "--kv-cache-memory", "4MiB", "--bandwidth-memory", "1MiB"]
+    which = ["--arms", "1,2", "--batches", "1,2", "--steps", "2", "--context", "16", "--repeats", "1"]
+    assert profile.main([*small, *which, *files]) == 0
+    result = json.loads((tmp_path / "p.json").read_text())
+    assert [(row["arm"][0], row["requests"]) for row in result["results"]] == [("1", 1), ("2", 1), ("1", 2), ("2", 2)]
+    assert [row["predicted_gain"] == "-" for row in result["results"]] == [True, False, True, False]
+    assert str(tmp_path) not in result["command"] and (tmp_path / "p.png").stat().st_size > 0
+    assert "One decode step of 2" in capsys.readouterr().out
+    table = script("fill_results").plain_table(result, "p.json", {"requests": "2"})
+    assert "times in microseconds" in table and table.count("\n| 2 +") == 1, "a page can show it"
+
+
+def test_a_failed_arm_is_told(weights, monkeypatch, capsys):
+    profile = script("profile_step")
+    monkeypatch.setattr("folovllm.entrypoints.bench.command.checkpoint_folder", lambda s: checkpoint_folder(s, weights))
+    monkeypatch.setattr(profile, "run_job", lambda job, timeout: {"ok": False, "error": "it rained"})
+    assert profile.main(["--random-weights", "tiny", "--arms", "1"]) == 1
+    assert "it rained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arms", ["9", "2,1", "1,1"])
+def test_arms_that_are_none(arms):
+    with pytest.raises(SystemExit):
+        script("profile_step").main(["--arms", arms])
