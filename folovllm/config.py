@@ -170,9 +170,16 @@ class QuantizationConfig:
     """How a quantised checkpoint is run: as it is ("auto"), or turned into plain weights while it is loaded."""
 
     quantization: str = "dequantize"
+    gptq_kernel: str = "auto"  # what multiplies with packed weights; "dequant" is the reference
+    gptq_runtime: str = "auto"  # cpu_int4: "memory" keeps 4 bits alone, "speed" also bf16 for large batches
 
     def __post_init__(self) -> None:
         _check_choice("quantization", self.quantization, ("auto", "dequantize"))
+        _check_choice("gptq_kernel", self.gptq_kernel, ("auto", "dequant", "cpu_int4"))
+        _check_choice("gptq_runtime", self.gptq_runtime, ("auto", "memory", "speed"))
+        for name in ("gptq_kernel", "gptq_runtime"):
+            if self.quantization == "dequantize" and getattr(self, name) != "auto":
+                raise ValueError(f"{name} needs packed weights: set quantization='auto', or leave it 'auto'")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 // A whole decoder layer in one call: the operators of the other files, one after another.
 //
 // Milestone: M4. vLLM counterpart: none in C++; on a GPU its CUDA graphs replay all launches of a step at once, for the
-// same reason. Left out: tensor parallelism, quantised weights.
+// same reason. Left out: tensor parallelism.
 //
 // For one token a layer computes for 300 us, of which its dozen Python modules, views and dispatches would take 40.
 // Nothing is computed here that the model file does not say in the same order (model_executor/models/llama.py).
@@ -14,34 +14,74 @@
 namespace folovllm {
 namespace {
 
-// Places in `weights`. Linear weights are packed; a bias or head norm that the model does not have is an empty tensor.
-enum Weight { kInputNorm, kQkv, kQkvBias, kQueryNorm, kKeyNorm, kOut, kOutBias, kPostNorm, kGateUp, kDown, kDownBias, kNumWeights };
+// Reads a layer's weights in the order in which they are used. What the model does not have is an empty tensor.
+class Weights {
+ public:
+  Weights(at::TensorList tensors, int64_t max_int4_rows) : tensors_(tensors), max_int4_rows_(max_int4_rows) {}
 
-std::optional<at::Tensor> if_any(const at::Tensor& tensor) {
-  return tensor.numel() == 0 ? std::nullopt : std::optional<at::Tensor>(tensor);
-}
+  const at::Tensor& next() {
+    TORCH_CHECK(at_ < tensors_.size(), "more weights expected than ", tensors_.size());
+    return tensors_[at_++];
+  }
+
+  // x times the next linear layer's weight. It is stored as bf16: packed, bias; or with 4 bits: levels, scales, zeros,
+  // perm, bias, packed. Has it both, then x of up to max_int4_rows rows is multiplied with the smaller one.
+  at::Tensor multiply(const at::Tensor& x, int64_t out_features, bool gated = false) {
+    const at::Tensor& first = next();
+    const at::Tensor* packed = &first;
+    const at::Tensor* bias = nullptr;
+    if (first.scalar_type() == at::kByte) {
+      const at::Tensor &scales = next(), &zeros = next(), &perm = next();
+      bias = &next(), packed = &next();
+      if (packed->numel() == 0 || x.numel() <= max_int4_rows_ * x.size(-1)) {
+        return linear_int4(x, {first, scales, zeros, perm, *bias}, out_features, gated);
+      }
+    } else {
+      bias = &next();
+    }
+    if (gated) {
+      return linear_silu_packed(x, *packed, out_features);
+    }
+    return linear_packed(x, *packed, bias->numel() == 0 ? std::nullopt : std::optional(*bias), out_features);
+  }
+
+  void check_all_used() const {
+    TORCH_CHECK(at_ == tensors_.size(), "fewer weights expected than ", tensors_.size());
+  }
+
+ private:
+  at::TensorList tensors_;
+  int64_t max_int4_rows_;
+  size_t at_ = 0;
+};
 
 }  // namespace
+
+// A linear layer by itself, where a layer does not run as one call. x [..., in] -> [..., out].
+at::Tensor linear_mixed(const at::Tensor& x, at::TensorList weights, int64_t out_features, bool gated,
+                        int64_t max_int4_rows) {
+  return Weights(weights, max_int4_rows).multiply(x, out_features, gated);
+}
 
 // hidden, residual [num_tokens, hidden_size] -> hidden; residual is updated in place. cos, sin [num_tokens, 1, head_size].
 at::Tensor decoder_layer(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& cos, const at::Tensor& sin,
                          at::TensorList weights, const at::Tensor& kv_cache, const at::Tensor& slot_mapping,
                          const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
-                         int64_t num_heads, int64_t intermediate_size, double eps, double scale) {
-  TORCH_CHECK(weights.size() == kNumWeights, "decoder_layer wants ", int64_t{kNumWeights}, " weights");
+                         int64_t num_heads, int64_t intermediate_size, double eps, double scale, int64_t max_int4_rows) {
+  Weights layer(weights, max_int4_rows);
   const int64_t num_tokens = hidden.size(0), hidden_size = hidden.size(1), head_size = cos.size(-1);
   const int64_t num_kv_heads = kv_cache.size(1), num_qk_heads = num_heads + num_kv_heads;
   const int64_t num_all_heads = num_qk_heads + num_kv_heads;
 
-  at::Tensor x = rms_norm(hidden, residual, weights[kInputNorm], eps);
-  const at::Tensor qkv = linear_packed(x, weights[kQkv], if_any(weights[kQkvBias]), num_all_heads * head_size)
-                             .view({num_tokens, num_all_heads, head_size});
+  at::Tensor x = rms_norm(hidden, residual, layer.next(), eps);
+  const at::Tensor qkv = layer.multiply(x, num_all_heads * head_size).view({num_tokens, num_all_heads, head_size});
   at::Tensor query = qkv.narrow(1, 0, num_heads);                  // [num_tokens, num_heads, head_size]
   at::Tensor key = qkv.narrow(1, num_heads, num_kv_heads);         // [num_tokens, num_kv_heads, head_size]
   const at::Tensor value = qkv.narrow(1, num_qk_heads, num_kv_heads);
-  if (weights[kQueryNorm].numel() != 0) {
-    query = rms_norm(query, std::nullopt, weights[kQueryNorm], eps);
-    key = rms_norm(key, std::nullopt, weights[kKeyNorm], eps);
+  const at::Tensor &query_norm = layer.next(), &key_norm = layer.next();
+  if (query_norm.numel() != 0) {
+    query = rms_norm(query, std::nullopt, query_norm, eps);
+    key = rms_norm(key, std::nullopt, key_norm, eps);
     rotary_(query, cos, sin);
     rotary_(key, cos, sin);
   } else {
@@ -50,11 +90,13 @@ at::Tensor decoder_layer(const at::Tensor& hidden, const at::Tensor& residual, c
   write_kv(key, value, kv_cache, slot_mapping);
   const at::Tensor attended = at::empty({num_tokens, num_heads, head_size}, hidden.options());
   paged_attention(attended, query, kv_cache, query_start_loc, seq_lens, block_table, scale);
-  x = linear_packed(attended.view({num_tokens, -1}), weights[kOut], if_any(weights[kOutBias]), hidden_size);
+  x = layer.multiply(attended.view({num_tokens, -1}), hidden_size);
 
-  x = rms_norm(x, residual, weights[kPostNorm], eps);
-  x = linear_silu_packed(x, weights[kGateUp], intermediate_size);
-  return linear_packed(x, weights[kDown], if_any(weights[kDownBias]), hidden_size);
+  x = rms_norm(x, residual, layer.next(), eps);
+  x = layer.multiply(x, intermediate_size, /*gated=*/true);
+  x = layer.multiply(x, hidden_size);
+  layer.check_all_used();
+  return x;
 }
 
 }  // namespace folovllm
@@ -63,9 +105,11 @@ TORCH_LIBRARY_FRAGMENT(folovllm, m) {
   m.def(
       "decoder_layer(Tensor hidden, Tensor(a!) residual, Tensor cos, Tensor sin, Tensor[] weights, Tensor(b!) kv_cache, "
       "Tensor slot_mapping, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, int num_heads, "
-      "int intermediate_size, float eps, float scale) -> Tensor");
+      "int intermediate_size, float eps, float scale, int max_int4_rows=0) -> Tensor");
+  m.def("linear_mixed(Tensor x, Tensor[] weights, int out_features, bool gated, int max_int4_rows) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(folovllm, CPU, m) {
   m.impl("decoder_layer", &folovllm::decoder_layer);
+  m.impl("linear_mixed", &folovllm::linear_mixed);
 }

@@ -13,6 +13,13 @@ namespace folovllm {
 at::Tensor linear_packed(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
                          int64_t out_features, bool native = true);
 at::Tensor linear_silu_packed(const at::Tensor& x, const at::Tensor& packed, int64_t out_features, bool native = true);
+
+struct Int4Weight {
+  const at::Tensor &levels, &scales, &zeros, &perm, &bias;
+};
+
+at::Tensor linear_int4(const at::Tensor& x, const Int4Weight& weight, int64_t out_features, bool gated = false,
+                       bool native = true);
 at::Tensor rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight, double eps);
 at::Tensor rotary_(at::Tensor x, const at::Tensor& cos, const at::Tensor& sin);
 void write_kv(const at::Tensor& key, const at::Tensor& value, const at::Tensor& kv_cache, const at::Tensor& slots);

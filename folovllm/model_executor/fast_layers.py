@@ -1,7 +1,7 @@
 """A decoder layer as one C++ call, where everything it is made of is C++ already.
 
 Milestone: M4. vLLM counterpart: none on a CPU; on a GPU, CUDA graphs (which replay all launches of a step) serve the
-same end. Left out: fp32 and quantised layers, which run operator by operator.
+same end. Left out: plain fp32 layers, which run operator by operator.
 
 With one token per step the twelve modules, views and operator calls of a layer cost as much Python as a seventh of its
 arithmetic. The model file stays as it is: its layers are called as ever, and whoever wants to read what they do reads
@@ -16,7 +16,9 @@ from torch import nn
 from folovllm.attention.backend import AttentionBackend
 from folovllm.attention.backends.cpu_paged import CpuPagedBackend
 from folovllm.forward_context import get_attn_metadata
+from folovllm.model_executor.layers.linear import LinearBase
 from folovllm.model_executor.layers.packed_linear import CppGatedLinearMethod, CppLinearMethod
+from folovllm.model_executor.layers.quantization.cpu_int4 import Int4LinearMethod, int4_tensors
 from folovllm.model_executor.models.interface import CausalLM
 from folovllm.model_executor.models.llama import LlamaDecoderLayer
 
@@ -32,6 +34,7 @@ class FusedDecoderLayer:
         self._attn = attention.attn
         self._weights = fused_weights(layer)
         self._sizes = (attention.num_heads, mlp.gate_up_proj.output_size // 2)
+        self._max_int4_rows = max_int4_rows(layer)
         self._eps, self._scale = layer.input_layernorm.eps, backend.spec.scale
 
     def __call__(self, hidden: torch.Tensor, residual: torch.Tensor, rows: Rows) -> Rows:
@@ -51,6 +54,7 @@ class FusedDecoderLayer:
             *self._sizes,
             self._eps,
             self._scale,
+            self._max_int4_rows,
         )  # [num_tokens, hidden_size]
         return out, residual
 
@@ -69,27 +73,41 @@ def fuse_decoder_layers(model: CausalLM, backend: AttentionBackend) -> int:
 def fused_weights(layer: LlamaDecoderLayer) -> list[torch.Tensor]:
     """In the order of csrc/layer.cpp; an empty tensor where the model has none."""
     attention, mlp = layer.self_attn, layer.mlp
-    qkv, out, gate_up, down = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
-    none = torch.empty(0)
     tensors: list[Any] = [
         layer.input_layernorm.weight,
-        *(qkv.packed_weight, qkv.packed_bias),
+        *_linear_weights(attention.qkv_proj),
         *(getattr(getattr(attention, norm, None), "weight", None) for norm in ("q_norm", "k_norm")),
-        *(out.packed_weight, out.packed_bias),
+        *_linear_weights(attention.o_proj),
         layer.post_attention_layernorm.weight,
-        gate_up.packed_weight,
-        *(down.packed_weight, down.packed_bias),
+        *_linear_weights(mlp.gate_up_proj),
+        *_linear_weights(mlp.down_proj),
     ]
+    none = torch.empty(0)
     return [none if tensor is None else tensor.detach() for tensor in tensors]
+
+
+def _linear_weights(linear: LinearBase) -> list[Any]:
+    return int4_tensors(linear) or [linear.packed_weight, linear.packed_bias]
+
+
+def max_int4_rows(layer: LlamaDecoderLayer) -> int:
+    """Up to how many tokens 4 bits are used where a layer has bf16 as well; 0 where no layer has 4 bits."""
+    method = layer.mlp.down_proj.quant_method
+    return method.kernel.max_int4_rows if isinstance(method, Int4LinearMethod) else 0
 
 
 def _can_fuse(layer: LlamaDecoderLayer, backend: AttentionBackend) -> bool:
     """Exactly these classes: a subclass may compute something else."""
     attention, mlp = layer.self_attn, layer.mlp
-    linears = (attention.qkv_proj, attention.o_proj, mlp.down_proj)
+    linears, gate_up = (attention.qkv_proj, attention.o_proj, mlp.down_proj), mlp.gate_up_proj
     return (
         type(backend) is CpuPagedBackend
         and backend.padding == 0
-        and all(type(linear.quant_method) is CppLinearMethod for linear in linears)
-        and type(mlp.gate_up_proj.quant_method) is CppGatedLinearMethod
+        and all(type(linear.quant_method) is CppLinearMethod or _is_one_int4(linear, False) for linear in linears)
+        and (type(gate_up.quant_method) is CppGatedLinearMethod or _is_one_int4(gate_up, True))
     )
+
+
+def _is_one_int4(linear: LinearBase, gated: bool) -> bool:
+    method = linear.quant_method
+    return type(method) is Int4LinearMethod and method.gated == gated and int4_tensors(linear) is not None

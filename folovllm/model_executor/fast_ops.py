@@ -16,6 +16,7 @@ from folovllm.csrc.build import load_ops
 from folovllm.model_executor.layers.activation import SiluAndMul
 from folovllm.model_executor.layers.layernorm import RMSNorm
 from folovllm.model_executor.layers.packed_linear import gate_linear, pack_linears
+from folovllm.model_executor.layers.quantization.cpu_int4 import gate_int4
 from folovllm.model_executor.layers.rotary_embedding import ApplyRotary
 from folovllm.model_executor.models.llama import LlamaMLP
 
@@ -46,5 +47,5 @@ def fuse_layers(model: nn.Module, ops: Any) -> None:
 def fuse_mlps(model: nn.Module, ops: Any) -> None:
     """Move the activation of packed MLPs into the multiplication before it."""
     for module in model.modules():
-        if isinstance(module, LlamaMLP) and gate_linear(module.gate_up_proj, ops):
+        if isinstance(module, LlamaMLP) and (gate_linear(module.gate_up_proj, ops) or gate_int4(module.gate_up_proj)):
             module.act_fn = nn.Identity()  # type: ignore[assignment]

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import torch
 
+from folovllm.gptq_config import GPTQConfig
 from folovllm.hf_config import ModelArchitecture
 from folovllm.model_executor.fast_ops import use_fast_ops
 from folovllm.model_executor.layers.linear import LinearBase, QuantizationConfig
 from folovllm.model_executor.layers.packed_linear import pack_linears
 from folovllm.model_executor.layers.quantization.gptq import GPTQQuantization
+from folovllm.model_executor.layers.quantization.kernels import KernelOptions
 from folovllm.model_executor.layers.quantization.quantized_linear import dequantize_weights
+from folovllm.model_executor.layers.quantization.select import choose_kernel
 from folovllm.model_executor.models.llama import LlamaForCausalLM
 from folovllm.model_executor.models.registry import get_model_class
 from folovllm.model_executor.weight_utils import WeightsError, iterate_weights, safetensors_files
@@ -29,26 +32,39 @@ def load_model(
     quant_config: QuantizationConfig | None = None,
     linear_backend: str = "torch",
     quantization: str = "dequantize",
+    gptq_kernel: str = "auto",
+    gptq_runtime: str = "auto",
 ) -> LlamaForCausalLM:
     """The model of `folder` with its weights, in `dtype` on `device`. WeightsError says what is wrong.
 
     `linear_backend`: "torch" computes in plain torch, "onednn" packs the weights of linear layers first, "auto" uses
     our C++ kernels too; each does what helps on this machine and leaves the rest as it is.
-    `quantization` matters to a GPTQ checkpoint: "auto" keeps its weights packed, "dequantize" loads plain ones.
+    `quantization` matters to a GPTQ checkpoint: "auto" keeps its weights packed, "dequantize" loads plain ones. How it
+    multiplies with packed ones, and what it keeps for that: `gptq_kernel`, `gptq_runtime` (config.py).
     """
     files = safetensors_files(folder)  # before building: a wrong folder should fail at once
     weights = iterate_weights(files)
     if arch.quantization is not None:
         if quantization == "auto":
-            quant_config = quant_config or GPTQQuantization(arch.quantization)
+            options = KernelOptions(dtype, device.type, gptq_runtime)
+            quant_config = quant_config or gptq_quantization(arch.quantization, options, gptq_kernel, linear_backend)
         else:
             weights = dequantize_weights(weights, arch.quantization)
     try:
         model = _build(arch, dtype, device, quant_config)
+        if isinstance(quant_config, GPTQQuantization):
+            quant_config.plan(model)
         model.load_weights(weights)
     except WeightsError as error:
         raise WeightsError(f"{folder}: {error}") from None
-    return _finish(model, linear_backend)
+    return _finish(model, linear_backend, quant_config)
+
+
+def gptq_quantization(config: GPTQConfig, options: KernelOptions, kernel: str, linear_backend: str) -> GPTQQuantization:
+    """With the kernel called `kernel`, or for "auto" the best one here."""
+    return GPTQQuantization(
+        config, choose_kernel(config, options, linear_backend) if kernel == "auto" else kernel, options
+    )
 
 
 def random_model(
@@ -70,7 +86,7 @@ def random_model(
             param.data.fill_(1.0)
         else:
             param.data.normal_(0.0, param.shape[-1] ** -0.5, generator=generator)
-    return _finish(model, linear_backend)
+    return _finish(model, linear_backend, quant_config)
 
 
 def _build(
@@ -80,10 +96,12 @@ def _build(
         return get_model_class(arch.architecture)(arch, quant_config)
 
 
-def _finish(model: LlamaForCausalLM, linear_backend: str) -> LlamaForCausalLM:
+def _finish(model: LlamaForCausalLM, linear_backend: str, quant_config: QuantizationConfig | None) -> LlamaForCausalLM:
     for module in model.modules():
         if isinstance(module, LinearBase):
             module.quant_method.process_weights_after_loading(module)
+    if isinstance(quant_config, GPTQQuantization):
+        quant_config.finish(model)
     if linear_backend == "onednn":
         pack_linears(model)
     if linear_backend == "auto":

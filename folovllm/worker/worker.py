@@ -3,6 +3,7 @@
 Milestone: M1. vLLM counterpart: vllm/v1/worker/gpu_worker.py and cpu_worker.py. Left out: ranks, sleep mode.
 """
 
+import dataclasses
 from pathlib import Path
 
 import psutil
@@ -31,7 +32,9 @@ class Worker:
         self.device = torch.device(config.device)
         arch = config.model_config.arch
         dtype: torch.dtype = getattr(torch, config.model_config.dtype)
-        model = load_model(model_path, arch, dtype, self.device, linear_backend=config.attention_config.linear_backend)
+        linear_backend = config.attention_config.linear_backend
+        quantization = dataclasses.asdict(config.quantization_config)
+        model = load_model(model_path, arch, dtype, self.device, linear_backend=linear_backend, **quantization)
         spec = AttentionSpec(
             num_heads=arch.num_attention_heads,
             num_kv_heads=arch.num_key_value_heads,

@@ -17,8 +17,9 @@ from folovllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from folovllm.model_executor.layers.quantization.gptq import GPTQLinearMethod, GPTQQuantization
-from folovllm.model_executor.layers.quantization.kernels import get_kernel, layer_parts
+from folovllm.model_executor.layers.quantization.kernels import layer_parts
 from folovllm.model_executor.layers.quantization.quantized_linear import QuantizedLinear
+from folovllm.model_executor.layers.quantization.select import get_kernel
 from folovllm.model_executor.layers.vocab_embedding import ParallelLMHead
 from folovllm.model_executor.parameter import TensorMismatchError
 from folovllm.model_executor.weight_utils import WeightsError

@@ -12,8 +12,9 @@ from torch import nn
 
 from folovllm.gptq_config import WORD_BITS, GPTQConfig
 from folovllm.model_executor.layers.linear import LinearBase, LinearMethodBase, RowParallelLinear
-from folovllm.model_executor.layers.quantization.kernels import GPTQKernel, get_kernel
+from folovllm.model_executor.layers.quantization.kernels import GPTQKernel, KernelOptions
 from folovllm.model_executor.layers.quantization.quantized_linear import check_g_idx, tensor_layout
+from folovllm.model_executor.layers.quantization.select import get_kernel
 from folovllm.model_executor.parameter import TensorMismatchError, copy_shard, new_parameter
 from folovllm.model_executor.weight_utils import WeightsError
 
@@ -21,14 +22,24 @@ from folovllm.model_executor.weight_utils import WeightsError
 class GPTQQuantization:
     """The `quant_config` of a model: every linear layer but the head, unless the checkpoint quantised that too."""
 
-    def __init__(self, config: GPTQConfig, kernel: str = "dequant") -> None:
+    def __init__(self, config: GPTQConfig, kernel: str = "dequant", options: KernelOptions | None = None) -> None:
         self.config = config
-        self.kernel = get_kernel(kernel, config)
+        self.kernel = get_kernel(kernel, config, options)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         if prefix == "lm_head" and not self.config.lm_head:
             return None
         return GPTQLinearMethod(self.config, self.kernel, prefix)
+
+    def plan(self, model: nn.Module) -> None:
+        """Before `model` is loaded."""
+        layers = (m for m in model.modules() if isinstance(m, LinearBase))
+        quantized = [layer for layer in layers if isinstance(layer.quant_method, GPTQLinearMethod)]
+        self.kernel.plan(sum(layer.input_size * layer.output_size for layer in quantized))
+
+    def finish(self, model: nn.Module) -> None:
+        """After its layers were processed."""
+        self.kernel.finish(model)
 
 
 class GPTQLinearMethod(LinearMethodBase):

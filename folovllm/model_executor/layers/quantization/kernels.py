@@ -1,4 +1,4 @@
-"""How a GPTQ layer multiplies: the kernels that GPTQLinearMethod can be given.
+"""How a GPTQ layer multiplies: what GPTQLinearMethod wants of a kernel, and the reference (the others: select.py).
 
 Milestone: M7. vLLM counterpart: MPLinearKernel and choose_mp_linear_kernel
 (vllm/model_executor/layers/quantization/kernels/mixed_precision).
@@ -7,20 +7,37 @@ A kernel may replace the loaded tensors by its own packing (`process`); the refe
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from folovllm.gptq_config import GPTQConfig
 from folovllm.model_executor.layers.linear import LinearBase
 from folovllm.model_executor.layers.quantization.quantized_linear import QuantizedLinear, unpack_loaded
 
 
+@dataclass(frozen=True)
+class KernelOptions:
+    """What a kernel may depend on beside the checkpoint: the model's dtype and device, and the engine arguments."""
+
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    runtime: str = "auto"  # gptq_runtime; only cpu_int4 has a choice
+
+
 class GPTQKernel(ABC):
     """One object serves all layers of a model; what belongs to a layer is kept on the layer."""
 
-    def __init__(self, config: GPTQConfig) -> None:
-        self.config = config
+    def __init__(self, config: GPTQConfig, options: KernelOptions) -> None:
+        self.config, self.options = config, options
+
+    def plan(self, num_weights: int) -> None:  # noqa: B027 - optional
+        """How many weights are coming, before they are loaded."""
+
+    def finish(self, model: nn.Module) -> None:  # noqa: B027 - optional
+        """All layers of `model` are processed."""
 
     def process(self, layer: LinearBase) -> None:  # noqa: B027 - optional
         """Repack `layer`, once its tensors are loaded."""
@@ -47,13 +64,3 @@ def layer_parts(layer: LinearBase, config: GPTQConfig) -> list[QuantizedLinear]:
         parts.append(unpack_loaded(qweight[:, columns], qzeros[:, words], scales[:, columns], g_idx[row], config))
         start += size
     return parts
-
-
-KERNELS: dict[str, type[GPTQKernel]] = {"dequant": DequantKernel}
-
-
-def get_kernel(name: str, config: GPTQConfig) -> GPTQKernel:
-    """The kernel called `name`; ValueError with the names there are."""
-    if name not in KERNELS:
-        raise ValueError(f"unknown GPTQ kernel {name!r}; there are {', '.join(KERNELS)}")
-    return KERNELS[name](config)

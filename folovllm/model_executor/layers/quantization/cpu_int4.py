@@ -1,0 +1,138 @@
+"""The GPTQ kernel `cpu_int4`: weights stay at 4 bits and are unpacked in registers (csrc/int4.cpp).
+
+Milestone: M7. vLLM counterpart: CPUWNA16LinearKernel
+(vllm/model_executor/layers/quantization/kernels/mixed_precision/cpu.py). Left out: 8 bits and fp16, which run on
+`dequant`; taking act-order's order into the layer before.
+
+gptq_runtime "memory" keeps 4 bits alone. "speed" also keeps the weights as packed bf16, for batches so large that
+unpacking costs more than reading; how large is measured (crossover.py).
+"""
+
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from folovllm.csrc.build import load_ops
+from folovllm.gptq_config import GPTQConfig
+from folovllm.model_executor.huge_pages import HugeArena
+from folovllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from folovllm.model_executor.layers.quantization.crossover import ALL_ROWS, Candidate, find_crossover
+from folovllm.model_executor.layers.quantization.int4_weight import (
+    BLOCK,
+    MAX_BITS,
+    Int4Weight,
+    interleave_halves,
+    merge_parts,
+    pack_int4,
+)
+from folovllm.model_executor.layers.quantization.kernels import GPTQKernel, KernelOptions, layer_parts
+from folovllm.model_executor.layers.quantization.quantized_linear import LEAVES, QuantizedLinear
+
+DTYPES = (torch.float32, torch.bfloat16)
+# Of the free memory, for the bf16 copies of gptq_runtime="auto": the KV cache and other programs want some as well.
+MEMORY_SHARE = 0.25
+
+
+class Int4LinearMethod(LinearMethodBase):
+    """Multiplies with `layer.int4_parts`: per part (tensors in the order of csrc/layer.cpp, its outputs)."""
+
+    def __init__(self, kernel: "CpuInt4Kernel", gated: bool = False) -> None:
+        self.kernel, self.gated = kernel, gated
+        self._linear = kernel.ops.linear_mixed.default
+
+    def create_weights(self, layer: LinearBase) -> None:
+        raise NotImplementedError("an int4 layer is made from a loaded GPTQ layer, by CpuInt4Kernel")
+
+    def apply(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """x [num_tokens, input_size] -> [num_tokens, output_size]; gated: silu(gate) * up, half as wide."""
+        max_rows = self.kernel.max_int4_rows
+        parts: Any = layer.int4_parts
+        outputs = [self._linear(x, tensors, size, self.gated, max_rows) for tensors, size in parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+class CpuInt4Kernel(GPTQKernel):
+    """`max_int4_rows`: batches up to this many tokens are multiplied with 4 bits where bf16 is there, too."""
+
+    def __init__(self, config: GPTQConfig, options: KernelOptions) -> None:
+        super().__init__(config, options)
+        reason = int4_refusal(config, options)
+        if reason is not None:
+            raise ValueError(f"cpu_int4 {reason}; use gptq_kernel='auto' or 'dequant'")
+        self.ops: Any = load_ops()
+        self.max_int4_rows = ALL_ROWS
+        self._arena = HugeArena()
+        self._method = Int4LinearMethod(self)
+        # bf16 copies help where they are multiplied faster than 4 bits: never in fp32, nor without bf16 instructions.
+        self.keeps_bf16 = options.runtime != "memory" and options.dtype is torch.bfloat16 and self.ops.has_bf16_dot()
+
+    def plan(self, num_weights: int) -> None:
+        if self.options.runtime == "auto" and 2 * num_weights > MEMORY_SHARE * psutil.virtual_memory().available:
+            self.keeps_bf16 = False
+
+    def process(self, layer: LinearBase) -> None:
+        bias = None if layer.bias is None else layer.bias.detach().float()
+        merged, parts, start = merge_parts(layer_parts(layer, self.config)), [], 0
+        for linear in merged:
+            size = linear.levels.shape[0]
+            parts.append((self._store(linear, None if bias is None else bias[start : start + size]), size))
+            start += size
+        layer.int4_parts = parts  # type: ignore[assignment]
+        layer.quant_method = self._method
+        for name in LEAVES:
+            layer.register_parameter(name, None)
+
+    def _store(self, linear: QuantizedLinear, bias: torch.Tensor | None) -> list[torch.Tensor]:
+        weight: Int4Weight = pack_int4(linear, self.config.bits)
+        levels, scales, zeros = (self._arena.move(tensor) for tensor in weight.tensors[:3])
+        packed = torch.empty(0)
+        if self.keeps_bf16:
+            packed = self._arena.move(self.ops.pack_weight(linear.dequantize().bfloat16()))
+        padded = torch.empty(0) if bias is None else F.pad(bias, (0, -len(bias) % BLOCK))
+        return [levels, scales, zeros, weight.perm, padded, packed]
+
+    def finish(self, model: nn.Module) -> None:
+        if not self.keeps_bf16:
+            return
+        layers: list[Any] = [m for m in model.modules() if getattr(m, "quant_method", None) is self._method]
+        candidates = [Candidate(*part, layer.input_size) for layer in layers for part in layer.int4_parts]
+        self.max_int4_rows = find_crossover(self.ops, candidates)
+
+    def apply(self, layer: LinearBase, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("process() gave the layer a method of its own")
+
+
+def int4_refusal(config: GPTQConfig, options: KernelOptions) -> str | None:
+    """Why cpu_int4 cannot run this, or None."""
+    if config.bits > MAX_BITS:
+        return f"holds up to {MAX_BITS} bits, not {config.bits}"
+    if options.dtype not in DTYPES:
+        return f"computes in float32 and bfloat16, not {str(options.dtype).removeprefix('torch.')}"
+    if options.device != "cpu":
+        return f"runs on a CPU, not on {options.device}"
+    return None if load_ops() is not None else "needs the C++ kernels, which were not built (see the warning)"
+
+
+def int4_tensors(layer: LinearBase) -> list[torch.Tensor] | None:
+    """What csrc/layer.cpp wants for an int4 layer; None if it is no such layer, or several multiplications."""
+    parts: Any = getattr(layer, "int4_parts", ())
+    return parts[0][0] if len(parts) == 1 else None
+
+
+def gate_int4(layer: LinearBase) -> bool:
+    """Let an int4 gate and up projection do its activation too; False if it cannot (see gate_linear)."""
+    method, tensors = layer.quant_method, int4_tensors(layer)
+    if type(method) is not Int4LinearMethod or tensors is None or layer.bias is not None:
+        return False
+    if layer.output_size % (2 * BLOCK):
+        return False
+    levels, scales, zeros, _, _, packed = tensors
+    for blocks in (levels, scales, zeros, packed):
+        if blocks.numel():
+            interleave_halves(blocks)
+    layer.int4_parts = [(tensors, layer.output_size // 2)]  # type: ignore[assignment]
+    layer.quant_method = Int4LinearMethod(method.kernel, gated=True)
+    return True
