@@ -22,8 +22,8 @@ from folovllm.csrc.build import cpu_features
 
 ALL_ROWS = 2**31
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-_REPEATS = 3
-_SWEEP_BYTES = 80 * 2**20  # of bf16 weights: more than caches hold, so that reading costs what it does in a model
+_REPEATS = 2
+_SWEEP_BYTES = 48 * 2**20  # of bf16 weights: more than caches hold, so that reading costs what it does in a model
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,17 @@ def pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_rows(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse: int32 [n * bits / 32, columns] -> uint8 [n, columns]."""
+    return _unpack_by_words(packed, bits) if bits == 3 else _unpack_by_bytes(packed, bits)
+
+
+def _unpack_by_bytes(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Where no value lies across two bytes: several times as fast, and models are loaded often."""
+    parts = packed.contiguous().unsqueeze(-1).view(torch.uint8)  # [words, columns, 4], the lowest byte first
+    values = torch.stack([parts >> shift & (2**bits - 1) for shift in range(0, 8, bits)], dim=1)
+    return values.permute(0, 3, 1, 2).flatten(0, 2)  # [words, 4 bytes, values of a byte, columns] -> [n, columns]
+
+
+def _unpack_by_words(packed: torch.Tensor, bits: int) -> torch.Tensor:
     num_values, num_words = packing_period(bits)
     words = packed.unflatten(0, (-1, num_words)).to(torch.int64) & _WORD_MASK  # [periods, num_words, columns]
     values = torch.empty(words.shape[0], num_values, words.shape[2], dtype=torch.uint8, device=packed.device)
