@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-from folovllm.config import AttentionConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from folovllm.config import (
+    AttentionConfig,
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    QuantizationConfig,
+    SchedulerConfig,
+)
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.executor.uniproc import UniProcExecutor
 from folovllm.hf_config import load_hf_config
@@ -31,6 +38,7 @@ _PARTS: dict[str, Any] = {
     "cache_config": CacheConfig,
     "scheduler_config": SchedulerConfig,
     "attention_config": AttentionConfig,
+    "quantization_config": QuantizationConfig,
 }
 
 

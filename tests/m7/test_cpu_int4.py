@@ -1,7 +1,6 @@
 """`cpu_int4` gives what the dequantised weights give, within what fp32 sums lose (milestone M7; issue 6, 3 and 4)."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,10 @@ import torch.nn.functional as F
 
 from folovllm.csrc.build import load_ops
 from folovllm.gptq_config import GPTQConfig
-from folovllm.model_executor.fast_layers import FusedDecoderLayer
-from folovllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
+from folovllm.model_executor.layers.linear import QKVParallelLinear
 from folovllm.model_executor.layers.quantization import crossover
-from folovllm.model_executor.layers.quantization.cpu_int4 import Int4LinearMethod, gate_int4
-from folovllm.model_executor.layers.quantization.crossover import ALL_ROWS, Candidate, find_crossover, largest_winner
+from folovllm.model_executor.layers.quantization.cpu_int4 import gate_int4
+from folovllm.model_executor.layers.quantization.crossover import Candidate, find_crossover, largest_winner
 from folovllm.model_executor.layers.quantization.gptq import GPTQQuantization
 from folovllm.model_executor.layers.quantization.int4_weight import input_order, pack_int4
 from folovllm.model_executor.layers.quantization.kernels import KernelOptions

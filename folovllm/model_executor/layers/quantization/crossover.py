@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from folovllm.csrc.build import cpu_features
+from folovllm.csrc.build import SOURCE_DIR, cpu_features
 
 ALL_ROWS = 2**31
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -85,7 +85,8 @@ def _wins(ops: Any, sweep: Sequence[Candidate], rows: int) -> bool:
 
 def _cache_key(layers: Sequence[Candidate]) -> str:
     shapes = sorted({str([tuple(t.shape) for t in layer.tensors]) for layer in layers})
-    facts = (cpu_features(), str(torch.get_num_threads()), torch.__version__, *shapes)
+    kernels = [(SOURCE_DIR / name).read_text(encoding="utf-8") for name in ("int4.cpp", "linear.cpp")]
+    facts = (cpu_features(), str(torch.get_num_threads()), *kernels, *shapes)
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
 
 
