@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.m6, pytest.mark.weights]
 
 TIE = 1e-3
 BLOCK_SIZE = 16
-MAX_MODEL_LEN = 320
+MAX_MODEL_LEN = 288
 Text = tuple[int, ...]
 Prompts = list[list[int]]
 AskHf = Callable[[Text, Text], list[int]]
@@ -37,12 +37,13 @@ EXAMPLES = "\n\n".join(
     for word, other in [("hot", "cold"), ("big", "small"), ("old", "new"), ("dark", "bright"), ("wet", "dry"),
                         ("high", "low")]
 )  # fmt: skip
-WORDS = ["happy", "fast", "strong", "early", "rich"]
+WORDS = ["happy", "fast", "strong", "early"]
 QUESTIONS = ["Where did the dog wait?", "How many steps were there?", "Who carried oil?", "What was the dog's name?"]
 TALKS = [
     ["Hello! Who are you?", "Tell me one fact about the Moon.", "And one about the Sun."],
     ["Count from one to five.", "Now backwards.", "And once more, only the even numbers."],
     ["What is the capital of France?", "And of Italy?", "Which of the two is larger?"],
+    ["Name a color.", "Another one.", "And an animal of that color."],
 ]
 
 
