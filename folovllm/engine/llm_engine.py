@@ -76,7 +76,7 @@ class LLMEngine:
     def _add(self, request: Request, text: str | None, parent: ParentRequest | None = None, index: int = 0) -> None:
         self.output_processor.add_request(request, text, parent, index)  # refuses ids in use, all children's at once
         self.engine_core.add_request(request)
-        # Python's collector would search all that the imports left behind, 300,000 objects, again and again while tokens
+        # The collector would search all that the imports left behind, 300,000 objects, again and again while tokens
         # come: 1 % of the time. Until the engine is idle it looks only at what is new. (vLLM freezes its core, too.)
         gc.freeze()
 
