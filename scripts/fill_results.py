@@ -110,7 +110,10 @@ def plain_table(result: dict[str, Any], link: str, wanted: dict[str, str]) -> st
 
 
 def number(value: Any) -> str:
-    return f"{value:,.0f}" if isinstance(value, float) else str(value)
+    """Whole numbers from 100 on, below that three digits that count."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def row(name: str, arm: dict[str, Any]) -> str:

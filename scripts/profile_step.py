@@ -106,12 +106,12 @@ def make_row(arms: dict[int, dict[str, Figures]], number: int, batch: str, sizes
         "arm": f"{number} {RUNGS[number - 1].change}",
         "requests": int(batch),
         **times,
-        **{part: ms * 1e3 for part, ms in parts_of(now).items()},
         "predicted_step": "-" if predicted is None else predicted * 1e3,
         "predicted_gain": f"{before['step_ms'] / predicted:.2f}x" if before and predicted else "-",
         "measured_gain": f"{before['step_ms'] / now['step_ms']:.2f}x" if before else "-",
         "read_GB/s": f"{sizes.step_bytes(int(batch)) / now['step_ms'] / 1e6:.1f}",
         "memory_GB/s": f"{now['bandwidth'][pages] / 1e9:.1f}",
+        **{part: ms * 1e3 for part, ms in parts_of(now).items()},
     }
 
 
@@ -132,15 +132,17 @@ def parts_of(figures: Figures) -> dict[str, float]:
 
 
 def print_tables(result: dict[str, Any]) -> None:
-    console = Console(width=max(Console().width, 200))
+    """Two per batch size: times and gains, and what the time went to."""
+    console, parts = Console(width=max(Console().width, 150)), result["parts"]
     for batch in dict.fromkeys(row["requests"] for row in result["results"]):
         rows = [row for row in result["results"] if row["requests"] == batch]
         title = f"One decode step of {batch}, {result['run']['context']} tokens each: ms"
-        table = make_table(title, *(name.replace("_", " ") for name in rows[0] if name != "requests"))
-        for row in rows:
-            cells = [num(v, 2, 1e3) if isinstance(v, float) else v for k, v in row.items() if k != "requests"]
-            table.add_row(*cells)
-        console.print(table)
+        names = [name for name in rows[0] if name not in ("requests", *parts)]
+        for columns in (names, ["arm", *parts]):
+            table = make_table(title, *(name.replace("_", " ") for name in columns))
+            for row in rows:
+                table.add_row(*(num(row[c], 2, 1e3) if isinstance(row[c], float) else row[c] for c in columns))
+            console.print(table)
     for number, how in result["predictions"].items():
         console.print(f"predicted {number}: {how}", highlight=False)
     for number, error in result["failed"].items():

@@ -50,11 +50,16 @@ def load_ops(cache_dir: Path | None = None) -> Any | None:
     return _load_ops(cache_dir or default_cache_dir())
 
 
+def loaded_ops() -> Any | None:
+    """`torch.ops.folovllm` if somebody has loaded our operators; None otherwise. Builds nothing."""
+    return torch.ops.folovllm if hasattr(torch.ops.folovllm, "paged_attention") else None
+
+
 @functools.cache  # one library, and one warning, per process
 def _load_ops(cache_dir: Path) -> Any | None:
     try:
         library = build(cache_dir)
-        if not hasattr(torch.ops.folovllm, "paged_attention"):  # operators can be registered only once
+        if loaded_ops() is None:  # operators can be registered only once
             torch.ops.load_library(str(library))
     except (BuildError, OSError) as error:
         warnings.warn(f"the C++ kernels are not available, slower torch ones run instead: {error}", stacklevel=3)

@@ -1,4 +1,4 @@
-// What lies between the matmuls of a layer, each as one pass over memory: RMSNorm with its residual, rotary, SiLU-mul.
+// What lies between the matmuls, each as one pass over memory: RMSNorm with its residual, rotary, SiLU-mul, argmax.
 //
 // Milestone: M4. vLLM counterpart: csrc/cpu/{layernorm,pos_encoding,activation}.cpp. Left out: fp16, quantised outputs.
 //
@@ -12,6 +12,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <limits>
 #include <optional>
 
 #include "ops.h"
@@ -38,6 +40,14 @@ inline void for_each_vector(int64_t size, const Visit& visit) {
 template <typename T>
 inline Floats load_some(const T* p, int64_t count) {
   return count == kLanes ? load(p) : load(p, count);
+}
+
+template <typename T>
+inline Floats load_or(const T* p, int64_t count, float otherwise) {
+  T buffer[kLanes];
+  std::fill_n(buffer, kLanes, static_cast<T>(otherwise));
+  std::memcpy(buffer, p, count * sizeof(T));
+  return load(buffer);
 }
 
 template <typename T>
@@ -103,6 +113,35 @@ void rotate_row(T* x, const T* cos, const T* sin, int64_t half) {
     store_some(x + i, a * load_some(cos + i, count) + b * load_some(sin + i, count), count);
     store_some(x + half + i, b * load_some(cos + half + i, count) + a * load_some(sin + half + i, count), count);
   });
+}
+
+// Place of the largest of `size` numbers, the first among equals; a NaN counts as the largest. Only the runs' maxima are
+// compared on the way, and only the run that won is searched.
+template <typename T>
+int64_t first_argmax(const T* row, int64_t size) {
+  constexpr int64_t kRun = 1024;
+  float best = -std::numeric_limits<float>::infinity();
+  int64_t winner = 0;
+  for (int64_t first = 0; first < size; first += kRun) {
+    Floats highest = Floats{} + best;
+    Bits is_nan = {};
+    for_each_vector(std::min(kRun, size - first), [&](int64_t i, int64_t count) {
+      // Beyond the row's end a buffer holds zeros, which may win: they are replaced by what has already been seen.
+      const Floats v = count == kLanes ? load(row + first + i) : load_or(row + first + i, count, best);
+      highest = v > highest ? v : highest;
+      is_nan |= (Bits)(v != v);
+    });
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      if (is_nan[lane] != 0) {
+        return std::find_if(row + first, row + size, [](T x) { return x != x; }) - row;
+      }
+      if (highest[lane] > best) {
+        best = highest[lane];
+        winner = first;
+      }
+    }
+  }
+  return std::find_if(row + winner, row + size, [best](T x) { return static_cast<float>(x) == best; }) - row;
 }
 
 // Run `body` with the name T standing for float or BFloat16.
@@ -190,16 +229,36 @@ at::Tensor rotary_(at::Tensor x, const at::Tensor& cos, const at::Tensor& sin) {
   return x;
 }
 
+// values [rows, size] -> the place of each row's largest, as `first_argmax` says [rows] int64.
+at::Tensor argmax(const at::Tensor& values) {
+  TORCH_CHECK(values.dim() == 2 && values.size(1) > 0, "argmax wants [rows, size] with a size, not ", values.sizes());
+  const at::Tensor rows = with_dense_rows(values);
+  at::Tensor out = at::empty({rows.size(0)}, values.options().dtype(at::kLong));
+  int64_t* places = out.mutable_data_ptr<int64_t>();
+  with_type(values.scalar_type(), "argmax", [&](auto zero) {
+    using T = decltype(zero);
+    const T* data = rows.const_data_ptr<T>();
+    at::parallel_for(0, rows.size(0), rows_per_thread(rows.size(1)), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        places[row] = first_argmax(data + row * rows.stride(0), rows.size(1));
+      }
+    });
+  });
+  return out;
+}
+
 } // namespace folovllm
 
 TORCH_LIBRARY_FRAGMENT(folovllm, m) {
   m.def("rms_norm(Tensor x, Tensor(a!)? residual, Tensor weight, float eps) -> Tensor");
+  m.def("argmax(Tensor values) -> Tensor");
   m.def("silu_and_mul(Tensor gate_up) -> Tensor");
   m.def("rotary_(Tensor(a!) x, Tensor cos, Tensor sin) -> Tensor(a!)");
 }
 
 TORCH_LIBRARY_IMPL(folovllm, CPU, m) {
   m.impl("rms_norm", &folovllm::rms_norm);
+  m.impl("argmax", &folovllm::argmax);
   m.impl("silu_and_mul", &folovllm::silu_and_mul);
   m.impl("rotary_", &folovllm::rotary_);
 }

@@ -23,6 +23,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <optional>
 #include <utility>
@@ -36,7 +37,7 @@ namespace {
 constexpr int64_t kBlock = 2 * kLanes; // outputs of a block: two vectors, which share each broadcast of x
 constexpr int kTile = 8;               // rows at a time: 16 sums hide the latency of dot, and fit 32 registers
 constexpr int64_t kPanel = 96;         // rows whose inputs (96 x 1,536 x 2 bytes) stay in L2 while blocks pass by
-constexpr int64_t kPrefetch = 48;      // vectors ahead, 3 KiB: where one thread's reads were fastest
+constexpr int64_t kPrefetch = 24;      // pairs ahead, 3 KiB: where one thread's reads were fastest
 constexpr int64_t kSharers = 4;        // tiles that fetch together
 constexpr int kHint = 2;               // ask for lines into L2: more of them may be on their way there than to L1
 constexpr int64_t kGrainBytes = 1 << 16;  // less than this is not worth waking a thread
@@ -76,59 +77,70 @@ struct Problem {
   int64_t rows, pairs, x_stride, out_features;
 };
 
-// What a tile asks memory for while it computes: what lies `distance` pairs ahead of the unit's begin and on from there,
-// `pace` / 65,536 pairs for each one it computes with (in fixed point: a division per step would be slow).
+// Memory must never rest: what a tile asks for while it computes.
+//   kLead   a single tile of a unit asks for what it needs 3 KiB later, at the unit's end for the begin of `next`
+//   kShare  of a few tiles, only the first would wait for memory and the others leave it idle; so each fetches its share
+//           of the unit that comes next, which begins at `next`, evenly over its time
+//   kNone   of many tiles the first fetches it all, and the others have the load ports for themselves
+enum Mode { kNone, kShare, kLead };
+
 struct Fetch {
-  int64_t distance, pace;
+  Mode mode;
+  const at::BFloat16* next;
+  int64_t pace;  // pairs for each pair computed with, times 65,536: a division per step would be slow
 };
 
-// Memory must never rest. A single tile asks for what it needs 3 KiB later (beyond the unit's end lies the next one).
-// Where a few tiles share a unit, only the first would wait for memory and the others leave it idle; so each of them
-// fetches its share of the *next* unit, evenly over its time. Of many tiles the first fetches it all, and the others
-// (pace 0) have the load ports for themselves.
-Fetch fetch_of(int64_t index, int64_t tiles, int64_t pairs) {
+// `next` is the unit that this thread computes afterwards, of `pairs` pairs.
+Fetch fetch_of(int64_t index, int64_t tiles, const at::BFloat16* next, int64_t pairs) {
   if (tiles == 1) {
-    return {kPrefetch * kLanes / kBlock, 65536};
+    return {kLead, next, 65536};
   }
   if (tiles <= kSharers) {
-    return {pairs + pairs * index / tiles, 65536 / tiles};
+    return {kShare, next + pairs * index / tiles * 2 * kBlock, 65536 / tiles};
   }
-  return {pairs, index == 0 ? 65536 : 0};
+  return {index == 0 ? kShare : kNone, next, 65536};
 }
 
 // Rows row .. row + R of one unit. A unit is one block of weights, or with kGated two: the gate's and, right behind it,
 // the up projection's of the same outputs.
-template <bool native, bool kGated, bool kFetch, int R>
+template <bool native, bool kGated, Mode kMode, int R>
 void tile(const Problem& p, int64_t unit, int64_t row, Fetch fetch) {
   constexpr int64_t kParts = kGated ? 2 : 1;
   const at::BFloat16* x = p.x + row * p.x_stride;
-  const int64_t pairs = kParts * p.pairs;
-  const at::BFloat16* weight = p.packed + unit * pairs * kBlock * 2;
-  const at::BFloat16* ahead = weight + 2 * kBlock * fetch.distance;
+  const at::BFloat16* weight = p.packed + unit * kParts * p.pairs * kBlock * 2;
   Floats sum[kParts][R][2];
 #pragma GCC unroll 2
-  for (int64_t part = 0; part < kParts; ++part) {
+  for (int64_t part = 0; part < kParts; ++part, weight += p.pairs * kBlock * 2) {
     Floats s[R][2]; // of its own, so that it stays in registers
     for (int r = 0; r < R; ++r) {
       for (int half = 0; half < 2; ++half) {
         s[r][half] = p.bias != nullptr ? load(p.bias + unit * kBlock + half * kLanes) : Floats{};
       }
     }
-    for (int64_t pair = 0; pair < p.pairs; ++pair, weight += 2 * kBlock) {
-      if constexpr (kFetch) {
-        const at::BFloat16* line = ahead + ((part * p.pairs + pair) * fetch.pace >> 16) * 2 * kBlock;
-        __builtin_prefetch(line, /*write=*/0, kHint);
-        __builtin_prefetch(line + 2 * kLanes, /*write=*/0, kHint);
-      }
-      Pairs w0, w1;
-      std::memcpy(&w0, weight, sizeof(w0));
-      std::memcpy(&w1, weight + 2 * kLanes, sizeof(w1));
+    const auto add = [&](int64_t begin, int64_t end, const at::BFloat16* ahead) __attribute__((always_inline)) {
+      for (int64_t pair = begin; pair < end; ++pair) {
+        if constexpr (kMode != kNone) {
+          const int64_t step = kMode == kLead ? pair - begin : (pair - begin) * fetch.pace >> 16;
+          __builtin_prefetch(ahead + step * 2 * kBlock, /*write=*/0, kHint);
+          __builtin_prefetch(ahead + step * 2 * kBlock + 2 * kLanes, /*write=*/0, kHint);
+        }
+        Pairs w0, w1;
+        std::memcpy(&w0, weight + pair * 2 * kBlock, sizeof(w0));
+        std::memcpy(&w1, weight + pair * 2 * kBlock + 2 * kLanes, sizeof(w1));
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const uint32_t xr = load_pair(x + r * p.x_stride + 2 * pair);
-        s[r][0] = dot<native>(s[r][0], w0, xr);
-        s[r][1] = dot<native>(s[r][1], w1, xr);
+        for (int r = 0; r < R; ++r) {
+          const uint32_t xr = load_pair(x + r * p.x_stride + 2 * pair);
+          s[r][0] = dot<native>(s[r][0], w0, xr);
+          s[r][1] = dot<native>(s[r][1], w1, xr);
+        }
       }
+    };
+    if constexpr (kMode == kLead) {
+      const int64_t lead = part + 1 < kParts ? 0 : std::min(kPrefetch, p.pairs);
+      add(0, p.pairs - lead, weight + kPrefetch * 2 * kBlock);
+      add(p.pairs - lead, p.pairs, fetch.next);
+    } else {
+      add(0, p.pairs, fetch.next + (part * p.pairs * fetch.pace >> 16) * 2 * kBlock);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -155,27 +167,41 @@ void tile(const Problem& p, int64_t unit, int64_t row, Fetch fetch) {
 
 using Tile = void (*)(const Problem&, int64_t, int64_t, Fetch);
 
-template <bool native, bool kGated, bool kFetch, int... R>
+template <bool native, bool kGated, Mode kMode, int... R>
 constexpr std::array<Tile, sizeof...(R)> all_tiles(std::integer_sequence<int, R...>) {
-  return {tile<native, kGated, kFetch, R + 1>...};
+  return {tile<native, kGated, kMode, R + 1>...};
 }
 
+// One unit for the rows of one panel; `next` is where this thread goes on.
 template <bool native, bool kGated>
-void run(const Problem& p, int64_t begin, int64_t end) {
+void run(const Problem& p, int64_t panel, int64_t unit, const at::BFloat16* next) {
   constexpr auto kHeights = std::make_integer_sequence<int, kTile>{};
-  static constexpr auto fetching = all_tiles<native, kGated, true>(kHeights); // by rows, less 1
-  static constexpr auto plain = all_tiles<native, kGated, false>(kHeights);
-  for (int64_t panel = 0; panel < p.rows; panel += kPanel) {
-    const int64_t rows = std::min(kPanel, p.rows - panel), tiles = ceil_div(rows, kTile);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      for (int64_t index = 0; index < tiles; ++index) {
-        // E.g. 9 rows are 4 and 5: of 8 and 1, the 1 would read the weights for a single row.
-        const int64_t first = rows * index / tiles, last = rows * (index + 1) / tiles;
-        const Fetch fetch = fetch_of(index, tiles, kGated ? 2 * p.pairs : p.pairs);
-        (fetch.pace != 0 ? fetching : plain)[last - first - 1](p, unit, panel + first, fetch);
-      }
-    }
+  static constexpr std::array<std::array<Tile, kTile>, 3> tile_of = { // by mode, and by rows less 1
+      all_tiles<native, kGated, kNone>(kHeights), all_tiles<native, kGated, kShare>(kHeights),
+      all_tiles<native, kGated, kLead>(kHeights)};
+  const int64_t rows = std::min(kPanel, p.rows - panel * kPanel), tiles = ceil_div(rows, kTile);
+  for (int64_t index = 0; index < tiles; ++index) {
+    // E.g. 9 rows are 4 and 5: of 8 and 1, the 1 would read the weights for a single row.
+    const int64_t first = rows * index / tiles, last = rows * (index + 1) / tiles;
+    const Fetch fetch = fetch_of(index, tiles, next, kGated ? 2 * p.pairs : p.pairs);
+    tile_of[fetch.mode][last - first - 1](p, unit, panel * kPanel + first, fetch);
   }
+}
+
+// All panels and units. Threads take the next unit when they are free: halves fixed beforehand would make each wait for
+// the other whenever the system, or another machine on the same processor, takes some of its time. The unit after this
+// one is taken early, so that it can be fetched.
+template <bool native, bool kGated>
+void run_all(const Problem& p, int64_t units) {
+  const int64_t size = (kGated ? 2 : 1) * p.pairs * kBlock * 2, total = ceil_div(p.rows, kPanel) * units;
+  const int64_t workers = std::clamp<int64_t>(units * size * 2 / kGrainBytes, 1, at::get_num_threads());
+  std::atomic<int64_t> taken{0};
+  at::parallel_for(0, workers, /*grain_size=*/1, [&](int64_t, int64_t) {
+    for (int64_t i = taken++, after; i < total; i = after) {
+      after = taken++;
+      run<native, kGated>(p, i / units, i % units, p.packed + after % units * size);
+    }
+  });
 }
 
 // The product of both operators: x [..., in] with `units` units of packed weights -> [..., out].
@@ -199,10 +225,7 @@ at::Tensor multiply(const at::Tensor& x, const at::Tensor& packed, const float* 
   const Problem p{
       rows.const_data_ptr<at::BFloat16>(), packed.const_data_ptr<at::BFloat16>(), bias,
       out.mutable_data_ptr<at::BFloat16>(), rows.size(0), pairs, rows.stride(0), out_features};
-  const int64_t grain = ceil_div(kGrainBytes, kParts * pairs * kBlock * 4);
-  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    native ? run<true, kGated>(p, begin, end) : run<false, kGated>(p, begin, end);
-  });
+  native ? run_all<true, kGated>(p, units) : run_all<false, kGated>(p, units);
   return x.dim() == 2 ? out : out.view(shape);
 }
 

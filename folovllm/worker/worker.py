@@ -14,6 +14,7 @@ from folovllm.attention.selector import get_attn_backend
 from folovllm.config import EngineConfig
 from folovllm.core.kv_cache_utils import CPU_KV_CACHE_CEILING, GIB, KVCacheConfig
 from folovllm.core.sched.output import SchedulerOutput
+from folovllm.model_executor.huge_pages import keep_freed_memory
 from folovllm.model_executor.model_loader import load_model
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.slots import resolve
@@ -30,6 +31,8 @@ class Worker:
     def __init__(self, config: EngineConfig, model_path: Path) -> None:
         self.config = config
         self.device = torch.device(config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         arch = config.model_config.arch
         dtype: torch.dtype = getattr(torch, config.model_config.dtype)
         linear_backend = config.attention_config.linear_backend

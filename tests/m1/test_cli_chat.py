@@ -1,5 +1,6 @@
 """`folovllm chat` on a tiny model: turns, commands, trimming, Ctrl-C."""
 
+import contextlib
 import os
 import pty
 import select
@@ -120,25 +121,29 @@ class Terminal:
             command, stdin=slave, stdout=slave, stderr=slave, close_fds=True, start_new_session=True
         )
         os.close(slave)
-        self.text = ""
+        self.text, self.read = "", 0
 
     def read_until(self, wanted, seconds=60.0):
-        deadline, seen = time.monotonic() + seconds, len(self.text)
-        while wanted not in self.text[seen:]:
+        """Until `wanted` comes, behind what was wanted last; one read may bring several things."""
+        deadline = time.monotonic() + seconds
+        while (found := self.text.find(wanted, self.read)) < 0:
             assert time.monotonic() < deadline, f"no {wanted!r} in {self.text!r}"
             if select.select([self.master], [], [], 0.2)[0]:
                 self.text += os.read(self.master, 4096).decode(errors="replace")
+        self.read = found + len(wanted)
 
     def type(self, text):
         os.write(self.master, text.encode())
 
-    def ends(self):
-        try:
-            while os.read(self.master, 4096):
-                pass
-        except OSError:
-            pass
-        return self.process.wait(30)
+    def ends(self, seconds=30.0):
+        """The exit status. What is still printed is read, or the process could not end; never longer than `seconds`."""
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, f"it goes on: {self.text!r}"
+            with contextlib.suppress(OSError):  # the other side is closed
+                if select.select([self.master], [], [], 0.2)[0]:
+                    self.text += os.read(self.master, 4096).decode(errors="replace")
+        return self.process.returncode
 
 
 def test_in_a_terminal_ctrl_c_at_the_prompt_is_a_hint_and_ctrl_d_leaves(folder):
@@ -151,6 +156,8 @@ def test_in_a_terminal_ctrl_c_at_the_prompt_is_a_hint_and_ctrl_d_leaves(folder):
         time.sleep(0.5)  # readline prints its prompt a moment before it listens to signals
         terminal.process.send_signal(signal.SIGINT)  # at the prompt: a hint, not the end
         terminal.read_until("Ctrl-D or /exit leaves")
+        terminal.read_until("> ")
+        time.sleep(0.5)  # before readline has the terminal again, the terminal itself would swallow the Ctrl-D
         terminal.type("\x04")
         assert terminal.ends() == 0
         assert "Traceback" not in terminal.text

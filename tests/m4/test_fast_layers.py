@@ -4,6 +4,7 @@ Milestone: M4. The two paths compute the same operations in the same order, so t
 """
 
 import dataclasses
+import platform
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from folovllm.csrc.build import load_ops
 from folovllm.forward_context import set_forward_context
 from folovllm.hf_config import ModelArchitecture, load_hf_config
 from folovllm.model_executor.fast_layers import FusedDecoderLayer, fuse_decoder_layers
-from folovllm.model_executor.huge_pages import ALIGNMENT, HugeArena, huge_zeros
+from folovllm.model_executor.huge_pages import ALIGNMENT, HugeArena, huge_zeros, keep_freed_memory
 from folovllm.model_executor.layers.linear import LinearBase
 from folovllm.model_executor.layers.packed_linear import CppGatedLinearMethod
 from folovllm.model_executor.model_loader import random_model
@@ -184,3 +185,11 @@ def test_huge_zeros(shape: tuple[int, ...]) -> None:
     assert zeros.shape == shape and zeros.dtype is BF16 and not zeros.any()
     zeros.fill_(1)
     assert zeros.float().sum() == zeros.numel()
+
+
+def test_malloc_is_told_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """glibc takes the values (it refuses thresholds above 32 MiB without a word but its return value)."""
+    told = keep_freed_memory()
+    assert told or platform.libc_ver()[0] != "glibc"
+    monkeypatch.setattr("ctypes.CDLL", lambda _: object())  # a C library without mallopt
+    assert keep_freed_memory() is False

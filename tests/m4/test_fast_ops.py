@@ -23,6 +23,7 @@ from folovllm.model_executor.layers.packed_linear import CppLinearMethod, OneDnn
 from folovllm.model_executor.layers.rotary_embedding import RotaryEmbedding, apply_rotary
 from folovllm.model_executor.model_loader import load_model
 from folovllm.model_executor.models.llama import LlamaForCausalLM
+from folovllm.sample.ops.select import first_argmax
 from tests.m1.test_models import Bench, prompt
 from tests.parity_helpers import GapNaiveModel, make_engine, make_job, run_jobs
 from tests.tiny_models import TINY_MODELS
@@ -212,6 +213,26 @@ def test_rotary_turns_as_the_table_says(ops: Any) -> None:
 def test_unknown_types_are_refused(ops: Any) -> None:
     with pytest.raises(RuntimeError, match="float32 and bfloat16"):
         ops.silu_and_mul(torch.zeros(1, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["random", "ties", "nan", "all -inf", "last", "negative"])
+def test_argmax(kind: str, dtype: torch.dtype, ops: Any) -> None:
+    """The first of the largest, a NaN before everything, around the runs of 1,024 and the 16 lanes."""
+    for size in (1, 15, 17, 1023, 1024, 1025, 2500):
+        values = torch.randn(5, size).to(dtype)
+        if kind == "ties":
+            values = values.round()
+        if kind == "nan":
+            values[torch.arange(4), torch.randint(0, size, (4,))] = torch.nan
+        if kind in ("all -inf", "last"):
+            values.fill_(-torch.inf)
+        if kind == "last":
+            values[:, -1] = -1e30
+        if kind == "negative":
+            values = -values.abs() - 1
+        wanted = values.float().argmax(dim=-1)
+        assert torch.equal(ops.argmax(strided(values)), wanted) and torch.equal(first_argmax(values), wanted)
 
 
 # ---- the switch

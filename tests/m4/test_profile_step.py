@@ -5,6 +5,7 @@ Tiny random weights: what is tested must not depend on how fast this machine is 
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,8 +179,23 @@ def test_predictions_by_hand(number, batch, expected):
 # --- the whole run
 
 
+def test_an_arm_in_a_process_of_its_own(weights):
+    answer = script("profile_step").run_job(job(1, weights), timeout=100)
+    assert answer["ok"], answer
+    assert answer["batches"][str(BATCH)]["families"]["linear"]["ms"] > 0
+
+
+def test_an_arm_that_fails_there_says_why(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(step_profile, "die_with_parent", lambda: None)  # here it would watch pytest's own stdin
+    (tmp_path / "job").write_text(replace(job(1, weights), context=10_000).to_json())
+    assert step_profile.child_main(tmp_path / "job", tmp_path / "result") == 1
+    result = json.loads((tmp_path / "result").read_text())
+    assert not result["ok"] and "ValueError" in result["error"]
+
+
 def test_a_run_of_two_arms(weights, tmp_path, monkeypatch, capsys):
     profile = script("profile_step")
+    monkeypatch.setattr(profile, "run_job", lambda job, timeout: {"ok": True, "batches": step_profile.measure_arm(job)})
     in_cache = lambda shape: checkpoint_folder(shape, weights)  # noqa: E731
     monkeypatch.setattr("folovllm.entrypoints.bench.command.checkpoint_folder", in_cache)
     files = ["--json", str(tmp_path / "p.json"), "--plot", str(tmp_path / "p.png")]

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.m6, pytest.mark.weights]
 
 TIE = 1e-3
 BLOCK_SIZE = 16
-MAX_MODEL_LEN = 320
+MAX_MODEL_LEN = 288
 Text = tuple[int, ...]
 Prompts = list[list[int]]
 AskHf = Callable[[Text, Text], list[int]]
@@ -37,12 +37,13 @@ EXAMPLES = "\n\n".join(
     for word, other in [("hot", "cold"), ("big", "small"), ("old", "new"), ("dark", "bright"), ("wet", "dry"),
                         ("high", "low")]
 )  # fmt: skip
-WORDS = ["happy", "fast", "strong", "early", "rich"]
+WORDS = ["happy", "fast", "strong", "early"]
 QUESTIONS = ["Where did the dog wait?", "How many steps were there?", "Who carried oil?", "What was the dog's name?"]
 TALKS = [
     ["Hello! Who are you?", "Tell me one fact about the Moon.", "And one about the Sun."],
     ["Count from one to five.", "Now backwards.", "And once more, only the even numbers."],
     ["What is the capital of France?", "And of Italy?", "Which of the two is larger?"],
+    ["Name a color.", "Another one.", "And an animal of that color."],
 ]
 
 
@@ -136,7 +137,6 @@ def test_a_shared_system_prompt(llm: LLM, parts_from_hf: AskHf) -> None:
 def test_chats_of_several_turns(llm: LLM, parts_from_hf: AskHf) -> None:
     """Each turn's prompt is the whole talk so far; of it everything but the last answer's last token was computed."""
     assert llm.reset_prefix_cache()
-    before = llm.stats()
     encode, apply_chat_template = llm.get_tokenizer().encode, llm.get_tokenizer().apply_chat_template
     opening = apply_chat_template([{"role": "system", "content": "You answer in one short sentence."}])
     talks = [encode(opening, add_special_tokens=False) for _ in TALKS]
@@ -157,10 +157,9 @@ def test_chats_of_several_turns(llm: LLM, parts_from_hf: AskHf) -> None:
             talk += encode("<|im_end|>\n", add_special_tokens=False)
     for talk, positions in zip(talks, generated, strict=True):  # one look at the end sees all turns
         parts_from_hf(tuple(talk), positions)
-    num_preemptions = llm.stats().num_preemptions - before.num_preemptions
-    print(f"{[len(talk) for talk in talks]} tokens at the end, hits per turn {hits}, {num_preemptions} preemptions")
+    print(f"{[len(talk) for talk in talks]} tokens at the end, hits per turn {hits}")
+    whole = [[n // BLOCK_SIZE * BLOCK_SIZE for n in row] for row in computed]
     if llm.config.cache_config.num_kv_blocks is None:
-        whole = [[n // BLOCK_SIZE * BLOCK_SIZE for n in row] for row in computed]
         assert hits[1:] == whole[:2], "a turn finds everything of the one before, in whole blocks"
     else:
-        assert num_preemptions > 0 and all(hits[1])
+        assert all(hits[1] + hits[2]) and hits[2] != whole[1], "some of it was meant to be thrown out"

@@ -11,6 +11,9 @@ So the expensive search runs on a few hundred or thousand numbers.
 
 import torch
 
+from folovllm.csrc.build import loaded_ops
+
+_CPP_DTYPES = (torch.float32, torch.bfloat16)
 _BLOCK_WIDTHS = (1024, 512, 256, 128, 64)  # `first_argmax`: wide enough for a fast maximum, narrow enough to search
 _STRIPES = 16  # `largest`: elements per block
 
@@ -20,10 +23,15 @@ def first_argmax(values: torch.Tensor) -> torch.Tensor:
 
     A NaN counts as the largest, as in torch.
     """
+    ops = loaded_ops() if values.device.type == "cpu" and values.dtype in _CPP_DTYPES else None
+    if ops is not None:
+        place: torch.Tensor = ops.argmax(values)  # one pass, in C++
+        return place
     num_rows, size = values.shape
     width = next((w for w in _BLOCK_WIDTHS if size % w == 0), None)
     if width is None:
-        return values.max(dim=-1).indices  # the same index as argmax, which is slow in bf16
+        # On a CPU the same index as argmax, which is slow in bf16; elsewhere max may name any of several equals.
+        return values.max(dim=-1).indices if values.device.type == "cpu" else values.argmax(dim=-1)
     blocks = values.view(num_rows, size // width, width)  # [R, V / width, width]
     block = blocks.amax(dim=-1).argmax(dim=-1)  # [R], the first block that has the maximum
     inside = blocks[torch.arange(num_rows, device=values.device), block].argmax(dim=-1)  # [R], the first place in it
