@@ -62,12 +62,13 @@ class CpuInt4Kernel(GPTQKernel):
         reason = int4_refusal(config, options)
         if reason is not None:
             raise ValueError(f"cpu_int4 {reason}; use gptq_kernel='auto' or 'dequant'")
-        self.ops: Any = load_ops()
+        ops: Any = load_ops()
+        self.ops = ops
         self.max_int4_rows = ALL_ROWS
         self._arena = HugeArena()
         self._method = Int4LinearMethod(self)
         # bf16 copies help where they are multiplied faster than 4 bits: never in fp32, nor without bf16 instructions.
-        self.keeps_bf16 = options.runtime != "memory" and options.dtype is torch.bfloat16 and self.ops.has_bf16_dot()
+        self.keeps_bf16 = options.runtime != "memory" and options.dtype is torch.bfloat16 and ops.has_bf16_dot()
 
     def plan(self, num_weights: int) -> None:
         if self.options.runtime == "auto" and 2 * num_weights > MEMORY_SHARE * psutil.virtual_memory().available:
@@ -98,7 +99,9 @@ class CpuInt4Kernel(GPTQKernel):
         if not self.keeps_bf16:
             return
         layers: list[Any] = [m for m in model.modules() if getattr(m, "quant_method", None) is self._method]
-        candidates = [Candidate(*part, layer.input_size) for layer in layers for part in layer.int4_parts]
+        candidates = [
+            Candidate(tensors, size, layer.input_size) for layer in layers for tensors, size in layer.int4_parts
+        ]
         self.max_int4_rows = find_crossover(self.ops, candidates)
 
     def apply(self, layer: LinearBase, x: torch.Tensor) -> torch.Tensor:
