@@ -21,11 +21,36 @@ std::optional<at::Tensor> if_any(const at::Tensor& tensor) {
   return tensor.numel() == 0 ? std::nullopt : std::optional<at::Tensor>(tensor);
 }
 
+constexpr int64_t kMaxPieceLines = 192;     // about one for each pair that a tile computes with (linear.cpp)
+constexpr int64_t kMaxPageLines = 4096;     // a larger page holds more unused places than the batch's keys
+constexpr int64_t kMaxAsideTokens = 64;     // with more, each page is read for many rows, and waiting for it is little
+
+// Where the next layer's attention will find the K and V of every sequence: all pages, each cut into equal pieces.
+void list_pages(const at::Tensor& kv_cache, const at::Tensor& seq_lens, const at::Tensor& block_table, int64_t block_size,
+                std::vector<Piece>& pieces) {
+  const int64_t page_bytes = kv_cache.stride(0) * kv_cache.element_size(), lines = page_bytes / 64;
+  const int64_t cuts = (lines + kMaxPieceLines - 1) / kMaxPieceLines;
+  if (lines == 0 || lines > kMaxPageLines) {
+    return;
+  }
+  const char* data = static_cast<const char*>(kv_cache.const_data_ptr());
+  for (int64_t s = 0; s < seq_lens.size(0); ++s) {
+    const int32_t* table = block_table.const_data_ptr<int32_t>() + s * block_table.stride(0);
+    const int64_t num_pages = (seq_lens.const_data_ptr<int32_t>()[s] + block_size - 1) / block_size;
+    for (int64_t i = 0; i < num_pages * cuts; ++i) {
+      const int64_t first = lines * (i % cuts) / cuts, end = lines * (i % cuts + 1) / cuts;
+      pieces.push_back({data + table[i / cuts] * page_bytes + first * 64, end - first});
+    }
+  }
+}
+
 }  // namespace
 
 // hidden, residual [num_tokens, hidden_size] -> hidden; residual is updated in place. cos, sin [num_tokens, 1, head_size].
+// `next_kv_cache` is the following layer's, to be fetched from memory meanwhile.
 at::Tensor decoder_layer(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& cos, const at::Tensor& sin,
-                         at::TensorList weights, const at::Tensor& kv_cache, const at::Tensor& slot_mapping,
+                         at::TensorList weights, const at::Tensor& kv_cache,
+                         const std::optional<at::Tensor>& next_kv_cache, const at::Tensor& slot_mapping,
                          const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
                          int64_t num_heads, int64_t intermediate_size, double eps, double scale) {
   TORCH_CHECK(weights.size() == kNumWeights, "decoder_layer wants ", int64_t{kNumWeights}, " weights");
@@ -50,11 +75,16 @@ at::Tensor decoder_layer(const at::Tensor& hidden, const at::Tensor& residual, c
   write_kv(key, value, kv_cache, slot_mapping);
   const at::Tensor attended = at::empty({num_tokens, num_heads, head_size}, hidden.options());
   paged_attention(attended, query, kv_cache, query_start_loc, seq_lens, block_table, scale);
-  x = linear_packed(attended.view({num_tokens, -1}), weights[kOut], if_any(weights[kOutBias]), hidden_size);
+
+  Aside aside;
+  if (next_kv_cache && num_tokens <= kMaxAsideTokens) {
+    list_pages(*next_kv_cache, seq_lens, block_table, kv_cache.size(3) / head_size, aside.pieces);
+  }
+  x = linear_packed(attended.view({num_tokens, -1}), weights[kOut], if_any(weights[kOutBias]), hidden_size, true, &aside);
 
   x = rms_norm(x, residual, weights[kPostNorm], eps);
-  x = linear_silu_packed(x, weights[kGateUp], intermediate_size);
-  return linear_packed(x, weights[kDown], if_any(weights[kDownBias]), hidden_size);
+  x = linear_silu_packed(x, weights[kGateUp], intermediate_size, true, &aside);
+  return linear_packed(x, weights[kDown], if_any(weights[kDownBias]), hidden_size, true, &aside);
 }
 
 }  // namespace folovllm
@@ -62,8 +92,8 @@ at::Tensor decoder_layer(const at::Tensor& hidden, const at::Tensor& residual, c
 TORCH_LIBRARY_FRAGMENT(folovllm, m) {
   m.def(
       "decoder_layer(Tensor hidden, Tensor(a!) residual, Tensor cos, Tensor sin, Tensor[] weights, Tensor(b!) kv_cache, "
-      "Tensor slot_mapping, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, int num_heads, "
-      "int intermediate_size, float eps, float scale) -> Tensor");
+      "Tensor? next_kv_cache, Tensor slot_mapping, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, "
+      "int num_heads, int intermediate_size, float eps, float scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(folovllm, CPU, m) {
