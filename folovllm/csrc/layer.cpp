@@ -26,7 +26,7 @@ class Weights {
 
   // x times the next linear layer's weight. It is stored as bf16: packed, bias; or with 4 bits: levels, scales, zeros,
   // perm, bias, packed. Has it both, then x of up to max_int4_rows rows is multiplied with the smaller one.
-  at::Tensor multiply(const at::Tensor& x, int64_t out_features, bool gated = false) {
+  at::Tensor multiply(const at::Tensor& x, int64_t out_features, bool gated = false, Aside* aside = nullptr) {
     const at::Tensor& first = next();
     const at::Tensor* packed = &first;
     const at::Tensor* bias = nullptr;
@@ -40,9 +40,10 @@ class Weights {
       bias = &next();
     }
     if (gated) {
-      return linear_silu_packed(x, *packed, out_features);
+      return linear_silu_packed(x, *packed, out_features, /*native=*/true, aside);
     }
-    return linear_packed(x, *packed, bias->numel() == 0 ? std::nullopt : std::optional(*bias), out_features);
+    const std::optional<at::Tensor> some_bias = bias->numel() == 0 ? std::nullopt : std::optional(*bias);
+    return linear_packed(x, *packed, some_bias, out_features, /*native=*/true, aside);
   }
 
   void check_all_used() const {
@@ -55,6 +56,29 @@ class Weights {
   size_t at_ = 0;
 };
 
+constexpr int64_t kMaxPieceLines = 192;     // about one for each pair that a tile computes with (linear.cpp)
+constexpr int64_t kMaxPageLines = 4096;     // a larger page holds more unused places than the batch's keys
+constexpr int64_t kMaxAsideTokens = 64;     // with more, each page is read for many rows, and waiting for it is little
+
+// Where the next layer's attention will find the K and V of every sequence: all pages, each cut into equal pieces.
+void list_pages(const at::Tensor& kv_cache, const at::Tensor& seq_lens, const at::Tensor& block_table, int64_t block_size,
+                std::vector<Piece>& pieces) {
+  const int64_t page_bytes = kv_cache.stride(0) * kv_cache.element_size(), lines = page_bytes / 64;
+  const int64_t cuts = (lines + kMaxPieceLines - 1) / kMaxPieceLines;
+  if (lines == 0 || lines > kMaxPageLines) {
+    return;
+  }
+  const char* data = static_cast<const char*>(kv_cache.const_data_ptr());
+  for (int64_t s = 0; s < seq_lens.size(0); ++s) {
+    const int32_t* table = block_table.const_data_ptr<int32_t>() + s * block_table.stride(0);
+    const int64_t num_pages = (seq_lens.const_data_ptr<int32_t>()[s] + block_size - 1) / block_size;
+    for (int64_t i = 0; i < num_pages * cuts; ++i) {
+      const int64_t first = lines * (i % cuts) / cuts, end = lines * (i % cuts + 1) / cuts;
+      pieces.push_back({data + table[i / cuts] * page_bytes + first * 64, end - first});
+    }
+  }
+}
+
 }  // namespace
 
 // A linear layer by itself, where a layer does not run as one call. x [..., in] -> [..., out].
@@ -64,8 +88,10 @@ at::Tensor linear_mixed(const at::Tensor& x, at::TensorList weights, int64_t out
 }
 
 // hidden, residual [num_tokens, hidden_size] -> hidden; residual is updated in place. cos, sin [num_tokens, 1, head_size].
+// `next_kv_cache` is the following layer's, to be fetched from memory meanwhile.
 at::Tensor decoder_layer(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& cos, const at::Tensor& sin,
-                         at::TensorList weights, const at::Tensor& kv_cache, const at::Tensor& slot_mapping,
+                         at::TensorList weights, const at::Tensor& kv_cache,
+                         const std::optional<at::Tensor>& next_kv_cache, const at::Tensor& slot_mapping,
                          const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
                          int64_t num_heads, int64_t intermediate_size, double eps, double scale, int64_t max_int4_rows) {
   Weights layer(weights, max_int4_rows);
@@ -90,11 +116,16 @@ at::Tensor decoder_layer(const at::Tensor& hidden, const at::Tensor& residual, c
   write_kv(key, value, kv_cache, slot_mapping);
   const at::Tensor attended = at::empty({num_tokens, num_heads, head_size}, hidden.options());
   paged_attention(attended, query, kv_cache, query_start_loc, seq_lens, block_table, scale);
-  x = layer.multiply(attended.view({num_tokens, -1}), hidden_size);
+
+  Aside aside;
+  if (next_kv_cache && num_tokens <= kMaxAsideTokens) {
+    list_pages(*next_kv_cache, seq_lens, block_table, kv_cache.size(3) / head_size, aside.pieces);
+  }
+  x = layer.multiply(attended.view({num_tokens, -1}), hidden_size, /*gated=*/false, &aside);
 
   x = rms_norm(x, residual, layer.next(), eps);
-  x = layer.multiply(x, intermediate_size, /*gated=*/true);
-  x = layer.multiply(x, hidden_size);
+  x = layer.multiply(x, intermediate_size, /*gated=*/true, &aside);
+  x = layer.multiply(x, hidden_size, /*gated=*/false, &aside);
   layer.check_all_used();
   return x;
 }
@@ -104,8 +135,8 @@ at::Tensor decoder_layer(const at::Tensor& hidden, const at::Tensor& residual, c
 TORCH_LIBRARY_FRAGMENT(folovllm, m) {
   m.def(
       "decoder_layer(Tensor hidden, Tensor(a!) residual, Tensor cos, Tensor sin, Tensor[] weights, Tensor(b!) kv_cache, "
-      "Tensor slot_mapping, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, int num_heads, "
-      "int intermediate_size, float eps, float scale, int max_int4_rows=0) -> Tensor");
+      "Tensor? next_kv_cache, Tensor slot_mapping, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, "
+      "int num_heads, int intermediate_size, float eps, float scale, int max_int4_rows=0) -> Tensor");
   m.def("linear_mixed(Tensor x, Tensor[] weights, int out_features, bool gated, int max_int4_rows) -> Tensor");
 }
 

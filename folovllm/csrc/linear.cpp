@@ -38,7 +38,9 @@ constexpr int64_t kBlock = 2 * kLanes; // outputs of a block: two vectors, which
 constexpr int kTile = 8;               // rows at a time: 16 sums hide the latency of dot, and fit 32 registers
 constexpr int64_t kPanel = 96;         // rows whose inputs (96 x 1,536 x 2 bytes) stay in L2 while blocks pass by
 constexpr int64_t kPrefetch = 24;      // pairs ahead, 3 KiB: where one thread's reads were fastest
-constexpr int64_t kSharers = 4;        // tiles that fetch together
+constexpr int64_t kSharers = 8;        // tiles that fetch together
+constexpr int64_t kStretch = 256;      // pairs to one piece of `Aside`
+constexpr int64_t kLine = 64 / sizeof(at::BFloat16);
 constexpr int kHint = 2;               // ask for lines into L2: more of them may be on their way there than to L1
 constexpr int64_t kGrainBytes = 1 << 16;  // less than this is not worth waking a thread
 
@@ -75,30 +77,34 @@ struct Problem {
   const float* bias;           // [units * 32] or null
   at::BFloat16* out;           // [rows, out_features]
   int64_t rows, pairs, x_stride, out_features;
+  Aside* aside;                // or null
 };
 
 // Memory must never rest: what a tile asks for while it computes.
 //   kLead   a single tile of a unit asks for what it needs 3 KiB later, at the unit's end for the begin of `next`
 //   kShare  of a few tiles, only the first would wait for memory and the others leave it idle; so each fetches its share
-//           of the unit that comes next, which begins at `next`, evenly over its time
-//   kNone   of many tiles the first fetches it all, and the others have the load ports for themselves
+//           of the unit that comes next, which begins at `next`, evenly over its time, and pieces of `Aside` besides
+//   kNone   of many tiles the first two fetch it all, and the others have the load ports for themselves
 enum Mode { kNone, kShare, kLead };
 
 struct Fetch {
   Mode mode;
   const at::BFloat16* next;
-  int64_t pace;  // pairs for each pair computed with, times 65,536: a division per step would be slow
+  int64_t pace;  // lines for each pair computed with, times 65,536: a division per step would be slow
 };
 
-// `next` is the unit that this thread computes afterwards, of `pairs` pairs.
+// `next` is the unit that this thread computes afterwards, of `pairs` pairs: two lines each.
 Fetch fetch_of(int64_t index, int64_t tiles, const at::BFloat16* next, int64_t pairs) {
   if (tiles == 1) {
-    return {kLead, next, 65536};
+    return {kLead, next, 0};
   }
-  if (tiles <= kSharers) {
-    return {kShare, next + pairs * index / tiles * 2 * kBlock, 65536 / tiles};
-  }
-  return {index == 0 ? kShare : kNone, next, 65536};
+  const int64_t sharers = tiles <= kSharers ? tiles : 2;
+  return {index < sharers ? kShare : kNone, next + 2 * pairs * index / sharers * kLine, 2 * 65536 / sharers};
+}
+
+Piece take(Aside* aside, const void* otherwise) {
+  const int64_t i = aside == nullptr ? 0 : aside->taken.fetch_add(1, std::memory_order_relaxed);
+  return aside != nullptr && i < aside->size() ? aside->pieces[i] : Piece{static_cast<const char*>(otherwise), 0};
 }
 
 // Rows row .. row + R of one unit. A unit is one block of weights, or with kGated two: the gate's and, right behind it,
@@ -117,13 +123,9 @@ void tile(const Problem& p, int64_t unit, int64_t row, Fetch fetch) {
         s[r][half] = p.bias != nullptr ? load(p.bias + unit * kBlock + half * kLanes) : Floats{};
       }
     }
-    const auto add = [&](int64_t begin, int64_t end, const at::BFloat16* ahead) __attribute__((always_inline)) {
+    const auto add = [&](int64_t begin, int64_t end, const auto& fetch_for) __attribute__((always_inline)) {
       for (int64_t pair = begin; pair < end; ++pair) {
-        if constexpr (kMode != kNone) {
-          const int64_t step = kMode == kLead ? pair - begin : (pair - begin) * fetch.pace >> 16;
-          __builtin_prefetch(ahead + step * 2 * kBlock, /*write=*/0, kHint);
-          __builtin_prefetch(ahead + step * 2 * kBlock + 2 * kLanes, /*write=*/0, kHint);
-        }
+        fetch_for(pair - begin);
         Pairs w0, w1;
         std::memcpy(&w0, weight + pair * 2 * kBlock, sizeof(w0));
         std::memcpy(&w1, weight + pair * 2 * kBlock + 2 * kLanes, sizeof(w1));
@@ -136,11 +138,29 @@ void tile(const Problem& p, int64_t unit, int64_t row, Fetch fetch) {
       }
     };
     if constexpr (kMode == kLead) {
+      const auto both_lines_of = [](const at::BFloat16* ahead) {
+        return [=](int64_t step) {
+          __builtin_prefetch(ahead + step * 2 * kLine, /*write=*/0, kHint);
+          __builtin_prefetch(ahead + step * 2 * kLine + kLine, /*write=*/0, kHint);
+        };
+      };
       const int64_t lead = part + 1 < kParts ? 0 : std::min(kPrefetch, p.pairs);
-      add(0, p.pairs - lead, weight + kPrefetch * 2 * kBlock);
-      add(p.pairs - lead, p.pairs, fetch.next);
+      add(0, p.pairs - lead, both_lines_of(weight + kPrefetch * 2 * kLine));
+      add(p.pairs - lead, p.pairs, both_lines_of(fetch.next));
+    } else if constexpr (kMode == kShare) {
+      const int64_t stretches = std::max<int64_t>(1, p.pairs / kStretch);
+      for (int64_t i = 0; i < stretches; ++i) {
+        const int64_t begin = p.pairs * i / stretches, end = p.pairs * (i + 1) / stretches;
+        const at::BFloat16* ahead = fetch.next + ((part * p.pairs + begin) * fetch.pace >> 16) * kLine;
+        const Piece piece = take(p.aside, ahead);
+        const int64_t pace = fetch.pace, piece_pace = piece.lines * 65536 / (end - begin);
+        add(begin, end, [=](int64_t step) {
+          __builtin_prefetch(ahead + (step * pace >> 16) * kLine, /*write=*/0, kHint);
+          __builtin_prefetch(piece.data + (step * piece_pace >> 16) * 64, /*write=*/0, kHint);
+        });
+      }
     } else {
-      add(0, p.pairs, fetch.next + (part * p.pairs * fetch.pace >> 16) * 2 * kBlock);
+      add(0, p.pairs, [](int64_t) {});
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -206,7 +226,8 @@ void run_all(const Problem& p, int64_t units) {
 
 // The product of both operators: x [..., in] with `units` units of packed weights -> [..., out].
 template <bool kGated>
-at::Tensor multiply(const at::Tensor& x, const at::Tensor& packed, const float* bias, int64_t out_features, bool native) {
+at::Tensor multiply(const at::Tensor& x, const at::Tensor& packed, const float* bias, int64_t out_features, bool native,
+                    Aside* aside) {
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && packed.scalar_type() == at::kBFloat16, "linear_packed wants bf16");
   constexpr int64_t kParts = kGated ? 2 : 1;
   const int64_t units = packed.size(0) / kParts, pairs = packed.size(1), in_features = x.size(-1);
@@ -224,7 +245,8 @@ at::Tensor multiply(const at::Tensor& x, const at::Tensor& packed, const float* 
   at::Tensor out = at::empty({rows.size(0), out_features}, x.options());
   const Problem p{
       rows.const_data_ptr<at::BFloat16>(), packed.const_data_ptr<at::BFloat16>(), bias,
-      out.mutable_data_ptr<at::BFloat16>(), rows.size(0), pairs, rows.stride(0), out_features};
+      out.mutable_data_ptr<at::BFloat16>(), rows.size(0), pairs, rows.stride(0), out_features,
+      aside};
   native ? run_all<true, kGated>(p, units) : run_all<false, kGated>(p, units);
   return x.dim() == 2 ? out : out.view(shape);
 }
@@ -246,18 +268,19 @@ at::Tensor pack_weight(const at::Tensor& weight) {
 // the path of a CPU without bf16 dot products, so that it can be tested on one that has them.
 at::Tensor linear_packed(
     const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias, int64_t out_features,
-    bool native) {
+    bool native, Aside* aside) {
   TORCH_CHECK(!bias || (bias->numel() == packed.size(0) * kBlock && bias->is_contiguous() &&
               bias->scalar_type() == at::kFloat), "linear_packed: the bias must be float32 and padded to whole blocks of ",
               kBlock);
-  return multiply<false>(x, packed, bias ? bias->const_data_ptr<float>() : nullptr, out_features, native);
+  return multiply<false>(x, packed, bias ? bias->const_data_ptr<float>() : nullptr, out_features, native, aside);
 }
 
 // silu(x gate^T) * (x up^T) [..., out], rounded once: the gate and up projections of an MLP with what follows them. The
 // weight is pack_weight of both, their blocks taking turns: gate 0, up 0, gate 1, up 1, ...
-at::Tensor linear_silu_packed(const at::Tensor& x, const at::Tensor& packed, int64_t out_features, bool native) {
+at::Tensor linear_silu_packed(const at::Tensor& x, const at::Tensor& packed, int64_t out_features, bool native,
+                              Aside* aside) {
   TORCH_CHECK(packed.size(0) % 2 == 0, "linear_silu_packed: gate and up differ in size");
-  return multiply<true>(x, packed, nullptr, out_features, native);
+  return multiply<true>(x, packed, nullptr, out_features, native, aside);
 }
 
 // Whether this library was compiled with bf16 dot products, and `linear_packed` is therefore fast.
@@ -275,7 +298,11 @@ TORCH_LIBRARY_FRAGMENT(folovllm, m) {
 }
 
 TORCH_LIBRARY_IMPL(folovllm, CPU, m) {
+  using at::Tensor;
   m.impl("pack_weight", &folovllm::pack_weight);
-  m.impl("linear_packed", &folovllm::linear_packed);
-  m.impl("linear_silu_packed", &folovllm::linear_silu_packed);
+  m.impl("linear_packed", [](const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features,
+                             bool native) { return folovllm::linear_packed(x, packed, bias, out_features, native); });
+  m.impl("linear_silu_packed", [](const Tensor& x, const Tensor& packed, int64_t out_features, bool native) {
+    return folovllm::linear_silu_packed(x, packed, out_features, native);
+  });
 }

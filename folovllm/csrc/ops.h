@@ -6,13 +6,32 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <optional>
+#include <vector>
 
 namespace folovllm {
 
+// Memory that will be read soon. A linear layer of 9 to 64 rows computes longer than its weights take to come, so memory
+// has time to spare; its tiles ask for these pieces one by one, which then wait in the L3 cache.
+struct Piece {
+  const char* data;
+  int64_t lines;  // of 64 bytes
+};
+
+struct Aside {
+  std::vector<Piece> pieces;
+  std::atomic<int64_t> taken{0};
+
+  int64_t size() const {
+    return static_cast<int64_t>(pieces.size());
+  }
+};
+
 at::Tensor linear_packed(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
-                         int64_t out_features, bool native = true);
-at::Tensor linear_silu_packed(const at::Tensor& x, const at::Tensor& packed, int64_t out_features, bool native = true);
+                         int64_t out_features, bool native = true, Aside* aside = nullptr);
+at::Tensor linear_silu_packed(const at::Tensor& x, const at::Tensor& packed, int64_t out_features, bool native = true,
+                              Aside* aside = nullptr);
 
 struct Int4Weight {
   const at::Tensor &levels, &scales, &zeros, &perm, &bias;

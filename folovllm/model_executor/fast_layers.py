@@ -8,6 +8,7 @@ arithmetic. The model file stays as it is: its layers are called as ever, and wh
 it there. csrc/layer.cpp does the same in the same order.
 """
 
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -28,10 +29,11 @@ Rows = tuple[torch.Tensor, torch.Tensor]
 class FusedDecoderLayer:
     """Stands in for `LlamaDecoderLayer.forward`."""
 
-    def __init__(self, layer: LlamaDecoderLayer, backend: CpuPagedBackend) -> None:
+    def __init__(self, layer: LlamaDecoderLayer, following: LlamaDecoderLayer | None, backend: CpuPagedBackend) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._op = backend.ops.decoder_layer.default
         self._attn = attention.attn
+        self._next_attn = following.self_attn.attn if following is not None else None
         self._weights = fused_weights(layer)
         self._sizes = (attention.num_heads, mlp.gate_up_proj.output_size // 2)
         self._max_int4_rows = max_int4_rows(layer)
@@ -47,6 +49,7 @@ class FusedDecoderLayer:
             *rows,
             self._weights,
             self._attn.kv_cache,
+            self._next_attn.kv_cache if self._next_attn is not None else None,
             metadata.slot_mapping,
             prepared.query_start_loc,
             prepared.seq_lens,
@@ -64,9 +67,9 @@ def fuse_decoder_layers(model: CausalLM, backend: AttentionBackend) -> int:
     modules = model.modules() if isinstance(model, nn.Module) else ()  # a test's model may be anything
     layers = [module for module in modules if isinstance(module, LlamaDecoderLayer)]
     fusable = [layer for layer in layers if _can_fuse(layer, backend)]
-    for layer in fusable:
+    for layer, following in zip_longest(fusable, fusable[1:]):
         assert isinstance(backend, CpuPagedBackend)
-        layer.forward = FusedDecoderLayer(layer, backend)  # type: ignore[method-assign]
+        layer.forward = FusedDecoderLayer(layer, following, backend)  # type: ignore[method-assign]
     return len(fusable)
 
 

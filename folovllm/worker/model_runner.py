@@ -18,7 +18,7 @@ from folovllm.core.kv_cache_utils import KVCacheConfig
 from folovllm.core.sched.output import NewRequestData, SchedulerOutput
 from folovllm.forward_context import set_forward_context
 from folovllm.model_executor.fast_layers import fuse_decoder_layers
-from folovllm.model_executor.huge_pages import huge_zeros
+from folovllm.model_executor.huge_pages import huge_zeros, touch_pages
 from folovllm.model_executor.models.interface import CausalLM
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.request import TokenLogprobs
@@ -28,6 +28,8 @@ from folovllm.worker.input_batch import CachedRequestState, InputBatch
 
 # Rows of prompt logits computed at once: [256, 49152] in fp32 is 48 MiB.
 PROMPT_LOGPROBS_CHUNK = 256
+# Of the KV cache at start: what some dozens of requests need, in the time that a slow host takes for it.
+TOUCH_BYTES, TOUCH_SECONDS = 256 * 2**20, 0.4
 
 
 @dataclass(frozen=True)
@@ -204,5 +206,9 @@ class ModelRunner:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """torch.zeros writes them all at once: on a CPU a second per 2 GiB at start, of memory that may never be used."""
-    return huge_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+    """`[num_layers, ...]`. torch.zeros would write all of it at start: seconds, for memory that nobody may ever use."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    zeros = huge_zeros(shape, dtype)
+    touch_pages(zeros, TOUCH_BYTES, TOUCH_SECONDS)
+    return zeros

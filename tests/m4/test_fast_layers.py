@@ -4,7 +4,10 @@ Milestone: M4. The two paths compute the same operations in the same order, so t
 """
 
 import dataclasses
+import mmap
 import platform
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +21,7 @@ from folovllm.csrc.build import load_ops
 from folovllm.forward_context import set_forward_context
 from folovllm.hf_config import ModelArchitecture, load_hf_config
 from folovllm.model_executor.fast_layers import FusedDecoderLayer, fuse_decoder_layers
-from folovllm.model_executor.huge_pages import ALIGNMENT, HugeArena, huge_zeros, keep_freed_memory
+from folovllm.model_executor.huge_pages import ALIGNMENT, HugeArena, huge_zeros, keep_freed_memory, touch_pages
 from folovllm.model_executor.layers.linear import LinearBase
 from folovllm.model_executor.layers.packed_linear import CppGatedLinearMethod
 from folovllm.model_executor.model_loader import random_model
@@ -185,6 +188,21 @@ def test_huge_zeros(shape: tuple[int, ...]) -> None:
     assert zeros.shape == shape and zeros.dtype is BF16 and not zeros.any()
     zeros.fill_(1)
     assert zeros.float().sum() == zeros.numel()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_touched_pages_are_there_before_they_are_used() -> None:
+    """Each layer's begin, as much as asked for, and nothing once the time is over."""
+    zeros = huge_zeros((3, 40 * 2**20), torch.uint8)
+    before = resident_bytes()
+    assert touch_pages(zeros, 60 * 2**20, seconds=0) == 0
+    assert touch_pages(zeros, 60 * 2**20, seconds=100) == 60 * 2**20
+    assert 50 * 2**20 < resident_bytes() - before < 100 * 2**20 and not zeros.any()
+    assert touch_pages(zeros, 2**40, seconds=100) == zeros.numel()
 
 
 def test_malloc_is_told_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
