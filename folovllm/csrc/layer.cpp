@@ -7,7 +7,9 @@
 // even one call per layer 30. Nothing is computed here that the model file does not say in the same order
 // (model_executor/models/llama.py).
 
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "ops.h"
@@ -87,8 +89,10 @@ void list_pages(const Step& step, const at::Tensor& kv_cache, std::vector<Piece>
 }
 
 // hidden, residual [num_tokens, hidden_size] -> hidden; residual is updated in place. `aside` is what to fetch meanwhile.
-at::Tensor decoder_layer(const Step& step, const at::Tensor& hidden, const at::Tensor& residual, Weights& weights,
-                         const at::Tensor& kv_cache, Aside* aside) {
+// Of the last layer only the rows `ends`, if given, will be read: all K and V, but nothing else of the others. Its result
+// and its residual are of those rows.
+at::Tensor decoder_layer(const Step& step, const at::Tensor& hidden, at::Tensor& residual, Weights& weights,
+                         const at::Tensor& kv_cache, Aside* aside, const at::Tensor* ends) {
   const int64_t num_tokens = hidden.size(0), hidden_size = hidden.size(1), head_size = step.cos.size(-1);
   const int64_t num_kv_heads = kv_cache.size(1), num_qk_heads = step.num_heads + num_kv_heads;
   const int64_t num_all_heads = num_qk_heads + num_kv_heads;
@@ -108,9 +112,14 @@ at::Tensor decoder_layer(const Step& step, const at::Tensor& hidden, const at::T
     rotary_(qkv.narrow(1, 0, num_qk_heads), step.cos, step.sin);  // queries and keys lie side by side and turn alike
   }
   write_kv(key, value, kv_cache, step.slot_mapping);
-  const at::Tensor attended = at::empty({num_tokens, step.num_heads, head_size}, hidden.options());
-  paged_attention(attended, query, kv_cache, step.query_start_loc, step.seq_lens, step.block_table, step.scale);
-  x = weights.multiply(attended.view({num_tokens, -1}), hidden_size, /*gated=*/false, aside);
+  at::Tensor query_start_loc = step.query_start_loc;
+  if (ends != nullptr) {
+    query = query.index_select(0, *ends), residual = residual.index_select(0, *ends);
+    query_start_loc = at::arange(ends->numel() + 1, query_start_loc.options());  // one query of each sequence
+  }
+  const at::Tensor attended = at::empty(query.sizes(), hidden.options());
+  paged_attention(attended, query, kv_cache, query_start_loc, step.seq_lens, step.block_table, step.scale);
+  x = weights.multiply(attended.view({query.size(0), -1}), hidden_size, /*gated=*/false, aside);
 
   x = rms_norm(x, residual, weights.next(), step.eps);
   x = weights.multiply(x, step.intermediate_size, /*gated=*/true, aside);
@@ -126,22 +135,29 @@ at::Tensor linear_mixed(const at::Tensor& x, at::TensorList weights, int64_t out
 }
 
 // hidden, residual [num_tokens, hidden_size] -> hidden; residual is updated in place. cos, sin [num_tokens, 1, head_size].
-// One KV cache per layer.
+// One KV cache per layer. With `ends_only` the last row of each sequence is right, and the others may hold anything.
 at::Tensor decoder_layers(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& cos, const at::Tensor& sin,
                           at::TensorList weights, at::TensorList kv_caches, const at::Tensor& slot_mapping,
                           const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
-                          int64_t num_heads, int64_t intermediate_size, double eps, double scale, int64_t max_int4_rows) {
+                          int64_t num_heads, int64_t intermediate_size, double eps, double scale, int64_t max_int4_rows,
+                          bool ends_only) {
   const Step step{cos, sin, slot_mapping, query_start_loc, seq_lens, block_table, num_heads, intermediate_size, eps, scale};
   Weights reader(weights, max_int4_rows);
   Aside aside;
   list_pages(step, kv_caches[0], aside.pieces);
-  at::Tensor x = hidden;
+  const at::Tensor ends = query_start_loc.slice(0, 1).to(at::kLong).sub(1);  // [num_reqs]
+  at::Tensor x = hidden, left = residual;
   for (size_t i = 0; i < kv_caches.size(); ++i) {
     const bool is_last = i + 1 == kv_caches.size();
     aside.start(is_last ? nullptr : kv_caches[i + 1].const_data_ptr());
-    x = decoder_layer(step, x, residual, reader, kv_caches[i], is_last ? nullptr : &aside);
+    const bool skip = is_last && ends_only && ends.numel() < hidden.size(0);
+    x = decoder_layer(step, x, left, reader, kv_caches[i], is_last ? nullptr : &aside, skip ? &ends : nullptr);
   }
   reader.check_all_used();
+  if (x.size(0) < hidden.size(0)) {  // back to where their rows are looked for
+    residual.index_copy_(0, ends, left);
+    x = at::zeros_like(hidden).index_copy_(0, ends, x);
+  }
   return x;
 }
 
@@ -151,7 +167,7 @@ TORCH_LIBRARY_FRAGMENT(folovllm, m) {
   m.def(
       "decoder_layers(Tensor hidden, Tensor(a!) residual, Tensor cos, Tensor sin, Tensor[] weights, Tensor(b!)[] kv_caches, "
       "Tensor slot_mapping, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, int num_heads, "
-      "int intermediate_size, float eps, float scale, int max_int4_rows=0) -> Tensor");
+      "int intermediate_size, float eps, float scale, int max_int4_rows=0, bool ends_only=False) -> Tensor");
   m.def("linear_mixed(Tensor x, Tensor[] weights, int out_features, bool gated, int max_int4_rows) -> Tensor");
 }
 

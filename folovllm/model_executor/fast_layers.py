@@ -56,6 +56,7 @@ class FusedDecoderLayers:
             self._eps,
             self._scale,
             self._max_int4_rows,
+            metadata.ends_only,
         )  # [num_tokens, hidden_size]
         return out, residual
 

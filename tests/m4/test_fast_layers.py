@@ -64,13 +64,14 @@ def build(arch: ModelArchitecture, backend_class: type = CpuPagedBackend) -> tup
     return model, backend
 
 
-def run(model: LlamaForCausalLM, backend: Any, step: list[tuple[int, int]]) -> torch.Tensor:
+def run(model: LlamaForCausalLM, backend: Any, step: list[tuple[int, int]], ends_only: bool = False) -> torch.Tensor:
     """Hidden states [num_tokens, hidden_size] of a step; request r owns blocks 1 + r, 4 + r, 7 + r, ..."""
     tables = torch.arange(1, NUM_BLOCKS).view(-1, 3).T.contiguous().int()  # [3, 5]
     positions = [torch.arange(done, done + new) for done, new in step]
     slots = [t[p // BLOCK_SIZE].long() * BLOCK_SIZE + p % BLOCK_SIZE for t, p in zip(tables, positions, strict=True)]
     starts = [0, *torch.tensor([new for _, new in step]).cumsum(0).tolist()]
     metadata = AttentionMetadata(starts, [done + new for done, new in step], tables, torch.cat(slots), BLOCK_SIZE)
+    metadata.ends_only = ends_only
     backend.prepare(metadata)
     ids = torch.cat(positions) * 7 % 250 + 3
     with torch.inference_mode(), set_forward_context(metadata):
@@ -89,6 +90,21 @@ def test_one_call_is_equal_to_many(arch: ModelArchitecture) -> None:
         assert torch.equal(run(fused, fused_backend, step), run(plain, plain_backend, step))
     caches = zip(fused.attention_layers(), plain.attention_layers(), strict=True)
     assert all(torch.equal(ours.kv_cache, theirs.kv_cache) for ours, theirs in caches)
+
+
+@pytest.mark.parametrize("arch", SHAPES, indirect=True)
+def test_the_last_layer_may_leave_out_rows_that_nobody_reads(arch: ModelArchitecture) -> None:
+    """Each request's last row and the whole cache are the same; the other rows were not computed."""
+    (ends, ends_backend), (full, full_backend) = build(arch), build(arch)
+    fuse_decoder_layers(ends, ends_backend)
+    fuse_decoder_layers(full, full_backend)
+    for step in STEPS:
+        rows = torch.tensor([new for _, new in step]).cumsum(0) - 1
+        got, expected = run(ends, ends_backend, step, ends_only=True), run(full, full_backend, step)
+        assert torch.equal(got[rows], expected[rows]) and got.shape == expected.shape
+        assert torch.equal(got, expected) == (len(rows) == len(got))
+    caches = zip(ends.attention_layers(), full.attention_layers(), strict=True)
+    assert all(torch.equal(a.kv_cache, b.kv_cache) for a, b in caches)
 
 
 @pytest.mark.parametrize("arch", ["head norms"], indirect=True)

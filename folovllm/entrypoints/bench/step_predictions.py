@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-LOGITS_PASSES = 3  # temperature, the sum under the softmax, the shortlist
+LOGITS_PASSES = 3  # a copy in fp32; temperature; softmax. What follows stays in L2
 
 Figures = dict[str, Any]  # one arm at one batch size, from step_profile.py
 
