@@ -29,6 +29,7 @@ class AttentionMetadata:
     block_table: torch.Tensor  # [num_reqs, max_blocks_per_req] int32
     slot_mapping: torch.Tensor  # [num_tokens] int64
     block_size: int
+    ends_only: bool = False  # of the model's result, nobody will read but each request's last row
     prepared: Any = None  # what `AttentionBackend.prepare` made of it, once per step
 
     @property

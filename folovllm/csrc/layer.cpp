@@ -1,12 +1,15 @@
-// A whole decoder layer in one call: the operators of the other files, one after another.
+// All decoder layers of a model in one call: the operators of the other files, one after another.
 //
 // Milestone: M4. vLLM counterpart: none in C++; on a GPU its CUDA graphs replay all launches of a step at once, for the
 // same reason. Left out: tensor parallelism.
 //
-// For one token a layer computes for 300 us, of which its dozen Python modules, views and dispatches would take 40.
-// Nothing is computed here that the model file does not say in the same order (model_executor/models/llama.py).
+// For one token a layer computes for 260 us, to which its dozen Python modules, views and dispatches would add 40, and
+// even one call per layer 30. Nothing is computed here that the model file does not say in the same order
+// (model_executor/models/llama.py).
 
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "ops.h"
@@ -14,7 +17,7 @@
 namespace folovllm {
 namespace {
 
-// Reads a layer's weights in the order in which they are used. What the model does not have is an empty tensor.
+// Reads the layers' weights, one layer behind the other, in the order in which they are used. What the model does not have is an empty tensor.
 class Weights {
  public:
   Weights(at::TensorList tensors, int64_t max_int4_rows) : tensors_(tensors), max_int4_rows_(max_int4_rows) {}
@@ -60,23 +63,67 @@ constexpr int64_t kMaxPieceLines = 192;     // about one for each pair that a ti
 constexpr int64_t kMaxPageLines = 4096;     // a larger page holds more unused places than the batch's keys
 constexpr int64_t kMaxAsideTokens = 64;     // with more, each page is read for many rows, and waiting for it is little
 
-// Where the next layer's attention will find the K and V of every sequence: all pages, each cut into equal pieces.
-void list_pages(const at::Tensor& kv_cache, const at::Tensor& seq_lens, const at::Tensor& block_table, int64_t block_size,
-                std::vector<Piece>& pieces) {
+// What all layers of a step share.
+struct Step {
+  const at::Tensor &cos, &sin;  // [num_tokens, 1, head_size]
+  const at::Tensor &slot_mapping, &query_start_loc, &seq_lens, &block_table;
+  int64_t num_heads, intermediate_size;
+  double eps, scale;
+};
+
+// Where in a layer's cache attention will find the K and V of every sequence: all pages, each cut into equal pieces.
+void list_pages(const Step& step, const at::Tensor& kv_cache, std::vector<Piece>& pieces) {
   const int64_t page_bytes = kv_cache.stride(0) * kv_cache.element_size(), lines = page_bytes / 64;
-  const int64_t cuts = (lines + kMaxPieceLines - 1) / kMaxPieceLines;
-  if (lines == 0 || lines > kMaxPageLines) {
+  const int64_t cuts = (lines + kMaxPieceLines - 1) / kMaxPieceLines, block_size = kv_cache.size(3) / step.cos.size(-1);
+  if (lines == 0 || lines > kMaxPageLines || step.cos.size(0) > kMaxAsideTokens) {
     return;
   }
-  const char* data = static_cast<const char*>(kv_cache.const_data_ptr());
-  for (int64_t s = 0; s < seq_lens.size(0); ++s) {
-    const int32_t* table = block_table.const_data_ptr<int32_t>() + s * block_table.stride(0);
-    const int64_t num_pages = (seq_lens.const_data_ptr<int32_t>()[s] + block_size - 1) / block_size;
+  for (int64_t s = 0; s < step.seq_lens.size(0); ++s) {
+    const int32_t* table = step.block_table.const_data_ptr<int32_t>() + s * step.block_table.stride(0);
+    const int64_t num_pages = (step.seq_lens.const_data_ptr<int32_t>()[s] + block_size - 1) / block_size;
     for (int64_t i = 0; i < num_pages * cuts; ++i) {
       const int64_t first = lines * (i % cuts) / cuts, end = lines * (i % cuts + 1) / cuts;
-      pieces.push_back({data + table[i / cuts] * page_bytes + first * 64, end - first});
+      pieces.push_back({table[i / cuts] * page_bytes + first * 64, end - first});
     }
   }
+}
+
+// hidden, residual [num_tokens, hidden_size] -> hidden; residual is updated in place. `aside` is what to fetch meanwhile.
+// Of the last layer only the rows `ends`, if given, will be read: all K and V, but nothing else of the others. Its result
+// and its residual are of those rows.
+at::Tensor decoder_layer(const Step& step, const at::Tensor& hidden, at::Tensor& residual, Weights& weights,
+                         const at::Tensor& kv_cache, Aside* aside, const at::Tensor* ends) {
+  const int64_t num_tokens = hidden.size(0), hidden_size = hidden.size(1), head_size = step.cos.size(-1);
+  const int64_t num_kv_heads = kv_cache.size(1), num_qk_heads = step.num_heads + num_kv_heads;
+  const int64_t num_all_heads = num_qk_heads + num_kv_heads;
+
+  at::Tensor x = rms_norm(hidden, residual, weights.next(), step.eps);
+  const at::Tensor qkv = weights.multiply(x, num_all_heads * head_size).view({num_tokens, num_all_heads, head_size});
+  at::Tensor query = qkv.narrow(1, 0, step.num_heads);              // [num_tokens, num_heads, head_size]
+  at::Tensor key = qkv.narrow(1, step.num_heads, num_kv_heads);     // [num_tokens, num_kv_heads, head_size]
+  const at::Tensor value = qkv.narrow(1, num_qk_heads, num_kv_heads);
+  const at::Tensor &query_norm = weights.next(), &key_norm = weights.next();
+  if (query_norm.numel() != 0) {
+    query = rms_norm(query, std::nullopt, query_norm, step.eps);
+    key = rms_norm(key, std::nullopt, key_norm, step.eps);
+    rotary_(query, step.cos, step.sin);
+    rotary_(key, step.cos, step.sin);
+  } else {
+    rotary_(qkv.narrow(1, 0, num_qk_heads), step.cos, step.sin);  // queries and keys lie side by side and turn alike
+  }
+  write_kv(key, value, kv_cache, step.slot_mapping);
+  at::Tensor query_start_loc = step.query_start_loc;
+  if (ends != nullptr) {
+    query = query.index_select(0, *ends), residual = residual.index_select(0, *ends);
+    query_start_loc = at::arange(ends->numel() + 1, query_start_loc.options());  // one query of each sequence
+  }
+  const at::Tensor attended = at::empty(query.sizes(), hidden.options());
+  paged_attention(attended, query, kv_cache, query_start_loc, step.seq_lens, step.block_table, step.scale);
+  x = weights.multiply(attended.view({query.size(0), -1}), hidden_size, /*gated=*/false, aside);
+
+  x = rms_norm(x, residual, weights.next(), step.eps);
+  x = weights.multiply(x, step.intermediate_size, /*gated=*/true, aside);
+  return weights.multiply(x, hidden_size, /*gated=*/false, aside);
 }
 
 }  // namespace
@@ -88,45 +135,29 @@ at::Tensor linear_mixed(const at::Tensor& x, at::TensorList weights, int64_t out
 }
 
 // hidden, residual [num_tokens, hidden_size] -> hidden; residual is updated in place. cos, sin [num_tokens, 1, head_size].
-// `next_kv_cache` is the following layer's, to be fetched from memory meanwhile.
-at::Tensor decoder_layer(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& cos, const at::Tensor& sin,
-                         at::TensorList weights, const at::Tensor& kv_cache,
-                         const std::optional<at::Tensor>& next_kv_cache, const at::Tensor& slot_mapping,
-                         const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
-                         int64_t num_heads, int64_t intermediate_size, double eps, double scale, int64_t max_int4_rows) {
-  Weights layer(weights, max_int4_rows);
-  const int64_t num_tokens = hidden.size(0), hidden_size = hidden.size(1), head_size = cos.size(-1);
-  const int64_t num_kv_heads = kv_cache.size(1), num_qk_heads = num_heads + num_kv_heads;
-  const int64_t num_all_heads = num_qk_heads + num_kv_heads;
-
-  at::Tensor x = rms_norm(hidden, residual, layer.next(), eps);
-  const at::Tensor qkv = layer.multiply(x, num_all_heads * head_size).view({num_tokens, num_all_heads, head_size});
-  at::Tensor query = qkv.narrow(1, 0, num_heads);                  // [num_tokens, num_heads, head_size]
-  at::Tensor key = qkv.narrow(1, num_heads, num_kv_heads);         // [num_tokens, num_kv_heads, head_size]
-  const at::Tensor value = qkv.narrow(1, num_qk_heads, num_kv_heads);
-  const at::Tensor &query_norm = layer.next(), &key_norm = layer.next();
-  if (query_norm.numel() != 0) {
-    query = rms_norm(query, std::nullopt, query_norm, eps);
-    key = rms_norm(key, std::nullopt, key_norm, eps);
-    rotary_(query, cos, sin);
-    rotary_(key, cos, sin);
-  } else {
-    rotary_(qkv.narrow(1, 0, num_qk_heads), cos, sin);  // queries and keys lie side by side and turn alike
-  }
-  write_kv(key, value, kv_cache, slot_mapping);
-  const at::Tensor attended = at::empty({num_tokens, num_heads, head_size}, hidden.options());
-  paged_attention(attended, query, kv_cache, query_start_loc, seq_lens, block_table, scale);
-
+// One KV cache per layer. With `ends_only` the last row of each sequence is right, and the others may hold anything.
+at::Tensor decoder_layers(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& cos, const at::Tensor& sin,
+                          at::TensorList weights, at::TensorList kv_caches, const at::Tensor& slot_mapping,
+                          const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
+                          int64_t num_heads, int64_t intermediate_size, double eps, double scale, int64_t max_int4_rows,
+                          bool ends_only) {
+  const Step step{cos, sin, slot_mapping, query_start_loc, seq_lens, block_table, num_heads, intermediate_size, eps, scale};
+  Weights reader(weights, max_int4_rows);
   Aside aside;
-  if (next_kv_cache && num_tokens <= kMaxAsideTokens) {
-    list_pages(*next_kv_cache, seq_lens, block_table, kv_cache.size(3) / head_size, aside.pieces);
+  list_pages(step, kv_caches[0], aside.pieces);
+  const at::Tensor ends = query_start_loc.slice(0, 1).to(at::kLong).sub(1);  // [num_reqs]
+  at::Tensor x = hidden, left = residual;
+  for (size_t i = 0; i < kv_caches.size(); ++i) {
+    const bool is_last = i + 1 == kv_caches.size();
+    aside.start(is_last ? nullptr : kv_caches[i + 1].const_data_ptr());
+    const bool skip = is_last && ends_only && ends.numel() < hidden.size(0);
+    x = decoder_layer(step, x, left, reader, kv_caches[i], is_last ? nullptr : &aside, skip ? &ends : nullptr);
   }
-  x = layer.multiply(attended.view({num_tokens, -1}), hidden_size, /*gated=*/false, &aside);
-
-  x = rms_norm(x, residual, layer.next(), eps);
-  x = layer.multiply(x, intermediate_size, /*gated=*/true, &aside);
-  x = layer.multiply(x, hidden_size, /*gated=*/false, &aside);
-  layer.check_all_used();
+  reader.check_all_used();
+  if (x.size(0) < hidden.size(0)) {  // back to where their rows are looked for
+    residual.index_copy_(0, ends, left);
+    x = at::zeros_like(hidden).index_copy_(0, ends, x);
+  }
   return x;
 }
 
@@ -134,13 +165,13 @@ at::Tensor decoder_layer(const at::Tensor& hidden, const at::Tensor& residual, c
 
 TORCH_LIBRARY_FRAGMENT(folovllm, m) {
   m.def(
-      "decoder_layer(Tensor hidden, Tensor(a!) residual, Tensor cos, Tensor sin, Tensor[] weights, Tensor(b!) kv_cache, "
-      "Tensor? next_kv_cache, Tensor slot_mapping, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, "
-      "int num_heads, int intermediate_size, float eps, float scale, int max_int4_rows=0) -> Tensor");
+      "decoder_layers(Tensor hidden, Tensor(a!) residual, Tensor cos, Tensor sin, Tensor[] weights, Tensor(b!)[] kv_caches, "
+      "Tensor slot_mapping, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, int num_heads, "
+      "int intermediate_size, float eps, float scale, int max_int4_rows=0, bool ends_only=False) -> Tensor");
   m.def("linear_mixed(Tensor x, Tensor[] weights, int out_features, bool gated, int max_int4_rows) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(folovllm, CPU, m) {
-  m.impl("decoder_layer", &folovllm::decoder_layer);
+  m.impl("decoder_layers", &folovllm::decoder_layers);
   m.impl("linear_mixed", &folovllm::linear_mixed);
 }

@@ -102,11 +102,6 @@ Fetch fetch_of(int64_t index, int64_t tiles, const at::BFloat16* next, int64_t p
   return {index < sharers ? kShare : kNone, next + 2 * pairs * index / sharers * kLine, 2 * 65536 / sharers};
 }
 
-Piece take(Aside* aside, const void* otherwise) {
-  const int64_t i = aside == nullptr ? 0 : aside->taken.fetch_add(1, std::memory_order_relaxed);
-  return aside != nullptr && i < aside->size() ? aside->pieces[i] : Piece{static_cast<const char*>(otherwise), 0};
-}
-
 // Rows row .. row + R of one unit. A unit is one block of weights, or with kGated two: the gate's and, right behind it,
 // the up projection's of the same outputs.
 template <bool native, bool kGated, Mode kMode, int R>
@@ -152,11 +147,12 @@ void tile(const Problem& p, int64_t unit, int64_t row, Fetch fetch) {
       for (int64_t i = 0; i < stretches; ++i) {
         const int64_t begin = p.pairs * i / stretches, end = p.pairs * (i + 1) / stretches;
         const at::BFloat16* ahead = fetch.next + ((part * p.pairs + begin) * fetch.pace >> 16) * kLine;
-        const Piece piece = take(p.aside, ahead);
-        const int64_t pace = fetch.pace, piece_pace = piece.lines * 65536 / (end - begin);
+        const Piece* piece = p.aside != nullptr ? p.aside->take() : nullptr;
+        const char* beside = piece != nullptr ? p.aside->data(*piece) : reinterpret_cast<const char*>(ahead);
+        const int64_t pace = fetch.pace, slow_pace = piece != nullptr ? piece->lines * 65536 / (end - begin) : 0;
         add(begin, end, [=](int64_t step) {
           __builtin_prefetch(ahead + (step * pace >> 16) * kLine, /*write=*/0, kHint);
-          __builtin_prefetch(piece.data + (step * piece_pace >> 16) * 64, /*write=*/0, kHint);
+          __builtin_prefetch(beside + (step * slow_pace >> 16) * 64, /*write=*/0, kHint);
         });
       }
     } else {

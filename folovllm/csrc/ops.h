@@ -15,17 +15,30 @@ namespace folovllm {
 // Memory that will be read soon. A linear layer of 9 to 64 rows computes longer than its weights take to come, so memory
 // has time to spare; its tiles ask for these pieces one by one, which then wait in the L3 cache.
 struct Piece {
-  const char* data;
-  int64_t lines;  // of 64 bytes
+  int64_t offset;  // bytes
+  int64_t lines;   // of 64 bytes
 };
 
-struct Aside {
+class Aside {
+ public:
   std::vector<Piece> pieces;
-  std::atomic<int64_t> taken{0};
 
-  int64_t size() const {
-    return static_cast<int64_t>(pieces.size());
+  // From now on the offsets count from `base`, and no piece has been asked for.
+  void start(const void* base) {
+    base_ = static_cast<const char*>(base);
+    taken_ = 0;
   }
+  const char* data(const Piece& piece) const {
+    return base_ + piece.offset;
+  }
+  const Piece* take() {
+    const size_t i = taken_.fetch_add(1, std::memory_order_relaxed);
+    return i < pieces.size() ? &pieces[i] : nullptr;
+  }
+
+ private:
+  const char* base_ = nullptr;
+  std::atomic<size_t> taken_{0};
 };
 
 at::Tensor linear_packed(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,

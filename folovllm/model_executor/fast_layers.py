@@ -1,14 +1,14 @@
-"""A decoder layer as one C++ call, where everything it is made of is C++ already.
+"""All decoder layers as one C++ call, where everything they are made of is C++ already.
 
 Milestone: M4. vLLM counterpart: none on a CPU; on a GPU, CUDA graphs (which replay all launches of a step) serve the
 same end. Left out: plain fp32 layers, which run operator by operator.
 
 With one token per step the twelve modules, views and operator calls of a layer cost as much Python as a seventh of its
-arithmetic. The model file stays as it is: its layers are called as ever, and whoever wants to read what they do reads
-it there. csrc/layer.cpp does the same in the same order.
+arithmetic, and one call per layer still a tenth. The model file stays as it is: its layers are called as ever unless
+this stands in for their loop, and whoever wants to read what they do reads it there. csrc/layer.cpp does the same in
+the same order.
 """
 
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -21,26 +21,25 @@ from folovllm.model_executor.layers.linear import LinearBase
 from folovllm.model_executor.layers.packed_linear import CppGatedLinearMethod, CppLinearMethod
 from folovllm.model_executor.layers.quantization.cpu_int4 import Int4LinearMethod, int4_tensors
 from folovllm.model_executor.models.interface import CausalLM
-from folovllm.model_executor.models.llama import LlamaDecoderLayer
+from folovllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 
 
-class FusedDecoderLayer:
-    """Stands in for `LlamaDecoderLayer.forward`."""
+class FusedDecoderLayers:
+    """Stands in for `LlamaModel.run_layers`."""
 
-    def __init__(self, layer: LlamaDecoderLayer, following: LlamaDecoderLayer | None, backend: CpuPagedBackend) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self._op = backend.ops.decoder_layer.default
-        self._attn = attention.attn
-        self._next_attn = following.self_attn.attn if following is not None else None
-        self._weights = fused_weights(layer)
-        self._sizes = (attention.num_heads, mlp.gate_up_proj.output_size // 2)
-        self._max_int4_rows = max_int4_rows(layer)
-        self._eps, self._scale = layer.input_layernorm.eps, backend.spec.scale
+    def __init__(self, layers: list[LlamaDecoderLayer], backend: CpuPagedBackend) -> None:
+        first = layers[0]
+        self._op = backend.ops.decoder_layers.default
+        self._kv_caches = [layer.self_attn.attn.kv_cache for layer in layers]
+        self._weights = [weight for layer in layers for weight in fused_weights(layer)]
+        self._sizes = (first.self_attn.num_heads, first.mlp.gate_up_proj.output_size // 2)
+        self._eps, self._scale = first.input_layernorm.eps, backend.spec.scale
+        self._max_int4_rows = max(map(max_int4_rows, layers))
 
     def __call__(self, hidden: torch.Tensor, residual: torch.Tensor, rows: Rows) -> Rows:
-        """As the layer: hidden and residual [num_tokens, hidden_size], rows are cos and sin of the positions."""
+        """As the layers: hidden and residual [num_tokens, hidden_size], rows are cos and sin of the positions."""
         metadata = get_attn_metadata()
         prepared = metadata.prepared
         out = self._op(
@@ -48,8 +47,7 @@ class FusedDecoderLayer:
             residual,
             *rows,
             self._weights,
-            self._attn.kv_cache,
-            self._next_attn.kv_cache if self._next_attn is not None else None,
+            self._kv_caches,
             metadata.slot_mapping,
             prepared.query_start_loc,
             prepared.seq_lens,
@@ -58,19 +56,22 @@ class FusedDecoderLayer:
             self._eps,
             self._scale,
             self._max_int4_rows,
+            metadata.ends_only,
         )  # [num_tokens, hidden_size]
         return out, residual
 
 
-def fuse_decoder_layers(model: CausalLM, backend: AttentionBackend) -> int:
-    """Let the layers that can run as one call do so; how many. Call it when the layers are bound to `backend`."""
+def fuse_decoder_layers(model: CausalLM, backend: AttentionBackend) -> bool:
+    """Let the layers run as one call if all of them can; whether they do. Call it when they are bound to `backend`."""
     modules = model.modules() if isinstance(model, nn.Module) else ()  # a test's model may be anything
-    layers = [module for module in modules if isinstance(module, LlamaDecoderLayer)]
-    fusable = [layer for layer in layers if _can_fuse(layer, backend)]
-    for layer, following in zip_longest(fusable, fusable[1:]):
-        assert isinstance(backend, CpuPagedBackend)
-        layer.forward = FusedDecoderLayer(layer, following, backend)  # type: ignore[method-assign]
-    return len(fusable)
+    fused = False
+    for stack in [module for module in modules if isinstance(module, LlamaModel)]:
+        layers = [layer for layer in stack.layers if isinstance(layer, LlamaDecoderLayer)]
+        if layers and all(_can_fuse(layer, backend) for layer in layers):
+            assert isinstance(backend, CpuPagedBackend) and len(layers) == len(stack.layers)
+            stack.run_layers = FusedDecoderLayers(layers, backend)  # type: ignore[method-assign]
+            fused = True
+    return fused
 
 
 def fused_weights(layer: LlamaDecoderLayer) -> list[torch.Tensor]:

@@ -31,7 +31,7 @@ import torch
 
 from folovllm.outputs import TokenLogprobs
 from folovllm.sample.metadata import SamplingMetadata
-from folovllm.sample.ops import masks, penalties, topk_topp
+from folovllm.sample.ops import fused, masks, penalties, topk_topp
 from folovllm.sample.ops.select import first_argmax, largest
 from folovllm.sample.ops.shortlist import Shortlist
 from folovllm.sampling_params import GREEDY_EPSILON
@@ -107,14 +107,20 @@ class Sampler:
         greedy = None if metadata.all_random else self.greedy_sample(logits)  # [R]
         if metadata.temperature is None:
             return self.greedy_sample(logits) if greedy is None else greedy  # the former: a batch without rows
-        topk_topp.apply_temperature_(logits, metadata.temperature)
-        groups = _row_groups(logits)
-        drawn = torch.cat([self._truncate_and_draw(logits[g], metadata, g) for g in groups])  # [R]
+        drawn = fused.sample_(logits, metadata)  # [R]
+        if drawn is None:
+            drawn = torch.cat([self._sample_rows(logits[g], metadata, g) for g in _row_groups(logits)])
+        else:
+            for row in (drawn < 0).nonzero().squeeze(1).tolist():  # in doubt
+                g = slice(row, row + 1)
+                drawn[g] = self._sample_rows(logits[g], metadata, g)
         return drawn if greedy is None else torch.where(metadata.temperature < GREEDY_EPSILON, greedy, drawn)
 
     @staticmethod
-    def _truncate_and_draw(logits: torch.Tensor, metadata: SamplingMetadata, rows: slice) -> torch.Tensor:
-        """min_p, top_k, top_p and the draw of step 9 for a group of rows. `logits [n, V]` are edited. Returns `[n]`."""
+    def _sample_rows(logits: torch.Tensor, metadata: SamplingMetadata, rows: slice) -> torch.Tensor:
+        """Step 9 in torch, for a group of rows. `logits [n, V]` are edited. Returns `[n]`."""
+        assert metadata.temperature is not None
+        topk_topp.apply_temperature_(logits, metadata.temperature[rows])
         keys = metadata.seeds[rows], metadata.output_indices[rows]
         if not metadata.truncates:
             return topk_topp.random_sample(logits.softmax(dim=-1), *keys)

@@ -144,9 +144,13 @@ class ModelRunner:
             block_table=torch.from_numpy(batch.block_table.table[:num_reqs]).to(self.device),
             slot_mapping=self.slot_mapping[:num_tokens],
             block_size=batch.block_table.block_size,
+            ends_only=not any(map(self._wants_prompt_logprobs, batch.req_ids)),
         )
         self.backend.prepare(metadata)
         return metadata, num_tokens
+
+    def _wants_prompt_logprobs(self, request_id: str) -> bool:
+        return self.requests[request_id].data.sampling_params.prompt_logprobs is not None
 
     @staticmethod
     def _fill(buffer: torch.Tensor, values: np.ndarray) -> None:

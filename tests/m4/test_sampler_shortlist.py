@@ -1,10 +1,13 @@
 """The shortlist of M4 against the definition of M1: the same tokens and the same bits, and no work that is not needed.
 
+This is the torch way, so the C++ operator (test_cpp_sampling.py) is switched off here.
+
 The oracle below is the plain chain on the full vocabulary: softmax, full stable sort, full race. It shares with the
 code under test only the noise, which has its own tests.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from folovllm.sample.metadata import SamplingMetadata, SamplingRow
-from folovllm.sample.ops import topk_topp
+from folovllm.sample.ops import fused, topk_topp
 from folovllm.sample.ops.noise import exponential_noise
 from folovllm.sample.ops.penalties import apply_penalties_, build_penalties
 from folovllm.sample.ops.select import first_argmax, largest
@@ -25,6 +28,13 @@ pytestmark = pytest.mark.m4
 
 INF = math.inf
 KINDS = ["normal", "flat", "peaked", "ties", "bf16", "all equal", "two values", "masked", "almost empty", "huge"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def in_torch() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "loaded_ops", lambda: None)
+        yield
 
 
 def make_logits(kind: str, rows: int, vocab_size: int, seed: int) -> torch.Tensor:

@@ -145,16 +145,16 @@ def build(folder: Path, runtime: str, dtype: torch.dtype) -> tuple[Any, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("runtime", ["memory", "speed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_call_per_layer_is_equal_to_many(family: str, runtime: str, dtype: torch.dtype, checkpoint: Any) -> None:
+def test_one_call_is_equal_to_many(family: str, runtime: str, dtype: torch.dtype, checkpoint: Any) -> None:
     """Biases, norms of heads, act-order; steps on both sides of the crossover."""
     (fused, fused_backend), (plain, plain_backend) = (build(checkpoint(family), runtime, dtype) for _ in range(2))
     for model in (fused, plain):
         model.model.layers[0].mlp.down_proj.quant_method.kernel.max_int4_rows = 8
-    assert fuse_decoder_layers(fused, fused_backend) == 2
+    assert fuse_decoder_layers(fused, fused_backend)
     for step in STEPS:
         with CountOps() as counted:
             got = run(fused, fused_backend, step)
-        assert len(counted.names) == 3  # two layers, and the last norm
+        assert len(counted.names) == 2  # all layers, and the last norm
         assert torch.equal(got, run(plain, plain_backend, step))
 
 

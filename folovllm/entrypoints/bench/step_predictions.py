@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-LOGITS_PASSES = 3  # temperature, the sum under the softmax, the shortlist
+LOGITS_PASSES = 3  # a copy in fp32; temperature; softmax. What follows stays in L2
 
 Figures = dict[str, Any]  # one arm at one batch size, from step_profile.py
 
@@ -68,7 +68,7 @@ def predict_gated(before: Figures, now: Figures, sizes: Sizes, batch: int) -> fl
 
 
 def predict_one_call(before: Figures, now: Figures, sizes: Sizes, batch: int) -> float:
-    gone = before["operators_in_layers"] - before["families"]["layer"]["calls"]
+    gone = before["operators_in_layers"] - 1
     return float(before["step_ms"] - without_operators(before, gone))
 
 
@@ -87,7 +87,7 @@ PREDICTIONS: dict[int, tuple[Callable[[Figures, Figures, Sizes, int], float], st
     3: (predict_cpp, "the same for linears; each norm, rotary and SiLU costs as much as one of its operators did"),
     4: (predict_paged, "attention takes K/V bytes / bandwidth; Python's share shrinks with the number of operators"),
     5: (predict_gated, "SiLU's operators and their part of Python go"),
-    6: (predict_one_call, "of Python, the part of all but one operator per layer goes"),
+    6: (predict_one_call, "of Python, the part of all operators in layers but one goes"),
     7: (predict_huge, "linears, attention and layers x bandwidth in 4 KiB pages / bandwidth in huge pages"),
     8: (predict_sampling, f"{LOGITS_PASSES} more passes over the fp32 logits / bandwidth"),
 }

@@ -114,9 +114,14 @@ class LlamaModel(nn.Module):
         hidden = self.embed_tokens(input_ids)  # [num_tokens, hidden_size]
         residual = torch.zeros_like(hidden)
         rows = self.rotary_emb.rows(positions, hidden.dtype)
+        hidden, residual = self.run_layers(hidden, residual, rows)
+        return self.norm(hidden, residual)[0]
+
+    def run_layers(self, hidden: torch.Tensor, residual: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both [num_tokens, hidden_size]. On a CPU one C++ call may stand in for it (model_executor/fast_layers.py)."""
         for layer in self.layers:
             hidden, residual = layer(hidden, residual, rows)
-        return self.norm(hidden, residual)[0]
+        return hidden, residual
 
 
 class LlamaForCausalLM(nn.Module):

@@ -15,7 +15,8 @@ per row, that no token outside of the list could have changed its answer:
             the few that are left ring exactly when they would have rung in the full race
 
 A row without a proof (a flat distribution, a large k, a sum so close to 1 - p that rounding decides) takes the step
-from `ops/topk_topp.py`, alone. tests/m4 holds the two against each other, bit for bit.
+from `ops/topk_topp.py`, alone. tests/m4 holds the two against each other, bit for bit. Where the C++ operators are
+loaded, csrc/sampling.cpp does all of this faster, on flat rows too; the list is for GPUs, and for want of a compiler.
 """
 
 from collections.abc import Callable, Sequence

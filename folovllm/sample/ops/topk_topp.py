@@ -1,7 +1,7 @@
 """Shaping and drawing from the distribution: temperature, min_p, top_k, top_p, and the draw itself.
 
 Milestone: M1. vLLM counterpart: vllm/v1/sample/ops/topk_topp_sampler.py.
-Left out: FlashInfer's rejection sampling. Avoiding the full sort is M4's ops/shortlist.py.
+Left out: FlashInfer's rejection sampling. Avoiding the full sort: M4's ops/shortlist.py, and csrc/sampling.cpp.
 
 A language model puts a little probability on every one of 50,000 tokens; together the thousands of absurd ones may
 hold several percent, enough to derail a text once in a while. The three truncations cut that tail off, each by another

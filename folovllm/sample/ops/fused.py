@@ -1,0 +1,30 @@
+"""Step 9 of the sampler, temperature to draw, as one C++ operator: csrc/sampling.cpp, where it is loaded.
+
+Milestone: M4. vLLM counterpart: the FlashInfer branch of vllm/v1/sample/ops/topk_topp_sampler.py.
+Left out: everything but float32 on a CPU; the torch way (topk_topp.py, shortlist.py) is for all else.
+"""
+
+import torch
+
+from folovllm.csrc.build import loaded_ops
+from folovllm.sample.metadata import SamplingMetadata
+from folovllm.sample.ops.noise import random_key
+from folovllm.sampling_params import GREEDY_EPSILON
+
+
+def sample_(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor | None:
+    """Draw a token for every row of `logits [R, V]`, which are edited in place like those of the torch way.
+
+    Returns: token ids `[R]`: meaningless for greedy rows, and -1 for rows that the operator left alone because rounding
+    might have decided (see there), for the torch way to answer. None, and nothing done, where there is no operator.
+    """
+    fits = logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous()
+    ops = loaded_ops() if fits else None
+    if ops is None:
+        return None
+    assert metadata.temperature is not None
+    temperature = metadata.temperature.masked_fill(metadata.temperature < GREEDY_EPSILON, 0.0)  # [R], exactly 0: skip
+    keys = [random_key(s, i) for s, i in zip(metadata.seeds, metadata.output_indices, strict=True)]
+    key_bits = torch.tensor(keys, dtype=torch.uint64).view(torch.int64)  # [R]
+    drawn: torch.Tensor = ops.sample_(logits, temperature, metadata.min_p, metadata.top_k, metadata.top_p, key_bits)
+    return drawn
