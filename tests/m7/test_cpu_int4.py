@@ -1,6 +1,8 @@
 """`cpu_int4` gives what the dequantised weights give, within what fp32 sums lose (milestone M7; issue 6, 3 and 4)."""
 
+import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from folovllm.csrc.build import load_ops
 from folovllm.gptq_config import GPTQConfig
 from folovllm.model_executor.layers.linear import QKVParallelLinear
-from folovllm.model_executor.layers.quantization import crossover
+from folovllm.model_executor.layers.quantization import cpu_int4, crossover, select
 from folovllm.model_executor.layers.quantization.cpu_int4 import gate_int4
 from folovllm.model_executor.layers.quantization.crossover import Candidate, find_crossover, largest_winner
 from folovllm.model_executor.layers.quantization.gptq import GPTQQuantization
@@ -321,6 +323,10 @@ def test_auto_keeps_bf16_only_where_memory_allows(ops: Any) -> None:
     assert kernel.keeps_bf16 == ops.has_bf16_dot()
     kernel.plan(10**15)
     assert not kernel.keeps_bf16
+    if ops.has_bf16_dot():
+        with pytest.raises(ValueError, match=r"speed' keeps bf16 copies .* GiB are free: use gptq_runtime='memory'"):
+            get_kernel("cpu_int4", GPTQConfig(4), KernelOptions(BF16, runtime="speed")).plan(10**15)
+    get_kernel("cpu_int4", GPTQConfig(4), KernelOptions(BF16, runtime="memory")).plan(10**15)
     assert not get_kernel("cpu_int4", GPTQConfig(4), KernelOptions(torch.float32, runtime="speed")).keeps_bf16  # type: ignore[attr-defined]
 
 
@@ -373,9 +379,22 @@ def test_a_damaged_cache_is_measured_again(ops: Any, text: str, tmp_path: Path, 
 def test_refusals(config: GPTQConfig, options: KernelOptions, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         get_kernel("cpu_int4", config, options)
-    assert choose_kernel(config, options, "auto") == "dequant"
+    with pytest.warns(UserWarning, match="are dequantised while they are loaded, as cpu_int4 .*'memory' keeps"):
+        assert choose_kernel(config, options, "auto") is None
+    assert choose_kernel(config, dataclasses.replace(options, runtime="memory"), "auto") == "dequant"
 
 
 def test_auto() -> None:
     assert choose_kernel(GPTQConfig(4), KernelOptions(), "auto") == "cpu_int4"
     assert choose_kernel(GPTQConfig(4), KernelOptions(), "torch") == "dequant"
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning, which load_ops gives; then the weights are dequantised. Asked for by name, cpu_int4 says why not."""
+    monkeypatch.setattr(select, "load_ops", lambda: None)
+    monkeypatch.setattr(cpu_int4, "load_ops", lambda: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_kernel(GPTQConfig(4), KernelOptions(), "auto") is None
+    with pytest.raises(ValueError, match=r"needs the C\+\+ kernels, which were not built .*; use gptq_kernel='auto'"):
+        get_kernel("cpu_int4", GPTQConfig(4))

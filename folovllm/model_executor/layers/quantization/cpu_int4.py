@@ -69,8 +69,16 @@ class CpuInt4Kernel(GPTQKernel):
         self.keeps_bf16 = options.runtime != "memory" and options.dtype is torch.bfloat16 and ops.has_bf16_dot()
 
     def plan(self, num_weights: int) -> None:
-        if self.options.runtime == "auto" and 2 * num_weights > MEMORY_SHARE * psutil.virtual_memory().available:
-            self.keeps_bf16 = False
+        if not self.keeps_bf16:
+            return
+        needed, free = 2 * num_weights, psutil.virtual_memory().available
+        if self.options.runtime == "auto":
+            self.keeps_bf16 = needed <= MEMORY_SHARE * free
+        elif needed + num_weights // 2 > free:
+            raise ValueError(
+                f"gptq_runtime='speed' keeps bf16 copies of all weights, {needed / 2**30:.1f} GiB beside the 4 bits, "
+                f"and {free / 2**30:.1f} GiB are free: use gptq_runtime='memory'"
+            )
 
     def process(self, layer: LinearBase) -> None:
         bias = None if layer.bias is None else layer.bias.detach().float()
