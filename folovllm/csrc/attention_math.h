@@ -235,11 +235,12 @@ void round_weights(float* weights) {
 // Undo the order of `add_value_pairs`, 32 sums at a time.
 void in_order(float* sums, int64_t width) {
   for (int64_t d = 0; d < width; d += 32) {
-    float block[32];
-    std::copy_n(sums + d, 32, block);
-    for (int64_t i = 0; i < 32; ++i) {
-      sums[d + i] = block[i / 4 % 2 * 16 + i / 8 * 4 + i % 4];
-    }
+    const __m512 a = _mm512_loadu_ps(sums + d), b = _mm512_loadu_ps(sums + d + 16);
+    // Number i is sum i / 4 % 2 * 16 + i / 8 * 4 + i % 4; from 16 on those of b.
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    _mm512_storeu_ps(sums + d, _mm512_permutex2var_ps(a, low, b));
+    _mm512_storeu_ps(sums + d + 16, _mm512_permutex2var_ps(a, high, b));
   }
 }
 #endif

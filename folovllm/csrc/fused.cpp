@@ -81,16 +81,16 @@ at::Tensor with_dense_rows(const at::Tensor& x) {
 
 template <typename T>
 void rms_norm_row(const T* x, T* residual, const T* weight, T* out, int64_t size, float eps) {
-  Floats squares = {};
+  Floats squares[2] = {};  // two sums: an addition need not wait for the one before
   for_each_vector(size, [&](int64_t i, int64_t count) {
     Floats v = load_some(x + i, count);
     if (residual != nullptr) {
-      store_some(residual + i, v + load_some(residual + i, count), count);
-      v = load_some(residual + i, count); // as rounded: the norm is of what later layers will see
+      v = rounded<T>(v + load_some(residual + i, count));  // the norm is of what later layers will see
+      store_some(residual + i, v, count);
     }
-    squares += v * v;
+    squares[i / kLanes % 2] += v * v;
   });
-  const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + eps);
+  const float scale = 1.0f / std::sqrt(sum(squares[0] + squares[1]) / static_cast<float>(size) + eps);
   const T* source = residual != nullptr ? residual : x;
   for_each_vector(size, [&](int64_t i, int64_t count) {
     store_some(out + i, load_some(source + i, count) * scale * load_some(weight + i, count), count);

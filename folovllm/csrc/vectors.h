@@ -55,6 +55,14 @@ inline void store(c10::BFloat16* p, Floats v) {
   std::memcpy(p, &rounded, sizeof(rounded));
 }
 
+// What `load` would find where `store` has put v.
+template <typename T>
+inline Floats rounded(Floats v) {
+  T memory[kLanes];
+  store(memory, v);
+  return load(memory);
+}
+
 // The last `count` < 16 numbers of a row: by way of a buffer, so that nothing beyond the row is touched.
 template <typename T>
 inline Floats load(const T* p, int64_t count) {

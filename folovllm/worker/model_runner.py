@@ -168,7 +168,10 @@ class ModelRunner:
         if not sampling:
             return result
         last_rows = [handle.query_start_loc[i + 1] - 1 for i, _ in sampling]
-        logits = self.model.compute_logits(handle.hidden_states[last_rows])  # [num_sampling, vocab_size]
+        hidden_states = handle.hidden_states  # [num_tokens, hidden_size]
+        if len(last_rows) < len(hidden_states):
+            hidden_states = hidden_states[last_rows]
+        logits = self.model.compute_logits(hidden_states)  # [num_sampling, vocab_size]
         sampling_rows = [self.requests[request_id].sampling_row() for _, request_id in sampling]
         sampler_output = self.sampler(logits, SamplingMetadata.build(sampling_rows, self.vocab_size, self.device))
         for (_, request_id), token_id, logprobs in zip(

@@ -30,7 +30,7 @@ class RotaryEmbedding(nn.Module):
         """cos and sin of positions [num_tokens], each [num_tokens, 1, head_size]: the 1 is broadcast over heads."""
         if self.cos_sin is None:
             self.cos_sin = cos_sin_table(self.head_size, self.max_position, self.rope, positions.device).to(dtype)
-        cos, sin = self.cos_sin[positions].split(1, dim=1)
+        cos, sin = self.cos_sin.index_select(0, positions).split(1, dim=1)
         return cos, sin
 
 
