@@ -8,7 +8,7 @@
 // With one token memory would deliver a line of 128 weights in about 8 cycles, and turning each level into a bf16 number
 // takes longer than that. Bytes multiply as they are. So each x becomes an integer, once per call: a power of two times 16
 // bits, the power from the largest of its group. bf16 has 8 significant bits, so an x down to 1/128 of the largest is
-// exact and a smaller one is off by 1/65,536 of the largest. The 16 bits are two bytes, high * 256 + low, the two sums
+// exact and a smaller one is off by 1/32,768 of the largest at most. The 16 bits are two bytes, high * 256 + low, the two sums
 // of their products are exact integers, and so is the group's. No weight is rounded, and scales are applied in fp32.
 //
 // fp32, or a CPU without these instructions: the levels become floats, and x stays what it is.

@@ -62,6 +62,8 @@ OTHER_VALUES: dict[str, Any] = {
     "partial_block_hits": True,
     "prefix_caching_seed": 7,
     "free_uncached_first": False,
+    "gptq_kernel": "dequant",
+    "gptq_runtime": "memory",
     "policy": "static",
     "scheduling_policy": "priority",
     "max_num_seqs": 1,
@@ -108,7 +110,6 @@ def test_every_argument_is_tried() -> None:
     untried = set(engine_arg_names()) - set(OTHER_VALUES) - of_later_rungs
     # Of the last one the other value asks for a package that may not be installed: tests/m6/test_block_hash.py.
     exceptions = {"long_prefill_token_threshold", "linear_backend", "prefix_caching_hash_algo"}
-    exceptions |= {"gptq_kernel", "gptq_runtime"}  # they need quantization="auto": tests/m7/test_gptq_engine.py
     assert untried <= exceptions | of_built_switches(), untried
 
 
