@@ -1,15 +1,17 @@
-// Linear layers over weights of 4 bits: unpacked in registers, a line of the cache at a time, and multiplied as they are.
+// Linear layers over weights of 4 bits, unpacked in registers, a line of the cache at a time, and multiplied as they
+// are.
 //
-// Milestone: M7. vLLM counterpart: csrc/cpu/cpu_wna16.cpp and, on GPUs, Marlin. Left out: AMX. Sources: GPTQ, Frantar et
-// al. 2022; integer dot products with a scale per group of activations as in llama.cpp, but with 16 bits instead of 8.
+// Milestone: M7. vLLM counterpart: csrc/cpu/cpu_wna16.cpp and, on GPUs, Marlin. Left out: AMX. Sources: GPTQ (Frantar
+// et al. 2022); integer dot products with a scale per group of x as in llama.cpp, but with 16 bits instead of 8.
 //
 //   y = sum over groups of scale * (sum of (level - 8) * x  -  (zero - 8) * sum of x)          levels: see int4.h
 //
-// With one token memory would deliver a line of 128 weights in about 8 cycles, and turning each level into a bf16 number
-// takes longer than that. Bytes multiply as they are. So each x becomes an integer, once per call: a power of two times 16
-// bits, the power from the largest of its group. bf16 has 8 significant bits, so an x down to 1/128 of the largest is
-// exact and a smaller one is off by 1/32,768 of the largest at most. The 16 bits are two bytes, high * 256 + low, the two sums
-// of their products are exact integers, and so is the group's. No weight is rounded, and scales are applied in fp32.
+// For one token memory delivers a line of 128 weights in about 8 cycles, and turning each level into a bf16 number
+// takes longer. Bytes multiply as they are. So each x becomes an integer, once per call: 16 bits times a power of two,
+// which the largest x of the group decides. bf16 has 8 significant bits, so an x down to 1/128 of the largest is exact,
+// and a smaller one is off by 1/32,768 of the largest at most. The 16 bits are two bytes, high * 256 + low; the two
+// sums of their products are exact integers, and so is the group's. No weight is rounded, and scales are applied in
+// fp32.
 //
 // fp32, or a CPU without these instructions: the levels become floats, and x stays what it is.
 
@@ -21,22 +23,11 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <bit>
-#include <cstring>
-#include <limits>
-#include <memory>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
-#include "int4.h"
+#include "int4_rows.h"
 #include "ops.h"
-
-#if FOLOVLLM_BF16_DOT && defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
-#define FOLOVLLM_INT4_DOT 1
-#else
-#define FOLOVLLM_INT4_DOT 0
-#endif
 
 namespace folovllm {
 namespace {
@@ -46,33 +37,8 @@ constexpr int64_t kPanelRows = 96;     // rows whose inputs stay in L2 while blo
 constexpr int64_t kAheadBytes = 8192; // what a tile alone asks for before it needs it
 constexpr int64_t kGrainBytes = 1 << 14;  // of levels; less is not worth waking a thread: 4 times as much work a byte
 
-typedef int32_t Ints __attribute__((vector_size(64)));   // [16]
-typedef int8_t Bytes __attribute__((vector_size(16)));   // [16]
-
-Floats to_floats(Ints v) {
-  return __builtin_convertvector(v, Floats);
-}
-
-Ints load_bytes(const int8_t* p) {
-  Bytes v;
-  std::memcpy(&v, p, sizeof(v));
-  return __builtin_convertvector(v, Ints);
-}
-
-struct Int4Problem {
-  const uint8_t* levels;  // [blocks, groups, chunks, 64]
-  const float* scales;    // [blocks, groups, 32]
-  const int8_t* zeros;    // the same shape, zero - 8; null: all are 0
-  const float* bias;      // [blocks * 32] or null
-  int64_t rows, groups, chunks, out_features;
-
-  int64_t group_bytes() const {
-    return chunks * kInt4Line;
-  }
-};
-
-// What a tile asks of memory while it computes with group `i` of its unit: the group `lead` further on, beyond the unit's
-// end of the unit that begins at `next`. lead 0 asks for nothing new, lead = all groups for the whole next unit.
+// What a tile asks of memory while it computes with group `i` of its unit: the group `lead` further on, beyond its end
+// those of the unit that begins at `next`. lead 0 asks for nothing new, lead = all groups for the whole next unit.
 struct Fetch {
   const uint8_t *unit, *next;
   int64_t lead, groups, group_bytes;
@@ -82,184 +48,6 @@ struct Fetch {
     return i < groups ? unit + i * group_bytes : next + (i - groups) * group_bytes;
   }
 };
-
-// ---- x as floats
-
-template <typename T>
-class FloatRows {
- public:
-  FloatRows(const at::Tensor& x, const Int4Problem& p)
-      : x_(x.const_data_ptr<T>()), stride_(x.stride(0)), groups_(p.groups), group_size_(p.chunks * kInt4Chunk) {
-    if (p.zeros != nullptr) {
-      sums_.resize(p.rows * groups_);
-      at::parallel_for(0, p.rows, /*grain_size=*/16, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin * groups_; i < end * groups_; ++i) {
-          sums_[i] = sum_of(x_ + i / groups_ * stride_ + i % groups_ * group_size_);
-        }
-      });
-    }
-  }
-
-  // R rows times one group of one block: sums of (level - zero) * x, without the scales. -> [R][2 halves of 16 outputs]
-  template <int R>
-  void dot(const uint8_t* levels, const int8_t* zeros, int64_t row, int64_t group, const uint8_t* ahead,
-           Floats (&sums)[R][2]) const {
-    const T* x = x_ + row * stride_ + group * group_size_;
-    Floats s[R][2] = {};
-    for (int64_t i = 0; i < group_size_; i += kInt4Chunk, levels += kInt4Line, ahead += kInt4Line) {
-      __builtin_prefetch(ahead, /*write=*/0, R == 1 ? 3 : 2);  // for one row into L1: faster, and only then
-      Bits line;
-      std::memcpy(&line, levels, sizeof(line));
-#pragma GCC unroll 4
-      for (int input = 0; input < kInt4Chunk; ++input) {
-        const Floats low = to_floats((Ints)((line >> (8 * input)) & 15u) - 8);
-        const Floats high = to_floats((Ints)((line >> (8 * input + 4)) & 15u) - 8);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          const float xr = static_cast<float>(x[r * stride_ + i + input]);
-          s[r][0] += low * xr;
-          s[r][1] += high * xr;
-        }
-      }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      for (int half = 0; half < 2; ++half) {
-        sums[r][half] = s[r][half];
-        if (zeros != nullptr) {
-          sums[r][half] -= to_floats(load_bytes(zeros + half * kLanes)) * sums_[(row + r) * groups_ + group];
-        }
-      }
-    }
-  }
-
- private:
-  float sum_of(const T* x) const {
-    Floats total = {};
-    int64_t i = 0;
-    for (; i + kLanes <= group_size_; i += kLanes) {
-      total += load(x + i);
-    }
-    return sum(i < group_size_ ? total + load(x + i, group_size_ - i) : total);
-  }
-
-  const T* x_;
-  int64_t stride_, groups_, group_size_;
-  std::vector<float> sums_;  // [rows, groups]; only for zeros
-};
-
-// ---- x as integers
-
-#if FOLOVLLM_INT4_DOT
-class IntegerRows {
- public:
-  IntegerRows(const at::Tensor& x, const Int4Problem& p)
-      : groups_(p.groups), group_size_(p.chunks * kInt4Chunk), stride_(2 * groups_ * group_size_),
-        digits_(new int8_t[p.rows * stride_]), scales_(new Scale[p.rows * groups_]) {
-    const at::BFloat16* rows = x.const_data_ptr<at::BFloat16>();
-    at::parallel_for(0, p.rows, /*grain_size=*/16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin * groups_; i < end * groups_; ++i) {
-        const at::BFloat16* group = rows + i / groups_ * x.stride(0) + i % groups_ * group_size_;
-        scales_[i] = to_integers(group, digits_.get() + i * 2 * group_size_);
-      }
-    });
-  }
-
-  template <int R>
-  void dot(const uint8_t* levels, const int8_t* zeros, int64_t row, int64_t group, const uint8_t* ahead,
-           Floats (&sums)[R][2]) const {
-    const int8_t* x = digits_.get() + row * stride_ + group * 2 * group_size_;
-    const Scale* scales = scales_.get() + row * groups_ + group;
-    __m512i high[R][2], low[R][2];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      high[r][0] = high[r][1] = _mm512_setzero_si512();
-      low[r][0] = low[r][1] = _mm512_set1_epi32(-8 * scales[r * groups_].sum);
-    }
-    const __m512i nibble = _mm512_set1_epi8(15);
-    for (const uint8_t* end = levels + group_size_ / kInt4Chunk * kInt4Line; levels != end;
-         levels += kInt4Line, ahead += kInt4Line, x += 2 * kInt4Chunk) {
-      __builtin_prefetch(ahead, /*write=*/0, R == 1 ? 3 : 2);  // for one row into L1: faster, and only then
-      const __m512i line = _mm512_loadu_si512(levels);
-      const __m512i w[2] = {_mm512_and_si512(line, nibble), _mm512_and_si512(_mm512_srli_epi16(line, 4), nibble)};
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const __m512i x_high = four(x + r * stride_), x_low = four(x + r * stride_ + kInt4Chunk);
-        add_products(high[r][0], w[0], x_high);
-        add_products(high[r][1], w[1], x_high);
-        add_products(low[r][0], w[0], x_low);
-        add_products(low[r][1], w[1], x_low);
-      }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        const Scale scale = scales[r * groups_];
-        Ints total = ((Ints)high[r][half] << 8) + (Ints)low[r][half];
-        if (zeros != nullptr) {
-          total -= load_bytes(zeros + half * kLanes) * scale.sum;
-        }
-        sums[r][half] = to_floats(total) * scale.unit;
-      }
-    }
-  }
-
- private:
-  struct Scale {
-    float unit;   // x is this times its integer
-    int32_t sum;  // of the integers
-  };
-
-  // _mm512_dpbusd_epi32, for which GCC 12 copies every sum to another register and, with many rows, to memory.
-  static void add_products(__m512i& sums, __m512i levels, __m512i x) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(levels), "v"(x));
-  }
-
-  static __m512i four(const int8_t* x) {
-    int digits;
-    std::memcpy(&digits, x, sizeof(digits));
-    return _mm512_set1_epi32(digits);
-  }
-
-  // A group of x -> for each 4 inputs their 4 high bytes and their 4 low ones.
-  Scale to_integers(const at::BFloat16* x, int8_t* digits) const {
-    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-    __m512i largest = _mm512_setzero_si512();
-    for (int64_t i = 0; i < group_size_; i += kLanes) {
-      largest = _mm512_max_epu32(largest, _mm512_and_si512((__m512i)load_some(x + i, group_size_ - i), magnitude));
-    }
-    // All are less than 2^(exponent - 126), and so less than 2^15 times this unit.
-    const uint32_t exponent = std::max(_mm512_reduce_max_epu32(largest) >> 23, 15u);
-    const float unit = exponent == 255 ? std::numeric_limits<float>::quiet_NaN() : power_of_two(exponent - 14);
-    const __m512 inverse = _mm512_set1_ps(exponent == 255 ? 0.0f : power_of_two(268 - exponent));
-    __m512i total = _mm512_setzero_si512();
-    for (int64_t i = 0; i < group_size_; i += kLanes) {
-      const __m512i rounded = _mm512_cvtps_epi32((__m512)load_some(x + i, group_size_ - i) * inverse);
-      // 32,640 alone, the largest that a bf16 becomes, has no two such bytes: 127 * 256 + 127 is 32,639.
-      const __m512i integer = _mm512_min_epi32(rounded, _mm512_set1_epi32(32639));
-      total = _mm512_add_epi32(total, integer);
-      const __m512i up = _mm512_add_epi32(integer, _mm512_set1_epi32(128));  // low bytes are -128 .. 127
-      const __m128i high = _mm512_cvtepi32_epi8(_mm512_srai_epi32(up, 8)), low = _mm512_cvtepi32_epi8(integer);
-      const __m128i both[2] = {_mm_unpacklo_epi32(high, low), _mm_unpackhi_epi32(high, low)};
-      std::memcpy(digits + 2 * i, both, 2 * std::min(kLanes, group_size_ - i));
-    }
-    return {unit, _mm512_reduce_add_epi32(total)};
-  }
-
-  static Floats load_some(const at::BFloat16* x, int64_t count) {
-    return count >= kLanes ? load(x) : load(x, count);
-  }
-
-  static float power_of_two(uint32_t biased_exponent) {
-    return std::bit_cast<float>(biased_exponent << 23);
-  }
-
-  int64_t groups_, group_size_, stride_;
-  std::unique_ptr<int8_t[]> digits_;  // [rows, groups, chunks, (high, low), 4]
-  std::unique_ptr<Scale[]> scales_;   // [rows, groups]
-};
-#endif
 
 // ---- Tiles
 
@@ -285,7 +73,8 @@ void tile(const Int4Problem& p, const Rows& x, T* out, int64_t unit, int64_t row
         asm volatile("" : "+m"(y));  // into memory: the registers are for the sums of dot
       }
       Floats sums[R][2];
-      x.template dot<R>(p.levels + at * p.group_bytes(), zeros, row, group, fetch.during(part * p.groups + group), sums);
+      const uint8_t* ahead = fetch.during(part * p.groups + group);
+      x.template dot<R>(p.levels + at * p.group_bytes(), zeros, row, group, ahead, sums);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         y[r][0] += sums[r][0] * load(scales);
@@ -418,8 +207,8 @@ void check(const at::Tensor& x, const Int4Weight& w, int64_t out_features, bool 
 
 }  // namespace
 
-// x [..., in] times a weight of 4 bits, plus bias -> [..., out], rounded once. `gated`: silu(x gate^T) * (x up^T), where
-// the blocks of gate and up take turns. Empty tensors: none. `native` = false: as in linear_packed.
+// x [..., in] times a weight of 4 bits, plus bias -> [..., out], rounded once. `gated`: silu(x gate^T) * (x up^T), the
+// blocks of gate and up taking turns. Empty tensors: none. `native` = false: as in linear_packed.
 at::Tensor linear_int4(const at::Tensor& x, const Int4Weight& weight, int64_t out_features, bool gated, bool native) {
   check(x, weight, out_features, gated);
   at::Tensor rows = x.dim() == 2 ? x : x.reshape({-1, x.size(-1)});
@@ -443,8 +232,9 @@ at::Tensor linear_int4(const at::Tensor& x, const Int4Weight& weight, int64_t ou
 
 namespace {
 
-at::Tensor linear_int4_op(const at::Tensor& x, const at::Tensor& levels, const at::Tensor& scales, const at::Tensor& zeros,
-                          const at::Tensor& perm, const at::Tensor& bias, int64_t out_features, bool gated, bool native) {
+at::Tensor linear_int4_op(const at::Tensor& x, const at::Tensor& levels, const at::Tensor& scales,
+                          const at::Tensor& zeros, const at::Tensor& perm, const at::Tensor& bias, int64_t out_features,
+                          bool gated, bool native) {
   // Only here, where a caller's mistake can come from; a checked perm is read for every row.
   if (perm.numel() != 0 && perm.scalar_type() == at::kInt && perm.is_contiguous()) {
     const int32_t* source = perm.const_data_ptr<int32_t>();

@@ -18,8 +18,8 @@ namespace {
 
 constexpr uint8_t kNoLevel = 8;  // stands for 0 in a symmetric checkpoint; where there is no input, x is 0 anyway
 
-// levels [in, out] uint8, 0 .. 15 after adding `shift`; order [groups, places] int32: the input of each place, -1 for none
-// -> [blocks, groups, places / 4, 64].
+// levels [in, out] uint8, 0 .. 15 after adding `shift`; order [groups, places] int32: the input of each place, -1 for
+// none -> [blocks, groups, places / 4, 64].
 at::Tensor pack_int4(const at::Tensor& levels, const at::Tensor& order, int64_t shift) {
   TORCH_CHECK(levels.dim() == 2 && levels.scalar_type() == at::kByte && levels.is_contiguous(),
               "pack_int4: levels must be a contiguous uint8 [inputs, outputs]");
@@ -52,11 +52,13 @@ at::Tensor pack_int4(const at::Tensor& levels, const at::Tensor& order, int64_t 
 }
 
 // scale * (level - zero), rounded once -> what pack_weight (linear.cpp) makes of it. perm and zeros may be empty.
-at::Tensor int4_to_bf16(const at::Tensor& levels, const at::Tensor& scales, const at::Tensor& zeros, const at::Tensor& perm,
-                        int64_t in_features) {
+at::Tensor int4_to_bf16(const at::Tensor& levels, const at::Tensor& scales, const at::Tensor& zeros,
+                        const at::Tensor& perm, int64_t in_features) {
   TORCH_CHECK(levels.dim() == 4 && levels.scalar_type() == at::kByte && levels.is_contiguous() &&
-              levels.size(3) == kInt4Line, "int4_to_bf16: levels must be a contiguous uint8 [blocks, groups, chunks, 64]");
-  const int64_t blocks = levels.size(0), groups = levels.size(1), chunks = levels.size(2), width = groups * chunks * kInt4Chunk;
+              levels.size(3) == kInt4Line,
+              "int4_to_bf16: levels must be a contiguous uint8 [blocks, groups, chunks, 64]");
+  const int64_t blocks = levels.size(0), groups = levels.size(1), chunks = levels.size(2);
+  const int64_t width = groups * chunks * kInt4Chunk;
   TORCH_CHECK(perm.numel() == 0 ? width == in_features : perm.numel() == width && perm.scalar_type() == at::kInt &&
               perm.is_contiguous() && perm.max().item<int>() < in_features, "int4_to_bf16: perm does not fit");
   TORCH_CHECK(scales.numel() == blocks * groups * kInt4Block && scales.scalar_type() == at::kFloat &&

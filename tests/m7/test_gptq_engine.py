@@ -185,4 +185,5 @@ def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match=r"gptq_runtime must be one of .*; did you mean 'memory'"):
         QuantizationConfig("auto", gptq_runtime="memry")
     with pytest.raises(ValueError, match="gptq_runtime needs packed weights: set quantization='auto'"):
-        EngineConfig.from_args(gptq_runtime="memory")
+        EngineConfig.from_args(preset="m6", gptq_runtime="memory")
+    assert EngineConfig.from_args(gptq_runtime="memory").quantization_config.quantization == "auto"

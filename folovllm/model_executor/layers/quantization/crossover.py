@@ -102,7 +102,8 @@ def _wins(ops: Any, sweep: Sequence[Candidate], rows: int, deadline: float) -> b
 
 def _cache_key(layers: Sequence[Candidate]) -> str:
     shapes = sorted({str([tuple(t.shape) for t in layer.tensors]) for layer in layers})
-    kernels = [(SOURCE_DIR / name).read_text(encoding="utf-8") for name in ("int4.cpp", "int4.h", "linear.cpp")]
+    sources = sorted([*SOURCE_DIR.glob("int4*"), SOURCE_DIR / "linear.cpp"])
+    kernels = [source.read_text(encoding="utf-8") for source in sources]
     facts = (cpu_features(), str(torch.get_num_threads()), *kernels, *shapes)
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
 
