@@ -175,7 +175,7 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         _check_choice("quantization", self.quantization, ("auto", "dequantize"))
-        _check_choice("gptq_kernel", self.gptq_kernel, ("auto", "dequant", "cpu_int4"))
+        _check_choice("gptq_kernel", self.gptq_kernel, ("auto", "dequant", "cpu_int4", "triton"))
         _check_choice("gptq_runtime", self.gptq_runtime, ("auto", "memory", "speed"))
         for name in ("gptq_kernel", "gptq_runtime"):
             if self.quantization == "dequantize" and getattr(self, name) != "auto":

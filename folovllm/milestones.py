@@ -78,7 +78,14 @@ LADDER: tuple[Rung, ...] = (
         off={"enable_prefix_caching": False},
         built=True,
     ),
-    Rung("m7", "GPTQ", "4-bit weights", on={"quantization": "auto"}, off={"quantization": "dequantize"}),
+    Rung(
+        "m7",
+        "GPTQ",
+        "4-bit weights",
+        on={"quantization": "auto"},
+        off={"quantization": "dequantize"},
+        built=True,
+    ),
 )
 RUNG_IDS = tuple(rung.id for rung in LADDER)
 

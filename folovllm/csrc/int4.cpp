@@ -1,22 +1,17 @@
-// Linear layers over weights of 4 bits: unpacked in registers, a vector at a time, and multiplied as they are.
+// Linear layers over weights of 4 bits: unpacked in registers, a line of the cache at a time, and multiplied as they are.
 //
-// Milestone: M7. vLLM counterpart: csrc/cpu/ (its CPU build multiplies GPTQ and AWQ weights of 4 bits) and, on GPUs,
-// Marlin. Left out: activations of 8 bits, AMX. Source of the method: GPTQ, Frantar et al. 2022.
+// Milestone: M7. vLLM counterpart: csrc/cpu/cpu_wna16.cpp and, on GPUs, Marlin. Left out: AMX. Sources: GPTQ, Frantar et
+// al. 2022; integer dot products with a scale per group of activations as in llama.cpp, but with 16 bits instead of 8.
 //
-// A weight is scale * (level - zero), with a scale and a zero per output and group of inputs. Levels are 0 .. 15; stored
-// as level - 8 they are -8 .. 7, which bf16 holds exactly. So the products with x are summed over a group as they are, in
-// fp32, and each group's sum is scaled once:
+//   y = sum over groups of scale * (sum of (level - 8) * x  -  (zero - 8) * sum of x)          levels: see int4.h
 //
-//   y = sum over groups of scale * (sum of (level - 8) * x  -  (zero - 8) * sum of x)
+// With one token memory would deliver a line of 128 weights in about 8 cycles, and turning each level into a bf16 number
+// takes longer than that. Bytes multiply as they are. So each x becomes an integer, once per call: a power of two times 16
+// bits, the power from the largest of its group. bf16 has 8 significant bits, so an x down to 1/128 of the largest is
+// exact and a smaller one is off by 1/65,536 of the largest. The 16 bits are two bytes, high * 256 + low, the two sums
+// of their products are exact integers, and so is the group's. No weight is rounded, and scales are applied in fp32.
 //
-// In a symmetric checkpoint zero is 8 and the second half is not there. No weight is ever rounded to bf16.
-//
-//   levels[block][group][chunk][64]   block = 32 outputs as in linear.cpp, chunk = 4 inputs: 64 bytes, a line of the cache
-//
-//   A chunk is 32 words of 16 bits: word 2 * lane + parity. Its four nibbles are four vectors of 32 bf16 numbers to be:
-//   nibble 0: inputs 0, 1 of outputs 0 .. 15;  1: of outputs 16 .. 31;  2: inputs 2, 3 of outputs 0 .. 15;  3: of 16 .. 31
-//
-// One load, three shifts and four table look-ups (vpermw) make of a line what linear.cpp would read in four.
+// fp32, or a CPU without these instructions: the levels become floats, and x stays what it is.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -25,15 +20,19 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <bit>
 #include <cstring>
+#include <limits>
+#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "int4.h"
 #include "ops.h"
-#include "vectors.h"
 
-#if FOLOVLLM_BF16_DOT && defined(__AVX512BW__)
+#if FOLOVLLM_BF16_DOT && defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
 #define FOLOVLLM_INT4_DOT 1
 #else
 #define FOLOVLLM_INT4_DOT 0
@@ -42,179 +41,317 @@
 namespace folovllm {
 namespace {
 
-constexpr int64_t kBlock = 2 * kLanes;  // outputs of a block
-constexpr int64_t kChunk = 4;           // inputs of a chunk
-constexpr int64_t kChunkBytes = kBlock * kChunk / 2;
-constexpr int kMaxTile = 8;             // rows at a time
-constexpr int64_t kPanelRows = 96;      // rows whose inputs stay in L2 while blocks pass by
-constexpr int64_t kAhead = 48;          // chunks, 3 KiB: as in linear.cpp
-constexpr int64_t kGrain = 1 << 14;     // bytes of levels; less is not worth waking a thread: 4 times as much work a byte
+constexpr int kMaxTile = 6;            // rows at a time: 24 sums hide the latency of dot, and fit 32 registers
+constexpr int64_t kPanelRows = 96;     // rows whose inputs stay in L2 while blocks pass by
+constexpr int64_t kAheadBytes = 8192; // what a tile alone asks for before it needs it
+constexpr int64_t kGrainBytes = 1 << 14;  // of levels; less is not worth waking a thread: 4 times as much work a byte
 
-typedef int8_t Bytes __attribute__((vector_size(16)));  // [16]
+typedef int32_t Ints __attribute__((vector_size(64)));   // [16]
+typedef int8_t Bytes __attribute__((vector_size(16)));   // [16]
 
-template <typename T>
+Floats to_floats(Ints v) {
+  return __builtin_convertvector(v, Floats);
+}
+
+Ints load_bytes(const int8_t* p) {
+  Bytes v;
+  std::memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, Ints);
+}
+
 struct Int4Problem {
-  const T* x;             // [rows, groups * chunks * 4], rows x_stride apart
   const uint8_t* levels;  // [blocks, groups, chunks, 64]
   const float* scales;    // [blocks, groups, 32]
   const int8_t* zeros;    // the same shape, zero - 8; null: all are 0
-  const float* sums;      // [rows, groups]: sums of x; null without zeros
   const float* bias;      // [blocks * 32] or null
-  T* out;                 // [rows, out_features]
-  int64_t rows, groups, chunks, x_stride, out_features;
+  int64_t rows, groups, chunks, out_features;
+
+  int64_t group_bytes() const {
+    return chunks * kInt4Line;
+  }
 };
 
-// ---- One vector of weights: two inputs each of 16 outputs
+// What a tile asks of memory while it computes with group `i` of its unit: the group `lead` further on, beyond the unit's
+// end of the unit that begins at `next`. lead 0 asks for nothing new, lead = all groups for the whole next unit.
+struct Fetch {
+  const uint8_t *unit, *next;
+  int64_t lead, groups, group_bytes;
+
+  const uint8_t* during(int64_t i) const {
+    i += lead;
+    return i < groups ? unit + i * group_bytes : next + (i - groups) * group_bytes;
+  }
+};
+
+// ---- x as floats
+
+template <typename T>
+class FloatRows {
+ public:
+  FloatRows(const at::Tensor& x, const Int4Problem& p)
+      : x_(x.const_data_ptr<T>()), stride_(x.stride(0)), groups_(p.groups), group_size_(p.chunks * kInt4Chunk) {
+    if (p.zeros != nullptr) {
+      sums_.resize(p.rows * groups_);
+      at::parallel_for(0, p.rows, /*grain_size=*/16, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * groups_; i < end * groups_; ++i) {
+          sums_[i] = sum_of(x_ + i / groups_ * stride_ + i % groups_ * group_size_);
+        }
+      });
+    }
+  }
+
+  // R rows times one group of one block: sums of (level - zero) * x, without the scales. -> [R][2 halves of 16 outputs]
+  template <int R>
+  void dot(const uint8_t* levels, const int8_t* zeros, int64_t row, int64_t group, const uint8_t* ahead,
+           Floats (&sums)[R][2]) const {
+    const T* x = x_ + row * stride_ + group * group_size_;
+    Floats s[R][2] = {};
+    for (int64_t i = 0; i < group_size_; i += kInt4Chunk, levels += kInt4Line, ahead += kInt4Line) {
+      __builtin_prefetch(ahead, /*write=*/0, R == 1 ? 3 : 2);  // for one row into L1: faster, and only then
+      Bits line;
+      std::memcpy(&line, levels, sizeof(line));
+#pragma GCC unroll 4
+      for (int input = 0; input < kInt4Chunk; ++input) {
+        const Floats low = to_floats((Ints)((line >> (8 * input)) & 15u) - 8);
+        const Floats high = to_floats((Ints)((line >> (8 * input + 4)) & 15u) - 8);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const float xr = static_cast<float>(x[r * stride_ + i + input]);
+          s[r][0] += low * xr;
+          s[r][1] += high * xr;
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      for (int half = 0; half < 2; ++half) {
+        sums[r][half] = s[r][half];
+        if (zeros != nullptr) {
+          sums[r][half] -= to_floats(load_bytes(zeros + half * kLanes)) * sums_[(row + r) * groups_ + group];
+        }
+      }
+    }
+  }
+
+ private:
+  float sum_of(const T* x) const {
+    Floats total = {};
+    int64_t i = 0;
+    for (; i + kLanes <= group_size_; i += kLanes) {
+      total += load(x + i);
+    }
+    return sum(i < group_size_ ? total + load(x + i, group_size_ - i) : total);
+  }
+
+  const T* x_;
+  int64_t stride_, groups_, group_size_;
+  std::vector<float> sums_;  // [rows, groups]; only for zeros
+};
+
+// ---- x as integers
 
 #if FOLOVLLM_INT4_DOT
-// -8 .. 7 in bf16, twice: the look-up takes five bits, of which the fifth belongs to the next nibble.
-alignas(64) constexpr uint16_t kLevels[32] = {
-    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
-    0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
-    0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-
-struct NativeWeights {
-  __m512i pairs;
-
-  template <int nibble>
-  static NativeWeights expand(Bits chunk) {
-    const __m512i index = nibble == 0 ? (__m512i)chunk : _mm512_srli_epi16((__m512i)chunk, 4 * nibble);
-    return {_mm512_permutexvar_epi16(index, _mm512_load_si512(kLevels))};
+class IntegerRows {
+ public:
+  IntegerRows(const at::Tensor& x, const Int4Problem& p)
+      : groups_(p.groups), group_size_(p.chunks * kInt4Chunk), stride_(2 * groups_ * group_size_),
+        digits_(new int8_t[p.rows * stride_]), scales_(new Scale[p.rows * groups_]) {
+    const at::BFloat16* rows = x.const_data_ptr<at::BFloat16>();
+    at::parallel_for(0, p.rows, /*grain_size=*/16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * groups_; i < end * groups_; ++i) {
+        const at::BFloat16* group = rows + i / groups_ * x.stride(0) + i % groups_ * group_size_;
+        scales_[i] = to_integers(group, digits_.get() + i * 2 * group_size_);
+      }
+    });
   }
-  Floats dot(Floats sum, const at::BFloat16* x) const {
-    int pair;
-    std::memcpy(&pair, x, sizeof(pair));
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(pair));
-  }
-};
-#endif
 
-// For any CPU, and for fp32: the two levels of each lane as floats.
-struct PlainWeights {
-  Floats even, odd;
-
-  template <int nibble>
-  static PlainWeights expand(Bits chunk) {
-    typedef int32_t Ints __attribute__((vector_size(64)));
-    const Bits low = (chunk >> (4 * nibble)) & 15u, high = (chunk >> (16 + 4 * nibble)) & 15u;
-    return {__builtin_convertvector((Ints)low - 8, Floats), __builtin_convertvector((Ints)high - 8, Floats)};
+  template <int R>
+  void dot(const uint8_t* levels, const int8_t* zeros, int64_t row, int64_t group, const uint8_t* ahead,
+           Floats (&sums)[R][2]) const {
+    const int8_t* x = digits_.get() + row * stride_ + group * 2 * group_size_;
+    const Scale* scales = scales_.get() + row * groups_ + group;
+    __m512i high[R][2], low[R][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      high[r][0] = high[r][1] = _mm512_setzero_si512();
+      low[r][0] = low[r][1] = _mm512_set1_epi32(-8 * scales[r * groups_].sum);
+    }
+    const __m512i nibble = _mm512_set1_epi8(15);
+    for (const uint8_t* end = levels + group_size_ / kInt4Chunk * kInt4Line; levels != end;
+         levels += kInt4Line, ahead += kInt4Line, x += 2 * kInt4Chunk) {
+      __builtin_prefetch(ahead, /*write=*/0, R == 1 ? 3 : 2);  // for one row into L1: faster, and only then
+      const __m512i line = _mm512_loadu_si512(levels);
+      const __m512i w[2] = {_mm512_and_si512(line, nibble), _mm512_and_si512(_mm512_srli_epi16(line, 4), nibble)};
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const __m512i x_high = four(x + r * stride_), x_low = four(x + r * stride_ + kInt4Chunk);
+        add_products(high[r][0], w[0], x_high);
+        add_products(high[r][1], w[1], x_high);
+        add_products(low[r][0], w[0], x_low);
+        add_products(low[r][1], w[1], x_low);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const Scale scale = scales[r * groups_];
+        Ints total = ((Ints)high[r][half] << 8) + (Ints)low[r][half];
+        if (zeros != nullptr) {
+          total -= load_bytes(zeros + half * kLanes) * scale.sum;
+        }
+        sums[r][half] = to_floats(total) * scale.unit;
+      }
+    }
   }
-  template <typename T>
-  Floats dot(Floats sum, const T* x) const {
-    sum += even * static_cast<float>(x[0]);
-    return sum + odd * static_cast<float>(x[1]);
-  }
-};
 
-template <typename T, bool native>
-struct Choose {
-  using Weights = PlainWeights;
-};
-#if FOLOVLLM_INT4_DOT
-template <>
-struct Choose<at::BFloat16, true> {
-  using Weights = NativeWeights;
+ private:
+  struct Scale {
+    float unit;   // x is this times its integer
+    int32_t sum;  // of the integers
+  };
+
+  // _mm512_dpbusd_epi32, for which GCC 12 copies every sum to another register and, with many rows, to memory.
+  static void add_products(__m512i& sums, __m512i levels, __m512i x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(levels), "v"(x));
+  }
+
+  static __m512i four(const int8_t* x) {
+    int digits;
+    std::memcpy(&digits, x, sizeof(digits));
+    return _mm512_set1_epi32(digits);
+  }
+
+  // A group of x -> for each 4 inputs their 4 high bytes and their 4 low ones.
+  Scale to_integers(const at::BFloat16* x, int8_t* digits) const {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    __m512i largest = _mm512_setzero_si512();
+    for (int64_t i = 0; i < group_size_; i += kLanes) {
+      largest = _mm512_max_epu32(largest, _mm512_and_si512((__m512i)load_some(x + i, group_size_ - i), magnitude));
+    }
+    // All are less than 2^(exponent - 126), and so less than 2^15 times this unit.
+    const uint32_t exponent = std::max(_mm512_reduce_max_epu32(largest) >> 23, 15u);
+    const float unit = exponent == 255 ? std::numeric_limits<float>::quiet_NaN() : power_of_two(exponent - 14);
+    const __m512 inverse = _mm512_set1_ps(exponent == 255 ? 0.0f : power_of_two(268 - exponent));
+    __m512i total = _mm512_setzero_si512();
+    for (int64_t i = 0; i < group_size_; i += kLanes) {
+      const __m512i rounded = _mm512_cvtps_epi32((__m512)load_some(x + i, group_size_ - i) * inverse);
+      // 32,640 alone, the largest that a bf16 becomes, has no two such bytes: 127 * 256 + 127 is 32,639.
+      const __m512i integer = _mm512_min_epi32(rounded, _mm512_set1_epi32(32639));
+      total = _mm512_add_epi32(total, integer);
+      const __m512i up = _mm512_add_epi32(integer, _mm512_set1_epi32(128));  // low bytes are -128 .. 127
+      const __m128i high = _mm512_cvtepi32_epi8(_mm512_srai_epi32(up, 8)), low = _mm512_cvtepi32_epi8(integer);
+      const __m128i both[2] = {_mm_unpacklo_epi32(high, low), _mm_unpackhi_epi32(high, low)};
+      std::memcpy(digits + 2 * i, both, 2 * std::min(kLanes, group_size_ - i));
+    }
+    return {unit, _mm512_reduce_add_epi32(total)};
+  }
+
+  static Floats load_some(const at::BFloat16* x, int64_t count) {
+    return count >= kLanes ? load(x) : load(x, count);
+  }
+
+  static float power_of_two(uint32_t biased_exponent) {
+    return std::bit_cast<float>(biased_exponent << 23);
+  }
+
+  int64_t groups_, group_size_, stride_;
+  std::unique_ptr<int8_t[]> digits_;  // [rows, groups, chunks, (high, low), 4]
+  std::unique_ptr<Scale[]> scales_;   // [rows, groups]
 };
 #endif
 
 // ---- Tiles
 
 // Rows row .. row + R of one unit: a block, or with kGated the gate's and, right behind it, the up projection's.
-template <typename T, bool native, bool kGated, int R>
-void tile(const Int4Problem<T>& p, int64_t unit, int64_t row, int64_t ahead) {
-  using Weights = typename Choose<T, native>::Weights;
+template <typename T, bool kGated, int R, typename Rows>
+void tile(const Int4Problem& p, const Rows& x, T* out, int64_t unit, int64_t row, const Fetch& fetch) {
   constexpr int kParts = kGated ? 2 : 1;
-  constexpr int kChains = R <= 4 ? 2 : 1;  // sums of even and odd pairs apart: a few rows alone do not hide dot's latency
-  const T* rows = p.x + row * p.x_stride;
   Floats total[kParts][R][2];
 #pragma GCC unroll 2
   for (int part = 0; part < kParts; ++part) {
     const int64_t block = unit * kParts + part;
-    const uint8_t* levels = p.levels + block * p.groups * p.chunks * kChunkBytes;
-    const float* scales = p.scales + block * p.groups * kBlock;
+    const float* scales = p.scales + block * p.groups * kInt4Block;
+    Floats y[R][2];  // of its own, so that it stays in registers
     for (int r = 0; r < R; ++r) {
       for (int half = 0; half < 2; ++half) {
-        total[part][r][half] = p.bias != nullptr ? load(p.bias + block * kBlock + half * kLanes) : Floats{};
+        y[r][half] = p.bias != nullptr ? load(p.bias + block * kInt4Block + half * kLanes) : Floats{};
       }
     }
-    const T* x = rows;
-    for (int64_t group = 0; group < p.groups; ++group, scales += kBlock) {
-      Floats s[kChains][R][2] = {};
-      for (int64_t chunk = 0; chunk < p.chunks; ++chunk, levels += kChunkBytes, x += kChunk) {
-        if (ahead >= 0) {
-          __builtin_prefetch(levels + ahead, /*write=*/0, /*locality=*/2);
-        }
-        Bits words;
-        std::memcpy(&words, levels, sizeof(words));
-        const Weights w00 = Weights::template expand<0>(words), w01 = Weights::template expand<1>(words);
-        const Weights w10 = Weights::template expand<2>(words), w11 = Weights::template expand<3>(words);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          s[0][r][0] = w00.dot(s[0][r][0], x + r * p.x_stride);
-          s[0][r][1] = w01.dot(s[0][r][1], x + r * p.x_stride);
-          s[kChains - 1][r][0] = w10.dot(s[kChains - 1][r][0], x + r * p.x_stride + 2);
-          s[kChains - 1][r][1] = w11.dot(s[kChains - 1][r][1], x + r * p.x_stride + 2);
-        }
+    for (int64_t group = 0; group < p.groups; ++group, scales += kInt4Block) {
+      const int64_t at = block * p.groups + group;
+      const int8_t* zeros = p.zeros == nullptr ? nullptr : p.zeros + at * kInt4Block;
+      if constexpr (R > 3) {
+        asm volatile("" : "+m"(y));  // into memory: the registers are for the sums of dot
       }
-      const Floats scale[2] = {load(scales), load(scales + kLanes)};
+      Floats sums[R][2];
+      x.template dot<R>(p.levels + at * p.group_bytes(), zeros, row, group, fetch.during(part * p.groups + group), sums);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        for (int half = 0; half < 2; ++half) {
-          Floats sum = s[0][r][half];
-          if constexpr (kChains == 2) {
-            sum += s[1][r][half];
-          }
-          if (p.zeros != nullptr) {
-            Bytes zero;
-            std::memcpy(&zero, p.zeros + (block * p.groups + group) * kBlock + half * kLanes, sizeof(zero));
-            sum -= __builtin_convertvector(zero, Floats) * p.sums[(row + r) * p.groups + group];
-          }
-          total[part][r][half] += sum * scale[half];
-        }
+        y[r][0] += sums[r][0] * load(scales);
+        y[r][1] += sums[r][1] * load(scales + kLanes);
       }
     }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      total[part][r][0] = y[r][0];
+      total[part][r][1] = y[r][1];
+    }
   }
-  const int64_t first = unit * kBlock;
+  const int64_t first = unit * kInt4Block, count = p.out_features - first;
   for (int r = 0; r < R; ++r) {
+    T* to = out + (row + r) * p.out_features + first;
     for (int half = 0; half < 2; ++half) {
       Floats y = total[0][r][half];
       if constexpr (kGated) {
         y = y / (1.0f + exp(-y)) * total[1][r][half];
       }
-      T* out = p.out + (row + r) * p.out_features + first + half * kLanes;
-      const int64_t count = p.out_features - first - half * kLanes;
-      if (count >= kLanes) {
-        store(out, y);
-      } else if (count > 0) {
-        store(out, y, count);
+      if (count >= kInt4Block) {
+        store(to + half * kLanes, y);
+      } else {
+        store(to + half * kLanes, y, std::clamp<int64_t>(count - half * kLanes, 0, kLanes));
       }
     }
   }
 }
 
-template <typename T, bool native, bool kGated, int... R>
+template <typename T, bool kGated, typename Rows, int... R>
 constexpr auto all_tiles(std::integer_sequence<int, R...>) {
-  return std::array{tile<T, native, kGated, R + 1>...};
+  return std::array{tile<T, kGated, R + 1, Rows>...};
 }
 
-template <typename T, bool native, bool kGated>
-void run(const Int4Problem<T>& p, int64_t begin, int64_t end) {
-  static constexpr auto tiles_of = all_tiles<T, native, kGated>(std::make_integer_sequence<int, kMaxTile>{});
-  const int64_t unit_bytes = (kGated ? 2 : 1) * p.groups * p.chunks * kChunkBytes;
-  for (int64_t panel = 0; panel < p.rows; panel += kPanelRows) {
-    const int64_t rows = std::min(kPanelRows, p.rows - panel), tiles = (rows + kMaxTile - 1) / kMaxTile;
-    for (int64_t unit = begin; unit < end; ++unit) {
-      for (int64_t index = 0; index < tiles; ++index) {
-        const int64_t first = rows * index / tiles, last = rows * (index + 1) / tiles;
-        // A tile alone asks for what it needs a little later; of several the first asks for all of the next unit.
-        const int64_t ahead = tiles == 1 ? kAhead * kChunkBytes : index == 0 ? unit_bytes : -1;
-        tiles_of[last - first - 1](p, unit, panel + first, ahead);
-      }
-    }
+// One unit for the rows of one panel; `next` is the one that this thread computes afterwards.
+template <typename T, bool kGated, typename Rows>
+void run(const Int4Problem& p, const Rows& x, T* out, int64_t panel, int64_t unit, int64_t next) {
+  static constexpr auto tile_of = all_tiles<T, kGated, Rows>(std::make_integer_sequence<int, kMaxTile>{});
+  const int64_t groups = (kGated ? 2 : 1) * p.groups, unit_bytes = groups * p.group_bytes();
+  const int64_t rows = std::min(kPanelRows, p.rows - panel * kPanelRows), tiles = (rows + kMaxTile - 1) / kMaxTile;
+  const int64_t a_little = std::clamp<int64_t>(kAheadBytes / p.group_bytes(), 1, groups);
+  for (int64_t index = 0; index < tiles; ++index) {
+    const int64_t first = rows * index / tiles, last = rows * (index + 1) / tiles;  // e.g. 7 rows are 3 and 4
+    // A tile alone asks for what it needs a little later; of several the first asks for all of the next unit.
+    const int64_t lead = tiles == 1 ? a_little : index == 0 ? groups : 0;
+    const Fetch fetch{p.levels + unit * unit_bytes, p.levels + next * unit_bytes, lead, groups, p.group_bytes()};
+    tile_of[last - first - 1](p, x, out, unit, panel * kPanelRows + first, fetch);
   }
 }
 
-// ---- Inputs
+// All panels and units; threads take the next when they are free, as in linear.cpp.
+template <typename T, bool kGated, typename Rows>
+void run_all(const Int4Problem& p, const Rows& x, T* out, int64_t units) {
+  const int64_t total = (p.rows + kPanelRows - 1) / kPanelRows * units;
+  const int64_t bytes = units * (kGated ? 2 : 1) * p.groups * p.group_bytes();
+  const int64_t workers = std::clamp<int64_t>(bytes / kGrainBytes, 1, at::get_num_threads());
+  std::atomic<int64_t> taken{0};
+  at::parallel_for(0, workers, /*grain_size=*/1, [&](int64_t, int64_t) {
+    for (int64_t i = taken++, after; i < total; i = after) {
+      after = taken++;
+      run<T, kGated>(p, x, out, i / units, i % units, after % units);
+    }
+  });
+}
+
+// ---- The operator
 
 // x [rows, in] with its columns in the order of `perm` [width]; -1 is a column of zeros.
 template <typename T>
@@ -234,63 +371,47 @@ at::Tensor permuted(const at::Tensor& x, const at::Tensor& perm) {
   return out;
 }
 
-template <typename T>
-std::vector<float> group_sums(const Int4Problem<T>& p) {
-  const int64_t size = p.chunks * kChunk;
-  std::vector<float> sums(p.rows * p.groups);
-  at::parallel_for(0, p.rows, /*grain_size=*/16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * p.groups; i < end * p.groups; ++i) {
-      const T* x = p.x + i / p.groups * p.x_stride + i % p.groups * size;
-      Floats total = {};
-      int64_t j = 0;
-      for (; j + kLanes <= size; j += kLanes) {
-        total += load(x + j);
-      }
-      sums[i] = sum(j < size ? total + load(x + j, size - j) : total);
-    }
-  });
-  return sums;
-}
-
 template <typename T, bool kGated>
 at::Tensor multiply(const at::Tensor& x, const Int4Weight& w, int64_t out_features, bool native) {
-  const bool is_permuted = w.perm.numel() != 0, asymmetric = w.zeros.numel() != 0;
-  const at::Tensor rows = is_permuted ? permuted<T>(x, w.perm) : x;
+  const at::Tensor rows = w.perm.numel() != 0 ? permuted<T>(x, w.perm) : x;
   at::Tensor out = at::empty({x.size(0), out_features}, x.options());
-  Int4Problem<T> p{
-      rows.const_data_ptr<T>(), w.levels.const_data_ptr<uint8_t>(), w.scales.const_data_ptr<float>(),
-      asymmetric ? w.zeros.const_data_ptr<int8_t>() : nullptr, nullptr,
-      w.bias.numel() != 0 ? w.bias.const_data_ptr<float>() : nullptr, out.mutable_data_ptr<T>(), rows.size(0),
-      w.levels.size(1), w.levels.size(2), rows.stride(0), out_features};
-  std::vector<float> sums;
-  if (asymmetric) {
-    sums = group_sums(p);
-    p.sums = sums.data();
-  }
+  const Int4Problem p{
+      w.levels.const_data_ptr<uint8_t>(), w.scales.const_data_ptr<float>(),
+      w.zeros.numel() != 0 ? w.zeros.const_data_ptr<int8_t>() : nullptr,
+      w.bias.numel() != 0 ? w.bias.const_data_ptr<float>() : nullptr, rows.size(0), w.levels.size(1), w.levels.size(2),
+      out_features};
   const int64_t units = w.levels.size(0) / (kGated ? 2 : 1);
-  const int64_t unit_bytes = (kGated ? 2 : 1) * p.groups * p.chunks * kChunkBytes;
-  at::parallel_for(0, units, (kGrain + unit_bytes - 1) / unit_bytes, [&](int64_t begin, int64_t end) {
-    native ? run<T, true, kGated>(p, begin, end) : run<T, false, kGated>(p, begin, end);
-  });
+#if FOLOVLLM_INT4_DOT
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    if (native) {
+      run_all<T, kGated>(p, IntegerRows(rows, p), out.mutable_data_ptr<T>(), units);
+      return out;
+    }
+  }
+#endif
+  run_all<T, kGated>(p, FloatRows<T>(rows, p), out.mutable_data_ptr<T>(), units);
   return out;
 }
 
 void check(const at::Tensor& x, const Int4Weight& w, int64_t out_features, bool gated) {
   const at::Tensor& levels = w.levels;
-  TORCH_CHECK(levels.dim() == 4 && levels.size(3) == kChunkBytes && levels.scalar_type() == at::kByte &&
-              levels.is_contiguous(), "linear_int4: levels must be a contiguous uint8 [blocks, groups, chunks, 64]");
-  const int64_t blocks = levels.size(0), groups = levels.size(1), width = groups * levels.size(2) * kChunk;
-  TORCH_CHECK(w.scales.numel() == blocks * groups * kBlock && w.scales.scalar_type() == at::kFloat &&
+  TORCH_CHECK(levels.dim() == 4 && levels.size(3) == kInt4Line && levels.scalar_type() == at::kByte &&
+              levels.is_contiguous() && levels.size(2) * kInt4Chunk <= kMaxInt4Group,
+              "linear_int4: levels must be a contiguous uint8 [blocks, groups, chunks, 64], groups of up to ",
+              kMaxInt4Group, " inputs; got ", levels.sizes());
+  const int64_t blocks = levels.size(0), groups = levels.size(1), width = groups * levels.size(2) * kInt4Chunk;
+  TORCH_CHECK(w.scales.numel() == blocks * groups * kInt4Block && w.scales.scalar_type() == at::kFloat &&
               w.scales.is_contiguous(), "linear_int4: scales must be a contiguous float32 [blocks, groups, 32]");
-  TORCH_CHECK(w.zeros.numel() == 0 || (w.zeros.numel() == blocks * groups * kBlock &&
+  TORCH_CHECK(w.zeros.numel() == 0 || (w.zeros.numel() == blocks * groups * kInt4Block &&
               w.zeros.scalar_type() == at::kChar && w.zeros.is_contiguous()),
               "linear_int4: zeros must be a contiguous int8 [blocks, groups, 32]");
-  TORCH_CHECK(w.bias.numel() == 0 || (!gated && w.bias.numel() == blocks * kBlock &&
+  TORCH_CHECK(w.bias.numel() == 0 || (!gated && w.bias.numel() == blocks * kInt4Block &&
               w.bias.scalar_type() == at::kFloat && w.bias.is_contiguous()),
-              "linear_int4: the bias must be float32 and padded to whole blocks of ", kBlock, "; a gated layer has none");
+              "linear_int4: the bias must be float32 and padded to whole blocks of ", kInt4Block,
+              "; a gated layer has none");
   TORCH_CHECK(w.perm.numel() == 0 ? x.size(-1) == width : w.perm.numel() == width && w.perm.is_contiguous() &&
               w.perm.scalar_type() == at::kInt, "linear_int4: x ", x.sizes(), " does not fit levels ", levels.sizes());
-  const int64_t units = (out_features + kBlock - 1) / kBlock;
+  const int64_t units = (out_features + kInt4Block - 1) / kInt4Block;
   TORCH_CHECK(blocks == (gated ? 2 : 1) * units, "linear_int4: ", out_features, " outputs do not fit levels ",
               levels.sizes());
 }
@@ -298,8 +419,7 @@ void check(const at::Tensor& x, const Int4Weight& w, int64_t out_features, bool 
 }  // namespace
 
 // x [..., in] times a weight of 4 bits, plus bias -> [..., out], rounded once. `gated`: silu(x gate^T) * (x up^T), where
-// the blocks of gate and up take turns. perm [groups * chunks * 4]: which input each place of the levels is for, -1 for
-// none; empty where they lie as x does. Other empty tensors: none. `native` = false: as in linear_packed.
+// the blocks of gate and up take turns. Empty tensors: none. `native` = false: as in linear_packed.
 at::Tensor linear_int4(const at::Tensor& x, const Int4Weight& weight, int64_t out_features, bool gated, bool native) {
   check(x, weight, out_features, gated);
   at::Tensor rows = x.dim() == 2 ? x : x.reshape({-1, x.size(-1)});

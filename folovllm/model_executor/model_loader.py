@@ -39,16 +39,16 @@ def load_model(
 
     `linear_backend`: "torch" computes in plain torch, "onednn" packs the weights of linear layers first, "auto" uses
     our C++ kernels too; each does what helps on this machine and leaves the rest as it is.
-    `quantization` matters to a GPTQ checkpoint: "auto" keeps its weights packed, "dequantize" loads plain ones. How it
-    multiplies with packed ones, and what it keeps for that: `gptq_kernel`, `gptq_runtime` (config.py).
+    `quantization` matters to a GPTQ checkpoint: "auto" keeps its weights packed where something here can multiply with
+    them, "dequantize" loads plain ones. How, and what is kept for that: `gptq_kernel`, `gptq_runtime` (config.py).
     """
     files = safetensors_files(folder)  # before building: a wrong folder should fail at once
     weights = iterate_weights(files)
     if arch.quantization is not None:
-        if quantization == "auto":
+        if quantization == "auto" and quant_config is None:
             options = KernelOptions(dtype, device.type, gptq_runtime)
-            quant_config = quant_config or gptq_quantization(arch.quantization, options, gptq_kernel, linear_backend)
-        else:
+            quant_config = gptq_quantization(arch.quantization, options, gptq_kernel, linear_backend)
+        if quant_config is None:
             weights = dequantize_weights(weights, arch.quantization)
     try:
         model = _build(arch, dtype, device, quant_config)
@@ -60,11 +60,12 @@ def load_model(
     return _finish(model, linear_backend, quant_config)
 
 
-def gptq_quantization(config: GPTQConfig, options: KernelOptions, kernel: str, linear_backend: str) -> GPTQQuantization:
-    """With the kernel called `kernel`, or for "auto" the best one here."""
-    return GPTQQuantization(
-        config, choose_kernel(config, options, linear_backend) if kernel == "auto" else kernel, options
-    )
+def gptq_quantization(
+    config: GPTQConfig, options: KernelOptions, kernel: str, linear_backend: str
+) -> GPTQQuantization | None:
+    """With the kernel called `kernel`, or for "auto" the best one here; None if none is better than plain weights."""
+    name = choose_kernel(config, options, linear_backend) if kernel == "auto" else kernel
+    return None if name is None else GPTQQuantization(config, name, options)
 
 
 def random_model(

@@ -1,6 +1,6 @@
 """GPTQ: round one input column after the other, and let the columns that remain make up for the error.
 
-Milestone: M7. vLLM counterpart: none. Left out: MSE-optimal grids, static groups.
+Milestone: M7. vLLM counterpart: none. Left out: MSE-optimal grids.
 Source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization", algorithm 1; it is the OBQ update of Frantar &
 Alistarh 2022 with the same column order for every row, and OBQ is LeCun's and Hassibi's OBS with rounding for pruning.
 
@@ -19,6 +19,7 @@ import torch
 
 from folovllm.gptq_config import PER_CHANNEL, GPTQConfig
 from folovllm.model_executor.layers.quantization.quantized_linear import QuantizedLinear
+from folovllm.quantize.clock import COLUMNS, INVERSE, PartClock
 from folovllm.quantize.grid import Grid, find_grid
 
 BLOCK_SIZE = 128  # columns whose effect on the rest is applied in one matmul
@@ -40,31 +41,48 @@ class Hessian:
 
 
 def gptq_quantize(
-    weight: torch.Tensor, hessian: torch.Tensor, config: GPTQConfig, damp: float = 0.01, block_size: int = BLOCK_SIZE
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    config: GPTQConfig,
+    damp: float = 0.01,
+    block_size: int = BLOCK_SIZE,
+    static_groups: bool = False,
+    clock: PartClock | None = None,
 ) -> QuantizedLinear:
     """Quantise `weight` [output_size, input_size] for inputs with `hessian` [input_size, input_size].
 
     `damp` times the mean of H's diagonal is added to the diagonal. With `config.desc_act` the columns are taken in the
     order of falling H_ii: those that matter most are rounded while most others can still make up for it.
+
+    A group's grid is fixed when its first column is reached, as in the paper, from weights that have made up for others
+    by then and so have grown: with 2 or 3 bits the grids get coarse with them. `static_groups` fixes all grids before
+    the first step, which is better there; and as groups then are of neighbours in any order of columns, act-order costs
+    nothing when the model runs. But where few inputs are far stronger than the rest, the weights that make up for them
+    must leave their old range, and cannot.
     """
+    clock = clock or PartClock()
     work, hessian = weight.float().clone(), hessian.float().clone()
     _silence_dead_inputs(work, hessian)
+    groups = torch.arange(weight.shape[1], device=weight.device) // config.group_length(weight.shape[1])
+    grids = _grids_of(work, config) if static_groups else None
     order = _column_order(hessian, config.desc_act)  # [input_size]
-    work, hessian = work[:, order], hessian[order][:, order]
-    levels, grids = _quantize_columns(work, inverse_root(hessian, damp), config, _aligned(block_size, config))
-    scales, zeros = _stack(grids)
-    input_size = weight.shape[1]
-    group_of_step = torch.arange(input_size, device=weight.device) // config.group_length(input_size)
     back = torch.argsort(order)  # the columns' first places
-    return QuantizedLinear(levels[:, back], scales, zeros, group_of_step[back].to(torch.int32))
+    g_idx = groups if static_groups else groups[back]
+    work, hessian = work[:, order], hessian[order][:, order]
+    with clock.part(INVERSE):
+        root = inverse_root(hessian, damp)
+    with clock.part(COLUMNS):
+        steps = g_idx[order].tolist()  # the group of each step's column
+        levels, grids = _quantize_columns(work, root, config, _aligned(block_size, config), steps, grids)
+    scales, zeros = _stack(grids)
+    return QuantizedLinear(levels[:, back], scales, zeros, g_idx.to(torch.int32))
 
 
 def rtn_quantize(weight: torch.Tensor, config: GPTQConfig) -> QuantizedLinear:
     """Rounding to nearest, group by group: the yardstick. No column knows of another's error."""
     input_size = weight.shape[1]
     length = config.group_length(input_size)
-    groups = weight.float().split(length, dim=1)
-    grids = [find_grid(group, config) for group in groups]
+    grids, groups = _grids_of(weight.float(), config), weight.float().split(length, dim=1)
     levels = torch.cat([grid.levels(group) for grid, group in zip(grids, groups, strict=True)], dim=1)
     scales, zeros = _stack(grids)
     g_idx = (torch.arange(input_size, device=weight.device) // length).to(torch.int32)
@@ -83,7 +101,12 @@ def gptq_step(weight: torch.Tensor, column: int, rounded: torch.Tensor, root: to
 
 
 def _quantize_columns(
-    work: torch.Tensor, root: torch.Tensor, config: GPTQConfig, block_size: int
+    work: torch.Tensor,
+    root: torch.Tensor,
+    config: GPTQConfig,
+    block_size: int,
+    group_of_step: list[int],
+    static: list[Grid] | None,
 ) -> tuple[torch.Tensor, list[Grid]]:
     """All columns, in blocks: within one every step updates the block only, the rest follows in one matmul.
 
@@ -91,20 +114,28 @@ def _quantize_columns(
     """
     input_size, length = work.shape[1], config.group_length(work.shape[1])
     levels = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-    grids: list[Grid] = []
+    grids = [] if static is None else static
     for start in range(0, input_size, block_size):
         end = min(start + block_size, input_size)
         block, block_root = work[:, start:end].contiguous(), root[start:end, start:end]
         errors = torch.empty_like(block)  # [output_size, columns of the block]
         for i in range(end - start):
-            if (start + i) % length == 0:  # as a group begins its grid is fixed, from the weights as they are now
+            if (
+                static is None and (start + i) % length == 0
+            ):  # as a group begins its grid is fixed, from the weights as they are now
                 group = block[:, i : i + length] if length <= block_size else work[:, start : start + length]
                 grids.append(find_grid(group, config))
-            level = grids[-1].levels(block[:, i])
+            grid = grids[group_of_step[start + i]]
+            level = grid.levels(block[:, i])
             levels[:, start + i] = level.to(torch.uint8)
-            errors[:, i] = gptq_step(block, i, grids[-1].values(level), block_root)
+            errors[:, i] = gptq_step(block, i, grid.values(level), block_root)
         work[:, end:] -= errors @ root[start:end, end:]
     return levels, grids
+
+
+def _grids_of(weight: torch.Tensor, config: GPTQConfig) -> list[Grid]:
+    """The grid of each group, from the weights as they are."""
+    return [find_grid(group, config) for group in weight.split(config.group_length(weight.shape[1]), dim=1)]
 
 
 def _stack(grids: list[Grid]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,12 +3,14 @@
 Milestone: M7. vLLM counterpart: none. GPTQModel and AutoGPTQ hold the whole model and move layers to the GPU in turn.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.nn import functional as F
 
 from folovllm.attention.backend import AttentionMetadata, AttentionSpec
 from folovllm.attention.backends.no_cache import NoCacheBackend
@@ -21,6 +23,7 @@ from folovllm.model_executor.models.llama import LlamaDecoderLayer
 from folovllm.model_executor.models.registry import get_model_class
 from folovllm.model_executor.weight_utils import load_weights, refuse, safetensors_files
 
+DOWNLOAD_AGAIN = "download the model again"
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -30,20 +33,28 @@ class TensorFolder:
     def __init__(self, folder: Path) -> None:
         self.files: dict[str, Path] = {}
         for path in safetensors_files(folder):
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 self.files |= dict.fromkeys(file.keys(), path)
 
     def get(self, name: str) -> torch.Tensor:
         if name not in self.files:
-            refuse(f"the tensor {name!r}", "none in the checkpoint", "download the model again")
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
+            refuse(f"the tensor {name!r}", "none in the checkpoint", DOWNLOAD_AGAIN)
+        with _opened(self.files[name]) as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
 
     def items(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         """(name without `prefix`, tensor) of every tensor below it."""
         for name in sorted(self.files):
             if name.startswith(prefix):
                 yield name.removeprefix(prefix), self.get(name)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        refuse("a whole safetensors file", f"{path.name} of {path.stat().st_size:,} bytes ({error})", DOWNLOAD_AGAIN)
 
 
 class LayerRunner:
@@ -76,37 +87,66 @@ class LayerRunner:
             out, residual = layer(hidden, torch.zeros_like(hidden), rows)
         return out + residual
 
-    def inputs_of(
-        self, linear: nn.Module, layer: LlamaDecoderLayer, states: Sequence[torch.Tensor]
-    ) -> Iterator[torch.Tensor]:
-        """What `linear` gets to see in `layer`, [length, input_size] per sequence; nothing after it is computed."""
-        caught: list[torch.Tensor] = []
-        handle = linear.register_forward_pre_hook(_stop_at(caught))
-        try:
-            for hidden in states:
-                try:
-                    self.run(layer, hidden)
-                except _StopForward:
-                    yield caught.pop()
-        finally:
-            handle.remove()
+    @torch.inference_mode()
+    def inputs_in_turn(
+        self, layer: LlamaDecoderLayer, states: list[torch.Tensor]
+    ) -> Iterator[tuple[str, LinearBase, Iterable[torch.Tensor]]]:
+        """(name, linear, what it gets to see: [length, input_size] per sequence), in the order in which they run.
+
+        The caller may change a linear's weight before it asks for the next: what follows goes through the new one.
+        `states` are moved through the layer on the way, in place; only down's inputs, which are wide, are not kept
+        but computed twice.
+        """
+        attention, mlp = layer.self_attn, layer.mlp
+        inputs = [layer.input_layernorm(hidden) for hidden in states]
+        yield "self_attn.qkv_proj", attention.qkv_proj, inputs
+        for i, x in enumerate(inputs):
+            rows = self.rotary.rows(torch.arange(x.shape[0]), x.dtype)
+            with set_forward_context(single_sequence(x.shape[0])):
+                inputs[i] = input_of(attention.o_proj, lambda x=x, rows=rows: attention(x, rows))  # type: ignore[misc]
+        yield "self_attn.o_proj", attention.o_proj, inputs
+        for i, x in enumerate(inputs):
+            inputs[i], states[i] = layer.post_attention_layernorm(attention.o_proj(x), states[i].clone())
+        yield "mlp.gate_up_proj", mlp.gate_up_proj, inputs
+        yield "mlp.down_proj", mlp.down_proj, (input_of(mlp.down_proj, lambda x=x: mlp(x)) for x in inputs)  # type: ignore[misc]
+        for i, x in enumerate(inputs):
+            states[i] = states[i] + mlp(x)
 
 
 class _StopForward(Exception):
     """The forward pass has come to where it was to end."""
 
 
-def _stop_at(caught: list[torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+def input_of(linear: nn.Module, forward: Callable[[], object]) -> torch.Tensor:
+    """What `linear` gets to see in `forward()`, which ends there."""
+    caught: list[torch.Tensor] = []
+
+    def stop(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         caught.append(inputs[0])
         raise _StopForward
 
-    return hook
+    handle = linear.register_forward_pre_hook(stop)
+    try:
+        forward()
+    except _StopForward:
+        pass
+    finally:
+        handle.remove()
+    return caught.pop()
 
 
-def linears_of(layer: nn.Module) -> list[tuple[str, LinearBase]]:
-    """(name, linear) in the order in which they run: qkv, o, gate and up, down."""
-    return [(name, module) for name, module in layer.named_modules() if isinstance(module, LinearBase)]
+class WholeSequenceBackend(NoCacheBackend):
+    """no_cache by torch's fused kernel: no [length, length] weights, which cost more than the linears at 1024."""
+
+    name = "whole_sequence"
+
+    def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        assert metadata.num_reqs == 1  # complete from its first token, so is_causal's top left corner is the right one
+        q, k, v = (t.float().transpose(0, 1)[None] for t in (query, self.key, self.value))  # [1, heads, length, size]
+        group = self.spec.num_queries_per_kv
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.spec.scale)
+        return out[0].transpose(0, 1).to(query.dtype).contiguous()  # [length, num_heads, head_size]
 
 
 def bind_no_cache(module: nn.Module, arch: ModelArchitecture, dtype: torch.dtype = torch.float32) -> None:
@@ -121,7 +161,7 @@ def bind_no_cache(module: nn.Module, arch: ModelArchitecture, dtype: torch.dtype
     )
     for part in module.modules():
         if isinstance(part, Attention):
-            part.bind(NoCacheBackend(spec), torch.empty(0))
+            part.bind(WholeSequenceBackend(spec), torch.empty(0))
 
 
 def single_sequence(length: int) -> AttentionMetadata:

@@ -2,7 +2,7 @@
 
 Milestone: M7. vLLM counterpart: none. Left out: merging the files; loaders read the index.
 
-    quantize_log.json                     settings and the layers that are done; what an interrupted job goes on from
+    quantize_log.json                     settings, the layers that are done, time and memory; where a job goes on from
     model-00001-of-00032.safetensors      embedding, final norm, head, untouched
     model-00002-of-00032.safetensors      layer 0, and so on
     config.json, model.safetensors.index.json, tokenizer: written at the end, so half a model is never loaded as a whole
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from folovllm.gptq_config import GPTQConfig
 from folovllm.hf_config import ModelArchitecture
 from folovllm.model_executor.weight_utils import INDEX
+from folovllm.quantize.clock import FILES, PartClock, peak_memory_bytes
 from folovllm.quantize.layerwise import TensorFolder
 
 LOG = "quantize_log.json"
@@ -58,15 +60,19 @@ class OutputFolder:
         self.source, self.out, self.num_layers = source, out, arch.num_hidden_layers
         self.settings = settings | {"source": _source_digest(source)}
         self.errors: list[LayerErrors] = []
+        self.clock, self.started = PartClock(), time.perf_counter()
+        self.seconds_before, self.peak_before = 0.0, 0
         if (out / LOG).is_file():
             self._resume()
+        elif out.exists() and not out.is_dir():
+            raise ValueError(f"{out} is a file: name a new folder")
         elif out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} is not empty: name a new folder")
         out.mkdir(parents=True, exist_ok=True)
         self._write_log()
 
     def _resume(self) -> None:
-        log = json.loads((self.out / LOG).read_text(encoding="utf-8"))
+        log = _read_log(self.out)
         if (self.out / "config.json").is_file():
             raise ValueError(f"{self.out} holds a finished model: name a new folder")
         different = [name for name in self.settings if log["settings"].get(name) != self.settings[name]]
@@ -76,6 +82,8 @@ class OutputFolder:
                 f"repeat that command to go on, or name a new folder"
             )
         self.errors = [LayerErrors(**entry) for entry in log["linears"]]
+        self.clock = PartClock(log["parts"])
+        self.seconds_before, self.peak_before = log["seconds"], log["peak_memory_bytes"]
 
     def has_layer(self, index: int) -> bool:
         return any(entry.layer == index for entry in self.errors) and self._layer_path(index).is_file()
@@ -85,23 +93,29 @@ class OutputFolder:
 
     def add_layer(self, index: int, tensors: dict[str, torch.Tensor], errors: Sequence[LayerErrors]) -> None:
         """The log last: a layer counts once it says so."""
-        _save(tensors, self._layer_path(index))
+        with self.clock.part(FILES):
+            _save(tensors, self._layer_path(index))
         self.errors = [entry for entry in self.errors if entry.layer != index] + list(errors)
         self._write_log()
 
-    def finish(self, config: GPTQConfig, damp: float) -> None:
+    def finish(self, config: GPTQConfig, damp: float, static_groups: bool) -> None:
         """Whatever is no decoder layer, the index, the small files, and config.json."""
+        with self.clock.part(FILES):
+            self._write_rest()
+        quantization = config.to_json(damp, QUANTIZER) | {"static_groups": static_groups}
+        self._write_json("quantize_config.json", quantization)
+        self._write_log()
+        original = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+        self._write_json("config.json", original | {"quantization_config": quantization})
+
+    def _write_rest(self) -> None:
         tensors = TensorFolder(self.source)
         rest = {name: tensors.get(name) for name in sorted(tensors.files) if not name.startswith("model.layers.")}
         _save(rest, self._path(0))
         for path in self.source.iterdir():
             if path.is_file() and not path.name.endswith(_NOT_COPIED) and path.name != "config.json":
                 shutil.copy2(path, self.out / path.name)
-        quantization = config.to_json(damp, QUANTIZER)
-        self._write_json("quantize_config.json", quantization)
         self._write_index()
-        original = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
-        self._write_json("config.json", original | {"quantization_config": quantization})
 
     def _write_index(self) -> None:
         weight_map, total = {}, 0
@@ -111,7 +125,16 @@ class OutputFolder:
         self._write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def _write_log(self) -> None:
-        self._write_json(LOG, {"settings": self.settings, "linears": [asdict(entry) for entry in self.errors]})
+        """`seconds`, `parts` and memory are over all runs that it took."""
+        content = {
+            "settings": self.settings,
+            "threads": torch.get_num_threads(),
+            "seconds": self.seconds_before + time.perf_counter() - self.started,
+            "parts": self.clock.seconds,
+            "peak_memory_bytes": max(self.peak_before, peak_memory_bytes()),
+            "linears": [asdict(entry) for entry in self.errors],
+        }
+        self._write_json(LOG, content)
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         beside = self.out / f".{name}.tmp"
@@ -123,6 +146,15 @@ class OutputFolder:
 
     def _path(self, number: int) -> Path:
         return self.out / f"model-{number + 1:05}-of-{self.num_layers + 1:05}.safetensors"
+
+
+def _read_log(out: Path) -> dict[str, Any]:
+    try:
+        log: dict[str, Any] = json.loads((out / LOG).read_text(encoding="utf-8"))
+        log["settings"], log["linears"], log["parts"], log["seconds"], log["peak_memory_bytes"]
+    except (OSError, ValueError, KeyError):
+        raise ValueError(f"{out / LOG} is damaged or of another version: name a new folder") from None
+    return log
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:

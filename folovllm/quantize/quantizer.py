@@ -4,11 +4,12 @@ Milestone: M7. vLLM counterpart: none. Left out: several GPUs, quantising the he
 
 Layer by layer, the calibration sequences go through what is quantised already, so each layer is fitted to the inputs
 that it will really get; and within a layer likewise: qkv, then o, then gate and up, then down. In memory are one layer,
-one Hessian and the sequences' hidden states; finished layers are on disk, and an interrupted job goes on after them.
+one Hessian and the sequences' hidden states, twice; finished layers are on disk, and an interrupted job goes on after
+them.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from folovllm.model_executor.layers.linear import LinearBase
 from folovllm.model_executor.layers.quantization.quantized_linear import LEAVES, QuantizedLinear, dequantize_weights
 from folovllm.model_executor.models.llama import LlamaDecoderLayer
 from folovllm.model_executor.weight_utils import load_weights
+from folovllm.quantize.clock import ERRORS, FILES, FORWARD, HESSIAN
 from folovllm.quantize.gptq import Hessian, gptq_quantize, output_error, rtn_quantize
-from folovllm.quantize.layerwise import LayerRunner, TensorFolder, linears_of
+from folovllm.quantize.layerwise import LayerRunner, TensorFolder
 from folovllm.quantize.output import LayerErrors, OutputFolder, digest_of
 
 METHODS = ("gptq", "rtn")
-_POSSIBLE_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
+_POSSIBLE_GROUPS = (32, 64, 128)  # what `folovllm quantize` takes
 Tensors = dict[str, torch.Tensor]
 
 
@@ -38,6 +40,7 @@ class QuantizeSettings:
     config: GPTQConfig
     method: str = "gptq"
     damp: float = 0.01
+    static_groups: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -46,6 +49,8 @@ class QuantizeSettings:
             raise ValueError(f"damp must be between 0 and 1, such as 0.01; got {self.damp}")
         if self.method == "rtn" and self.config.desc_act:
             raise ValueError("act-order orders GPTQ's columns; rounding to nearest has no order: drop --desc-act")
+        if self.method == "rtn" and self.static_groups:
+            raise ValueError("rounding to nearest never changes a group's grid: drop --static-groups")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,7 +77,7 @@ def quantize_checkpoint(
     output = OutputFolder(source, out, settings.to_json() | {"calibration": digest_of(windows)}, arch)
     job = QuantizeJob(TensorFolder(source), output, arch, settings)
     errors = job.run(windows, progress)
-    output.finish(settings.config, settings.damp)
+    output.finish(settings.config, settings.damp, settings.static_groups)
     return errors
 
 
@@ -84,7 +89,7 @@ class QuantizeJob:
     ) -> None:
         self.tensors, self.output, self.settings, self.config = tensors, output, settings, settings.config
         self.num_layers = arch.num_hidden_layers
-        self.runner = LayerRunner(tensors, arch)
+        self.runner, self.clock = LayerRunner(tensors, arch), output.clock
         self.packed_modules = self.runner.packed_modules
 
     @torch.inference_mode()
@@ -98,15 +103,15 @@ class QuantizeJob:
 
     def _do_layer(self, index: int, states: list[torch.Tensor], bar: "tqdm[Any]") -> None:
         """Quantise a layer, or take it from the output folder, and move `states` through it, in place."""
-        layer = self.runner.load_layer(index)
+        with self.clock.part(FILES):
+            layer = self.runner.load_layer(index)
         if self.output.has_layer(index):
             self._reload(layer, index)
             bar.update(4)
+            with self.clock.part(FORWARD):
+                states[:] = [self.runner.run(layer, hidden) for hidden in states]
         else:
             self._quantize_layer(layer, index, states, bar)
-        # The layer as it will be run later: what it puts out is the next one's calibration input.
-        for i, hidden in enumerate(states):
-            states[i] = self.runner.run(layer, hidden)
         # Parameters know their layer by their weight_loader: uncut, it would live until the garbage collector comes.
         for param in layer.parameters():
             delattr(param, "weight_loader")
@@ -124,29 +129,40 @@ class QuantizeJob:
         prefix = f"model.layers.{index}."
         tensors = dict(self.tensors.items(prefix))  # norms and biases stay as they are
         errors: list[LayerErrors] = []
-        for name, linear in linears_of(layer):
-            start = time.perf_counter()
-            quantized, error, rtn_error = self._quantize_linear(linear, layer, states)
+        start = time.perf_counter()
+        for name, linear, inputs in self.clock.each(FORWARD, self.runner.inputs_in_turn(layer, states)):
+            quantized, error, rtn_error = self._quantize_linear(linear, inputs)
+            # What it puts out is what the next one is fitted to, as it will be when the model runs.
             linear.weight.data.copy_(quantized.dequantize())  # type: ignore[operator]
             tensors |= self._packed(name, linear, quantized, tensors)
             errors.append(LayerErrors(index, name, error, rtn_error, time.perf_counter() - start))
+            start = time.perf_counter()
             bar.update()
             bar.set_postfix_str(errors[-1].summary())
         self.output.add_layer(index, {prefix + name: tensor for name, tensor in tensors.items()}, errors)
 
     def _quantize_linear(
-        self, linear: LinearBase, layer: LlamaDecoderLayer, states: list[torch.Tensor]
+        self, linear: LinearBase, inputs: Iterable[torch.Tensor]
     ) -> tuple[QuantizedLinear, float | None, float | None]:
         """A fused layer at once: its parts share their inputs, and rows do not know of each other."""
         weight = linear.weight.detach().clone()  # type: ignore[operator]
-        nearest = rtn_quantize(weight, self.config)
         if self.settings.method == "rtn":
-            return nearest, None, None
+            return rtn_quantize(weight, self.config), None, None
         hessian = Hessian(linear.input_size)
-        for x in self.runner.inputs_of(linear, layer, states):
-            hessian.add(x)
-        quantized = gptq_quantize(weight, hessian.matrix, self.config, self.settings.damp)
-        errors = [output_error(weight, q.dequantize(), hessian.matrix) for q in (quantized, nearest)]
+        for x in self.clock.each(FORWARD, inputs):
+            with self.clock.part(HESSIAN):
+                hessian.add(x)
+        quantized = gptq_quantize(
+            weight,
+            hessian.matrix,
+            self.config,
+            self.settings.damp,
+            static_groups=self.settings.static_groups,
+            clock=self.clock,
+        )
+        with self.clock.part(ERRORS):
+            nearest = rtn_quantize(weight, self.config)
+            errors = [output_error(weight, q.dequantize(), hessian.matrix) for q in (quantized, nearest)]
         return quantized, errors[0], errors[1]
 
     def _packed(self, name: str, linear: LinearBase, quantized: QuantizedLinear, tensors: Tensors) -> Tensors:

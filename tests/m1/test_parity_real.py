@@ -116,13 +116,10 @@ ARGMAX_GAP = 0.5
 
 
 @torch.inference_mode()
-def forced_hf(model_dir: Path, dtype: str) -> Forced:
-    """HuggingFace's pass over every whole text at once."""
-    from folovllm.entrypoints.hf_baseline import load_hf
-
-    model = load_hf(model_dir, dtype)
+def forced_hf(model: Any, rows: list[dict[str, Any]] = BF16_ROWS) -> Forced:
+    """HuggingFace's pass over every whole text at once. `model` is one of transformers."""
     logprobs, argmax, gaps = [], [], []
-    for row in BF16_ROWS:
+    for row in rows:
         num_prompt, tokens = len(row["prompt_token_ids"]), torch.tensor(row["token_ids"])
         text = torch.tensor([row["prompt_token_ids"] + row["token_ids"]])  # [1, num_prompt + num_tokens]
         logits = model(text).logits[0, num_prompt - 1 : -1].float()  # [num_tokens, vocab_size]
@@ -133,22 +130,22 @@ def forced_hf(model_dir: Path, dtype: str) -> Forced:
     return Forced(torch.cat(logprobs), torch.cat(argmax), torch.cat(gaps))
 
 
-def forced_ours(model_dir: Path, **engine_args: Any) -> Forced:
+def forced_ours(model_dir: Path, rows: list[dict[str, Any]] = BF16_ROWS, **engine_args: Any) -> Forced:
     """Our engine's prompt_logprobs of the whole texts."""
     from folovllm.engine.llm_engine import LLMEngine
     from folovllm.executor.uniproc import UniProcExecutor
 
-    args = {"dtype": "bfloat16", "linear_backend": "onednn", "block_size": 16, "max_num_seqs": len(BF16_ROWS)}
+    args = {"dtype": "bfloat16", "linear_backend": "onednn", "block_size": 16, "max_num_seqs": len(rows)}
     config = make_config(model_dir, max_model_len=MAX_MODEL_LEN, **args | engine_args)
     engine = LLMEngine(config, UniProcExecutor(config, model_dir), tokenizer=None)
-    for i, row in enumerate(BF16_ROWS):
+    for i, row in enumerate(rows):
         text = row["prompt_token_ids"] + row["token_ids"]
         engine.add_request(str(i), text, greedy(1, prompt_logprobs=1, detokenize=False))
     outputs = {}
     while engine.has_unfinished_requests():
         outputs |= {output.request_id: output for output in engine.step()}
     logprobs, argmax = [], []
-    for i, row in enumerate(BF16_ROWS):
+    for i, row in enumerate(rows):
         entries = outputs[str(i)].prompt_logprobs[len(row["prompt_token_ids"]) :]
         for token, entry in zip(row["token_ids"], entries, strict=True):
             logprobs.append(entry[token].logprob)
@@ -158,12 +155,16 @@ def forced_ours(model_dir: Path, **engine_args: Any) -> Forced:
 
 @pytest.fixture(scope="module")
 def exact(model_dir: Path) -> Forced:
-    return forced_hf(model_dir, "float32")
+    from folovllm.entrypoints.hf_baseline import load_hf
+
+    return forced_hf(load_hf(model_dir, "float32"))
 
 
 @pytest.fixture(scope="module")
 def hf_bf16(model_dir: Path, exact: Forced) -> Forced:
-    return forced_hf(model_dir, "bfloat16")
+    from folovllm.entrypoints.hf_baseline import load_hf
+
+    return forced_hf(load_hf(model_dir, "bfloat16"))
 
 
 def mean_and_p99(forced: Forced, exact: Forced) -> tuple[float, float]:

@@ -1,8 +1,9 @@
 """The lattice: whatever the switches, the same greedy tokens as `generate_naive` (DESIGN section 1; issue 3, 4.1).
 
 Milestone: M3; M4 added `attention_backend`, M5 `enable_chunked_prefill`, M6 `enable_prefix_caching` and what goes with
-it (each later rung adds its switch here). A pairwise covering array always runs, and some crowded corners; the full
-product of the switches that schedule is `slow`, with kernels, models and the kinds of cache taking turns in it.
+it, M7 `quantization` (each later rung adds its switch here). A pairwise covering array always runs, and some crowded
+corners; the full product of the switches that schedule is `slow`, with kernels, models and the kinds of cache taking
+turns in it.
 """
 
 import itertools
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from folovllm.milestones import LADDER
+from tests.m7.quant_helpers import make_quantizable, quantize
 from tests.pairwise import Case, pairwise, product
 from tests.parity_helpers import MIN_GAP, GapNaiveModel, Job, draw_prompt, make_engine, make_job, run_jobs
 
@@ -43,6 +45,18 @@ CACHING: dict[str, dict[str, Any]] = {
     "hash, partial": {"enable_prefix_caching": True, "prefix_index": "hash", "partial_block_hits": True},
     "radix, partial": {"enable_prefix_caching": True, "prefix_index": "radix", "partial_block_hits": True},
 }
+# A plain model, or a GPTQ checkpoint of its architecture; with linear_backend "auto" that runs in 4 bits in C++.
+QUANTIZATION: dict[str, dict[str, Any]] = {
+    "plain": {"quantization": "auto"},
+    "auto": {"quantization": "auto"},
+    "dequantize": {"quantization": "dequantize"},
+}
+CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {  # by model
+    "llama": ("Llama", {"group_size": 32}),
+    "llama_rope": ("Llama", {"desc_act": True}),
+    "qwen2": ("Qwen2", {"bits": 3, "sym": False, "group_size": -1}),
+    "qwen3": ("Qwen3", {"sym": False, "checkpoint_format": "gptq_v2"}),
+}
 POOLS = {"evicting": 2, "tiny": 1}  # requests of max_model_len that fit, and not a block more
 MODELS = ["llama", "llama_rope", "qwen2", "qwen3"]
 SWITCHES: dict[str, list[Any]] = {
@@ -57,19 +71,23 @@ SWITCHES: dict[str, list[Any]] = {
     "attention_backend": ["torch_naive", "auto", "torch_sdpa", "torch_flash"],  # auto: C++ where there is a compiler
     "enable_chunked_prefill": list(CHUNKING),
     "enable_prefix_caching": list(CACHING),
+    "quantization": list(QUANTIZATION),
 }
 RUNS = {"passes": [1, 2], "model": MODELS}  # the second pass meets a warm cache
 ARRAY = pairwise(SWITCHES | RUNS)
 # In the full product a kernel need not meet every schedule: it cannot know who made its batch. Nor need each cache.
-TURNS = {name: SWITCHES[name] for name in ("linear_backend", "attention_backend")} | RUNS
+TURNS = {name: SWITCHES[name] for name in ("linear_backend", "attention_backend", "quantization")} | RUNS
 CACHES = [name for name in CACHING if name != "off"]
 
 MakeTiny = Callable[[str], Path]
+FolderOf = Callable[[str, str], Path]
+JobsOf = Callable[[Path], list[Job]]
 
 
 def engine_args(case: Case) -> dict[str, Any]:
     args = {name: value for name, value in case.items() if name in SWITCHES} | {"max_model_len": MAX_MODEL_LEN}
     args |= {"num_kv_blocks": num_kv_blocks(case)}
+    args |= QUANTIZATION[case["quantization"]]
     return args | CHUNKING[case["enable_chunked_prefill"]] | CACHING[case["enable_prefix_caching"]]
 
 
@@ -95,25 +113,42 @@ def must_hit(case: Case) -> bool:
 
 
 @pytest.fixture(scope="module")
-def jobs_of(tiny_model_dir: MakeTiny) -> Callable[[str], list[Job]]:
-    """Jobs of a model with the oracle's tokens, made once."""
-    made: dict[str, list[Job]] = {}
+def folder_of(tiny_model_dir: MakeTiny, tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
+    """The folder for a model and a value of `quantization`; GPTQ checkpoints are made once."""
+    made: dict[str, Path] = {}
 
-    def get(name: str) -> list[Job]:
-        if name not in made:
-            model = GapNaiveModel(tiny_model_dir(name))
-            made[name] = [
-                make_job(model, length, n, seed, prio, COMMON[: length - 1] if length in FAMILY else ())
-                for seed, (length, n, prio) in enumerate(SHAPES)
-            ]
-        return made[name]
+    def get(model: str, quantization: str) -> Path:
+        if quantization == "plain":
+            return tiny_model_dir(model)
+        if model not in made:
+            (family, config), folder = CHECKPOINTS[model], tmp_path_factory.mktemp(model)
+            made[model] = quantize(make_quantizable(family, folder / "plain"), folder / "gptq", **config)
+        return made[model]
 
     return get
 
 
-def run_case(case: Case, folder: Path, jobs: list[Job]) -> int:
+@pytest.fixture(scope="module")
+def jobs_of() -> JobsOf:
+    """Jobs of a model with the oracle's tokens, made once. The oracle computes with dequantised weights."""
+    made: dict[Path, list[Job]] = {}
+
+    def get(folder: Path) -> list[Job]:
+        if folder not in made:
+            model = GapNaiveModel(folder)
+            made[folder] = [
+                make_job(model, length, n, seed, prio, COMMON[: length - 1] if length in FAMILY else ())
+                for seed, (length, n, prio) in enumerate(SHAPES)
+            ]
+        return made[folder]
+
+    return get
+
+
+def run_case(case: Case, folder_of: FolderOf, jobs_of: JobsOf) -> int:
     """Run a case, compare every token; how many preemptions there were."""
-    engine = make_engine(folder, **engine_args(case))
+    folder = folder_of(case["model"], case["quantization"])
+    engine, jobs = make_engine(folder, **engine_args(case)), jobs_of(folder)
     for number in range(case["passes"]):
         assert run_jobs(engine, jobs, late=LATE) == [job.tokens for job in jobs], f"pass {number} differs with {case}"
     stats = engine.stats()
@@ -124,27 +159,26 @@ def run_case(case: Case, folder: Path, jobs: list[Job]) -> int:
 
 
 @pytest.mark.parametrize("case", ARRAY, ids=lambda case: "-".join(map(str, case.values())))
-def test_pairwise(case: Case, tiny_model_dir: MakeTiny, jobs_of: Callable[[str], list[Job]]) -> None:
-    run_case(case, tiny_model_dir(case["model"]), jobs_of(case["model"]))
+def test_pairwise(case: Case, folder_of: FolderOf, jobs_of: JobsOf) -> None:
+    run_case(case, folder_of, jobs_of)
 
 
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("chunking", ["off", "budget 7", "budget 16", "threshold 3"])
-def test_corners(chunking: str, cache: str, tiny_model_dir: MakeTiny, jobs_of: Callable[[str], list[Job]]) -> None:
+def test_corners(chunking: str, cache: str, folder_of: FolderOf, jobs_of: JobsOf) -> None:
     """Everything that can get into another's way at once: chunks, hits, copies, preemptions in mid-prompt."""
-    crowd = {"max_num_seqs": 8, "num_kv_blocks": "tiny", "reserve_full_sequence": False, "passes": 2}
+    crowd = {"max_num_seqs": 8, "num_kv_blocks": "tiny", "reserve_full_sequence": False, "passes": 2, "model": "llama"}
     case = ARRAY[-1] | crowd | {"enable_chunked_prefill": chunking, "enable_prefix_caching": cache}
-    for block_size, policy in ((1, "fcfs"), (5, "priority")):
-        case |= {"block_size": block_size, "scheduling_policy": policy, "policy": "continuous"}
-        assert run_case(case, tiny_model_dir("llama"), jobs_of("llama")) > 0
+    case |= {"linear_backend": "auto", "attention_backend": "auto", "policy": "continuous"}
+    for block_size, policy, quantization in ((1, "fcfs", "plain"), (5, "priority", "auto")):
+        case |= {"block_size": block_size, "scheduling_policy": policy, "quantization": quantization}
+        assert run_case(case, folder_of, jobs_of) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block_size", SWITCHES["block_size"])
 @pytest.mark.parametrize("policy", SWITCHES["policy"])
-def test_full_product(
-    policy: str, block_size: int | str, tiny_model_dir: MakeTiny, jobs_of: Callable[[str], list[Job]]
-) -> None:
+def test_full_product(policy: str, block_size: int | str, folder_of: FolderOf, jobs_of: JobsOf) -> None:
     # Caching first, so that it changes slowly: beside every second case it would meet every second turn only.
     fixed = {"enable_prefix_caching": ["off", "on"], "policy": [policy], "block_size": [block_size]}
     scheduling = {name: values for name, values in SWITCHES.items() if name not in TURNS}
@@ -153,13 +187,14 @@ def test_full_product(
     preemptions = 0
     for case in (case | turn for case, turn in turns):
         case["enable_prefix_caching"] = case["cache"] if case["enable_prefix_caching"] == "on" else "off"
-        preemptions += run_case(case, tiny_model_dir(case["model"]), jobs_of(case["model"]))
+        preemptions += run_case(case, folder_of, jobs_of)
     print(f"{policy}, block_size {block_size}: {len(cases)} combinations, {preemptions} preemptions")
 
 
+@pytest.mark.parametrize("quantization", ["plain", "auto"])
 @pytest.mark.parametrize("name", MODELS)
-def test_no_tie_decides(name: str, jobs_of: Callable[[str], list[Job]]) -> None:
-    jobs = jobs_of(name)
+def test_no_tie_decides(name: str, quantization: str, folder_of: FolderOf, jobs_of: JobsOf) -> None:
+    jobs = jobs_of(folder_of(name, quantization))
     print(f"{name}: smallest gap of the top two logits {min(job.min_gap for job in jobs):.4f}")
     assert all(job.min_gap > MIN_GAP for job in jobs)
     assert [len(job.tokens) for job in jobs] == [num_tokens for _, num_tokens, _ in SHAPES]

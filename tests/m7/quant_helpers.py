@@ -17,26 +17,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3": {"tie_word_embeddings": True},  # norms on q and k
 }
 
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
 
-def make_quantizable(family: str, folder: Path) -> Path:
-    """A random fp32 model: inputs of 64 and 96, q, k and v of 64, 32 and 32 outputs."""
+
+def make_quantizable(family: str, folder: Path, **changes: Any) -> Path:
+    """A random fp32 model: inputs of 64 and 96, q, k and v of 64, 32 and 32 outputs, unless told otherwise."""
     import transformers
 
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        **FAMILIES[family],
-    )
+    config = getattr(transformers, f"{family}Config")(**SIZES | FAMILIES[family] | changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()

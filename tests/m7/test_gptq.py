@@ -90,17 +90,45 @@ def test_two_columns_are_rounded_as_well_as_possible() -> None:
         assert output_error(weight, other.dequantize(), hessian) >= best - 1e-7
 
 
+def errors_beside_rounding(config: GPTQConfig, seed: int, size: int = 96, static_groups: bool = False) -> float:
+    """GPTQ's error as a share of rounding's."""
+    hessian, weight = hessian_of(layer_inputs(size, seed)), weights(size, seed)
+    done = gptq_quantize(weight, hessian, config, static_groups=static_groups)
+    nearest = rtn_quantize(weight, config)
+    return output_error(weight, done.dequantize(), hessian) / output_error(weight, nearest.dequantize(), hessian)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_layer_error_below_rounding_to_nearest(seed: int) -> None:
-    """All widths; 2 bits asymmetric only: symmetric, they reach from -2 to +1, and columns cannot mend clipping."""
-    hessian, weight = hessian_of(layer_inputs(96, seed)), weights(96, seed)
+    """All widths; 2 bits in small groups only with grids that do not grow (the next test says why)."""
     for bits in (2, 3, 4, 8):
-        config = GPTQConfig(bits, (32, -1)[seed // 4 % 2], sym=bits > 2 and seed % 3 > 0, desc_act=seed % 2 > 0)
-        errors = [
-            output_error(weight, quantized.dequantize(), hessian)
-            for quantized in (gptq_quantize(weight, hessian, config), rtn_quantize(weight, config))
-        ]
-        assert errors[0] < (1.0 if bits == 2 else 0.8) * errors[1], f"{bits} bits"
+        config = GPTQConfig(bits, (32, -1)[seed // 4 % 2], sym=seed % 3 > 0, desc_act=seed % 2 > 0)
+        share = errors_beside_rounding(config, seed, static_groups=bits == 2)
+        assert share < 0.8, f"{bits} bits"
+
+
+def test_grids_grow_with_two_bits_unless_they_are_static() -> None:
+    """Later groups have made up for the errors of earlier ones, and are wider: their grids get coarse."""
+    config = GPTQConfig(2, 32)
+    hessian, weight = hessian_of(layer_inputs(384, 0)), weights(384, 0)
+    growing, static = (gptq_quantize(weight, hessian, config, static_groups=s) for s in (False, True))
+    assert torch.equal(static.scales, rtn_quantize(weight, config).scales)
+    growth = growing.scales.mean(1) / static.scales.mean(1)  # [num_groups]
+    assert growth[0] == 1.0 and growth[-4:].mean() > 1.2
+    assert errors_beside_rounding(config, 0, 384, static_groups=True) < 0.7
+    assert errors_beside_rounding(config, 0, 384) > 0.9
+
+
+def test_static_groups_are_of_neighbours_in_any_order() -> None:
+    """Act-order then changes the order of the steps, not who shares a scale: nothing to permute at run time."""
+    hessian, weight, config = hessian_of(layer_inputs(96, 4)), weights(96, 4), GPTQConfig(3, 32, desc_act=True)
+    done = gptq_quantize(weight, hessian, config, static_groups=True)
+    assert done.g_idx.tolist() == [0] * 32 + [1] * 32 + [2] * 32
+    plain = gptq_quantize(weight, hessian, GPTQConfig(3, 32), static_groups=True)
+    assert torch.equal(done.scales, plain.scales) and not torch.equal(done.levels, plain.levels)
+    assert output_error(weight, done.dequantize(), hessian) < output_error(
+        weight, rtn_quantize(weight, config).dequantize(), hessian
+    )
 
 
 @pytest.mark.parametrize("config", [GPTQConfig(4, 32), GPTQConfig(3, -1, sym=False), GPTQConfig(4, 32, desc_act=True)])

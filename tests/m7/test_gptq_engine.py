@@ -45,6 +45,7 @@ SWITCHES: dict[str, list[Any]] = {
     "attention_backend": ["cpu_paged", "torch_naive", "torch_flash"],
     "block_size": [16, 5, "max_model_len"],
     "enable_prefix_caching": [True, False],
+    "num_kv_blocks": [None, "tiny"],  # tiny: one request fits, so others are preempted
     "max_num_seqs": [4, 1],
     "max_num_batched_tokens": [7, None],  # 7: prompts in chunks
 }
@@ -110,8 +111,11 @@ def test_tokens_of_the_dequantised_weights(family: str, checkpoint: Any, jobs_of
 @pytest.mark.parametrize("case", pairwise(SWITCHES), ids=str)
 def test_it_goes_with_every_other_switch(case: dict[str, Any], checkpoint: Any, jobs_of: Any) -> None:
     family = list(FAMILIES)[len(str(case)) % len(FAMILIES)]
-    jobs = jobs_of(family)
-    engine = gptq_engine(checkpoint(family), enable_chunked_prefill=case["max_num_batched_tokens"] is not None, **case)
+    jobs, args = jobs_of(family), dict(case)
+    if case["num_kv_blocks"] == "tiny":
+        block_size = MAX_MODEL_LEN if case["block_size"] == "max_model_len" else case["block_size"]
+        args["num_kv_blocks"] = -(-MAX_MODEL_LEN // block_size) + 1  # and the null block
+    engine = gptq_engine(checkpoint(family), enable_chunked_prefill=case["max_num_batched_tokens"] is not None, **args)
     kernel = case["gptq_kernel"]
     dequantises = kernel == "dequant" or (kernel == "auto" and case["linear_backend"] != "auto")
     method = GPTQLinearMethod if dequantises else Int4LinearMethod
@@ -124,6 +128,19 @@ def test_without_packed_weights(family: str, checkpoint: Any, jobs_of: Any) -> N
     """quantization="dequantize", the engine before M7: the same checkpoint, the same tokens."""
     engine = make_engine(checkpoint(family), max_model_len=MAX_MODEL_LEN, block_size=16)
     assert run_jobs(engine, jobs_of(family)) == [job.tokens for job in jobs_of(family)]
+
+
+def test_what_nothing_is_fast_with_is_dequantised(checkpoint: Any, tmp_path: Path) -> None:
+    """8 bits: cpu_int4 cannot, and `dequant` would unpack all weights in every step. One warning, and plain layers."""
+    folder = quantize(checkpoint("Llama").parent / "plain", tmp_path / "gptq8", bits=8)
+    job = make_job(GapNaiveModel(folder), 16, 12, 0)
+    with pytest.warns(UserWarning, match="dequantised while they are loaded, as cpu_int4 holds up to 4 bits, not 8"):
+        engine = gptq_engine(folder, block_size=16, linear_backend="auto")
+    assert not {GPTQLinearMethod, Int4LinearMethod} & {type(layer.quant_method) for layer in linears_of(engine)}
+    assert run_jobs(engine, [job]) == [job.tokens]
+    packed = gptq_engine(folder, block_size=16, linear_backend="auto", gptq_runtime="memory")
+    assert {type(layer.quant_method) for layer in linears_of(packed)} == {GPTQLinearMethod}
+    assert run_jobs(packed, [job]) == [job.tokens]
 
 
 # ---- A whole layer as one call
@@ -163,7 +180,7 @@ def test_one_call_is_equal_to_many(family: str, runtime: str, dtype: torch.dtype
 
 def test_arguments_are_checked() -> None:
     assert QuantizationConfig("auto", "cpu_int4", "memory").gptq_runtime == "memory"
-    with pytest.raises(ValueError, match="gptq_kernel must be one of auto, dequant, cpu_int4; got 'marlin'"):
+    with pytest.raises(ValueError, match="gptq_kernel must be one of auto, dequant, cpu_int4, triton; got 'marlin'"):
         QuantizationConfig("auto", "marlin")
     with pytest.raises(ValueError, match=r"gptq_runtime must be one of .*; did you mean 'memory'"):
         QuantizationConfig("auto", gptq_runtime="memry")

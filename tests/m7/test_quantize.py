@@ -11,18 +11,36 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from folovllm.attention.backend import AttentionSpec
+from folovllm.attention.backends.no_cache import NoCacheBackend
 from folovllm.entrypoints.cli import app
 from folovllm.gptq_config import GPTQConfig
 from folovllm.hf_config import load_hf_config
+from folovllm.model_executor.layers.linear import LinearBase
 from folovllm.model_executor.layers.quantization.quantized_linear import unpack_linear
 from folovllm.model_executor.model_loader import load_model
 from folovllm.model_executor.models.llama import LlamaForCausalLM
 from folovllm.quantize import output
 from folovllm.quantize.dequantized import write_dequantized
 from folovllm.quantize.gptq import Hessian, gptq_quantize, output_error
-from folovllm.quantize.layerwise import LayerRunner, TensorFolder, bind_no_cache, linears_of, single_sequence
+from folovllm.quantize.layerwise import (
+    LayerRunner,
+    TensorFolder,
+    WholeSequenceBackend,
+    bind_no_cache,
+    single_sequence,
+)
 from folovllm.quantize.quantizer import QuantizeJob, QuantizeSettings, quantize_checkpoint
-from scripts.compare_gptqmodel import cut_model, distance, our_logits, quantize_ours, twin_of, write_twin
+from scripts.compare_gptqmodel import (
+    bound,
+    cut_model,
+    distance,
+    our_logits,
+    quantize_ours,
+    table_row,
+    twin_of,
+    write_twin,
+)
 from tests.m7.quant_helpers import FAMILIES, make_quantizable, quantize, random_windows
 
 pytestmark = pytest.mark.m7
@@ -142,14 +160,44 @@ def test_later_layers_are_fitted_to_quantised_inputs(plain: Path, tmp_path: Path
     assert (gptq_quantize(weight, hooked.matrix, config).levels != got.levels).float().mean() > 0.05
 
 
-def test_linears_are_listed_in_the_order_they_run(plain: Path) -> None:
-    """True sequential order rests on it."""
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linears_in_turn_are_one_pass_through_the_layer(family: str, tmp_path: Path) -> None:
+    """Names, order, inputs and result are those of the layer's own forward pass, to the last bit."""
+    source = make_quantizable(family, tmp_path / "plain")
+    runner = LayerRunner(TensorFolder(source), load_hf_config(source))
+    layer, states, ran = runner.load_layer(0), runner.embed(random_windows(2)), []
+    for name, module in layer.named_modules():
+        if isinstance(module, LinearBase):
+            module.register_forward_pre_hook(lambda module, args, name=name: ran.append((name, args[0])))
+    expected = [runner.run(layer, hidden) for hidden in states]
+    seen, ran = ran, []
+    turns = [(name, linear, list(inputs)) for name, linear, inputs in runner.inputs_in_turn(layer, states)]
+    assert all(torch.equal(a, b) for a, b in zip(states, expected, strict=True))
+    assert [name for name, _, _ in turns] == [name for name, _ in seen[:4]] and len(seen) == 8
+    for i, (name, linear, inputs) in enumerate(turns):
+        assert dict(layer.named_modules())[name] is linear
+        assert torch.equal(inputs[0], seen[i][1]) and torch.equal(inputs[1], seen[4 + i][1])
+
+
+def test_a_changed_weight_is_what_follows(plain: Path) -> None:
+    """The second layer's error is not hidden from the third: inputs come through what the caller has put there."""
     runner = LayerRunner(TensorFolder(plain), load_hf_config(plain))
-    layer, ran = runner.load_layer(0), []
-    for name, linear in linears_of(layer):
-        linear.register_forward_pre_hook(lambda module, args, name=name: ran.append(name))
-    runner.run(layer, runner.embed(random_windows(1))[0])
-    assert ran == [name for name, _ in linears_of(layer)] and len(ran) == 4
+    layer, states = runner.load_layer(0), runner.embed(random_windows(1))
+    hidden = states[0].clone()
+    for _, linear, _ in runner.inputs_in_turn(layer, states):
+        linear.weight.data.mul_(0.5)
+    assert torch.equal(states[0], runner.run(layer, hidden))
+
+
+def test_fused_attention_is_the_textbook_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spec = AttentionSpec(6, 2, 16, torch.float32, torch.device("cpu"), block_size=1)
+    query, key, value = (torch.randn(33, heads, 16, generator=generator) for heads in (6, 2, 2))
+    outputs = []
+    for backend in (NoCacheBackend(spec), WholeSequenceBackend(spec)):
+        backend.write(key, value, torch.empty(0), single_sequence(33))
+        outputs.append(backend.forward(query, torch.empty(0), single_sequence(33)))
+    torch.testing.assert_close(outputs[1], outputs[0])
 
 
 def test_running_layers_leaves_the_states_alone(plain: Path) -> None:
@@ -187,7 +235,7 @@ def test_errors_are_reported_beside_rounding(plain: Path, tmp_path: Path) -> Non
     # The first layer's error is what the definition says, on the weights that were written.
     runner = LayerRunner(TensorFolder(plain), load_hf_config(plain))
     layer, hessian = runner.load_layer(0), Hessian(64)
-    for x in runner.inputs_of(layer.self_attn.qkv_proj, layer, runner.embed(random_windows())):
+    for x in next(runner.inputs_in_turn(layer, runner.embed(random_windows())))[2]:
         hessian.add(x)
     twin = model_of(tmp_path / "gptq", "dequantize").model.layers[0].self_attn.qkv_proj.weight
     expected = output_error(layer.self_attn.qkv_proj.weight, twin, hessian.matrix)
@@ -260,11 +308,27 @@ def test_folders_that_hold_something_else(plain: Path, tmp_path: Path) -> None:
         write_dequantized(plain, tmp_path / "twin")
 
 
+def test_damaged_files(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file: name a new folder"):
+        quantize(plain, tmp_path / "file")
+    source = shutil.copytree(plain, tmp_path / "source")
+    weights = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match=r"expected a whole safetensors file; found model.safetensors of .* download"):
+        quantize(source, tmp_path / "gptq")
+    monkeypatch.setattr(output.OutputFolder, "finish", lambda self, *args: None)
+    quantize(plain, tmp_path / "log")
+    (tmp_path / "log" / output.LOG).write_text('{"settings": {}}')
+    with pytest.raises(ValueError, match=r"quantize_log.json is damaged or of another version: name a new folder"):
+        quantize(plain, tmp_path / "log")
+
+
 @pytest.mark.parametrize(
     "config,message",
     [
-        ({"group_size": 128}, r"group_size=128 does not divide all input sizes .*\(64, 96\); use 16, 32, -1"),
-        ({"group_size": 64}, r"use 16, 32, -1 \(-1: one group per output\)"),
+        ({"group_size": 128}, r"group_size=128 does not divide all input sizes .*\(64, 96\); use 32, -1"),
+        ({"group_size": 64}, r"use 32, -1 \(-1: one group per output\)"),
         ({"bits": 5}, "bits of 2, 3, 4, 8; found 5"),
     ],
 )
@@ -285,6 +349,7 @@ def test_three_bits_need_multiples_of_32(tiny_model_dir: Any, tmp_path: Path) ->
         ({"method": "awq"}, "method must be one of gptq, rtn; got 'awq'"),
         ({"damp": -0.1}, "damp must be between 0 and 1"),
         ({"method": "rtn", "config": GPTQConfig(4, desc_act=True)}, "drop --desc-act"),
+        ({"method": "rtn", "static_groups": True}, "drop --static-groups"),
     ],
 )
 def test_settings_are_checked(arguments: dict[str, Any], message: str) -> None:
@@ -306,7 +371,8 @@ def test_the_command(plain: Path, tmp_path: Path) -> None:
     arguments = ["quantize", str(plain), str(tmp_path / "gptq"), "--group-size", "32", "--asym", "--calib", str(text)]
     result = CliRunner().invoke(app, [*arguments, "--samples", "4", "--seq-len", "32"])
     assert result.exit_code == 0, result.output
-    assert "8 linear layers in" in result.output
+    words = " ".join(result.output.split())
+    assert "8 linear layers in" in words and "mean error of an output" in words and "the checkpoint is in" in words
     expected = GPTQConfig(4, 32, sym=False, checkpoint_format="gptq_v2")
     assert load_hf_config(tmp_path / "gptq").quantization == expected
     quiet = CliRunner().invoke(
@@ -331,6 +397,36 @@ def test_the_command_refuses(plain: Path, tmp_path: Path, options: list[str], me
     assert message in " ".join(result.output.split())
 
 
+def test_the_command_interrupted(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 130, and a line that says how to go on; the same command then does."""
+    command = [
+        "quantize",
+        str(plain),
+        str(tmp_path / "gptq"),
+        "--group-size",
+        "32",
+        "--samples",
+        "2",
+        "--seq-len",
+        "32",
+    ]
+    real, begun = QuantizeJob._quantize_layer, []
+
+    def stop_in_layer_1(self: QuantizeJob, layer: Any, index: int, *rest: Any) -> None:
+        begun.append(index)
+        if begun == [0, 1]:
+            raise KeyboardInterrupt
+        real(self, layer, index, *rest)
+
+    monkeypatch.setattr(QuantizeJob, "_quantize_layer", stop_in_layer_1)
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 130
+    assert "the same command goes on after the last finished layer" in " ".join(result.output.split())
+    assert CliRunner().invoke(app, command).exit_code == 0 and begun == [0, 1, 1]
+    log = json.loads((tmp_path / "gptq" / output.LOG).read_text())
+    assert sum(log["parts"].values()) <= log["seconds"] and log["peak_memory_bytes"] > 2**20
+
+
 def test_the_source_is_copied_but_for_its_weights(plain: Path, tmp_path: Path) -> None:
     source = shutil.copytree(plain, tmp_path / "source")
     (source / "chat_template.jinja").write_text("{{ messages }}")
@@ -348,6 +444,7 @@ def test_the_comparison_with_gptqmodel_cuts_models(plain: Path, tmp_path: Path) 
     """scripts/compare_gptqmodel.py, as far as it goes without GPTQModel."""
     cut = cut_model(plain, tmp_path / "cut", 1)
     assert load_hf_config(cut).num_hidden_layers == 1
+    assert {tensor.dtype for tensor in all_tensors(cut).values()} == {torch.float16}
     quantize_ours(cut, tmp_path / "ours", {"bits": 4, "group_size": 32}, random_windows())
     probe = random_windows(1)[0]
     assert write_twin(tmp_path / "ours") is None
@@ -355,3 +452,19 @@ def test_the_comparison_with_gptqmodel_cuts_models(plain: Path, tmp_path: Path) 
     assert torch.equal(ours, twin) and ours.shape == (48, 264)
     assert distance(ours, ours) == 0.0 and distance(ours + twin.std(), twin) == pytest.approx(1.0, rel=1e-4)
     assert "is not quantised" in write_twin(plain)
+    assert 1e-6 < bound(load_hf_config(cut)) < bound(load_hf_config(plain)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "found,equal",
+    [
+        ({"weights": 0.0}, "yes"),
+        ({"weights": 1e-9}, "no"),
+        ({"weights": 0.0, "gptqmodel": 2e-4}, "no"),
+        ({"weights": 0.0, "transformers": "ValueError: no"}, "no"),
+        ({}, "no"),
+    ],
+)
+def test_what_counts_as_equal(found: dict[str, Any], equal: str) -> None:
+    distances = {"folovllm": 1e-6, "gptqmodel": 1e-6, "transformers": 1e-6, **found}
+    assert table_row("4 bits", "ours", distances, limit=1e-4)["equal"] == equal

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from folovllm.quantize.perplexity import engine_scorer, measure_perplexity, score_windows, target_logprobs
 from folovllm.quantize.text import builtin_text, calibration_windows, read_text, text_digest
+from scripts import eval_ppl
 from scripts.eval_ppl import main as eval_main
 from tests.m7.quant_helpers import make_quantizable, quantize, random_windows
 
@@ -135,9 +137,46 @@ def test_perplexity_equals_huggingface(plain: Path, tmp_path: Path) -> None:
     ours, hf, ours_gptq, hf_gptq = (row["perplexity"] for row in report["rows"])
     assert ours == pytest.approx(hf, rel=1e-4) and ours_gptq == pytest.approx(hf_gptq, rel=1e-4)
     assert abs(ours - ours_gptq) > 1e-3 * ours
-    assert report["rows"][2]["quantization"]["bits"] == 4 and report["rows"][0]["quantization"] is None
-    assert report["settings"]["text"]["sha256"] == text_digest(text.read_text())
-    assert str(tmp_path) not in json.dumps(report["rows"])
+    assert report["text"]["sha256"] == text_digest(text.read_text())
+    table = report["results"]
+    assert [row["rise"] for row in table[:2]] == ["-", "-"] and table[2]["rise"] == f"{ours_gptq - ours:+.3f}"
+    assert [(row["method"], row["bits"], row["groups"]) for row in table[1:3]] == [
+        ("-", "-", "-"),
+        ("GPTQ", "4", "32 sym"),
+    ]
+    assert str(tmp_path) not in result.read_text()
+
+
+def test_known_perplexities_are_kept(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --resume the same question is not asked again; another window, text or checkpoint is another question."""
+    folder, text, result = quantize(plain, tmp_path / "gptq"), tmp_path / "text.txt", tmp_path / "ppl.json"
+    text.write_text("The quick brown fox jumps over the lazy dog; then it rests. " * 4)
+    arguments = ["--text", str(text), "--window", "64", "--stride", "32", "--threads", "1", "--json", str(result)]
+    eval_main([str(plain), str(folder), *arguments])
+    first, asked = json.loads(result.read_text())["rows"], []
+    real = eval_ppl.evaluate
+    monkeypatch.setattr(eval_ppl, "evaluate", lambda row, *rest: asked.append(row["model"]) or real(row, *rest))
+    eval_main([str(plain), str(folder), *arguments, "--resume"])
+    assert asked == [] and json.loads(result.read_text())["rows"] == first
+    shutil.rmtree(folder)
+    quantize(plain, folder, random_windows(seed=1))
+    eval_main([str(folder), str(plain), *arguments, "--resume"])
+    assert asked == [folder.name]
+    assert json.loads(result.read_text())["rows"][1] == first[0]
+    text.write_text("Another text of some length that is about nothing at all. " * 4)
+    eval_main([str(plain), *arguments, "--resume", "--max-tokens", "80"])
+    assert asked == [folder.name, plain.name]
+
+
+def test_who_made_a_checkpoint(plain: Path, tmp_path: Path) -> None:
+    folder = quantize(plain, tmp_path / "gptq")
+    assert eval_ppl.method_of(folder) == "GPTQ"
+    (folder / "quantize_log.json").unlink()
+    assert eval_ppl.method_of(folder) == "folovllm"
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["meta"]["quantizer"] = ["gptqmodel:7.6.0"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert eval_ppl.method_of(folder) == "gptqmodel"
 
 
 def test_packed_and_dequantised_score_alike(plain: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ class EngineOptions:
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="Any other engine argument, e.g. block_size=32. Repeatable.",
+            help="Any other engine argument, e.g. block_size=32 or gptq_runtime=memory. Repeatable.",
             rich_help_panel=ENGINE,
         ),
     ] = None

@@ -23,12 +23,10 @@ from folovllm.model_executor.layers.quantization.crossover import ALL_ROWS, Cand
 from folovllm.model_executor.layers.quantization.int4_weight import (
     BLOCK,
     MAX_BITS,
-    Int4Weight,
     interleave_halves,
-    merge_parts,
     pack_int4,
 )
-from folovllm.model_executor.layers.quantization.kernels import GPTQKernel, KernelOptions, layer_parts
+from folovllm.model_executor.layers.quantization.kernels import GPTQKernel, KernelOptions, merged_parts
 from folovllm.model_executor.layers.quantization.quantized_linear import LEAVES, QuantizedLinear
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -71,13 +69,21 @@ class CpuInt4Kernel(GPTQKernel):
         self.keeps_bf16 = options.runtime != "memory" and options.dtype is torch.bfloat16 and ops.has_bf16_dot()
 
     def plan(self, num_weights: int) -> None:
-        if self.options.runtime == "auto" and 2 * num_weights > MEMORY_SHARE * psutil.virtual_memory().available:
-            self.keeps_bf16 = False
+        if not self.keeps_bf16:
+            return
+        needed, free = 2 * num_weights, psutil.virtual_memory().available
+        if self.options.runtime == "auto":
+            self.keeps_bf16 = needed <= MEMORY_SHARE * free
+        elif needed + num_weights // 2 > free:
+            raise ValueError(
+                f"gptq_runtime='speed' keeps bf16 copies of all weights, {needed / 2**30:.1f} GiB beside the 4 bits, "
+                f"and {free / 2**30:.1f} GiB are free: use gptq_runtime='memory'"
+            )
 
     def process(self, layer: LinearBase) -> None:
         bias = None if layer.bias is None else layer.bias.detach().float()
-        merged, parts, start = merge_parts(layer_parts(layer, self.config)), [], 0
-        for linear in merged:
+        parts, start = [], 0
+        for linear in merged_parts(layer, self.config):
             size = linear.levels.shape[0]
             parts.append((self._store(linear, None if bias is None else bias[start : start + size]), size))
             start += size
@@ -87,11 +93,11 @@ class CpuInt4Kernel(GPTQKernel):
             layer.register_parameter(name, None)
 
     def _store(self, linear: QuantizedLinear, bias: torch.Tensor | None) -> list[torch.Tensor]:
-        weight: Int4Weight = pack_int4(linear, self.config.bits)
+        weight = pack_int4(linear, self.config.bits, self.ops)
         levels, scales, zeros = (self._arena.move(tensor) for tensor in weight.tensors[:3])
         packed = torch.empty(0)
         if self.keeps_bf16:
-            packed = self._arena.move(self.ops.pack_weight(linear.dequantize().bfloat16()))
+            packed = self._arena.move(self.ops.int4_to_bf16(*weight.tensors, linear.g_idx.numel()))
         padded = torch.empty(0) if bias is None else F.pad(bias, (0, -len(bias) % BLOCK))
         return [levels, scales, zeros, weight.perm, padded, packed]
 

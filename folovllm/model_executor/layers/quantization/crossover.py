@@ -2,13 +2,15 @@
 
 Milestone: M7. vLLM counterpart: none (its tuned tables ship with it, per GPU).
 
-4 bits are a quarter of the bytes, but each tile of 8 rows unpacks them anew: for few rows memory decides, for many the
+4 bits are a quarter of the bytes, but each tile of 6 rows unpacks them anew: for few rows memory decides, for many the
 arithmetic does. Where they cross depends on the CPU and on the sizes of the layers. The answer is kept in the user's
-cache under a key of all that it depends on.
+cache under a key of all that it depends on. Other programs may be at work meanwhile, so every layer is timed by itself,
+and the best of its times counts: few of a tenth of a millisecond are interrupted.
 """
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -21,9 +23,11 @@ import torch
 from folovllm.csrc.build import SOURCE_DIR, cpu_features
 
 ALL_ROWS = 2**31
-ROWS = (1, 2, 4, 8, 16, 32, 64)
-_REPEATS = 2
-_SWEEP_BYTES = 48 * 2**20  # of bf16 weights: more than caches hold, so that reading costs what it does in a model
+ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_REPEATS = 3
+_MAX_SECONDS = 1.0
+GUESS = 8  # what two AMD cores with AVX-512 VNNI measured
+_SWEEP_BYTES = 96 * 2**20  # of bf16 weights: more than caches hold, so that reading costs what it does in a model
 
 
 @dataclass(frozen=True)
@@ -39,24 +43,35 @@ def default_cache_file() -> Path:
     return Path.home() / ".cache" / "folovllm" / "gptq_crossover.json"
 
 
+class _TooBusy(Exception):
+    """Other programs leave this one too little time to measure in."""
+
+
 def find_crossover(ops: Any, layers: Sequence[Candidate], cache_file: Path | None = None) -> int:
-    """The largest batch, in tokens, for which 4 bits are faster; 0: none is."""
+    """The largest batch, in tokens, for which 4 bits are faster; 0: none is. GUESS if that cannot be measured now."""
     file = cache_file or default_cache_file()
     key, known = _cache_key(layers), _read(file)
-    if key not in known:
-        sweep = _one_sweep(layers)
-        known[key] = largest_winner(lambda rows: _wins(ops, sweep, rows))
-        _write(file, known)
+    if key in known:
+        return known[key]
+    sweep, deadline = _one_sweep(layers), time.perf_counter() + _MAX_SECONDS
+    try:
+        known[key] = largest_winner(lambda rows: _wins(ops, sweep, rows, deadline))
+    except _TooBusy:
+        return GUESS  # and the next start tries again
+    _write(file, known)
     return known[key]
 
 
 def largest_winner(wins: Callable[[int], bool]) -> int:
-    """The last of ROWS before 4 bits lose for the first time."""
-    best = 0
+    """The last of ROWS before 4 bits lose twice in a row: once may be chance."""
+    best = losses = 0
     for rows in ROWS:
-        if not wins(rows):
+        if wins(rows):
+            best, losses = rows, 0
+            continue
+        losses += 1
+        if losses == 2:
             break
-        best = rows
     return best
 
 
@@ -70,22 +85,24 @@ def _one_sweep(layers: Sequence[Candidate]) -> list[Candidate]:
     return sweep
 
 
-def _wins(ops: Any, sweep: Sequence[Candidate], rows: int) -> bool:
-    """Whether 4 bits take less time than bf16: the best of a few sweeps in turn, as others use the machine, too."""
-    times: dict[int, list[float]] = {ALL_ROWS: [], 0: []}
+def _wins(ops: Any, sweep: Sequence[Candidate], rows: int, deadline: float) -> bool:
+    """Whether 4 bits take less time than bf16 for all layers together."""
     inputs = {size: torch.randn(rows, size).bfloat16() for size in {layer.input_size for layer in sweep}}
+    best = {ALL_ROWS: [math.inf] * len(sweep), 0: [math.inf] * len(sweep)}  # seconds, by max_int4_rows
     for _ in range(_REPEATS):
-        for max_rows, taken in times.items():
-            start = time.perf_counter()
-            for layer in sweep:
+        for i, layer in enumerate(sweep):
+            for max_rows, times in best.items():
+                start = time.perf_counter()
                 ops.linear_mixed(inputs[layer.input_size], layer.tensors, layer.output_size, False, max_rows)
-            taken.append(time.perf_counter() - start)
-    return min(times[ALL_ROWS]) < min(times[0])
+                times[i] = min(times[i], time.perf_counter() - start)
+            if start > deadline:
+                raise _TooBusy
+    return sum(best[ALL_ROWS]) < sum(best[0])
 
 
 def _cache_key(layers: Sequence[Candidate]) -> str:
     shapes = sorted({str([tuple(t.shape) for t in layer.tensors]) for layer in layers})
-    kernels = [(SOURCE_DIR / name).read_text(encoding="utf-8") for name in ("int4.cpp", "linear.cpp")]
+    kernels = [(SOURCE_DIR / name).read_text(encoding="utf-8") for name in ("int4.cpp", "int4.h", "linear.cpp")]
     facts = (cpu_features(), str(torch.get_num_threads()), *kernels, *shapes)
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
 

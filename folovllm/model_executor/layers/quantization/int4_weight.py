@@ -7,6 +7,7 @@ are sorted by their group here, once; what a call does about act-order is to fet
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from folovllm.model_executor.layers.quantization.quantized_linear import QuantizedLinear
 
 MAX_BITS = 4
+MAX_GROUP = 128  # inputs
 BLOCK = 32  # outputs that lie together
 _CHUNK = 4  # inputs that lie together
 _MIDDLE = 8  # the level that stands for 0 where zeros are symmetric
@@ -39,25 +41,18 @@ def interleave_halves(blocks: torch.Tensor) -> torch.Tensor:
     return blocks.copy_(blocks.clone().unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1))
 
 
-def merge_parts(parts: list[QuantizedLinear]) -> list[QuantizedLinear]:
-    """One part of them all, if their inputs fall into the same groups; else as they are."""
-    if any(not torch.equal(part.g_idx, parts[0].g_idx) for part in parts):
-        return parts
-    levels = torch.cat([part.levels for part in parts])  # [output_size, input_size]
-    scales = torch.cat([part.scales for part in parts], dim=1)  # [num_groups, output_size]
-    zeros = torch.cat([part.zeros for part in parts], dim=1)
-    return [QuantizedLinear(levels, scales, zeros, parts[0].g_idx)]
-
-
-def pack_int4(linear: QuantizedLinear, bits: int) -> Int4Weight:
-    """From levels of 2, 3 or 4 bits."""
+def pack_int4(linear: QuantizedLinear, bits: int, ops: Any) -> Int4Weight:
+    """From levels of 2, 3 or 4 bits. `ops`: our C++ operators."""
     assert bits <= MAX_BITS
     middle = 2 ** (bits - 1)
     order = input_order(linear.g_idx, linear.scales.shape[0])  # [groups, places]
-    zeros = _in_blocks((linear.zeros - middle).to(torch.int8))
+    pieces = _pieces(order.shape[1])
+    order = split_groups(order, pieces)
+    scales, zeros = (t.repeat_interleave(pieces, dim=0) for t in (linear.scales.float(), linear.zeros - middle))
+    zeros = _in_blocks(zeros.to(torch.int8))
     return Int4Weight(
-        levels=_pack_levels(linear.levels + (_MIDDLE - middle), order),
-        scales=_in_blocks(linear.scales.float()),
+        levels=ops.pack_int4(linear.levels.t().contiguous(), order, _MIDDLE - middle),
+        scales=_in_blocks(scales),
         zeros=zeros if zeros.any() else zeros.new_empty(0),
         perm=order.new_empty(0) if _is_as_it_comes(order, linear.g_idx.numel()) else order.flatten(),
         output_size=linear.levels.shape[0],
@@ -79,18 +74,24 @@ def input_order(g_idx: torch.Tensor, num_groups: int) -> torch.Tensor:
     return order
 
 
+def split_groups(order: torch.Tensor, pieces: int) -> torch.Tensor:
+    """Each group as several: [groups, places] -> [groups * pieces, fewer places], -1 up to whole chunks."""
+    places = -(-order.shape[1] // (pieces * _CHUNK)) * _CHUNK
+    padded = F.pad(order, (0, pieces * places - order.shape[1]), value=-1)
+    return padded.view(-1, places).contiguous()
+
+
+def _pieces(places: int) -> int:
+    """Into how many a group is split: csrc/int4.cpp wants MAX_GROUP at most, and rounds x by the largest of a group.
+
+    One more here and there, if no place then stays empty. E.g. 576 places -> 6 of 96, not 5 of 116.
+    """
+    fewest = -(-places // MAX_GROUP)
+    return next((n for n in range(fewest, 2 * fewest) if places % (n * _CHUNK) == 0), fewest)
+
+
 def _is_as_it_comes(order: torch.Tensor, input_size: int) -> bool:
     return order.numel() == input_size and torch.equal(order.flatten(), torch.arange(input_size, dtype=torch.int32))
-
-
-def _pack_levels(levels: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """levels [output_size, input_size], 0 .. 15 -> [blocks, groups, chunks, 64]."""
-    padded = F.pad(levels, (0, 1, 0, -len(levels) % BLOCK), value=_MIDDLE)  # input -1 is one of zeros, as is output n
-    ordered = padded[:, order.flatten().long()]  # [blocks * 32, groups * places]
-    split = ordered.view(-1, 2, BLOCK // 2, order.shape[0], order.shape[1] // _CHUNK, 2, 2)
-    nibbles = split.permute(0, 3, 4, 2, 6, 5, 1)  # [blocks, groups, chunks, lane, parity, pair, half]
-    low, high = nibbles.unbind(-1)
-    return (low | high << 4).flatten(3).contiguous()
 
 
 def _in_blocks(table: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ A kernel may replace the loaded tensors by its own packing (`process`); the refe
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,15 @@ class DequantKernel(GPTQKernel):
     def apply(self, layer: LinearBase, x: torch.Tensor) -> torch.Tensor:
         weight = torch.cat([part.dequantize() for part in layer_parts(layer, self.config)])  # [output_size, input_size]
         return F.linear(x, weight.to(x.dtype), layer.bias)
+
+
+def merged_parts(layer: LinearBase, config: GPTQConfig) -> list[QuantizedLinear]:
+    """As layer_parts, but in one piece if the inputs of all fall into the same groups."""
+    g_idx: Any = layer.g_idx  # [parts, input_size]
+    if not torch.equal(g_idx, g_idx[:1].expand_as(g_idx)):
+        return layer_parts(layer, config)
+    qweight, qzeros, scales = (getattr(layer, name) for name in ("qweight", "qzeros", "scales"))
+    return [unpack_loaded(qweight, qzeros, scales, g_idx[0], config)]
 
 
 def layer_parts(layer: LinearBase, config: GPTQConfig) -> list[QuantizedLinear]:

@@ -42,8 +42,10 @@ class QuantizedLinear:
     def dequantize(self) -> torch.Tensor:
         """The weight it stands for: [output_size, input_size] fp32."""
         group = self.g_idx.long()
-        scales, zeros = self.scales[group].t(), self.zeros[group].t()  # [output_size, input_size]
-        return (self.levels.float() - zeros) * scales
+        weight = self.levels.t().float()  # [input_size, output_size], as tables by group lie, too
+        weight -= self.zeros.float()[group]
+        weight *= self.scales[group]
+        return weight.t()
 
     def outputs(self, start: int, size: int) -> "QuantizedLinear":
         """Only outputs start .. start + size: one layer of a fused one."""

@@ -4,11 +4,29 @@ Milestone: M7. vLLM counterpart: choose_mp_linear_kernel
 (vllm/model_executor/layers/quantization/kernels/mixed_precision).
 """
 
+import warnings
+from collections.abc import Callable
+
+from folovllm.csrc.build import load_ops
 from folovllm.gptq_config import GPTQConfig
 from folovllm.model_executor.layers.quantization.cpu_int4 import CpuInt4Kernel, int4_refusal
 from folovllm.model_executor.layers.quantization.kernels import DequantKernel, GPTQKernel, KernelOptions
 
-KERNELS: dict[str, type[GPTQKernel]] = {"dequant": DequantKernel, "cpu_int4": CpuInt4Kernel}
+
+def _triton(config: GPTQConfig, options: KernelOptions) -> GPTQKernel:
+    """Triton is not everywhere, and decides when it is imported whether it compiles kernels or interprets them."""
+    try:
+        from folovllm.model_executor.layers.quantization.triton_gptq import TritonGPTQKernel
+    except ImportError as error:
+        raise ValueError(str(error)) from None
+    return TritonGPTQKernel(config, options)
+
+
+KERNELS: dict[str, Callable[[GPTQConfig, KernelOptions], GPTQKernel]] = {
+    "dequant": DequantKernel,
+    "cpu_int4": CpuInt4Kernel,
+    "triton": _triton,
+}
 
 
 def get_kernel(name: str, config: GPTQConfig, options: KernelOptions | None = None) -> GPTQKernel:
@@ -18,8 +36,22 @@ def get_kernel(name: str, config: GPTQConfig, options: KernelOptions | None = No
     return KERNELS[name](config, options or KernelOptions())
 
 
-def choose_kernel(config: GPTQConfig, options: KernelOptions, linear_backend: str) -> str:
-    """For gptq_kernel="auto": the fastest that can run it, but plain torch where linear_backend asks for that."""
+def choose_kernel(config: GPTQConfig, options: KernelOptions, linear_backend: str) -> str | None:
+    """For gptq_kernel="auto": the fastest that can run it, but plain torch where linear_backend asks for that.
+
+    None: nothing here is fast with packed weights, so they had better be dequantised while they are loaded.
+    """
     if linear_backend != "auto":
         return "dequant"
-    return "cpu_int4" if int4_refusal(config, options) is None else "dequant"
+    reason = int4_refusal(config, options)
+    if reason is None:
+        return "cpu_int4"
+    if options.runtime == "memory":
+        return "dequant"
+    if load_ops() is not None:  # if it is None, there was a warning
+        warnings.warn(
+            f"the weights are dequantised while they are loaded, as cpu_int4 {reason}; "
+            f"gptq_runtime='memory' keeps them packed, but computes slowly",
+            stacklevel=2,
+        )
+    return None

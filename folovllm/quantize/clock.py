@@ -1,0 +1,56 @@
+"""Where the time of quantising goes: seconds per part of the job.
+
+Milestone: M7. vLLM counterpart: none. Parts do not overlap; what is in none of them is the difference to the total.
+"""
+
+import re
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+FORWARD = "forward passes"
+HESSIAN = "Hessians"
+INVERSE = "Cholesky and inverse"
+COLUMNS = "columns"
+ERRORS = "errors, GPTQ and nearest"
+FILES = "reading and writing"
+
+Item = TypeVar("Item")
+
+
+class PartClock:
+    """Adds up; `seconds` may be set to go on from an earlier run's."""
+
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.seconds: dict[str, float] = dict(seconds or {})
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def each(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
+        """`items`, timing only how long each takes to come."""
+        iterator = iter(items)
+        while True:
+            with self.part(name):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held so far, or what it holds now where the system does not say (macOS)."""
+    status = Path("/proc/self/status")
+    # Not ru_maxrss: it starts at what the parent process held.
+    high_water = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.M) if status.exists() else None
+    return int(high_water[1]) * 1024 if high_water is not None else int(psutil.Process().memory_info().rss)
