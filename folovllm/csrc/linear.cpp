@@ -105,7 +105,7 @@ Fetch fetch_of(int64_t index, int64_t tiles, const at::BFloat16* next, int64_t p
 // Rows row .. row + R of one unit. A unit is one block of weights, or with kGated two: the gate's and, right behind it,
 // the up projection's of the same outputs.
 template <bool native, bool kGated, Mode kMode, int R>
-void tile(const Problem& p, int64_t unit, int64_t row, Fetch fetch) {
+void tile(const Problem& p, int64_t unit, int64_t row, const at::BFloat16* next, int64_t pace) {
   constexpr int64_t kParts = kGated ? 2 : 1;
   const at::BFloat16* x = p.x + row * p.x_stride;
   const at::BFloat16* weight = p.packed + unit * kParts * p.pairs * kBlock * 2;
@@ -141,15 +141,15 @@ void tile(const Problem& p, int64_t unit, int64_t row, Fetch fetch) {
       };
       const int64_t lead = part + 1 < kParts ? 0 : std::min(kPrefetch, p.pairs);
       add(0, p.pairs - lead, both_lines_of(weight + kPrefetch * 2 * kLine));
-      add(p.pairs - lead, p.pairs, both_lines_of(fetch.next));
+      add(p.pairs - lead, p.pairs, both_lines_of(next));
     } else if constexpr (kMode == kShare) {
       const int64_t stretches = std::max<int64_t>(1, p.pairs / kStretch);
       for (int64_t i = 0; i < stretches; ++i) {
         const int64_t begin = p.pairs * i / stretches, end = p.pairs * (i + 1) / stretches;
-        const at::BFloat16* ahead = fetch.next + ((part * p.pairs + begin) * fetch.pace >> 16) * kLine;
+        const at::BFloat16* ahead = next + ((part * p.pairs + begin) * pace >> 16) * kLine;
         const Piece* piece = p.aside != nullptr ? p.aside->take() : nullptr;
         const char* beside = piece != nullptr ? p.aside->data(*piece) : reinterpret_cast<const char*>(ahead);
-        const int64_t pace = fetch.pace, slow_pace = piece != nullptr ? piece->lines * 65536 / (end - begin) : 0;
+        const int64_t slow_pace = piece != nullptr ? piece->lines * 65536 / (end - begin) : 0;
         add(begin, end, [=](int64_t step) {
           __builtin_prefetch(ahead + (step * pace >> 16) * kLine, /*write=*/0, kHint);
           __builtin_prefetch(beside + (step * slow_pace >> 16) * 64, /*write=*/0, kHint);
@@ -181,7 +181,7 @@ void tile(const Problem& p, int64_t unit, int64_t row, Fetch fetch) {
   }
 }
 
-using Tile = void (*)(const Problem&, int64_t, int64_t, Fetch);
+using Tile = void (*)(const Problem&, int64_t, int64_t, const at::BFloat16*, int64_t);
 
 template <bool native, bool kGated, Mode kMode, int... R>
 constexpr std::array<Tile, sizeof...(R)> all_tiles(std::integer_sequence<int, R...>) {
@@ -200,7 +200,7 @@ void run(const Problem& p, int64_t panel, int64_t unit, const at::BFloat16* next
     // E.g. 9 rows are 4 and 5: of 8 and 1, the 1 would read the weights for a single row.
     const int64_t first = rows * index / tiles, last = rows * (index + 1) / tiles;
     const Fetch fetch = fetch_of(index, tiles, next, kGated ? 2 * p.pairs : p.pairs);
-    tile_of[fetch.mode][last - first - 1](p, unit, panel * kPanel + first, fetch);
+    tile_of[fetch.mode][last - first - 1](p, unit, panel * kPanel + first, fetch.next, fetch.pace);
   }
 }
 

@@ -226,10 +226,11 @@ def put_together(
 
 
 def _ours_facts(setup: Setup, machine: dict[str, Any]) -> dict[str, Any]:
+    gptq = setup.arch.quantization
     return {
         "label": f"FoloVLLM {setup.options.preset}",
-        "weights": weights_name(FOLDER, setup.options.dtype),
-        "fewer_bits": False,
+        "weights": weights_name(FOLDER, setup.options.dtype) if gptq is None else f"GPTQ {gptq.bits}-bit",
+        "fewer_bits": gptq is not None,
         "version": machine["folovllm"],
     }
 
