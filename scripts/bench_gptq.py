@@ -112,6 +112,26 @@ def measure(engines: dict[str, LLMEngine], vocab_size: int, args: argparse.Names
     }
 
 
+def as_table(figures: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """What scripts/fill_results.py puts into pages."""
+    sizes = " ".join(f"--{name} {getattr(args, name)}" for name in ("repeats", "batch", "prompt", "tokens", "threads"))
+    rows = [
+        {
+            "arm": name,
+            "single tok/s": f"{arm['single_tokens_per_second']:.1f}",
+            "single": f"{arm['single_ratio']:.2f}x",
+            "batch tok/s": f"{arm['batch_tokens_per_second']:.1f}",
+            "batch": f"{arm['batch_ratio']:.2f}x",
+            "linear weights MB": f"{arm['linear_bytes'] / 1e6:.1f}",
+            "of bf16": f"{arm['linear_bytes_ratio']:.0%}",
+            "4 bits up to tokens": "-" if arm["crossover"] is None else str(arm["crossover"]),
+        }
+        for name, arm in figures.items()
+    ]
+    command = f"scripts/bench_gptq.py {Path(args.checkpoint).name} {sizes}"
+    return {"command": command, "unit": "tokens per second", "results": rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
@@ -141,6 +161,7 @@ def main() -> None:
         "quantization": None if quantization is None else dataclasses.asdict(quantization),
         "arms": figures,
     }
+    result |= as_table(figures, args)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
