@@ -9,7 +9,6 @@ The tiles are written down while the backend runs; the roofs come from milestone
 points under them are counted from the default model's configuration. What the page says about them is asserted here.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -17,10 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no window system needed
-
+import figure_files
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
@@ -35,7 +31,6 @@ SMOLLM2 = ROOT / "tests/data/configs/SmolLM2-135M-Instruct.json"
 ROOFS = ROOT / "milestones/m4/results/roofline_cpu.json"
 H100 = (989e12, 3.35e12)  # bf16 dense, HBM3: NVIDIA's data sheet of the SXM board
 BF16 = 2  # bytes
-DPI = 100
 ALL, DIAGONAL, NEVER, INK = "#56B4E9", "#E69F00", "#DDDDDD", "#333333"
 
 
@@ -96,7 +91,7 @@ def draw_tiles(path: Path) -> None:
     axes[0].set_ylabel("position of the query")
     assert counts == [21, 17, 6]  # 21 = 6 * 7 / 2 of 36
     figure.suptitle("Tiles of 4 x 4. Blue: every query sees every key. Orange: mask. Grey: never read", fontsize=11)
-    save(figure, path)
+    figure_files.save(figure, path)
 
 
 # ---- 04: the roofline
@@ -137,7 +132,7 @@ def draw_roofline(path: Path) -> None:
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8, loc="lower right")
     assert [round(o / b, 1) for o, b in points.values()] == [1.0, 7.3, 20.0, 35.8, 5.4, 419.8], points
-    save(figure, path)
+    figure_files.save(figure, path)
 
 
 def measure(path: Path) -> None:
@@ -167,22 +162,13 @@ def best_seconds(work: Callable[[], Any], tries: int) -> float:
     return min(seconds)
 
 
-def save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})  # the same bytes in every run
-    plt.close(figure)
-    print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/learn/img", help="folder for the PNG files")
+    parser = figure_files.parser(__doc__)
     parser.add_argument("--measure", action="store_true", help="measure this machine's roofs first")
     args = parser.parse_args()
     if args.measure:
         measure(ROOFS)
-    args.out.mkdir(parents=True, exist_ok=True)
-    draw_tiles(args.out / "04_tiles.png")
-    draw_roofline(args.out / "04_roofline.png")
+    figure_files.draw_all({"04_tiles": draw_tiles, "04_roofline": draw_roofline}, args.out)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,13 @@ larger of reading its bytes and computing its operations, with two figures of on
 figures that the page quotes are asserted here. Measured ones come from scripts/tune_chunk_size.py.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no window system needed
-
+import figure_files
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
@@ -33,7 +29,6 @@ from folovllm.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2 = ROOT / "tests/data/configs/SmolLM2-135M-Instruct.json"
-DPI = 100
 PROMPT, COMPUTES, DECODE, INK, LINE = "#d95f02", "#d5ece4", "#1b7a5a", "#333333", "#1f77b4"
 
 # A machine of two cores, and SmolLM2-135M in bf16.
@@ -128,7 +123,7 @@ def stall(path: Path) -> None:
                      loc="left", fontsize=10)  # fmt: skip
     axes[1].set_xlabel("ms after the long prompt arrived (modelled); a dark line is a token of a decode")
     axes[0].set_xlim(-60, 1.25 * chunked.ttft)
-    _save(figure, path)
+    figure_files.save(figure, path)
 
 
 def _gantt(ax: Axes, one: Run, num_decodes: int) -> None:
@@ -189,26 +184,11 @@ def budget(path: Path) -> None:
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8, loc="center left")
     figure.supxlabel("max_num_batched_tokens", fontsize=9)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})  # the same bytes in every run
-    plt.close(figure)
-    print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB")
+    figure_files.save(figure, path)
 
 
 FIGURES = {"05_stall": stall, "05_budget": budget}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/learn/img", help="folder for the PNG files")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, draw in FIGURES.items():
-        draw(args.out / f"{name}.png")
-
-
 if __name__ == "__main__":
-    main()
+    figure_files.draw_all(FIGURES, figure_files.parser(__doc__).parse_args().out)

@@ -8,15 +8,10 @@ Every number and every bit comes from the quantiser's own functions; what the pa
 roofline is a model: two rates and a count of instructions, no measurement.
 """
 
-import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no window system needed
-
+import figure_files
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -30,8 +25,6 @@ from folovllm.quantize.gptq import gptq_step, inverse_root, output_error, rtn_qu
 from folovllm.quantize.grid import find_grid
 from tests.m7.example_layer import example_layer
 
-ROOT = Path(__file__).resolve().parents[1]
-DPI = 100
 INK, DONE, RAISED, LOWERED, PLAIN = "#333333", "#9fcbbb", "#fdc086", "#a6cee3", "#ffffff"
 VALUES = ("#cfe8dd", "#f6d9b8")  # neighbouring values in a word take turns
 SPLIT = "#e78ac3"  # a value that lies across two words
@@ -83,7 +76,7 @@ def draw_columns(path: Path) -> None:
         ax.axis("off")
     legend = "green: rounded and fixed; orange: raised, blue: lowered by 0.005 or more to make up for it; framed: row 2"
     figure.suptitle(legend, fontsize=9)
-    _save(figure, path)
+    figure_files.save(figure, path)
 
 
 def _colour(fixed: bool, moved: float) -> str:
@@ -136,7 +129,7 @@ def draw_words(path: Path) -> None:
     ax.text(31.5, -0.75, "bit 0", ha="center", fontsize=7, color=INK)
     ax.set(xlim=(-8.5, 32.2), ylim=(1.7 * len(rows) - 0.3, -1))
     ax.axis("off")
-    _save(figure, path)
+    figure_files.save(figure, path)
 
 
 def _draw_word(ax: Axes, y: float, name: str, content: int, owner: list[int], split: set[int]) -> None:
@@ -185,26 +178,11 @@ def draw_roofline(path: Path) -> None:
     ax.legend(fontsize=8, frameon=False, loc="upper left")
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})  # the same bytes in every run
-    plt.close(figure)
-    print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB")
+    figure_files.save(figure, path)
 
 
 FIGURES = {"07_columns": draw_columns, "07_words": draw_words, "07_roofline": draw_roofline}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/learn/img", help="folder for the PNG files")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, draw in FIGURES.items():
-        draw(args.out / f"{name}.png")
-
-
 if __name__ == "__main__":
-    main()
+    figure_files.draw_all(FIGURES, figure_files.parser(__doc__).parse_args().out)

@@ -8,17 +8,13 @@ Every figure is a run of the engine core on the fake executor; nothing in it is 
 pages quote from the figures are asserted here, so a page cannot go on quoting a picture that has changed.
 """
 
-import argparse
 import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no window system needed
-
+import figure_files
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -34,7 +30,6 @@ from folovllm.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2 = ROOT / "tests/data/configs/SmolLM2-135M-Instruct.json"
-DPI = 100
 WAITS, PREFILL, DECODE = "#eeeeee", "#d95f02", "#1b9e77"
 M2_COLOUR, M3_COLOUR = "#1f77b4", "#d62728"
 
@@ -101,7 +96,7 @@ def timeline(path: Path) -> None:
         _timeline_panel(ax, name, run, len(lengths))
     axes[-1].set(xlabel="step", xlim=(0.5, 94.5))
     figure.suptitle("Ten requests: orange computes its prompt, green makes a token, grey waits", fontsize=11)
-    _save(figure, path)
+    figure_files.save(figure, path)
 
 
 def _timeline_panel(ax: Axes, name: str, run: Run, num_requests: int) -> None:
@@ -143,7 +138,7 @@ def kv_utilisation(path: Path) -> None:
         ax.legend(fontsize=8, loc="center right")
         ax.grid(alpha=0.3)
     figure.suptitle("Workload A, 360 MiB of KV cache (SmolLM2-135M, bf16), counted on the fake executor", fontsize=11)
-    _save(figure, path)
+    figure_files.save(figure, path)
 
 
 def _check_a_quarter_of_it(lengths: list[tuple[int, int]]) -> None:
@@ -173,7 +168,7 @@ def block_map(path: Path) -> None:
             step(core, run)
         _slot_panel(ax, core, block_size, num_blocks, name)
     figure.suptitle("384 slots after 12 steps: dark holds a token, pale is reserved in vain, grey is free", fontsize=11)
-    _save(figure, path)
+    figure_files.save(figure, path)
 
 
 def _slot_panel(ax: Axes, core: EngineCore, block_size: int, num_blocks: int, name: str) -> None:
@@ -197,23 +192,8 @@ def _slot_panel(ax: Axes, core: EngineCore, block_size: int, num_blocks: int, na
     ax.set_title(f"{name}: {len(running)} requests run, {used:.0%} of the memory holds tokens", fontsize=10, loc="left")
 
 
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})  # the same bytes in every run
-    plt.close(figure)
-    print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB")
-
-
 FIGURES = {"02_timeline": timeline, "03_kv_utilisation": kv_utilisation, "03_block_map": block_map}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/learn/img", help="folder for the PNG files")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, draw in FIGURES.items():
-        draw(args.out / f"{name}.png")
-
-
 if __name__ == "__main__":
-    main()
+    figure_files.draw_all(FIGURES, figure_files.parser(__doc__).parse_args().out)

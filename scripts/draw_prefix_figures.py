@@ -7,17 +7,13 @@ Milestone: M6. vLLM counterpart: none. No torch, no weights, a few seconds:
 Everything drawn is a run of the real scheduler on the fake executor; what the page quotes is asserted here.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no window system needed
-
+import figure_files
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
@@ -31,7 +27,6 @@ from folovllm.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2 = ROOT / "tests/data/configs/SmolLM2-135M-Instruct.json"
-DPI = 100
 COMPUTED, HIT, EMPTY, INK = "#d95f02", "#9fcbbb", "#f2f2f2", "#333333"
 OWNERS = {"a": "#9fcbbb", "b": "#8da0cb", "c": "#ffd92f", "d": "#e78ac3"}
 
@@ -99,7 +94,7 @@ def chat(path: Path) -> None:
             ax.spines[side].set_visible(False)
     axes[0].set_ylabel("tokens of the prompt")
     axes[1].legend(fontsize=8, loc="upper left")
-    _save(figure, path)
+    figure_files.save(figure, path)
 
 
 # ---- the free queue
@@ -160,7 +155,7 @@ def eviction(path: Path) -> None:
     ax.text(7.45, -0.85, "tail: lives longest", ha="center", fontsize=8, color=INK)
     ax.set(xlim=(-2.2, 8.1), ylim=(len(found) - 0.4, -1.1))
     ax.axis("off")
-    _save(figure, path)
+    figure_files.save(figure, path)
 
 
 def _draw_block(ax: Axes, column: int, row: int, block: int, held: tuple[str, int] | None) -> None:
@@ -170,23 +165,8 @@ def _draw_block(ax: Axes, column: int, row: int, block: int, held: tuple[str, in
     ax.text(column + 0.45, row, label, ha="center", va="center", fontsize=8, color=INK)
 
 
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})  # the same bytes in every run
-    plt.close(figure)
-    print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB")
-
-
 FIGURES = {"06_chat": chat, "06_eviction": eviction}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/learn/img", help="folder for the PNG files")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, draw in FIGURES.items():
-        draw(args.out / f"{name}.png")
-
-
 if __name__ == "__main__":
-    main()
+    figure_files.draw_all(FIGURES, figure_files.parser(__doc__).parse_args().out)

@@ -4,8 +4,6 @@ Milestone: M4 (issue 4, 1.3). The interpreter runs what the kernels say, in fp32
 compiler shows that they can be said to a GPU in every dtype. What only a GPU can show is in test_gpu_backends.py.
 """
 
-import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 
 from folovllm.attention.backends import triton_paged
 from tests.m4.triton_interpreter import Interpreter
+from tests.triton_helpers import spilled
 
 pytestmark = pytest.mark.m4
 
@@ -153,16 +152,6 @@ def compile_kernel(name: str, spec: AttentionSpec, capability: int) -> Any:
         arg: types.get(arg, TRITON_NAMES[spec.dtype] if arg.endswith("_ptr") else "i32") for arg in kernel.arg_names
     }
     return triton.compile(ASTSource(kernel, signature, constexprs), target=GPUTarget("cuda", capability, 32))
-
-
-def spilled(cubin: bytes, folder: Path) -> int:
-    """Bytes of memory per thread that stand in for registers, as NVIDIA's own tool (in Triton's wheel) reports them."""
-    import triton
-
-    (folder / "kernel.cubin").write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    report = subprocess.check_output([tool, "--dump-resource-usage", folder / "kernel.cubin"], text=True)
-    return sum(map(int, re.findall(r"STACK:(\d+)", report)))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ tests/m4/triton_interpreter.py): the functions under "the cases" are its own. Wh
 
 import dataclasses
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from folovllm.model_executor.layers.quantization.triton_gptq import pack_weight
 from tests.m4 import triton_interpreter
 from tests.m7.quant_helpers import make_quantizable, quantize, random_layer
 from tests.m7.test_gptq_linear import INPUT, LAYERS
+from tests.triton_helpers import spilled
 
 pytestmark = pytest.mark.m7
 
@@ -391,16 +391,6 @@ def compile_kernel(name: str, dtype: torch.dtype, bits: int, rows: int, group_si
     }
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": tiles.num_warps})
-
-
-def spilled(cubin: bytes, folder: Path) -> int:
-    """Bytes of memory per thread that stand in for registers, as NVIDIA's own tool (in Triton's wheel) reports them."""
-    import triton
-
-    (folder / "kernel.cubin").write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    report = subprocess.check_output([tool, "--dump-resource-usage", folder / "kernel.cubin"], text=True)
-    return sum(map(int, re.findall(r"STACK:(\d+)", report)))
 
 
 @pytest.mark.parametrize(
