@@ -118,7 +118,7 @@ def _build_locked(compiler: str, sources: list[Path], target: Path) -> None:
         raise BuildError(f"they did not compile here before, see {failed}; delete it to try again")
     for abandoned in target.parent.glob(".building-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
-    print("folovllm: building the CPU kernels once (about 30 s)...", file=sys.stderr, flush=True)
+    print("folovllm: building the CPU kernels once (about 40 s on 2 cores)...", file=sys.stderr, flush=True)
     temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
     try:
         _compile(compiler, sources, temporary)
