@@ -23,6 +23,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "attention_plan.h"
 #include "pages.h"
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
@@ -34,16 +35,14 @@
 namespace folovllm {
 namespace {
 
+// A function by itself: inlined next to others, GCC would run out of registers and keep their sums in memory.
+#define FOLOVLLM_ALONE __attribute__((noinline))
+
 using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kWidth = Vec::size();  // 16 with AVX-512, 8 with AVX2
 constexpr int64_t kRegRows = 4;          // rows at once: 4 x 4 sums, 4 operands and a broadcast fit 32 registers
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
-
-// Sums stand in rows of whole 32s. E.g. a head of 80 has sums 96 apart.
-constexpr int64_t padded(int64_t head_size) {
-  return (head_size + 31) / 32 * 32;
-}
 
 // ---- The two products. R rows at once, so that each vector of K or V is loaded once for R rows.
 
@@ -58,18 +57,30 @@ inline Vec dot(Vec sum, Vec k, float q) {
   return at::vec::fmadd(k, Vec(q), sum);
 }
 
-// scores[r][j] = scale * q[r] . k[j] for V vectors of keys, from key `first` of a tile on. `next`, if given, is the tile
-// that comes after; its keys are asked for now, a line at a time, so that memory works while we compute. Pages lie
-// anywhere, and the CPU's own prefetcher starts anew in each.
+// Keep a vector in its register. GCC would otherwise load it from memory again for every row, and loads are scarcer than
+// products.
+inline void keep(Vec& v) {
+#if FOLOVLLM_BF16_DOT
+  __m512 kept = v;
+  asm("" : "+v"(kept));
+  v = kept;
+#endif
+}
+
+// scores[r][j] = scale * q[r] . k[j] for the keys of V vectors, from key `first` of a tile on. `next`, if given, has the
+// groups of the tile that comes after; its keys are asked for now, a line at a time, so that memory works while we
+// compute. Pages lie anywhere, and the CPU's own prefetcher starts anew in each.
 template <bool kDot, int R, int V>
-void score_vectors(const float* query, int64_t words, const float* const* group, const float* const* next, float scale,
-                   int64_t first, float* scores) {
+FOLOVLLM_ALONE void score_vectors(const float* query, int64_t words, const float* const* group,
+                                  const float* const* next, float scale, int64_t first, float* scores) {
   const float* column[V];
+  const float* ahead[V];
   Vec sum[R][V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     const int64_t key = first + v * kWidth;
     column[v] = group[key / kGroup] + key % kGroup;
+    ahead[v] = next != nullptr ? next[key / kGroup] : nullptr;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       sum[r][v] = Vec(0.0f);
@@ -77,14 +88,13 @@ void score_vectors(const float* query, int64_t words, const float* const* group,
   }
   for (int64_t p = 0; p < words; ++p) {
     Vec k[V];
-    if (next != nullptr) {
-      for (int64_t g = 0; g < kTile / kGroup; ++g) {
-        prefetch(next[g] + p * kGroup);
-      }
-    }
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       k[v] = Vec::loadu(column[v] + p * kGroup);
+      keep(k[v]);
+      if (next != nullptr) {
+        prefetch(ahead[v] + p * kGroup);
+      }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -108,7 +118,7 @@ void score_vectors(const float* query, int64_t words, const float* const* group,
 template <bool kDot, int R>
 void score(const float* query, int64_t words, const float* const* group, const float* const* next, float scale,
            int64_t count, float* scores) {
-  for (int64_t first = 0; first < count; first += 4 * kWidth, next = nullptr) {
+  for (int64_t first = 0; first < count; first += 4 * kWidth) {
     switch (std::min<int64_t>(4, (count - first) / kWidth)) {
       case 1: score_vectors<kDot, R, 1>(query, words, group, next, scale, first, scores); break;
       case 2: score_vectors<kDot, R, 2>(query, words, group, next, scale, first, scores); break;
@@ -129,10 +139,19 @@ inline Vec load_vec(const T* data) {
   }
 }
 
+template <typename T>
+inline void store_vec(T* data, const Vec& v) {
+  if constexpr (std::is_same_v<T, float>) {
+    v.store(data);
+  } else {
+    at::vec::convert_from_float<T>(v, Vec(0.0f)).store(data, kWidth);
+  }
+}
+
 // sum[r] = sum[r] * rescale[r] + weights[r] . values, for V vectors of the head from number d on. `next` as in `score`.
 template <typename T, int R, int V>
-void add_values(const float* weights, const T* const* value, const T* const* next, int64_t count, int64_t d,
-                const float* rescale, float* sums, int64_t head_size) {
+FOLOVLLM_ALONE void add_values(const float* weights, const T* const* value, const T* const* next, int64_t count,
+                               int64_t d, const float* rescale, float* sums, int64_t head_size) {
   constexpr int64_t kPerLine = 64 / sizeof(T);
   const int64_t width = padded(head_size);
   Vec sum[R][V];
@@ -144,15 +163,17 @@ void add_values(const float* weights, const T* const* value, const T* const* nex
     }
   }
   for (int64_t j = 0; j < count; ++j) {
+    const int64_t place = j % kGroup * head_size + d;
+    const T* values = value[j / kGroup] + place;
     Vec x[V];
     if (next != nullptr) {
       for (int64_t i = 0; i < V * kWidth; i += kPerLine) {
-        prefetch(next[j] + d + i);
+        prefetch(next[j / kGroup] + place + i);
       }
     }
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      x[v] = load_vec(value[j] + d + v * kWidth);
+      x[v] = load_vec(values + v * kWidth);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -180,8 +201,9 @@ void add_values(const float* weights, const T* const* value, const T* const* nex
 //   key j    a0 a1 .. a31        sums  0-15: a0 b0 | a1 b1 | a2 b2 | a3 b3 | a8 b8 | ...     numbers 0-3, 8-11, ...
 //   key j+1  b0 b1 .. b31        sums 16-31: a4 b4 | a5 b5 | ...                             numbers 4-7, 12-15, ...
 template <int R, int V>
-void add_value_pairs(const float* weights, const at::BFloat16* const* value, const at::BFloat16* const* next,
-                     int64_t count, int64_t d, const float* rescale, float* sums, int64_t head_size) {
+FOLOVLLM_ALONE void add_value_pairs(const float* weights, const at::BFloat16* const* value,
+                                    const at::BFloat16* const* next, int64_t count, int64_t d, const float* rescale,
+                                    float* sums, int64_t head_size) {
   const int64_t width = padded(head_size);
   const __mmask32 inside = head_size - d >= 32 ? ~0u : 0xffffu;  // a head of 80 ends with half a vector
   __m512 sum[R][2 * V];
@@ -192,26 +214,31 @@ void add_value_pairs(const float* weights, const at::BFloat16* const* value, con
       sum[r][v] = _mm512_mul_ps(_mm512_loadu_ps(sums + r * width + d + v * 16), _mm512_set1_ps(rescale[r]));
     }
   }
-  for (int64_t j = 0; j < count; j += 2) {
-    __m512bh pair[2 * V];
+  for (int64_t first = 0; first < count; first += kGroup) {
+    const at::BFloat16* values = value[first / kGroup] + d;
+    const at::BFloat16* ahead = next != nullptr ? next[first / kGroup] + d : nullptr;
+    const int64_t end = std::min(kGroup, count - first);
+    for (int64_t j = 0; j < end; j += 2, values += 2 * head_size) {
+      __m512 pair[2 * V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const __m512i a = _mm512_maskz_loadu_epi16(inside, value[j] + d + v * 32);
-      const __m512i b = j + 1 < count ? _mm512_maskz_loadu_epi16(inside, value[j + 1] + d + v * 32)
+      for (int v = 0; v < V; ++v) {
+        const __m512i a = _mm512_maskz_loadu_epi16(inside, values + v * 32);
+        const __m512i b = j + 1 < end ? _mm512_maskz_loadu_epi16(inside, values + head_size + v * 32)
                                       : _mm512_setzero_si512();  // not ours to read: it may be NaN
-      pair[2 * v] = (__m512bh)_mm512_unpacklo_epi16(a, b);
-      pair[2 * v + 1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
-      if (next != nullptr) {
-        prefetch(next[j] + d + v * 32);
-        prefetch(next[j + 1] + d + v * 32);
+        pair[2 * v] = (__m512)_mm512_unpacklo_epi16(a, b);
+        pair[2 * v + 1] = (__m512)_mm512_unpackhi_epi16(a, b);
+        if (next != nullptr) {
+          prefetch(ahead + j * head_size + v * 32);
+          prefetch(ahead + (j + 1) * head_size + v * 32);
+        }
       }
-    }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const __m512bh weight = (__m512bh)_mm512_set1_ps(weights[r * kTile + j / 2]);
+      for (int r = 0; r < R; ++r) {
+        const __m512bh weight = (__m512bh)_mm512_set1_ps(weights[r * kTile + (first + j) / 2]);
 #pragma GCC unroll 4
-      for (int v = 0; v < 2 * V; ++v) {
-        sum[r][v] = _mm512_dpbf16_ps(sum[r][v], pair[v], weight);
+        for (int v = 0; v < 2 * V; ++v) {
+          sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)pair[v], weight);
+        }
       }
     }
   }
@@ -224,9 +251,9 @@ void add_value_pairs(const float* weights, const at::BFloat16* const* value, con
   }
 }
 
-// 64 fp32 weights -> 64 bf16 in the first half of their memory.
-void round_weights(float* weights) {
-  for (int64_t j = 0; j < kTile; j += 16) {
+// fp32 weights -> bf16 in the first half of their memory.
+void round_weights(float* weights, int64_t count) {
+  for (int64_t j = 0; j < count; j += 16) {
     const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(weights + j));
     std::memcpy(weights + j / 2, &rounded, sizeof(rounded));
   }
@@ -253,7 +280,7 @@ void add_tile(float* weights, const T* const* value, const T* const* next, int64
 #if FOLOVLLM_BF16_DOT
   if constexpr (kDot) {
     for (int r = 0; r < R; ++r) {
-      round_weights(weights + r * kTile);
+      round_weights(weights + r * kTile, count);
     }
     for (; d + 64 <= head_size; d += 64) {
       add_value_pairs<R, 2>(weights, value, next, count, d, rescale, sums, head_size);
@@ -287,17 +314,26 @@ void in_row_blocks(int64_t rows, const F& f) {
 
 // ---- Online softmax
 
+// The larger of two scores: one instruction, where at::vec::maximum takes four to let a NaN win. A NaN is not lost: its
+// own weight is NaN, and with it the sum of all.
+inline Vec larger(const Vec& a, const Vec& b) {
+  return at::vec::clamp_min(a, b);
+}
+
 // `count` scores of one row -> weights exp(score - max), for keys below `valid`; 0 for the others. Updates max and total, and
 // says by how much the sums so far must shrink because the maximum grew.
 template <typename T>
 void softmax_row(float* scores, int64_t count, int64_t valid, float& max, float& total, float& rescale) {
-  // Not by adding -inf: what lies in a slot that nobody has written may be NaN.
-  std::fill(scores + valid, scores + count, kMinusInf);
   Vec highest(max);
   for (int64_t j = 0; j < count; j += kWidth) {
-    highest = at::vec::maximum(highest, Vec::loadu(scores + j));
+    Vec x = Vec::loadu(scores + j);
+    if (j + kWidth > valid) {  // not by adding -inf: what lies in a slot that nobody has written may be NaN
+      x = Vec::set(Vec(kMinusInf), x, std::max<int64_t>(0, valid - j));
+      x.store(scores + j);
+    }
+    highest = larger(highest, x);
   }
-  const float new_max = at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, highest);
+  const float new_max = at::vec::vec_reduce_all<float>(larger, highest);
   if (new_max == kMinusInf) {  // this row has seen no key yet: -inf - -inf would be NaN
     std::fill(scores, scores + count, 0.0f);
     rescale = 1.0f;

@@ -12,12 +12,15 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include <optional>
+
 #include "ops.h"
 
 namespace folovllm {
 namespace {
 
-// Reads the layers' weights, one layer behind the other, in the order in which they are used. What the model does not have is an empty tensor.
+// Reads the layers' weights, one layer behind the other, in the order in which they are used. What the model does not
+// have is an empty tensor.
 class Weights {
  public:
   Weights(at::TensorList tensors, int64_t max_int4_rows) : tensors_(tensors), max_int4_rows_(max_int4_rows) {}
@@ -66,13 +69,20 @@ constexpr int64_t kMaxAsideTokens = 64;     // with more, each page is read for 
 // What all layers of a step share.
 struct Step {
   const at::Tensor &cos, &sin;  // [num_tokens, 1, head_size]
-  const at::Tensor &slot_mapping, &query_start_loc, &seq_lens, &block_table;
+  const at::Tensor &slot_mapping, &seq_lens, &block_table;
+  const AttentionPlan& plan;
   int64_t num_heads, intermediate_size;
   double eps, scale;
 };
 
+// The rows that somebody will read, where that is not all.
+struct Ends {
+  at::Tensor rows;     // [num_reqs] int64, each sequence's last
+  AttentionPlan plan;  // for their queries alone
+};
+
 // Where in a layer's cache attention will find the K and V of every sequence: all pages, each cut into equal pieces.
-void list_pages(const Step& step, const at::Tensor& kv_cache, std::vector<Piece>& pieces) {
+void list_pages(const Step& step, const at::Tensor& kv_cache, Aside& aside) {
   const int64_t page_bytes = kv_cache.stride(0) * kv_cache.element_size(), lines = page_bytes / 64;
   const int64_t cuts = (lines + kMaxPieceLines - 1) / kMaxPieceLines, block_size = kv_cache.size(3) / step.cos.size(-1);
   if (lines == 0 || lines > kMaxPageLines || step.cos.size(0) > kMaxAsideTokens) {
@@ -83,42 +93,28 @@ void list_pages(const Step& step, const at::Tensor& kv_cache, std::vector<Piece>
     const int64_t num_pages = (step.seq_lens.const_data_ptr<int32_t>()[s] + block_size - 1) / block_size;
     for (int64_t i = 0; i < num_pages * cuts; ++i) {
       const int64_t first = lines * (i % cuts) / cuts, end = lines * (i % cuts + 1) / cuts;
-      pieces.push_back({table[i / cuts] * page_bytes + first * 64, end - first});
+      aside.add(step.plan.owner(s), {table[i / cuts] * page_bytes + first * 64, end - first});
     }
   }
 }
 
-// hidden, residual [num_tokens, hidden_size] -> hidden; residual is updated in place. `aside` is what to fetch meanwhile.
-// Of the last layer only the rows `ends`, if given, will be read: all K and V, but nothing else of the others. Its result
-// and its residual are of those rows.
+// hidden, residual [num_tokens, hidden_size] -> hidden; residual is updated in place. `aside`, if given, is what to fetch
+// meanwhile. With `ends` all K and V are computed, but of the rest only those rows; result and residual have no others.
 at::Tensor decoder_layer(const Step& step, const at::Tensor& hidden, at::Tensor& residual, Weights& weights,
-                         const at::Tensor& kv_cache, Aside* aside, const at::Tensor* ends) {
+                         const at::Tensor& kv_cache, Aside* aside, const Ends* ends) {
   const int64_t num_tokens = hidden.size(0), hidden_size = hidden.size(1), head_size = step.cos.size(-1);
-  const int64_t num_kv_heads = kv_cache.size(1), num_qk_heads = step.num_heads + num_kv_heads;
-  const int64_t num_all_heads = num_qk_heads + num_kv_heads;
+  const int64_t num_all_heads = step.num_heads + 2 * kv_cache.size(1);
 
   at::Tensor x = rms_norm(hidden, residual, weights.next(), step.eps);
   const at::Tensor qkv = weights.multiply(x, num_all_heads * head_size).view({num_tokens, num_all_heads, head_size});
-  at::Tensor query = qkv.narrow(1, 0, step.num_heads);              // [num_tokens, num_heads, head_size]
-  at::Tensor key = qkv.narrow(1, step.num_heads, num_kv_heads);     // [num_tokens, num_kv_heads, head_size]
-  const at::Tensor value = qkv.narrow(1, num_qk_heads, num_kv_heads);
   const at::Tensor &query_norm = weights.next(), &key_norm = weights.next();
-  if (query_norm.numel() != 0) {
-    query = rms_norm(query, std::nullopt, query_norm, step.eps);
-    key = rms_norm(key, std::nullopt, key_norm, step.eps);
-    rotary_(query, step.cos, step.sin);
-    rotary_(key, step.cos, step.sin);
-  } else {
-    rotary_(qkv.narrow(1, 0, num_qk_heads), step.cos, step.sin);  // queries and keys lie side by side and turn alike
-  }
-  write_kv(key, value, kv_cache, step.slot_mapping);
-  at::Tensor query_start_loc = step.query_start_loc;
+  prepare_qkv(qkv, query_norm, key_norm, step.eps, step.cos, step.sin, kv_cache, step.slot_mapping, step.plan);
+  at::Tensor query = qkv.narrow(1, 0, step.num_heads);  // [num_tokens, num_heads, head_size]
   if (ends != nullptr) {
-    query = query.index_select(0, *ends), residual = residual.index_select(0, *ends);
-    query_start_loc = at::arange(ends->numel() + 1, query_start_loc.options());  // one query of each sequence
+    query = query.index_select(0, ends->rows), residual = residual.index_select(0, ends->rows);
   }
   const at::Tensor attended = at::empty(query.sizes(), hidden.options());
-  paged_attention(attended, query, kv_cache, query_start_loc, step.seq_lens, step.block_table, step.scale);
+  paged_attention(attended, query, kv_cache, ends != nullptr ? ends->plan : step.plan, step.block_table, step.scale);
   x = weights.multiply(attended.view({query.size(0), -1}), hidden_size, /*gated=*/false, aside);
 
   x = rms_norm(x, residual, weights.next(), step.eps);
@@ -141,22 +137,29 @@ at::Tensor decoder_layers(const at::Tensor& hidden, const at::Tensor& residual, 
                           const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
                           int64_t num_heads, int64_t intermediate_size, double eps, double scale, int64_t max_int4_rows,
                           bool ends_only) {
-  const Step step{cos, sin, slot_mapping, query_start_loc, seq_lens, block_table, num_heads, intermediate_size, eps, scale};
-  Weights reader(weights, max_int4_rows);
-  Aside aside;
-  list_pages(step, kv_caches[0], aside.pieces);
-  const at::Tensor ends = query_start_loc.slice(0, 1).to(at::kLong).sub(1);  // [num_reqs]
-  at::Tensor x = hidden, left = residual;
-  for (size_t i = 0; i < kv_caches.size(); ++i) {
-    const bool is_last = i + 1 == kv_caches.size();
-    aside.start(is_last ? nullptr : kv_caches[i + 1].const_data_ptr());
-    const bool skip = is_last && ends_only && ends.numel() < hidden.size(0);
-    x = decoder_layer(step, x, left, reader, kv_caches[i], is_last ? nullptr : &aside, skip ? &ends : nullptr);
+  const auto plan_for = [&](const at::Tensor& start_loc) {
+    return AttentionPlan(start_loc, seq_lens, block_table, kv_caches[0], num_heads, cos.size(-1));
+  };
+  const AttentionPlan plan = plan_for(query_start_loc);
+  const Step step{cos, sin, slot_mapping, seq_lens, block_table, plan, num_heads, intermediate_size, eps, scale};
+  const at::Tensor one_each = at::arange(seq_lens.size(0) + 1, query_start_loc.options());  // query of each sequence
+  std::optional<Ends> ends;
+  if (ends_only && seq_lens.size(0) < hidden.size(0)) {
+    ends.emplace(Ends{query_start_loc.slice(0, 1).to(at::kLong).sub(1), plan_for(one_each)});
   }
+  Weights reader(weights, max_int4_rows);
+  Aside aside(plan.queues.size());
+  list_pages(step, kv_caches[0], aside);
+  at::Tensor x = hidden, left = residual;
+  for (size_t i = 0; i + 1 < kv_caches.size(); ++i) {
+    aside.start(kv_caches[i + 1].const_data_ptr());
+    x = decoder_layer(step, x, left, reader, kv_caches[i], &aside, nullptr);
+  }
+  x = decoder_layer(step, x, left, reader, kv_caches.back(), nullptr, ends ? &*ends : nullptr);
   reader.check_all_used();
-  if (x.size(0) < hidden.size(0)) {  // back to where their rows are looked for
-    residual.index_copy_(0, ends, left);
-    x = at::zeros_like(hidden).index_copy_(0, ends, x);
+  if (ends) {  // back to where their rows are looked for
+    residual.index_copy_(0, ends->rows, left);
+    x = at::zeros_like(hidden).index_copy_(0, ends->rows, x);
   }
   return x;
 }

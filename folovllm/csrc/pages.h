@@ -23,13 +23,13 @@
 
 #include <algorithm>
 #include <cstring>
-#include <iterator>
 
 namespace folovllm {
 namespace {
 
 constexpr int64_t kGroup = 16;           // tokens in a group of K; part of the layout, whatever the CPU
-constexpr int64_t kTile = 64;            // keys between two updates of the softmax
+constexpr int64_t kTile = 256;           // keys between two updates of the softmax
+constexpr int64_t kTileGroups = kTile / kGroup;
 constexpr int64_t kMaxHeadSize = 256;
 
 // ---- The pages
@@ -69,12 +69,18 @@ Pages<T> pages_of(const at::Tensor& kv_cache, int64_t head_size) {
   return {kv_cache.mutable_data_ptr<T>(), kv_cache.size(0), kv_cache.size(1), kv_cache.size(3) / head_size, head_size};
 }
 
-// ---- A tile: up to 64 keys and values, wherever their pages are
+// ---- A tile: up to 256 keys and values, wherever their pages are
 
 template <typename T>
 struct Tile {
-  const float* group[kTile / kGroup];  // each [words][16 tokens]; "float" stands for 32 bits, perhaps two bf16
-  const T* value[kTile];               // each [head_size]
+  int64_t count;                   // keys
+  const float* key[kTileGroups];   // each [words][16 tokens]; "float" stands for 32 bits, perhaps two bf16
+  const T* value[kTileGroups];     // each [16 tokens][head_size]
+  bool whole[kTileGroups];         // readable where it is: all 16 tokens lie together in one group of a page
+
+  int64_t groups() const {
+    return (count + kGroup - 1) / kGroup;
+  }
 };
 
 // Words of two 16-bit numbers [words][16] -> fp32 [2 * words][16].
@@ -90,22 +96,18 @@ void widen(const float* group, int64_t words, float* out) {
   }
 }
 
-// Where keys `first` .. `first + count` of a sequence are. A group of K that is whole is used in place; null otherwise.
+// Where keys `first` .. `first + count` of a sequence are.
 template <typename T>
 void locate(const Pages<T>& pages, const int32_t* table, int64_t head, int64_t first, int64_t count, Tile<T>& tile) {
-  std::fill(std::begin(tile.group), std::end(tile.group), nullptr);
-  for (int64_t i = 0; i < count;) {  // a page, or what of it belongs to the tile, at a time
-    const int64_t block = table[(first + i) / pages.block_size], offset = (first + i) % pages.block_size;
-    const int64_t here = std::min(count - i, pages.block_size - offset);
-    for (int64_t t = (kGroup - i % kGroup) % kGroup; t < here; t += kGroup) {
-      if ((offset + t) % kGroup == 0 && offset + t + kGroup <= pages.block_size) {
-        tile.group[(i + t) / kGroup] = reinterpret_cast<const float*>(pages.lane(block, head, offset + t));
-      }
+  tile.count = count;
+  int64_t page = first / pages.block_size, offset = first % pages.block_size;
+  for (int64_t g = 0; g < tile.groups(); ++g, offset += kGroup) {
+    for (; offset >= pages.block_size; offset -= pages.block_size) {
+      ++page;
     }
-    const T* value = pages.value(block, head, offset);
-    for (int64_t end = i + here; i < end; ++i, value += pages.head_size) {
-      tile.value[i] = value;
-    }
+    tile.key[g] = reinterpret_cast<const float*>(pages.lane(table[page], head, offset));
+    tile.value[g] = pages.value(table[page], head, offset);
+    tile.whole[g] = offset % kGroup == 0 && offset + kGroup <= pages.block_size;
   }
 }
 
@@ -115,66 +117,65 @@ inline void prefetch(const void* line) {
   __builtin_prefetch(line, /*write=*/0, /*locality=*/2);
 }
 
-// Where the next tile is, for asking for its lines while this one is computed. The last tile of a sequence is shorter: what
-// it lacks is made up with what it has, so that the loops that ask need not count. Nothing to ask for: null.
+// Lines of the next tile, for asking for them while this one is computed: group by group, those of its own group.
 template <typename T>
 class Ahead {
  public:
-  Ahead(Tile<T>& next, int64_t count) : next_(next), whole_(count > 0 && next.group[0] != nullptr) {
-    if (whole_) {
-      std::transform(std::begin(next.group), std::end(next.group), keys_,
-                     [&](const float* group) { return group != nullptr ? group : next.group[0]; });
-      std::fill(next.value + count, std::end(next.value), next.value[0]);
+  // `now` computes, then comes `next`, perhaps of no keys. Has it fewer groups, then the loops ask for the first again,
+  // so that they need not count; has it more, then those are asked for by `fetch_rest`.
+  Ahead(const Tile<T>& now, Tile<T>& next) : now_(now), next_(next) {
+    for (int64_t g = next.groups(); next.count > 0 && g < now.groups(); ++g) {
+      next.key[g] = next.key[0];
+      next.value[g] = next.value[0];
     }
   }
   const float* const* keys() const {
-    return whole_ ? keys_ : nullptr;
+    return next_.count > 0 ? next_.key : nullptr;
   }
   const T* const* values() const {
-    return whole_ ? next_.value : nullptr;
+    return next_.count > 0 ? next_.value : nullptr;
   }
-  void fetch_values(int64_t begin, int64_t end, int64_t head_size) const {
-    for (int64_t j = begin; whole_ && j < end; ++j) {
-      for (int64_t d = 0; d < head_size; d += 64 / static_cast<int64_t>(sizeof(T))) {
-        prefetch(next_.value[j] + d);
+  void fetch_rest(int64_t head_size) const {
+    const int64_t bytes = kGroup * head_size * static_cast<int64_t>(sizeof(T));
+    for (int64_t g = now_.groups(); g < next_.groups(); ++g) {
+      for (int64_t i = 0; i < bytes; i += 64) {
+        prefetch(reinterpret_cast<const char*>(next_.key[g]) + i);
+        prefetch(reinterpret_cast<const char*>(next_.value[g]) + i);
       }
     }
   }
 
  private:
+  const Tile<T>& now_;
   Tile<T>& next_;
-  bool whole_;
-  const float* keys_[kTile / kGroup];
 };
 
-// Make every group of a located tile readable as [words][16]: collect those that are not whole, token by token (pages
-// of 1 or 5 tokens), and widen them where the CPU cannot multiply 16-bit words. `collected` and `widened` have room for
-// a tile.
+// Make every group of a located tile readable: collect those that are not whole token by token (pages of 1 or 5 tokens),
+// and widen the keys where the CPU cannot multiply 16-bit words. Each buffer has room for a tile.
 template <typename T, bool kWords>
-void collect(const Pages<T>& pages, const int32_t* table, int64_t head, int64_t first, int64_t count, float* collected,
+void collect(const Pages<T>& pages, const int32_t* table, int64_t head, int64_t first, float* keys, T* values,
              float* widened, Tile<T>& tile) {
-  const int64_t words = pages.words();
-  for (int64_t g = 0; g < kTile / kGroup; ++g) {
-    if (g * kGroup >= count) {
-      tile.group[g] = tile.group[0];  // something to multiply with; these scores are thrown away
-      continue;
-    }
-    if (tile.group[g] == nullptr) {
-      float* group = collected + g * words * kGroup;
-      for (int64_t i = 0; i < std::min(count - g * kGroup, kGroup); ++i) {
+  const int64_t words = pages.words(), head_size = pages.head_size;
+  for (int64_t g = 0; g < tile.groups(); ++g) {
+    if (!tile.whole[g]) {
+      float* key = keys + g * words * kGroup;
+      T* value = values + g * kGroup * head_size;
+      for (int64_t i = 0; i < std::min(tile.count - g * kGroup, kGroup); ++i) {
         const int64_t position = first + g * kGroup + i, offset = position % pages.block_size;
-        const T* lane = pages.lane(table[position / pages.block_size], head, offset);
-        const int64_t stride = pages.width(offset) * Pages<T>::kPerWord;
+        const int64_t block = table[position / pages.block_size], stride = pages.width(offset) * Pages<T>::kPerWord;
+        const T* lane = pages.lane(block, head, offset);
         for (int64_t p = 0; p < words; ++p) {
-          std::memcpy(group + p * kGroup + i, lane + p * stride, 4);
+          std::memcpy(key + p * kGroup + i, lane + p * stride, 4);
         }
+        std::memcpy(value + i * head_size, pages.value(block, head, offset), head_size * sizeof(T));
       }
-      tile.group[g] = group;
+      tile.key[g] = key;
+      tile.value[g] = value;
     }
     if constexpr (!kWords) {
-      float* wide = widened + g * pages.head_size * kGroup;
-      widen<T>(tile.group[g], words, wide);
-      tile.group[g] = wide;
+      float* wide = widened + g * head_size * kGroup;
+      widen<T>(tile.key[g], words, wide);
+      tile.key[g] = wide;
     }
   }
 }

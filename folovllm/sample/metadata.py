@@ -14,7 +14,7 @@ The input processor refuses them earlier, with a message; here one bad request m
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -25,6 +25,7 @@ from folovllm.sampling_params import SamplingParams
 # float32 ends at 3e38. Numbers beyond these limits would become inf or 0 and turn into NaN; within them, an effect as
 # extreme as anybody can want is already reached.
 _SMALLEST, _LARGEST = 1e-20, 1e20
+_NO_PENALTY = (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,20 @@ class SamplingRow:
     eos_token_id: int | None
     seed: int  # always a number: a request without a seed was given one from the engine's generator
     bad_words_token_ids: list[list[int]]  # params.bad_words, tokenised
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether all it takes is the largest logit, now and in every later step: greedy and nothing else asked for."""
+        p = self.params
+        return (
+            p.is_greedy
+            and p.logprobs is None
+            and p.allowed_token_ids is None
+            and p.min_tokens == 0
+            and not p.logit_bias
+            and not self.bad_words_token_ids
+            and _strengths(p) == _NO_PENALTY
+        )
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,8 @@ class SamplingMetadata:
     @classmethod
     def build(cls, rows: list[SamplingRow], vocab_size: int, device: torch.device | str) -> "SamplingMetadata":
         """Collect the parameters of a step. `rows` are in the order of the logits; tensors are made on `device`."""
+        if all(r.is_plain for r in rows):
+            return cls.plain(len(rows))
         all_greedy = all(r.params.is_greedy for r in rows)
         draw = [] if all_greedy else rows
         top_ks = [_top_k(r.params, vocab_size) for r in draw]
@@ -106,6 +123,28 @@ class SamplingMetadata:
             logit_bias=_logit_bias(rows, vocab_size, device),
             penalties=_penalties(rows, vocab_size, device),
             num_logprobs=[None if r.params.logprobs is None else min(r.params.logprobs, vocab_size) for r in rows],
+        )
+
+    @classmethod
+    def plain(cls, num_rows: int) -> "SamplingMetadata":
+        """Of greedy rows that ask for nothing else: most batches, and the host has better to do between two steps."""
+        return cls(
+            num_rows=num_rows,
+            all_greedy=True,
+            all_random=num_rows == 0,
+            temperature=None,
+            min_p=None,
+            top_k=None,
+            max_top_k=0,
+            top_p=None,
+            seeds=[],
+            output_indices=[],
+            allowed_token_ids_mask=None,
+            bad_words=None,
+            min_tokens=None,
+            logit_bias=None,
+            penalties=None,
+            num_logprobs=[None] * num_rows,
         )
 
 
@@ -156,14 +195,14 @@ def _logit_bias(rows: list[SamplingRow], vocab_size: int, device: torch.device |
 
 
 def _strengths(params: SamplingParams) -> tuple[float, float, float]:
-    """(repetition, frequency, presence); (1, 0, 0) is no penalty."""
+    """(repetition, frequency, presence)."""
     repetition = min(max(params.repetition_penalty, _SMALLEST), _LARGEST)
     return repetition, params.frequency_penalty, params.presence_penalty
 
 
 def _penalties(rows: list[SamplingRow], vocab_size: int, device: torch.device | str) -> Penalties | None:
     strengths = [_strengths(r.params) for r in rows]
-    penalised = [i for i, s in enumerate(strengths) if s != (1.0, 0.0, 0.0)]
+    penalised = [i for i, s in enumerate(strengths) if s != _NO_PENALTY]
     if not penalised:
         return None
     return build_penalties(

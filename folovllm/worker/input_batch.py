@@ -7,6 +7,7 @@ length of the prompts.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -32,8 +33,9 @@ class CachedRequestState:
     def num_tokens(self) -> int:
         return self.num_prompt_tokens + len(self.output_token_ids)
 
+    @cached_property
     def sampling_row(self) -> SamplingRow:
-        """What the sampler needs of this request: references, nothing is copied."""
+        """What the sampler needs of this request: references, nothing is copied, so it stays right as tokens come."""
         return SamplingRow(
             params=self.data.sampling_params,
             prompt_token_ids=self.data.prompt_token_ids,

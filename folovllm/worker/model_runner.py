@@ -144,7 +144,7 @@ class ModelRunner:
             block_table=torch.from_numpy(batch.block_table.table[:num_reqs]).to(self.device),
             slot_mapping=self.slot_mapping[:num_tokens],
             block_size=batch.block_table.block_size,
-            ends_only=not any(map(self._wants_prompt_logprobs, batch.req_ids)),
+            ends_only=num_tokens > num_reqs and not any(map(self._wants_prompt_logprobs, batch.req_ids)),
         )
         self.backend.prepare(metadata)
         return metadata, num_tokens
@@ -172,7 +172,7 @@ class ModelRunner:
         if len(last_rows) < len(hidden_states):
             hidden_states = hidden_states[last_rows]
         logits = self.model.compute_logits(hidden_states)  # [num_sampling, vocab_size]
-        sampling_rows = [self.requests[request_id].sampling_row() for _, request_id in sampling]
+        sampling_rows = [self.requests[request_id].sampling_row for _, request_id in sampling]
         sampler_output = self.sampler(logits, SamplingMetadata.build(sampling_rows, self.vocab_size, self.device))
         for (_, request_id), token_id, logprobs in zip(
             sampling, sampler_output.sampled_token_ids, sampler_output.logprobs, strict=True

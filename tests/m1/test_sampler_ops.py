@@ -254,6 +254,35 @@ def test_a_plain_greedy_batch_builds_no_tensor() -> None:
     assert metadata.seeds == [] and not metadata.changes_logits and metadata.no_penalties
 
 
+def test_the_quick_way_for_plain_rows_says_what_the_long_way_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [a_row([1, 2], temperature=0.0), a_row(temperature=0.0, top_k=3, top_p=0.1, min_p=0.5)]
+    quick = SamplingMetadata.build(rows, 10, "cpu")
+    monkeypatch.setattr(SamplingRow, "is_plain", False)
+    assert SamplingMetadata.build(rows, 10, "cpu") == quick
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        {"temperature": 0.5},
+        {"logprobs": 0},
+        {"allowed_token_ids": [1]},
+        {"min_tokens": 1},
+        {"logit_bias": {1: 0.0}},
+        {"repetition_penalty": 1.1},
+        {"frequency_penalty": 0.1},
+        {"presence_penalty": -0.1},
+    ],
+)
+def test_a_row_that_asks_for_anything_is_not_plain(feature: dict[str, Any]) -> None:
+    assert a_row(temperature=0.0).is_plain
+    assert not a_row(**{"temperature": 0.0, **feature}).is_plain
+
+
+def test_a_row_with_bad_words_is_not_plain() -> None:
+    assert not SamplingRow(SamplingParams(temperature=0.0), [], [], 9, 0, [[3]]).is_plain
+
+
 def test_features_that_nobody_uses_are_none_and_prompts_are_not_walked() -> None:
     rows = [
         a_row([1, 2], Untouchable([1]), seed=5, temperature=0.5),

@@ -1,0 +1,195 @@
+// Who computes what: the attention of a step, cut into tasks. All layers of a step share the plan.
+//
+// Milestone: M4. vLLM counterpart: AttentionScheduler in csrc/cpu/cpu_attn_impl.hpp.
+// Source of the cut along the keys: Flash-Decoding (Dao et al. 2023).
+//
+// A task is (sequence, KV head, up to 64 rows, a range of keys). A row is one query of one head: all heads that share a KV
+// head are rows of one task, which reads K and V once for all. Where a range of keys is not the whole sequence, the
+// task's sums are a part, to be joined with the others.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+namespace folovllm {
+
+constexpr int64_t kMaxRows = 64;         // of a task: its scores, queries and sums stay in L2
+constexpr int64_t kMinSplit = 256;       // keys; a shorter part is not worth merging
+constexpr int64_t kCut = 64;             // keys; parts begin at multiples of this
+constexpr int64_t kTasksPerThread = 4;   // enough that the last task to end does not keep the others waiting for long
+constexpr int64_t kSerialWork = 2048;    // rows x keys; less than this is done before another thread wakes up
+
+// Sums stand in rows of whole 32s. E.g. a head of 80 has sums 96 apart.
+constexpr int64_t padded(int64_t head_size) {
+  return (head_size + 31) / 32 * 32;
+}
+
+struct Task {
+  int64_t sequence, kv_head;
+  int64_t first_query, num_queries;  // within the sequence's new tokens
+  int64_t first_key, end_key;
+  int64_t part;                      // where its unfinished sums go; -1: it sees every key and writes the output
+};
+
+struct Item {  // tasks that together make some rows of the output
+  Task whole;
+  int64_t num_parts;
+};
+
+class AttentionPlan {
+ public:
+  std::vector<Item> items;
+  std::vector<std::vector<Task>> queues;  // for each thread its tasks of all items, the longest first
+  int64_t buffer_size = 0;                // numbers, for all parts
+
+  // For `num_heads` query heads. The tensors are AttentionMetadata's, which must outlive the plan.
+  AttentionPlan(const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
+                const at::Tensor& kv_cache, int64_t num_heads, int64_t head_size)
+      : query_start_loc_(query_start_loc.const_data_ptr<int32_t>()),
+        seq_lens_(seq_lens.const_data_ptr<int32_t>()),
+        num_reqs_(seq_lens.size(0)),
+        num_kv_heads_(kv_cache.size(1)),
+        num_heads_(num_heads),
+        part_row_(padded(head_size) + 2) {
+    TORCH_CHECK(num_heads % num_kv_heads_ == 0 && group() <= kMaxRows, num_heads, " query heads for ", num_kv_heads_,
+                " KV heads; at most ", kMaxRows, " may share one");
+    check(query_start_loc, seq_lens, block_table, kv_cache.size(3) / head_size);
+    // Inside another parallel region there is one thread, and one that reads its own cache: no parts.
+    const int64_t num_threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    const int64_t work = list_items();
+    share_out(work < kSerialWork ? 1 : num_threads);
+    for (Item& item : items) {
+      const int64_t share = work / (num_threads * kTasksPerThread * rows(item.whole));
+      const int64_t part = (std::max(share, kMinSplit) + kCut - 1) / kCut * kCut;
+      item.num_parts = num_threads == 1 ? 1 : (item.whole.end_key + part - 1) / part;
+      list_tasks(item, queues[owners_[item.whole.sequence]]);
+    }
+    for (std::vector<Task>& queue : queues) {  // whoever is free last then waits for a short one
+      std::stable_sort(queue.begin(), queue.end(), [&](const Task& a, const Task& b) {
+        return rows(a) * (a.end_key - a.first_key) > rows(b) * (b.end_key - b.first_key);
+      });
+    }
+  }
+
+  // The thread that should read a sequence's keys and values.
+  int64_t owner(int64_t sequence) const {
+    return owners_[sequence];
+  }
+  int64_t num_tokens() const {
+    return query_start_loc_[num_reqs_];
+  }
+  int64_t num_reqs() const {
+    return num_reqs_;
+  }
+  int64_t first_token(int64_t sequence) const {
+    return query_start_loc_[sequence];
+  }
+  int64_t num_heads() const {
+    return num_heads_;
+  }
+  int64_t group() const {  // query heads per KV head
+    return num_heads_ / num_kv_heads_;
+  }
+  int64_t rows(const Task& task) const {
+    return task.num_queries * group();
+  }
+  int64_t part_size(const Task& task) const {
+    return rows(task) * part_row_;  // sums, maximum, total
+  }
+  // Row r is head r % group of query r / group.
+  int64_t token(const Task& task, int64_t row) const {
+    return query_start_loc_[task.sequence] + task.first_query + row / group();
+  }
+  int64_t head(const Task& task, int64_t row) const {
+    return task.kv_head * group() + row % group();
+  }
+  // How many keys a query may see: those up to its own position.
+  int64_t visible(int64_t sequence, int64_t query) const {
+    const int64_t q_len = query_start_loc_[sequence + 1] - query_start_loc_[sequence];
+    return seq_lens_[sequence] - q_len + query + 1;
+  }
+
+ private:
+  const int32_t* query_start_loc_;
+  const int32_t* seq_lens_;
+  int64_t num_reqs_, num_kv_heads_, num_heads_, part_row_;
+  std::vector<int64_t> owners_;
+
+  static void check(const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
+                    int64_t block_size) {
+    for (const at::Tensor* tensor : {&query_start_loc, &seq_lens, &block_table}) {
+      TORCH_CHECK(tensor->scalar_type() == at::kInt && tensor->stride(-1) == 1, "metadata must be contiguous int32");
+    }
+    const int32_t* start = query_start_loc.const_data_ptr<int32_t>();
+    const int32_t* lens = seq_lens.const_data_ptr<int32_t>();
+    const int64_t num_reqs = seq_lens.size(0);
+    TORCH_CHECK(query_start_loc.size(0) == num_reqs + 1 && block_table.size(0) == num_reqs && start[0] == 0,
+                "metadata of different batches");
+    for (int64_t s = 0; s < num_reqs; ++s) {
+      const int64_t q_len = start[s + 1] - start[s];
+      TORCH_CHECK(q_len >= 0 && q_len <= lens[s] && lens[s] <= block_table.size(1) * block_size, "sequence ", s, " has ",
+                  q_len, " queries, ", lens[s], " keys and ", block_table.size(1), " blocks of ", block_size);
+    }
+  }
+
+  // One item per (sequence, KV head, up to 64 rows), and how much work they are together: rows x keys.
+  int64_t list_items() {
+    const int64_t step = kMaxRows / group();
+    int64_t work = 0;
+    for (int64_t s = 0; s < num_reqs_; ++s) {
+      const int64_t q_len = query_start_loc_[s + 1] - query_start_loc_[s];
+      for (int64_t first = 0; first < q_len; first += step) {
+        const int64_t count = std::min(step, q_len - first), keys = visible(s, first + count - 1);
+        work += count * group() * keys * num_kv_heads_;
+        for (int64_t head = 0; head < num_kv_heads_; ++head) {
+          items.push_back({{s, head, first, count, 0, keys, -1}, 1});
+        }
+      }
+    }
+    return work;
+  }
+
+  // Gives each sequence, the longest first, to the thread that has least to do. Always the same thread for a sequence,
+  // so that what is fetched for it (Aside in ops.h) waits in the cache of the core that will read it. Two cores may be
+  // far from each other: on different chips of one processor even the L3 cache is not shared.
+  void share_out(int64_t num_threads) {
+    const auto work = [&](int64_t s) {
+      return static_cast<int64_t>(query_start_loc_[s + 1] - query_start_loc_[s]) * seq_lens_[s];
+    };
+    std::vector<int64_t> order(num_reqs_), load(num_threads, 0);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return work(a) > work(b); });
+    queues.resize(num_threads);
+    owners_.resize(num_reqs_);
+    for (const int64_t s : order) {
+      owners_[s] = std::min_element(load.begin(), load.end()) - load.begin();
+      load[owners_[s]] += work(s);
+    }
+  }
+
+  // An item of more than its share of the work is cut. E.g. with two threads and one sequence of 8,192 keys, 3 heads make
+  // 3 items of 3 parts.
+  void list_tasks(Item& item, std::vector<Task>& tasks) {
+    if (item.num_parts == 1) {
+      tasks.push_back(item.whole);
+      return;
+    }
+    item.whole.part = buffer_size;
+    const int64_t keys = item.whole.end_key, cuts = (keys + kCut - 1) / kCut;
+    for (int64_t i = 0; i < item.num_parts; ++i) {
+      Task task = item.whole;
+      task.first_key = cuts * i / item.num_parts * kCut;
+      task.end_key = std::min(keys, cuts * (i + 1) / item.num_parts * kCut);
+      task.part = buffer_size;
+      buffer_size += part_size(task);
+      tasks.push_back(task);
+    }
+  }
+};
+
+}  // namespace folovllm

@@ -1,0 +1,160 @@
+// Queries, keys and values before attention: rotary, if the model has them norms per head, and K and V into their pages.
+//
+// Milestone: M4. vLLM counterpart: reshape_and_cache and rotary_embedding in csrc/cpu/; its GPU builds fuse norm, rotary
+// and write as well. Left out: an fp8 cache. Layout of the pages: pages.h.
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cstring>
+
+#include "ops.h"
+#include "pages.h"
+#include "rows.h"
+
+namespace folovllm {
+namespace {
+
+constexpr int64_t kTokensPerThread = 8;  // less is not worth waking a thread
+constexpr int64_t kMaxOwnedTokens = 64;  // with more, an even split counts for more
+
+// Ask for the lines that a token's K will be written to. A key lies in as many lines as it has words, each 64 bytes for
+// the 16 tokens of its group: waiting for them one after another would take longer than all the rest of the write.
+template <typename T>
+void fetch_slot(const Pages<T>& pages, int64_t slot) {
+  const int64_t block = slot / pages.block_size, offset = slot % pages.block_size;
+  const int64_t stride = pages.width(offset) * Pages<T>::kPerWord;
+  for (int64_t head = 0; head < pages.num_kv_heads; ++head) {
+    const T* lane = pages.lane(block, head, offset);
+    for (int64_t p = 0; p < pages.words(); ++p) {
+      __builtin_prefetch(lane + p * stride, /*write=*/1);
+    }
+  }
+}
+
+// A token's key and value of all KV heads, head_size apart.
+template <typename T>
+struct TokenKV {
+  const T *key, *value;
+  int64_t key_stride, value_stride;  // from head to head
+};
+
+template <typename T>
+void write_token(const Pages<T>& pages, const TokenKV<T>& token, int64_t slot) {
+  const int64_t block = slot / pages.block_size, offset = slot % pages.block_size;
+  const int64_t stride = pages.width(offset) * Pages<T>::kPerWord;
+  for (int64_t head = 0; head < pages.num_kv_heads; ++head) {
+    const T* source = token.key + head * token.key_stride;
+    T* lane = pages.lane(block, head, offset);
+    for (int64_t p = 0; p < pages.words(); ++p) {
+      std::memcpy(lane + p * stride, source + p * Pages<T>::kPerWord, 4);
+    }
+    std::memcpy(pages.value(block, head, offset), token.value + head * token.value_stride, pages.head_size * sizeof(T));
+  }
+}
+
+// Calls token_kv(token) for each token, and writes what it says into the token's slot. With a plan, few tokens are left to
+// the threads that will read them: their queries, keys and values then need not go from core to core.
+template <typename T, typename F>
+void write_tokens(const Pages<T>& pages, const at::Tensor& slot_mapping, const AttentionPlan* plan, const F& token_kv) {
+  TORCH_CHECK(slot_mapping.dim() == 1 && slot_mapping.is_contiguous(), "slot_mapping must be contiguous [num_tokens]");
+  const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
+  const int64_t num_tokens = slot_mapping.size(0);
+  for (int64_t token = 0; token < num_tokens; ++token) {
+    TORCH_CHECK(slots[token] >= 0 && slots[token] < pages.num_blocks * pages.block_size, "slot ", slots[token],
+                " is outside the cache");
+  }
+  const auto write = [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      if (token == begin) {
+        fetch_slot(pages, slots[token]);
+      }
+      if (token + 1 < end) {
+        fetch_slot(pages, slots[token + 1]);
+      }
+      write_token(pages, token_kv(token), slots[token]);
+    }
+  };
+  if (plan == nullptr || num_tokens < kTokensPerThread || num_tokens > kMaxOwnedTokens) {
+    at::parallel_for(0, num_tokens, kTokensPerThread, write);
+    return;
+  }
+  at::parallel_for(0, static_cast<int64_t>(plan->queues.size()), 1, [&](int64_t first, int64_t last) {
+    for (int64_t s = 0; s < plan->num_reqs(); ++s) {
+      if (first <= plan->owner(s) && plan->owner(s) < last) {
+        write(plan->first_token(s), plan->first_token(s + 1));
+      }
+    }
+  });
+}
+
+void check_table(const at::Tensor& table, const at::Tensor& x) {
+  TORCH_CHECK(table.size(0) == x.size(0) && table.numel() == x.size(0) * x.size(2) && table.stride(-1) == 1 &&
+              table.scalar_type() == x.scalar_type(), "cos and sin must be [tokens, 1, head_size]");
+}
+
+template <typename T>
+const T* norm_weight(const at::Tensor& weight, int64_t head_size) {
+  TORCH_CHECK(weight.numel() == 0 || (weight.numel() == head_size && weight.is_contiguous()),
+              "the norm of a head must have head_size weights");
+  return weight.numel() == 0 ? nullptr : weight.const_data_ptr<T>();
+}
+
+}  // namespace
+
+// key, value [num_tokens, num_kv_heads, head_size] into the slots [num_tokens]; a slot is block * block_size + offset.
+void write_kv(const at::Tensor& key, const at::Tensor& value, const at::Tensor& kv_cache, const at::Tensor& slots) {
+  TORCH_CHECK(key.dim() == 3 && key.sizes() == value.sizes() && key.stride(2) == 1 && value.stride(2) == 1 &&
+              key.size(0) == slots.size(0) && key.size(1) == kv_cache.size(1),
+              "write_kv: shapes do not fit: ", key.sizes(), value.sizes(), kv_cache.sizes(), slots.sizes());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, kv_cache.scalar_type(), "write_kv", [&] {
+    if constexpr (!std::is_same_v<scalar_t, double>) {
+      const scalar_t* keys = key.const_data_ptr<scalar_t>();
+      const scalar_t* values = value.const_data_ptr<scalar_t>();
+      write_tokens(pages_of<scalar_t>(kv_cache, key.size(2)), slots, nullptr, [&](int64_t token) {
+        return TokenKV<scalar_t>{keys + token * key.stride(0), values + token * value.stride(0), key.stride(1),
+                                 value.stride(1)};
+      });
+    } else {
+      TORCH_CHECK(false, "write_kv: no fp64");
+    }
+  });
+}
+
+// All that happens to qkv [num_tokens, num_heads + 2 * num_kv_heads, head_size] before attention: queries and keys are
+// normed, unless the weights [head_size] are empty, and turned, in place; K and V are written into their slots.
+void prepare_qkv(const at::Tensor& qkv, const at::Tensor& query_norm, const at::Tensor& key_norm, double eps,
+                 const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& kv_cache, const at::Tensor& slots,
+                 const AttentionPlan& plan) {
+  TORCH_CHECK(qkv.dim() == 3 && qkv.is_contiguous() && qkv.size(0) == slots.size(0) && qkv.size(2) % 2 == 0 &&
+              qkv.size(0) == plan.num_tokens() && qkv.scalar_type() == kv_cache.scalar_type(),
+              "prepare_qkv: shapes do not fit: ", qkv.sizes(), slots.sizes());
+  check_table(cos, qkv), check_table(sin, qkv);
+  const int64_t num_all_heads = qkv.size(1), size = qkv.size(2), num_kv_heads = kv_cache.size(1);
+  const int64_t num_heads = num_all_heads - 2 * num_kv_heads;
+  with_type(qkv.scalar_type(), "prepare_qkv", [&](auto zero) {
+    using T = decltype(zero);
+    T* data = qkv.mutable_data_ptr<T>();
+    const T *query_weight = norm_weight<T>(query_norm, size), *key_weight = norm_weight<T>(key_norm, size);
+    const T *cos_data = cos.const_data_ptr<T>(), *sin_data = sin.const_data_ptr<T>();
+    write_tokens(pages_of<T>(kv_cache, size), slots, &plan, [&](int64_t token) {
+      T* heads = data + token * num_all_heads * size;
+      for (int64_t head = 0; head < num_heads + num_kv_heads; ++head) {
+        T* row = heads + head * size;
+        if (const T* weight = head < num_heads ? query_weight : key_weight) {
+          rms_norm_row<T>(row, nullptr, weight, row, size, static_cast<float>(eps));
+        }
+        rotate_row(row, cos_data + token * cos.stride(0), sin_data + token * sin.stride(0), size / 2);
+      }
+      const T* keys = heads + num_heads * size;
+      return TokenKV<T>{keys, keys + num_kv_heads * size, size, size};
+    });
+  });
+}
+
+}  // namespace folovllm
+
+TORCH_LIBRARY_FRAGMENT(folovllm, m) {
+  m.def("write_kv(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()", &folovllm::write_kv);
+}

@@ -1,0 +1,76 @@
+// One row at a time: RMSNorm and rotary, for whoever makes a pass over many rows.
+//
+// Milestone: M4. vLLM counterpart: csrc/cpu/{layernorm,pos_encoding}.cpp. Left out: fp16.
+
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "vectors.h"
+
+namespace folovllm {
+namespace {
+
+// Calls visit(first, count) for each 16 numbers of a row of `size`; only the last count can be less. `visit` sees a
+// full vector's count as a constant, so the compiler drops the buffers.
+template <typename Visit>
+inline void for_each_vector(int64_t size, const Visit& visit) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    visit(i, kLanes);
+  }
+  if (i < size) {
+    visit(i, size - i);
+  }
+}
+
+template <typename T>
+inline Floats load_some(const T* p, int64_t count) {
+  return count == kLanes ? load(p) : load(p, count);
+}
+
+template <typename T>
+inline void store_some(T* p, Floats v, int64_t count) {
+  count == kLanes ? store(p, v) : store(p, v, count);
+}
+
+template <typename T>
+void rms_norm_row(const T* x, T* residual, const T* weight, T* out, int64_t size, float eps) {
+  Floats squares[2] = {};  // two sums: an addition need not wait for the one before
+  for_each_vector(size, [&](int64_t i, int64_t count) {
+    Floats v = load_some(x + i, count);
+    if (residual != nullptr) {
+      v = rounded<T>(v + load_some(residual + i, count));  // the norm is of what later layers will see
+      store_some(residual + i, v, count);
+    }
+    squares[i / kLanes % 2] += v * v;
+  });
+  const float scale = 1.0f / std::sqrt(sum(squares[0] + squares[1]) / static_cast<float>(size) + eps);
+  const T* source = residual != nullptr ? residual : x;
+  for_each_vector(size, [&](int64_t i, int64_t count) {
+    store_some(out + i, load_some(source + i, count) * scale * load_some(weight + i, count), count);
+  });
+}
+
+// The table's sin has its first half negated: both halves are x * cos + (the other half) * sin.
+template <typename T>
+void rotate_row(T* x, const T* cos, const T* sin, int64_t half) {
+  for_each_vector(half, [&](int64_t i, int64_t count) {
+    const Floats a = load_some(x + i, count), b = load_some(x + half + i, count);
+    store_some(x + i, a * load_some(cos + i, count) + b * load_some(sin + i, count), count);
+    store_some(x + half + i, b * load_some(cos + half + i, count) + a * load_some(sin + half + i, count), count);
+  });
+}
+
+// Run `body` with the name T standing for float or BFloat16.
+template <typename Body>
+void with_type(at::ScalarType type, const char* name, const Body& body) {
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, name, " knows float32 and bfloat16, not ", type);
+  type == at::kFloat ? body(float{}) : body(at::BFloat16{});
+}
+
+} // namespace
+} // namespace folovllm
