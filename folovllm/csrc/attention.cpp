@@ -8,12 +8,12 @@
 
 #include "attention_math.h"
 #include "ops.h"
+#include "shares.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <atomic>
 #include <vector>
 
 namespace folovllm {
@@ -163,41 +163,18 @@ void merge(const Batch<T>& batch, const Item& item, const float* parts) {
   }
 }
 
-// Hands out the tasks of a plan: to each thread its own, and to one that has none left those of the others.
-class Queues {
- public:
-  explicit Queues(const AttentionPlan& plan) : plan_(plan), next_(plan.queues.size()) {}
-
-  int64_t size() const {
-    return static_cast<int64_t>(next_.size());
-  }
-  const Task* take(int64_t thread) {
-    for (int64_t i = 0; i < size(); ++i) {
-      const std::vector<Task>& queue = plan_.queues[(thread + i) % size()];
-      const size_t at = next_[(thread + i) % size()]++;
-      if (at < queue.size()) {
-        return &queue[at];
-      }
-    }
-    return nullptr;
-  }
-
- private:
-  const AttentionPlan& plan_;
-  std::vector<std::atomic<size_t>> next_;
-};
-
 template <typename T, bool kDot>
 void attend(const Batch<T>& batch) {
   const AttentionPlan& plan = batch.plan;
   std::vector<float> parts(plan.buffer_size);
-  Queues queues(plan);
-  at::parallel_for(0, queues.size(), 1, [&](int64_t begin, int64_t end) {
+  Shares shares(plan.ends);
+  at::parallel_for(0, plan.num_threads(), 1, [&](int64_t begin, int64_t end) {
     static thread_local Scratch<T> scratch;  // about a MiB, of which a head of 64 touches a quarter
     for (int64_t thread = begin; thread < end; ++thread) {
-      for (const Task *task = queues.take(thread), *after; task != nullptr; task = after) {
-        after = queues.take(thread);
-        run_task<T, kDot>(batch, *task, after, scratch, parts.data());
+      for (int64_t i = shares.take(thread), after; i != Shares::kNone; i = after) {
+        after = shares.take(thread);
+        run_task<T, kDot>(batch, plan.tasks[i], after == Shares::kNone ? nullptr : &plan.tasks[after], scratch,
+                          parts.data());
       }
     }
   });

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 namespace folovllm {
@@ -44,8 +45,9 @@ struct Item {  // tasks that together make some rows of the output
 class AttentionPlan {
  public:
   std::vector<Item> items;
-  std::vector<std::vector<Task>> queues;  // for each thread its tasks of all items, the longest first
-  int64_t buffer_size = 0;                // numbers, for all parts
+  std::vector<Task> tasks;    // of all items, sorted by thread
+  std::vector<int64_t> ends;  // where each thread's tasks end
+  int64_t buffer_size = 0;    // numbers, for all parts
 
   // For `num_heads` query heads. The tensors are AttentionMetadata's, which must outlive the plan.
   AttentionPlan(const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
@@ -67,15 +69,21 @@ class AttentionPlan {
       const int64_t share = work / (num_threads * kTasksPerThread * rows(item.whole));
       const int64_t part = (std::max(share, kMinSplit) + kCut - 1) / kCut * kCut;
       item.num_parts = num_threads == 1 ? 1 : (item.whole.end_key + part - 1) / part;
-      list_tasks(item, queues[owners_[item.whole.sequence]]);
+      list_tasks(item);
     }
-    for (std::vector<Task>& queue : queues) {  // whoever is free last then waits for a short one
-      std::stable_sort(queue.begin(), queue.end(), [&](const Task& a, const Task& b) {
-        return rows(a) * (a.end_key - a.first_key) > rows(b) * (b.end_key - b.first_key);
-      });
+    // Each thread's longest first: whoever is free last then waits for a short one.
+    std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& a, const Task& b) {
+      const auto key = [&](const Task& t) { return std::pair(owner(t.sequence), -rows(t) * (t.end_key - t.first_key)); };
+      return key(a) < key(b);
+    });
+    for (const Task& task : tasks) {
+      std::for_each(ends.begin() + owner(task.sequence), ends.end(), [](int64_t& end) { ++end; });
     }
   }
 
+  int64_t num_threads() const {
+    return static_cast<int64_t>(ends.size());
+  }
   // The thread that should read a sequence's keys and values.
   int64_t owner(int64_t sequence) const {
     return owners_[sequence];
@@ -155,8 +163,7 @@ class AttentionPlan {
   }
 
   // Gives each sequence, the longest first, to the thread that has least to do. Always the same thread for a sequence,
-  // so that what is fetched for it (Aside in ops.h) waits in the cache of the core that will read it. Two cores may be
-  // far from each other: on different chips of one processor even the L3 cache is not shared.
+  // so that what is fetched for it (Aside in ops.h) waits in the cache of the core that will read it (shares.h).
   void share_out(int64_t num_threads) {
     const auto work = [&](int64_t s) {
       return static_cast<int64_t>(query_start_loc_[s + 1] - query_start_loc_[s]) * seq_lens_[s];
@@ -164,7 +171,7 @@ class AttentionPlan {
     std::vector<int64_t> order(num_reqs_), load(num_threads, 0);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return work(a) > work(b); });
-    queues.resize(num_threads);
+    ends.assign(num_threads, 0);
     owners_.resize(num_reqs_);
     for (const int64_t s : order) {
       owners_[s] = std::min_element(load.begin(), load.end()) - load.begin();
@@ -174,7 +181,7 @@ class AttentionPlan {
 
   // An item of more than its share of the work is cut. E.g. with two threads and one sequence of 8,192 keys, 3 heads make
   // 3 items of 3 parts.
-  void list_tasks(Item& item, std::vector<Task>& tasks) {
+  void list_tasks(Item& item) {
     if (item.num_parts == 1) {
       tasks.push_back(item.whole);
       return;

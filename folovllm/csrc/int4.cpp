@@ -22,12 +22,12 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <type_traits>
 #include <utility>
 
 #include "int4_rows.h"
 #include "ops.h"
+#include "shares.h"
 
 namespace folovllm {
 namespace {
@@ -125,17 +125,19 @@ void run(const Int4Problem& p, const Rows& x, T* out, int64_t panel, int64_t uni
   }
 }
 
-// All panels and units; threads take the next when they are free, as in linear.cpp.
+// All panels and units, as in linear.cpp.
 template <typename T, bool kGated, typename Rows>
 void run_all(const Int4Problem& p, const Rows& x, T* out, int64_t units) {
   const int64_t total = (p.rows + kPanelRows - 1) / kPanelRows * units;
   const int64_t bytes = units * (kGated ? 2 : 1) * p.groups * p.group_bytes();
   const int64_t workers = std::clamp<int64_t>(bytes / kGrainBytes, 1, at::get_num_threads());
-  std::atomic<int64_t> taken{0};
-  at::parallel_for(0, workers, /*grain_size=*/1, [&](int64_t, int64_t) {
-    for (int64_t i = taken++, after; i < total; i = after) {
-      after = taken++;
-      run<T, kGated>(p, x, out, i / units, i % units, after % units);
+  Shares shares(total, workers);
+  at::parallel_for(0, workers, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      for (int64_t i = shares.take(thread), after; i != Shares::kNone; i = after) {
+        after = shares.take(thread);
+        run<T, kGated>(p, x, out, i / units, i % units, after == Shares::kNone ? 0 : after % units);
+      }
     }
   });
 }

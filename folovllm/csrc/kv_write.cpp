@@ -80,7 +80,7 @@ void write_tokens(const Pages<T>& pages, const at::Tensor& slot_mapping, const A
     at::parallel_for(0, num_tokens, kTokensPerThread, write);
     return;
   }
-  at::parallel_for(0, static_cast<int64_t>(plan->queues.size()), 1, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, plan->num_threads(), 1, [&](int64_t first, int64_t last) {
     for (int64_t s = 0; s < plan->num_reqs(); ++s) {
       if (first <= plan->owner(s) && plan->owner(s) < last) {
         write(plan->first_token(s), plan->first_token(s + 1));

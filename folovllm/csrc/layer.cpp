@@ -148,7 +148,7 @@ at::Tensor decoder_layers(const at::Tensor& hidden, const at::Tensor& residual, 
     ends.emplace(Ends{query_start_loc.slice(0, 1).to(at::kLong).sub(1), plan_for(one_each)});
   }
   Weights reader(weights, max_int4_rows);
-  Aside aside(plan.queues.size());
+  Aside aside(plan.num_threads());
   list_pages(step, kv_caches[0], aside);
   at::Tensor x = hidden, left = residual;
   for (size_t i = 0; i + 1 < kv_caches.size(); ++i) {

@@ -23,12 +23,12 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstring>
 #include <optional>
 #include <utility>
 
 #include "ops.h"
+#include "shares.h"
 #include "vectors.h"
 
 namespace folovllm {
@@ -204,18 +204,18 @@ void run(const Problem& p, int64_t panel, int64_t unit, const at::BFloat16* next
   }
 }
 
-// All panels and units. Threads take the next unit when they are free: halves fixed beforehand would make each wait for
-// the other whenever the system, or another machine on the same processor, takes some of its time. The unit after this
-// one is taken early, so that it can be fetched.
+// All panels and units. The unit after this one is taken early, so that it can be fetched.
 template <bool native, bool kGated>
 void run_all(const Problem& p, int64_t units) {
   const int64_t size = (kGated ? 2 : 1) * p.pairs * kBlock * 2, total = ceil_div(p.rows, kPanel) * units;
   const int64_t workers = std::clamp<int64_t>(units * size * 2 / kGrainBytes, 1, at::get_num_threads());
-  std::atomic<int64_t> taken{0};
-  at::parallel_for(0, workers, /*grain_size=*/1, [&](int64_t, int64_t) {
-    for (int64_t i = taken++, after; i < total; i = after) {
-      after = taken++;
-      run<native, kGated>(p, i / units, i % units, p.packed + after % units * size);
+  Shares shares(total, workers);
+  at::parallel_for(0, workers, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      for (int64_t i = shares.take(thread), after; i != Shares::kNone; i = after) {
+        after = shares.take(thread);
+        run<native, kGated>(p, i / units, i % units, p.packed + (after == Shares::kNone ? 0 : after % units * size));
+      }
     }
   });
 }
