@@ -37,7 +37,9 @@ CONTEXTS = (60, 270)  # of a step's requests, evenly spread between the two
 PROMPT_LENS = (60, 114, 168, 192, 236, 270)
 RUNS_PER_ROUND = 6  # of which the fastest counts
 FAR_NS = 150  # a round trip between cores above this is called far
-_NAMESPACES = re.compile(r"\bfolovllm(?=::|\s*\{)|(?<=TORCH_LIBRARY_FRAGMENT\()folovllm|(?<=TORCH_LIBRARY_IMPL\()folovllm")
+_NAMESPACES = re.compile(
+    r"\bfolovllm(?=::|\s*\{)|(?<=TORCH_LIBRARY_FRAGMENT\()folovllm|(?<=TORCH_LIBRARY_IMPL\()folovllm"
+)
 
 Run = Callable[[Any], torch.Tensor]  # one call of an operator
 Key = tuple[str, str, str]  # distance of the cores, case, version
@@ -181,7 +183,9 @@ def row(results: dict[Key, list[float]], where: str, case: str, versions: list[s
 
 
 def print_table(rows: list[dict[str, Any]], versions: list[str]) -> None:
-    print(f"{'cores':<7}{'case':<15}{'rounds':>7}" + "".join(f"{v[:20]:>22}" for v in versions) + "   median (fastest) ms")
+    print(
+        f"{'cores':<7}{'case':<15}{'rounds':>7}" + "".join(f"{v[:20]:>22}" for v in versions) + "   median (fastest) ms"
+    )
     for r in rows:
         cells = [f"{r[v]:.2f} ({r[f'{v} fastest']:.2f})" for v in versions]
         print(f"{r['cores']:<7}{r['case']:<15}{r['rounds']:>7}" + "".join(f"{cell:>22}" for cell in cells))

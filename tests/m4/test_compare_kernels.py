@@ -25,15 +25,19 @@ def script() -> ModuleType:
 
 
 def test_a_version_moves_into_a_namespace_of_its_own(script: ModuleType) -> None:
-    source = 'namespace folovllm {\nvoid f(); }\nTORCH_LIBRARY_FRAGMENT(folovllm, m) { folovllm::f(); say("folovllm: hi"); }'
+    source = (
+        'namespace folovllm {\nvoid f(); }\nTORCH_LIBRARY_FRAGMENT(folovllm, m) { folovllm::f(); say("folovllm: hi"); }'
+    )
     moved = script._NAMESPACES.sub("other", source)
-    assert moved == source.replace("folovllm {", "other {").replace("(folovllm,", "(other,").replace("folovllm::", "other::")
+    assert moved == source.replace("folovllm {", "other {").replace("(folovllm,", "(other,").replace(
+        "folovllm::", "other::"
+    )
 
 
 def test_every_source_is_left_without_the_old_namespace(script: ModuleType) -> None:
     for path in [*(ROOT / script.SOURCES).glob("*.cpp"), *(ROOT / script.SOURCES).glob("*.h")]:
         moved = script._NAMESPACES.sub("other", path.read_text())
-        assert "folovllm::" not in moved and "namespace folovllm" not in moved and "(folovllm," not in moved, path.name
+        assert "folovllm::" not in moved and "namespace folovllm {" not in moved and "(folovllm," not in moved, path.name
 
 
 def test_sources_come_from_a_folder_and_anything_else_is_refused(script: ModuleType, tmp_path: Path) -> None:
