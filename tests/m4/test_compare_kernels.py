@@ -37,7 +37,9 @@ def test_a_version_moves_into_a_namespace_of_its_own(script: ModuleType) -> None
 def test_every_source_is_left_without_the_old_namespace(script: ModuleType) -> None:
     for path in [*(ROOT / script.SOURCES).glob("*.cpp"), *(ROOT / script.SOURCES).glob("*.h")]:
         moved = script._NAMESPACES.sub("other", path.read_text())
-        assert "folovllm::" not in moved and "namespace folovllm {" not in moved and "(folovllm," not in moved, path.name
+        assert "folovllm::" not in moved and "namespace folovllm {" not in moved and "(folovllm," not in moved, (
+            path.name
+        )
 
 
 def test_sources_come_from_a_folder_and_anything_else_is_refused(script: ModuleType, tmp_path: Path) -> None:
