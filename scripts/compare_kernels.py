@@ -32,7 +32,7 @@ from folovllm.model_executor.huge_pages import HugeArena, huge_zeros
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = "folovllm/csrc"
 LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 30, 576, 1536, 9, 3, 64, 16
-DECODE_REQUESTS = (1, 4, 11, 16, 32)
+DECODE_REQUESTS = (1, 4, 11, 20, 32)
 CONTEXTS = (60, 270)  # of a step's requests, evenly spread between the two
 PROMPT_LENS = (60, 114, 168, 192, 236, 270)
 RUNS_PER_ROUND = 6  # of which the fastest counts

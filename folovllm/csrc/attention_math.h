@@ -314,8 +314,8 @@ void in_row_blocks(int64_t rows, const F& f) {
 
 // ---- Online softmax
 
-// The larger of two scores: one instruction, where at::vec::maximum takes four to let a NaN win. A NaN is not lost: its
-// own weight is NaN, and with it the sum of all.
+// The larger of two scores: one instruction, where at::vec::maximum takes four to let a NaN win. Only slots that nobody
+// has written may hold one, and those are masked before.
 inline Vec larger(const Vec& a, const Vec& b) {
   return at::vec::clamp_min(a, b);
 }

@@ -13,7 +13,7 @@
 //   pair 0   w[0][0] w[0][1] | w[1][0] w[1][1] | ... | w[31][0] w[31][1]      x (x[0], x[1]) broadcast to all lanes
 //   pair 1   w[0][2] w[0][3] | w[1][2] w[1][3] | ... | w[31][2] w[31][3]      x (x[2], x[3])
 //
-// With more tokens each pair of weight vectors is used for up to 8 rows while it sits in registers.
+// With more tokens each pair of weight vectors is used for 8 rows or so while it sits in registers.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -36,6 +36,7 @@ namespace {
 
 constexpr int64_t kBlock = 2 * kLanes; // outputs of a block: two vectors, which share each broadcast of x
 constexpr int kTile = 8;               // rows at a time: 16 sums hide the latency of dot, and fit 32 registers
+constexpr int kLargeTile = 12;         // where two such tiles are enough: a third would read the weights once more
 constexpr int64_t kPanel = 96;         // rows whose inputs (96 x 1,536 x 2 bytes) stay in L2 while blocks pass by
 constexpr int64_t kPrefetch = 24;      // pairs ahead, 3 KiB: where one thread's reads were fastest
 constexpr int64_t kSharers = 8;        // tiles that fetch together
@@ -188,14 +189,18 @@ constexpr std::array<Tile, sizeof...(R)> all_tiles(std::integer_sequence<int, R.
   return {tile<native, kGated, kMode, R + 1>...};
 }
 
+int64_t num_tiles(int64_t rows) {
+  return 2 * kTile < rows && rows <= 2 * kLargeTile ? 2 : ceil_div(rows, kTile);
+}
+
 // One unit for the rows of one panel; `next` is where this thread goes on.
 template <bool native, bool kGated>
 void run(const Problem& p, int64_t panel, int64_t unit, const at::BFloat16* next) {
-  constexpr auto kHeights = std::make_integer_sequence<int, kTile>{};
-  static constexpr std::array<std::array<Tile, kTile>, 3> tile_of = { // by mode, and by rows less 1
+  constexpr auto kHeights = std::make_integer_sequence<int, kLargeTile>{};
+  static constexpr std::array<std::array<Tile, kLargeTile>, 3> tile_of = { // by mode, and by rows less 1
       all_tiles<native, kGated, kNone>(kHeights), all_tiles<native, kGated, kShare>(kHeights),
       all_tiles<native, kGated, kLead>(kHeights)};
-  const int64_t rows = std::min(kPanel, p.rows - panel * kPanel), tiles = ceil_div(rows, kTile);
+  const int64_t rows = std::min(kPanel, p.rows - panel * kPanel), tiles = num_tiles(rows);
   for (int64_t index = 0; index < tiles; ++index) {
     // E.g. 9 rows are 4 and 5: of 8 and 1, the 1 would read the weights for a single row.
     const int64_t first = rows * index / tiles, last = rows * (index + 1) / tiles;
