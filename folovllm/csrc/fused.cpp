@@ -149,10 +149,7 @@ at::Tensor rotary_(at::Tensor x, const at::Tensor& cos, const at::Tensor& sin) {
   const int64_t size = x.size(-1);
   TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1 && size % 2 == 0,
               "rotary_ wants [tokens, heads, even size], dense rows");
-  for (const at::Tensor* table : {&cos, &sin}) {
-    TORCH_CHECK(table->size(0) == x.size(0) && table->numel() == x.size(0) * size && table->stride(-1) == 1 &&
-                table->scalar_type() == x.scalar_type(), "rotary_: cos and sin must be [tokens, 1, head_size]");
-  }
+  check_table(cos, x), check_table(sin, x);
   const Rows rows(x);
   with_type(x.scalar_type(), "rotary_", [&](auto zero) {
     using T = decltype(zero);

@@ -89,11 +89,6 @@ void write_tokens(const Pages<T>& pages, const at::Tensor& slot_mapping, const A
   });
 }
 
-void check_table(const at::Tensor& table, const at::Tensor& x) {
-  TORCH_CHECK(table.size(0) == x.size(0) && table.numel() == x.size(0) * x.size(2) && table.stride(-1) == 1 &&
-              table.scalar_type() == x.scalar_type(), "cos and sin must be [tokens, 1, head_size]");
-}
-
 template <typename T>
 const T* norm_weight(const at::Tensor& weight, int64_t head_size) {
   TORCH_CHECK(weight.numel() == 0 || (weight.numel() == head_size && weight.is_contiguous()),

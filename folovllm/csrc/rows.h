@@ -4,7 +4,7 @@
 
 #pragma once
 
-#include <c10/core/ScalarType.h>
+#include <ATen/core/Tensor.h>
 
 #include <cmath>
 #include <cstdint>
@@ -53,6 +53,12 @@ void rms_norm_row(const T* x, T* residual, const T* weight, T* out, int64_t size
   for_each_vector(size, [&](int64_t i, int64_t count) {
     store_some(out + i, load_some(source + i, count) * scale * load_some(weight + i, count), count);
   });
+}
+
+// cos or sin, for rotating x [tokens, heads, head_size].
+inline void check_table(const at::Tensor& table, const at::Tensor& x) {
+  TORCH_CHECK(table.size(0) == x.size(0) && table.numel() == x.size(0) * x.size(2) && table.stride(-1) == 1 &&
+              table.scalar_type() == x.scalar_type(), "cos and sin must be [tokens, 1, head_size]");
 }
 
 // The table's sin has its first half negated: both halves are x * cos + (the other half) * sin.
