@@ -11,7 +11,6 @@
 #include "shares.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -167,16 +166,9 @@ template <typename T, bool kDot>
 void attend(const Batch<T>& batch) {
   const AttentionPlan& plan = batch.plan;
   std::vector<float> parts(plan.buffer_size);
-  Shares shares(plan.ends);
-  at::parallel_for(0, plan.num_threads(), 1, [&](int64_t begin, int64_t end) {
+  Shares(plan.ends).run([&](int64_t /*thread*/, int64_t i, int64_t after) {
     static thread_local Scratch<T> scratch;  // about a MiB, of which a head of 64 touches a quarter
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t i = shares.take(thread), after; i != Shares::kNone; i = after) {
-        after = shares.take(thread);
-        run_task<T, kDot>(batch, plan.tasks[i], after == Shares::kNone ? nullptr : &plan.tasks[after], scratch,
-                          parts.data());
-      }
-    }
+    run_task<T, kDot>(batch, plan.tasks[i], after == Shares::kNone ? nullptr : &plan.tasks[after], scratch, parts.data());
   });
   for (const Item& item : plan.items) {
     if (item.num_parts > 1) {

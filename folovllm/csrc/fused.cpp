@@ -5,7 +5,6 @@
 // For one token none of this is much work: 576 numbers. But in torch each is five operators of 2 to 5 us, 30 layers of
 // which cost as much as the weights. Everything is fp32 between load and store, so a result is rounded once.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -18,6 +17,7 @@
 
 #include "ops.h"
 #include "rows.h"
+#include "team.h"
 
 namespace folovllm {
 namespace {
@@ -111,7 +111,7 @@ at::Tensor rms_norm(
     const T* scale_data = scale.const_data_ptr<T>();
     T* residual_data = residual ? residual->mutable_data_ptr<T>() : nullptr;
     T* out_data = out.mutable_data_ptr<T>();
-    at::parallel_for(0, rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
+    Team::run_range(rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         T* sum = residual_data == nullptr ? nullptr : residual_data + row * size;
         rms_norm_row(x_data + rows.offset(row), sum, scale_data, out_data + row * size, size, static_cast<float>(eps));
@@ -134,7 +134,7 @@ at::Tensor silu_and_mul(const at::Tensor& gate_up) {
     using T = decltype(zero);
     const T* data = input.const_data_ptr<T>();
     T* out_data = out.mutable_data_ptr<T>();
-    at::parallel_for(0, rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
+    Team::run_range(rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const T* gate = data + rows.offset(row);
         silu_and_mul_row(gate, gate + size, out_data + row * size, size);
@@ -156,7 +156,7 @@ at::Tensor rotary_(at::Tensor x, const at::Tensor& cos, const at::Tensor& sin) {
     T* data = x.mutable_data_ptr<T>();
     const T* cos_data = cos.const_data_ptr<T>();
     const T* sin_data = sin.const_data_ptr<T>();
-    at::parallel_for(0, rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
+    Team::run_range(rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t token = row / rows.heads;
         const T* cos_row = cos_data + token * cos.stride(0);
@@ -177,7 +177,7 @@ at::Tensor argmax(const at::Tensor& values) {
   with_type(values.scalar_type(), "argmax", [&](auto zero) {
     using T = decltype(zero);
     const T* data = rows.const_data_ptr<T>();
-    at::parallel_for(0, rows.size(0), rows_per_thread(rows.size(1)), [&](int64_t begin, int64_t end) {
+    Team::run_range(rows.size(0), rows_per_thread(rows.size(1)), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         places[row] = first_argmax(data + row * rows.stride(0), rows.size(1));
       }

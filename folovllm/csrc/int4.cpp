@@ -15,7 +15,6 @@
 //
 // fp32, or a CPU without these instructions: the levels become floats, and x stays what it is.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -131,14 +130,8 @@ void run_all(const Int4Problem& p, const Rows& x, T* out, int64_t units) {
   const int64_t total = (p.rows + kPanelRows - 1) / kPanelRows * units;
   const int64_t bytes = units * (kGated ? 2 : 1) * p.groups * p.group_bytes();
   const int64_t workers = std::clamp<int64_t>(bytes / kGrainBytes, 1, at::get_num_threads());
-  Shares shares(total, workers);
-  at::parallel_for(0, workers, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t i = shares.take(thread), after; i != Shares::kNone; i = after) {
-        after = shares.take(thread);
-        run<T, kGated>(p, x, out, i / units, i % units, after == Shares::kNone ? 0 : after % units);
-      }
-    }
+  Shares(total, workers).run([&](int64_t /*thread*/, int64_t i, int64_t after) {
+    run<T, kGated>(p, x, out, i / units, i % units, after == Shares::kNone ? 0 : after % units);
   });
 }
 
@@ -152,7 +145,7 @@ at::Tensor permuted(const at::Tensor& x, const at::Tensor& perm) {
   const int32_t* source = perm.const_data_ptr<int32_t>();
   const T* from = x.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
-  at::parallel_for(0, x.size(0), /*grain_size=*/16, [&](int64_t begin, int64_t end) {
+  Team::run_range(x.size(0), /*grain=*/16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t i = 0; i < width; ++i) {
         to[row * width + i] = source[i] < 0 ? T(0.0f) : from[row * x.stride(0) + source[i]];

@@ -5,7 +5,6 @@
 
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
@@ -16,6 +15,7 @@
 #include <vector>
 
 #include "int4.h"
+#include "team.h"
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
@@ -60,7 +60,7 @@ class FloatRows {
       : x_(x.const_data_ptr<T>()), stride_(x.stride(0)), groups_(p.groups), group_size_(p.chunks * kInt4Chunk) {
     if (p.zeros != nullptr) {
       sums_.resize(p.rows * groups_);
-      at::parallel_for(0, p.rows, /*grain_size=*/16, [&](int64_t begin, int64_t end) {
+      Team::run_range(p.rows, /*grain=*/16, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin * groups_; i < end * groups_; ++i) {
           sums_[i] = sum_of(x_ + i / groups_ * stride_ + i % groups_ * group_size_);
         }
@@ -125,7 +125,7 @@ class IntegerRows {
       : groups_(p.groups), group_size_(p.chunks * kInt4Chunk), stride_(2 * groups_ * group_size_),
         digits_(new int8_t[p.rows * stride_]), scales_(new Scale[p.rows * groups_]) {
     const at::BFloat16* rows = x.const_data_ptr<at::BFloat16>();
-    at::parallel_for(0, p.rows, /*grain_size=*/16, [&](int64_t begin, int64_t end) {
+    Team::run_range(p.rows, /*grain=*/16, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * groups_; i < end * groups_; ++i) {
         const at::BFloat16* group = rows + i / groups_ * x.stride(0) + i % groups_ * group_size_;
         scales_[i] = to_integers(group, digits_.get() + i * 2 * group_size_);

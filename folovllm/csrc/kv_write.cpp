@@ -4,7 +4,6 @@
 // and write as well. Left out: an fp8 cache. Layout of the pages: pages.h.
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -12,6 +11,7 @@
 #include "ops.h"
 #include "pages.h"
 #include "rows.h"
+#include "team.h"
 
 namespace folovllm {
 namespace {
@@ -33,7 +33,7 @@ void fetch_slot(const Pages<T>& pages, int64_t slot) {
   }
 }
 
-// A token's key and value of all KV heads, head_size apart.
+// A token's key and value of all KV heads.
 template <typename T>
 struct TokenKV {
   const T *key, *value;
@@ -77,12 +77,11 @@ void write_tokens(const Pages<T>& pages, const at::Tensor& slot_mapping, const A
     }
   };
   if (plan == nullptr || num_tokens < kTokensPerThread || num_tokens > kMaxOwnedTokens) {
-    at::parallel_for(0, num_tokens, kTokensPerThread, write);
-    return;
+    return Team::run_range(num_tokens, kTokensPerThread, write);
   }
-  at::parallel_for(0, plan->num_threads(), 1, [&](int64_t first, int64_t last) {
+  Team::run(plan->num_threads(), [&](int64_t thread) {
     for (int64_t s = 0; s < plan->num_reqs(); ++s) {
-      if (first <= plan->owner(s) && plan->owner(s) < last) {
+      if (plan->owner(s) == thread) {
         write(plan->first_token(s), plan->first_token(s + 1));
       }
     }

@@ -12,9 +12,11 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "ops.h"
+#include "team.h"
 
 namespace folovllm {
 namespace {
@@ -45,11 +47,12 @@ class Weights {
     } else {
       bias = &next();
     }
+    const Upcoming upcoming{aside, next_packed()};
     if (gated) {
-      return linear_silu_packed(x, *packed, out_features, /*native=*/true, aside);
+      return linear_silu_packed(x, *packed, out_features, /*native=*/true, upcoming);
     }
     const std::optional<at::Tensor> some_bias = bias->numel() == 0 ? std::nullopt : std::optional(*bias);
-    return linear_packed(x, *packed, some_bias, out_features, /*native=*/true, aside);
+    return linear_packed(x, *packed, some_bias, out_features, /*native=*/true, upcoming);
   }
 
   void check_all_used() const {
@@ -57,6 +60,13 @@ class Weights {
   }
 
  private:
+  // The weight of the linear layer that comes next, if it is one of bf16.
+  const at::Tensor* next_packed() const {
+    const auto is_packed = [](const at::Tensor& t) { return t.dim() == 4 && t.scalar_type() == at::kBFloat16; };
+    const auto found = std::find_if(tensors_.begin() + at_, tensors_.end(), is_packed);
+    return found == tensors_.end() ? nullptr : &*found;
+  }
+
   at::TensorList tensors_;
   int64_t max_int4_rows_;
   size_t at_ = 0;
@@ -151,11 +161,13 @@ at::Tensor decoder_layers(const at::Tensor& hidden, const at::Tensor& residual, 
   Aside aside(plan.num_threads());
   list_pages(step, kv_caches[0], aside);
   at::Tensor x = hidden, left = residual;
-  for (size_t i = 0; i + 1 < kv_caches.size(); ++i) {
-    aside.start(kv_caches[i + 1].const_data_ptr());
-    x = decoder_layer(step, x, left, reader, kv_caches[i], &aside, nullptr);
-  }
-  x = decoder_layer(step, x, left, reader, kv_caches.back(), nullptr, ends ? &*ends : nullptr);
+  Team::keep([&] {
+    for (size_t i = 0; i + 1 < kv_caches.size(); ++i) {
+      aside.start(kv_caches[i + 1].const_data_ptr());
+      x = decoder_layer(step, x, left, reader, kv_caches[i], &aside, nullptr);
+    }
+    x = decoder_layer(step, x, left, reader, kv_caches.back(), nullptr, ends ? &*ends : nullptr);
+  });
   reader.check_all_used();
   if (ends) {  // back to where their rows are looked for
     residual.index_copy_(0, ends->rows, left);

@@ -15,7 +15,6 @@
 //
 // With more tokens each pair of weight vectors is used for 8 rows or so while it sits in registers.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
@@ -78,7 +77,7 @@ struct Problem {
   const float* bias;           // [units * 32] or null
   at::BFloat16* out;           // [rows, out_features]
   int64_t rows, pairs, x_stride, out_features;
-  Aside* aside;                // or null
+  Upcoming upcoming;
 };
 
 // Memory must never rest: what a tile asks for while it computes.
@@ -148,8 +147,8 @@ void tile(const Problem& p, int64_t unit, int64_t row, const at::BFloat16* next,
       for (int64_t i = 0; i < stretches; ++i) {
         const int64_t begin = p.pairs * i / stretches, end = p.pairs * (i + 1) / stretches;
         const at::BFloat16* ahead = next + ((part * p.pairs + begin) * pace >> 16) * kLine;
-        const Piece* piece = p.aside != nullptr ? p.aside->take() : nullptr;
-        const char* beside = piece != nullptr ? p.aside->data(*piece) : reinterpret_cast<const char*>(ahead);
+        const Piece* piece = p.upcoming.aside != nullptr ? p.upcoming.aside->take() : nullptr;
+        const char* beside = piece != nullptr ? p.upcoming.aside->data(*piece) : reinterpret_cast<const char*>(ahead);
         const int64_t slow_pace = piece != nullptr ? piece->lines * 65536 / (end - begin) : 0;
         add(begin, end, [=](int64_t step) {
           __builtin_prefetch(ahead + (step * pace >> 16) * kLine, /*write=*/0, kHint);
@@ -209,26 +208,28 @@ void run(const Problem& p, int64_t panel, int64_t unit, const at::BFloat16* next
   }
 }
 
-// All panels and units. The unit after this one is taken early, so that it can be fetched.
+// Where a thread begins in the packed weight that comes next. (A unit of gate and up may begin one block later.)
+const at::BFloat16* begin_of(const at::Tensor& packed, int64_t thread, int64_t num_threads) {
+  return packed.const_data_ptr<at::BFloat16>() + packed.size(0) * thread / num_threads * packed.stride(0);
+}
+
+// All panels and units.
 template <bool native, bool kGated>
 void run_all(const Problem& p, int64_t units) {
   const int64_t size = (kGated ? 2 : 1) * p.pairs * kBlock * 2, total = ceil_div(p.rows, kPanel) * units;
   const int64_t workers = std::clamp<int64_t>(units * size * 2 / kGrainBytes, 1, at::get_num_threads());
-  Shares shares(total, workers);
-  at::parallel_for(0, workers, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t i = shares.take(thread), after; i != Shares::kNone; i = after) {
-        after = shares.take(thread);
-        run<native, kGated>(p, i / units, i % units, p.packed + (after == Shares::kNone ? 0 : after % units * size));
-      }
-    }
+  Shares(total, workers).run([&](int64_t thread, int64_t piece, int64_t after) {
+    const at::BFloat16* next = after != Shares::kNone         ? p.packed + after % units * size
+                               : p.upcoming.packed != nullptr ? begin_of(*p.upcoming.packed, thread, workers)
+                                                              : p.packed;
+    run<native, kGated>(p, piece / units, piece % units, next);
   });
 }
 
 // The product of both operators: x [..., in] with `units` units of packed weights -> [..., out].
 template <bool kGated>
 at::Tensor multiply(const at::Tensor& x, const at::Tensor& packed, const float* bias, int64_t out_features, bool native,
-                    Aside* aside) {
+                    const Upcoming& upcoming) {
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && packed.scalar_type() == at::kBFloat16, "linear_packed wants bf16");
   constexpr int64_t kParts = kGated ? 2 : 1;
   const int64_t units = packed.size(0) / kParts, pairs = packed.size(1), in_features = x.size(-1);
@@ -247,7 +248,7 @@ at::Tensor multiply(const at::Tensor& x, const at::Tensor& packed, const float* 
   const Problem p{
       rows.const_data_ptr<at::BFloat16>(), packed.const_data_ptr<at::BFloat16>(), bias,
       out.mutable_data_ptr<at::BFloat16>(), rows.size(0), pairs, rows.stride(0), out_features,
-      aside};
+      upcoming};
   native ? run_all<true, kGated>(p, units) : run_all<false, kGated>(p, units);
   return x.dim() == 2 ? out : out.view(shape);
 }
@@ -269,19 +270,19 @@ at::Tensor pack_weight(const at::Tensor& weight) {
 // the path of a CPU without bf16 dot products, so that it can be tested on one that has them.
 at::Tensor linear_packed(
     const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias, int64_t out_features,
-    bool native, Aside* aside) {
+    bool native, const Upcoming& upcoming) {
   TORCH_CHECK(!bias || (bias->numel() == packed.size(0) * kBlock && bias->is_contiguous() &&
               bias->scalar_type() == at::kFloat), "linear_packed: the bias must be float32 and padded to whole blocks of ",
               kBlock);
-  return multiply<false>(x, packed, bias ? bias->const_data_ptr<float>() : nullptr, out_features, native, aside);
+  return multiply<false>(x, packed, bias ? bias->const_data_ptr<float>() : nullptr, out_features, native, upcoming);
 }
 
 // silu(x gate^T) * (x up^T) [..., out], rounded once: the gate and up projections of an MLP with what follows them. The
 // weight is pack_weight of both, their blocks taking turns: gate 0, up 0, gate 1, up 1, ...
 at::Tensor linear_silu_packed(const at::Tensor& x, const at::Tensor& packed, int64_t out_features, bool native,
-                              Aside* aside) {
+                              const Upcoming& upcoming) {
   TORCH_CHECK(packed.size(0) % 2 == 0, "linear_silu_packed: gate and up differ in size");
-  return multiply<true>(x, packed, nullptr, out_features, native, aside);
+  return multiply<true>(x, packed, nullptr, out_features, native, upcoming);
 }
 
 // Whether this library was compiled with bf16 dot products, and `linear_packed` is therefore fast.

@@ -62,10 +62,16 @@ class Aside {
   std::vector<Share> shares_;
 };
 
+// What a linear layer should fetch for those that come after it; nothing, if null.
+struct Upcoming {
+  Aside* aside = nullptr;
+  const at::Tensor* packed = nullptr;  // the next linear layer's weight: of it the beginnings of the threads' shares
+};
+
 at::Tensor linear_packed(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
-                         int64_t out_features, bool native = true, Aside* aside = nullptr);
+                         int64_t out_features, bool native = true, const Upcoming& upcoming = {});
 at::Tensor linear_silu_packed(const at::Tensor& x, const at::Tensor& packed, int64_t out_features, bool native = true,
-                              Aside* aside = nullptr);
+                              const Upcoming& upcoming = {});
 
 struct Int4Weight {
   const at::Tensor &levels, &scales, &zeros, &perm, &bias;

@@ -13,6 +13,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "team.h"
+
 namespace folovllm {
 
 class Shares {
@@ -34,6 +36,19 @@ class Shares {
     }
   }
 
+  // Calls f(thread, piece, after) until all pieces are done. `after`, or kNone, is what the thread does next: it is taken
+  // early, so that it can be fetched.
+  template <typename F>
+  void run(const F& f) {
+    Team::run(num_threads(), [&](int64_t thread) {
+      for (int64_t piece = take(thread), after; piece != kNone; piece = after) {
+        after = take(thread);
+        f(thread, piece, after);
+      }
+    });
+  }
+
+ private:
   int64_t num_threads() const {
     return static_cast<int64_t>(ranges_.size());
   }
@@ -51,7 +66,6 @@ class Shares {
     return kNone;
   }
 
- private:
   struct alignas(64) Range {  // a line of its own: no thread waits for another's counter
     std::atomic<int64_t> next;
     int64_t end;

@@ -5,8 +5,11 @@ Milestone: M4. The two paths compute the same operations in the same order, so t
 
 import dataclasses
 import mmap
+import os
 import platform
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +108,55 @@ def test_the_last_layer_may_leave_out_rows_that_nobody_reads(arch: ModelArchitec
         assert torch.equal(got, expected) == (len(rows) == len(got))
     caches = zip(ends.attention_layers(), full.attention_layers(), strict=True)
     assert all(torch.equal(a.kv_cache, b.kv_cache) for a, b in caches)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4])
+@pytest.mark.parametrize("arch", SHAPES, indirect=True)
+def test_threads_that_stay_together_compute_the_same(
+    arch: ModelArchitecture, threads: int, set_threads: Callable[[int], None]
+) -> None:
+    """csrc/team.h, also with more threads than the machine has cores."""
+    (team, team_backend), (alone, alone_backend) = build(arch), build(arch)
+    fuse_decoder_layers(team, team_backend)
+    fuse_decoder_layers(alone, alone_backend)
+    for step in STEPS:
+        set_threads(1)
+        expected = run(alone, alone_backend, step)
+        set_threads(threads)
+        assert torch.equal(run(team, team_backend, step), expected)
+
+
+def test_fewer_threads_than_were_asked_for() -> None:
+    """OpenMP may give two where torch counts on four: nobody may wait for the others."""
+    test = f"{__file__}::{test_threads_that_stay_together_compute_the_same.__name__}"
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "4", "--no-cov", "-p", "no:cacheprovider", test]
+    done = subprocess.run(command, env={**os.environ, "OMP_THREAD_LIMIT": "2"}, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stdout.decode()
+
+
+@pytest.mark.parametrize("arch", ["llama"], indirect=True)
+def test_after_an_error_in_mid_step_the_next_step_runs(
+    arch: ModelArchitecture, set_threads: Callable[[int], None]
+) -> None:
+    """The threads that wait for work are sent home when the one that hands it out fails."""
+    model, backend = build(arch)
+    fuse_decoder_layers(model, backend)
+    fused = model.model.run_layers
+    assert isinstance(fused, FusedDecoderLayers)
+    set_threads(2)
+    expected = run(model, backend, STEPS[0])
+    last = fused._weights.pop()
+    with pytest.raises(RuntimeError, match="more weights expected"):
+        run(model, backend, STEPS[0])
+    fused._weights.append(last)
+    assert torch.equal(run(model, backend, STEPS[0]), expected)
 
 
 @pytest.mark.parametrize("arch", ["head norms"], indirect=True)
