@@ -14,7 +14,7 @@ The input processor refuses them earlier, with a message; here one bad request m
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import torch
 
@@ -126,6 +126,7 @@ class SamplingMetadata:
         )
 
     @classmethod
+    @cache
     def plain(cls, num_rows: int) -> "SamplingMetadata":
         """Of greedy rows that ask for nothing else: most batches, and the host has better to do between two steps."""
         return cls(

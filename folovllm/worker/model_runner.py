@@ -55,6 +55,7 @@ class ModelRunner:
         self.vocab_size = config.model_config.arch.vocab_size
         self.requests: dict[str, CachedRequestState] = {}
         self.batch = InputBatch(config.max_num_seqs, config.max_model_len, config.block_size)
+        self.num_prompt_logprobs: dict[str, int] = {}  # of the requests that want them
         # Fixed addresses for the inputs of every step (CUDA graphs will replay on them).
         budget = config.max_num_batched_tokens
         self.input_ids = torch.zeros(budget, dtype=torch.int64, device=device)
@@ -90,11 +91,14 @@ class ModelRunner:
         """Bring requests and batch up to date. Who is not scheduled leaves the batch but keeps its state."""
         for request_id in output.finished_req_ids:
             self.requests.pop(request_id, None)
+            self.num_prompt_logprobs.pop(request_id, None)
         for request_id in [r for r in self.batch.req_ids if r not in output.num_scheduled_tokens]:
             self.batch.remove_request(request_id)
         for new in output.scheduled_new_reqs:
             self.batch.remove_request(new.request_id)  # an id may come back after an abort that freed it
             self._add(self._new_state(new))
+            if new.sampling_params.prompt_logprobs is not None:
+                self.num_prompt_logprobs[new.request_id] = new.sampling_params.prompt_logprobs
         for cached in output.scheduled_cached_reqs:
             request = self.requests[cached.request_id]
             (new_block_ids,) = cached.new_block_ids
@@ -118,8 +122,10 @@ class ModelRunner:
             self.batch.add_request(request)
             return
         self.batch.num_computed_tokens[row] = request.num_computed_tokens
-        update_row = self.batch.block_table.add_row if resumed else self.batch.block_table.append_row
-        update_row(new_block_ids, row)
+        if resumed:
+            self.batch.block_table.add_row(new_block_ids, row)
+        elif new_block_ids:
+            self.batch.block_table.append_row(new_block_ids, row)
 
     def _prepare_inputs(self, output: SchedulerOutput) -> tuple[AttentionMetadata, int]:
         """Fill the input buffers. E.g. rows with 2, 1 and 3 new tokens and 5, 9 and 0 computed ones:
@@ -130,7 +136,8 @@ class ModelRunner:
         batch, num_reqs = self.batch, self.batch.num_reqs
         assert num_reqs == len(output.num_scheduled_tokens)
         num_scheduled = np.array([output.num_scheduled_tokens[r] for r in batch.req_ids])  # [num_reqs]
-        query_start_loc = np.concatenate(([0], np.cumsum(num_scheduled)))  # [num_reqs + 1]
+        query_start_loc = np.zeros(num_reqs + 1, dtype=np.int64)
+        num_scheduled.cumsum(out=query_start_loc[1:])
         num_tokens = int(query_start_loc[-1])
         rows = np.repeat(np.arange(num_reqs), num_scheduled)  # [num_tokens]
         computed = batch.num_computed_tokens[:num_reqs]  # [num_reqs]
@@ -144,17 +151,17 @@ class ModelRunner:
             block_table=torch.from_numpy(batch.block_table.table[:num_reqs]).to(self.device),
             slot_mapping=self.slot_mapping[:num_tokens],
             block_size=batch.block_table.block_size,
-            ends_only=num_tokens > num_reqs and not any(map(self._wants_prompt_logprobs, batch.req_ids)),
+            ends_only=num_tokens > num_reqs and not any(r in batch.row_of for r in self.num_prompt_logprobs),
         )
         self.backend.prepare(metadata)
         return metadata, num_tokens
 
-    def _wants_prompt_logprobs(self, request_id: str) -> bool:
-        return self.requests[request_id].data.sampling_params.prompt_logprobs is not None
-
     @staticmethod
     def _fill(buffer: torch.Tensor, values: np.ndarray) -> None:
-        buffer[: len(values)].copy_(torch.from_numpy(values))
+        if buffer.device.type == "cpu":
+            buffer.numpy()[: len(values)] = values  # the same memory; an operator of torch's would take longer
+        else:
+            buffer[: len(values)].copy_(torch.from_numpy(values))
 
     # ---- sample
 
@@ -174,9 +181,8 @@ class ModelRunner:
         logits = self.model.compute_logits(hidden_states)  # [num_sampling, vocab_size]
         sampling_rows = [self.requests[request_id].sampling_row for _, request_id in sampling]
         sampler_output = self.sampler(logits, SamplingMetadata.build(sampling_rows, self.vocab_size, self.device))
-        for (_, request_id), token_id, logprobs in zip(
-            sampling, sampler_output.sampled_token_ids, sampler_output.logprobs, strict=True
-        ):
+        token_ids = sampler_output.sampled_token_ids
+        for (_, request_id), token_id, logprobs in zip(sampling, token_ids, sampler_output.logprobs, strict=True):
             sampled[request_id] = [token_id]
             if logprobs is not None:
                 result.logprobs[request_id] = [logprobs]
@@ -187,10 +193,9 @@ class ModelRunner:
     def _prompt_logprobs(self, handle: ForwardHandle) -> dict[str, list[TokenLogprobs]]:
         """Logprobs of the prompt tokens that this step's positions predict, for the requests that want them."""
         result = {}
-        for i, request_id in enumerate(self.batch.req_ids):
-            request = self.requests[request_id]
-            num_logprobs = request.data.sampling_params.prompt_logprobs
-            if num_logprobs is None or request.output_token_ids:
+        for request_id, num_logprobs in self.num_prompt_logprobs.items():
+            request, i = self.requests[request_id], self.batch.row_of.get(request_id)
+            if i is None or request.output_token_ids:
                 continue
             first = request.num_computed_tokens  # this position predicts the token after it
             targets = request.data.prompt_token_ids[first + 1 : first + 1 + self._num_rows(handle, i)]

@@ -9,6 +9,7 @@ decoding step takes about as long as reading the KV cache once.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -65,8 +66,8 @@ class CpuPagedBackend(AttentionBackend):
 
     def prepare(self, metadata: AttentionMetadata) -> None:
         metadata.prepared = CpuMetadata(
-            query_start_loc=torch.tensor(metadata.query_start_loc, dtype=torch.int32),
-            seq_lens=torch.tensor(metadata.seq_lens, dtype=torch.int32),
+            query_start_loc=torch.from_numpy(np.array(metadata.query_start_loc, dtype=np.int32)),
+            seq_lens=torch.from_numpy(np.array(metadata.seq_lens, dtype=np.int32)),
         )
 
     def write(
