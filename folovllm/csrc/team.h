@@ -105,8 +105,10 @@ class Team {
     order_.call = [](const void* body, int64_t thread) { (*static_cast<const F*>(body))(thread); };
     const int64_t number = order_.number.load(std::memory_order_relaxed) + 1;
     order_.number.store(number, std::memory_order_release);
+    const int64_t size = static_cast<int64_t>(done_.size());
     std::exception_ptr error = do_part(0, std::min(own_, num_threads));
-    for (int64_t thread = own_; thread < static_cast<int64_t>(done_.size()); ++thread) {
+    error = error ? error : do_part(size, num_threads);  // none, unless inside a region OpenMP is set to have more threads
+    for (int64_t thread = own_; thread < size; ++thread) {
       Done& done = done_[thread];
       wait([&] { return done.number.load(std::memory_order_acquire) == number; });
       error = error ? error : std::exchange(done.error, nullptr);

@@ -133,11 +133,13 @@ def test_threads_that_stay_together_compute_the_same(
         assert torch.equal(run(team, team_backend, step), expected)
 
 
-def test_fewer_threads_than_were_asked_for() -> None:
-    """OpenMP may give two where torch counts on four: nobody may wait for the others."""
+@pytest.mark.parametrize("setting", ["OMP_THREAD_LIMIT=2", "OMP_NUM_THREADS=2,8"])
+def test_other_threads_than_were_asked_for(setting: str) -> None:
+    """OpenMP may give two where torch counts on four: nobody may wait for the others. And have more inside a region."""
+    name, value = setting.split("=")
     test = f"{__file__}::{test_threads_that_stay_together_compute_the_same.__name__}"
     command = [sys.executable, "-m", "pytest", "-q", "-k", "4", "--no-cov", "-p", "no:cacheprovider", test]
-    done = subprocess.run(command, env={**os.environ, "OMP_THREAD_LIMIT": "2"}, capture_output=True, timeout=120)
+    done = subprocess.run(command, env={**os.environ, name: value}, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stdout.decode()
 
 
