@@ -3,7 +3,9 @@
 Milestone: M4. vLLM counterpart: benchmarks/kernels/benchmark_paged_attention.py. One layer of the default model's shape
 (9 query heads on 3 KV heads of 64) on pages of 16 in random order. Figures are for `forward` of one layer; `prepare`,
 which runs once per step for all layers, stands beside it. Backends take turns within a case, and the median of the
-rounds counts. Decode is held against reading its K/V once, at the memory bandwidth measured in the same run.
+rounds counts. Decode is held against reading its K/V once. Right before each run of it 0.5 GiB are read and timed: so K
+and V must come from memory, not from a cache, and are held against what memory gives in that moment (on a virtual
+machine it may change by half from one minute to the next).
 
 Peak memory is what torch's allocator handed out during one `forward`, over what was there before, from the events of
 torch.profiler: the output is in it (9 MiB of bf16 at 8,192 tokens), and buffers inside fused operators, but not what
@@ -33,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from folovllm.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec
 from folovllm.attention.selector import BACKENDS, load_backend, refusal
 from folovllm.entrypoints.bench.machine import machine_header
-from folovllm.entrypoints.bench.probe import measure_bandwidth
+from folovllm.entrypoints.bench.probe import MemoryReader, measure_bandwidth
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 9, 3, 64, 16
 PREFILL_LENS = (256, 512, 1024, 2048, 4096, 8192)
@@ -78,7 +80,7 @@ class Result:
     peak_mib: float
     gflops_per_s: float
     kv_gb_per_s: float
-    times_kv_read: float | None  # forward over reading its K/V once from memory; of decode only
+    times_kv_read: float | None  # forward over reading its K/V once from memory, median of pairs; of decode only
     rounds: int
 
 
@@ -109,6 +111,7 @@ class Setup:
         self.query = torch.randn(case.num_reqs * case.q_len, NUM_HEADS, HEAD_SIZE, generator=generator).to(dtype)
         self.prepare_seconds: list[float] = []
         self.forward_seconds: list[float] = []
+        self.times_kv_read: list[float] = []  # of decode only
 
     def metadata(self, q_len: int) -> AttentionMetadata:
         """A step that computes the last q_len tokens of every sequence."""
@@ -133,6 +136,12 @@ class Setup:
         self.prepare_seconds.append(prepared - start)
         return output
 
+    def run_from_memory(self, memory: MemoryReader, dtype: torch.dtype) -> None:
+        """A run whose K and V are in no cache, and how many times as long as a plain read of them it took."""
+        bytes_per_second = memory.read()
+        self.run()
+        self.times_kv_read.append(self.forward_seconds[-1] * bytes_per_second / self.case.kv_bytes(dtype))
+
     def peak_bytes(self) -> int:
         metadata = self.metadata(self.case.q_len)
         self.backend.prepare(metadata)
@@ -143,9 +152,8 @@ class Setup:
     def wants_more(self, repeats: int) -> bool:
         return len(self.forward_seconds) < repeats and sum(self.forward_seconds) < SECONDS_PER_CASE
 
-    def result(self, peak_bytes: int, dtype: torch.dtype, bytes_per_second: float) -> Result:
+    def result(self, peak_bytes: int, dtype: torch.dtype) -> Result:
         forward = statistics.median(self.forward_seconds)
-        read = self.case.kv_bytes(dtype) / bytes_per_second
         return Result(
             case=self.case.name,
             backend=self.name,
@@ -155,7 +163,7 @@ class Setup:
             peak_mib=round(peak_bytes / MIB, 2),
             gflops_per_s=round(self.case.flops / forward / 1e9, 2),
             kv_gb_per_s=round(self.case.kv_bytes(dtype) / forward / 1e9, 3),
-            times_kv_read=round(forward / read, 2) if self.case.q_len == 1 else None,
+            times_kv_read=round(statistics.median(self.times_kv_read), 2) if self.times_kv_read else None,
             rounds=len(self.forward_seconds),
         )
 
@@ -183,7 +191,7 @@ def skip_reason(name: str, case: Case, dtype: torch.dtype) -> str | None:
     return refusal(name, spec_of(dtype))
 
 
-def run_case(case: Case, names: list[str], dtype: torch.dtype, repeats: int, bytes_per_second: float) -> list[Result]:
+def run_case(case: Case, names: list[str], dtype: torch.dtype, repeats: int, memory: MemoryReader) -> list[Result]:
     setups = [Setup(name, case, dtype) for name in names]
     outputs = [setup.run() for setup in setups]  # the first run is not timed: kernels load, caches fill
     for name, output in zip(names, outputs, strict=True):
@@ -194,8 +202,11 @@ def run_case(case: Case, names: list[str], dtype: torch.dtype, repeats: int, byt
         setup.prepare_seconds.clear()
     while waiting := [setup for setup in setups if setup.wants_more(repeats)]:
         for setup in waiting:
-            setup.run()
-    return [setup.result(peak, dtype, bytes_per_second) for setup, peak in zip(setups, peaks, strict=True)]
+            if case.q_len == 1:
+                setup.run_from_memory(memory, dtype)
+            else:
+                setup.run()
+    return [setup.result(peak, dtype) for setup, peak in zip(setups, peaks, strict=True)]
 
 
 def print_table(results: list[Result]) -> None:
@@ -283,7 +294,7 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     dtype, machine = DTYPES[args.dtype], machine_header()
-    bandwidth = measure_bandwidth("cpu", BANDWIDTH_BYTES)
+    bandwidth, memory = measure_bandwidth("cpu", BANDWIDTH_BYTES), MemoryReader("cpu", BANDWIDTH_BYTES)
     results: list[Result] = []
     skipped: dict[str, str] = {}
     for case in CASES:
@@ -291,7 +302,7 @@ def main() -> None:
         skipped |= {name: reason for name, reason in reasons.items() if reason is not None}
         with torch.inference_mode():
             wanted = [name for name, why in reasons.items() if why is None]
-            results += run_case(case, wanted, dtype, args.repeats, bandwidth["bytes_per_second"])
+            results += run_case(case, wanted, dtype, args.repeats, memory)
     report = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": f"scripts/bench_attention.py --dtype {args.dtype} --threads {args.threads} --repeats {args.repeats}",

@@ -14,17 +14,25 @@ NUM_READS = 7
 HOW = "best of {n} sums over one float32 tensor of {size:.2f} GiB in {pages} with {threads} threads"
 
 
-def measure_bandwidth(device: str, num_bytes: int) -> dict[str, Any]:
-    """Bytes per second of summing a tensor far larger than the caches: each element is read once, nothing is written.
+class MemoryReader:
+    """Sums a tensor far larger than the caches: each element is read once, nothing is written, and what the caches held
+    before is gone."""
 
-    The best of several, since whatever disturbs a read makes it slower and never faster.
-    """
-    data = _ones(max(num_bytes // 4, 1), device)  # [num_elements]
-    seconds = [_time_one_read(data) for _ in range(NUM_READS)]
-    num_read = data.numel() * data.element_size()
+    def __init__(self, device: str, num_bytes: int) -> None:
+        self._data = _ones(max(num_bytes // 4, 1), device)  # [num_elements]
+        self.num_bytes = self._data.numel() * self._data.element_size()
+
+    def read(self) -> float:
+        """Bytes per second of one read."""
+        return self.num_bytes / _time_one_read(self._data)
+
+
+def measure_bandwidth(device: str, num_bytes: int) -> dict[str, Any]:
+    """Bytes per second: the best of several reads, since whatever disturbs a read makes it slower and never faster."""
+    reader = MemoryReader(device, num_bytes)
     pages = "huge pages" if device == "cpu" else "device memory"
-    how = HOW.format(n=NUM_READS, size=num_read / 2**30, pages=pages, threads=torch.get_num_threads())
-    return {"bytes_per_second": num_read / min(seconds), "how": how}
+    how = HOW.format(n=NUM_READS, size=reader.num_bytes / 2**30, pages=pages, threads=torch.get_num_threads())
+    return {"bytes_per_second": max(reader.read() for _ in range(NUM_READS)), "how": how}
 
 
 def _ones(num_elements: int, device: str) -> torch.Tensor:
