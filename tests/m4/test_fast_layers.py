@@ -126,7 +126,7 @@ def test_threads_that_stay_together_compute_the_same(
     (team, team_backend), (alone, alone_backend) = build(arch), build(arch)
     fuse_decoder_layers(team, team_backend)
     fuse_decoder_layers(alone, alone_backend)
-    for step in STEPS:
+    for step in [*STEPS, [(0, 70), (0, 40), (0, 33)]]:  # the last with enough rows for a part for each thread
         set_threads(1)
         expected = run(alone, alone_backend, step)
         set_threads(threads)
