@@ -1,11 +1,15 @@
 """Attention alone: time and peak memory of each backend against context length, in prefill and in decode.
 
-Milestone: M4. vLLM counterpart: benchmarks/kernels/benchmark_paged_attention.py. One layer of the default model's shape
+Milestone: M4. vLLM counterpart: benchmarks/kernels/benchmark_paged_attention.py. Layers of the default model's shape
 (9 query heads on 3 KV heads of 64) on pages of 16 in random order. Figures are for `forward` of one layer; `prepare`,
 which runs once per step for all layers, stands beside it. Backends take turns within a case, and the median of the
-rounds counts. Decode is held against reading its K/V once. Right before each run of it 0.5 GiB are read and timed: so K
-and V must come from memory, not from a cache, and are held against what memory gives in that moment (on a virtual
-machine it may change by half from one minute to the next).
+rounds counts.
+
+Prefill runs one layer. Decode runs a step: one layer after the other, each with its own K and V (30 layers, fewer where
+they would be more than 256 MiB). It is held against reading its K/V once. Right before each step 0.5 GiB are read and
+timed: so K and V must come from memory, not from a cache, and are held against what memory gives in that moment (on a
+virtual machine it may change by half from one minute to the next). That read leaves not even Python's code in a cache,
+for which the step's first layer pays; its time stands beside the mean of all.
 
 Peak memory is what torch's allocator handed out during one `forward`, over what was there before, from the events of
 torch.profiler: the output is in it (9 MiB of bf16 at 8,192 tokens), and buffers inside fused operators, but not what
@@ -36,10 +40,12 @@ from folovllm.attention.backend import AttentionBackend, AttentionMetadata, Atte
 from folovllm.attention.selector import BACKENDS, load_backend, refusal
 from folovllm.entrypoints.bench.machine import machine_header
 from folovllm.entrypoints.bench.probe import MemoryReader, measure_bandwidth
+from folovllm.model_executor.huge_pages import huge_zeros
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 9, 3, 64, 16
 PREFILL_LENS = (256, 512, 1024, 2048, 4096, 8192)
 DECODE_BATCH, DECODE_LENS = 32, (256, 512, 1024, 2048, 4096)
+MAX_LAYERS, MAX_STEP_BYTES = 30, 2**28
 BANDWIDTH_BYTES = 2**29
 SECONDS_PER_CASE = 6.0  # a backend stops after this, or after --repeats rounds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,7 +68,11 @@ class Case:
         return 4.0 * self.num_reqs * visible * NUM_HEADS * HEAD_SIZE
 
     def kv_bytes(self, dtype: torch.dtype) -> int:
+        """K and V of one layer."""
         return 2 * self.num_reqs * self.seq_len * NUM_KV_HEADS * HEAD_SIZE * dtype.itemsize
+
+    def num_layers(self, dtype: torch.dtype) -> int:
+        return min(MAX_LAYERS, max(2, MAX_STEP_BYTES // self.kv_bytes(dtype))) if self.q_len == 1 else 1
 
     @property
     def naive_bytes(self) -> int:
@@ -75,12 +85,14 @@ class Result:
     case: str
     backend: str
     seq_len: int
+    num_layers: int
     prepare_ms: float
-    forward_ms: float
+    forward_ms: float  # per layer, the mean of a step's
+    first_ms: float  # of them the first
     peak_mib: float
     gflops_per_s: float
     kv_gb_per_s: float
-    times_kv_read: float | None  # forward over reading its K/V once from memory, median of pairs; of decode only
+    times_kv_read: float | None  # a step over reading its K/V once from memory, median of pairs; of decode only
     rounds: int
 
 
@@ -91,7 +103,7 @@ CASES = [
 
 
 class Setup:
-    """A backend with a filled cache and the inputs of a case, ready to run."""
+    """A backend with filled caches, one per layer, and the inputs of a case, ready to run."""
 
     def __init__(self, name: str, case: Case, dtype: torch.dtype) -> None:
         self.name, self.case = name, case
@@ -102,15 +114,19 @@ class Setup:
         num_blocks = 1 + case.num_reqs * blocks_each
         order = 1 + torch.randperm(num_blocks - 1, generator=generator)
         self.block_table = order.view(case.num_reqs, blocks_each).int()  # [num_reqs, blocks_each]
-        self.cache = torch.zeros(self.backend.kv_cache_shape(num_blocks), dtype=dtype)
+        self.num_layers = case.num_layers(dtype)
+        shape = (self.num_layers, *self.backend.kv_cache_shape(num_blocks))
+        self.caches = huge_zeros(shape, dtype).unbind(0)  # as the worker has them
         shape = (case.num_reqs * case.seq_len, NUM_KV_HEADS, HEAD_SIZE)
         key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
         history = self.metadata(case.seq_len)
         self.backend.prepare(history)
-        self.backend.write(key, value, self.cache, history)
+        for cache in self.caches:
+            self.backend.write(key, value, cache, history)
         self.query = torch.randn(case.num_reqs * case.q_len, NUM_HEADS, HEAD_SIZE, generator=generator).to(dtype)
         self.prepare_seconds: list[float] = []
-        self.forward_seconds: list[float] = []
+        self.forward_seconds: list[float] = []  # per layer
+        self.first_seconds: list[float] = []
         self.times_kv_read: list[float] = []  # of decode only
 
     def metadata(self, q_len: int) -> AttentionMetadata:
@@ -127,30 +143,40 @@ class Setup:
         )
 
     def run(self) -> torch.Tensor:
+        """A step; what its last layer returns."""
         metadata = self.metadata(self.case.q_len)
-        start = time.perf_counter()
+        marks = [time.perf_counter()]
         self.backend.prepare(metadata)
-        prepared = time.perf_counter()
-        output = self.backend.forward(self.query, self.cache, metadata)
-        self.forward_seconds.append(time.perf_counter() - prepared)
+        marks.append(time.perf_counter())
+        for cache in self.caches:
+            output = self.backend.forward(self.query, cache, metadata)
+            marks.append(time.perf_counter())
+        start, prepared, first, *_ = marks
         self.prepare_seconds.append(prepared - start)
+        self.first_seconds.append(first - prepared)
+        self.forward_seconds.append((marks[-1] - prepared) / self.num_layers)
         return output
 
     def run_from_memory(self, memory: MemoryReader, dtype: torch.dtype) -> None:
-        """A run whose K and V are in no cache, and how many times as long as a plain read of them it took."""
+        """A step whose K and V are in no cache, and how many times as long as a plain read of them it took."""
         bytes_per_second = memory.read()
         self.run()
         self.times_kv_read.append(self.forward_seconds[-1] * bytes_per_second / self.case.kv_bytes(dtype))
+
+    def forget_runs(self) -> None:
+        for seconds in (self.prepare_seconds, self.first_seconds, self.forward_seconds):
+            seconds.clear()
 
     def peak_bytes(self) -> int:
         metadata = self.metadata(self.case.q_len)
         self.backend.prepare(metadata)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            self.backend.forward(self.query, self.cache, metadata)
+            self.backend.forward(self.query, self.caches[0], metadata)
         return peak_of(profiler)
 
     def wants_more(self, repeats: int) -> bool:
-        return len(self.forward_seconds) < repeats and sum(self.forward_seconds) < SECONDS_PER_CASE
+        seconds = self.num_layers * sum(self.forward_seconds)
+        return len(self.forward_seconds) < repeats and seconds < SECONDS_PER_CASE
 
     def result(self, peak_bytes: int, dtype: torch.dtype) -> Result:
         forward = statistics.median(self.forward_seconds)
@@ -158,8 +184,10 @@ class Setup:
             case=self.case.name,
             backend=self.name,
             seq_len=self.case.seq_len,
+            num_layers=self.num_layers,
             prepare_ms=round(1e3 * statistics.median(self.prepare_seconds), 4),
             forward_ms=round(1e3 * forward, 4),
+            first_ms=round(1e3 * statistics.median(self.first_seconds), 4),
             peak_mib=round(peak_bytes / MIB, 2),
             gflops_per_s=round(self.case.flops / forward / 1e9, 2),
             kv_gb_per_s=round(self.case.kv_bytes(dtype) / forward / 1e9, 3),
@@ -198,8 +226,7 @@ def run_case(case: Case, names: list[str], dtype: torch.dtype, repeats: int, mem
         torch.testing.assert_close(output, outputs[0], rtol=0, atol=0.05, msg=f"{name} differs on {case.name}")
     peaks = [setup.peak_bytes() for setup in setups]
     for setup in setups:
-        setup.forward_seconds.clear()
-        setup.prepare_seconds.clear()
+        setup.forget_runs()
     while waiting := [setup for setup in setups if setup.wants_more(repeats)]:
         for setup in waiting:
             if case.q_len == 1:
@@ -211,13 +238,13 @@ def run_case(case: Case, names: list[str], dtype: torch.dtype, repeats: int, mem
 
 def print_table(results: list[Result]) -> None:
     print(
-        f"{'case':<16}{'backend':<14}{'prepare ms':>11}{'forward ms':>11}{'peak MiB':>10}{'GFLOP/s':>9}{'KV GB/s':>9}"
-        f"{'x read KV':>11}"
+        f"{'case':<16}{'backend':<14}{'prepare ms':>11}{'forward ms':>11}{'first ms':>10}{'peak MiB':>10}{'GFLOP/s':>9}"
+        f"{'KV GB/s':>9}{'x read KV':>11}"
     )
     for r in results:
         read = "" if r.times_kv_read is None else f"{r.times_kv_read:.2f}"
         print(
-            f"{r.case:<16}{r.backend:<14}{r.prepare_ms:>11.2f}{r.forward_ms:>11.2f}{r.peak_mib:>10.1f}"
+            f"{r.case:<16}{r.backend:<14}{r.prepare_ms:>11.2f}{r.forward_ms:>11.3f}{r.first_ms:>10.3f}{r.peak_mib:>10.1f}"
             f"{r.gflops_per_s:>9.1f}{r.kv_gb_per_s:>9.2f}{read:>11}"
         )
 
@@ -279,9 +306,16 @@ def title_of(report: dict[str, Any]) -> str:
     )
 
 
+def backend_names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in BACKENDS]:
+        raise argparse.ArgumentTypeError(f"no backend is called {', '.join(unknown)}; there are {', '.join(BACKENDS)}")
+    return names
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time and peak memory of the attention backends on a CPU.")
-    parser.add_argument("--backends", default=",".join(BACKENDS), help="names, separated by commas")
+    parser.add_argument("--backends", type=backend_names, default=list(BACKENDS), help="names, separated by commas")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7, help="rounds, the median of which counts")
@@ -298,7 +332,7 @@ def main() -> None:
     results: list[Result] = []
     skipped: dict[str, str] = {}
     for case in CASES:
-        reasons = {name: skip_reason(name, case, dtype) for name in args.backends.split(",")}
+        reasons = {name: skip_reason(name, case, dtype) for name in args.backends}
         skipped |= {name: reason for name, reason in reasons.items() if reason is not None}
         with torch.inference_mode():
             wanted = [name for name, why in reasons.items() if why is None]

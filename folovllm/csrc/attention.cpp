@@ -30,6 +30,7 @@ struct Batch {
   const int32_t* block_table;
   int64_t table_stride;
   float scale;
+  bool fetched;    // K and V are in the caches of the cores that will read them
 
   const int32_t* table(const Task& task) const {
     return block_table + task.sequence * table_stride;
@@ -101,7 +102,7 @@ void run_task(const Batch<T>& batch, const Task& task, const Task* after, Scratc
     } else if (after != nullptr) {
       locate_in(batch, *after, after->first_key, next);
     }
-    const Ahead<T> ahead(tile, next);
+    const Ahead<T> ahead(tile, next, head_size, batch.fetched);
     // How many of the tile's keys row r may see. Rows that are computed together take what the last of them sees.
     const auto seen = [&](int64_t r) {
       const int64_t visible = batch.plan.visible(task.sequence, task.first_query + r / group);
@@ -110,17 +111,20 @@ void run_task(const Batch<T>& batch, const Task& task, const Task* after, Scratc
     in_row_blocks(rows, [&](auto R, int64_t r) {
       const int64_t count = seen(r + R - 1), scored = (count + kGroup - 1) / kGroup * kGroup;
       const bool fetches = r + R == rows;  // the last rows see all keys, and so have time to ask for all
-      score<kDot, R>(scratch.query + r * words, words, tile.key, fetches ? ahead.keys() : nullptr, batch.scale, scored,
-                     scratch.scores);
+      score<T, kDot, R>(scratch.query + r * words, words, tile.key, fetches ? ahead.keys() : nullptr,
+                        r == 0 ? ahead.own_values_again() : nullptr, batch.scale, scored, scratch.scores);
       float rescale[R];
       for (int i = 0; i < R; ++i) {
+        if (fetches) {
+          ahead.fetch_during_softmax(i);
+        }
         softmax_row<T>(scratch.scores + i * kTile, scored, seen(r + i), scratch.max[r + i], scratch.total[r + i],
                        rescale[i]);
       }
-      add_tile<T, kDot, R>(scratch.scores, tile.value, fetches ? ahead.values() : nullptr, count, rescale,
-                           scratch.sum + r * width, head_size);
+      add_tile<T, kDot, R>(scratch.scores, tile.value, fetches ? ahead.values() : nullptr,
+                           fetches ? ahead.keys_again() : nullptr, count, rescale, scratch.sum + r * width, head_size);
     });
-    ahead.fetch_rest(head_size);
+    ahead.fetch_rest();
   }
 #if FOLOVLLM_BF16_DOT
   if constexpr (kDot) {
@@ -181,9 +185,9 @@ void attend(const Batch<T>& batch) {
 
 // Causal attention of query [num_tokens, num_heads, head_size] over the pages, into `out` of the same shape. The last
 // rows of sequence s are its queries, as in AttentionMetadata. `native` = false takes the path of a CPU without bf16
-// dot products, so that it can be tested on one that has them.
+// dot products, so that it can be tested on one that has them. `fetched`: K and V wait in cache, see Aside.
 void paged_attention(const at::Tensor& out, const at::Tensor& query, const at::Tensor& kv_cache, const AttentionPlan& plan,
-                     const at::Tensor& block_table, double scale, bool native) {
+                     const at::Tensor& block_table, double scale, bool native, bool fetched) {
   TORCH_CHECK(query.dim() == 3 && query.stride(2) == 1 && out.is_contiguous() && out.sizes() == query.sizes() &&
               out.scalar_type() == query.scalar_type(), "paged_attention: out and query do not fit");
   TORCH_CHECK(query.size(0) == plan.num_tokens() && query.size(1) == plan.num_heads(), "a plan for another batch");
@@ -192,7 +196,7 @@ void paged_attention(const at::Tensor& out, const at::Tensor& query, const at::T
       const Batch<scalar_t> batch{
           plan, pages_of<scalar_t>(kv_cache, query.size(2)), query.const_data_ptr<scalar_t>(),
           out.mutable_data_ptr<scalar_t>(), query.stride(0), query.stride(1), block_table.const_data_ptr<int32_t>(),
-          block_table.stride(0), static_cast<float>(scale)};
+          block_table.stride(0), static_cast<float>(scale), fetched};
       constexpr bool kCanDot = FOLOVLLM_BF16_DOT && std::is_same_v<scalar_t, at::BFloat16>;
       kCanDot && native ? attend<scalar_t, kCanDot>(batch) : attend<scalar_t, false>(batch);
     } else {

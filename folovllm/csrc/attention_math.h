@@ -67,20 +67,22 @@ inline void keep(Vec& v) {
 #endif
 }
 
-// scores[r][j] = scale * q[r] . k[j] for the keys of V vectors, from key `first` of a tile on. `next`, if given, has the
-// groups of the tile that comes after; its keys are asked for now, a line at a time, so that memory works while we
-// compute. Pages lie anywhere, and the CPU's own prefetcher starts anew in each.
-template <bool kDot, int R, int V>
+// scores[r][j] = scale * q[r] . k[j] for the keys of V vectors, from key `first` of a tile on. Line by line it asks for
+// `next`, the keys of the tile that comes after, and for `values` of this one; either may be null (Ahead in pages.h).
+template <typename T, bool kDot, int R, int V>
 FOLOVLLM_ALONE void score_vectors(const float* query, int64_t words, const float* const* group,
-                                  const float* const* next, float scale, int64_t first, float* scores) {
+                                  const float* const* next, const T* const* values, float scale, int64_t first,
+                                  float* scores) {
   const float* column[V];
   const float* ahead[V];
+  const T* beside[V];
   Vec sum[R][V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     const int64_t key = first + v * kWidth;
     column[v] = group[key / kGroup] + key % kGroup;
     ahead[v] = next != nullptr ? next[key / kGroup] : nullptr;
+    beside[v] = values != nullptr ? values[key / kGroup] : nullptr;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       sum[r][v] = Vec(0.0f);
@@ -94,6 +96,9 @@ FOLOVLLM_ALONE void score_vectors(const float* query, int64_t words, const float
       keep(k[v]);
       if (next != nullptr) {
         prefetch(ahead[v] + p * kGroup);
+      }
+      if (values != nullptr) {
+        prefetch(beside[v] + p * kPerLine<T>);
       }
     }
 #pragma GCC unroll 4
@@ -115,15 +120,15 @@ FOLOVLLM_ALONE void score_vectors(const float* query, int64_t words, const float
 }
 
 // The first `count` keys of a tile, a multiple of 16.
-template <bool kDot, int R>
-void score(const float* query, int64_t words, const float* const* group, const float* const* next, float scale,
-           int64_t count, float* scores) {
+template <typename T, bool kDot, int R>
+void score(const float* query, int64_t words, const float* const* group, const float* const* next,
+           const T* const* values, float scale, int64_t count, float* scores) {
   for (int64_t first = 0; first < count; first += 4 * kWidth) {
     switch (std::min<int64_t>(4, (count - first) / kWidth)) {
-      case 1: score_vectors<kDot, R, 1>(query, words, group, next, scale, first, scores); break;
-      case 2: score_vectors<kDot, R, 2>(query, words, group, next, scale, first, scores); break;
-      case 3: score_vectors<kDot, R, 3>(query, words, group, next, scale, first, scores); break;
-      default: score_vectors<kDot, R, 4>(query, words, group, next, scale, first, scores);
+      case 1: score_vectors<T, kDot, R, 1>(query, words, group, next, values, scale, first, scores); break;
+      case 2: score_vectors<T, kDot, R, 2>(query, words, group, next, values, scale, first, scores); break;
+      case 3: score_vectors<T, kDot, R, 3>(query, words, group, next, values, scale, first, scores); break;
+      default: score_vectors<T, kDot, R, 4>(query, words, group, next, values, scale, first, scores);
     }
   }
 }
@@ -148,11 +153,12 @@ inline void store_vec(T* data, const Vec& v) {
   }
 }
 
-// sum[r] = sum[r] * rescale[r] + weights[r] . values, for V vectors of the head from number d on. `next` as in `score`.
+// sum[r] = sum[r] * rescale[r] + weights[r] . values, for V vectors of the head from number d on. `next` are the next
+// tile's values, `keys` its keys; both as in `score`.
 template <typename T, int R, int V>
-FOLOVLLM_ALONE void add_values(const float* weights, const T* const* value, const T* const* next, int64_t count,
-                               int64_t d, const float* rescale, float* sums, int64_t head_size) {
-  constexpr int64_t kPerLine = 64 / sizeof(T);
+FOLOVLLM_ALONE void add_values(const float* weights, const T* const* value, const T* const* next,
+                               const float* const* keys, int64_t count, int64_t d, const float* rescale, float* sums,
+                               int64_t head_size) {
   const int64_t width = padded(head_size);
   Vec sum[R][V];
 #pragma GCC unroll 4
@@ -166,9 +172,12 @@ FOLOVLLM_ALONE void add_values(const float* weights, const T* const* value, cons
     const int64_t place = j % kGroup * head_size + d;
     const T* values = value[j / kGroup] + place;
     Vec x[V];
-    if (next != nullptr) {
-      for (int64_t i = 0; i < V * kWidth; i += kPerLine) {
+    for (int64_t i = 0; i < V * kWidth; i += kPerLine<T>) {
+      if (next != nullptr) {
         prefetch(next[j / kGroup] + place + i);
+      }
+      if (keys != nullptr) {
+        prefetch(reinterpret_cast<const T*>(keys[j / kGroup]) + place + i);
       }
     }
 #pragma GCC unroll 4
@@ -202,8 +211,8 @@ FOLOVLLM_ALONE void add_values(const float* weights, const T* const* value, cons
 //   key j+1  b0 b1 .. b31        sums 16-31: a4 b4 | a5 b5 | ...                             numbers 4-7, 12-15, ...
 template <int R, int V>
 FOLOVLLM_ALONE void add_value_pairs(const float* weights, const at::BFloat16* const* value,
-                                    const at::BFloat16* const* next, int64_t count, int64_t d, const float* rescale,
-                                    float* sums, int64_t head_size) {
+                                    const at::BFloat16* const* next, const float* const* keys, int64_t count,
+                                    int64_t d, const float* rescale, float* sums, int64_t head_size) {
   const int64_t width = padded(head_size);
   const __mmask32 inside = head_size - d >= 32 ? ~0u : 0xffffu;  // a head of 80 ends with half a vector
   __m512 sum[R][2 * V];
@@ -217,6 +226,7 @@ FOLOVLLM_ALONE void add_value_pairs(const float* weights, const at::BFloat16* co
   for (int64_t first = 0; first < count; first += kGroup) {
     const at::BFloat16* values = value[first / kGroup] + d;
     const at::BFloat16* ahead = next != nullptr ? next[first / kGroup] + d : nullptr;
+    const auto* beside = keys != nullptr ? reinterpret_cast<const at::BFloat16*>(keys[first / kGroup]) + d : nullptr;
     const int64_t end = std::min(kGroup, count - first);
     for (int64_t j = 0; j < end; j += 2, values += 2 * head_size) {
       __m512 pair[2 * V];
@@ -230,6 +240,10 @@ FOLOVLLM_ALONE void add_value_pairs(const float* weights, const at::BFloat16* co
         if (next != nullptr) {
           prefetch(ahead + j * head_size + v * 32);
           prefetch(ahead + (j + 1) * head_size + v * 32);
+        }
+        if (keys != nullptr) {
+          prefetch(beside + j * head_size + v * 32);
+          prefetch(beside + (j + 1) * head_size + v * 32);
         }
       }
 #pragma GCC unroll 4
@@ -274,8 +288,8 @@ void in_order(float* sums, int64_t width) {
 
 // Add the values of a tile to the sums of R rows, in whatever way this CPU and this type allow.
 template <typename T, bool kDot, int R>
-void add_tile(float* weights, const T* const* value, const T* const* next, int64_t count, const float* rescale,
-              float* sums, int64_t head_size) {
+void add_tile(float* weights, const T* const* value, const T* const* next, const float* const* keys, int64_t count,
+              const float* rescale, float* sums, int64_t head_size) {
   int64_t d = 0;
 #if FOLOVLLM_BF16_DOT
   if constexpr (kDot) {
@@ -283,19 +297,19 @@ void add_tile(float* weights, const T* const* value, const T* const* next, int64
       round_weights(weights + r * kTile, count);
     }
     for (; d + 64 <= head_size; d += 64) {
-      add_value_pairs<R, 2>(weights, value, next, count, d, rescale, sums, head_size);
+      add_value_pairs<R, 2>(weights, value, next, keys, count, d, rescale, sums, head_size);
     }
     for (; d < head_size; d += 32) {
-      add_value_pairs<R, 1>(weights, value, next, count, d, rescale, sums, head_size);
+      add_value_pairs<R, 1>(weights, value, next, keys, count, d, rescale, sums, head_size);
     }
     return;
   }
 #endif
   for (; d + 4 * kWidth <= head_size; d += 4 * kWidth) {
-    add_values<T, R, 4>(weights, value, next, count, d, rescale, sums, head_size);
+    add_values<T, R, 4>(weights, value, next, keys, count, d, rescale, sums, head_size);
   }
   for (; d < head_size; d += kWidth) {
-    add_values<T, R, 1>(weights, value, next, count, d, rescale, sums, head_size);
+    add_values<T, R, 1>(weights, value, next, keys, count, d, rescale, sums, head_size);
   }
 }
 

@@ -19,20 +19,6 @@ namespace {
 constexpr int64_t kTokensPerThread = 8;  // less is not worth waking a thread
 constexpr int64_t kMaxOwnedTokens = 64;  // with more, an even split counts for more
 
-// Ask for the lines that a token's K will be written to. A key lies in as many lines as it has words, each 64 bytes for
-// the 16 tokens of its group: waiting for them one after another would take longer than all the rest of the write.
-template <typename T>
-void fetch_slot(const Pages<T>& pages, int64_t slot) {
-  const int64_t block = slot / pages.block_size, offset = slot % pages.block_size;
-  const int64_t stride = pages.width(offset) * Pages<T>::kPerWord;
-  for (int64_t head = 0; head < pages.num_kv_heads; ++head) {
-    const T* lane = pages.lane(block, head, offset);
-    for (int64_t p = 0; p < pages.words(); ++p) {
-      __builtin_prefetch(lane + p * stride, /*write=*/1);
-    }
-  }
-}
-
 // A token's key and value of all KV heads.
 template <typename T>
 struct TokenKV {
@@ -67,12 +53,6 @@ void write_tokens(const Pages<T>& pages, const at::Tensor& slot_mapping, const A
   }
   const auto write = [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
-      if (token == begin) {
-        fetch_slot(pages, slots[token]);
-      }
-      if (token + 1 < end) {
-        fetch_slot(pages, slots[token + 1]);
-      }
       write_token(pages, token_kv(token), slots[token]);
     }
   };

@@ -108,10 +108,11 @@ void list_pages(const Step& step, const at::Tensor& kv_cache, Aside& aside) {
   }
 }
 
-// hidden, residual [num_tokens, hidden_size] -> hidden; residual is updated in place. `aside`, if given, is what to fetch
-// meanwhile. With `ends` all K and V are computed, but of the rest only those rows; result and residual have no others.
+// hidden, residual [num_tokens, hidden_size] -> hidden; residual is updated in place. `fetched`: K and V that attention
+// reads are in cache. `aside`, if given, is what to fetch meanwhile. With `ends` all K and V are computed, but of the rest
+// only those rows; result and residual have no others.
 at::Tensor decoder_layer(const Step& step, const at::Tensor& hidden, at::Tensor& residual, Weights& weights,
-                         const at::Tensor& kv_cache, Aside* aside, const Ends* ends) {
+                         const at::Tensor& kv_cache, bool fetched, Aside* aside, const Ends* ends) {
   const int64_t num_tokens = hidden.size(0), hidden_size = hidden.size(1), head_size = step.cos.size(-1);
   const int64_t num_all_heads = step.num_heads + 2 * kv_cache.size(1);
 
@@ -124,7 +125,8 @@ at::Tensor decoder_layer(const Step& step, const at::Tensor& hidden, at::Tensor&
     query = query.index_select(0, ends->rows), residual = residual.index_select(0, ends->rows);
   }
   const at::Tensor attended = at::empty(query.sizes(), hidden.options());
-  paged_attention(attended, query, kv_cache, ends != nullptr ? ends->plan : step.plan, step.block_table, step.scale);
+  paged_attention(attended, query, kv_cache, ends != nullptr ? ends->plan : step.plan, step.block_table, step.scale,
+                  /*native=*/true, fetched);
   x = weights.multiply(attended.view({query.size(0), -1}), hidden_size, /*gated=*/false, aside);
 
   x = rms_norm(x, residual, weights.next(), step.eps);
@@ -163,10 +165,11 @@ at::Tensor decoder_layers(const at::Tensor& hidden, const at::Tensor& residual, 
   at::Tensor x = hidden, left = residual;
   Team::keep([&] {
     for (size_t i = 0; i + 1 < kv_caches.size(); ++i) {
+      const bool fetched = aside.fetched();
       aside.start(kv_caches[i + 1].const_data_ptr());
-      x = decoder_layer(step, x, left, reader, kv_caches[i], &aside, nullptr);
+      x = decoder_layer(step, x, left, reader, kv_caches[i], fetched, &aside, nullptr);
     }
-    x = decoder_layer(step, x, left, reader, kv_caches.back(), nullptr, ends ? &*ends : nullptr);
+    x = decoder_layer(step, x, left, reader, kv_caches.back(), aside.fetched(), nullptr, ends ? &*ends : nullptr);
   });
   reader.check_all_used();
   if (ends) {  // back to where their rows are looked for

@@ -38,6 +38,10 @@ class Aside {
       share.calls = 0;
     }
   }
+  // Whether pieces have been asked for since the start.
+  bool fetched() const {
+    return std::any_of(shares_.begin(), shares_.end(), [](const Share& s) { return s.calls > 0 && !s.pieces.empty(); });
+  }
   const char* data(const Piece& piece) const {
     return base_ + piece.offset;
   }
@@ -84,6 +88,6 @@ void prepare_qkv(const at::Tensor& qkv, const at::Tensor& query_norm, const at::
                  const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& kv_cache, const at::Tensor& slots,
                  const AttentionPlan& plan);
 void paged_attention(const at::Tensor& out, const at::Tensor& query, const at::Tensor& kv_cache, const AttentionPlan& plan,
-                     const at::Tensor& block_table, double scale, bool native = true);
+                     const at::Tensor& block_table, double scale, bool native = true, bool fetched = false);
 
 }  // namespace folovllm

@@ -31,6 +31,8 @@ constexpr int64_t kGroup = 16;           // tokens in a group of K; part of the 
 constexpr int64_t kTile = 256;           // keys between two updates of the softmax
 constexpr int64_t kTileGroups = kTile / kGroup;
 constexpr int64_t kMaxHeadSize = 256;
+template <typename T>
+constexpr int64_t kPerLine = 64 / sizeof(T);  // numbers in a line of the cache
 
 // ---- The pages
 
@@ -117,13 +119,24 @@ inline void prefetch(const void* line) {
   __builtin_prefetch(line, /*write=*/0, /*locality=*/2);
 }
 
-// Lines of the next tile, for asking for them while this one is computed: group by group, those of its own group.
+// What to ask for while a tile is computed, so that memory works meanwhile: pages lie anywhere, and the CPU's own
+// prefetcher starts anew in each. Group by group, a line for each that is computed with. A core that has asked for too
+// much already drops what it is asked for next, so each line is asked for twice: a tile ahead, and half a tile ahead.
+//
+//   while this tile's keys are scored      next tile's keys, this tile's values
+//   while a row's softmax is computed      some of next tile's values: nothing else keeps memory busy then
+//   while this tile's values are added     next tile's values, next tile's keys
+//
+// Except where all is in the core's cache already (`fetched`): then once is enough, and more would cost time.
 template <typename T>
 class Ahead {
+  static constexpr int64_t kGroupsPerSoftmax = 3;  // 6 KiB with a head of 64 in bf16: what comes while it computes
+
  public:
   // `now` computes, then comes `next`, perhaps of no keys. Has it fewer groups, then the loops ask for the first again,
   // so that they need not count; has it more, then those are asked for by `fetch_rest`.
-  Ahead(const Tile<T>& now, Tile<T>& next) : now_(now), next_(next) {
+  Ahead(const Tile<T>& now, Tile<T>& next, int64_t head_size, bool fetched)
+      : now_(now), next_(next), lines_(kGroup * head_size / kPerLine<T>), fetched_(fetched) {
     for (int64_t g = next.groups(); next.count > 0 && g < now.groups(); ++g) {
       next.key[g] = next.key[0];
       next.value[g] = next.value[0];
@@ -135,19 +148,38 @@ class Ahead {
   const T* const* values() const {
     return next_.count > 0 ? next_.value : nullptr;
   }
-  void fetch_rest(int64_t head_size) const {
-    const int64_t bytes = kGroup * head_size * static_cast<int64_t>(sizeof(T));
+  const float* const* keys_again() const {
+    return fetched_ ? nullptr : keys();
+  }
+  const T* const* own_values_again() const {
+    return fetched_ ? nullptr : now_.value;
+  }
+  // For row r of those that are computed together.
+  void fetch_during_softmax(int64_t r) const {
+    const int64_t end = fetched_ ? 0 : std::min((r + 1) * kGroupsPerSoftmax, next_.groups());
+    for (int64_t g = r * kGroupsPerSoftmax; g < end; ++g) {
+      fetch(next_.value[g]);
+    }
+  }
+  void fetch_rest() const {
     for (int64_t g = now_.groups(); g < next_.groups(); ++g) {
-      for (int64_t i = 0; i < bytes; i += 64) {
-        prefetch(reinterpret_cast<const char*>(next_.key[g]) + i);
-        prefetch(reinterpret_cast<const char*>(next_.value[g]) + i);
-      }
+      fetch(next_.key[g]);
+      fetch(next_.value[g]);
     }
   }
 
  private:
   const Tile<T>& now_;
   Tile<T>& next_;
+  int64_t lines_;  // of a group's keys, and of its values
+  bool fetched_;
+
+  void fetch(const void* group) const {
+    asm volatile("");  // GCC sees no effect in a function that only prefetches, and would drop the call
+    for (int64_t i = 0; i < lines_; ++i) {
+      prefetch(static_cast<const char*>(group) + 64 * i);
+    }
+  }
 };
 
 // Make every group of a located tile readable: collect those that are not whole token by token (pages of 1 or 5 tokens),
