@@ -2,7 +2,7 @@
 
 Milestone: M4. vLLM counterpart: none. A version is a git commit or a folder with a checkout. Each is compiled under a
 namespace of its own and runs all decoder layers of the default model's shape, with random weights, for some sizes of
-decode steps and a batch of prompts. Before and after each round the time of a word from core to core and back is
+decode steps and a batch of prompts; and the attention of all layers alone, whose K and V then come from memory. Before and after each round the time of a word from core to core and back is
 taken: on a virtual machine it changes by itself, and all else with it, so rounds are sorted by it.
 
     python scripts/compare_kernels.py main~3 main . [--seconds 60] [--json OUT]
@@ -41,7 +41,7 @@ _NAMESPACES = re.compile(
     r"\bfolovllm(?=::|\s*\{)|(?<=TORCH_LIBRARY_FRAGMENT\()folovllm|(?<=TORCH_LIBRARY_IMPL\()folovllm"
 )
 
-Run = Callable[[Any], torch.Tensor]  # one call of an operator
+Run = Callable[[Any], torch.Tensor]  # of the operators of a version
 Key = tuple[str, str, str]  # distance of the cores, case, version
 Figures = dict[Key, float]  # ms
 
@@ -101,9 +101,25 @@ class Model:
         metadata = slots, starts, torch.tensor(seq_lens, dtype=torch.int32), table
         sizes = HEADS, INTERMEDIATE, 1e-5, HEAD_SIZE**-0.5, 0, True
 
-        def run(op: Any) -> torch.Tensor:
+        def run(ops: Any) -> torch.Tensor:
             residual = torch.zeros_like(hidden)
-            out: torch.Tensor = op(hidden, residual, cos, sin, self.weights, self.kv_caches, *metadata, *sizes)
+            layers = ops.decoder_layers.default
+            out: torch.Tensor = layers(hidden, residual, cos, sin, self.weights, self.kv_caches, *metadata, *sizes)
+            return out
+
+        return run
+
+    def attention(self, num_reqs: int, seq_len: int) -> Run:
+        """Decode attention of all layers, one right after the other, their pages in random order."""
+        blocks_each = -(-seq_len // BLOCK_SIZE)
+        table = (1 + torch.randperm(num_reqs * blocks_each)).int().view(num_reqs, blocks_each)
+        query = torch.randn(num_reqs, HEADS, HEAD_SIZE).bfloat16()
+        metadata = torch.arange(num_reqs + 1).int(), torch.full((num_reqs,), seq_len, dtype=torch.int32), table
+
+        def run(ops: Any) -> torch.Tensor:
+            out = torch.empty_like(query)
+            for cache in self.kv_caches:
+                ops.paged_attention.default(out, query, cache, *metadata, HEAD_SIZE**-0.5)
             return out
 
         return run
@@ -116,15 +132,16 @@ def cases(model: Model) -> dict[str, Run]:
         contexts = [first + (last - first) * i // max(1, n - 1) for i in range(n)]
         made[f"decode {n}"] = model.step([1] * n, contexts)
     made[f"prompts {sum(PROMPT_LENS)}"] = model.step(list(PROMPT_LENS), list(PROMPT_LENS))
+    made[f"attention {DECODE_REQUESTS[-1]}x256"] = model.attention(DECODE_REQUESTS[-1], 256)
     return made
 
 
-def fastest_ms(run: Run, op: Any) -> float:
-    run(op)
+def fastest_ms(run: Run, ops: Any) -> float:
+    run(ops)
     times = []
     for _ in range(RUNS_PER_ROUND):
         start = time.perf_counter()
-        run(op)
+        run(ops)
         times.append(time.perf_counter() - start)
     return 1e3 * min(times)
 
@@ -163,8 +180,8 @@ def check_same(ops: dict[str, Any], runs: dict[str, Run]) -> None:
     reference = next(iter(ops))
     for case, run in runs.items():
         expected = run(ops[reference]).float()
-        for version, op in ops.items():
-            difference = float((run(op).float() - expected).norm() / expected.norm())
+        for version, operators in ops.items():
+            difference = float((run(operators).float() - expected).norm() / expected.norm())
             if not difference < 0.05:
                 raise SystemExit(f"{version} computes something else than {reference} on {case}: {difference:.1%} off")
 
@@ -184,11 +201,11 @@ def row(results: dict[Key, list[float]], where: str, case: str, versions: list[s
 
 def print_table(rows: list[dict[str, Any]], versions: list[str]) -> None:
     print(
-        f"{'cores':<7}{'case':<15}{'rounds':>7}" + "".join(f"{v[:20]:>22}" for v in versions) + "   median (fastest) ms"
+        f"{'cores':<7}{'case':<18}{'rounds':>7}" + "".join(f"{v[:20]:>22}" for v in versions) + "   median (fastest) ms"
     )
     for r in rows:
         cells = [f"{r[v]:.2f} ({r[f'{v} fastest']:.2f})" for v in versions]
-        print(f"{r['cores']:<7}{r['case']:<15}{r['rounds']:>7}" + "".join(f"{cell:>22}" for cell in cells))
+        print(f"{r['cores']:<7}{r['case']:<18}{r['rounds']:>7}" + "".join(f"{cell:>22}" for cell in cells))
 
 
 def main() -> None:
@@ -201,7 +218,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     machine, probe = machine_header(), load(str(ROOT), "folovllm_probe").core_round_trip_ns
-    ops = {v: load(v, f"folovllm_{i}").decoder_layers.default for i, v in enumerate(args.versions)}
+    ops = {v: load(v, f"folovllm_{i}") for i, v in enumerate(args.versions)}
     with torch.inference_mode():
         runs = cases(Model())
         check_same(ops, runs)

@@ -3,7 +3,7 @@
 import importlib.util
 import math
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -67,14 +67,21 @@ def test_the_operators_run_and_a_version_that_computes_something_else_is_refused
     monkeypatch.setattr(script, "LAYERS", 2)
     monkeypatch.setattr(script, "DECODE_REQUESTS", (1, 3))
     monkeypatch.setattr(script, "PROMPT_LENS", (5, 20))
-    op = torch.ops.folovllm.decoder_layers.default
+    ops = torch.ops.folovllm
     torch.manual_seed(0)
     runs = script.cases(script.Model())
-    assert list(runs) == ["decode 1", "decode 3", "prompts 25"]
+    assert list(runs) == ["decode 1", "decode 3", "prompts 25", "attention 3x256"]
     with torch.inference_mode():
-        script.check_same({"a": op, "b": op}, runs)
+        script.check_same({"a": ops, "b": ops}, runs)
+        other = SimpleNamespace(
+            decoder_layers=SimpleNamespace(default=lambda *args: 1.1 * ops.decoder_layers.default(*args)),
+            paged_attention=SimpleNamespace(default=lambda out, *args: out.fill_(1.0)),
+        )
         with pytest.raises(SystemExit, match="b computes something else than a on decode 1"):
-            script.check_same({"a": op, "b": lambda *args: 1.1 * op(*args)}, runs)
+            script.check_same({"a": ops, "b": other}, runs)
+        attention = {case: run for case, run in runs.items() if case.startswith("attention")}
+        with pytest.raises(SystemExit, match="b computes something else than a on attention 3x256"):
+            script.check_same({"a": ops, "b": other}, attention)
 
 
 @pytest.mark.skipif(load_ops() is None, reason="no C++ kernels here")
