@@ -2,8 +2,9 @@
 
 Milestone: M4. vLLM counterpart: none. A version is a git commit or a folder with a checkout. Each is compiled under a
 namespace of its own and runs all decoder layers of the default model's shape, with random weights, for some sizes of
-decode steps and a batch of prompts; and the attention of all layers alone, whose K and V then come from memory. Before and after each round the time of a word from core to core and back is
-taken: on a virtual machine it changes by itself, and all else with it, so rounds are sorted by it.
+decode steps and a batch of prompts; and the attention of all layers alone, whose K and V then come from memory. Before
+and after each round the time of a word from core to core and back is taken: on a virtual machine it changes by itself,
+and all else with it, so rounds are sorted by it.
 
     python scripts/compare_kernels.py main~3 main . [--seconds 60] [--json OUT]
 """

@@ -85,6 +85,7 @@ void run_task(const Batch<T>& batch, const Task& task, const Task* after, Scratc
   constexpr bool kWords = kDot || std::is_same_v<T, float>;
   const int64_t rows = batch.plan.rows(task), head_size = batch.pages.head_size, width = padded(head_size);
   const int64_t group = batch.plan.group(), words = kWords ? batch.pages.words() : head_size;
+  const bool once = batch.fetched || task.num_queries > 1;
   Tile<T> tiles[2];
   load_queries<T, kWords>(batch, task, scratch.query);
   std::fill(scratch.sum, scratch.sum + rows * width, 0.0f);
@@ -102,7 +103,7 @@ void run_task(const Batch<T>& batch, const Task& task, const Task* after, Scratc
     } else if (after != nullptr) {
       locate_in(batch, *after, after->first_key, next);
     }
-    const Ahead<T> ahead(tile, next, head_size, batch.fetched);
+    const Ahead<T> ahead(tile, next, head_size, once);
     // How many of the tile's keys row r may see. Rows that are computed together take what the last of them sees.
     const auto seen = [&](int64_t r) {
       const int64_t visible = batch.plan.visible(task.sequence, task.first_query + r / group);

@@ -127,7 +127,8 @@ inline void prefetch(const void* line) {
 //   while a row's softmax is computed      some of next tile's values: nothing else keeps memory busy then
 //   while this tile's values are added     next tile's values, next tile's keys
 //
-// Except where all is in the core's cache already (`fetched`): then once is enough, and more would cost time.
+// Only the first time of each is left with `once`: where all is in the core's cache already, or where a tile is computed
+// with many rows, more would cost time and bring nothing.
 template <typename T>
 class Ahead {
   static constexpr int64_t kGroupsPerSoftmax = 3;  // 6 KiB with a head of 64 in bf16: what comes while it computes
@@ -135,8 +136,8 @@ class Ahead {
  public:
   // `now` computes, then comes `next`, perhaps of no keys. Has it fewer groups, then the loops ask for the first again,
   // so that they need not count; has it more, then those are asked for by `fetch_rest`.
-  Ahead(const Tile<T>& now, Tile<T>& next, int64_t head_size, bool fetched)
-      : now_(now), next_(next), lines_(kGroup * head_size / kPerLine<T>), fetched_(fetched) {
+  Ahead(const Tile<T>& now, Tile<T>& next, int64_t head_size, bool once)
+      : now_(now), next_(next), lines_(kGroup * head_size / kPerLine<T>), once_(once) {
     for (int64_t g = next.groups(); next.count > 0 && g < now.groups(); ++g) {
       next.key[g] = next.key[0];
       next.value[g] = next.value[0];
@@ -149,20 +150,20 @@ class Ahead {
     return next_.count > 0 ? next_.value : nullptr;
   }
   const float* const* keys_again() const {
-    return fetched_ ? nullptr : keys();
+    return once_ ? nullptr : keys();
   }
   const T* const* own_values_again() const {
-    return fetched_ ? nullptr : now_.value;
+    return once_ ? nullptr : now_.value;
   }
   // For row r of those that are computed together.
   void fetch_during_softmax(int64_t r) const {
-    const int64_t end = fetched_ ? 0 : std::min((r + 1) * kGroupsPerSoftmax, next_.groups());
+    const int64_t end = once_ ? 0 : std::min((r + 1) * kGroupsPerSoftmax, next_.groups());
     for (int64_t g = r * kGroupsPerSoftmax; g < end; ++g) {
       fetch(next_.value[g]);
     }
   }
   void fetch_rest() const {
-    for (int64_t g = now_.groups(); g < next_.groups(); ++g) {
+    for (int64_t g = now_.groups(); !once_ && g < next_.groups(); ++g) {
       fetch(next_.key[g]);
       fetch(next_.value[g]);
     }
@@ -172,7 +173,7 @@ class Ahead {
   const Tile<T>& now_;
   Tile<T>& next_;
   int64_t lines_;  // of a group's keys, and of its values
-  bool fetched_;
+  bool once_;
 
   void fetch(const void* group) const {
     asm volatile("");  // GCC sees no effect in a function that only prefetches, and would drop the call
