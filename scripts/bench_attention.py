@@ -39,6 +39,7 @@ from torch.profiler import ProfilerActivity, profile
 from folovllm.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec
 from folovllm.attention.selector import BACKENDS, load_backend, refusal
 from folovllm.entrypoints.bench.machine import machine_header
+from folovllm.entrypoints.bench.options import positive
 from folovllm.entrypoints.bench.probe import MemoryReader, measure_bandwidth
 from folovllm.model_executor.huge_pages import huge_zeros
 
@@ -317,11 +318,19 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time and peak memory of the attention backends on a CPU.")
     parser.add_argument("--backends", type=backend_names, default=list(BACKENDS), help="names, separated by commas")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=7, help="rounds, the median of which counts")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=positive, default=7, help="rounds, the median of which counts")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--plot", type=Path, help="draw them to this PNG")
     return parser.parse_args()
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """What was run, without where its results went."""
+    backends = "" if args.backends == list(BACKENDS) else f" --backends {','.join(args.backends)}"
+    return (
+        f"scripts/bench_attention.py{backends} --dtype {args.dtype} --threads {args.threads} --repeats {args.repeats}"
+    )
 
 
 def main() -> None:
@@ -339,7 +348,7 @@ def main() -> None:
             results += run_case(case, wanted, dtype, args.repeats, memory)
     report = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": f"scripts/bench_attention.py --dtype {args.dtype} --threads {args.threads} --repeats {args.repeats}",
+        "command": command_of(args),
         "unit": "ms",
         "machine": machine,
         "load_average_after": [round(load, 2) for load in psutil.getloadavg()],

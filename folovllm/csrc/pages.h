@@ -120,8 +120,9 @@ inline void prefetch(const void* line) {
 }
 
 // What to ask for while a tile is computed, so that memory works meanwhile: pages lie anywhere, and the CPU's own
-// prefetcher starts anew in each. Group by group, a line for each that is computed with. A core that has asked for too
-// much already drops what it is asked for next, so each line is asked for twice: a tile ahead, and half a tile ahead.
+// prefetcher starts anew in each. Group by group, a line for each that is computed with. Each line is asked for
+// twice, a tile ahead and half a tile ahead: measured, once is not enough, as if a core that has too much under way
+// dropped what it is asked for next.
 //
 //   while this tile's keys are scored      next tile's keys, this tile's values
 //   while a row's softmax is computed      some of next tile's values: nothing else keeps memory busy then

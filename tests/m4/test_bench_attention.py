@@ -1,6 +1,5 @@
 """bench_attention.py: a decode step of many layers, what it is held against, and what a user may type."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,18 +8,14 @@ from types import ModuleType
 import pytest
 import torch
 
-pytestmark = pytest.mark.m4
+from tests.script_loader import load_script
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.m4
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_attention", ROOT / "scripts/bench_attention.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench_attention", module)  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
+    module = load_script("bench_attention")
     monkeypatch.setattr(module, "BANDWIDTH_BYTES", 2**20)
     monkeypatch.setattr(module, "MAX_LAYERS", 3)
     monkeypatch.setattr(module, "CASES", [module.Case("prefill 40", 1, 40, 40), module.Case("decode 2x40", 2, 40, 1)])
@@ -78,13 +73,25 @@ def test_it_writes_what_it_measured(script: ModuleType, monkeypatch: pytest.Monk
         assert row["rounds"] == 2 and row["num_layers"] == (3 if decode else 1)
         assert (row["times_kv_read"] is not None) == decode
     assert plot.read_bytes().startswith(b"\x89PNG")
+    assert report["command"] == "scripts/bench_attention.py " + " ".join(arguments), "what was run, to be run again"
 
 
-def test_an_unknown_backend_is_refused_with_the_names_there_are(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--backends", "torch_naive,nope"], "no backend is called nope; there are torch_naive,"),
+        (["--repeats", "0"], "expected a whole number of at least 1, got '0'"),
+        (["--threads", "x"], "expected a whole number of at least 1, got 'x'"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    says: str,
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench_attention.py", "--backends", "torch_naive,nope"])
+    monkeypatch.setattr(sys, "argv", ["bench_attention.py", *arguments])
     with pytest.raises(SystemExit):
         script.main()
-    error = capsys.readouterr().err
-    assert "no backend is called nope" in error and "torch_flash" in error
+    assert says in capsys.readouterr().err

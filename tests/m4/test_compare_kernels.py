@@ -1,6 +1,5 @@
 """compare_kernels.py: versions under their own namespaces, the rounds that count, and the distance of cores."""
 
-import importlib.util
 import math
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from folovllm.csrc.build import load_ops
+from tests.script_loader import load_script
 
 pytestmark = pytest.mark.m4
 
@@ -17,11 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_kernels", ROOT / "scripts/compare_kernels.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("compare_kernels")
 
 
 def test_a_version_moves_into_a_namespace_of_its_own(script: ModuleType) -> None:

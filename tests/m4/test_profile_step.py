@@ -3,7 +3,6 @@
 Tiny random weights: what is tested must not depend on how fast this machine is today.
 """
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,18 +20,11 @@ from folovllm.entrypoints.bench.task import ArmTask
 from folovllm.model_executor import fast_ops, huge_pages
 from folovllm.model_executor.fast_layers import FusedDecoderLayers
 from folovllm.model_executor.models.llama import LlamaDecoderLayer
+from tests.script_loader import load_script
 
 pytestmark = pytest.mark.m4
 
-ROOT = Path(__file__).parents[2]
 LAYERS, BATCH = 2, 3
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +172,7 @@ def test_predictions_by_hand(number, batch, expected):
 
 
 def test_an_arm_in_a_process_of_its_own(weights):
-    answer = script("profile_step").run_job(job(1, weights), timeout=100)
+    answer = load_script("profile_step").run_job(job(1, weights), timeout=100)
     assert answer["ok"], answer
     assert answer["batches"][str(BATCH)]["families"]["linear"]["ms"] > 0
 
@@ -194,7 +186,7 @@ def test_an_arm_that_fails_there_says_why(weights, tmp_path, monkeypatch):
 
 
 def test_a_run_of_two_arms(weights, tmp_path, monkeypatch, capsys):
-    profile = script("profile_step")
+    profile = load_script("profile_step")
     monkeypatch.setattr(profile, "run_job", lambda job, timeout: {"ok": True, "batches": step_profile.measure_arm(job)})
     in_cache = lambda shape: checkpoint_folder(shape, weights)  # noqa: E731
     monkeypatch.setattr("folovllm.entrypoints.bench.command.checkpoint_folder", in_cache)
@@ -207,12 +199,12 @@ def test_a_run_of_two_arms(weights, tmp_path, monkeypatch, capsys):
     assert [row["predicted_gain"] == "-" for row in result["results"]] == [True, False, True, False]
     assert str(tmp_path) not in result["command"] and (tmp_path / "p.png").stat().st_size > 0
     assert "One decode step of 2" in capsys.readouterr().out
-    table = script("fill_results").plain_table(result, "p.json", {"requests": "2"})
+    table = load_script("fill_results").plain_table(result, "p.json", {"requests": "2"})
     assert "times in microseconds" in table and table.count("\n| 2 +") == 1, "a page can show it"
 
 
 def test_a_failed_arm_is_told(weights, monkeypatch, capsys):
-    profile = script("profile_step")
+    profile = load_script("profile_step")
     monkeypatch.setattr("folovllm.entrypoints.bench.command.checkpoint_folder", lambda s: checkpoint_folder(s, weights))
     monkeypatch.setattr(profile, "run_job", lambda job, timeout: {"ok": False, "error": "it rained"})
     assert profile.main(["--random-weights", "tiny", "--arms", "1"]) == 1
@@ -222,4 +214,4 @@ def test_a_failed_arm_is_told(weights, monkeypatch, capsys):
 @pytest.mark.parametrize("arms", ["9", "2,1", "1,1"])
 def test_arms_that_are_none(arms):
     with pytest.raises(SystemExit):
-        script("profile_step").main(["--arms", arms])
+        load_script("profile_step").main(["--arms", arms])

@@ -24,6 +24,7 @@ from folovllm.entrypoints.bench.shapes import SHAPES, shape_architecture, shape_
 from folovllm.entrypoints.bench.task import ArmTask, ablation_arms, default_arms, parse_arm
 from folovllm.entrypoints.bench.workloads import WORKLOADS, make_workload
 from folovllm.hf_config import parse_hf_config
+from tests.script_loader import load_script
 
 pytestmark = pytest.mark.m5
 
@@ -395,13 +396,7 @@ def test_every_workload_has_its_picture(workload, tmp_path):
 
 @pytest.mark.m6
 def test_prefix_cost_by_hand_and_on_a_small_core(tmp_path, capsys):
-    import importlib.util
-
-    script = Path(__file__).parents[2] / "scripts" / "bench_prefix_cost.py"
-    spec = importlib.util.spec_from_file_location("bench_prefix_cost", script)
-    cost = importlib.util.module_from_spec(spec)
-    sys.modules["bench_prefix_cost"] = cost  # its dataclasses look themselves up there
-    spec.loader.exec_module(cost)
+    cost = load_script("bench_prefix_cost")
     by_hand = cost.result_of(cost.OFF, 100, on=(3e-6, 5e-6, 1e-6), off=(1e-6, 2e-6, 1e-6))
     assert by_hand.add_ns == pytest.approx(20) and by_hand.schedule_ns == pytest.approx(30)
     assert by_hand.cost_ns == pytest.approx(50) and by_hand.off_ns == pytest.approx(40)

@@ -4,17 +4,15 @@ The measuring itself is the benchmark's. The figures are invented: what is teste
 fast this machine is today.
 """
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
 from folovllm.entrypoints.bench.runner import ArmRuns
+from tests.script_loader import load_script
 
 pytestmark = pytest.mark.m5
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "tune_chunk_size.py"
 UNDISTURBED_MS = 10.0
 # budget -> (ITL p99 of the decoding requests, TTFT of the long prompts, total tokens per second)
 INVENTED = {64: (20.0, 9000.0, 800.0), 256: (70.0, 5000.0, 1000.0), 1024: (300.0, 4000.0, 1050.0)}
@@ -22,10 +20,7 @@ INVENTED = {64: (20.0, 9000.0, 800.0), 256: (70.0, 5000.0, 1000.0), 1024: (300.0
 
 @pytest.fixture(scope="module")
 def tune():
-    spec = importlib.util.spec_from_file_location("tune_chunk_size", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tune_chunk_size")
 
 
 @pytest.fixture
