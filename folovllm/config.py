@@ -19,8 +19,8 @@ from typing import Any
 
 from folovllm import milestones
 from folovllm.hf_config import ModelArchitecture
+from folovllm.parts import check_parts
 from folovllm.sampling_params import check_bool, check_int, check_number, unknown_name_message
-from folovllm.slots import check_overrides
 
 DEFAULT_MODEL = "smollm2-135m"
 MAX_MODEL_LEN_BLOCK = "max_model_len"  # block_size of the contiguous cache: one page holds a whole request
@@ -129,7 +129,7 @@ class CacheConfig:
 class SchedulerConfig:
     """Who runs in a step, and how much."""
 
-    policy: str = "continuous"  # "static": admit only when nothing runs
+    batching: str = "continuous"  # "static": admit only when nothing runs
     scheduling_policy: str = "fcfs"  # order of the waiting queue; vLLM's SchedulerConfig.policy
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -138,7 +138,7 @@ class SchedulerConfig:
     reserve_full_sequence: bool = True
 
     def __post_init__(self) -> None:
-        _check_choice("policy", self.policy, ("static", "continuous"))
+        _check_choice("batching", self.batching, ("static", "continuous"))
         _check_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         _check_optional_int("max_num_seqs", self.max_num_seqs, low=1, high=LARGEST_NUM_SEQS)
         _check_optional_int(
@@ -195,7 +195,7 @@ class EngineConfig:
     enforce_eager: bool = False  # CUDA graphs are a rung after M7; until then every step is eager
     disable_log_stats: bool = True
     trace: str | None = None  # write one record per step to this file (folovllm.trace)
-    overrides: Mapping[str, str] | None = None  # slot -> "path.py:Class" (folovllm.slots)
+    parts: Mapping[str, str] | None = None  # part -> "path.py:Class" (folovllm.parts)
 
     def __post_init__(self) -> None:
         for name, part in _PARTS.items():
@@ -205,8 +205,8 @@ class EngineConfig:
         check_bool("disable_log_stats", self.disable_log_stats)
         if self.trace is not None:
             _check_type("trace", self.trace, str)
-        if self.overrides is not None:
-            _check_overrides(self.overrides)
+        if self.parts is not None:
+            _check_parts(self.parts)
 
     @classmethod
     def from_args(cls, preset: str | None = None, without: Iterable[str] = (), **engine_args: Any) -> "EngineConfig":
@@ -228,9 +228,9 @@ class EngineConfig:
         return cls(**{part: _PARTS[part](**args) for part, args in parts.items()}, **own)
 
     @classmethod
-    def preset(cls, rung: str, without: Iterable[str] = (), **overrides: Any) -> "EngineConfig":
+    def preset(cls, rung: str, without: Iterable[str] = (), **engine_args: Any) -> "EngineConfig":
         """ "The engine as of `rung`": the switches of the ladder up to it, without the rungs named in `without`."""
-        return cls.from_args(preset=rung, without=without, **overrides)
+        return cls.from_args(preset=rung, without=without, **engine_args)
 
     def resolve(self, arch: ModelArchitecture, device: str, native_bf16: bool = True) -> "EngineConfig":
         """A new config with all that depends on the model and the device filled in, and checked against it.
@@ -364,11 +364,11 @@ def _check_optional_int(name: str, value: Any, low: int, high: int | None = None
         check_int(name, value, low, high, hint)
 
 
-def _check_overrides(overrides: Any) -> None:
-    """Names and types only; whether the file is there and the class fits is seen when the slot is filled."""
-    if not isinstance(overrides, Mapping):
-        raise ValueError(f"overrides must be a dict like {{'core.scheduler': 'path.py:Class'}}, got {overrides!r}")
-    for slot, spec in overrides.items():
+def _check_parts(parts: Any) -> None:
+    """Names and types only; `load_part` checks that the file exists and that the class fits."""
+    if not isinstance(parts, Mapping):
+        raise ValueError(f"parts must be a dict like {{'core.scheduler': 'path.py:Class'}}, got {parts!r}")
+    for name, spec in parts.items():
         if not isinstance(spec, str):
-            raise ValueError(f"overrides[{slot!r}] must be a string 'path.py:Class' or 'module:Class', got {spec!r}")
-    check_overrides(overrides)
+            raise ValueError(f"parts[{name!r}] must be a string 'path.py:Class' or 'module:Class', got {spec!r}")
+    check_parts(parts)

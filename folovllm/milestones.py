@@ -35,15 +35,15 @@ LADDER: tuple[Rung, ...] = (
         "m1",
         "Basic inference",
         "engine, model, sampler, one request at a time",
-        on={"max_num_seqs": 1, "policy": "static", "linear_backend": "auto"},
+        on={"max_num_seqs": 1, "batching": "static", "linear_backend": "auto"},
         built=True,
     ),
     Rung(
         "m2",
         "Continuous batching",
         "requests join and leave at every step",
-        on={"max_num_seqs": None, "policy": "continuous"},
-        off={"max_num_seqs": None, "policy": "static"},
+        on={"max_num_seqs": None, "batching": "continuous"},
+        off={"max_num_seqs": None, "batching": "static"},
         built=True,
     ),
     Rung(
@@ -113,8 +113,8 @@ def top_rung() -> Rung:
 def fold(top: str, without: Iterable[str] = ()) -> dict[str, Any]:
     """Engine arguments of "the engine as of `top`", with the rungs in `without` switched off.
 
-    E.g. fold("m3") -> {max_num_seqs: None, policy: "continuous", block_size: 16, attention_backend: "torch_naive", ...}
-    and  fold("m3", without=["m2"]) is the same with policy "static".
+    E.g. fold("m3") -> {max_num_seqs: None, batching: "continuous", block_size: 16, ...}
+    and  fold("m3", without=["m2"]) is the same with batching "static".
     """
     up_to = _buildable(top)
     left_out = _removable(without, up_to)

@@ -6,7 +6,7 @@ Milestone: M0. vLLM counterpart: vllm/platforms.
 import torch
 
 
-def resolve_device(device: str) -> str:
+def choose_device(device: str) -> str:
     """ "auto" -> "cuda" where there is one, else "cpu"; ValueError if CUDA is asked for and absent."""
     available = torch.cuda.is_available()
     if device == "cuda" and not available:

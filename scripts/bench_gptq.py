@@ -29,7 +29,7 @@ from folovllm.entrypoints.bench.machine import machine_header
 from folovllm.entrypoints.bench.probe import measure_bandwidth
 from folovllm.executor.uniproc import UniProcExecutor
 from folovllm.hf_config import load_hf_config
-from folovllm.hub import resolve_model
+from folovllm.hub import find_model
 from folovllm.model_executor.layers.linear import LinearBase
 from folovllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    header, folder = machine_header(), resolve_model(args.checkpoint)
+    header, folder = machine_header(), find_model(args.checkpoint)
     engines = {name: make_engine(folder, quantization, args.batch) for name, quantization in ARMS.items()}
     figures = measure(engines, load_hf_config(folder).vocab_size, args)
     for name, engine in engines.items():

@@ -34,7 +34,7 @@ import torch
 
 from folovllm.entrypoints.bench.machine import machine_header
 from folovllm.hf_config import ModelArchitecture, load_hf_config
-from folovllm.hub import resolve_model
+from folovllm.hub import find_model
 
 ENVIRONMENT = Path.home() / ".cache" / "folovllm" / "gptqmodel-env"
 PACKAGES = ("gptqmodel", "optimum")  # transformers asks for optimum before it loads a GPTQ checkpoint
@@ -82,7 +82,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def quantize_whole_model(args: argparse.Namespace, scratch: Path) -> int:
     """GPTQModel's checkpoint with the settings and calibration that `folovllm quantize` has by default."""
-    source = resolve_model(args.model)
+    source = find_model(args.model)
     windows, _ = token_windows(source, args)
     job = quantize_job("whole", source, args.quantize.resolve(), {"bits": args.bits}, windows)
     errors = ask_gptqmodel([job], scratch, args.threads)["errors"]
@@ -96,7 +96,7 @@ def quantize_whole_model(args: argparse.Namespace, scratch: Path) -> int:
 
 def compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     machine = machine_header()
-    source = cut_model(resolve_model(args.model), scratch / "source", args.layers)
+    source = cut_model(find_model(args.model), scratch / "source", args.layers)
     arch = load_hf_config(source)
     windows, probe = token_windows(source, args)
     chosen = [int(number) - 1 for number in args.cases.split(",") if number] or range(len(CASES))

@@ -26,7 +26,7 @@ from folovllm.engine.tokenizer import Tokenizer
 from folovllm.entrypoints.bench.machine import machine_header
 from folovllm.gptq_config import PER_CHANNEL
 from folovllm.hf_config import load_hf_config
-from folovllm.hub import resolve_model
+from folovllm.hub import find_model
 from folovllm.model_executor.weight_utils import safetensors_files
 from folovllm.quantize.dequantized import write_dequantized
 from folovllm.quantize.output import LOG
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = known_rows(args)
     command = f"scripts/eval_ppl.py {command_of(args)}"
     for name, engine in asked_for(args):
-        folder = resolve_model(name)
+        folder = find_model(name)
         asked = question(name, folder, engine, text, args)
         row = next((row for row in known if asked.items() <= row.items()), None)
         if row is None:

@@ -23,7 +23,7 @@ import torch
 
 from folovllm.config import DEFAULT_MODEL
 from folovllm.engine.tokenizer import Tokenizer
-from folovllm.hub import resolve_model
+from folovllm.hub import find_model
 
 OUT = Path(__file__).parents[1] / "tests" / "data" / "hf_greedy.json"
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
@@ -126,7 +126,7 @@ def main() -> None:
     from folovllm.entrypoints.hf_baseline import load_hf
 
     torch.set_num_threads(1)
-    folder = resolve_model(DEFAULT_MODEL, pull=True)
+    folder = find_model(DEFAULT_MODEL, pull=True)
     tokenizer, model = Tokenizer.from_folder(folder), load_hf(folder, "float32")
     rows = []
     for name, prompt in PROMPTS.items():

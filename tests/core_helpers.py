@@ -52,7 +52,7 @@ def make_config(max_model_len: int = 16, block_size: int | str = 4, **args: Any)
     cache_names = CacheConfig.__dataclass_fields__
     cache = {name: args.pop(name) for name in list(args) if name in cache_names}
     config = EngineConfig(
-        overrides=args.pop("overrides", None),
+        parts=args.pop("parts", None),
         model_config=ModelConfig(max_model_len=max_model_len),
         cache_config=CacheConfig(block_size=block_size, **cache),
         scheduler_config=SchedulerConfig(**args),
@@ -93,7 +93,7 @@ class AttendingExecutor(FakeExecutor):
 
 
 def make_core(executor: FakeExecutor | None = None, **config_args: Any) -> EngineCore:
-    """EngineCore on an AttendingExecutor. E.g. make_core(block_size=4, num_kv_blocks=5, policy="static")."""
+    """EngineCore on an AttendingExecutor. E.g. make_core(block_size=4, num_kv_blocks=5, batching="static")."""
     return EngineCore(make_config(**config_args), executor or AttendingExecutor())
 
 

@@ -11,12 +11,12 @@ import logging
 from collections.abc import Mapping
 
 from folovllm.attention.backend import AttentionBackend, AttentionSpec
+from folovllm.parts import load_part
 from folovllm.sampling_params import unknown_name_message
-from folovllm.slots import resolve
 
 logger = logging.getLogger(__name__)
 
-SLOT = "attention.backend"
+PART = "attention.backend"
 AUTO = "auto"
 _HOME = "folovllm.attention.backends"
 # config.ATTENTION_BACKENDS knows the same names; it is plain data and cannot import this file.
@@ -35,10 +35,10 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
 }
 
 
-def get_attn_backend(name: str, spec: AttentionSpec, overrides: Mapping[str, str] | None = None) -> AttentionBackend:
-    """Build the backend called `name` for `spec`, or the one that fills the slot; ValueError if it cannot run it."""
-    if overrides and SLOT in overrides:
-        return _from_slot(spec, overrides)
+def get_attn_backend(name: str, spec: AttentionSpec, parts: Mapping[str, str] | None = None) -> AttentionBackend:
+    """Builds the backend called `name` for `spec`, or the one in `parts`. Raises ValueError if it cannot run here."""
+    if parts and PART in parts:
+        return _from_parts(spec, parts)
     if name == AUTO:
         name = auto_backend(spec)
     elif name not in BACKENDS:
@@ -74,14 +74,14 @@ def refusal(name: str, spec: AttentionSpec) -> str | None:
 
 def load_backend(name: str) -> type[AttentionBackend]:
     """Import a registered backend. ValueError or ImportError where its file wants what is not installed."""
-    # As if a user had named it for the slot: `resolve` is the one place that imports by name.
-    backend: type[AttentionBackend] = resolve(SLOT, {SLOT: BACKENDS[name]})
+    # As if a user had named it as the part: `load_part` is the one place that imports by name.
+    backend: type[AttentionBackend] = load_part(PART, {PART: BACKENDS[name]})
     return backend
 
 
-def _from_slot(spec: AttentionSpec, overrides: Mapping[str, str]) -> AttentionBackend:
-    backend: type[AttentionBackend] = resolve(SLOT, overrides)
+def _from_parts(spec: AttentionSpec, parts: Mapping[str, str]) -> AttentionBackend:
+    backend: type[AttentionBackend] = load_part(PART, parts)
     reason = backend.refusal(spec)
     if reason is not None:
-        raise ValueError(f"{overrides[SLOT]} in slot {SLOT!r} cannot run here: {reason}")
+        raise ValueError(f"{parts[PART]} as part {PART!r} cannot run here: {reason}")
     return backend(spec)

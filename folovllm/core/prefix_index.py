@@ -30,8 +30,8 @@ from folovllm.core.block_hash import (
     root_hash,
 )
 from folovllm.core.kv_cache_utils import KVCacheBlock
+from folovllm.parts import load_part
 from folovllm.request import Request
-from folovllm.slots import resolve
 
 
 class NullPrefixIndex:
@@ -236,12 +236,12 @@ class HashPrefixIndex(PrefixTree):
         assert all(node.key == key for key, node in self.nodes.items())
 
 
-def make_prefix_index(config: CacheConfig, overrides: Mapping[str, str] | None = None) -> NullPrefixIndex:
-    """The index that a resolved config asks for. `overrides` may fill the slot of either kind."""
+def make_prefix_index(config: CacheConfig, parts: Mapping[str, str] | None = None) -> NullPrefixIndex:
+    """The index that a resolved config asks for. `parts` may replace either kind."""
     assert isinstance(config.block_size, int), "resolve() first"
     if not config.enable_prefix_caching:
         return NullPrefixIndex()
-    index: NullPrefixIndex = resolve(f"core.prefix_index.{config.prefix_index}", overrides)(config)
+    index: NullPrefixIndex = load_part(f"core.prefix_index.{config.prefix_index}", parts)(config)
     return index
 
 

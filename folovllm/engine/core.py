@@ -12,8 +12,8 @@ from folovllm.core.kv_cache_utils import make_kv_cache_config
 from folovllm.core.sched.scheduler import Scheduler
 from folovllm.executor.base import Executor
 from folovllm.outputs import EngineCoreOutput, EngineStats
+from folovllm.parts import load_part
 from folovllm.request import Request, RequestStatus
-from folovllm.slots import resolve
 from folovllm.trace.writer import NullTrace, make_trace
 
 
@@ -28,7 +28,7 @@ class EngineCore:
         self.executor = executor
         self.kv_cache_config = make_kv_cache_config(config, executor.available_kv_cache_bytes())
         executor.initialize_kv_cache(self.kv_cache_config)
-        self.scheduler: Scheduler = resolve("core.scheduler", config.overrides)(config, self.kv_cache_config)
+        self.scheduler: Scheduler = load_part("core.scheduler", config.parts)(config, self.kv_cache_config)
         self.trace = trace or make_trace(config, self.kv_cache_config)
 
     def add_request(self, request: Request) -> None:

@@ -17,9 +17,9 @@ from folovllm.engine.llm_engine import LLMEngine
 from folovllm.engine.tokenizer import Tokenizer
 from folovllm.executor.uniproc import UniProcExecutor
 from folovllm.hf_config import load_hf_config
-from folovllm.hub import resolve_model
+from folovllm.hub import find_model
 from folovllm.outputs import EngineStats, RequestOutput
-from folovllm.platforms import has_native_bf16, resolve_device
+from folovllm.platforms import choose_device, has_native_bf16
 from folovllm.request import Request
 from folovllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -45,8 +45,8 @@ class LLM:
         **engine_args: Any,
     ) -> None:
         config = EngineConfig.from_args(preset=preset, without=without, model=model, **engine_args)
-        self.model_path = resolve_model(config.model_config.model, config.model_config.download_dir, pull=True)
-        device = resolve_device(config.device)
+        self.model_path = find_model(config.model_config.model, config.model_config.download_dir, pull=True)
+        device = choose_device(config.device)
         self.config = config.resolve(load_hf_config(self.model_path), device, has_native_bf16(device))
         if (
             config.model_config.dtype == "auto"

@@ -1,6 +1,6 @@
 """Where models come from: an alias, a local HuggingFace folder, or a HuggingFace id (milestone M0).
 
-`resolve_model(name) -> Path` is what the rest of FoloVLLM calls; `pull(name)` is behind `folovllm pull`. Nothing here
+`find_model(name) -> Path` is what the rest of FoloVLLM calls; `pull(name)` is behind `folovllm pull`. Nothing here
 imports torch, transformers, gguf or huggingface_hub until a function needs it, so naming a model that is already there
 costs milliseconds. vLLM's counterpart is `model_executor/model_loader/weight_utils.py`. Left out: ModelScope, S3,
 revisions, and every weight format but safetensors (a pickle can run code, so none is ever opened).
@@ -9,8 +9,8 @@ revisions, and every weight format but safetensors (a pickle can run code, so no
 from folovllm.hub.aliases import ALIASES, Alias, default_download_dir, list_aliases
 from folovllm.hub.errors import HashMismatchError, HubError, ModelFolderError, ModelNotFoundError, PullError
 from folovllm.hub.fetch import pull, verify_pulled
+from folovllm.hub.find import find_model
 from folovllm.hub.folder import check_model_folder
-from folovllm.hub.resolve import resolve_model
 
 __all__ = [
     "ALIASES",
@@ -22,8 +22,8 @@ __all__ = [
     "PullError",
     "check_model_folder",
     "default_download_dir",
+    "find_model",
     "list_aliases",
     "pull",
-    "resolve_model",
     "verify_pulled",
 ]

@@ -83,7 +83,7 @@ ALIASES: Mapping[str, Alias] = {alias.name: alias for alias in (_SMOLLM2_135M,)}
 
 
 def list_aliases() -> list[str]:
-    """The names `pull` and `resolve_model` know, sorted."""
+    """The names `pull` and `find_model` know, sorted."""
     return sorted(ALIASES)
 
 

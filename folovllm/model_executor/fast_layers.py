@@ -23,7 +23,7 @@ from folovllm.model_executor.layers.quantization.cpu_int4 import Int4LinearMetho
 from folovllm.model_executor.models.interface import CausalLM
 from folovllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
 
-Rows = tuple[torch.Tensor, torch.Tensor]
+CosSin = tuple[torch.Tensor, torch.Tensor]
 
 
 class FusedDecoderLayers:
@@ -38,14 +38,16 @@ class FusedDecoderLayers:
         self._eps, self._scale = first.input_layernorm.eps, backend.spec.scale
         self._max_int4_rows = max(map(max_int4_rows, layers))
 
-    def __call__(self, hidden: torch.Tensor, residual: torch.Tensor, rows: Rows) -> Rows:
-        """As the layers: hidden and residual [num_tokens, hidden_size], rows are cos and sin of the positions."""
+    def __call__(
+        self, hidden: torch.Tensor, residual: torch.Tensor, cos_sin: CosSin
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the layers: hidden and residual [num_tokens, hidden_size], cos_sin of the positions."""
         metadata = get_attn_metadata()
         prepared = metadata.prepared
         out = self._op(
             hidden,
             residual,
-            *rows,
+            *cos_sin,
             self._weights,
             self._kv_caches,
             metadata.slot_mapping,

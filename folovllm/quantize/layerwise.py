@@ -81,10 +81,10 @@ class LayerRunner:
     @torch.inference_mode()
     def run(self, layer: LlamaDecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [length, hidden_size], the residual added, -> the same after `layer`."""
-        rows = self.rotary.rows(torch.arange(hidden.shape[0]), hidden.dtype)
+        cos_sin = self.rotary.cos_sin_at(torch.arange(hidden.shape[0]), hidden.dtype)
         with set_forward_context(single_sequence(hidden.shape[0])):
             # The layer's first norm adds its two inputs into the second, in place: hence a fresh tensor of zeros.
-            out, residual = layer(hidden, torch.zeros_like(hidden), rows)
+            out, residual = layer(hidden, torch.zeros_like(hidden), cos_sin)
         return out + residual
 
     @torch.inference_mode()
@@ -101,9 +101,9 @@ class LayerRunner:
         inputs = [layer.input_layernorm(hidden) for hidden in states]
         yield "self_attn.qkv_proj", attention.qkv_proj, inputs
         for i, x in enumerate(inputs):
-            rows = self.rotary.rows(torch.arange(x.shape[0]), x.dtype)
+            cos_sin = self.rotary.cos_sin_at(torch.arange(x.shape[0]), x.dtype)
             with set_forward_context(single_sequence(x.shape[0])):
-                inputs[i] = input_of(attention.o_proj, lambda x=x, rows=rows: attention(x, rows))  # type: ignore[misc]
+                inputs[i] = input_of(attention.o_proj, lambda x=x, cos_sin=cos_sin: attention(x, cos_sin))  # type: ignore[misc]
         yield "self_attn.o_proj", attention.o_proj, inputs
         for i, x in enumerate(inputs):
             inputs[i], states[i] = layer.post_attention_layernorm(attention.o_proj(x), states[i].clone())

@@ -21,7 +21,7 @@ class Divergence:
     a_only: tuple[str, ...]
     b_only: tuple[str, ...]
     sentence: str
-    config: tuple[str, ...] = ()  # engine arguments that differ, "policy: 'continuous' / 'static'"
+    config: tuple[str, ...] = ()  # engine arguments that differ, "batching: 'continuous' / 'static'"
 
     def __str__(self) -> str:
         sides = [f"{name}-only " + ", ".join(f"({phrase})" for phrase in phrases)

@@ -22,7 +22,7 @@ RULES: dict[str, str] = {
     "seats": "at most max_num_seqs requests run",
     "running-first": "running requests come first, in order of admission, and none is skipped while budget is left",
     "queue-order": "the head of the queue is admitted, nobody overtakes it",
-    "static": "policy 'static' admits only when nothing runs",
+    "static": "batching 'static' admits only when nothing runs",
     "preempt-admits": "a step that preempted admits nobody",
     "progress": "a step with requests to serve computes something",
     "queues": "every unfinished request either waits or runs, as its events say",
@@ -75,7 +75,7 @@ class _Linter:
         self.max_model_len: int = config["max_model_len"]
         self.chunked: bool = config["enable_chunked_prefill"]
         self.threshold: int = config["long_prefill_token_threshold"]
-        self.is_static: bool = config["policy"] == "static"
+        self.is_static: bool = config["batching"] == "static"
         self.by_priority: bool = config["scheduling_policy"] == "priority"
         self.block_size: int = trace.header["kv"]["block_size"]
         self.usable_blocks: int = trace.header["kv"]["usable_blocks"]

@@ -17,7 +17,7 @@ from folovllm.core.sched.output import SchedulerOutput
 from folovllm.model_executor.huge_pages import keep_freed_memory
 from folovllm.model_executor.model_loader import load_model
 from folovllm.outputs import ModelRunnerOutput
-from folovllm.slots import resolve
+from folovllm.parts import load_part
 from folovllm.worker.model_runner import ForwardHandle, ModelRunner
 from folovllm.worker.profile_run import profile_run
 
@@ -46,8 +46,8 @@ class Worker:
             device=self.device,
             block_size=config.block_size,
         )
-        backend = get_attn_backend(config.attention_config.attention_backend, spec, config.overrides)
-        sampler = resolve("sample.sampler", config.overrides)()
+        backend = get_attn_backend(config.attention_config.attention_backend, spec, config.parts)
+        sampler = load_part("sample.sampler", config.parts)()
         self.model_runner = ModelRunner(config, model, backend, self.device, sampler)
 
     def available_kv_cache_bytes(self) -> int:

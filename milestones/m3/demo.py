@@ -48,7 +48,7 @@ shuffled = {"core.block_pool": f"{HERE / 'shuffled_block_pool.py'}:ShuffledBlock
 arms: dict[str, dict[str, Any]] = {
     "m2: 6 pages of 64": {"preset": "m2", "num_kv_blocks": 6 + 1},
     "m3: 96 blocks of 4": {"preset": "m3", "block_size": 4, "num_kv_blocks": 96 + 1},
-    "m3, blocks at random": {"preset": "m3", "block_size": 4, "num_kv_blocks": 96 + 1, "overrides": shuffled},
+    "m3, blocks at random": {"preset": "m3", "block_size": 4, "num_kv_blocks": 96 + 1, "parts": shuffled},
 }
 results = {name: run(**engine_args) for name, engine_args in arms.items()}
 for name, (steps, most, share) in results.items():

@@ -1,8 +1,8 @@
 """A part of your own: a block pool that hands out blocks in random order. The tokens must not notice.
 
-Milestone: M3. vLLM counterpart: none. An example of filling a slot (folovllm/slots.py):
+Milestone: M3. vLLM counterpart: none. An example of replacing a part (folovllm/parts.py):
 
-    folovllm generate --impl core.block_pool=milestones/m3/shuffled_block_pool.py:ShuffledBlockPool "Once upon"
+    folovllm generate --part core.block_pool=milestones/m3/shuffled_block_pool.py:ShuffledBlockPool "Once upon"
 """
 
 import random

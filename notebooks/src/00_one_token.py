@@ -46,9 +46,9 @@ USE_REAL_MODEL = False
 
 # %%
 if USE_REAL_MODEL:
-    from folovllm.hub import resolve_model
+    from folovllm.hub import find_model
 
-    model_folder = resolve_model("smollm2-135m")  # says what to do if it is not here
+    model_folder = find_model("smollm2-135m")  # says what to do if it is not here
 else:
     from transformers.utils import logging
 

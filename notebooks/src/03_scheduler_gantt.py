@@ -61,9 +61,9 @@ def prompt_of(name, length):
     return [(ord(name) * 31 + 7 * i) % 1000 for i in range(length)]
 
 
-def make_engine(seats=SEATS, policy="continuous", blocks=None, scheduling_policy="fcfs"):
+def make_engine(seats=SEATS, batching="continuous", blocks=None, scheduling_policy="fcfs"):
     config = EngineConfig.from_args(
-        preset="m3", policy=policy, max_num_seqs=seats, block_size=BLOCK_SIZE, num_kv_blocks=blocks,
+        preset="m3", batching=batching, max_num_seqs=seats, block_size=BLOCK_SIZE, num_kv_blocks=blocks,
         max_model_len=TOKEN_BUDGET, max_num_batched_tokens=TOKEN_BUDGET, scheduling_policy=scheduling_policy,
     )  # fmt: skip
     return EngineCore(config.resolve(arch, "cpu"), FakeExecutor())
@@ -88,7 +88,7 @@ def run(core, requests=REQUESTS, priority=None):
 
 runs = {
     "one at a time": run(make_engine(seats=1)),
-    f"static, {SEATS} seats": run(make_engine(policy="static")),
+    f"static, {SEATS} seats": run(make_engine(batching="static")),
     f"continuous, {SEATS} seats": run(make_engine()),
 }
 names = list(runs)
@@ -171,7 +171,7 @@ viz.predict(
 seat_counts = [1, 2, 4, 8, 16] if FAST else [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
 rng = random.Random(0)
 crowd = {chr(0x100 + i): (0, rng.randint(2, 20), rng.randint(2, 30)) for i in range(32)}
-static = [len(run(make_engine(seats=s, policy="static"), crowd)[0]) for s in seat_counts]
+static = [len(run(make_engine(seats=s, batching="static"), crowd)[0]) for s in seat_counts]
 continuous = [len(run(make_engine(seats=s), crowd)[0]) for s in seat_counts]
 figure, ax = plt.subplots(figsize=(6, 3), layout="constrained")
 ax.plot(seat_counts, static, "o--", color=viz.PALETTE[1], label="static")

@@ -22,7 +22,7 @@ ROWS = {
     "folovllm.sampling_params": 0,
     "folovllm.request": 0,
     "folovllm.outputs": 0,
-    "folovllm.slots": 0,
+    "folovllm.parts": 0,
     "folovllm.core": 1,
     "folovllm.trace": 1,
     "folovllm.executor": 1,

@@ -64,7 +64,7 @@ OTHER_VALUES: dict[str, Any] = {
     "free_uncached_first": False,
     "gptq_kernel": "dequant",
     "gptq_runtime": "memory",
-    "policy": "static",
+    "batching": "static",
     "scheduling_policy": "priority",
     "max_num_seqs": 1,
     "max_num_batched_tokens": 1,
@@ -73,7 +73,7 @@ OTHER_VALUES: dict[str, Any] = {
     "enforce_eager": True,
     "disable_log_stats": False,
     "trace": "steps.jsonl",
-    "overrides": {"core.scheduler": "mine.py:Scheduler"},
+    "parts": {"core.scheduler": "mine.py:Scheduler"},
 }
 
 
@@ -126,7 +126,7 @@ def test_paths_may_be_given_as_paths() -> None:
 def test_an_override_wins_over_the_preset() -> None:
     config = EngineConfig.preset("m3", block_size=32, max_num_seqs=5)
     assert (config.cache_config.block_size, config.scheduler_config.max_num_seqs) == (32, 5)
-    assert config.scheduler_config.policy == "continuous"
+    assert config.scheduler_config.batching == "continuous"
     assert flat(EngineConfig.from_args(preset="m3", block_size=32, max_num_seqs=5)) == flat(config)
 
 
@@ -135,9 +135,9 @@ def test_an_override_wins_over_without() -> None:
     assert EngineConfig.preset("m3", without="m3", block_size=8).cache_config.block_size == 8
 
 
-def test_an_unknown_slot_is_refused_before_a_model_is_loaded() -> None:
-    with pytest.raises(ValueError, match=r"unknown slot 'core.schduler'; there are core.scheduler"):
-        EngineConfig.from_args(overrides={"core.schduler": "mine.py:Scheduler"})
+def test_an_unknown_part_is_refused_before_a_model_is_loaded() -> None:
+    with pytest.raises(ValueError, match=r"unknown part 'core.schduler'; there are core.scheduler"):
+        EngineConfig.from_args(parts={"core.schduler": "mine.py:Scheduler"})
 
 
 @pytest.mark.parametrize("part", ["model_config", "cache_config", "scheduler_config", "attention_config"])

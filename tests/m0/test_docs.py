@@ -100,7 +100,7 @@ def test_the_lookup_itself() -> None:
     assert problem_of_anchor("folovllm/request.py#Request.num_computed_tokens") is None  # set in __init__
     assert problem_of_anchor("folovllm/outputs.py#EngineStats.num_steps") is None  # a dataclass field
     assert problem_of_anchor("folovllm/milestones.py#LADDER") is None
-    assert problem_of_anchor("folovllm/hub/__init__.py#resolve_model") is None  # imported there
+    assert problem_of_anchor("folovllm/hub/__init__.py#find_model") is None  # imported there
     assert problem_of_anchor(f"vllm@{PIN}:vllm/v1/request.py#Request") is None
     for wrong in ("folovllm/request.py#Requests", "folovllm/request.py#Request.num_token", "folovllm/nothing.py"):
         assert problem_of_anchor(wrong) is not None

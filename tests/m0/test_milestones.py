@@ -20,9 +20,10 @@ OFF = {
 }
 # The switches as DESIGN section 1 and the milestone pages document them.
 PRESETS: dict[str, dict[str, Any]] = {
-    "m1": OFF | {"max_num_seqs": 1, "policy": "static", "block_size": "max_model_len", "linear_backend": "auto"},
-    "m2": OFF | {"max_num_seqs": None, "policy": "continuous", "block_size": "max_model_len", "linear_backend": "auto"},
-    "m3": OFF | {"max_num_seqs": None, "policy": "continuous", "block_size": 16, "linear_backend": "auto"},
+    "m1": OFF | {"max_num_seqs": 1, "batching": "static", "block_size": "max_model_len", "linear_backend": "auto"},
+    "m2": OFF
+    | {"max_num_seqs": None, "batching": "continuous", "block_size": "max_model_len", "linear_backend": "auto"},
+    "m3": OFF | {"max_num_seqs": None, "batching": "continuous", "block_size": 16, "linear_backend": "auto"},
 }
 WHERE = engine_arg_names()
 
@@ -87,9 +88,9 @@ def test_m0_has_no_engine() -> None:
 @pytest.mark.parametrize(
     ("without", "changes"),
     [
-        ("m2", {"policy": "static"}),
+        ("m2", {"batching": "static"}),
         (["m3"], {"block_size": "max_model_len"}),
-        (("m2", "m3"), {"policy": "static", "block_size": "max_model_len"}),
+        (("m2", "m3"), {"batching": "static", "block_size": "max_model_len"}),
         ((), {}),
         (["m3", "m3"], {"block_size": "max_model_len"}),
     ],

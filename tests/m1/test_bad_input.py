@@ -131,7 +131,7 @@ def grow(tensors: dict[str, Any]) -> None:
     tensors["model.norm.weight"] = tensors["model.norm.weight"].repeat(2)
 
 
-def write_slot(world: World, source: str) -> str:
+def write_part(world: World, source: str) -> str:
     path = world.scratch / "mine.py"
     path.write_text(source)
     return f"{path}:Mine"
@@ -171,7 +171,9 @@ CONFIG = [
     config("int8", "dtype must be one of auto, float32, bfloat16, float16; got 'int8'", dtype="int8"),
     config("a GPU", "device must be one of auto, cpu, cuda; got 'gpu'; did you mean 'cuda'", device="gpu"),
     config(
-        "policy", "policy must be one of static, continuous; got 'continous'; did you mean 'conti", policy="continous"
+        "batching",
+        "batching must be one of static, continuous; got 'continous'; did you mean 'conti",
+        batching="continous",
     ),
     config("queue order", "scheduling_policy must be one of fcfs, priority; got 'prio'; did", scheduling_policy="prio"),
     config(
@@ -192,11 +194,9 @@ CONFIG = [
     ),
     config("without the ground", "m1 is the ground the others stand on; drop it from without", without=["m1"]),
     config("without None", r"without must be a list of milestones like \['m2'\], got None; use \(\)", without=None),
-    config(
-        "unknown slot", "unknown slot 'core.schduler'; there are core.scheduler", overrides={"core.schduler": "x.py:Y"}
-    ),
-    config("slots as a list", r"overrides must be a dict like \{'core.scheduler'", overrides=["x.py:Y"]),
-    config("a class in a slot", r"must be a string 'path.py:Class'", overrides={"core.scheduler": SamplingParams}),
+    config("unknown part", "unknown part 'core.schduler'; there are core.scheduler", parts={"core.schduler": "x.py:Y"}),
+    config("parts as a list", r"parts must be a dict like \{'core.scheduler'", parts=["x.py:Y"]),
+    config("a class as a part", r"must be a string 'path.py:Class'", parts={"core.scheduler": SamplingParams}),
     *(
         config(
             f"{rung.id} is not built",
@@ -220,20 +220,20 @@ LOAD = [
     ),
     load("unknown backend", "attention_backend.*torch_naive", attention_backend="flashy"),
     load(
-        "slot without its file",
+        "part without its file",
         "no file nowhere.py; the path is relative to",
-        overrides={"core.scheduler": "nowhere.py:X"},
+        parts={"core.scheduler": "nowhere.py:X"},
     ),
-    load("slot without a class name", "write 'path.py:Class'", overrides={"core.scheduler": "mine.py"}),
+    load("part without a class name", "write 'path.py:Class'", parts={"core.scheduler": "mine.py"}),
     (
-        "load: slot without its methods",
-        lambda w: w.load(overrides={"core.block_pool": write_slot(w, "class Mine: pass")}),
+        "load: part without its methods",
+        lambda w: w.load(parts={"core.block_pool": write_part(w, "class Mine: pass")}),
         ValueError,
         "lacks the methods get_new_blocks, .*write them, or inherit from folovllm.core.block_pool.BlockPool",
     ),
     (
-        "load: slot with a syntax error",
-        lambda w: w.load(overrides={"sample.sampler": write_slot(w, "\nclass Mine(:\n")}),
+        "load: part with a syntax error",
+        lambda w: w.load(parts={"sample.sampler": write_part(w, "\nclass Mine(:\n")}),
         ValueError,
         r"mine\.py, line 2",
     ),

@@ -143,13 +143,19 @@ def test_ctrl_c_exits_with_130(monkeypatch):
 
 
 def test_engine_args_are_read_as_python_would():
-    items = ["block_size=32", "gpu-memory-utilization=0.5", "enforce_eager=true", "max_num_seqs=None", "policy=static"]
+    items = [
+        "block_size=32",
+        "gpu-memory-utilization=0.5",
+        "enforce_eager=true",
+        "max_num_seqs=None",
+        "batching=static",
+    ]
     assert parse_engine_args([*items, "model=a=b"]) == {
         "block_size": 32,
         "gpu_memory_utilization": 0.5,
         "enforce_eager": True,
         "max_num_seqs": None,
-        "policy": "static",
+        "batching": "static",
         "model": "a=b",
     }
 

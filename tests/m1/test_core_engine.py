@@ -18,7 +18,7 @@ pytestmark = pytest.mark.m1
 
 def one_page_core(**args: Any) -> EngineCore:
     """The engine as of M1: one seat, one page per request."""
-    defaults: dict[str, Any] = {"block_size": "max_model_len", "max_num_seqs": 1, "policy": "static"}
+    defaults: dict[str, Any] = {"block_size": "max_model_len", "max_num_seqs": 1, "batching": "static"}
     return make_core(**(defaults | args))
 
 
@@ -35,7 +35,7 @@ def test_one_request() -> None:
 def test_the_preset_of_m1_is_this_engine() -> None:
     config = EngineConfig.preset("m1", max_model_len=16).resolve(helpers.tiny_arch(), "cpu")
     core = EngineCore(config, FakeExecutor())
-    assert (core.kv_cache_config.block_size, core.scheduler.max_num_seqs, core.scheduler.policy) == (16, 1, "static")
+    assert (core.kv_cache_config.block_size, core.scheduler.max_num_seqs, core.scheduler.batching) == (16, 1, "static")
     helpers.add_all(core, [make_request(f"r{i}", 3 + i, max_tokens=3) for i in range(3)])
     order = list(helpers.drive(core))
     assert order == ["r0", "r1", "r2"]

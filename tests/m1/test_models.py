@@ -215,7 +215,7 @@ def test_rotary_equals_huggingface(rope: RopeConfig) -> None:
     q, k = torch.randn(7, 6, 32), torch.randn(7, 2, 32)
     cos, sin = LlamaRotaryEmbedding(config)(q, positions[None])
     wanted_q, wanted_k = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
-    rows = RotaryEmbedding(32, 2048, rope).rows(positions, torch.float32)
+    rows = RotaryEmbedding(32, 2048, rope).cos_sin_at(positions, torch.float32)
     torch.testing.assert_close(apply_rotary(q, *rows), wanted_q[0].transpose(0, 1), atol=2e-6, rtol=0)
     torch.testing.assert_close(apply_rotary(k, *rows), wanted_k[0].transpose(0, 1), atol=2e-6, rtol=0)
 
@@ -228,6 +228,6 @@ def test_llama3_scaling_bends_only_slow_pairs() -> None:
 
 
 def test_rotary_table_is_computed_in_fp32_even_for_bf16() -> None:
-    cos, _ = RotaryEmbedding(8, 4096, RopeConfig(10000.0)).rows(torch.tensor([4001]), torch.bfloat16)
+    cos, _ = RotaryEmbedding(8, 4096, RopeConfig(10000.0)).cos_sin_at(torch.tensor([4001]), torch.bfloat16)
     assert cos.dtype == torch.bfloat16
     assert cos[0, 0, 0].item() == pytest.approx(math.cos(4001.0), abs=4e-3)

@@ -149,7 +149,7 @@ def sampled_jobs(tiny_model_dir: MakeTiny) -> list[Job]:
 
 
 ENGINES: dict[str, dict[str, Any]] = {
-    "m1": {"max_num_seqs": 1, "policy": "static"},
+    "m1": {"max_num_seqs": 1, "batching": "static"},
     "m2": {},
     "m3": {"block_size": 16},
     "three at a time": {"max_num_seqs": 3, "block_size": 5},

@@ -65,7 +65,7 @@ def config_args(draw: st.DrawFn) -> dict[str, Any]:
         "max_num_batched_tokens": draw(st.integers(1, 20)) if chunked else max_model_len + draw(st.integers(0, 20)),
         "enable_chunked_prefill": chunked,
         "long_prefill_token_threshold": draw(st.integers(0, 5)) if chunked else 0,
-        "policy": draw(st.sampled_from(["continuous", "static"])),
+        "batching": draw(st.sampled_from(["continuous", "static"])),
         "scheduling_policy": draw(st.sampled_from(["fcfs", "priority"])),
         "reserve_full_sequence": draw(st.booleans()),
         "free_uncached_first": draw(st.booleans()),

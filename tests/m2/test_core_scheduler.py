@@ -38,13 +38,13 @@ def test_decodes_come_before_new_prompts() -> None:
 
 
 def test_continuous_fills_a_seat_as_soon_as_it_is_free() -> None:
-    core = page_core(max_num_seqs=2, policy="continuous")
+    core = page_core(max_num_seqs=2, batching="continuous")
     helpers.add_all(core, [make_request(name, 4, max_tokens=n) for name, n in [("a", 4), ("b", 2), ("c", 2)]])
     assert scheduled(core, 4) == [{"a": 4, "b": 4}, {"a": 1, "b": 1}, {"a": 1, "c": 4}, {"a": 1, "c": 1}]
 
 
 def test_static_admits_only_when_nothing_runs() -> None:
-    core = page_core(max_num_seqs=2, policy="static")
+    core = page_core(max_num_seqs=2, batching="static")
     helpers.add_all(core, [make_request(name, 4, max_tokens=n) for name, n in [("a", 4), ("b", 2), ("c", 2)]])
     assert scheduled(core, 6) == [{"a": 4, "b": 4}, {"a": 1, "b": 1}, {"a": 1}, {"a": 1}, {"c": 4}, {"c": 1}]
 

@@ -111,7 +111,7 @@ def test_the_header_tells_what_ran_and_not_where(tmp_path: Path) -> None:
     header = make_header(config.resolve(tiny_arch(64), "cpu"), KVCacheConfig(9, 64, 512))
     assert header["config"]["model"] == "my-model" and str(tmp_path) not in json.dumps(header)
     assert header["config"]["max_num_seqs"] == 64 and "trace" not in header["config"]
-    assert header["switches"]["policy"] == "continuous" and header["switches"]["block_size"] == 64
+    assert header["switches"]["batching"] == "continuous" and header["switches"]["block_size"] == 64
     assert header["kv"] == {"block_size": 64, "usable_blocks": 8, "bytes_per_block": 512}
     assert header["model"]["num_hidden_layers"] == 1 and header["machine"]["python"]
 

@@ -37,13 +37,13 @@ def test_two_runs_of_the_same_engine_are_the_same_but_for_their_times(tmp_path: 
 
 
 def test_continuous_against_static(tmp_path: Path) -> None:
-    divergence = diff(three_requests(tmp_path / "a"), three_requests(tmp_path / "b", policy="static"))
+    divergence = diff(three_requests(tmp_path / "a"), three_requests(tmp_path / "b", batching="static"))
     assert divergence is not None
     assert (divergence.step, divergence.a_only, divergence.b_only) == (2, ("c prefill 7",), ())
     assert str(divergence).splitlines() == [
         "first divergence at step 2: a-only (c prefill 7)",
         "a computed c, b let it wait while b ran",
-        "config differs in policy: 'continuous' / 'static'",
+        "config differs in batching: 'continuous' / 'static'",
     ]
 
 
@@ -165,7 +165,7 @@ def test_diff_command(tmp_path: Path) -> None:
     assert run("diff", GOLDEN, GOLDEN) == (0, "the same 9 steps\n")
     a, b = tmp_path / "a", tmp_path / "b"
     three_requests(a)
-    three_requests(b, policy="static")
+    three_requests(b, batching="static")
     code, output = run("diff", a, b)
     assert code == 1 and output.startswith("first divergence at step 2: a-only (c prefill 7)")
 

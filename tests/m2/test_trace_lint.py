@@ -35,7 +35,7 @@ PAGING_RULES = {
 def random_config(rng: random.Random) -> dict[str, Any]:
     args: dict[str, Any] = {
         "block_size": rng.choice([1, 3, 4, "max_model_len"]),
-        "policy": rng.choice(["static", "continuous", "continuous"]),
+        "batching": rng.choice(["static", "continuous", "continuous"]),
         "scheduling_policy": rng.choice(["fcfs", "priority"]),
         "max_num_seqs": rng.choice([1, 3, 64]),
         "reserve_full_sequence": rng.random() < 0.5,
@@ -133,7 +133,7 @@ def ignores_priority(core: EngineCore) -> None:
 
 
 def not_static(core: EngineCore) -> None:
-    core.scheduler.policy = "continuous"
+    core.scheduler.batching = "continuous"
 
 
 def admits_after_a_preemption(core: EngineCore) -> None:
@@ -254,7 +254,7 @@ BROKEN: list[tuple[str, Callable[[EngineCore], None], dict[str, Any]]] = [
     ("running-first", newest_first, {}),
     ("queue-order", last_come_first, {}),
     ("queue-order", ignores_priority, {"scheduling_policy": "priority"}),
-    ("static", not_static, {"policy": "static", "max_num_seqs": 2}),
+    ("static", not_static, {"batching": "static", "max_num_seqs": 2}),
     (
         "preempt-admits",
         admits_after_a_preemption,

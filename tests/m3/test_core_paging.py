@@ -174,7 +174,7 @@ def test_reserve_full_sequence_keeps_a_long_prompt_out_until_it_fits() -> None:
 
 
 def test_static_batch_with_a_preemption_ends_before_anybody_comes_back() -> None:
-    core, _, _ = full_pool(8, 7, policy="static")
+    core, _, _ = full_pool(8, 7, batching="static")
     assert run(core) == ({"a": 1}, {"b"})
     core.add_request(make_request("c", 1, max_tokens=1))  # would fit
     assert [run(core)[0] for _ in range(3)] == [{"a": 1}, {"a": 1}, {"b": 8, "c": 1}]
@@ -182,16 +182,16 @@ def test_static_batch_with_a_preemption_ends_before_anybody_comes_back() -> None
 
 @pytest.mark.parametrize("reserve_full_sequence", [True, False])
 @pytest.mark.parametrize("scheduling_policy", ["fcfs", "priority"])
-@pytest.mark.parametrize("policy", ["static", "continuous"])
+@pytest.mark.parametrize("batching", ["static", "continuous"])
 @pytest.mark.parametrize("block_size", range(1, 17))
-def test_tokens_do_not_depend_on_block_size_or_policy(
-    block_size: int, policy: str, scheduling_policy: str, reserve_full_sequence: bool
+def test_tokens_do_not_depend_on_block_size_or_batching(
+    block_size: int, batching: str, scheduling_policy: str, reserve_full_sequence: bool
 ) -> None:
     """The same 12 requests through the smallest pool there may be."""
     core = make_core(
         block_size=block_size,
         num_kv_blocks=1 + -(-16 // block_size),
-        policy=policy,
+        batching=batching,
         scheduling_policy=scheduling_policy,
         reserve_full_sequence=reserve_full_sequence,
     )

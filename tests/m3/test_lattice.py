@@ -60,7 +60,7 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {  # by model
 POOLS = {"evicting": 2, "tiny": 1}  # requests of max_model_len that fit, and not a block more
 MODELS = ["llama", "llama_rope", "qwen2", "qwen3"]
 SWITCHES: dict[str, list[Any]] = {
-    "policy": ["static", "continuous"],
+    "batching": ["static", "continuous"],
     "max_num_seqs": [1, 3, 8],
     "block_size": [1, 5, 16, "max_model_len"],
     "num_kv_blocks": ["ample", *POOLS],
@@ -169,7 +169,7 @@ def test_corners(chunking: str, cache: str, folder_of: FolderOf, jobs_of: JobsOf
     """Everything that can get into another's way at once: chunks, hits, copies, preemptions in mid-prompt."""
     crowd = {"max_num_seqs": 8, "num_kv_blocks": "tiny", "reserve_full_sequence": False, "passes": 2, "model": "llama"}
     case = ARRAY[-1] | crowd | {"enable_chunked_prefill": chunking, "enable_prefix_caching": cache}
-    case |= {"linear_backend": "auto", "attention_backend": "auto", "policy": "continuous"}
+    case |= {"linear_backend": "auto", "attention_backend": "auto", "batching": "continuous"}
     for block_size, policy, quantization in ((1, "fcfs", "plain"), (5, "priority", "auto")):
         case |= {"block_size": block_size, "scheduling_policy": policy, "quantization": quantization}
         assert run_case(case, folder_of, jobs_of) > 0
@@ -177,10 +177,10 @@ def test_corners(chunking: str, cache: str, folder_of: FolderOf, jobs_of: JobsOf
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block_size", SWITCHES["block_size"])
-@pytest.mark.parametrize("policy", SWITCHES["policy"])
-def test_full_product(policy: str, block_size: int | str, folder_of: FolderOf, jobs_of: JobsOf) -> None:
+@pytest.mark.parametrize("batching", SWITCHES["batching"])
+def test_full_product(batching: str, block_size: int | str, folder_of: FolderOf, jobs_of: JobsOf) -> None:
     # Caching first, so that it changes slowly: beside every second case it would meet every second turn only.
-    fixed = {"enable_prefix_caching": ["off", "on"], "policy": [policy], "block_size": [block_size]}
+    fixed = {"enable_prefix_caching": ["off", "on"], "batching": [batching], "block_size": [block_size]}
     scheduling = {name: values for name, values in SWITCHES.items() if name not in TURNS}
     cases = product({"enable_prefix_caching": []} | scheduling | fixed)
     turns = zip(cases, itertools.cycle(product(TURNS | {"cache": CACHES})), strict=False)
@@ -188,7 +188,7 @@ def test_full_product(policy: str, block_size: int | str, folder_of: FolderOf, j
     for case in (case | turn for case, turn in turns):
         case["enable_prefix_caching"] = case["cache"] if case["enable_prefix_caching"] == "on" else "off"
         preemptions += run_case(case, folder_of, jobs_of)
-    print(f"{policy}, block_size {block_size}: {len(cases)} combinations, {preemptions} preemptions")
+    print(f"{batching}, block_size {block_size}: {len(cases)} combinations, {preemptions} preemptions")
 
 
 @pytest.mark.parametrize("quantization", ["plain", "auto"])

@@ -148,7 +148,7 @@ def test_physical_block_ids_mean_nothing(
     pool.write_text(SHUFFLED_POOL.format(seed=seed))
     args: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, "block_size": 5, "num_kv_blocks": num_kv_blocks}
     engine = make_engine(
-        tiny_model_dir("llama"), max_num_seqs=4, overrides={"core.block_pool": f"{pool}:ShuffledPool"}, **args
+        tiny_model_dir("llama"), max_num_seqs=4, parts={"core.block_pool": f"{pool}:ShuffledPool"}, **args
     )
     manager = engine.engine_core.scheduler.kv_cache_manager
     assert type(manager.block_pool).__name__ == "ShuffledPool"

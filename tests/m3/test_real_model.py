@@ -25,7 +25,7 @@ LATE = 10  # so many arrive while the others run
 
 ENGINES: dict[str, dict[str, Any]] = {
     "continuous, all together": {"max_num_seqs": 40, "block_size": 16},
-    "static, 8 at a time": {"max_num_seqs": 8, "block_size": 16, "policy": "static"},
+    "static, 8 at a time": {"max_num_seqs": 8, "block_size": 16, "batching": "static"},
     "a pool for one": {"max_num_seqs": 16, "block_size": 1, "num_kv_blocks": MAX_MODEL_LEN + 1},
 }
 
@@ -45,7 +45,7 @@ def mixed_jobs(folder: Path) -> list[Job]:
 def alone(model_dir: Path) -> tuple[list[Job], list[list[int]], list[list[float]]]:
     """The jobs, their tokens when nobody else is in the engine, and how close each decision was."""
     jobs = mixed_jobs(model_dir)
-    engine = make_engine(model_dir, max_model_len=MAX_MODEL_LEN, max_num_seqs=1, policy="static")
+    engine = make_engine(model_dir, max_model_len=MAX_MODEL_LEN, max_num_seqs=1, batching="static")
     assert engine.config.block_size == MAX_MODEL_LEN
     tokens, gaps = [], []
     for i, job in enumerate(jobs):

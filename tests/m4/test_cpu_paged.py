@@ -265,7 +265,7 @@ def test_engine_gives_the_tokens_of_torch_naive(
     want = run_jobs(make_engine(folder, attention_backend="torch_naive", **args), jobs, late=2)
     built: list[CpuPagedBackend] = []
 
-    def get_attn_backend(name: str, spec: AttentionSpec, overrides: object = None) -> AttentionBackend:
+    def get_attn_backend(name: str, spec: AttentionSpec, parts: object = None) -> AttentionBackend:
         built.append(CpuPagedBackend(spec))
         return built[-1]
 

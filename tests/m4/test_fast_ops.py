@@ -205,7 +205,7 @@ def test_rotary(ops: Any, head_size: int, dtype: torch.dtype) -> None:
 
 
 def test_rotary_turns_as_the_table_says(ops: Any) -> None:
-    cos, sin = RotaryEmbedding(16, 600, RopeConfig(10000.0)).rows(torch.tensor([0, 5, 599]), torch.float32)
+    cos, sin = RotaryEmbedding(16, 600, RopeConfig(10000.0)).cos_sin_at(torch.tensor([0, 5, 599]), torch.float32)
     x = torch.randn(3, 4, 16)
     torch.testing.assert_close(ops.rotary_(x.clone(), cos, sin), apply_rotary(x, cos, sin), atol=1e-6, rtol=0)
 

@@ -27,7 +27,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "contiguous": {"block_size": "max_model_len", "max_num_seqs": 3},
     "blocks of 16": {"block_size": 16, "max_num_seqs": 8},
     "blocks of 5, preempting": {"block_size": 5, "num_kv_blocks": 14, "max_num_seqs": 4},
-    "slots, one at a time": {"block_size": 1, "max_num_seqs": 1, "policy": "static"},
+    "slots, one at a time": {"block_size": 1, "max_num_seqs": 1, "batching": "static"},
     "budget 7": {"block_size": 16, "max_num_seqs": 4, "enable_chunked_prefill": True, "max_num_batched_tokens": 7},
     "budget 40, preempting": {
         "block_size": 5, "num_kv_blocks": 14, "max_num_seqs": 8,

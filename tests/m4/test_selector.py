@@ -1,4 +1,4 @@
-"""Choosing a backend: lazy, `auto`, refusals that help, and the slot (issue 4, 1.1).
+"""Choosing a backend: lazy, `auto`, refusals that help, and the part (issue 4, 1.1).
 
 Milestone: M4.
 """
@@ -172,16 +172,16 @@ def test_the_config_refuses_it_before_a_model_is_loaded() -> None:
         assert AttentionConfig(attention_backend=name).attention_backend == name
 
 
-# --- the slot ---------------------------------------------------------------------------------------------------------
+# --- the part ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_slot_comes_before_the_name() -> None:
-    overrides = {"attention.backend": "folovllm.attention.backends.torch_flash:TorchFlashBackend"}
-    assert isinstance(get_attn_backend("torch_naive", CPU, overrides), TorchFlashBackend)
-    assert isinstance(get_attn_backend("auto", CPU, overrides), TorchFlashBackend)
+def test_the_part_comes_before_the_name() -> None:
+    parts = {"attention.backend": "folovllm.attention.backends.torch_flash:TorchFlashBackend"}
+    assert isinstance(get_attn_backend("torch_naive", CPU, parts), TorchFlashBackend)
+    assert isinstance(get_attn_backend("auto", CPU, parts), TorchFlashBackend)
     assert isinstance(get_attn_backend("torch_naive", CPU, {"sample.sampler": "x.py:Y"}), TorchNaiveBackend)
 
 
-def test_what_fills_the_slot_may_refuse_too() -> None:
-    with pytest.raises(ValueError, match=r":Picky in slot 'attention.backend' cannot run here: it wants blocks of 256"):
+def test_a_learners_backend_may_refuse_too() -> None:
+    with pytest.raises(ValueError, match=r":Picky as part 'attention.backend' cannot run here: it wants blocks of 256"):
         get_attn_backend("auto", CPU, {"attention.backend": f"{__name__}:Picky"})

@@ -155,7 +155,7 @@ def dense_args(draw: st.DrawFn) -> dict[str, Any]:
         "enable_chunked_prefill": chunked,
         "max_num_batched_tokens": draw(st.integers(1, 30)) if chunked else MAX_MODEL_LEN,
         "long_prefill_token_threshold": draw(st.sampled_from([0, 0, 1, 5])) if chunked else 0,
-        "policy": draw(st.sampled_from(["continuous", "continuous", "static"])),
+        "batching": draw(st.sampled_from(["continuous", "continuous", "static"])),
         "reserve_full_sequence": draw(st.booleans()),
     }
 

@@ -39,7 +39,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "budget 64, preempting": DRY | {"max_num_batched_tokens": 64},
     "budget 16, preempting": DRY | {"max_num_batched_tokens": 16},
     "budget 7, preempting": DRY | {"max_num_batched_tokens": 7},
-    "static, budget 16": ROOMY | {"policy": "static", "max_num_batched_tokens": 16},
+    "static, budget 16": ROOMY | {"batching": "static", "max_num_batched_tokens": 16},
     "by priority, budget 16": DRY | {"scheduling_policy": "priority", "max_num_batched_tokens": 16},
 }
 

@@ -20,8 +20,8 @@ from folovllm.core.prefix_index import make_prefix_index
 from folovllm.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from folovllm.core.sched.request_queue import RequestQueue
 from folovllm.outputs import EngineCoreOutput, EngineStats, ModelRunnerOutput
+from folovllm.parts import load_part
 from folovllm.request import Request, RequestStatus, check_stop
-from folovllm.slots import resolve
 
 
 @dataclass
@@ -60,23 +60,23 @@ class Scheduler:
         self.enable_chunked_prefill = scheduler_config.enable_chunked_prefill
         self.long_prefill_token_threshold = scheduler_config.long_prefill_token_threshold
         self.reserve_full_sequence = scheduler_config.reserve_full_sequence
-        self.policy = scheduler_config.policy
+        self.batching = scheduler_config.batching
         self.scheduling_policy = scheduler_config.scheduling_policy
 
         make_pool, make_manager = (
-            resolve(f"core.{part}", config.overrides) for part in ("block_pool", "kv_cache_manager")
+            load_part(f"core.{part}", config.parts) for part in ("block_pool", "kv_cache_manager")
         )
         cache_config = config.cache_config
         pool: BlockPool = make_pool(
             kv_cache_config.num_blocks,
-            make_prefix_index(cache_config, config.overrides),
+            make_prefix_index(cache_config, config.parts),
             free_uncached_first=cache_config.free_uncached_first,
         )
         self.kv_cache_manager: KVCacheManager = make_manager(
             kv_cache_config.block_size, self.max_model_len, pool, partial_block_hits=cache_config.partial_block_hits
         )
         self.requests: dict[str, Request] = {}
-        self.waiting: RequestQueue = resolve(f"core.request_queue.{self.scheduling_policy}", config.overrides)()
+        self.waiting: RequestQueue = load_part(f"core.request_queue.{self.scheduling_policy}", config.parts)()
         self.running: list[Request] = []
         self.finished_req_ids: set[str] = set()  # since the last step: the worker has not heard of them yet
 
@@ -150,7 +150,7 @@ class Scheduler:
         self._schedule_running(step)
         # Whoever needed a preemption to go on leaves no room for newcomers. A static batch takes newcomers only when
         # the last batch is over: that one condition is all that separates it from continuous batching.
-        if not step.preempted and (self.policy == "continuous" or nothing_runs):
+        if not step.preempted and (self.batching == "continuous" or nothing_runs):
             self._schedule_waiting(step)
         self._assert_within_limits(step)
         output = self._make_output(step)

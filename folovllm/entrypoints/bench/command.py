@@ -22,7 +22,7 @@ from folovllm.entrypoints.bench.shapes import shape_architecture
 from folovllm.entrypoints.bench.task import BANDWIDTH, WEIGHTS, ArmTask
 from folovllm.entrypoints.bench.workloads import WORKLOADS, make_workload
 from folovllm.hf_config import ModelArchitecture, load_hf_config
-from folovllm.hub import resolve_model
+from folovllm.hub import find_model
 
 SCHEMA = "folovllm.compare_perf/1"
 NOTES = (
@@ -96,10 +96,10 @@ def make_plan(options: BenchOptions) -> Plan:
     """Find the model and check that the workload suits it. ValueError says what to change."""
     device = options.device
     if device != "cpu":
-        from folovllm.platforms import resolve_device
+        from folovllm.platforms import choose_device
 
-        device = resolve_device(device)
-    folder, arch = find_model(options, device)
+        device = choose_device(device)
+    folder, arch = model_of(options, device)
     workload = make_workload(options.workload, arch.vocab_size, options.num_requests, options.hit_rates)
     if options.max_model_len > arch.max_position_embeddings:
         raise ValueError(
@@ -129,10 +129,10 @@ def make_plan(options: BenchOptions) -> Plan:
     return Plan(options, task, arch)
 
 
-def find_model(options: BenchOptions, device: str) -> tuple[Path, ModelArchitecture]:
+def model_of(options: BenchOptions, device: str) -> tuple[Path, ModelArchitecture]:
     """The folder of the weights, real or (not written yet, perhaps) random, and what config.json says."""
     if options.random_weights is None:
-        folder = resolve_model(options.model, pull=True)
+        folder = find_model(options.model, pull=True)
         return folder, load_hf_config(folder)
     folder = checkpoint_folder(options.random_weights)
     check_room(options.random_weights, folder, device, options.dtype)

@@ -91,13 +91,13 @@ def _load(engine: EngineOptions) -> "tuple[LLM, Path]":
     """The engine in float32 with a cache for all prompts at once, and the model's folder for HuggingFace."""
     from folovllm.config import DEFAULT_MODEL, DTYPE_BYTES, EngineConfig
     from folovllm.hf_config import load_hf_config
-    from folovllm.hub import resolve_model
+    from folovllm.hub import find_model
 
     args = engine.engine_args(model=DEFAULT_MODEL, dtype="float32")
     if args["dtype"] != "float32":
         raise ValueError("the demo compares tokens in float32, where they must be equal: leave --dtype out")
     EngineConfig.from_args(preset=engine.preset, without=engine.without or (), **args)
-    folder = resolve_model(args["model"], args.get("download_dir"), pull=True)
+    folder = find_model(args["model"], args.get("download_dir"), pull=True)
     arch = load_hf_config(folder)
     max_model_len = args.get("max_model_len") or min(MAX_MODEL_LEN, arch.max_position_embeddings)
     page = arch.kv_bytes_per_token(DTYPE_BYTES["float32"]) * max_model_len

@@ -37,9 +37,9 @@ def system_facts(download_dir: str | None = None) -> dict[str, Any]:
     import psutil
     import torch
 
-    from folovllm.platforms import has_native_bf16, resolve_device
+    from folovllm.platforms import choose_device, has_native_bf16
 
-    device, memory = resolve_device("auto"), psutil.virtual_memory()
+    device, memory = choose_device("auto"), psutil.virtual_memory()
     return {
         "folovllm": __version__,
         "python": platform.python_version(),
@@ -77,9 +77,9 @@ def _rung_facts(rung: milestones.Rung) -> dict[str, Any]:
 def model_facts(model: str, download_dir: str | None = None) -> dict[str, Any]:
     """Shape, number of parameters and KV-cache cost of a model that is on this machine; weights are not read."""
     from folovllm.hf_config import load_hf_config
-    from folovllm.hub import resolve_model
+    from folovllm.hub import find_model
 
-    folder = resolve_model(model, download_dir)
+    folder = find_model(model, download_dir)
     arch = load_hf_config(folder)
     return {
         "model": model,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from folovllm.config import DEFAULT_MODEL, EngineConfig
+from folovllm.parts import check_parts
 from folovllm.sampling_params import SamplingParams
-from folovllm.slots import check_overrides
 
 if TYPE_CHECKING:
     from folovllm.entrypoints.llm import LLM
@@ -74,10 +74,10 @@ class EngineOptions:
         int | None, typer.Option(help="Seed of requests that have none of their own.", rich_help_panel=ENGINE)
     ] = None
     download_dir: DownloadDirOption = None
-    impl: Annotated[
+    part: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="SLOT=FILE.py:CLASS",
+            metavar="NAME=FILE.py:CLASS",
             help="Replace a part of the engine by a class of yours, e.g. core.scheduler=mine.py:Scheduler. Repeatable.",
             rich_help_panel=ENGINE,
         ),
@@ -98,9 +98,9 @@ class EngineOptions:
     def engine_args(self, **defaults: Any) -> dict[str, Any]:
         """Arguments for `EngineConfig.from_args`, preset and without apart; `defaults` hold where nothing is given."""
         own = {name: value for name, value in vars(self).items() if value is not None}
-        own = {name: own[name] for name in own if name not in ("preset", "without", "impl", "engine_arg")}
-        if self.impl:
-            own["overrides"] = parse_overrides(self.impl)
+        own = {name: own[name] for name in own if name not in ("preset", "without", "part", "engine_arg")}
+        if self.part:
+            own["parts"] = parse_parts(self.part)
         extra = parse_engine_args(self.engine_arg or ())
         for name in own.keys() & extra.keys():
             raise ValueError(
@@ -197,7 +197,7 @@ def _parameters_of(group: Any) -> list[inspect.Parameter]:
 
 
 def parse_engine_args(items: Iterable[str]) -> dict[str, Any]:
-    """["block_size=32", "policy=static"] -> {"block_size": 32, "policy": "static"}; EngineConfig checks the names."""
+    """["block_size=32", "batching=static"] -> {"block_size": 32, "batching": "static"}. EngineConfig checks names."""
     parsed: dict[str, Any] = {}
     for item in items:
         name, equals, text = item.partition("=")
@@ -212,16 +212,16 @@ def parse_engine_args(items: Iterable[str]) -> dict[str, Any]:
     return parsed
 
 
-def parse_overrides(items: Iterable[str]) -> dict[str, str]:
+def parse_parts(items: Iterable[str]) -> dict[str, str]:
     """["core.scheduler=mine.py:Scheduler"] -> {"core.scheduler": "mine.py:Scheduler"}."""
-    overrides: dict[str, str] = {}
+    parts: dict[str, str] = {}
     for item in items:
-        slot, equals, spec = item.partition("=")
-        if not equals or not slot or not spec:
-            raise ValueError(f"--impl takes SLOT=FILE.py:CLASS, e.g. core.scheduler=mine.py:Scheduler; got {item!r}")
-        overrides[slot] = spec
-    check_overrides(overrides)
-    return overrides
+        name, equals, spec = item.partition("=")
+        if not equals or not name or not spec:
+            raise ValueError(f"--part takes NAME=FILE.py:CLASS, e.g. core.scheduler=mine.py:Scheduler; got {item!r}")
+        parts[name] = spec
+    check_parts(parts)
+    return parts
 
 
 def parse_value(text: str) -> Any:

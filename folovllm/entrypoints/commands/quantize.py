@@ -51,7 +51,7 @@ def quantize(
     import torch
 
     from folovllm.gptq_config import GPTQConfig
-    from folovllm.hub import resolve_model
+    from folovllm.hub import find_model
     from folovllm.quantize.quantizer import QuantizeSettings, quantize_checkpoint
 
     if group_size not in GROUP_SIZES:
@@ -60,7 +60,7 @@ def quantize(
     settings = QuantizeSettings(config, method, damp, static_groups)
     if threads is not None:
         torch.set_num_threads(threads)
-    source = resolve_model(model, download_dir)
+    source = find_model(model, download_dir)
     windows = _windows(source, calib, samples, seq_len) if method == "gptq" else []
     try:
         errors = quantize_checkpoint(source, out, settings, windows, progress=not quiet)

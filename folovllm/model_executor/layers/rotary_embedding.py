@@ -3,8 +3,8 @@
 Milestone: M1. vLLM counterpart: vllm/model_executor/layers/rotary_embedding.py. Left out: yarn, dynamic, partial and
 interleaved (GPT-J) variants. Source: Su et al. 2021, "RoFormer", section 3.4.2; the Llama 3.1 scaling is Meta's.
 
-One RotaryEmbedding serves all layers: `rows` fetches cos and sin of the step's positions once. The layers only turn
-their queries and keys by them, with ApplyRotary, into whose `impl` M4 puts a fused kernel.
+One RotaryEmbedding serves all layers: `cos_sin_at` looks up cos and sin of the step's positions once. The layers only
+turn their queries and keys by them, with ApplyRotary, into whose `impl` M4 puts a fused kernel.
 """
 
 import math
@@ -26,7 +26,7 @@ class RotaryEmbedding(nn.Module):
         self.rope = rope
         self.cos_sin: torch.Tensor | None = None  # [max_position, 2, head_size], in the model's dtype
 
-    def rows(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def cos_sin_at(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of positions [num_tokens], each [num_tokens, 1, head_size]: the 1 is broadcast over heads."""
         if self.cos_sin is None:
             self.cos_sin = cos_sin_table(self.head_size, self.max_position, self.rope, positions.device).to(dtype)

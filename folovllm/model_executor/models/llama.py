@@ -26,7 +26,7 @@ from folovllm.model_executor.layers.rotary_embedding import ApplyRotary, RotaryE
 from folovllm.model_executor.layers.vocab_embedding import ParallelLMHead, VocabParallelEmbedding
 from folovllm.model_executor.weight_utils import load_weights
 
-Rows = tuple[torch.Tensor, torch.Tensor]  # cos and sin of the step's positions, each [num_tokens, 1, head_size]
+CosSin = tuple[torch.Tensor, torch.Tensor]  # cos and sin of the step's positions, each [num_tokens, 1, head_size]
 
 
 class LlamaAttention(nn.Module):
@@ -49,11 +49,11 @@ class LlamaAttention(nn.Module):
         self.rotary = ApplyRotary()
         self.attn = Attention(self.num_heads, self.head_size, self.num_kv_heads)
 
-    def forward(self, hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, cos_sin: CosSin) -> torch.Tensor:
         qkv = self.qkv_proj(hidden).view(hidden.shape[0], -1, self.head_size)  # [num_tokens, all heads, head_size]
         num_qk = self.num_heads + self.num_kv_heads
         # Queries and keys lie side by side and turn alike: one rotation serves both.
-        qk = self.rotary(self.normalize(qkv.narrow(1, 0, num_qk)), *rows)  # [num_tokens, q and k heads, head_size]
+        qk = self.rotary(self.normalize(qkv.narrow(1, 0, num_qk)), *cos_sin)  # [num_tokens, q and k heads, head_size]
         query = qk.narrow(1, 0, self.num_heads)  # [num_tokens, num_heads, head_size]
         key = qk.narrow(1, self.num_heads, self.num_kv_heads)  # [num_tokens, num_kv_heads, head_size]
         value = qkv.narrow(1, num_qk, self.num_kv_heads)  # [num_tokens, num_kv_heads, head_size]
@@ -90,10 +90,12 @@ class LlamaDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
 
-    def forward(self, hidden: torch.Tensor, residual: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden: torch.Tensor, residual: torch.Tensor, cos_sin: CosSin
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Both [num_tokens, hidden_size]. Each norm first adds what the previous block left to the residual."""
         hidden, residual = self.input_layernorm(hidden, residual)
-        hidden = self.self_attn(hidden, rows)
+        hidden = self.self_attn(hidden, cos_sin)
         hidden, residual = self.post_attention_layernorm(hidden, residual)
         return self.mlp(hidden), residual
 
@@ -113,14 +115,16 @@ class LlamaModel(nn.Module):
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden = self.embed_tokens(input_ids)  # [num_tokens, hidden_size]
         residual = torch.zeros_like(hidden)
-        rows = self.rotary_emb.rows(positions, hidden.dtype)
-        hidden, residual = self.run_layers(hidden, residual, rows)
+        cos_sin = self.rotary_emb.cos_sin_at(positions, hidden.dtype)
+        hidden, residual = self.run_layers(hidden, residual, cos_sin)
         return self.norm(hidden, residual)[0]
 
-    def run_layers(self, hidden: torch.Tensor, residual: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def run_layers(
+        self, hidden: torch.Tensor, residual: torch.Tensor, cos_sin: CosSin
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Both [num_tokens, hidden_size]. On a CPU one C++ call may stand in for it (model_executor/fast_layers.py)."""
         for layer in self.layers:
-            hidden, residual = layer(hidden, residual, rows)
+            hidden, residual = layer(hidden, residual, cos_sin)
         return hidden, residual
 
 

@@ -27,7 +27,7 @@ from folovllm.entrypoints.bench.runner import say
 from folovllm.entrypoints.bench.task import ArmTask
 from folovllm.entrypoints.bench.workloads import WORKLOADS, make_workload
 from folovllm.hf_config import ModelArchitecture, load_hf_config
-from folovllm.hub import HubError, resolve_model
+from folovllm.hub import HubError, find_model
 
 SCHEMA = "folovllm.compare_peers/1"
 NOTES = (
@@ -92,7 +92,7 @@ class Setup:
 
     def __init__(self, options: PeerOptions) -> None:
         self.options = options
-        self.folder = resolve_model(options.model, pull=True)
+        self.folder = find_model(options.model, pull=True)
         self.arch: ModelArchitecture = load_hf_config(self.folder)
         self.runs = {peer.name: PairRuns() for peer in options.peers}
         self.weights = {peer.name: self._prepare(peer) for peer in options.peers}

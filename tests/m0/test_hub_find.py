@@ -15,9 +15,9 @@ from folovllm.hub import (
     ModelFolderError,
     ModelNotFoundError,
     check_model_folder,
+    find_model,
     list_aliases,
     repo,
-    resolve_model,
 )
 from folovllm.hub.aliases import ALIASES, alias_folder, default_download_dir
 from folovllm.hub.folder import weight_files
@@ -49,7 +49,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_a_whole_folder_is_returned_as_it_is(model: Path) -> None:
-    assert resolve_model(model) == resolve_model(str(model)) == resolve_model(f" {model} ") == model
+    assert find_model(model) == find_model(str(model)) == find_model(f" {model} ") == model
 
 
 def test_the_alias_points_into_the_cache_or_download_dir(tmp_path: Path) -> None:
@@ -57,15 +57,15 @@ def test_the_alias_points_into_the_cache_or_download_dir(tmp_path: Path) -> None
     alias = ALIASES["smollm2-135m"]
     assert alias_folder(alias) == default_download_dir() / "smollm2-135m"
     folder = make_folder(tmp_path / "smollm2-135m")
-    assert resolve_model("smollm2-135m", download_dir=tmp_path) == folder
+    assert find_model("smollm2-135m", download_dir=tmp_path) == folder
 
 
 def test_an_alias_wins_over_a_folder_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path / "smollm2-135m")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelNotFoundError, match="not here yet"):
-        resolve_model("smollm2-135m", download_dir=tmp_path / "elsewhere")
-    assert resolve_model("./smollm2-135m") == Path("smollm2-135m")
+        find_model("smollm2-135m", download_dir=tmp_path / "elsewhere")
+    assert find_model("./smollm2-135m") == Path("smollm2-135m")
 
 
 WRONG_NAMES = [
@@ -88,12 +88,12 @@ def test_a_wrong_name_says_what_to_do(name: str, message: str, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(repo, "_snapshot", lambda *_, **__: pytest.fail("asked the network"))
     with pytest.raises(ModelNotFoundError, match=message):
-        resolve_model(name, download_dir=tmp_path / "cache")
+        find_model(name, download_dir=tmp_path / "cache")
 
 
 def test_a_wrong_path_shows_the_last_right_part(model: Path) -> None:
     with pytest.raises(ModelNotFoundError) as error:
-        resolve_model(model.parent / "modle")
+        find_model(model.parent / "modle")
     assert str(model.parent) in str(error.value)
     assert "which holds model" in str(error.value)
 
@@ -166,7 +166,7 @@ BROKEN_FOLDERS = [
 def test_a_broken_folder_is_refused(damage: Callable[[Path], None], message: str, model: Path) -> None:
     damage(model)
     with pytest.raises(ModelFolderError, match=message) as error:
-        resolve_model(model)
+        find_model(model)
     assert isinstance(error.value, ValueError)
 
 
@@ -177,7 +177,7 @@ def test_a_broken_folder_is_refused(damage: Callable[[Path], None], message: str
 def test_a_file_is_refused(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(ModelFolderError, match=message):
-        resolve_model(tmp_path / name)
+        find_model(tmp_path / name)
 
 
 def test_pickles_beside_safetensors_are_ignored(model: Path) -> None:
@@ -207,7 +207,7 @@ class FakeHub:
 def test_a_cached_repository_asks_no_network(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = FakeHub(cached=model, online=OSError("no network"))
     monkeypatch.setattr(repo, "_snapshot", hub)
-    assert resolve_model("Qwen/Qwen3-0.6B", download_dir="somewhere") == model
+    assert find_model("Qwen/Qwen3-0.6B", download_dir="somewhere") == model
     assert hub.calls == [("Qwen/Qwen3-0.6B", "somewhere", True)]
 
 
@@ -215,23 +215,23 @@ def test_a_half_cached_repository_is_completed(model: Path, tmp_path: Path, monk
     half = make_folder(tmp_path / "half")
     (half / "model.safetensors").unlink()
     monkeypatch.setattr(repo, "_snapshot", FakeHub(cached=half, online=model))
-    assert resolve_model("Qwen/Qwen3-0.6B") == model
+    assert find_model("Qwen/Qwen3-0.6B") == model
 
 
 def test_an_unreachable_repository_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repo, "_snapshot", FakeHub(cached=None, online=OSError("no route\nmore lines")))
     with pytest.raises(ModelNotFoundError, match=r"cannot get 'Qwen/Qwen3-0.6B'.*OSError: no route; to fix") as error:
-        resolve_model("Qwen/Qwen3-0.6B")
+        find_model("Qwen/Qwen3-0.6B")
     assert "folovllm pull" not in str(error.value)
     with pytest.raises(ModelNotFoundError, match=r"'folovllm pull smollm2-135m' gets the same model"):
-        resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+        find_model("HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 def test_a_repository_of_pickles_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (model / "model.safetensors").unlink()  # what is left when only *.safetensors and *.json are fetched
     monkeypatch.setattr(repo, "_snapshot", FakeHub(cached=None, online=model))
     with pytest.raises(ModelFolderError, match=r"HuggingFace repository 'org/pickled'.*at least one .safetensors"):
-        resolve_model("org/pickled")
+        find_model("org/pickled")
 
 
 def test_no_pickle_is_ever_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,15 +256,15 @@ def test_no_pickle_is_ever_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return str(make_folder(tmp_path / "snapshot"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    resolve_model("org/name", download_dir=tmp_path)
+    find_model("org/name", download_dir=tmp_path)
     assert asked["org/name"] == ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"]
 
 
 def test_resolving_imports_nothing_heavy(model: Path) -> None:
     heavy = ["torch", "transformers", "gguf", "huggingface_hub", "numpy", "safetensors", "rich", "filelock"]
     code = (
-        "import sys; from folovllm.hub import resolve_model;"
-        f"resolve_model({str(model)!r}); print([m for m in {heavy} if m in sys.modules])"
+        "import sys; from folovllm.hub import find_model;"
+        f"find_model({str(model)!r}); print([m for m in {heavy} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

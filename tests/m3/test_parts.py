@@ -1,4 +1,4 @@
-"""Slots: a learner's class takes the place of ours, and a wrong one is refused with the reason."""
+"""Parts: a learner's class takes the place of ours, and a wrong one is refused with the reason."""
 
 import importlib
 
@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from folovllm.entrypoints.cli import app
-from folovllm.slots import SLOTS, resolve
+from folovllm.parts import PARTS, load_part
 from folovllm.trace.record import read_trace
 from tests.core_helpers import drive, make_core, make_request
 
@@ -35,19 +35,19 @@ def work_file(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("slot", SLOTS.values(), ids=lambda slot: slot.name)
-def test_our_own_class_fills_every_slot(slot):
-    module, _, name = slot.default.partition(":")
-    assert resolve(slot.name) is getattr(importlib.import_module(module), name)
-    assert not [method for method in slot.methods if not callable(getattr(resolve(slot.name), method, None))]
+@pytest.mark.parametrize("part", PARTS.values(), ids=lambda part: part.name)
+def test_our_own_class_is_every_part(part):
+    module, _, name = part.default.partition(":")
+    assert load_part(part.name) is getattr(importlib.import_module(module), name)
+    assert not [method for method in part.methods if not callable(getattr(load_part(part.name), method, None))]
 
 
-def test_there_are_at_most_20_slots():
-    assert len(SLOTS) <= 20
+def test_there_are_at_most_20_parts():
+    assert len(PARTS) <= 20
 
 
 def test_a_learners_queue_decides_who_goes_first(work_file):
-    core = make_core(overrides={"core.request_queue.fcfs": f"{work_file}:Lifo"}, max_num_seqs=1)
+    core = make_core(parts={"core.request_queue.fcfs": f"{work_file}:Lifo"}, max_num_seqs=1)
     for request_id in "abc":
         core.add_request(make_request(request_id, prompt=3, max_tokens=1))
     assert list(drive(core)) == ["c", "b", "a"]
@@ -66,28 +66,28 @@ def test_a_learners_queue_decides_who_goes_first(work_file):
 )
 def test_a_wrong_replacement_is_refused(work_file, spec, message):
     with pytest.raises(ValueError, match=message):
-        resolve("core.request_queue.fcfs", {"core.request_queue.fcfs": spec.format(work_file)})
+        load_part("core.request_queue.fcfs", {"core.request_queue.fcfs": spec.format(work_file)})
 
 
 def test_a_syntax_error_names_the_line(tmp_path):
     (tmp_path / "broken.py").write_text("x = 1\ndef f(:\n")
     with pytest.raises(ValueError, match="line 2"):
-        resolve("sample.sampler", {"sample.sampler": f"{tmp_path}/broken.py:S"})
+        load_part("sample.sampler", {"sample.sampler": f"{tmp_path}/broken.py:S"})
 
 
-def test_an_unknown_slot_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match=r"unknown slot 'core.schduler'; there are core.scheduler"):
-        resolve("core.scheduler", {"core.schduler": "x.py:Y"})
+def test_an_unknown_part_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match=r"unknown part 'core.schduler'; there are core.scheduler"):
+        load_part("core.scheduler", {"core.schduler": "x.py:Y"})
 
 
-def test_the_command_line_fills_slots_too(work_file, tiny_model_dir, tmp_path):
+def test_the_command_line_replaces_parts_too(work_file, tiny_model_dir, tmp_path):
     runner, trace = CliRunner(), tmp_path / "run.jsonl"
     model = str(tiny_model_dir("llama"))
     arguments = ["generate", "a b", "b c", "--max-tokens", "4", "--model", model, "--trace", str(trace)]
-    result = runner.invoke(app, [*arguments, "--impl", f"core.request_queue.fcfs={work_file}:Lifo", "--preset", "m1"])
+    result = runner.invoke(app, [*arguments, "--part", f"core.request_queue.fcfs={work_file}:Lifo", "--preset", "m1"])
     assert result.exit_code == 0, result.output
     admitted = [entry["req"] for step in read_trace(trace).steps for entry in step["sched"] if entry["start"] == 0]
     assert admitted == sorted(admitted, reverse=True) and len(admitted) == 2, "the last to come is served first"
     assert runner.invoke(app, ["trace", "show", str(trace), "--step", "0"]).exit_code == 0
-    bad = runner.invoke(app, [*arguments, "--impl", "core.scheduler"])
-    assert bad.exit_code == 2 and "--impl takes SLOT=FILE.py:CLASS" in bad.output
+    bad = runner.invoke(app, [*arguments, "--part", "core.scheduler"])
+    assert bad.exit_code == 2 and "--part takes NAME=FILE.py:CLASS" in bad.output

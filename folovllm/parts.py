@@ -1,11 +1,11 @@
-"""Slots: the parts of the engine that a learner can replace with their own.
+"""Parts: the classes of the engine that a learner can replace with their own.
 
 Milestone: M3 (grows with later ones). vLLM counterpart: none (its plugins register models and platforms).
 
-The engine builds each of these parts through `resolve`, once, at construction: a slot costs nothing per step.
-    LLM("smollm2-135m", overrides={"core.scheduler": "work/my_scheduler.py:Scheduler"})
+The engine builds each part through `load_part`, once, at construction, so that a replacement costs nothing per step.
+    LLM("smollm2-135m", parts={"core.scheduler": "work/my_scheduler.py:Scheduler"})
 
-Row 0: plain data, no torch. `resolve` is the project's only dynamic import.
+Row 0: plain data, no torch. `load_part` is the project's only dynamic import.
 """
 
 import importlib
@@ -19,8 +19,8 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Slot:
-    """A replaceable part: where ours lives, since which milestone, and the methods that a replacement must have."""
+class Part:
+    """A replaceable class: where ours lives, since which milestone, and the methods that a replacement must have."""
 
     name: str
     default: str  # "module:Class"
@@ -28,61 +28,61 @@ class Slot:
     methods: tuple[str, ...]
 
 
-SLOTS: dict[str, Slot] = {
-    slot.name: slot
-    for slot in (
-        Slot(
+PARTS: dict[str, Part] = {
+    part.name: part
+    for part in (
+        Part(
             "core.scheduler",
             "folovllm.core.sched.scheduler:Scheduler",
             "m1",
             ("add_request", "schedule", "update_from_output", "finish_requests", "has_requests",
              "fail_step", "reset_prefix_cache", "has_unfinished_requests", "make_stats", "check_integrity"),
         ),
-        Slot(
+        Part(
             "core.request_queue.fcfs",
             "folovllm.core.sched.request_queue:FCFSRequestQueue",
             "m1",
             ("add_request", "prepend_request", "peek_request", "pop_request", "remove_requests", "__len__", "__iter__"),
         ),
-        Slot(
+        Part(
             "core.request_queue.priority",
             "folovllm.core.sched.request_queue:PriorityRequestQueue",
             "m2",
             ("add_request", "prepend_request", "peek_request", "pop_request", "remove_requests", "__len__", "__iter__"),
         ),
-        Slot(
+        Part(
             "core.kv_cache_manager",
             "folovllm.core.kv_cache_manager:KVCacheManager",
             "m3",
             ("add_request", "get_computed_blocks", "record_admission", "allocate_slots", "take_block_copies", "free",
              "preempt", "end_step", "reset_prefix_cache", "get_block_ids", "check_integrity"),
         ),
-        Slot(
+        Part(
             "core.block_pool",
             "folovllm.core.block_pool:BlockPool",
             "m3",
             ("get_new_blocks", "touch", "free_blocks", "unpublish", "reset_prefix_cache", "get_num_free_blocks",
              "check_integrity"),
         ),
-        Slot(
+        Part(
             "core.prefix_index.hash",
             "folovllm.core.prefix_index:HashPrefixIndex",
             "m6",
             ("hash_new_blocks", "match", "match_partial", "insert", "remove", "check_integrity"),
         ),
-        Slot(
+        Part(
             "core.prefix_index.radix",
             "folovllm.core.prefix_index:RadixPrefixIndex",
             "m6",
             ("hash_new_blocks", "match", "match_partial", "insert", "remove", "check_integrity"),
         ),
-        Slot(
+        Part(
             "attention.backend",
             "folovllm.attention.backends.torch_naive:TorchNaiveBackend",
             "m1",
             ("kv_cache_shape", "write", "copy_blocks", "forward"),
         ),
-        Slot(
+        Part(
             "sample.sampler",
             "folovllm.sample.sampler:Sampler",
             "m1",
@@ -92,33 +92,33 @@ SLOTS: dict[str, Slot] = {
 }  # fmt: skip
 
 
-def resolve(name: str, overrides: Mapping[str, str] | None = None) -> Any:
-    """The class that fills slot `name`: the one in `overrides` ("path.py:Class" or "module:Class"), else ours.
+def load_part(name: str, parts: Mapping[str, str] | None = None) -> Any:
+    """Returns the class of part `name`: the one that `parts` names ("path.py:Class" or "module:Class"), or else ours.
 
-    Raises ValueError for an unknown slot, a file or class that is not there, or a class that lacks a method.
+    Raises ValueError for an unknown part, a missing file or class, or a class that lacks a method.
     """
-    assert name in SLOTS, f"our own code asks for a slot that does not exist: {name}"
-    check_overrides(overrides)
-    spec = (overrides or {}).get(name)
-    return _load_class(SLOTS[name].default) if spec is None else _checked(SLOTS[name], spec)
+    assert name in PARTS, f"our own code asks for a part that does not exist: {name}"
+    check_parts(parts)
+    spec = (parts or {}).get(name)
+    return _load_class(PARTS[name].default) if spec is None else _checked(PARTS[name], spec)
 
 
-def check_overrides(overrides: Mapping[str, str] | None) -> None:
-    """ValueError for a slot name that does not exist."""
-    for name in overrides or {}:
-        if name not in SLOTS:
-            raise ValueError(f"unknown slot {name!r}; there are {', '.join(SLOTS)}")
+def check_parts(parts: Mapping[str, str] | None) -> None:
+    """Raises ValueError for the name of a part that does not exist."""
+    for name in parts or {}:
+        if name not in PARTS:
+            raise ValueError(f"unknown part {name!r}; there are {', '.join(PARTS)}")
 
 
-def _checked(slot: Slot, spec: str) -> Any:
+def _checked(part: Part, spec: str) -> Any:
     cls = _load_class(spec)
     if not inspect.isclass(cls):
-        raise ValueError(f"slot {slot.name}: {spec} is not a class")
-    missing = [method for method in slot.methods if not callable(getattr(cls, method, None))]
+        raise ValueError(f"part {part.name}: {spec} is not a class")
+    missing = [method for method in part.methods if not callable(getattr(cls, method, None))]
     if missing:
         raise ValueError(
-            f"slot {slot.name}: {spec} lacks the method{'s' if len(missing) > 1 else ''} {', '.join(missing)}; "
-            f"write {'them' if len(missing) > 1 else 'it'}, or inherit from {slot.default.replace(':', '.')}"
+            f"part {part.name}: {spec} lacks the method{'s' if len(missing) > 1 else ''} {', '.join(missing)}; "
+            f"write {'them' if len(missing) > 1 else 'it'}, or inherit from {part.default.replace(':', '.')}"
         )
     return cls
 
@@ -143,7 +143,7 @@ def _import(module_name: str) -> ModuleType:
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ValueError(f"no file {path}; the path is relative to the current folder, {Path.cwd()}")
-    spec = importlib.util.spec_from_file_location(f"folovllm_slot_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"folovllm_part_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:

@@ -16,7 +16,7 @@ from folovllm.hub.folder import check_model_folder
 from folovllm.hub.repo import download_repo, is_repo_id
 
 
-def resolve_model(name: str | Path, download_dir: str | Path | None = None, pull: bool = False) -> Path:
+def find_model(name: str | Path, download_dir: str | Path | None = None, pull: bool = False) -> Path:
     """The folder of the model called `name`: an alias, a local HuggingFace folder or a HuggingFace id.
 
     An alias that was not pulled yet is an error that names the command, or is pulled now if `pull`. `download_dir`
@@ -26,7 +26,7 @@ def resolve_model(name: str | Path, download_dir: str | Path | None = None, pull
     if not text:
         raise ModelNotFoundError(problem("a model name", "an empty one", f"try {next(iter(ALIASES))!r}"))
     if text in ALIASES:
-        return _resolve_alias(text, download_dir, pull)
+        return _find_alias(text, download_dir, pull)
     path = Path(text).expanduser()
     if path.is_dir():
         return check_model_folder(path)
@@ -39,7 +39,7 @@ def resolve_model(name: str | Path, download_dir: str | Path | None = None, pull
     raise ModelNotFoundError(unknown_name(text))
 
 
-def _resolve_alias(name: str, download_dir: str | Path | None, pull: bool) -> Path:
+def _find_alias(name: str, download_dir: str | Path | None, pull: bool) -> Path:
     folder = alias_folder(ALIASES[name], download_dir)
     if pull:
         return pull_model(name, download_dir)
