@@ -80,7 +80,7 @@ class EngineStats:
 
 @dataclass
 class RequestMetrics:
-    """Timing of one request, in seconds (spec B17); a value is None while it is not known."""
+    """Timing of one request, in seconds (R1.36); a value is None while it is not known."""
 
     arrival_time: float
     num_generation_tokens: int = 0

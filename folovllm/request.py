@@ -64,7 +64,7 @@ class TokenLogprobs:
 
 @dataclass
 class RequestTimes:
-    """When things happened to a request, in seconds of `time.monotonic()`; 0.0 means not yet (spec B17)."""
+    """When things happened to a request, in seconds of `time.monotonic()`; 0.0 means not yet (R1.36)."""
 
     arrival: float = 0.0
     queued: float = 0.0
@@ -178,7 +178,7 @@ class Request:
 def check_stop(request: Request, max_model_len: int) -> bool:
     """Decide after each appended token whether `request` is over; set status and stop_reason if so.
 
-    The order is the contract (spec, decision 3): a full context always stops, even below min_tokens, since the request
+    The order is the contract (R1.4): a full context always stops, even below min_tokens, since the request
     could never get another token; then min_tokens shields from everything else; then EOS, stop ids, max_tokens.
     """
     params = request.sampling_params

@@ -61,7 +61,7 @@ class AttentionBackend(ABC):
     """One instance serves every layer of a model.
 
     Order within a layer: `write` stores the K/V of the *whole step*, then `forward` reads. Two requests of one step may
-    share a block that one of them is only now filling, so reading before all is written would be wrong (spec B5).
+    share a block that one of them is only now filling, so reading before all is written would be wrong (R3.18).
     """
 
     name: str

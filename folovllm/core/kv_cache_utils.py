@@ -113,7 +113,7 @@ HIT_RATE_WINDOW = 1000  # requests
 
 
 class PrefixCacheStats:
-    """Tokens looked up and tokens hit, counted at admission; those of resumed requests apart (spec B5, B17).
+    """Tokens looked up and tokens hit, counted at admission; those of resumed requests apart (R6.13, R6.15).
 
     A request that comes back after a preemption hits what it has just computed itself. That says nothing about how much
     the requests share, so it does not count towards the rate.

@@ -29,7 +29,7 @@ class ProcessedOutputs:
 
 
 class RequestTimer:
-    """Turns the time stamps of one request into durations (spec B17)."""
+    """Turns the time stamps of one request into durations (R1.36)."""
 
     def __init__(self, arrival_time: float) -> None:
         self._metrics = RequestMetrics(arrival_time=arrival_time)

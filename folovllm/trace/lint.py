@@ -1,7 +1,7 @@
 """lint: the rules of scheduling and paging in executable form, checked on a trace.
 
 Milestone: M2 (queues, budgets, tokens), M3 (blocks), M6 (hits: lint_cache.py). vLLM counterpart: none; the rules are
-spec B4-B8. Left out: which cached block is evicted, drafts.
+requirements of milestones/m2/SPEC.md, m3 and m6. Left out: which cached block is evicted, drafts.
 
 Row 1: no torch. The lint replays the events and holds them against what the engine says about itself. After a violation
 it believes the engine and goes on, so that one bug is one message and not a hundred.

@@ -1,4 +1,4 @@
-"""The one-way import rule and the torch-free rows of the design."""
+"""The one-way import rule and the torch-free rows (R0.1 to R0.4)."""
 
 import ast
 import subprocess

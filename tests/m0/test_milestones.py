@@ -18,7 +18,7 @@ OFF = {
     "enable_prefix_caching": False,
     "quantization": "dequantize",
 }
-# The switches as DESIGN section 1 and the milestone pages document them.
+# The switches as the milestone pages document them.
 PRESETS: dict[str, dict[str, Any]] = {
     "m1": OFF | {"max_num_seqs": 1, "batching": "static", "block_size": "max_model_len", "linear_backend": "auto"},
     "m2": OFF

@@ -1,4 +1,4 @@
-"""Bad input, in one table: what was wrong, and the sentence that says what to do about it (issue 2, point 5.4).
+"""Bad input, in one table: what was wrong, and the sentence that says what to do about it (R1.50).
 
 Every row raises a ValueError (or a class of ours that is one) whose message names the fix. After each, the engine that
 the module shares must be idle and answer as before: a refusal leaves nothing behind.

@@ -1,4 +1,4 @@
-"""BlockPool: the null block, reference counts, the order of freed blocks (spec B4)."""
+"""BlockPool: the null block, reference counts, the order of freed blocks (R1.8, R1.9)."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""FreeKVCacheBlockQueue: the order of free blocks, its errors (spec B4), and a state machine against a plain list."""
+"""FreeKVCacheBlockQueue: the order of free blocks, its errors, and a state machine against a plain list (R1.10)."""
 
 import pytest
 from hypothesis import settings

@@ -1,4 +1,4 @@
-"""KVCacheManager: who gets how many blocks (spec B5). Hits come from a stub index until M6 has a real one."""
+"""KVCacheManager: who gets how many blocks (R1.11 to R1.13). Hits come from a stub index until M6 has a real one."""
 
 import pytest
 

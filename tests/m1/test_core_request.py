@@ -1,4 +1,4 @@
-"""Request: the state machine (spec B2) and the order of the stop checks (B8, decision 3)."""
+"""Request: the state machine (R0.28) and the order of the stop checks (R1.4)."""
 
 import pytest
 

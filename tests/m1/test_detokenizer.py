@@ -1,4 +1,4 @@
-"""The incremental detokeniser: pieces add up to the text, no broken characters, stop strings as in spec B13."""
+"""The incremental detokeniser: pieces add up to the text, no broken characters, stop strings (R1.28 to R1.31)."""
 
 from pathlib import Path
 

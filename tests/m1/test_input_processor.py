@@ -1,4 +1,4 @@
-"""The input processor: what reaches the engine is valid and complete; what is refused names the fix (spec B15)."""
+"""The input processor: what reaches the engine is valid and complete; what is refused names the fix (R1.33)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Our models against HuggingFace's, on tiny random ones of every architecture (milestone M1, issue 2 point 5.1)."""
+"""Our models against HuggingFace's, on tiny random ones of every architecture (R1.14 to R1.17)."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The output processor: output kinds, stops, logprobs, timing, n > 1, abort (spec B12, B13, B14, B17)."""
+"""The output processor: output kinds, stops, logprobs, timing, n > 1, abort (R1.35 to R1.37, R1.52)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The whole engine against HuggingFace and against `generate_naive`, on tiny random models (issue 2, 5.1).
+"""The whole engine against HuggingFace and against `generate_naive`, on tiny random models (R1.46).
 
 Milestone: M1. Greedy: HuggingFace's tokens, for every architecture and preset. Seeded sampling: the tokens of
 `generate_naive`, whoever else is in the batch, whatever the preset, with and without preemptions.

@@ -1,4 +1,4 @@
-"""Abort at every moment of a request's life: nothing leaks, nobody else notices (spec B7, B8)."""
+"""Abort at every moment of a request's life: nothing leaks, nobody else notices (R2.18 to R2.21)."""
 
 import pytest
 

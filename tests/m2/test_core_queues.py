@@ -1,4 +1,4 @@
-"""Request queues (spec B9): order, ties, prepending, removal; each against a sorted list."""
+"""Request queues (R2.9, R2.10): order, ties, prepending, removal; each against a sorted list."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Scheduler.schedule() on canonical cases (spec B6), every schedule worked out by hand.
+"""Scheduler.schedule() on canonical cases (R2.1 to R2.13), every schedule worked out by hand.
 
 With pages of a whole request (block_size = max_model_len) only budget and seats matter; tests/m3 adds the blocks.
 """
@@ -61,7 +61,7 @@ def test_seats() -> None:
 
 
 def test_budget_without_chunks_stops_at_the_first_that_does_not_fit() -> None:
-    """10 + 7 > 16: b waits, and c, which would fit, may not overtake it (decision 4)."""
+    """10 + 7 > 16: b waits, and c, which would fit, may not overtake it (R2.5)."""
     core = page_core(max_num_batched_tokens=16)
     helpers.add_all(core, [make_request(name, n, max_tokens=2) for name, n in [("a", 10), ("b", 7), ("c", 1)]])
     assert scheduled(core, 3) == [{"a": 10}, {"a": 1, "b": 7, "c": 1}, {"b": 1, "c": 1}]

@@ -1,4 +1,4 @@
-"""Block ids, preemptions and resumes on canonical cases (spec B4-B6), every one worked out by hand.
+"""Block ids, preemptions and resumes on canonical cases (R2.14 to R2.17, R3.2), every one worked out by hand.
 
 Blocks of 4 tokens; the pool starts with the free queue 1, 2, 3, ...
 """
@@ -137,7 +137,7 @@ def victim_scheduled_already() -> EngineCore:
 
 
 def test_a_victim_scheduled_earlier_in_the_step_is_taken_back() -> None:
-    """vLLM in 2025 left its tokens in the step and skipped c, because the list had moved under the index (spec B18)."""
+    """vLLM in 2025 left its tokens in the step and skipped c, because the list had moved under the index (R2.17)."""
     core = victim_scheduled_already()
     assert run(core) == ({"b": 1, "c": 1}, {"a"})
     assert block_ids(core, "b") == [3, 4, 2] and free_ids(core) == [1]
@@ -160,7 +160,7 @@ def test_priority_ties_are_broken_by_arrival() -> None:
 
 
 def test_reserve_full_sequence_keeps_a_long_prompt_out_until_it_fits() -> None:
-    """a holds 2 of 4 blocks. b's first chunk of 8 would fit, its 12 tokens do not (decision 2)."""
+    """a holds 2 of 4 blocks. b's first chunk of 8 would fit, its 12 tokens do not (R3.11)."""
     for reserve, second_step in [(True, {"a": 1}), (False, {"a": 1, "b": 7})]:
         core = make_core(
             num_kv_blocks=5, enable_chunked_prefill=True, max_num_batched_tokens=8, reserve_full_sequence=reserve

@@ -45,7 +45,7 @@ def test_a_resumed_request_is_not_taken_for_a_decode() -> None:
 
 
 def test_a_resume_counts_output_as_known_tokens() -> None:
-    """Spec B19, item 5: with num_prompt_tokens for num_tokens in pass 2, the last output would never be computed."""
+    """R2.15: with num_prompt_tokens for num_tokens in pass 2, the last output would never be computed."""
     core, _, b = small_pool()
     while b.status == RequestStatus.PREEMPTED:
         core.step()
@@ -235,7 +235,7 @@ def test_a_block_is_taken_when_the_length_is_one_past_a_multiple(block_size: int
 
 
 def test_the_last_sampled_token_has_no_kv() -> None:
-    """Spec B19, item 7: a finished sequence of 160 tokens has published 9 blocks of 16, not 10."""
+    """R3.10: a finished sequence of 160 tokens has published 9 blocks of 16, not 10."""
     core, index = caching_core(max_model_len=256, block_size=16, num_kv_blocks=17)
     request = make_request("a", 100, max_tokens=60)
     core.add_request(request)
@@ -243,11 +243,11 @@ def test_the_last_sampled_token_has_no_kv() -> None:
     assert request.num_tokens == 160 and len(index.blocks) == 9
 
 
-# ---- the rest of the reviewer's checklist (spec B19)
+# ---- mistakes that this design invites
 
 
 def test_an_evictable_hit_is_counted_and_not_touched_too_early() -> None:
-    """B19, items 1 and 2, through the scheduler: c's hit is free, and with it nothing is left for c's own blocks."""
+    """R3.9, through the scheduler: c's hit is free, and with it nothing is left for c's own blocks."""
     core, _ = caching_core(num_kv_blocks=5)
     prompt = list(range(100, 108))
     core.add_request(make_request("a", prompt, max_tokens=1))
@@ -264,7 +264,7 @@ def test_an_evictable_hit_is_counted_and_not_touched_too_early() -> None:
 
 
 def test_no_new_blocks_is_success() -> None:
-    """B19, item 3: `if not new_blocks` for `is None` would preempt at every step inside a block."""
+    """R3.4: `if not new_blocks` for `is None` would preempt at every step inside a block."""
     core = make_core()
     core.add_request(make_request("a", 5, max_tokens=3))
     helpers.drive(core)
@@ -272,7 +272,7 @@ def test_no_new_blocks_is_success() -> None:
 
 
 def test_drafts_are_never_published() -> None:
-    """B19, item 4: 3 known tokens and 2 drafts cover a block of 4, but not with tokens anybody has verified."""
+    """R6.9: 3 known tokens and 2 drafts cover a block of 4, but the drafts are not verified yet."""
     core, index = caching_core(num_kv_blocks=9)
     request = make_request("a", 2, max_tokens=8)
     core.add_request(request)
@@ -283,7 +283,7 @@ def test_drafts_are_never_published() -> None:
 
 
 def test_the_tail_of_a_sequence_is_reused_before_its_head() -> None:
-    """B19, item 6: freed head first, a shared prefix would be the first thing to be overwritten."""
+    """R3.6: freed head first, a shared prefix would be the first thing to be overwritten."""
     core, index = caching_core(num_kv_blocks=9, free_uncached_first=False)
     core.add_request(make_request("a", 12, max_tokens=1))
     core.step()
@@ -297,14 +297,14 @@ def test_the_tail_of_a_sequence_is_reused_before_its_head() -> None:
 
 
 def test_nothing_is_emitted_in_mid_prompt() -> None:
-    """B19, item 8."""
+    """R2.12: three chunks of 3 tokens emit nothing, the last chunk emits the first token."""
     core = make_core(max_num_batched_tokens=3, enable_chunked_prefill=True)
     core.add_request(make_request("a", 10, max_tokens=1))
     assert [len(core.step()) for _ in range(4)] == [0, 0, 0, 1]
 
 
 def test_nobody_is_admitted_in_a_step_that_preempted() -> None:
-    """B19, item 9: c needs one block, and one is free, once b has lost its two and a has taken one of them."""
+    """R2.16: c needs one block, and one is free, once b has lost its two and a has taken one of them."""
     core = make_core(num_kv_blocks=5, scheduling_policy="priority", max_num_seqs=2)
     helpers.add_all(core, [make_request("a", 8, priority=1), make_request("b", 7, priority=2)])
     core.step()
@@ -314,7 +314,7 @@ def test_nobody_is_admitted_in_a_step_that_preempted() -> None:
 
 
 def test_block_0_is_nobodys() -> None:
-    """B19, item 12: padding in block tables points at block 0, so a request there would be overwritten by everybody."""
+    """R3.7: padding in block tables points at block 0, so every other request would overwrite one that held it."""
     core = make_core(num_kv_blocks=9)
     helpers.add_all(core, [make_request(f"r{i}", 7, max_tokens=5) for i in range(9)])
     seen: set[int] = set()

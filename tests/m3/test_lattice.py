@@ -1,4 +1,4 @@
-"""The lattice: whatever the switches, the same greedy tokens as `generate_naive` (DESIGN section 1; issue 3, 4.1).
+"""The lattice: whatever the switches, the same greedy tokens as `generate_naive` (R3.21, R3.22).
 
 Milestone: M3; M4 added `attention_backend`, M5 `enable_chunked_prefill`, M6 `enable_prefix_caching` and what goes with
 it, M7 `quantization` (each later rung adds its switch here). A pairwise covering array always runs, and some crowded

@@ -1,4 +1,4 @@
-"""Paged attention through the whole engine: who owns which slot, and that nobody reads another's (issue 3, 2.4).
+"""Paged attention through the whole engine: who owns which slot, and that no request reads another's (R3.14 to R3.19).
 
 Milestone: M3. Slots that belong to nobody are NaN at every step: one that leaks into an output turns all of it to NaN.
 Blocks are handed out in random order: nothing may depend on which physical block holds what.

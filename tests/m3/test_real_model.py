@@ -1,4 +1,4 @@
-"""The default model in fp32 under every way of running it: 40 mixed requests, the same tokens (issue 3, 4.4).
+"""The default model in fp32 under every way of running it: 40 mixed requests, the same tokens (R2.23, R3.23).
 
 Milestone: M3. The yardstick is each request alone in a contiguous cache; HuggingFace comes in through
 tests/m1/test_parity_real.py. A difference is forgiven only where the top two logits were closer than 1e-3.

@@ -146,7 +146,7 @@ def make_batch(
     """The batch of these (kind, computed, new), in random order.
 
     A "prefix hit" shares as many leading blocks of an earlier request of the list as `computed` covers whole; that
-    request may be writing those very blocks in this step (spec B5).
+    request may be writing those very blocks in this step (R4.5).
     """
     page = block_size or max(computed + new for _, computed, new in shapes)
     needed = sum(-(-(computed + new) // page) for _, computed, new in shapes)

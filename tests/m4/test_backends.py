@@ -1,4 +1,4 @@
-"""Every attention backend against the oracle and an fp64 reference (issue 4, 1.1 - 1.3).
+"""Every attention backend against the oracle and an fp64 reference (R4.1 to R4.6).
 
 Milestone: M4. Parametrised over all names of the registry: those that cannot run here are skipped, with their reason.
 `tests/m4/conformance.py` has the batches, the reference and the tolerance, and says where it comes from.
@@ -165,7 +165,7 @@ def test_a_context_of_8192(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_prefix_that_is_being_written_in_this_very_step(name: str) -> None:
-    """Spec B5: both requests are new, the second one's first two blocks are the first one's, which are still empty."""
+    """R4.5: both requests are new, the second one's first two blocks are the first one's, which are still empty."""
     seen = set()
     for seed in range(8):
         batch = make_batch(rng_of(8, seed), [("prefill", 0, 40), ("prefix hit", 32, 5)], block_size=16)
@@ -297,7 +297,7 @@ class PaddingOfOthers(TorchSdpaBackend):
 
 
 class ReadsWhileWriting(TorchNaiveBackend):
-    """Attends request by request while it writes: what a later request of the step writes comes too late (spec B5)."""
+    """Attends request by request while it writes: what a later request of the step writes comes too late (R4.5)."""
 
     def write(
         self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata

@@ -1,4 +1,4 @@
-"""The C++ sampling operator against the definition of M1: the same tokens and the same bits (issue 4, 2.3).
+"""The C++ sampling operator against the definition of M1: the same tokens and the same bits (R4.24 to R4.26).
 
 The oracle is that of test_sampler_shortlist.py: softmax, full stable sort, full race, one row after the other. What the
 operator calls doubtful must be rare, left untouched, and answered by the torch way behind it.

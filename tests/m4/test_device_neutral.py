@@ -1,4 +1,4 @@
-"""Does a step of the engine stay on its device? Asked without a GPU (issue 4, 3.1).
+"""Does a step of the engine stay on its device? Asked without a GPU (R4.30).
 
 Milestone: M4. The device "meta" has shapes and no data, and stands for the GPU. `OneDevice` watches every operator for
 tensors of two devices, which a GPU refuses. What needs the data (`tolist()` at the end of sampling, `nonzero()` in

@@ -1,4 +1,4 @@
-"""All decoder layers as one C++ call: the same numbers as operator by operator (issue 4, 2.2: at most four calls each).
+"""All decoder layers as one C++ call: the same numbers as operator by operator (R4.22: at most four calls each).
 
 Milestone: M4. The two paths compute the same operations in the same order, so they are equal to the bit.
 """
@@ -184,7 +184,7 @@ class CountOps(TorchDispatchMode):
 
 @pytest.mark.parametrize("arch", SHAPES, indirect=True)
 def test_at_most_four_fused_calls_per_layer(arch: ModelArchitecture) -> None:
-    """Issue 4, 2.2. One for all layers; beside them there is the last norm."""
+    """R4.22. One for all layers; beside them there is the last norm."""
     model, backend = build(arch)
     fuse_decoder_layers(model, backend)
     with CountOps() as counted:

@@ -1,4 +1,4 @@
-"""The C++ linears and fused layers against fp64, and `linear_backend="auto"` against "torch" (issue 4, 2.1 and 2.2).
+"""The C++ linears and fused layers against fp64, and `linear_backend="auto"` against "torch" (R4.18 to R4.21).
 
 Milestone: M4. Tolerances: u = half the spacing of the dtype at 1, so a result rounded once is within u |result| of the
 exact one; what the fp32 arithmetic inside may add is stated where it is used. A second rounding would break them.

@@ -1,6 +1,6 @@
 """flash_attn without a GPU: how its calls are built, and what it refuses.
 
-Milestone: M4 (issue 4, 1.2). A stand-in takes the place of the kernel: it has the kernel's signature, wants what the
+Milestone: M4 (R4.29). A stand-in takes the place of the kernel: it has the kernel's signature, wants what the
 kernel wants of its arguments, and computes from them alone with the formula of torch_naive. So the whole conformance
 suite runs through our side of the call. The real `varlen_attn` is called too, on tensors without data.
 """

@@ -1,4 +1,4 @@
-"""The attention backends on a GPU: the whole conformance suite, and the engine of every preset (issue 4, 1.3 and 3.1).
+"""The attention backends on a GPU: the whole conformance suite, and the engine of every preset (R4.31).
 
 Milestone: M4. Skipped where there is no GPU; docs/dev/gpu_status.md says where these have run. In fp32, in which
 nothing multiplies in TF32 unless asked to, the tokens of a tiny model must be those of `generate_naive` on a CPU.

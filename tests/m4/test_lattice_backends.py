@@ -1,4 +1,4 @@
-"""The engine on every attention backend: the same greedy tokens as `generate_naive` (DESIGN section 1; issue 4, 1.3).
+"""The engine on every attention backend: the same greedy tokens as `generate_naive` (R4.7).
 
 Milestone: M4. The conformance suite shows that a backend computes attention; this shows that the engine drives it
 right, with pages of every size, preemption, chunks of any length, and more requests than fit.

@@ -1,4 +1,4 @@
-"""Choosing a backend: lazy, `auto`, refusals that help, and the part (issue 4, 1.1).
+"""Choosing a backend: lazy, `auto`, refusals that help, and the part (R4.8 to R4.10).
 
 Milestone: M4.
 """

@@ -1,6 +1,6 @@
 """torch_flash by itself: that it never holds a whole score matrix, that split-KV merges, and its worked example.
 
-Milestone: M4 (issue 4, 1.2). That its answers are right is shown in test_backends.py.
+Milestone: M4 (R4.11 to R4.14). That its answers are right is shown in test_backends.py.
 """
 
 import itertools

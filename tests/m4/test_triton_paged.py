@@ -1,6 +1,6 @@
 """triton_paged without a GPU: its kernels under Triton's interpreter, and compiled for GPUs that are not here.
 
-Milestone: M4 (issue 4, 1.3). The interpreter runs what the kernels say, in fp32 (it cannot multiply bf16), and the
+Milestone: M4 (R4.27, R4.28). The interpreter runs what the kernels say, in fp32 (it cannot multiply bf16), and the
 compiler shows that they can be said to a GPU in every dtype. What only a GPU can show is in test_gpu_backends.py.
 """
 

@@ -163,7 +163,7 @@ def one_token() -> None:
 
 
 def written_in_this_very_step(seed: int) -> None:
-    """Spec B5: the second request's first blocks are the first one's, which are still empty."""
+    """R4.5: the second request's first blocks are the first one's, which are still empty."""
     batch = make_batch(rng_of(26, seed), [("prefill", 0, 20), ("prefix hit", 16, 5)], block_size=8)
     assert batch.history() is None
     check(backend_class(), batch, TorchNaiveBackend)

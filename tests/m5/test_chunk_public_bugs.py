@@ -99,7 +99,7 @@ def test_a_full_hit_leaves_one_token_whatever_the_chunk() -> None:
 
 @pytest.mark.parametrize(("threshold", "parts"), [(0, [9]), (9, [9]), (8, [8, 1])])
 def test_a_resume_is_cut_like_a_prompt(threshold: int, parts: list[int]) -> None:
-    """Spec B19, item 5: 8 prompt tokens and one of output are known, and all nine are one thing to cut. b gives way to
+    """R5.15: 8 prompt tokens and one of output are known, and all nine are one thing to cut. b gives way to
     a in the second step, in a pool of 4 blocks of 4."""
     core = make_core(
         enable_chunked_prefill=True, num_kv_blocks=5, max_num_batched_tokens=15, long_prefill_token_threshold=threshold

@@ -1,6 +1,6 @@
 """Chunks as the scheduler cuts them: against an oracle of twenty lines, against closed formulas, under random traffic.
 
-Milestone: M5. On the fake executor, whose tokens are wrong if any chunk is. What must hold (issue 5, 1.1; spec B6, B7):
+Milestone: M5. On the fake executor, whose tokens are wrong if any chunk is. What must hold (R5.1 to R5.7):
 the budget is never exceeded, running requests come first and none of them ever misses a step, the threshold is
 respected, nothing is emitted in mid-prompt, and off means the whole prompt or nothing.
 """
@@ -275,7 +275,7 @@ def test_the_rung_switches_chunks_and_nothing_else() -> None:
 
 
 def test_only_scheduler_and_config_know_of_chunks() -> None:
-    """Issue 5, 1.2: no model, kernel, worker or sampler asks whether a prompt is in parts."""
+    """R5.9: no model, kernel, worker or sampler asks whether a prompt is in parts."""
     package = Path(folovllm.__file__).parent
     knows = {
         path.relative_to(package).as_posix()

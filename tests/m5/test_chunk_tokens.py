@@ -1,4 +1,4 @@
-"""What a user sees does not depend on the budget: tokens, texts, logprobs, stops, samples (issue 5, 1.1 and 3).
+"""What a user sees does not depend on the budget: tokens, texts, logprobs, stops, samples (R5.10 to R5.13).
 
 Milestone: M5. Tiny random models in fp32 on the real engine. The yardstick is each request alone, its prompt computed
 whole; the arms cut prompts into chunks of 1 to 64 tokens, mix them with decodes, and preempt in mid-prompt.

@@ -1,6 +1,6 @@
-"""The default model in fp32 with prompts in chunks: HuggingFace's tokens (issue 5, 3).
+"""The default model in fp32 with prompts in chunks: HuggingFace's tokens (R5.14).
 
-Milestone: M5. HuggingFace's tokens are the fixture of tests/m1/test_parity_real.py; the criterion is the design's: a
+Milestone: M5. HuggingFace's tokens are the fixture of tests/m1/test_parity_real.py; the criterion is R1.48's: a
 first difference only where HuggingFace's top two logits are closer than 1e-3. One of the three has such a place.
 """
 

@@ -1,4 +1,4 @@
-"""Blocks are published before they are computed. If the step then does not run, they must be unpublished (decision 9).
+"""Blocks are published before they are computed. If the step then does not run, they must be unpublished (R6.10).
 
 Two ways that happens: the executor raises; or a request is scheduled, and loses its blocks again in the same step to
 one of higher priority. Property tests with both, next to the cases by hand.

@@ -204,7 +204,7 @@ def test_the_rate_is_of_the_last_1000_requests() -> None:
 
 
 def test_a_request_that_waits_is_counted_once(core: EngineCore) -> None:
-    """Spec B18: counted at admission. c looks up in every step until there is room for it."""
+    """R6.15: counted at admission. c looks up in every step until there is room for it."""
     helpers.add_all(core, [make_request("a", 15, max_tokens=1), make_request("b", 13, max_tokens=3)])
     core.add_request(make_request("c", 15, max_tokens=1))
     core.scheduler.max_num_seqs = 2

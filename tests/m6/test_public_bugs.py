@@ -183,14 +183,14 @@ def test_the_size_of_the_cache_is_counted_once_per_block(core: EngineCore) -> No
 
 
 def test_the_last_sampled_token_has_no_kv() -> None:
-    """Spec B19, item 7: 100 + 60 tokens are 10 blocks of 16, of which 9 are full of computed tokens."""
+    """R6.8: 100 + 60 tokens are 10 blocks of 16, of which 9 are full of computed tokens."""
     core = cached_core(max_model_len=256, block_size=16, num_kv_blocks=17)
     serve(core, "a", list(range(100)), max_tokens=60)
     assert len(index_of(core).node_of) == 9
 
 
 def test_drafts_are_never_published(core: EngineCore) -> None:
-    """Spec B19, item 4."""
+    """R6.9: 3 known tokens and 2 drafts fill a block of 4, but the drafts are not verified yet."""
     request = make_request("a", 2, max_tokens=8)
     core.add_request(request)
     core.step()
@@ -199,7 +199,7 @@ def test_drafts_are_never_published(core: EngineCore) -> None:
 
 
 def test_an_evictable_hit_costs_a_block(core: EngineCore) -> None:
-    """Spec B19, items 1 and 2: 8 usable blocks; c's 2 hits and 2 new ones are 4 blocks, 3 are free."""
+    """R6.22: 8 usable blocks; c's 2 hits and 2 new ones are 4 blocks, 3 are free."""
     serve(core, "old", P[:9])
     helpers.add_all(core, [make_request("a", 11, max_tokens=2), make_request("b", 7, max_tokens=2)])
     core.step()

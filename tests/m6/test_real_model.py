@@ -1,7 +1,7 @@
-"""The default model in fp32 with prefix caching: three loads that share prefixes, HuggingFace's tokens (issue 5, 3).
+"""The default model in fp32 with prefix caching: three loads that share prefixes, HuggingFace's tokens (R6.21).
 
 Milestone: M6. HuggingFace gets each text whole, in one pass without a cache, and must choose every token that we chose:
-that is its greedy text, token by token. The criterion is the design's: another choice is allowed only where its top two
+that is its greedy text, token by token. The criterion is R1.48's: another choice is allowed only where its top two
 logits are closer than 1e-3. (Here that is checked at every token, also behind such a place.)
 """
 

@@ -1,4 +1,4 @@
-"""`cpu_int4` gives what the dequantised weights give, within what fp32 sums lose (milestone M7; issue 6, 3 and 4)."""
+"""`cpu_int4` gives what the dequantised weights give, within what fp32 sums lose (R7.19 to R7.22)."""
 
 import dataclasses
 import json
@@ -294,7 +294,7 @@ def test_runtimes_agree(ops: Any) -> None:
 
 
 def test_memory_of_each_runtime(ops: Any) -> None:
-    """Groups of 64, symmetric: at least 70 % less than bf16 (issue 6). `speed` has the bf16 as well."""
+    """Groups of 64, symmetric: at least 70 % less than bf16 (R7.20). `speed` has the bf16 as well."""
     config = GPTQConfig(4, 64)
     sizes = {}
     for runtime in ("memory", "speed"):

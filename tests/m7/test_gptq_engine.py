@@ -1,7 +1,7 @@
 """GPTQ checkpoints in the engine: greedy tokens of `cpu_int4` are those of the dequantised weights, whatever is on.
 
 Milestone: M7. In fp32 the two differ only by the order of sums, and the jobs keep clear of ties (tests/parity_helpers):
-a different token is a bug (issue 6, section 4).
+a different token is a bug (R7.23).
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""The default model in 4 bits: `cpu_int4` in bf16 beside HuggingFace in bf16 with the same weights (issue 6, 4).
+"""The default model in 4 bits: `cpu_int4` in bf16 beside HuggingFace in bf16 with the same weights (R7.24).
 
-Milestone: M7. The criteria are the design's for bf16: along a text, logprobs at most 1.2 times as far from fp32's as
+Milestone: M7. The criteria are R1.49's for bf16: along a text, logprobs at most 1.2 times as far from fp32's as
 HuggingFace's own bf16, and another likeliest token only where fp32's top two logits are closer than 0.5. fp32 is
 HuggingFace with the weights that the checkpoint stands for, unrounded. They are rounded to nearest: it takes
 seconds, and the quantiser is not what is tested.

@@ -1,4 +1,4 @@
-"""The GPTQ kernel `triton` without a GPU: interpreted, and compiled for GPUs that are not here (issue 6, 3.1).
+"""The GPTQ kernel `triton` without a GPU: interpreted, and compiled for GPUs that are not here (R7.26).
 
 Milestone: M7. Run as a program with TRITON_INTERPRET=1, this file is the process that interprets (see
 tests/m4/triton_interpreter.py): the functions under "the cases" are its own. What only a GPU can show is at the end.

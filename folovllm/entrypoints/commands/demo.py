@@ -1,7 +1,7 @@
 """`folovllm demo` (`make demo`): real prompts answered together, then the same tokens asked of HuggingFace.
 
 Milestone: M1. vLLM counterpart: none. Everything shown is measured in this run; the exit code is 1 if a token differs
-where HuggingFace itself was sure (DESIGN section 5). `commands/demo_board.py` draws.
+where HuggingFace itself was sure (R1.40). `commands/demo_board.py` draws.
 """
 
 import time
