@@ -1,4 +1,4 @@
-"""Milestone M3 without weights: the same memory as pages of 64 tokens and as blocks of 4; then somebody else's pool.
+"""Milestone M3 without weights: the same memory as pages of 64 tokens and as blocks of 4; then a pool of your own.
 
 Run: python milestones/m3/demo.py
 """

@@ -1,4 +1,4 @@
-"""The output processor: output kinds, stops, logprobs, timing, n > 1, abort (R1.35 to R1.37, R1.52)."""
+"""The output processor: output kinds, stops, logprobs, timing, n > 1, abort (R1.35 to R1.37, R1.45)."""
 
 from typing import Any
 
