@@ -47,7 +47,7 @@ for name in BACKENDS:
         print(f"{name:12} does not run here: {reason.splitlines()[0][:90]}")
         continue
     backend, everything, step = load_backend(name)(spec), batch(totals, table), batch(news, table)
-    cache = torch.full(backend.kv_cache_shape(1 + 4 * 60), float("nan"))  # what nobody wrote must not be read
+    cache = torch.full(backend.kv_cache_shape(1 + 4 * 60), float("nan"))  # unwritten slots must not be read
     backend.write(key, value, cache, everything)
     backend.prepare(step)
     with Largest() as largest:
