@@ -8,6 +8,7 @@ A page says where a table goes and from which file (paths from the repository ro
     <!-- /results -->
 
 After the file name, `running=32` keeps only the rows of that value (for files with a list of `results`).
+`view=ladder` writes the table of the rungs with one measured column (for a compare_perf file).
 
     python scripts/fill_results.py            rewrite all pages
     python scripts/fill_results.py --check    exit code 1 if a page is not what its result file says
@@ -18,6 +19,7 @@ import json
 import os
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,9 @@ def fill(text: str, folder: Path) -> str:
         link = os.path.relpath(file, folder)
         result = json.loads(file.read_text(encoding="utf-8"))
         wanted = dict(item.split("=") for item in match[3].split())
-        if result.get("schema", "").startswith("folovllm.compare_peers/"):
+        if wanted.pop("view", None) == "ladder":
+            table = ladder_table(result, link, folder)
+        elif result.get("schema", "").startswith("folovllm.compare_peers/"):
             table = peers_table(result, link)
         else:
             table = plain_table(result, link, wanted) if "results" in result else table_of(result, link)
@@ -74,8 +78,8 @@ def table_of(result: dict[str, Any], link: str) -> str:
     bandwidth = result["bandwidth"]["bytes_per_second"] / 1e9
     lines = [
         f"`python {run['command']}` on {machine['cpu']}, {run['threads']} threads, memory reads {bandwidth:.0f} GB/s, "
-        f"{run['dtype']}, median of {run['repeats']}; KV cache {run['kv_cache_memory'] / 2**20:.0f} MiB for every "
-        f"arm of ours, max_model_len {run['max_model_len']} ([all figures]({link}), commit "
+        f"{run['dtype']}, median of {run['repeats']}; KV cache {run['kv_cache_memory'] / 2**20:.0f} MiB for "
+        f"every arm but HuggingFace's, max_model_len {run['max_model_len']} ([all figures]({link}), commit "
         f"{machine['git']['sha'][:10]}).",
         "",
         f"| | one by one ({modes['single']}) tok/s | | together ({modes['batch']}) tok/s | | ITL p50 / p99 ms | "
@@ -84,6 +88,44 @@ def table_of(result: dict[str, Any], link: str) -> str:
     ]
     lines += [row(name, arm) for name, arm in result["arms"].items() if "modes" in arm]
     return "\n".join(lines) + "\n"
+
+
+def ladder_table(result: dict[str, Any], link: str, folder: Path) -> str:
+    """One row per rung: what it adds, its switch, its tokens per second with all requests together, its page."""
+    from folovllm.milestones import LADDER
+
+    run, machine = result["run"], result["machine"]
+    lines = [
+        f"| | adds | switch | {run['workload']['num_requests']['batch']} requests together, tok/s | learn |",
+        "|---|---|---|--:|---|",
+        f"| | HuggingFace `generate`, for comparison | | {batch_speed(result, 'hf')} | |",
+        *(ladder_row(rung, result, folder) for rung in LADDER if rung.built),
+        "",
+        f"Measured in {run['dtype']} on {machine['cpu']}, {run['threads']} threads ([all figures]({link}), commit "
+        f"{machine['git']['sha'][:10]}).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def ladder_row(rung: Any, result: dict[str, Any], folder: Path) -> str:
+    manifest = tomllib.loads((ROOT / "milestones/manifest.toml").read_text(encoding="utf-8"))
+    page = Path(manifest[rung.id]["learn"])
+    switch = ", ".join(f"`{name}={value!r}`" for name, value in rung.on.items() if value is not None)
+    speed = int4_speed(folder) if rung.id == "m7" else batch_speed(result, rung.id)
+    link = f"[{page.stem[:2]}]({os.path.relpath(ROOT / page, folder)})"
+    return f"| {rung.id.upper()} {rung.title} | {rung.adds} | {switch or '-'} | {speed} | {link} |".replace("'", '"')
+
+
+def batch_speed(result: dict[str, Any], arm: str) -> str:
+    modes = result["arms"].get(arm, {}).get("modes")
+    return f"{modes['batch']['output_tok_per_s']:.0f}" if modes else "-"
+
+
+def int4_speed(folder: Path) -> str:
+    """M7 changes the checkpoint, so its cell says what 4 bits are worth where they are: for one request at a time."""
+    file = ROOT / "milestones/m7/results/bench_gptq.json"
+    (row,) = (r for r in json.loads(file.read_text(encoding="utf-8"))["results"] if r["arm"] == "memory")
+    return f"[one request: {row['single']} of bf16]({os.path.relpath(file, folder)})"
 
 
 def peers_table(result: dict[str, Any], link: str) -> str:
