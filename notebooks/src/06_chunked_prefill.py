@@ -4,7 +4,7 @@
 # Eight people read answers as they are written; a ninth pastes a long text. Computed whole, it makes one step so long
 # that everybody else's text stands still. Cut into chunks it does not. Here the **real scheduler** cuts it, with a
 # model without weights; you turn the budget and see who gains, who pays, and what it does to throughput. At the end a
-# tiny real model shows that the tokens never change.
+# tiny real model in fp32 shows that the tokens stay the same.
 #
 # *10 minutes. To read with it: `docs/learn/05_chunked_prefill.md` and `folovllm/core/sched/scheduler.py`.*
 

@@ -4,7 +4,7 @@
 # Many prompts begin alike: a system prompt, worked examples, the talk so far. Their K and V need not be computed again,
 # if somebody remembers which block holds which prefix. Here the **real scheduler** runs with a model without weights:
 # names are chained, hits counted, blocks thrown out. You turn the sizes. At the end a tiny real model shows that the
-# tokens never change.
+# tokens stay the same in fp32.
 #
 # *15 minutes. To read with it: `docs/learn/06_prefix_caching.md` and `folovllm/core/prefix_index.py`.*
 
