@@ -53,6 +53,7 @@ def make_config(max_model_len: int = 16, block_size: int | str = 4, **args: Any)
     cache = {name: args.pop(name) for name in list(args) if name in cache_names}
     config = EngineConfig(
         parts=args.pop("parts", None),
+        trace=args.pop("trace", None),
         model_config=ModelConfig(max_model_len=max_model_len),
         cache_config=CacheConfig(block_size=block_size, **cache),
         scheduler_config=SchedulerConfig(**args),
