@@ -110,7 +110,8 @@ def ladder_table(result: dict[str, Any], link: str, folder: Path) -> str:
 def ladder_row(rung: Any, result: dict[str, Any], folder: Path) -> str:
     manifest = tomllib.loads((ROOT / "milestones/manifest.toml").read_text(encoding="utf-8"))
     page = Path(manifest[rung.id]["learn"])
-    switch = ", ".join(f"`{name}={value!r}`" for name, value in rung.on.items() if value is not None)
+    switches = [f"`{name}={value!r}`" for name, value in rung.on.items() if value is not None]
+    switch = ", ".join(switches[:2] + ["..."] * (len(switches) > 2))
     speed = int4_speed(folder) if rung.id == "m7" else batch_speed(result, rung.id)
     link = f"[{page.stem[:2]}]({os.path.relpath(ROOT / page, folder)})"
     return f"| {rung.id.upper()} {rung.title} | {rung.adds} | {switch or '-'} | {speed} | {link} |".replace("'", '"')
