@@ -84,7 +84,7 @@ def has_symbol(path: Path, symbol: str) -> bool:
 
 
 def problem_of_anchor(anchor: str) -> str | None:
-    """Why `path#Symbol`, `path` or `vllm@tag:path#Symbol` does not resolve; None if it does."""
+    """Returns why `path#Symbol`, `path` or `vllm@tag:path#Symbol` does not resolve, or None if it does."""
     path, _, symbol = anchor.partition("#")
     if path.startswith("vllm@"):
         pinned = f"vllm@{PIN}:vllm/"
