@@ -90,7 +90,7 @@ class CacheConfig:
     kv_cache_memory: int | None = None  # bytes
     num_kv_blocks: int | None = None  # overrides both; includes the null block
     enable_prefix_caching: bool = False
-    prefix_index: str = "hash"  # "radix": a tree instead of the hash chain, with the same hits
+    prefix_index: str = "hash"  # or "trie": a tree of blocks, with the same hits
     partial_block_hits: bool = False  # copy the tokens of a block that only begins like ours, instead of computing them
     prefix_caching_hash_algo: str = "sha256"
     prefix_caching_seed: int = 0  # of the hash chain's root; vLLM draws a root per process
@@ -111,7 +111,7 @@ class CacheConfig:
 
     def _check_prefix_caching(self) -> None:
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
-        _check_choice("prefix_index", self.prefix_index, ("hash", "radix"))
+        _check_choice("prefix_index", self.prefix_index, ("hash", "trie"))
         check_bool("partial_block_hits", self.partial_block_hits)
         _check_choice("prefix_caching_hash_algo", self.prefix_caching_hash_algo, ("sha256", "xxhash"))
         check_int("prefix_caching_seed", self.prefix_caching_seed, low=0)

@@ -71,8 +71,8 @@ PARTS: dict[str, Part] = {
             ("hash_new_blocks", "match", "match_partial", "insert", "remove", "check_integrity"),
         ),
         Part(
-            "core.prefix_index.radix",
-            "folovllm.core.prefix_index:RadixPrefixIndex",
+            "core.prefix_index.trie",
+            "folovllm.core.prefix_trie:TriePrefixIndex",
             "m6",
             ("hash_new_blocks", "match", "match_partial", "insert", "remove", "check_integrity"),
         ),

@@ -77,7 +77,7 @@ def variants() -> list[Variant]:
     on = {"enable_prefix_caching": True}
     found = [
         Variant("hash chain, sha256", on | {"prefix_index": "hash", "prefix_caching_hash_algo": "sha256"}),
-        Variant("radix tree", on | {"prefix_index": "radix"}),
+        Variant("trie", on | {"prefix_index": "trie"}),
     ]
     if importlib.util.find_spec("xxhash") is not None:
         found.insert(1, Variant("hash chain, xxhash", on | {"prefix_caching_hash_algo": "xxhash"}))

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from folovllm.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
-from folovllm.core.prefix_index import NullPrefixIndex
+from folovllm.core.prefix_index import NullPrefixIndex, PrefixIndex
 
 
 class BlockPool:
@@ -20,7 +20,7 @@ class BlockPool:
     """
 
     def __init__(
-        self, num_blocks: int, prefix_index: NullPrefixIndex | None = None, free_uncached_first: bool = True
+        self, num_blocks: int, prefix_index: PrefixIndex | None = None, free_uncached_first: bool = True
     ) -> None:
         assert num_blocks >= 2, "the null block and at least one more"
         self.num_blocks = num_blocks

@@ -1,30 +1,25 @@
-"""The prefix index: which block holds which prefix. With caching off a null object, so that nobody asks "is it on?".
+"""The prefix index: which blocks hold which prefix of tokens.
 
-Milestone: M6. vLLM counterpart: BlockHashToBlockMap in vllm/v1/core/block_pool.py; the radix tree is SGLang's idea.
-Left out: several KV groups; edges of several blocks in the radix tree (a node here is always one block).
+Milestone: M6. vLLM counterpart: BlockHashToBlockMap in vllm/v1/core/block_pool.py. Left out: several KV groups.
 
-Row 1: no torch. Both indexes remember the same thing, a tree with a node for every full block of every known prefix:
+Row 1: no torch. There are three indexes behind one interface:
+- `NullPrefixIndex` is prefix caching switched off. Every lookup misses, so no caller asks "is caching on?".
+- `HashPrefixIndex` is vLLM's way: one dictionary from a block's hash to the blocks that hold it.
+- `TriePrefixIndex` (prefix_trie.py) goes from block to block through a tree of tokens. It has the same hits.
 
-    (root) --[5 9 2 7]--> node, blocks {3} --[1 1 8 4]--> node, blocks {7, 9}     9 is a copy of 7: both were computed
-                                          \\--[6 6 6 6]--> node, blocks {}         before the other was known
-                                                            \\--[2 2 2 2]--> node, blocks {12}
-They differ in how they get from a block of a request to its node: the radix tree goes from child to child, comparing
-tokens; the hash chain looks the block's hash up in one flat dictionary, wherever in the tree the node is. A node
-without blocks (its last one was evicted) stays while a node below it has one: a request that computes that block again
-finds what lies behind it. So both indexes have exactly the same hits.
-
-An index never evicts. It is told by the block pool, whose free queue alone decides, which block is about to be reused.
+An index never evicts. The free queue of the block pool alone decides which block is reused next, and the pool tells the
+index before it happens.
 """
 
-from abc import abstractmethod
-from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterable, Mapping
+from typing import NamedTuple
 
 from folovllm.config import CacheConfig
 from folovllm.core.block_hash import (
     BYTES_PER_TOKEN,
+    BlockHash,
     BlockHasher,
-    BlockPacker,
     extra_keys,
     get_hash_function,
     root_hash,
@@ -33,222 +28,243 @@ from folovllm.core.kv_cache_utils import KVCacheBlock
 from folovllm.parts import load_part
 from folovllm.request import Request
 
+Holders = Mapping[int, KVCacheBlock]  # block id -> block: all blocks that hold the same prefix; the first one is hit
 
-class NullPrefixIndex:
-    """Prefix caching switched off: every lookup misses, nothing is published, nothing has to be forgotten."""
+
+class PrefixIndex(ABC):
+    """Finds, remembers and forgets the blocks that hold a prefix."""
+
+    @abstractmethod
+    def hash_new_blocks(self, request: Request) -> None:
+        """Names the full blocks of `request` that have no name yet. The request calls this after each new token."""
+
+    @abstractmethod
+    def match(self, request: Request) -> list[KVCacheBlock]:
+        """Returns the blocks of the longest cached prefix of `request`, which covers at most num_tokens - 1 tokens.
+
+        The last token is computed again even if it is cached: its logits are needed, and they are not stored.
+        """
+
+    @abstractmethod
+    def match_partial(
+        self, request: Request, hit_blocks: list[KVCacheBlock], not_yet_computed: Container[int] = ()
+    ) -> tuple[KVCacheBlock | None, int]:
+        """Returns a block that follows `hit_blocks` and begins like the rest of `request`, and the shared tokens.
+
+        Blocks whose id is in `not_yet_computed` are passed over. Returns (None, 0) if no block fits.
+        """
+
+    @abstractmethod
+    def insert(self, request: Request, blocks: list[KVCacheBlock], num_full_blocks: int) -> None:
+        """Publishes the first `num_full_blocks` blocks of `request`: later lookups can hit them."""
+
+    @abstractmethod
+    def remove(self, block: KVCacheBlock) -> None:
+        """Forgets a published block, because it is about to hold other tokens."""
+
+    @abstractmethod
+    def check_integrity(self, blocks: list[KVCacheBlock]) -> None:
+        """Asserts that the index knows exactly those of `blocks`, all blocks of the pool, that have a hash."""
+
+
+class NullPrefixIndex(PrefixIndex):
+    """Prefix caching switched off: every lookup misses and nothing is published."""
 
     def hash_new_blocks(self, request: Request) -> None:
-        """Bring the names of `request`'s full blocks up to date; the request calls this after each new token."""
+        """Does nothing: without lookups, blocks need no names."""
 
     def match(self, request: Request) -> list[KVCacheBlock]:
-        """Blocks that hold the longest cached prefix of `request`, at most num_tokens - 1 tokens."""
         return []
 
     def match_partial(
         self, request: Request, hit_blocks: list[KVCacheBlock], not_yet_computed: Container[int] = ()
     ) -> tuple[KVCacheBlock | None, int]:
-        """A block behind `hit_blocks` that begins like the rest of `request`, and how many tokens they share.
-
-        Never one whose id is in `not_yet_computed`. (None, 0) if there is none.
-        """
         return None, 0
 
     def insert(self, request: Request, blocks: list[KVCacheBlock], num_full_blocks: int) -> None:
-        """Publish the first `num_full_blocks` blocks of `request`."""
+        """Does nothing."""
 
     def remove(self, block: KVCacheBlock) -> None:
-        """`block` is about to be reused for other tokens: forget it."""
+        """Does nothing: no block was ever published."""
 
     def check_integrity(self, blocks: list[KVCacheBlock]) -> None:
-        """Assert that the index knows exactly those of `blocks`, all there are, that have a hash."""
+        """Does nothing: there is nothing to check."""
 
 
-@dataclass(eq=False, slots=True)
-class Node:
-    """One full block of a known prefix. `key` is its hash, or in the radix tree its tokens."""
-
-    parent: "Node | None"
-    tokens: bytes  # of this block, packed
-    key: bytes
-    blocks: dict[int, KVCacheBlock] = field(default_factory=dict)  # all that hold it, by id; the first one is hit
-    children: dict[bytes, "Node"] = field(default_factory=dict)  # by their tokens
+Root = tuple[bytes]  # stands for the empty prefix, per extra keys; as a tuple it is never equal to a hash
 
 
-class PrefixTree(NullPrefixIndex):
-    """What both indexes share: the tree, and how it grows and shrinks. They add how a block's node is found."""
+class Meaning(NamedTuple):
+    """What a block hash stands for: the prefix that `parent` stands for, followed by the block's `tokens`."""
 
-    def __init__(self, block_size: int, hasher: BlockPacker) -> None:
-        self.block_size = block_size
-        self.hasher = hasher
-        self.roots: dict[bytes, Node] = {}  # one tree per extra keys: what has another salt is never met
-        self.node_of: dict[int, Node] = {}  # block id -> its node
-
-    def hash_new_blocks(self, request: Request) -> None:
-        self.hasher(request)
-
-    # ---- lookup
-
-    def match(self, request: Request) -> list[KVCacheBlock]:
-        hits: list[KVCacheBlock] = []
-        node = self.roots.get(extra_keys(request))
-        # The last token is computed again even if it is cached: its logits are needed, and they are nowhere.
-        for i in range((request.num_tokens - 1) // self.block_size):
-            node = self._child(node, request, i) if node else None
-            if node is None or not node.blocks:
-                break
-            hits.append(next(iter(node.blocks.values())))
-        return hits
-
-    def match_partial(
-        self, request: Request, hit_blocks: list[KVCacheBlock], not_yet_computed: Container[int] = ()
-    ) -> tuple[KVCacheBlock | None, int]:
-        """Goes through all children: the hash of a block says nothing about its first tokens."""
-        parent = self.node_of[hit_blocks[-1].block_id] if hit_blocks else self.roots.get(extra_keys(request))
-        start = len(hit_blocks) * self.block_size
-        wanted = request.all_token_ids[start : min(start + self.block_size, request.num_tokens - 1)]
-        best, most = None, 0
-        for child in parent.children.values() if parent and wanted else ():
-            length = _common_length(child.tokens, wanted)
-            if length > most:
-                block = next((b for b in child.blocks.values() if b.block_id not in not_yet_computed), None)
-                best, most = (block, length) if block else (best, most)
-        return best, most
-
-    @abstractmethod
-    def _child(self, node: Node, request: Request, i: int) -> Node | None:
-        """The node of `request`'s block i, below the node of the block before it."""
-
-    # ---- changes
-
-    def insert(self, request: Request, blocks: list[KVCacheBlock], num_full_blocks: int) -> None:
-        first = num_full_blocks  # published are the leading ones: find where they end, without going through them all
-        while first > 0 and blocks[first - 1].block_hash is None:
-            first -= 1
-        if first == num_full_blocks:
-            return
-        node = self.node_of[blocks[first - 1].block_id] if first else self._root(request)
-        for i in range(first, num_full_blocks):
-            child = self._child(node, request, i) or self._add_child(node, request, i)
-            if child is None:
-                break
-            node = child
-            node.blocks[blocks[i].block_id] = blocks[i]
-            self.node_of[blocks[i].block_id] = node
-            blocks[i].block_hash = node.key
-        self._prune(node)
-
-    def remove(self, block: KVCacheBlock) -> None:
-        node = self.node_of.pop(block.block_id)
-        del node.blocks[block.block_id]
-        self._prune(node)
-
-    def _root(self, request: Request) -> Node:
-        extra = extra_keys(request)
-        return self.roots.setdefault(extra, Node(None, b"", extra))
-
-    def _prune(self, node: Node) -> None:
-        """Drop `node` if it leads to no block any more, and then the nodes above it that led only to it."""
-        while not node.blocks and not node.children:
-            self._drop(node)
-            if node.parent is None:
-                break
-            node = node.parent
-
-    def _add_child(self, node: Node, request: Request, i: int) -> Node | None:
-        """A new node for block i; None if it cannot have one."""
-        tokens = request.block_tokens[i]
-        child = node.children[tokens] = Node(node, tokens, tokens)
-        return child
-
-    def _drop(self, node: Node) -> None:
-        if node.parent is None:
-            del self.roots[node.key]
-        else:
-            del node.parent.children[node.tokens]
-
-    # ---- integrity
-
-    def check_integrity(self, blocks: list[KVCacheBlock]) -> None:
-        published = {block.block_id for block in blocks if block.block_hash is not None}
-        assert published == self.node_of.keys(), f"hashes {sorted(published)}, index {sorted(self.node_of)}"
-        for block_id in published:
-            assert self.node_of[block_id].blocks.get(block_id) is blocks[block_id]
-            assert blocks[block_id].block_hash == self.node_of[block_id].key
-        for node in self._all_nodes():
-            assert node.blocks or node.children, "a node that leads nowhere was kept"
-            assert all(self.node_of.get(block_id) is node for block_id in node.blocks), "a stale block"
-
-    def _all_nodes(self) -> list[Node]:
-        """Every node but the roots."""
-        nodes = [child for root in self.roots.values() for child in root.children.values()]
-        for node in nodes:  # grows while it is read
-            nodes += node.children.values()
-        return nodes
+    parent: BlockHash | Root
+    tokens: bytes  # packed
 
 
-class RadixPrefixIndex(PrefixTree):
-    """A radix tree (trie) of blocks: the next node is the child with the request's tokens."""
+class HashPrefixIndex(PrefixIndex):
+    """One dictionary from a block's hash to the blocks that hold it, as in vLLM.
 
-    def __init__(self, config: CacheConfig) -> None:
-        assert isinstance(config.block_size, int), "resolve() first"
-        super().__init__(config.block_size, BlockPacker(config.block_size))
+        request    [ 5 9 2 7 | 1 1 8 4 | 6 3 ]
+        hashes          h0        h1              h1 names all 8 tokens: h0 is part of what it is the hash of
 
-    def _child(self, node: Node, request: Request, i: int) -> Node | None:
-        return node.children.get(request.block_tokens[i])
+        blocks     h0 -> {3}   h1 -> {7, 9}                 9 is a copy of 7: both requests computed it
+        meaning    h0 -> (root, 5 9 2 7)   h1 -> (h0, 1 1 8 4)
+        children   root -> {5 9 2 7: h0}   h0 -> {1 1 8 4: h1}
 
+    If equal hashes are trusted to mean equal prefixes, `blocks` is all that is needed, and vLLM trusts sha256. This
+    index does not. `meaning` keeps the tokens and the parent of each hash, and a block is a hit only if both are the
+    request's own. The parent was checked in the same way, so by induction the whole prefix is equal. A block whose hash
+    already has another meaning is not published. So a weak hash costs hits and never gives a wrong token.
 
-class HashPrefixIndex(PrefixTree):
-    """The hash chain: one dictionary from a block's hash to its node. The tree is only kept, not walked.
+    A hash keeps its meaning while it has blocks or children. If it lost the meaning with its last block, a colliding
+    prefix could take the hash over, and with it the children that were computed behind the first prefix.
 
-    Equal hashes are not trusted. A node is a hit only with the request's own tokens and below the node before it, so by
-    induction with its whole prefix; a block whose hash is another node's is not published. A weak hash costs hits,
-    never a wrong token. (vLLM trusts sha256, and needs neither tokens nor tree.)
+    `children` serves the hits that end inside a block: a hash says nothing about the first tokens of its block.
     """
 
     def __init__(self, config: CacheConfig) -> None:
         assert isinstance(config.block_size, int), "resolve() first"
         hash_function = get_hash_function(config.prefix_caching_hash_algo)
         root = root_hash(config.prefix_caching_seed, hash_function)
-        super().__init__(config.block_size, BlockHasher(config.block_size, hash_function, root))
-        self.nodes: dict[bytes, Node] = {}  # hash -> node
+        self.block_size = config.block_size
+        self.hasher = BlockHasher(config.block_size, hash_function, root)
+        self.blocks: dict[BlockHash, dict[int, KVCacheBlock]] = {}
+        self.meaning: dict[BlockHash, Meaning] = {}
+        self.children: dict[BlockHash | Root, dict[bytes, BlockHash]] = {}
 
-    def _child(self, node: Node, request: Request, i: int) -> Node | None:
-        child = self.nodes.get(request.block_hashes[i])
-        if child is None or child.parent is not node or child.tokens != request.block_tokens[i]:
-            return None
-        return child
+    def hash_new_blocks(self, request: Request) -> None:
+        self.hasher(request)
 
-    def _add_child(self, node: Node, request: Request, i: int) -> Node | None:
-        key, tokens = request.block_hashes[i], request.block_tokens[i]
-        if key in self.nodes:
-            return None  # a collision
-        child = self.nodes[key] = node.children[tokens] = Node(node, tokens, key)
-        return child
+    def match(self, request: Request) -> list[KVCacheBlock]:
+        hits: list[KVCacheBlock] = []
+        parent: BlockHash | Root = _root(request)
+        for i in range((request.num_tokens - 1) // self.block_size):
+            block_hash = request.block_hashes[i]
+            holders = self.blocks.get(block_hash)
+            if holders is None or self.meaning[block_hash] != (parent, request.block_tokens[i]):
+                break
+            hits.append(next(iter(holders.values())))
+            parent = block_hash
+        return hits
 
-    def _drop(self, node: Node) -> None:
-        super()._drop(node)
-        if node.parent is not None:
-            del self.nodes[node.key]
+    def match_partial(
+        self, request: Request, hit_blocks: list[KVCacheBlock], not_yet_computed: Container[int] = ()
+    ) -> tuple[KVCacheBlock | None, int]:
+        children = self.children.get(_last_hash(hit_blocks) or _root(request), {})
+        candidates = ((tokens, self.blocks.get(block_hash, {})) for tokens, block_hash in children.items())
+        return longest_partial_hit(candidates, rest_of_block(request, hit_blocks, self.block_size), not_yet_computed)
+
+    def insert(self, request: Request, blocks: list[KVCacheBlock], num_full_blocks: int) -> None:
+        first = num_published(blocks, num_full_blocks)
+        parent = _last_hash(blocks[:first]) or _root(request)
+        for i in range(first, num_full_blocks):
+            block, block_hash, meaning = blocks[i], request.block_hashes[i], Meaning(parent, request.block_tokens[i])
+            if self.meaning.get(block_hash, meaning) != meaning:
+                break  # a collision
+            block.block_hash = block_hash  # first: if Ctrl-C strikes below, `remove` can clean up
+            self.meaning[block_hash] = meaning
+            self.children.setdefault(parent, {})[meaning.tokens] = block_hash
+            self.blocks.setdefault(block_hash, {})[block.block_id] = block
+            parent = block_hash
+
+    def remove(self, block: KVCacheBlock) -> None:
+        assert block.block_hash is not None, f"{block} is not published"
+        holders = self.blocks.get(block.block_hash, {})
+        holders.pop(block.block_id, None)
+        if not holders:
+            self.blocks.pop(block.block_hash, None)
+            self._forget_unused(block.block_hash)
+
+    def _forget_unused(self, block_hash: BlockHash) -> None:
+        """Forgets the meaning of `block_hash` if it has neither blocks nor children, and of the parents it leaves so.
+
+        The topmost parent goes first: a call that is interrupted can be made again, and finds the rest.
+        """
+        unused: list[tuple[BlockHash, Meaning]] = []
+        name: BlockHash | Root = block_hash
+        only_children: set[bytes] = set()
+        while isinstance(name, bytes) and name in self.meaning and name not in self.blocks:
+            if self.children.get(name, {}).keys() - only_children:
+                break
+            meaning = self.meaning[name]
+            unused.append((name, meaning))
+            name, only_children = meaning.parent, {meaning.tokens}
+        for unused_hash, (parent, tokens) in reversed(unused):
+            siblings = self.children.get(parent, {})
+            siblings.pop(tokens, None)
+            if not siblings:
+                self.children.pop(parent, None)
+            del self.meaning[unused_hash]
 
     def check_integrity(self, blocks: list[KVCacheBlock]) -> None:
-        super().check_integrity(blocks)
-        assert {id(node) for node in self.nodes.values()} == {id(node) for node in self._all_nodes()}
-        assert all(node.key == key for key, node in self.nodes.items())
+        published = {block.block_id: block.block_hash for block in blocks if block.block_hash is not None}
+        known = {block_id: block_hash for block_hash, holders in self.blocks.items() for block_id in holders}
+        assert published == known, f"hashes of blocks {sorted(published)}, index knows {sorted(known)}"
+        for holders in self.blocks.values():
+            assert holders and all(blocks[block_id] is block for block_id, block in holders.items())
+        assert self.meaning.keys() >= self.blocks.keys(), "a hash without a meaning"
+        links = {block_hash: Meaning(parent, tokens) for parent, children in self.children.items()
+                 for tokens, block_hash in children.items()}  # fmt: skip
+        assert links == self.meaning, "children and meanings disagree"
+        for block_hash in self.meaning:
+            assert block_hash in self.blocks or block_hash in self.children, "a hash that leads nowhere was kept"
 
 
-def make_prefix_index(config: CacheConfig, parts: Mapping[str, str] | None = None) -> NullPrefixIndex:
-    """The index that a resolved config asks for. `parts` may replace either kind."""
+def make_prefix_index(config: CacheConfig, parts: Mapping[str, str] | None = None) -> PrefixIndex:
+    """Returns the index that a resolved config asks for; `parts` may replace either kind."""
     assert isinstance(config.block_size, int), "resolve() first"
     if not config.enable_prefix_caching:
         return NullPrefixIndex()
-    index: NullPrefixIndex = load_part(f"core.prefix_index.{config.prefix_index}", parts)(config)
+    index: PrefixIndex = load_part(f"core.prefix_index.{config.prefix_index}", parts)(config)
     return index
 
 
-def _common_length(packed: bytes, token_ids: list[int]) -> int:
-    """How many tokens two sequences share at their beginning, one of them packed."""
+# ---- shared by the indexes
+
+
+def num_published(blocks: list[KVCacheBlock], num_full_blocks: int) -> int:
+    """Returns how many of the first `num_full_blocks` blocks are published. These are always the leading ones.
+
+    Counts from the end: a running request has a single new block, behind many old ones.
+    """
+    first = num_full_blocks
+    while first > 0 and blocks[first - 1].block_hash is None:
+        first -= 1
+    return first
+
+
+def rest_of_block(request: Request, hit_blocks: list[KVCacheBlock], block_size: int) -> list[int]:
+    """Returns the tokens of the block behind `hit_blocks`, without the request's last token."""
+    start = len(hit_blocks) * block_size
+    return request.all_token_ids[start : min(start + block_size, request.num_tokens - 1)]
+
+
+def longest_partial_hit(
+    candidates: Iterable[tuple[bytes, Holders]], wanted: list[int], not_yet_computed: Container[int]
+) -> tuple[KVCacheBlock | None, int]:
+    """Returns the block, among (packed tokens, holders) pairs, that shares the most leading tokens with `wanted`."""
+    best, most = None, 0
+    for tokens, holders in candidates if wanted else ():
+        length = common_length(tokens, wanted)
+        if length > most:
+            block = next((block for block in holders.values() if block.block_id not in not_yet_computed), None)
+            best, most = (block, length) if block else (best, most)
+    return best, most
+
+
+def common_length(packed: bytes, token_ids: list[int]) -> int:
+    """Returns how many leading tokens two sequences share, one of them packed."""
     for i, token_id in enumerate(token_ids):
         at = i * BYTES_PER_TOKEN
         if packed[at : at + BYTES_PER_TOKEN] != token_id.to_bytes(BYTES_PER_TOKEN, "little", signed=True):
             return i
     return len(token_ids)
+
+
+def _root(request: Request) -> Root:
+    """Requests with different extra keys (a salt, for example) start from different roots, so they never share."""
+    return (extra_keys(request),)
+
+
+def _last_hash(blocks: list[KVCacheBlock]) -> BlockHash | None:
+    return blocks[-1].block_hash if blocks else None

@@ -1,4 +1,4 @@
-"""Milestone M6 without weights: four prompts that begin alike, cached by hash chain and by radix tree.
+"""Milestone M6 without weights: four prompts that begin alike, cached by hash and by trie.
 
 Run: python milestones/m6/demo.py
 """
@@ -43,7 +43,7 @@ def run(**engine_args: Any) -> tuple[list[int], list[list[int]], str]:
     return hits, tables, f"{stats.prefix_cache_hits} of {stats.prefix_cache_queries} tokens hit"
 
 
-for switches in ({"enable_prefix_caching": False}, {}, {"prefix_index": "radix"}, {"partial_block_hits": True}):
+for switches in ({"enable_prefix_caching": False}, {}, {"prefix_index": "trie"}, {"partial_block_hits": True}):
     hits, tables, counters = run(**switches)
     print(f"{switches or 'on: the hash chain'}: {counters}")
     for name, hit, table in zip(PROMPTS, hits, tables, strict=True):
@@ -53,5 +53,5 @@ for switches in ({"enable_prefix_caching": False}, {}, {"prefix_index": "radix"}
         )
         print(f" blocks {table}")
 assert run(enable_prefix_caching=False)[0] == [0, 0, 0, 0]
-assert run()[:2] == run(prefix_index="radix")[:2] and run()[0] == [0, 8, 4, 8], "the same hits, in whole blocks"
+assert run()[:2] == run(prefix_index="trie")[:2] and run()[0] == [0, 8, 4, 8], "the same hits, in whole blocks"
 assert run(partial_block_hits=True)[0] == [0, 9, 6, 10], "all but what has to be computed"

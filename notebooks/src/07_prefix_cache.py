@@ -143,7 +143,7 @@ viz.predict(
 )  # fmt: skip
 
 # %% [markdown]
-# ## Hash chain, radix tree, and hits inside a block
+# ## Hash chain, trie, and hits inside a block
 #
 # Four prompts that begin alike, under every way of looking.
 
@@ -152,9 +152,9 @@ alike = [a, a, [*a[:6], 1, 2, 3, 4], [*a, 5]]
 ways = {
     "off": {"enable_prefix_caching": False},
     "hash chain": {},
-    "radix tree": {"prefix_index": "radix"},
+    "trie": {"prefix_index": "trie"},
     "hash chain, partial hits": {"partial_block_hits": True},
-    "radix tree, partial hits": {"prefix_index": "radix", "partial_block_hits": True},
+    "trie, partial hits": {"prefix_index": "trie", "partial_block_hits": True},
 }
 hits = {}
 for way, switches in ways.items():
@@ -278,9 +278,9 @@ viz.table(
 assert names(likes)[0] != names(hates)[0] and len(names(likes)) == len(likes) // BLOCK_SIZE
 assert not set(names(likes)) & set(names(likes, "me"))
 assert [hit for _, hit, _, _ in rows] == [0, 8, 0, 0] and again.num_cached_tokens == 4
-assert hits["off"] == [0, 0, 0, 0] and hits["hash chain"] == hits["radix tree"] == [0, 8, 4, 8]
-assert hits["hash chain, partial hits"] == hits["radix tree, partial hits"] == [0, 9, 6, 10]
-assert all(hit_rate(size, shuffled[:30]) == hit_rate(size, shuffled[:30], "radix") for size in sizes[::4])
+assert hits["off"] == [0, 0, 0, 0] and hits["hash chain"] == hits["trie"] == [0, 8, 4, 8]
+assert hits["hash chain, partial hits"] == hits["trie, partial hits"] == [0, 9, 6, 10]
+assert all(hit_rate(size, shuffled[:30]) == hit_rate(size, shuffled[:30], "trie") for size in sizes[::4])
 assert rates["round and round"][0] < 0.2 and rates["round and round"][-1] > 0.7
 assert whole[0] == copied[0] == 1.0 and whole == sorted(whole, reverse=True) and min(copied) > 0.9
 assert all(t == tokens["off", "cold"] for t in tokens.values()) and sum(cached["hash chain", "warm"]) > 0

@@ -58,7 +58,7 @@ OTHER_VALUES: dict[str, Any] = {
     "gpu_memory_utilization": 1,
     "kv_cache_memory": 1,
     "num_kv_blocks": 2,
-    "prefix_index": "radix",
+    "prefix_index": "trie",
     "partial_block_hits": True,
     "prefix_caching_seed": 7,
     "free_uncached_first": False,

@@ -70,7 +70,7 @@ def config_args(draw: st.DrawFn) -> dict[str, Any]:
         "reserve_full_sequence": draw(st.booleans()),
         "free_uncached_first": draw(st.booleans()),
         "enable_prefix_caching": cached,
-        "prefix_index": draw(st.sampled_from(["hash", "radix"])),
+        "prefix_index": draw(st.sampled_from(["hash", "trie"])),
         "partial_block_hits": cached and draw(st.booleans()),
     }
 

@@ -41,9 +41,9 @@ CHUNKING: dict[str, dict[str, Any]] = {  # off: whole prompts; "all": a budget t
 CACHING: dict[str, dict[str, Any]] = {
     "off": {"enable_prefix_caching": False},
     "hash": {"enable_prefix_caching": True, "prefix_index": "hash"},
-    "radix": {"enable_prefix_caching": True, "prefix_index": "radix"},
+    "trie": {"enable_prefix_caching": True, "prefix_index": "trie"},
     "hash, partial": {"enable_prefix_caching": True, "prefix_index": "hash", "partial_block_hits": True},
-    "radix, partial": {"enable_prefix_caching": True, "prefix_index": "radix", "partial_block_hits": True},
+    "trie, partial": {"enable_prefix_caching": True, "prefix_index": "trie", "partial_block_hits": True},
 }
 # A plain model, or a GPTQ checkpoint of its architecture; with linear_backend "auto" that runs in 4 bits in C++.
 QUANTIZATION: dict[str, dict[str, Any]] = {

@@ -403,7 +403,7 @@ def test_prefix_cost_by_hand_and_on_a_small_core(tmp_path, capsys):
     files = ["--json", str(tmp_path / "cost.json"), "--plot", str(tmp_path / "cost.png")]
     assert cost.main(["--lengths", "40,64", "--prompts", "3", *files]) == 0
     rows = json.loads((tmp_path / "cost.json").read_text())["results"]
-    assert {row["prompt_len"] for row in rows} == {40, 64} and {row["variant"] for row in rows} >= {"radix tree"}
+    assert {row["prompt_len"] for row in rows} == {40, 64} and {row["variant"] for row in rows} >= {"trie"}
     assert (tmp_path / "cost.png").stat().st_size > 0 and "ns per prompt token" in capsys.readouterr().out
     core = cost.Core(cost.variants()[0], 64)
     core.serve(list(range(64)))

@@ -8,13 +8,15 @@ from typing import Any
 
 from folovllm.config import CacheConfig
 from folovllm.core.kv_cache_utils import KVCacheBlock
-from folovllm.core.prefix_index import HashPrefixIndex, Node, NullPrefixIndex, PrefixTree, RadixPrefixIndex
+from folovllm.core.prefix_index import HashPrefixIndex, PrefixIndex
+from folovllm.core.prefix_trie import TriePrefixIndex
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import fake_tokens
 from folovllm.request import Request
 from tests import core_helpers as helpers
 
-INDEXES = ["hash", "radix"]
+INDEXES = ["hash", "trie"]
+Index = HashPrefixIndex | TriePrefixIndex
 Tokens = tuple[int, ...]
 Content = tuple[str | None, Tokens]  # salt, and all tokens from the start of the sequence to the end of the block
 
@@ -24,31 +26,31 @@ def cached_core(index: str = "hash", executor: Any = None, **config_args: Any) -
     return helpers.make_core(executor, enable_prefix_caching=True, prefix_index=index, **config_args)
 
 
-def index_of(core: EngineCore) -> PrefixTree:
+def index_of(core: EngineCore) -> Index:
     index = core.scheduler.kv_cache_manager.block_pool.prefix_index
-    assert isinstance(index, PrefixTree)
+    assert isinstance(index, Index)
     return index
 
 
-def make_index(kind: str, block_size: int = 4, **cache: Any) -> PrefixTree:
-    """An index alone. Kind "weak" is a hash chain whose hash has only three values."""
+def make_index(kind: str, block_size: int = 4, **cache: Any) -> Index:
+    """An index alone. Kind "weak" is a hash index whose hash has only three values."""
     config = CacheConfig(block_size=block_size, enable_prefix_caching=True, **cache)
-    if kind == "radix":
-        return RadixPrefixIndex(config)
+    if kind == "trie":
+        return TriePrefixIndex(config)
     index = HashPrefixIndex(config)
     if kind == "weak":
         weaken(index, lambda data: bytes([sum(data) % 3]))
     return index
 
 
-def weaken(index: NullPrefixIndex, hash_function: Callable[[bytes], bytes]) -> None:
+def weaken(index: PrefixIndex, hash_function: Callable[[bytes], bytes]) -> None:
     """From now on blocks are named by `hash_function`; nothing may have been named yet."""
-    assert isinstance(index, HashPrefixIndex) and not index.nodes
-    index.hasher.hash_function = hash_function  # type: ignore[attr-defined]
-    index.hasher.root = hash_function(b"root")  # type: ignore[attr-defined]
+    assert isinstance(index, HashPrefixIndex) and not index.meaning
+    index.hasher.hash_function = hash_function
+    index.hasher.root = hash_function(b"root")
 
 
-def named_request(index: NullPrefixIndex, tokens: Sequence[int], salt: str | None = None) -> Request:
+def named_request(index: PrefixIndex, tokens: Sequence[int], salt: str | None = None) -> Request:
     """A request as the core makes it: its full blocks have names."""
     request = helpers.make_request("r", tokens, cache_salt=salt)
     request.attach_block_hasher(index.hash_new_blocks)
@@ -65,11 +67,30 @@ def serve(core: EngineCore, request_id: str, prompt: Sequence[int], max_tokens: 
     return request.num_cached_tokens
 
 
-def tokens_of_node(node: Node) -> Tokens:
-    """All tokens from the root to the end of the node's block, read back from their packed form."""
+def known_blocks(index: PrefixIndex) -> dict[int, Tokens]:
+    """Returns every block the index knows, by id, with all tokens from the root to the end of the block."""
+    if isinstance(index, HashPrefixIndex):
+        return {i: _tokens_of_hash(index, name) for name, holders in index.blocks.items() for i in holders}
+    assert isinstance(index, TriePrefixIndex)
+    return {block_id: _tokens_of_node(node) for block_id, node in index.node_of.items()}
+
+
+def _tokens_of_hash(index: HashPrefixIndex, name: Any) -> Tokens:
+    packed = b""
+    while name in index.meaning:
+        name, tokens = index.meaning[name]
+        packed = tokens + packed
+    return _unpack(packed)
+
+
+def _tokens_of_node(node: Any) -> Tokens:
     packed = b""
     while node.parent is not None:
         packed, node = node.tokens + packed, node.parent
+    return _unpack(packed)
+
+
+def _unpack(packed: bytes) -> Tokens:
     return tuple(int.from_bytes(packed[i : i + 4], "little", signed=True) for i in range(0, len(packed), 4))
 
 
@@ -173,8 +194,6 @@ class HitOracle:
 
     def check(self, core: EngineCore) -> None:
         """The index knows exactly what the blocks hold, and the counters are right."""
-        index = index_of(core)
-        published = {block_id: tokens_of_node(node) for block_id, node in index.node_of.items()}
-        assert published == {block_id: tokens for block_id, (_, tokens) in self.contents.items()}
+        assert known_blocks(index_of(core)) == {block_id: tokens for block_id, (_, tokens) in self.contents.items()}
         stats = core.stats()
         assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (self.queries, self.hits)

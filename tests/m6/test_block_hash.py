@@ -118,7 +118,7 @@ def test_without_a_hasher_a_request_names_nothing() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"prefix_index": "trie"}, "prefix_index must be one of hash, radix"),
+        ({"prefix_index": "radix"}, "prefix_index must be one of hash, trie"),
         ({"prefix_caching_hash_algo": "md5"}, "prefix_caching_hash_algo must be one of sha256, xxhash"),
         ({"prefix_caching_seed": -1}, "prefix_caching_seed"),
         ({"partial_block_hits": "yes"}, "partial_block_hits"),

@@ -18,7 +18,7 @@ from folovllm.outputs import ModelRunnerOutput
 from tests import core_helpers as helpers
 from tests.core_helpers import free_ids, make_request
 from tests.m2.test_core_machine import EngineMachine, StrictExecutor, Totals, config_args, early_victims
-from tests.m6.cache_helpers import INDEXES, HitOracle, cached_core, index_of, serve
+from tests.m6.cache_helpers import INDEXES, HitOracle, cached_core, index_of, known_blocks, serve
 
 pytestmark = pytest.mark.m6
 
@@ -59,7 +59,7 @@ def test_what_a_failed_step_published_is_no_hit(index: str, moment: str) -> None
     executor.fails, executor.moment = True, moment
     with pytest.raises(RuntimeError, match="the device is gone"):
         core.step()
-    assert list(index_of(core).node_of) == [1], "what an earlier step computed stays"
+    assert list(known_blocks(index_of(core))) == [1], "what an earlier step computed stays"
     assert free_ids(core)[:1] != [1] and len(free_ids(core)) == 11, "and everything is free"
     helpers.assert_nothing_leaked(core)
     assert serve(core, "c", P, max_tokens=3) == 4
@@ -80,7 +80,9 @@ def test_a_victim_of_the_same_step_takes_back_what_it_published(index: str) -> N
     core.scheduler.long_prefill_token_threshold = 8
     output = helpers.schedule_and_run(core)  # b: blocks 4 and 5, which is not full; then a needs one
     assert output.preempted_req_ids == {"b"} and output.num_scheduled_tokens == {"a": 1}
-    assert sorted(index_of(core).node_of) == [1, 2, 3], "block 4 was never computed; 1 and 2 were, in earlier steps"
+    assert sorted(known_blocks(index_of(core))) == [1, 2, 3], (
+        "block 4 was never computed; 1 and 2 were, in earlier steps"
+    )
     assert free_ids(core) == [5, 4, 2, 1, 3], "without a hash it is worth nothing: reused first (a, done, had 3 and 5)"
     output = helpers.schedule_and_run(core)
     assert output.scheduled_cached_reqs[0].num_computed_tokens == 8 and output.num_scheduled_tokens == {"b": 6}

@@ -12,7 +12,7 @@ from folovllm.outputs import EngineStats
 from folovllm.request import Request, RequestStatus
 from tests import core_helpers as helpers
 from tests.core_helpers import block_ids, free_ids, make_core, make_request
-from tests.m6.cache_helpers import INDEXES, cached_core, index_of, serve
+from tests.m6.cache_helpers import INDEXES, cached_core, index_of, known_blocks, serve
 
 pytestmark = pytest.mark.m6
 
@@ -167,7 +167,7 @@ def test_the_least_recently_used_goes_first_and_of_it_the_tail(core: EngineCore)
     x, y = list(range(200, 213)), list(range(300, 313))
     for name, prompt in [("x", x), ("y", y), ("x2", x), ("y2", y)]:
         serve(core, name, prompt)
-    assert len(index_of(core).node_of) == 6 == core.scheduler.kv_cache_manager.block_pool.num_free_cached_blocks
+    assert len(known_blocks(index_of(core))) == 6 == core.scheduler.kv_cache_manager.block_pool.num_free_cached_blocks
     serve(core, "z", list(range(400, 413)))  # 4 blocks: the 2 plain ones, then x's third and second
     assert [serve(core, f"p{i}", p) for i, p in enumerate(([*y[:12], 0], [*x[:12], 0]))] == [12, 4]
 
@@ -217,7 +217,7 @@ def test_a_request_that_waits_is_counted_once(core: EngineCore) -> None:
 
 def test_reset_forgets_everything(core: EngineCore) -> None:
     serve(core, "a", P)
-    assert core.reset_prefix_cache() and not index_of(core).node_of
+    assert core.reset_prefix_cache() and not known_blocks(index_of(core))
     assert serve(core, "b", P) == 0 and core.stats().prefix_cache_hits == 0
 
 
@@ -225,8 +225,8 @@ def test_reset_is_refused_while_blocks_are_in_use(core: EngineCore) -> None:
     serve(core, "a", P)
     core.add_request(make_request("b", [*P, 1], max_tokens=3))
     core.step()
-    known = set(index_of(core).node_of)
-    assert not core.reset_prefix_cache() and set(index_of(core).node_of) == known
+    known = set(known_blocks(index_of(core)))
+    assert not core.reset_prefix_cache() and set(known_blocks(index_of(core))) == known
     helpers.drive(core)
     assert core.reset_prefix_cache()
 
@@ -236,7 +236,7 @@ def test_reset_with_running_requests_sends_them_back_in_order(core: EngineCore) 
     helpers.add_all(core, requests)
     core.step()
     assert core.reset_prefix_cache(reset_running=True)
-    assert helpers.ids(core.scheduler.waiting) == ["a", "b", "c"] and not index_of(core).node_of
+    assert helpers.ids(core.scheduler.waiting) == ["a", "b", "c"] and not known_blocks(index_of(core))
     helpers.drive(core)
     for request in requests:
         assert request.output_token_ids == fake_tokens(request.prompt_token_ids, 5)

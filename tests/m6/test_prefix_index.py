@@ -1,6 +1,10 @@
 """The two indexes alone: what they find, what they forget, and that they find the same."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from itertools import count
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -8,14 +12,9 @@ from hypothesis import strategies as st
 
 from folovllm.config import CacheConfig
 from folovllm.core.kv_cache_utils import KVCacheBlock
-from folovllm.core.prefix_index import (
-    HashPrefixIndex,
-    NullPrefixIndex,
-    PrefixTree,
-    RadixPrefixIndex,
-    make_prefix_index,
-)
-from tests.m6.cache_helpers import INDEXES, make_index, named_request, tokens_of_node, weaken
+from folovllm.core.prefix_index import HashPrefixIndex, NullPrefixIndex, make_prefix_index
+from folovllm.core.prefix_trie import TriePrefixIndex
+from tests.m6.cache_helpers import INDEXES, Index, known_blocks, make_index, named_request, weaken
 
 pytestmark = pytest.mark.m6
 
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.m6
 class Shelf:
     """An index and the blocks that go into it, numbered 1, 2, 3, ..."""
 
-    def __init__(self, index: PrefixTree, num_blocks: int = 64) -> None:
+    def __init__(self, index: Index, num_blocks: int = 64) -> None:
         self.index = index
         self.blocks = [KVCacheBlock(i) for i in range(num_blocks)]
         self.unused = self.blocks[1:]
@@ -46,9 +45,12 @@ class Shelf:
         self.index.check_integrity(self.blocks)
         return table
 
-    def lose(self, block: KVCacheBlock) -> None:
+    def lose_unchecked(self, block: KVCacheBlock) -> None:
         self.index.remove(block)
         block.block_hash = None
+
+    def lose(self, block: KVCacheBlock) -> None:
+        self.lose_unchecked(block)
         self.index.check_integrity(self.blocks)
 
     def hits(self, tokens: Sequence[int], salt: str | None = None) -> list[int]:
@@ -65,6 +67,13 @@ def shelf(request: pytest.FixtureRequest) -> Shelf:
     return Shelf(make_index(request.param))
 
 
+def is_empty(index: Index) -> bool:
+    """Not even an entry that leads nowhere is left."""
+    if isinstance(index, HashPrefixIndex):
+        return not (index.blocks or index.meaning or index.children)
+    return not (index.roots or index.node_of)
+
+
 A = [1, 2, 3, 4]
 B = [5, 6, 7, 8]
 C = [9, 9, 9, 9]
@@ -75,9 +84,9 @@ def test_the_config_chooses() -> None:
         return type(make_prefix_index(CacheConfig(block_size=4, **args)))  # type: ignore[arg-type]
 
     assert kind() is NullPrefixIndex
-    assert kind(prefix_index="radix") is NullPrefixIndex, "which index is one thing, whether there is one another"
+    assert kind(prefix_index="trie") is NullPrefixIndex, "which index is one thing, whether there is one another"
     assert kind(enable_prefix_caching=True) is HashPrefixIndex
-    assert kind(enable_prefix_caching=True, prefix_index="radix") is RadixPrefixIndex
+    assert kind(enable_prefix_caching=True, prefix_index="trie") is TriePrefixIndex
 
 
 def test_the_null_index_knows_nothing() -> None:
@@ -107,7 +116,7 @@ def test_a_partial_block_is_never_published(shelf: Shelf) -> None:
     """vLLM issue 5188."""
     shelf.put([*A, 5, 6, 7])
     assert shelf.hits([*A, 5, 6, 7, 8, 9]) == [1]
-    assert list(shelf.index.node_of) == [1]
+    assert list(known_blocks(shelf.index)) == [1]
 
 
 def test_salts_do_not_meet(shelf: Shelf) -> None:
@@ -138,8 +147,7 @@ def test_nothing_is_left_when_all_blocks_are_gone(shelf: Shelf) -> None:
     tables = [shelf.put(A + B + C), shelf.put(A + C, salt="s"), shelf.put_own(A + B)]
     for block in {block for table in tables for block in table}:
         shelf.lose(block)
-    index = shelf.index
-    assert not index.roots and not index.node_of and not getattr(index, "nodes", None)
+    assert is_empty(shelf.index)
 
 
 def test_publishing_goes_on_where_it_stopped(shelf: Shelf) -> None:
@@ -153,6 +161,49 @@ def test_publishing_goes_on_where_it_stopped(shelf: Shelf) -> None:
         shelf.index.check_integrity(shelf.blocks)
     assert [block.block_hash is not None for block in table] == [True, True, True, False]
     assert shelf.hits([*A, *B, *C, 0]) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", INDEXES)
+@pytest.mark.parametrize("method", ["insert", "remove"])
+def test_an_interrupted_change_can_be_cleaned_up(kind: str, method: str) -> None:
+    """vLLM issue 17738: Ctrl-C can strike at any line. Removing the blocks that have a hash leaves no trace."""
+    for line in count():
+        shelf = Shelf(make_index(kind))
+        table = shelf.put(A + B + C)
+        if method == "insert":
+            request, blocks = named_request(shelf.index, A + C), [table[0], *shelf.unused[:1]]
+            raised = raises_at_line(line, shelf.index.insert, request, blocks, 2)
+        else:
+            for block in table[:2]:
+                shelf.lose(block)
+            raised = raises_at_line(line, shelf.index.remove, table[2])
+        for block in shelf.blocks:
+            if block.block_hash is not None:
+                shelf.lose_unchecked(block)
+        shelf.index.check_integrity(shelf.blocks)
+        assert is_empty(shelf.index), f"line {line} of {method}"
+        if not raised:
+            assert line > 5
+            return
+
+
+def raises_at_line(n: int, function: Callable[..., None], *args: Any) -> bool:
+    """Calls `function`, with a KeyboardInterrupt at the n-th line that runs in the files of the indexes."""
+    lines = count()
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        if event == "line" and "core/prefix_" in frame.f_code.co_filename and next(lines) == n:
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        function(*args)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
 
 
 # ---- hits that end inside a block
@@ -201,8 +252,8 @@ def test_a_collision_costs_a_hit_and_never_gives_a_wrong_one(values: int) -> Non
         shelf.put(tokens)
         for other in first:
             hits = shelf.hits([*other, 0])
-            assert [tokens_of_node(shelf.index.node_of[i]) for i in hits] in ([], [tuple(other)])
-    assert len(shelf.index.node_of) == values
+            assert [known_blocks(shelf.index)[i] for i in hits] in ([], [tuple(other)])
+    assert len(known_blocks(shelf.index)) == values
 
 
 def test_blocks_behind_a_collision_are_not_published() -> None:
@@ -211,7 +262,7 @@ def test_blocks_behind_a_collision_are_not_published() -> None:
     weaken(shelf.index, lambda data: data[-1:])  # the last byte of a block decides
     shelf.put([1, 0, 0, 7 << 24, 2, 0, 0, 8 << 24])
     shelf.put([9, 0, 0, 7 << 24, 2, 0, 0, 8 << 24])
-    assert sorted(shelf.index.node_of) == [1, 2]
+    assert sorted(known_blocks(shelf.index)) == [1, 2]
     assert shelf.hits([9, 0, 0, 7 << 24, 2, 0, 0, 8 << 24, 5]) == []
 
 
@@ -225,7 +276,7 @@ def test_a_collision_with_a_lost_parent_is_still_a_collision() -> None:
     assert shelf.hits([9, 0, 0, 7 << 24, 2, 0, 0, 8 << 24, 5]) == []
 
 
-# ---- hash and radix side by side
+# ---- hash and trie side by side
 
 SEQUENCES = st.lists(st.integers(0, 1), min_size=1, max_size=9)
 OPERATIONS = st.lists(
@@ -238,19 +289,19 @@ OPERATIONS = st.lists(
 @given(operations=OPERATIONS, block_size=st.integers(1, 3))
 def test_both_indexes_have_the_same_hits(operations: list, block_size: int) -> None:
     """The same life, step by step; with a hash of three values hits may be missing, but are never others."""
-    shelves = {kind: Shelf(make_index(kind, block_size), 400) for kind in ("radix", "hash", "weak")}
-    radix, weak = shelves["radix"], shelves["weak"]
+    shelves = {kind: Shelf(make_index(kind, block_size), 400) for kind in ("trie", "hash", "weak")}
+    trie, weak = shelves["trie"], shelves["weak"]
     for operation, tokens, salt in operations:
         for shelf in shelves.values():
             if operation == "put":
                 shelf.put(tokens, salt)
             elif operation == "own":
                 shelf.put_own(tokens)
-            elif operation == "lose" and shelf.index.node_of:
-                known = sorted(shelf.index.node_of)
+            elif operation == "lose" and known_blocks(shelf.index):
+                known = sorted(known_blocks(shelf.index))
                 shelf.lose(shelf.blocks[known[len(tokens) % len(known)]])
-        expected = radix.hits([*tokens, 0], salt)
+        expected = trie.hits([*tokens, 0], salt)
         assert shelves["hash"].hits([*tokens, 0], salt) == expected
-        assert shelves["hash"].partial([*tokens, 0], salt) == radix.partial([*tokens, 0], salt)
+        assert shelves["hash"].partial([*tokens, 0], salt) == trie.partial([*tokens, 0], salt)
         for n, block_id in enumerate(weak.hits([*tokens, 0], salt), start=1):
-            assert tokens_of_node(weak.index.node_of[block_id]) == tuple(tokens[: n * block_size])
+            assert known_blocks(weak.index)[block_id] == tuple(tokens[: n * block_size])

@@ -14,7 +14,7 @@ from folovllm.executor.fake import fake_tokens
 from folovllm.request import RequestStatus
 from tests import core_helpers as helpers
 from tests.core_helpers import block_ids, free_ids, make_request
-from tests.m6.cache_helpers import INDEXES, cached_core, index_of, make_index, named_request, serve
+from tests.m6.cache_helpers import INDEXES, cached_core, index_of, known_blocks, make_index, named_request, serve
 
 pytestmark = pytest.mark.m6
 
@@ -178,7 +178,7 @@ def test_the_size_of_the_cache_is_counted_once_per_block(core: EngineCore) -> No
     while core.has_unfinished_requests():
         core.step()
         held = {i for request in core.scheduler.running for i in block_ids(core, request.request_id)}
-        cached = [i for i in free_ids(core) if i in index_of(core).node_of]
+        cached = [i for i in free_ids(core) if i in known_blocks(index_of(core))]
         assert pool.num_free_cached_blocks == len(cached) and len(free_ids(core)) + len(held) == 8
 
 
@@ -186,7 +186,7 @@ def test_the_last_sampled_token_has_no_kv() -> None:
     """R6.8: 100 + 60 tokens are 10 blocks of 16, of which 9 are full of computed tokens."""
     core = cached_core(max_model_len=256, block_size=16, num_kv_blocks=17)
     serve(core, "a", list(range(100)), max_tokens=60)
-    assert len(index_of(core).node_of) == 9
+    assert len(known_blocks(index_of(core))) == 9
 
 
 def test_drafts_are_never_published(core: EngineCore) -> None:
@@ -195,7 +195,7 @@ def test_drafts_are_never_published(core: EngineCore) -> None:
     core.add_request(request)
     core.step()
     request.spec_token_ids = [1, 2]
-    assert core.scheduler.schedule().num_scheduled_tokens == {"a": 3} and index_of(core).node_of == {}
+    assert core.scheduler.schedule().num_scheduled_tokens == {"a": 3} and known_blocks(index_of(core)) == {}
 
 
 def test_an_evictable_hit_costs_a_block(core: EngineCore) -> None:

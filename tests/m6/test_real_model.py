@@ -26,8 +26,8 @@ AskHf = Callable[[Text, Text], list[int]]
 
 ENGINES: dict[str, dict[str, Any]] = {
     "hash": {},
-    "radix, partial hits, budget 48": {
-        "prefix_index": "radix", "partial_block_hits": True, "max_num_batched_tokens": 48
+    "trie, partial hits, budget 48": {
+        "prefix_index": "trie", "partial_block_hits": True, "max_num_batched_tokens": 48
     },
     "a pool for one": {"num_kv_blocks": MAX_MODEL_LEN // BLOCK_SIZE + 1},
 }  # fmt: skip
