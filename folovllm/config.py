@@ -10,7 +10,6 @@ Row 0: plain data, no torch.
 """
 
 import dataclasses
-import difflib
 import importlib.util
 import os
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,8 @@ from typing import Any
 from folovllm import milestones
 from folovllm.hf_config import ModelArchitecture
 from folovllm.parts import check_parts
-from folovllm.sampling_params import check_bool, check_int, check_number, unknown_name_message
+from folovllm.sampling_params import check_bool, check_int, check_number
+from folovllm.utils import did_you_mean, unknown_name_message
 
 DEFAULT_MODEL = "smollm2-135m"
 MAX_MODEL_LEN_BLOCK = "max_model_len"  # block_size of the contiguous cache: one page holds a whole request
@@ -41,7 +41,7 @@ DEFAULT_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
 # Buffers and block tables are allocated for these counts at start: a slip of the keyboard must not take all memory.
 LARGEST_NUM_SEQS = 2**16
 LARGEST_NUM_BATCHED_TOKENS = 2**24
-# What other programs call it; difflib alone would take "gpu" for a "cpu".
+# What other programs call it; a comparison of letters would take "gpu" for a "cpu".
 OTHER_NAMES = {
     "gpu": "cuda",
     "half": "float16",
@@ -354,9 +354,7 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def _did_you_mean(value: Any, choices: tuple[str, ...]) -> str:
     """E.g. for torch.float16, "fp16" or "flaot16": "; did you mean 'float16'?"."""
     text = str(value).lower().removeprefix("torch.")
-    text = OTHER_NAMES.get(text, text)
-    near = difflib.get_close_matches(text, choices, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return did_you_mean(OTHER_NAMES.get(text, text), choices, cutoff=0.6)
 
 
 def _check_optional_int(name: str, value: Any, low: int, high: int | None = None, hint: str = "") -> None:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from folovllm.utils import cdiv
+
 BITS = (2, 3, 4, 8)
 # "gptq" (v1) stores every zero point minus one, "gptq_v2" as it is.
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
@@ -98,7 +100,7 @@ class GPTQConfig:
 
     def num_groups(self, input_size: int) -> int:
         """The last group is shorter where group_size does not divide. E.g. 72 inputs in groups of 32 -> 3."""
-        return -(-input_size // self.group_length(input_size))
+        return cdiv(input_size, self.group_length(input_size))
 
 
 def _check_readable(config: Mapping[str, Any]) -> None:

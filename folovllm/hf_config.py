@@ -7,7 +7,6 @@ Row 0: plain data, no torch. transformers renames keys between its versions (`to
 and `rope_scaling` became `rope_parameters`), so nothing else in the engine looks into that dictionary.
 """
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from folovllm.gptq_config import GPTQConfig
+from folovllm.utils import nearest_name
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -161,7 +161,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
         _refuse("'architectures' in config.json", repr(names), f"name one of {known} there")
     name = str(names[0])
     if name not in SUPPORTED_ARCHITECTURES:
-        near = difflib.get_close_matches(name, SUPPORTED_ARCHITECTURES, n=1, cutoff=0.0)[0]
+        near = nearest_name(name, SUPPORTED_ARCHITECTURES, cutoff=0.0)
         _refuse(f"one of the architectures {known}", name, f"use a model of one of these; the nearest is {near}")
     return name
 

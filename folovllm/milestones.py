@@ -6,10 +6,11 @@ every optimisation is an engine argument and a rung is nothing but a set of such
 Row 0: plain data, no torch.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from folovllm.utils import nearest_name
 
 
 class RungNotBuiltError(ValueError):
@@ -101,8 +102,8 @@ def get_rung(rung_id: str) -> Rung:
 def _did_you_mean(name: Any) -> str:
     """E.g. for "M3", "3" or "paged cache": "; did you mean 'm3'?"."""
     spellings = {spelling: rung.id for rung in LADDER for spelling in (rung.id, rung.id[1:], rung.title.lower())}
-    near = difflib.get_close_matches(str(name).lower(), spellings, n=1, cutoff=0.6)
-    return f"; did you mean {spellings[near[0]]!r}?" if near else ""
+    near = nearest_name(str(name).lower(), spellings, cutoff=0.6)
+    return f"; did you mean {spellings[near]!r}?" if near else ""
 
 
 def top_rung() -> Rung:

@@ -5,6 +5,8 @@ Milestone: M0. vLLM counterpart: vllm/platforms.
 
 import torch
 
+AMPERE = (8, 0)  # compute capability; the first GPUs that multiply bfloat16
+
 
 def choose_device(device: str) -> str:
     """ "auto" -> "cuda" where there is one, else "cpu"; ValueError if CUDA is asked for and absent."""
@@ -23,3 +25,18 @@ def has_native_bf16(device: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def refusal_of_gpu(device: torch.device) -> str | None:
+    """Returns why kernels for NVIDIA GPUs from Ampere on cannot run on `device`, or None if they can.
+
+    The reason goes on where a sentence began with the name of the kernel.
+    """
+    if device.type != "cuda":
+        return f"runs on an NVIDIA GPU, not on {device.type}"
+    if not torch.cuda.is_available():
+        return "cannot run because torch sees no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < AMPERE:
+        return f"wants compute capability 8.0 (Ampere) or later, this GPU has {'.'.join(map(str, capability))}"
+    return None

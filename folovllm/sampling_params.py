@@ -7,13 +7,14 @@ Row 0: plain data, no torch.
 """
 
 import dataclasses
-import difflib
 import enum
 import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from folovllm.utils import unknown_name_message
 
 GREEDY_EPSILON = 1e-5  # temperatures below this are greedy
 MIN_RANDOM_TEMPERATURE = 1e-2  # dividing by less overflows; vLLM raises smaller ones to this as well
@@ -144,12 +145,6 @@ class SamplingParams:
         if not isinstance(self.output_kind, RequestOutputKind):
             kinds = ", ".join(map(str, RequestOutputKind))
             raise ValueError(f"output_kind must be one of {kinds}; got {self.output_kind!r}")
-
-
-def unknown_name_message(kind: str, name: str, known: list[str]) -> str:
-    """One line that refuses `name` and suggests the nearest known one."""
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
 
 
 # Checks that EngineConfig shares. Each raises a ValueError that names the field, the value and what would be right.

@@ -15,6 +15,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
+from folovllm.utils import cdiv
+
 # Okabe and Ito's palette without black, and Tol's indigo: eight colours that colour-blind people tell apart. Grey stays
 # free for "nobody": a free block, a waiting request. Names are drawn too, so colour never carries a meaning alone.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#332288")
@@ -174,7 +176,7 @@ def bars(
 
 def stops(ax: Axes, boxes: Sequence[tuple[str, str]], upto: int, columns: int = 4) -> None:
     """Numbered boxes (title, what leaves it) in rows that are read like text; those after `upto` stay pale."""
-    rows = -(-len(boxes) // columns)
+    rows = cdiv(len(boxes), columns)
     for i, (title, shape) in enumerate(boxes):
         x, y = i % columns, rows - 1 - i // columns
         done = i < upto
@@ -252,7 +254,7 @@ def block_map(
         _block(ax, x, y, used, block_size, colours.get(name))
         label = "null" if block == 0 else f"{block}" + (f" = {name}{i}" if name else "")
         ax.text(x + 0.46, y + 0.78, label, ha="center", va="center", size=8, color=INK)
-    rows = -(-num_blocks // columns)
+    rows = cdiv(num_blocks, columns)
     ax.set(xlim=(-0.05, columns), ylim=(rows, -0.05))
     ax.set_aspect("equal")
     ax.axis("off")

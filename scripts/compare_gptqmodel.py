@@ -251,14 +251,15 @@ def distance(logits: torch.Tensor, reference: torch.Tensor) -> float:
 
 def our_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
     """[n, vocab_size], computed in fp32 from the packed weights."""
+    from folovllm.attention.backend import AttentionMetadata
     from folovllm.forward_context import set_forward_context
     from folovllm.model_executor.model_loader import load_model
-    from folovllm.quantize.layerwise import bind_no_cache, single_sequence
+    from folovllm.quantize.layerwise import bind_no_cache
 
     arch = load_hf_config(folder)
     model = load_model(folder, arch, torch.float32, torch.device("cpu"), quantization="auto")
     bind_no_cache(model, arch)
-    with torch.inference_mode(), set_forward_context(single_sequence(len(token_ids))):
+    with torch.inference_mode(), set_forward_context(AttentionMetadata.single_sequence(len(token_ids))):
         hidden = model(torch.tensor(token_ids), torch.arange(len(token_ids)))
         return model.compute_logits(hidden).float()
 

@@ -7,10 +7,13 @@ The backend owns the layout of the KV cache: nobody else knows what a page looks
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from folovllm.hf_config import ModelArchitecture
 
 
 @dataclass
@@ -32,9 +35,27 @@ class AttentionMetadata:
     ends_only: bool = False  # of the model's result, nobody will read but each request's last row
     prepared: Any = None  # what `AttentionBackend.prepare` made of it, once per step
 
+    @classmethod
+    def single_sequence(
+        cls, seq_len: int, block_ids: Sequence[int] = (), block_size: int = 1, num_computed_tokens: int = 0
+    ) -> "AttentionMetadata":
+        """Returns the metadata of a batch with one request, whose first `num_computed_tokens` are in the cache already.
+
+        Without `block_ids` the metadata names no slots: for backends that keep no cache.
+        """
+        table = torch.tensor([list(block_ids)], dtype=torch.int32)  # [1, num_blocks]
+        slots = sequence_slots(table[0], seq_len if block_ids else 0, block_size)  # [seq_len]
+        return cls([0, seq_len - num_computed_tokens], [seq_len], table, slots[num_computed_tokens:], block_size)
+
     @property
     def num_reqs(self) -> int:
         return len(self.seq_lens)
+
+
+def sequence_slots(block_ids: torch.Tensor, seq_len: int, block_size: int) -> torch.Tensor:
+    """Returns the slots of positions 0 .. seq_len - 1. E.g. blocks [7, 2] of 4, seq_len 6 -> [28, 29, 30, 31, 8, 9]."""
+    positions = torch.arange(seq_len, device=block_ids.device)  # [seq_len]
+    return block_ids[positions // block_size].long() * block_size + positions % block_size
 
 
 @dataclass(frozen=True)
@@ -47,6 +68,12 @@ class AttentionSpec:
     dtype: torch.dtype
     device: torch.device
     block_size: int
+
+    @classmethod
+    def from_arch(
+        cls, arch: ModelArchitecture, dtype: torch.dtype, device: torch.device, block_size: int
+    ) -> "AttentionSpec":
+        return cls(arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim, dtype, device, block_size)
 
     @property
     def scale(self) -> float:

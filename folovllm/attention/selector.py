@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from folovllm.attention.backend import AttentionBackend, AttentionSpec
 from folovllm.parts import load_part
-from folovllm.sampling_params import unknown_name_message
+from folovllm.utils import unknown_name_message
 
 logger = logging.getLogger(__name__)
 

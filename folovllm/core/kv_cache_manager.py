@@ -10,8 +10,9 @@ Row 1: no torch. The contiguous cache of M1 is this same code with block_size = 
 from collections.abc import Sequence
 
 from folovllm.core.block_pool import BlockPool
-from folovllm.core.kv_cache_utils import KVCacheBlock, PrefixCacheStats, cdiv
+from folovllm.core.kv_cache_utils import KVCacheBlock, PrefixCacheStats
 from folovllm.request import Request
+from folovllm.utils import cdiv
 
 
 class KVCacheManager:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from folovllm.config import DTYPE_BYTES, EngineConfig
+from folovllm.utils import cdiv
 
 NULL_BLOCK_ID = 0
 GIB = 1024**3
@@ -152,11 +153,6 @@ def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype_bytes: i
     Note kv_heads * head_dim, not hidden_size. E.g. SmolLM2-135M in bf16: 2 * 30 * 3 * 64 * 2 = 23,040.
     """
     return 2 * layers * kv_heads * head_dim * dtype_bytes
-
-
-def cdiv(a: int, b: int) -> int:
-    """Ceiling division."""
-    return -(-a // b)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Any
 
 from folovllm.engine.tokenizer import Tokenizer
 from folovllm.request import Request
-from folovllm.sampling_params import SamplingParams, unknown_name_message
+from folovllm.sampling_params import SamplingParams
+from folovllm.utils import unknown_name_message
 
 Prompt = str | list[int] | dict[str, Any]
 

@@ -6,13 +6,13 @@ package registry. vLLM has no counterpart (it only takes paths and HuggingFace i
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from folovllm.hub.errors import problem
+from folovllm.utils import nearest_name
 
 MANIFEST_NAME = "folovllm_model.json"
 
@@ -89,8 +89,8 @@ def list_aliases() -> list[str]:
 
 def unknown_name(name: str) -> str:
     """The message for a bare name that is no alias: the nearest one, and the other two ways to name a model."""
-    near = difflib.get_close_matches(name.lower(), list_aliases(), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? Otherwise " if near else ""
+    near = nearest_name(name.lower(), list_aliases())
+    hint = f"did you mean {near!r}? Otherwise " if near else ""
     return f"unknown model {name!r}: " + problem(
         f"a known alias ({', '.join(list_aliases())}), a folder, or a HuggingFace id 'org/name'",
         "none of these",

@@ -17,6 +17,8 @@ import time
 
 import torch
 
+from folovllm.utils import round_up
+
 # glibc's mallopt: its parameters, and what we ask for. 32 MiB is the most that it takes for the first.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _LARGEST_FROM_HEAP, _KEPT_FREE = 32 * 2**20, 512 * 2**20
@@ -84,7 +86,7 @@ class HugeArena:
     def move(self, tensor: torch.Tensor) -> torch.Tensor:
         """A contiguous copy of `tensor` in the arena. The memory lives as long as any tensor in it."""
         num_bytes = tensor.numel() * tensor.dtype.itemsize
-        start = -(-self._used // ALIGNMENT) * ALIGNMENT
+        start = round_up(self._used, ALIGNMENT)
         if start + num_bytes > self._chunk.numel():
             self._chunk = huge_zeros((max(num_bytes, self._chunk_bytes),), torch.uint8)
             start = 0

@@ -3,14 +3,10 @@
 Milestone: M7. vLLM counterpart: none. Parts do not overlap; what is in none of them is the difference to the total.
 """
 
-import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
-
-import psutil
 
 FORWARD = "forward passes"
 HESSIAN = "Hessians"
@@ -46,11 +42,3 @@ class PartClock:
                 except StopIteration:
                     return
             yield item
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held so far, or what it holds now where the system does not say (macOS)."""
-    status = Path("/proc/self/status")
-    # Not ru_maxrss: it starts at what the parent process held.
-    high_water = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.M) if status.exists() else None
-    return int(high_water[1]) * 1024 if high_water is not None else int(psutil.Process().memory_info().rss)

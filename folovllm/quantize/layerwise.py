@@ -82,7 +82,7 @@ class LayerRunner:
     def run(self, layer: LlamaDecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [length, hidden_size], the residual added, -> the same after `layer`."""
         cos_sin = self.rotary.cos_sin_at(torch.arange(hidden.shape[0]), hidden.dtype)
-        with set_forward_context(single_sequence(hidden.shape[0])):
+        with set_forward_context(AttentionMetadata.single_sequence(hidden.shape[0])):
             # The layer's first norm adds its two inputs into the second, in place: hence a fresh tensor of zeros.
             out, residual = layer(hidden, torch.zeros_like(hidden), cos_sin)
         return out + residual
@@ -102,7 +102,7 @@ class LayerRunner:
         yield "self_attn.qkv_proj", attention.qkv_proj, inputs
         for i, x in enumerate(inputs):
             cos_sin = self.rotary.cos_sin_at(torch.arange(x.shape[0]), x.dtype)
-            with set_forward_context(single_sequence(x.shape[0])):
+            with set_forward_context(AttentionMetadata.single_sequence(x.shape[0])):
                 inputs[i] = input_of(attention.o_proj, lambda x=x, cos_sin=cos_sin: attention(x, cos_sin))  # type: ignore[misc]
         yield "self_attn.o_proj", attention.o_proj, inputs
         for i, x in enumerate(inputs):
@@ -151,19 +151,7 @@ class WholeSequenceBackend(NoCacheBackend):
 
 def bind_no_cache(module: nn.Module, arch: ModelArchitecture, dtype: torch.dtype = torch.float32) -> None:
     """Let every attention layer in `module` see one sequence, without a KV cache."""
-    spec = AttentionSpec(
-        arch.num_attention_heads,
-        arch.num_key_value_heads,
-        arch.head_dim,
-        dtype,
-        torch.device("cpu"),
-        block_size=1,
-    )
+    spec = AttentionSpec.from_arch(arch, dtype, torch.device("cpu"), block_size=1)
     for part in module.modules():
         if isinstance(part, Attention):
             part.bind(WholeSequenceBackend(spec), torch.empty(0))
-
-
-def single_sequence(length: int) -> AttentionMetadata:
-    nothing = torch.empty(0, dtype=torch.int64)
-    return AttentionMetadata([0, length], [length], nothing, nothing, block_size=1)

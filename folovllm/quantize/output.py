@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from folovllm.gptq_config import GPTQConfig
 from folovllm.hf_config import ModelArchitecture
 from folovllm.model_executor.weight_utils import INDEX
-from folovllm.quantize.clock import FILES, PartClock, peak_memory_bytes
+from folovllm.quantize.clock import FILES, PartClock
 from folovllm.quantize.layerwise import TensorFolder
+from folovllm.utils import peak_memory_bytes
 
 LOG = "quantize_log.json"
 QUANTIZER = "folovllm"

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
+from folovllm.attention.backend import AttentionMetadata
 from folovllm.forward_context import set_forward_context
 from folovllm.hf_config import load_hf_config
 from folovllm.model_executor.model_loader import load_model
-from folovllm.quantize.layerwise import bind_no_cache, single_sequence
+from folovllm.quantize.layerwise import bind_no_cache
 
 _ROWS = 256  # logits at a time: [256, 49152] in fp32 is 48 MiB
 # score(token_ids, first): log probabilities of token_ids[first:], given what stands before each; [n - first] fp32.
@@ -72,7 +73,7 @@ def engine_scorer(folder: Path, dtype: torch.dtype = torch.float32, quantization
     @torch.inference_mode()
     def score(token_ids: Sequence[int], first: int) -> torch.Tensor:
         ids = torch.tensor(token_ids)
-        with set_forward_context(single_sequence(len(ids))):
+        with set_forward_context(AttentionMetadata.single_sequence(len(ids))):
             hidden = model(ids, torch.arange(len(ids)))  # [n, hidden_size]
         rows = hidden[first - 1 : -1].split(_ROWS)
         targets = ids[first:].split(_ROWS)

@@ -14,6 +14,7 @@ from pathlib import Path
 from folovllm.trace.lint_cache import CACHE_RULES, CacheLinter
 from folovllm.trace.record import Event, SchedEntry, StepRecord, Trace, read_trace
 from folovllm.trace.replay import Replay
+from folovllm.utils import cdiv
 
 RULES: dict[str, str] = {
     # M2: who runs
@@ -248,7 +249,7 @@ class _Linter:
             self.replay.hits[request_id] = hits
         if any(not 0 < block <= self.usable_blocks for block in set(table) - set(allocated)):
             self.report("null-block", f"{request_id} has table {table}; there are blocks 1..{self.usable_blocks}")
-        needed = -(-num_tokens // self.block_size)
+        needed = cdiv(num_tokens, self.block_size)
         if len(table) < needed:
             self.report("short-table", f"{request_id} has {len(table)} blocks for {num_tokens} tokens, needs {needed}")
         # Beyond what was needed so far, too: blocks taken in advance are reserved and useless.

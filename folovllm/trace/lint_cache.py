@@ -9,6 +9,7 @@ Row 1: no torch.
 from collections.abc import Callable
 
 from folovllm.trace.record import Event, SchedEntry, StepRecord
+from folovllm.utils import cdiv
 
 CACHE_RULES: dict[str, str] = {
     # M6: which cached blocks
@@ -53,7 +54,7 @@ class CacheLinter:
             self.report("hit", f"{entry['req']} hits blocks {empty}, which nobody has filled")
         if entry["req"] in self.copies and entry["start"] != num_hits * size + self.copies[entry["req"]]:
             self.report("copy", f"{entry['req']} starts at token {entry['start']}, not behind what it copied")
-        for i in range(entry["start"] // size, min(-(-end // size), len(table))):
+        for i in range(entry["start"] // size, min(cdiv(end, size), len(table))):
             self.filled[table[i]] = min(end - i * size, size)
 
     def ran(self, record: StepRecord) -> None:

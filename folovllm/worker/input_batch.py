@@ -13,6 +13,7 @@ import numpy as np
 
 from folovllm.core.sched.output import NewRequestData
 from folovllm.sample.metadata import SamplingRow
+from folovllm.utils import cdiv
 from folovllm.worker.block_table import BlockTable
 
 
@@ -50,7 +51,7 @@ class InputBatch:
     """Rows 0 .. num_reqs - 1 are the requests in the batch; there are no holes."""
 
     def __init__(self, max_num_reqs: int, max_model_len: int, block_size: int) -> None:
-        max_num_blocks_per_req = -(-max_model_len // block_size)
+        max_num_blocks_per_req = cdiv(max_model_len, block_size)
         self.req_ids: list[str] = []
         self.row_of: dict[str, int] = {}
         # Zeroed pages are given out by the operating system when first written: a large table costs nothing unused.

@@ -25,24 +25,15 @@ class NaiveModel:
         self.arch = load_hf_config(folder)
         self.device = torch.device(device)
         self.model: CausalLM = load_model(folder, self.arch, dtype, self.device)
-        spec = AttentionSpec(
-            self.arch.num_attention_heads,
-            self.arch.num_key_value_heads,
-            self.arch.head_dim,
-            dtype,
-            self.device,
-            block_size=1,
-        )
+        spec = AttentionSpec.from_arch(self.arch, dtype, self.device, block_size=1)
         for layer in self.model.attention_layers():
             layer.bind(NoCacheBackend(spec), torch.empty(0))
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> torch.Tensor:
         """Logits after the last of `token_ids`: [1, vocab_size]."""
-        nothing = torch.empty(0, dtype=torch.int64)
-        metadata = AttentionMetadata([0, len(token_ids)], [len(token_ids)], nothing, nothing, block_size=1)
         positions = torch.arange(len(token_ids), device=self.device)  # [num_tokens]
-        with set_forward_context(metadata):
+        with set_forward_context(AttentionMetadata.single_sequence(len(token_ids))):
             hidden = self.model(torch.tensor(token_ids, device=self.device), positions)  # [num_tokens, hidden_size]
         return self.model.compute_logits(hidden[-1:])
 

@@ -6,7 +6,6 @@ Milestone: M1. vLLM counterpart: vllm/v1/worker/gpu_worker.py and cpu_worker.py.
 import dataclasses
 from pathlib import Path
 
-import psutil
 import torch
 
 from folovllm.attention.backend import AttentionSpec
@@ -18,6 +17,7 @@ from folovllm.model_executor.huge_pages import keep_freed_memory
 from folovllm.model_executor.model_loader import load_model
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.parts import load_part
+from folovllm.utils import available_memory_bytes
 from folovllm.worker.model_runner import ForwardHandle, ModelRunner
 from folovllm.worker.profile_run import profile_run
 
@@ -38,14 +38,7 @@ class Worker:
         linear_backend = config.attention_config.linear_backend
         quantization = dataclasses.asdict(config.quantization_config)
         model = load_model(model_path, arch, dtype, self.device, linear_backend=linear_backend, **quantization)
-        spec = AttentionSpec(
-            num_heads=arch.num_attention_heads,
-            num_kv_heads=arch.num_key_value_heads,
-            head_size=arch.head_dim,
-            dtype=dtype,
-            device=self.device,
-            block_size=config.block_size,
-        )
+        spec = AttentionSpec.from_arch(arch, dtype, self.device, config.block_size)
         backend = get_attn_backend(config.attention_config.attention_backend, spec, config.parts)
         sampler = load_part("sample.sampler", config.parts)()
         self.model_runner = ModelRunner(config, model, backend, self.device, sampler)
@@ -65,7 +58,7 @@ class Worker:
 
     def _free_memory(self) -> int:
         if self.device.type == "cpu":
-            return int(psutil.virtual_memory().available)
+            return available_memory_bytes()
         return int(torch.cuda.mem_get_info(self.device)[0])
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:

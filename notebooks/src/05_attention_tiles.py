@@ -30,10 +30,9 @@ from matplotlib.patches import Rectangle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from folovllm import viz
-from folovllm.attention.backend import AttentionMetadata, AttentionSpec
+from folovllm.attention.backend import AttentionMetadata, AttentionSpec, sequence_slots
 from folovllm.attention.backends import torch_flash
 from folovllm.attention.backends.torch_flash import attend_tiles, group_queries, merge_partials, ungroup_queries
-from folovllm.attention.backends.torch_naive import sequence_slots
 from folovllm.attention.selector import load_backend, refusal
 from folovllm.csrc.build import load_ops
 
@@ -277,7 +276,7 @@ ax.legend();
 # %%
 cached = Cached("torch_flash", 200)
 oracle = Cached("torch_naive", 200).attend(200)  # [200, heads, size]
-by_slot = cached.backend._by_slot(cached.cache)  # [2, slots, kv_heads, size]
+by_slot = cached.backend.by_slot(cached.cache)  # [2, slots, kv_heads, size]
 slots = sequence_slots(cached.table[0], 200, BLOCK)  # [200]
 q = group_queries(cached.query * SIZE**-0.5, KV_HEADS)  # [kv_heads, group * 200, size]
 out, lse = attend_tiles(q, by_slot, slots, position=0, num_rows=200)

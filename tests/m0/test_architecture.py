@@ -23,6 +23,7 @@ ROWS = {
     "folovllm.request": 0,
     "folovllm.outputs": 0,
     "folovllm.parts": 0,
+    "folovllm.utils": 0,
     "folovllm.core": 1,
     "folovllm.trace": 1,
     "folovllm.executor": 1,

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folovllm.attention.backend import AttentionMetadata, AttentionSpec
-from folovllm.attention.backends.torch_naive import TorchNaiveBackend, causal_mask, sequence_slots
+from folovllm.attention.backend import AttentionMetadata, AttentionSpec, sequence_slots
+from folovllm.attention.backends.torch_naive import TorchNaiveBackend, causal_mask
 from folovllm.core.sched.output import NewRequestData
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.sampling_params import SamplingParams

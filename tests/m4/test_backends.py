@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from folovllm.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec
+from folovllm.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec, sequence_slots
 from folovllm.attention.backends import torch_flash
 from folovllm.attention.backends.torch_flash import TorchFlashBackend
-from folovllm.attention.backends.torch_naive import TorchNaiveBackend, causal_mask, sequence_slots
+from folovllm.attention.backends.torch_naive import TorchNaiveBackend, causal_mask
 from folovllm.attention.backends.torch_sdpa import TorchSdpaBackend
 from folovllm.attention.selector import BACKENDS, load_backend, refusal
 from tests.m4.conformance import (
@@ -182,22 +182,16 @@ def test_copied_blocks_read_like_the_originals(name: str) -> None:
     backend = runnable(name, batch)(batch.spec)
     (only,) = batch.sequences
     caches = torch.full((2, *backend.kv_cache_shape(9)), float("nan"))  # two layers
-    everything = AttentionMetadata([0, 31], [31], torch.tensor([[5, 2]], dtype=torch.int32), slots_of([5, 2], 31), 16)
+    everything = AttentionMetadata.single_sequence(31, [5, 2], 16)
     backend.prepare(everything)
     for cache in caches:
         backend.write(only.key, only.value, cache, everything)
     backend.copy_blocks(caches, [(5, 1), (2, 8)])
     for table in ([5, 2], [1, 8], [5, 8]):
-        metadata = AttentionMetadata(
-            [0, 1], [31], torch.tensor([table], dtype=torch.int32), slots_of(table, 31)[-1:], 16
-        )
+        metadata = AttentionMetadata.single_sequence(31, table, 16, num_computed_tokens=30)
         backend.prepare(metadata)
         for cache in caches:
             assert difference(backend.forward(batch.query, cache, metadata), reference(batch)) <= tolerance(batch)
-
-
-def slots_of(block_ids: list[int], length: int) -> torch.Tensor:
-    return sequence_slots(torch.tensor(block_ids), length, 16)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -309,7 +303,7 @@ class ReadsWhileWriting(TorchNaiveBackend):
         out = torch.empty_like(query)
         for first, end in zip(metadata.query_start_loc, metadata.query_start_loc[1:], strict=False):
             slots = metadata.slot_mapping[first:end]
-            by_slot = self._by_slot(kv_cache)
+            by_slot = self.by_slot(kv_cache)
             by_slot[0, slots], by_slot[1, slots] = key[first:end], value[first:end]
             out[first:end] = super().forward(query, kv_cache, metadata)[first:end]
         return out

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from folovllm.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec
+from folovllm.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec, sequence_slots
 from folovllm.attention.backends.cpu_paged import CpuPagedBackend
-from folovllm.attention.backends.torch_naive import TorchNaiveBackend, sequence_slots
+from folovllm.attention.backends.torch_naive import TorchNaiveBackend
 from folovllm.csrc.build import load_ops
 from folovllm.sampling_params import SamplingParams
 from tests.parity_helpers import Job, make_engine, run_jobs

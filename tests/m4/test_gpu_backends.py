@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from folovllm import LLM, SamplingParams
-from folovllm.attention.backend import AttentionBackend, AttentionMetadata
-from folovllm.attention.backends.torch_naive import TorchNaiveBackend, sequence_slots
+from folovllm.attention.backend import AttentionBackend, AttentionMetadata, sequence_slots
+from folovllm.attention.backends.torch_naive import TorchNaiveBackend
 from folovllm.attention.selector import load_backend, refusal
 from folovllm.milestones import LADDER
 from tests.m4.conformance import (

@@ -5,6 +5,7 @@ Milestone: M4.
 
 import dataclasses
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,13 @@ import pytest
 import torch
 
 from folovllm.attention import selector
-from folovllm.attention.backend import AttentionSpec
+from folovllm.attention.backend import AttentionMetadata, AttentionSpec
 from folovllm.attention.backends.torch_flash import TorchFlashBackend
 from folovllm.attention.backends.torch_naive import TorchNaiveBackend
 from folovllm.attention.backends.torch_sdpa import TorchSdpaBackend
-from folovllm.attention.selector import AUTO_ORDER, BACKENDS, auto_backend, get_attn_backend
+from folovllm.attention.selector import AUTO_ORDER, BACKENDS, auto_backend, get_attn_backend, load_backend
 from folovllm.config import ATTENTION_BACKENDS, AttentionConfig
+from folovllm.hf_config import parse_hf_config
 
 pytestmark = pytest.mark.m4
 
@@ -54,7 +56,7 @@ def test_a_backend_is_imported_when_it_is_asked_for() -> None:
 import sys, torch
 from folovllm.attention.backend import AttentionSpec
 from folovllm.attention import selector
-loaded = lambda: sorted(m.rpartition(".")[2] for m in sys.modules if m.startswith("folovllm.attention.backends."))
+loaded = lambda: sorted(m.rpartition(".")[2] for m in sys.modules if m.startswith("folovllm.attention.backends.") and "block_major" not in m)
 assert loaded() == [], loaded()
 spec = AttentionSpec(4, 2, 64, torch.float32, torch.device("cpu"), block_size=16)
 selector.get_attn_backend("torch_naive", spec)
@@ -185,3 +187,26 @@ def test_the_part_comes_before_the_name() -> None:
 def test_a_learners_backend_may_refuse_too() -> None:
     with pytest.raises(ValueError, match=r":Picky as part 'attention.backend' cannot run here: it wants blocks of 256"):
         get_attn_backend("auto", CPU, {"attention.backend": f"{__name__}:Picky"})
+
+
+def test_no_backend_inherits_from_the_oracle() -> None:
+    """A fast backend that forgot a method would run the oracle's, and be compared with itself."""
+    for name in set(BACKENDS) - {"torch_naive", "triton_paged"}:  # triton may not be installed
+        assert not issubclass(load_backend(name), TorchNaiveBackend), name
+
+
+def test_a_spec_is_read_from_the_architecture() -> None:
+    arch = parse_hf_config(
+        json.loads((Path(__file__).parents[1] / "data/configs" / "SmolLM2-135M-Instruct.json").read_text())
+    )
+    spec = AttentionSpec.from_arch(arch, torch.float32, torch.device("cpu"), 16)
+    assert spec == AttentionSpec(9, 3, 64, torch.float32, torch.device("cpu"), 16)
+
+
+def test_the_metadata_of_a_single_sequence() -> None:
+    step = AttentionMetadata.single_sequence(6, [7, 2], block_size=4, num_computed_tokens=4)
+    assert (step.query_start_loc, step.seq_lens, step.block_table.tolist()) == ([0, 2], [6], [[7, 2]])
+    assert step.slot_mapping.tolist() == [8, 9] and step.block_size == 4
+    without_cache = AttentionMetadata.single_sequence(3)
+    assert without_cache.query_start_loc == [0, 3] and without_cache.seq_lens == [3]
+    assert without_cache.slot_mapping.numel() == without_cache.block_table.numel() == 0

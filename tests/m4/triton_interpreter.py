@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from folovllm.attention.backend import AttentionMetadata, AttentionSpec
-from folovllm.attention.backends.torch_naive import TorchNaiveBackend, sequence_slots
+from folovllm.attention.backends.torch_naive import TorchNaiveBackend
 from tests.m4.conformance import (
     BLOCK_SIZES,
     GROUPS,
@@ -187,8 +187,7 @@ def copied_blocks() -> None:
 
 
 def _table_of(block_ids: list[int], length: int, new: int) -> AttentionMetadata:
-    slots = sequence_slots(torch.tensor(block_ids), length, 16)[-new:]
-    return AttentionMetadata([0, new], [length], torch.tensor([block_ids], dtype=torch.int32), slots, 16)
+    return AttentionMetadata.single_sequence(length, block_ids, 16, num_computed_tokens=length - new)
 
 
 def strided() -> None:

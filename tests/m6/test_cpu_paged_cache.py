@@ -74,5 +74,4 @@ def test_a_copy_is_the_whole_block_and_nothing_else(head_size: int, block_size: 
 
 def written_to(block: int, block_size: int) -> AttentionMetadata:
     """As much of a step's metadata as `write` looks at: all slots of one block."""
-    slots = block * block_size + torch.arange(block_size)
-    return AttentionMetadata([0, block_size], [block_size], torch.tensor([[block]]), slots, block_size)
+    return AttentionMetadata.single_sequence(block_size, [block], block_size)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from folovllm.attention.backend import AttentionSpec
+from folovllm.attention.backend import AttentionMetadata, AttentionSpec
 from folovllm.attention.backends.no_cache import NoCacheBackend
 from folovllm.entrypoints.cli import app
 from folovllm.gptq_config import GPTQConfig
@@ -28,7 +28,6 @@ from folovllm.quantize.layerwise import (
     TensorFolder,
     WholeSequenceBackend,
     bind_no_cache,
-    single_sequence,
 )
 from folovllm.quantize.quantizer import QuantizeJob, QuantizeSettings, quantize_checkpoint
 from scripts.compare_gptqmodel import (
@@ -69,7 +68,7 @@ def greedy(model: LlamaForCausalLM, prompt: list[int], count: int = 12) -> tuple
 
     ids, logits = list(prompt), torch.empty(0)
     for _ in range(count):
-        with set_forward_context(single_sequence(len(ids))):
+        with set_forward_context(AttentionMetadata.single_sequence(len(ids))):
             hidden = model(torch.tensor(ids), torch.arange(len(ids)))
         logits = model.compute_logits(hidden[-1:])
         ids.append(int(logits.argmax()))
@@ -195,8 +194,8 @@ def test_fused_attention_is_the_textbook_formula() -> None:
     query, key, value = (torch.randn(33, heads, 16, generator=generator) for heads in (6, 2, 2))
     outputs = []
     for backend in (NoCacheBackend(spec), WholeSequenceBackend(spec)):
-        backend.write(key, value, torch.empty(0), single_sequence(33))
-        outputs.append(backend.forward(query, torch.empty(0), single_sequence(33)))
+        backend.write(key, value, torch.empty(0), AttentionMetadata.single_sequence(33))
+        outputs.append(backend.forward(query, torch.empty(0), AttentionMetadata.single_sequence(33)))
     torch.testing.assert_close(outputs[1], outputs[0])
 
 

@@ -22,14 +22,14 @@ from itertools import accumulate, pairwise
 import torch
 
 from folovllm.attention.backend import AttentionMetadata, AttentionSpec
-from folovllm.attention.backends.torch_naive import TorchNaiveBackend
+from folovllm.attention.backends.block_major import BlockMajorBackend
+from folovllm.platforms import refusal_of_gpu
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
 HEAD_MULTIPLE = 8
 # FlashAttention 2 copies K in tiles that must not cross a page. FlashAttention 3 (Hopper) takes pages of any size.
 PAGE_MULTIPLE = 256
-SMALLEST_CAPABILITY = (8, 0)  # Ampere
 _CAUSAL = (-1, 0)  # a window: any number of keys to the left of a query's own, none to the right
 # More than one split of the keys gives wrong rows with pages in torch 2.13's FlashAttention 2 (pytorch issue 194167),
 # and so does its own choice. Decoding few long sequences pays for that; triton_paged splits them.
@@ -50,8 +50,8 @@ class FlashMetadata:
     max_k: int
 
 
-class FlashAttnBackend(TorchNaiveBackend):
-    """Layout of the cache, `write` and `copy_blocks` are those of torch_naive: it is the kernel's, too."""
+class FlashAttnBackend(BlockMajorBackend):
+    """Calls the library's kernel, which reads the block-major layout as it is."""
 
     name = "flash_attn"
 
@@ -160,12 +160,5 @@ def _refusal_of_machine(spec: AttentionSpec) -> str | None:
             f"its pages must be divisible by {multiple} tokens, not hold {spec.block_size}; "
             f"use block_size={multiple} or 'triton_paged'"
         )
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device; use device='cpu'"
-    capability = torch.cuda.get_device_capability(spec.device)
-    if capability < SMALLEST_CAPABILITY:
-        return (
-            f"it wants compute capability 8.0 (Ampere) or later, this GPU has {'.'.join(map(str, capability))}; "
-            f"use 'torch_sdpa'"
-        )
-    return None
+    reason = refusal_of_gpu(spec.device)
+    return None if reason is None else f"it {reason}; use 'torch_sdpa'"

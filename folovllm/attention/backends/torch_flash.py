@@ -41,8 +41,8 @@ from collections.abc import Sequence
 
 import torch
 
-from folovllm.attention.backend import AttentionMetadata
-from folovllm.attention.backends.torch_naive import TorchNaiveBackend, sequence_slots
+from folovllm.attention.backend import AttentionMetadata, sequence_slots
+from folovllm.attention.backends.block_major import BlockMajorBackend
 
 # A kernel's tiles are what fits beside the arithmetic units: 64 to 128. Here each tile costs a dozen calls into torch,
 # and larger ones hide them.
@@ -53,8 +53,8 @@ BLOCK_KV = 256
 LOWEST = torch.finfo(torch.float32).min
 
 
-class TorchFlashBackend(TorchNaiveBackend):
-    """Layout of the cache, `write` and `copy_blocks` are those of torch_naive."""
+class TorchFlashBackend(BlockMajorBackend):
+    """Computes attention tile by tile, one request after the other."""
 
     name = "torch_flash"
 
@@ -66,7 +66,7 @@ class TorchFlashBackend(TorchNaiveBackend):
         ]
 
     def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-        by_slot = self._by_slot(kv_cache)
+        by_slot = self.by_slot(kv_cache)
         output = torch.empty_like(query)  # [num_tokens, num_heads, head_size]
         start = metadata.query_start_loc
         for i, slots in enumerate(metadata.prepared):

@@ -6,16 +6,14 @@ Gather K and V of a sequence slot by slot, build the mask, softmax, weighted sum
 
 import torch
 
-from folovllm.attention.backend import AttentionBackend, AttentionMetadata
+from folovllm.attention.backend import AttentionMetadata, sequence_slots
+from folovllm.attention.backends.block_major import BlockMajorBackend
 
 
-class TorchNaiveBackend(AttentionBackend):
-    """KV layout: [2, num_blocks, block_size, num_kv_heads, head_size]; 0 is K, 1 is V."""
+class TorchNaiveBackend(BlockMajorBackend):
+    """One request after the other: gather its keys and values, multiply, mask, softmax, multiply."""
 
     name = "torch_naive"
-
-    def kv_cache_shape(self, num_blocks: int) -> tuple[int, ...]:
-        return (2, num_blocks, self.spec.block_size, self.spec.num_kv_heads, self.spec.head_size)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
         """Per request: the slots of its tokens, and the mask of its queries."""
@@ -28,19 +26,8 @@ class TorchNaiveBackend(AttentionBackend):
             for i in range(metadata.num_reqs)
         ]
 
-    def write(
-        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
-    ) -> None:
-        by_slot = self._by_slot(kv_cache)
-        by_slot[0].index_copy_(0, metadata.slot_mapping, key)
-        by_slot[1].index_copy_(0, metadata.slot_mapping, value)
-
-    def copy_blocks(self, kv_caches: torch.Tensor, copies: list[tuple[int, int]]) -> None:
-        for source, destination in copies:
-            kv_caches[:, :, destination].copy_(kv_caches[:, :, source])
-
     def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-        by_slot = self._by_slot(kv_cache)
+        by_slot = self.by_slot(kv_cache)
         output = torch.empty_like(query)  # [num_tokens, num_heads, head_size]
         start = metadata.query_start_loc
         for i, (slots, mask) in enumerate(metadata.prepared):
@@ -65,16 +52,6 @@ class TorchNaiveBackend(AttentionBackend):
         out = torch.bmm(scores.softmax(dim=-1), value.transpose(0, 1))  # [num_kv_heads, group * q_len, head_size]
         out = out.view(num_kv_heads, group, q_len, head_size).permute(2, 0, 1, 3)
         return out.reshape(query.shape).to(query.dtype)
-
-    def _by_slot(self, kv_cache: torch.Tensor) -> torch.Tensor:
-        """[2, num_slots, num_kv_heads, head_size]: a view, the pages of K and of V laid end to end."""
-        return kv_cache.view(2, -1, self.spec.num_kv_heads, self.spec.head_size)
-
-
-def sequence_slots(block_ids: torch.Tensor, seq_len: int, block_size: int) -> torch.Tensor:
-    """Slots of positions 0 .. seq_len - 1. E.g. blocks [7, 2] of 4, seq_len 6 -> [28, 29, 30, 31, 8, 9]."""
-    positions = torch.arange(seq_len, device=block_ids.device)  # [seq_len]
-    return block_ids[positions // block_size].long() * block_size + positions % block_size
 
 
 def causal_mask(q_len: int, seq_len: int, device: torch.device) -> torch.Tensor | None:

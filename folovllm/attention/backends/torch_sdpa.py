@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from folovllm.attention.backend import AttentionMetadata
-from folovllm.attention.backends.torch_naive import TorchNaiveBackend
+from folovllm.attention.backends.block_major import BlockMajorBackend
 
 _SMALLEST_BUCKET = 64  # keys; padding fewer than this costs less than one more call
 # Keys gathered for one call: what is copied should still be in the processor's cache when it is read. In decode of
@@ -37,8 +37,8 @@ class SdpaGroup:
     is_causal: bool
 
 
-class TorchSdpaBackend(TorchNaiveBackend):
-    """Layout of the cache, `write` and `copy_blocks` are those of torch_naive."""
+class TorchSdpaBackend(BlockMajorBackend):
+    """Groups the requests of a step by shape, gathers their keys and values, and calls torch once per group."""
 
     name = "torch_sdpa"
 
@@ -54,7 +54,7 @@ class TorchSdpaBackend(TorchNaiveBackend):
                 metadata.prepared.append(make_group(metadata, q_len, requests[first : first + per_call]))
 
     def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-        by_slot = self._by_slot(kv_cache)
+        by_slot = self.by_slot(kv_cache)
         output = torch.empty_like(query)  # [num_tokens, num_heads, head_size]
         for group in metadata.prepared:
             num_reqs = group.rows.shape[0]

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from folovllm.attention.backend import AttentionMetadata, AttentionSpec
-from folovllm.attention.backends.torch_naive import TorchNaiveBackend
+from folovllm.attention.backends.block_major import BlockMajorBackend
+from folovllm.platforms import refusal_of_gpu
+from folovllm.utils import cdiv
 
 try:
     import triton
@@ -27,7 +29,6 @@ except ImportError as error:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
 MAX_QUERIES_PER_KV = 64
-SMALLEST_CAPABILITY = (8, 0)  # Ampere, the first with bf16
 # Keys per program of a single query. Fewer give more programs to run side by side, more leave fewer parts to merge.
 SPLIT_KV = 256
 _SMALLEST_TILE = 16  # what a matrix unit multiplies at once
@@ -54,8 +55,8 @@ class TritonMetadata:
     max_splits: int  # parts of the longest of them
 
 
-class TritonPagedBackend(TorchNaiveBackend):
-    """Layout of the cache and `copy_blocks` are those of torch_naive."""
+class TritonPagedBackend(BlockMajorBackend):
+    """Launches our Triton kernels on the block-major layout. `write` is a kernel, too."""
 
     name = "triton_paged"
 
@@ -95,7 +96,7 @@ class TritonPagedBackend(TorchNaiveBackend):
             seq_lens=torch.tensor(metadata.seq_lens, dtype=torch.int32, device=device),
             tiles=torch.tensor(tiles, dtype=torch.int32, device=device),
             singles=torch.tensor(singles, dtype=torch.int32, device=device),
-            max_splits=-(-longest // SPLIT_KV),
+            max_splits=cdiv(longest, SPLIT_KV),
         )
 
     def write(
@@ -174,14 +175,6 @@ def _refusal_of_interpreter(spec: AttentionSpec) -> str | None:
 
 
 def _refusal_of_gpu(spec: AttentionSpec) -> str | None:
-    if spec.device.type != "cuda":
-        return f"it runs on an NVIDIA GPU, not on {spec.device.type}; use 'torch_flash', the same algorithm"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device; use 'torch_sdpa'"
-    capability = torch.cuda.get_device_capability(spec.device)
-    if capability < SMALLEST_CAPABILITY:
-        return (
-            f"it wants compute capability 8.0 (Ampere) or later, this GPU has {'.'.join(map(str, capability))}; "
-            f"use 'torch_sdpa'"
-        )
-    return None
+    reason = refusal_of_gpu(spec.device)
+    alternative = "'torch_sdpa'" if spec.device.type == "cuda" else "'torch_flash', the same algorithm"
+    return None if reason is None else f"it {reason}; use {alternative}"

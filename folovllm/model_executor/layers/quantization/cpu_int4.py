@@ -10,7 +10,6 @@ unpacking costs more than reading; how large is measured (crossover.py).
 
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -28,6 +27,7 @@ from folovllm.model_executor.layers.quantization.int4_weight import (
 )
 from folovllm.model_executor.layers.quantization.kernels import GPTQKernel, KernelOptions, merged_parts
 from folovllm.model_executor.layers.quantization.quantized_linear import LEAVES, QuantizedLinear
+from folovllm.utils import available_memory_bytes
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Of the free memory, for the bf16 copies of gptq_runtime="auto": the KV cache and other programs want some as well.
@@ -71,7 +71,7 @@ class CpuInt4Kernel(GPTQKernel):
     def plan(self, num_weights: int) -> None:
         if not self.keeps_bf16:
             return
-        needed, free = 2 * num_weights, psutil.virtual_memory().available
+        needed, free = 2 * num_weights, available_memory_bytes()
         if self.options.runtime == "auto":
             self.keeps_bf16 = needed <= MEMORY_SHARE * free
         elif needed + num_weights // 2 > free:

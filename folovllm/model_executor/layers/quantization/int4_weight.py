@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from folovllm.model_executor.layers.quantization.quantized_linear import QuantizedLinear
+from folovllm.utils import cdiv, round_up
 
 MAX_BITS = 4
 MAX_GROUP = 128  # inputs
@@ -66,7 +67,7 @@ def input_order(g_idx: torch.Tensor, num_groups: int) -> torch.Tensor:
     """
     group = g_idx.long()
     counts = group.bincount(minlength=num_groups)  # [num_groups]
-    places = -(-int(counts.max()) // _CHUNK) * _CHUNK
+    places = round_up(int(counts.max()), _CHUNK)
     by_group = group.argsort(stable=True)  # [input_size]
     rank = torch.arange(len(group)) - (counts.cumsum(0) - counts)[group[by_group]]  # within its group
     order = torch.full((num_groups, places), -1, dtype=torch.int32)
@@ -76,7 +77,7 @@ def input_order(g_idx: torch.Tensor, num_groups: int) -> torch.Tensor:
 
 def split_groups(order: torch.Tensor, pieces: int) -> torch.Tensor:
     """Each group as several: [groups, places] -> [groups * pieces, fewer places], -1 up to whole chunks."""
-    places = -(-order.shape[1] // (pieces * _CHUNK)) * _CHUNK
+    places = cdiv(order.shape[1], pieces * _CHUNK) * _CHUNK
     padded = F.pad(order, (0, pieces * places - order.shape[1]), value=-1)
     return padded.view(-1, places).contiguous()
 
@@ -86,7 +87,7 @@ def _pieces(places: int) -> int:
 
     One more here and there, if no place then stays empty. E.g. 576 places -> 6 of 96, not 5 of 116.
     """
-    fewest = -(-places // MAX_GROUP)
+    fewest = cdiv(places, MAX_GROUP)
     return next((n for n in range(fewest, 2 * fewest) if places % (n * _CHUNK) == 0), fewest)
 
 

@@ -46,6 +46,8 @@ from folovllm.model_executor.layers.quantization.int4_weight import input_order
 from folovllm.model_executor.layers.quantization.kernels import GPTQKernel, KernelOptions, merged_parts
 from folovllm.model_executor.layers.quantization.packing import pack_rows
 from folovllm.model_executor.layers.quantization.quantized_linear import LEAVES, QuantizedLinear
+from folovllm.platforms import refusal_of_gpu
+from folovllm.utils import cdiv
 
 try:
     import triton
@@ -57,7 +59,6 @@ except ImportError as error:
     ) from error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SMALLEST_CAPABILITY = (8, 0)  # Ampere, the first with bf16
 SMALLEST_TILE = 32  # inputs; groups are filled up to a multiple, so that no tile has inputs of two groups
 PROGRAMS_PER_PROCESSOR = 4  # as one waits for memory, others compute
 _INTERPRETED_PROGRAMS = 8
@@ -291,7 +292,7 @@ def inputs_per_part(num_blocks: int, num_inputs: int, tile: int, num_programs: i
     """
     num_tiles = num_inputs // tile
     num_parts = max(1, min(num_tiles, num_programs // num_blocks))
-    return -(-num_tiles // num_parts) * tile
+    return cdiv(num_tiles, num_parts) * tile
 
 
 def multiply(x: torch.Tensor, weight: TritonWeight, bias: torch.Tensor | None, num_programs: int) -> torch.Tensor:
@@ -367,11 +368,4 @@ def triton_refusal(options: KernelOptions) -> str | None:
         return f"computes in float32, bfloat16 and float16, not {str(options.dtype).removeprefix('torch.')}"
     if is_interpreted():
         return None if options.device == "cpu" else "is interpreted on a CPU (TRITON_INTERPRET is set)"
-    if torch.device(options.device).type != "cuda":
-        return f"runs on an NVIDIA GPU, not on {options.device}"
-    if not torch.cuda.is_available():
-        return "needs an NVIDIA GPU, and torch sees none"
-    capability = torch.cuda.get_device_capability(options.device)
-    if capability < SMALLEST_CAPABILITY:
-        return f"wants compute capability 8.0 (Ampere) or later, this GPU has {'.'.join(map(str, capability))}"
-    return None
+    return refusal_of_gpu(torch.device(options.device))

@@ -1,0 +1,65 @@
+"""Small helpers that several parts need: arithmetic, suggestions for a misspelled name, memory of this machine.
+
+Milestone: M0. vLLM counterpart: vllm/utils. Left out: everything that a single file uses; it belongs into that file.
+
+Row 0: no torch.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def cdiv(a: int, b: int) -> int:
+    """Ceiling division."""
+    return -(-a // b)
+
+
+def round_up(number: int, multiple: int) -> int:
+    """Returns the smallest multiple of `multiple` that is at least `number`."""
+    return cdiv(number, multiple) * multiple
+
+
+# ---- suggestions
+
+
+def nearest_name(name: object, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """Returns the one of `known` that looks most like `name`, or None if none reaches `cutoff` (0 to 1)."""
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
+    return near[0] if near else None
+
+
+def did_you_mean(name: object, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """Returns the end of an error message, "; did you mean 'float16'?", or "" if nothing is near."""
+    near = nearest_name(name, known, cutoff)
+    return "" if near is None else f"; did you mean {near!r}?"
+
+
+def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
+    """Returns one line that refuses `name` and suggests the nearest known one."""
+    known = list(known)
+    return f"unknown {kind} {name!r}" + (did_you_mean(name, known) or f"; known: {', '.join(known)}")
+
+
+# ---- memory
+
+
+def available_memory_bytes() -> int:
+    """Returns the memory of this machine that programs can still take without swapping."""
+    import psutil  # here and not above: the rows without torch run where psutil is not installed, too
+
+    return int(psutil.virtual_memory().available)
+
+
+def peak_memory_bytes() -> int:
+    """Returns the most memory that this process has held so far.
+
+    Where the system does not report a peak (macOS), returns what the process holds now.
+    """
+    import psutil
+
+    status = Path("/proc/self/status")
+    # Not getrusage's ru_maxrss: it starts at the peak of the process that started this one.
+    high_water = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.M) if status.exists() else None
+    return int(high_water[1]) * 1024 if high_water is not None else int(psutil.Process().memory_info().rss)
