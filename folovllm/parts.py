@@ -20,11 +20,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Part:
-    """A replaceable class: where ours lives, since which milestone, and the methods that a replacement must have."""
+    """A replaceable class: where ours lives, and the methods that a replacement must have."""
 
     name: str
     default: str  # "module:Class"
-    since: str
     methods: tuple[str, ...]
 
 
@@ -34,58 +33,49 @@ PARTS: dict[str, Part] = {
         Part(
             "core.scheduler",
             "folovllm.core.sched.scheduler:Scheduler",
-            "m1",
             ("add_request", "schedule", "update_from_output", "finish_requests", "has_requests",
              "fail_step", "reset_prefix_cache", "has_unfinished_requests", "make_stats", "check_integrity"),
         ),
         Part(
             "core.request_queue.fcfs",
             "folovllm.core.sched.request_queue:FCFSRequestQueue",
-            "m1",
             ("add_request", "prepend_request", "peek_request", "pop_request", "remove_requests", "__len__", "__iter__"),
         ),
         Part(
             "core.request_queue.priority",
             "folovllm.core.sched.request_queue:PriorityRequestQueue",
-            "m2",
             ("add_request", "prepend_request", "peek_request", "pop_request", "remove_requests", "__len__", "__iter__"),
         ),
         Part(
             "core.kv_cache_manager",
             "folovllm.core.kv_cache_manager:KVCacheManager",
-            "m3",
             ("add_request", "get_computed_blocks", "record_admission", "allocate_slots", "take_block_copies", "free",
              "preempt", "end_step", "reset_prefix_cache", "get_block_ids", "check_integrity"),
         ),
         Part(
             "core.block_pool",
             "folovllm.core.block_pool:BlockPool",
-            "m3",
             ("get_new_blocks", "touch", "free_blocks", "unpublish", "reset_prefix_cache", "get_num_free_blocks",
              "check_integrity"),
         ),
         Part(
             "core.prefix_index.hash",
             "folovllm.core.prefix_index:HashPrefixIndex",
-            "m6",
             ("hash_new_blocks", "match", "match_partial", "insert", "remove", "check_integrity"),
         ),
         Part(
             "core.prefix_index.trie",
             "folovllm.core.prefix_trie:TriePrefixIndex",
-            "m6",
             ("hash_new_blocks", "match", "match_partial", "insert", "remove", "check_integrity"),
         ),
         Part(
             "attention.backend",
             "folovllm.attention.backends.torch_naive:TorchNaiveBackend",
-            "m1",
             ("kv_cache_shape", "write", "copy_blocks", "forward"),
         ),
         Part(
             "sample.sampler",
             "folovllm.sample.sampler:Sampler",
-            "m1",
             ("__call__", "gather_logprobs"),
         ),
     )

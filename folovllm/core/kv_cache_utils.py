@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from folovllm.config import DTYPE_BYTES, EngineConfig
 from folovllm.utils import cdiv
 
-NULL_BLOCK_ID = 0
 GIB = 1024**3
 CPU_KV_CACHE_CEILING = 4 * GIB  # as vLLM's CPU build: stated, so that nobody wonders where the memory went
 

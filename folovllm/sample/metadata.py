@@ -79,10 +79,6 @@ class SamplingMetadata:
     num_logprobs: list[int | None]  # [R]
 
     @property
-    def no_penalties(self) -> bool:
-        return self.penalties is None
-
-    @property
     def may_empty_a_row(self) -> bool:
         """Whether some mask is at work, so that a row might have no token left."""
         return any(m is not None for m in (self.allowed_token_ids_mask, self.bad_words, self.min_tokens))

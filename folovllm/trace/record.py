@@ -112,11 +112,6 @@ def read_trace(path: str | Path) -> Trace:
     return Trace(header, list(_completed(lines)), end)
 
 
-def without_times(record: Any) -> dict[str, Any]:
-    """The record without what differs between two equal runs."""
-    return {name: value for name, value in record.items() if name not in TIMES}
-
-
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"no trace file {path}; write one with LLM(..., trace={str(path)!r})")

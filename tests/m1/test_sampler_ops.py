@@ -22,7 +22,6 @@ from folovllm.sample.ops.topk_topp import (
     apply_min_p_,
     apply_temperature_,
     apply_top_k_,
-    apply_top_k_top_p_,
     apply_top_p_,
     random_sample,
 )
@@ -208,11 +207,12 @@ def test_a_row_with_top_p_off_keeps_even_tokens_of_probability_zero() -> None:
 def test_top_p_sees_what_top_k_left() -> None:
     # top_k 2 leaves [0.4, 0.3], renormalised [0.571, 0.429]. top_p 0.5 -> 0.429 <= 0.5 goes -> {0}.
     logits = log(0.4, 0.3, 0.2, 0.1)
-    apply_top_k_top_p_(logits, torch.tensor([2]), 2, torch.tensor([0.5]))
+    apply_top_k_(logits, torch.tensor([2]), 2)
+    apply_top_p_(logits, torch.tensor([0.5]))
     assert kept(logits) == [[0]]
     # Without top_k: ascending cumulative 0.1, 0.3, 0.6, 1; 0.1 and 0.3 are <= 0.5 -> {0, 1} stay.
     logits = log(0.4, 0.3, 0.2, 0.1)
-    apply_top_k_top_p_(logits, None, 0, torch.tensor([0.5]))
+    apply_top_p_(logits, torch.tensor([0.5]))
     assert kept(logits) == [[0, 1]]
 
 
@@ -251,7 +251,7 @@ def test_a_plain_greedy_batch_builds_no_tensor() -> None:
         "num_rows", "all_greedy", "all_random", "max_top_k", "seeds", "output_indices", "num_logprobs",
     }  # fmt: skip
     assert metadata.all_greedy and not metadata.all_random
-    assert metadata.seeds == [] and not metadata.changes_logits and metadata.no_penalties
+    assert metadata.seeds == [] and not metadata.changes_logits and metadata.penalties is None
 
 
 def test_the_quick_way_for_plain_rows_says_what_the_long_way_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from folovllm.config import EngineConfig
 from folovllm.core.kv_cache_utils import KVCacheConfig
 from folovllm.executor.fake import fake_tokens
 from folovllm.trace.lint import lint
-from folovllm.trace.record import Trace, read_trace, without_times
+from folovllm.trace.record import TIMES, Trace, read_trace
 from folovllm.trace.replay import Replay
 from folovllm.trace.show import show
 from folovllm.trace.writer import MAX_WAITING_SHOWN, NullTrace, TraceWriter, make_header, make_trace
@@ -24,6 +24,11 @@ from tests.m2.trace_helpers import record_run, six_requests, traced_core
 pytestmark = pytest.mark.m2
 
 GOLDEN = Path(__file__).parent / "test_trace_golden.jsonl"
+
+
+def without_times(record: Any) -> dict[str, Any]:
+    """Returns the record without what differs between two equal runs."""
+    return {name: value for name, value in record.items() if name not in TIMES}
 
 
 def small_pool_run(path: Path) -> Trace:

@@ -346,7 +346,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         get_kernel("triton", GPTQConfig(4))
     bf16 = KernelOptions(torch.bfloat16, "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "torch sees none" in str(triton_gptq.triton_refusal(bf16))
+    assert "torch sees no CUDA device" in str(triton_gptq.triton_refusal(bf16))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, reason in (((7, 5), "(Ampere) or later, this GPU has 7.5"), ((9, 0), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)

@@ -129,16 +129,6 @@ def mass_exceeds(
     return low, low == high
 
 
-def apply_top_k_top_p_(
-    logits: torch.Tensor, top_k: torch.Tensor | None, max_top_k: int, top_p: torch.Tensor | None
-) -> None:
-    """top_k, then top_p on what is left. None skips a step."""
-    if top_k is not None:
-        apply_top_k_(logits, top_k, max_top_k)
-    if top_p is not None:
-        apply_top_p_(logits, top_p)
-
-
 def random_sample(probs: torch.Tensor, seeds: Sequence[int], output_indices: Sequence[int]) -> torch.Tensor:
     """Draw one token per row of `probs [R, V]` by the exponential race of ops/noise.py. Returns `[R]`.
 
