@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 from folovllm.entrypoints import hf_baseline
 from folovllm.entrypoints.cli import app
 from folovllm.entrypoints.commands import demo, demo_board
-from folovllm.entrypoints.commands.demo import PROMPTS, Verdict, first_difference
+from folovllm.entrypoints.commands.demo import PROMPTS
+from folovllm.entrypoints.commands.demo_results import Verdict, first_difference
 from folovllm.entrypoints.hf_baseline import hf_greedy, hf_top_two_gap, load_hf
 
 pytestmark = pytest.mark.m1

@@ -1,16 +1,18 @@
 """`folovllm demo` (`make demo`): real prompts answered together, then the same tokens asked of HuggingFace.
 
 Milestone: M1. vLLM counterpart: none. Everything shown is measured in this run; the exit code is 1 if a token differs
-where HuggingFace itself was sure (R1.40). `commands/demo_board.py` draws.
+where HuggingFace itself was sure (R1.40).
+
+`demo_results.py` holds what was found, `demo_board.py` draws it, and this file runs both engines.
 """
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from folovllm.entrypoints.commands.demo_results import Answers, Verdict, first_difference
 from folovllm.entrypoints.commands.options import DebugOption, EngineOptions, with_options
 
 if TYPE_CHECKING:
@@ -27,35 +29,6 @@ PROMPTS = (
     "What is photosynthesis?",
 )
 MAX_MODEL_LEN = 512  # enough here; a cache for the model's own 8,192 would take memory for nothing
-TIE = 1e-3  # HuggingFace's two best logits this close: either token is right
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What our engine did: the tokens, how long all of them took together, and the most the KV cache held."""
-
-    prompt_token_ids: list[list[int]]
-    token_ids: list[list[int]]
-    seconds: float
-    peak_used_slots: int
-    peak_reserved_slots: int
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One prompt: equal, or where the first difference is and how sure HuggingFace was there."""
-
-    first_difference: int | None = None
-    gap: float = 0.0
-
-    @property
-    def is_wrong(self) -> bool:
-        return self.first_difference is not None and self.gap > TIE
-
-    def __str__(self) -> str:
-        if self.first_difference is None:
-            return "yes"
-        return f"no (first difference at token {self.first_difference}, HF's top-two gap {self.gap:.2g})"
 
 
 @with_options
@@ -156,14 +129,3 @@ def compare(
         gap = 0.0 if index is None else hf_top_two_gap(model_dir, prompt + other[:index], device=device)
         verdicts.append(Verdict(index, gap))
     return theirs, verdicts
-
-
-def first_difference(mine: list[int], other: list[int]) -> int | None:
-    """Index of the first token that differs, one list ending early included; None if they are equal.
-
-    E.g., [5, 6, 7] and [5, 9] -> 1;  [5, 6] and [5, 6, 7] -> 2
-    """
-    pairs = zip(mine, other, strict=False)
-    shorter = min(len(mine), len(other))
-    different = next((index for index, (a, b) in enumerate(pairs) if a != b), shorter)
-    return None if different == len(mine) == len(other) else different

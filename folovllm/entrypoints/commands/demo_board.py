@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from folovllm.core.kv_cache_utils import KVCacheConfig
+from folovllm.entrypoints.commands.demo_results import Answers, Verdict
 from folovllm.outputs import EngineStats, RequestOutput
 
 if TYPE_CHECKING:
-    from folovllm.entrypoints.commands.demo import Answers, Verdict
     from folovllm.entrypoints.hf_baseline import HfGreedy
 
 REDRAW_SECONDS = 0.1  # drawing takes processor time from the engine
@@ -51,7 +51,7 @@ class Board:
         self.console.print(Text(f"  {index + 1}/{len(self.prompts)} done", style="dim"))
 
     def report(
-        self, answers: "Answers", theirs: "HfGreedy", verdicts: "list[Verdict]", kv_cache_config: KVCacheConfig
+        self, answers: Answers, theirs: "HfGreedy", verdicts: list[Verdict], kv_cache_config: KVCacheConfig
     ) -> None:
         """The tables at the end."""
         self.console.print(_verdict_table(self.prompts, answers, verdicts))
@@ -116,7 +116,7 @@ def _dialogue(index: int, prompt: str, output: RequestOutput | None) -> Text:
     return text.append(f"  ({len(completion.token_ids)} tokens)\n", style="dim not bold")
 
 
-def _verdict_table(prompts: Sequence[str], answers: "Answers", verdicts: "list[Verdict]") -> Table:
+def _verdict_table(prompts: Sequence[str], answers: Answers, verdicts: list[Verdict]) -> Table:
     table = Table("prompt", "tokens", "tokens equal to HuggingFace's")
     for prompt, tokens, verdict in zip(prompts, answers.token_ids, verdicts, strict=True):
         style = "red" if verdict.is_wrong else "green"
@@ -124,7 +124,7 @@ def _verdict_table(prompts: Sequence[str], answers: "Answers", verdicts: "list[V
     return table
 
 
-def _speed_table(answers: "Answers", theirs: "HfGreedy") -> Table:
+def _speed_table(answers: Answers, theirs: "HfGreedy") -> Table:
     """Both measured in this run, prefill included, loading and warm-up not."""
     table = Table("engine", "tokens", "seconds", "tok/s")
     ours, others = sum(map(len, answers.token_ids)), sum(map(len, theirs.token_ids))
@@ -136,7 +136,7 @@ def _speed_table(answers: "Answers", theirs: "HfGreedy") -> Table:
     return table
 
 
-def _kv_text(answers: "Answers", kv: KVCacheConfig) -> Text:
+def _kv_text(answers: Answers, kv: KVCacheConfig) -> Text:
     """E.g. 5 requests of 70 tokens in blocks of 512: 350 slots used, 2,560 reserved."""
     per_token = kv.bytes_per_block // kv.block_size
     return Text(
