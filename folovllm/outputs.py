@@ -35,7 +35,6 @@ class ModelRunnerOutput:
     sampled_token_ids: dict[str, list[int]]
     logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
-    draft_token_ids: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass

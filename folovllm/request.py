@@ -109,7 +109,6 @@ class Request:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.output_token_ids: list[int] = []
         self.all_token_ids = list(prompt_token_ids)
-        self.spec_token_ids: list[int] = []  # draft tokens; empty until speculative decoding exists
         # Names of the full blocks, for the prefix index. Empty while nobody has attached a hasher.
         self.block_tokens: list[bytes] = []  # packed, 4 bytes per token
         self.block_hashes: list[bytes] = []
@@ -126,10 +125,6 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.all_token_ids)
-
-    @property
-    def num_tokens_with_spec(self) -> int:
-        return len(self.all_token_ids) + len(self.spec_token_ids)
 
     @property
     def num_output_tokens(self) -> int:

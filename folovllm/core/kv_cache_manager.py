@@ -2,7 +2,7 @@
 
 Milestone: M1 (one page per request), M3 (block tables that grow), M6 (shared and copied blocks).
 vLLM counterpart: vllm/v1/core/kv_cache_manager.py.
-Left out: several KV groups, KV connectors, lookahead for drafts (the argument is there).
+Left out: several KV groups, KV connectors, slots for draft tokens.
 
 Row 1: no torch. The contiguous cache of M1 is this same code with block_size = max_model_len.
 """
@@ -78,7 +78,6 @@ class KVCacheManager:
         request: Request,
         num_new_tokens: int,
         new_computed_blocks: Sequence[KVCacheBlock] = (),
-        num_lookahead_tokens: int = 0,
         full_sequence_must_fit: bool = False,
         num_new_computed_tokens: int | None = None,
     ) -> list[KVCacheBlock] | None:
@@ -99,7 +98,7 @@ class KVCacheManager:
             num_hit_tokens = len(hits) * self.block_size
         num_held = len(owned) + num_hit_tokens // self.block_size  # a block hit in part is copied, not held
         num_computed = request.num_computed_tokens + num_hit_tokens
-        num_slots = min(num_computed + num_new_tokens + num_lookahead_tokens, self.max_model_len)
+        num_slots = min(num_computed + num_new_tokens, self.max_model_len)
         must_fit = max(num_slots, min(request.num_tokens, self.max_model_len)) if full_sequence_must_fit else num_slots
         if not self._fits(must_fit, num_held, hits):
             return None

@@ -101,16 +101,11 @@ def test_full_sequence_counts_output_of_a_resumed_request() -> None:
 
 
 def test_slots_are_capped_at_max_model_len() -> None:
-    """Drafts near the end of the context: 15 computed + 1 + 4 lookahead is 16 slots, not 20."""
+    """Near the end of the context: 15 computed and 5 more are 16 slots, not 20."""
     manager, request = make_manager(6), make_request("a", 15)
     manager.allocate_slots(request, 15)
     request.num_computed_tokens = 15
-    assert new_ids(manager.allocate_slots(request, 1, num_lookahead_tokens=4)) == []
-
-
-def test_lookahead_reserves_room_for_drafts() -> None:
-    manager, request = make_manager(6), make_request("a", 4)
-    assert new_ids(manager.allocate_slots(request, 4, num_lookahead_tokens=1)) == [1, 2]
+    assert new_ids(manager.allocate_slots(request, 5)) == []
 
 
 def test_free_is_in_reverse_and_of_the_unknown_a_no_op() -> None:
@@ -175,11 +170,10 @@ def test_get_computed_blocks_touches_nothing() -> None:
 
 
 def test_only_full_blocks_of_known_tokens_are_published() -> None:
-    """Never the partial one, never drafts: 7 known tokens + 3 drafts fill two blocks and a half, one of them known."""
+    """Never the partial one, never unknown tokens: room for 10 tokens is two blocks and a half, 7 of them are known."""
     manager, request = make_manager(6), make_request("a", 7)
     index = manager.block_pool.prefix_index
     assert isinstance(index, StubIndex)
-    request.spec_token_ids = [1, 2, 3]
     manager.allocate_slots(request, 10)
     assert index.published == [("a", 1)]
     request.append_output_token_id(5)

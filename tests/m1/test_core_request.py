@@ -38,9 +38,8 @@ def test_counters() -> None:
     prompt = [5, 6, 7]
     request = Request("a", prompt, make_request("x", 1).sampling_params)
     request.append_output_token_id(8)
-    request.spec_token_ids = [9, 9]
-    counters = (request.num_prompt_tokens, request.num_tokens, request.num_output_tokens, request.num_tokens_with_spec)
-    assert counters == (3, 4, 1, 6)
+    counters = (request.num_prompt_tokens, request.num_tokens, request.num_output_tokens)
+    assert counters == (3, 4, 1)
     assert request.all_token_ids == [5, 6, 7, 8] and prompt == [5, 6, 7], "the caller's list stays his"
 
 

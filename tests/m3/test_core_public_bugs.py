@@ -271,17 +271,6 @@ def test_no_new_blocks_is_success() -> None:
     assert core.stats().num_preemptions == 0
 
 
-def test_drafts_are_never_published() -> None:
-    """R6.9: 3 known tokens and 2 drafts cover a block of 4, but the drafts are not verified yet."""
-    core, index = caching_core(num_kv_blocks=9)
-    request = make_request("a", 2, max_tokens=8)
-    core.add_request(request)
-    core.step()
-    request.spec_token_ids = [1, 2]
-    output = core.scheduler.schedule()
-    assert output.num_scheduled_tokens == {"a": 3} and index.blocks == {}
-
-
 def test_the_tail_of_a_sequence_is_reused_before_its_head() -> None:
     """R3.6: freed head first, a shared prefix would be the first thing to be overwritten."""
     core, index = caching_core(num_kv_blocks=9, free_uncached_first=False)

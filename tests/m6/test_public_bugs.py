@@ -189,15 +189,6 @@ def test_the_last_sampled_token_has_no_kv() -> None:
     assert len(known_blocks(index_of(core))) == 9
 
 
-def test_drafts_are_never_published(core: EngineCore) -> None:
-    """R6.9: 3 known tokens and 2 drafts fill a block of 4, but the drafts are not verified yet."""
-    request = make_request("a", 2, max_tokens=8)
-    core.add_request(request)
-    core.step()
-    request.spec_token_ids = [1, 2]
-    assert core.scheduler.schedule().num_scheduled_tokens == {"a": 3} and known_blocks(index_of(core)) == {}
-
-
 def test_an_evictable_hit_costs_a_block(core: EngineCore) -> None:
     """R6.22: 8 usable blocks; c's 2 hits and 2 new ones are 4 blocks, 3 are free."""
     serve(core, "old", P[:9])

@@ -54,7 +54,6 @@ class SchedulerOutput:
     sampling_req_ids: frozenset[str]  # requests whose known tokens are all computed after this step: they sample
     finished_req_ids: frozenset[str]  # finished since the previous step: the worker drops their state
     preempted_req_ids: frozenset[str] = frozenset()
-    scheduled_spec_tokens: dict[str, list[int]] = field(default_factory=dict)
     block_copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination), before any KV write
 
     @property

@@ -197,7 +197,7 @@ class Scheduler:
 
     def _num_tokens_to_compute(self, request: Request, token_budget: int) -> int:
         """Tokens a running request lacks, within the limits. 1 for a decode, more while a prompt is incomplete."""
-        missing = self._limit_prefill(request.num_tokens_with_spec - request.num_computed_tokens)
+        missing = self._limit_prefill(request.num_tokens - request.num_computed_tokens)
         return min(missing, token_budget, self.max_model_len - 1 - request.num_computed_tokens)
 
     def _limit_prefill(self, num_new_tokens: int) -> int:
@@ -241,7 +241,6 @@ class Scheduler:
         self.kv_cache_manager.preempt(request)
         request.set_status(RequestStatus.PREEMPTED)
         request.num_computed_tokens = 0
-        request.spec_token_ids = []
         request.prompt_logprobs = []  # computed again with the prompt, or delivered already
         request.num_preemptions += 1
         self.num_preemptions += 1
