@@ -3,7 +3,7 @@
 Milestone: M1 (fast backends arrive with M4). vLLM counterpart: vllm/attention/backends/abstract.py and
 CommonAttentionMetadata. Left out: encoder attention, cascade attention.
 
-The backend owns the layout of the KV cache: nobody else knows what a page looks like inside.
+The backend owns the layout of the KV cache. No other code knows how keys and values are arranged inside a block.
 """
 
 from abc import ABC, abstractmethod
@@ -20,10 +20,12 @@ from folovllm.hf_config import ModelArchitecture
 class AttentionMetadata:
     """Where every token of the flat batch belongs.
 
-    E.g. two requests, computing 2 tokens of a 5-token sequence and 3 tokens of a 3-token one, blocks of 4:
-        query_start_loc = [0, 2, 5]        rows 0-1 of the batch are request 0, rows 2-4 are request 1
-        seq_lens        = [5, 3]           length after this step
-        block_table     = [[7, 2], [4, 0]] logical block -> physical block (padded with the null block 0)
+    E.g. the first of two requests computes the last 2 tokens of a sequence of 5, the second all 3 tokens of its
+    sequence, and blocks hold 4 tokens:
+
+        query_start_loc = [0, 2, 5]            rows 0-1 of the batch are request 0, rows 2-4 are request 1
+        seq_lens        = [5, 3]               length after this step
+        block_table     = [[7, 2], [4, 0]]     logical block -> physical block (padded with the null block 0)
         slot_mapping    = [31, 8, 16, 17, 18]  slot = block * 4 + position % 4, for each new token
     """
 
@@ -60,7 +62,7 @@ def sequence_slots(block_ids: torch.Tensor, seq_len: int, block_size: int) -> to
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What a backend must know of the model; every layer of our models has the same."""
+    """What a backend must know about the model. Every attention layer of a model has the same spec."""
 
     num_heads: int
     num_kv_heads: int
@@ -85,10 +87,11 @@ class AttentionSpec:
 
 
 class AttentionBackend(ABC):
-    """One instance serves every layer of a model.
+    """Stores keys and values, and computes attention over them. One instance serves every layer of a model.
 
-    Order within a layer: `write` stores the K/V of the *whole step*, then `forward` reads. Two requests of one step may
-    share a block that one of them is only now filling, so reading before all is written would be wrong (R3.18).
+    In each layer, `write` stores the keys and values of the *whole step* before `forward` reads any. Two requests of
+    one step may share a block that the first of them is only now filling, so a backend that read before everything is
+    written would read stale values (R3.18).
     """
 
     name: str
@@ -98,26 +101,28 @@ class AttentionBackend(ABC):
 
     @classmethod
     def refusal(cls, spec: AttentionSpec) -> str | None:
-        """Why this backend cannot run `spec`, naming an alternative; None when it can."""
+        """Returns why this backend cannot run `spec`, with an alternative, or None if it can."""
         return None
 
     @abstractmethod
     def kv_cache_shape(self, num_blocks: int) -> tuple[int, ...]:
-        """Shape of one layer's cache."""
+        """Returns the shape of one layer's cache."""
 
     def prepare(self, metadata: AttentionMetadata) -> None:  # noqa: B027 - an optional hook, not forgotten
-        """Compute once per step what all layers share; leave it in `metadata.prepared`."""
+        """Computes, once per step, what all layers share, and leaves it in `metadata.prepared`."""
 
     @abstractmethod
     def write(
         self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
     ) -> None:
-        """Store key and value, both [num_tokens, num_kv_heads, head_size], in their slots."""
+        """Stores `key` and `value`, both [num_tokens, num_kv_heads, head_size], in their slots."""
 
     @abstractmethod
     def copy_blocks(self, kv_caches: torch.Tensor, copies: list[tuple[int, int]]) -> None:
-        """Copy whole blocks (source, destination) in all layers; kv_caches is [num_layers, *kv_cache_shape]."""
+        """Copies whole blocks, given as (source, destination), in all layers. `kv_caches` is [num_layers,
+        *kv_cache_shape].
+        """
 
     @abstractmethod
     def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-        """Attention of query [num_tokens, num_heads, head_size] over the cache; same shape back."""
+        """Returns the attention of `query` [num_tokens, num_heads, head_size] over the cache, in the same shape."""

@@ -1,4 +1,4 @@
-"""Attention: the layer that model files use. It knows neither pages nor kernels; its backend does.
+"""The attention layer that model files use. It knows neither blocks nor kernels, because its backend handles both.
 
 Milestone: M1. vLLM counterpart: vllm/attention/layer.py.
 """
@@ -13,7 +13,7 @@ from folovllm.forward_context import get_attn_metadata
 class Attention(nn.Module):
     """Causal attention with grouped KV heads over the paged cache.
 
-    `bind` gives it a backend and its slice of the KV cache before the first forward pass.
+    Before the first forward pass, `bind` gives the layer a backend and the layer's own slice of the KV cache.
     """
 
     kv_cache: torch.Tensor
@@ -30,7 +30,10 @@ class Attention(nn.Module):
         self.kv_cache = kv_cache
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """query [num_tokens, num_heads * head_size], key and value [num_tokens, num_kv_heads * head_size]."""
+        """Stores this step's keys and values in the cache and returns the attention output, shaped like `query`.
+
+        `query` is [num_tokens, num_heads * head_size]; `key` and `value` are [num_tokens, num_kv_heads * head_size].
+        """
         metadata = get_attn_metadata()
         query = query.view(-1, self.num_heads, self.head_size)  # [num_tokens, num_heads, head_size]
         key = key.view(-1, self.num_kv_heads, self.head_size)  # [num_tokens, num_kv_heads, head_size]

@@ -3,8 +3,8 @@
 Milestone: M1 (all backends but torch_naive arrive with M4). vLLM counterpart: vllm/attention/selector.py and
 vllm/attention/backends/registry.py. Left out: backends per layer.
 
-Lazy: a backend's file is imported when somebody asks for it, so that nobody pays for a kernel library, or needs to have
-one, that they do not run. What cannot be imported here is a refusal like any other.
+The registry is lazy: the file of a backend is imported only when that backend is asked for, so an engine does not need
+the kernel libraries of backends that it does not run. If the import fails, that is a refusal like any other.
 """
 
 import logging
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 PART = "attention.backend"
 AUTO = "auto"
 _HOME = "folovllm.attention.backends"
-# config.ATTENTION_BACKENDS knows the same names; it is plain data and cannot import this file.
+# config.ATTENTION_BACKENDS lists the same names, because config.py is plain data and cannot import this file.
 BACKENDS: dict[str, str] = {
     "torch_naive": f"{_HOME}.torch_naive:TorchNaiveBackend",  # the oracle
     "torch_sdpa": f"{_HOME}.torch_sdpa:TorchSdpaBackend",  # torch's own fused kernel on gathered K and V
@@ -28,7 +28,7 @@ BACKENDS: dict[str, str] = {
     "triton_paged": f"{_HOME}.triton_paged:TritonPagedBackend",  # our GPU kernels
     "flash_attn": f"{_HOME}.flash_attn:FlashAttnBackend",  # FlashAttention's own GPU kernels
 }
-# Best first. The last of each runs everywhere, so that `auto` always finds one.
+# Best first. The last one of each list runs everywhere, so `auto` always finds a backend.
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cuda": ("flash_attn", "triton_paged", "torch_sdpa"),  # not measured yet: docs/dev/gpu_status.md
     "cpu": ("cpu_paged", "torch_sdpa"),
@@ -53,7 +53,7 @@ def get_attn_backend(name: str, spec: AttentionSpec, parts: Mapping[str, str] | 
 
 
 def auto_backend(spec: AttentionSpec) -> str:
-    """Name of the best backend that runs `spec`; why the better ones do not is logged."""
+    """Returns the name of the best backend that can run `spec`, and logs why the better ones cannot."""
     order = AUTO_ORDER[spec.device.type]
     for name in order:
         reason = refusal(name, spec)
@@ -64,17 +64,17 @@ def auto_backend(spec: AttentionSpec) -> str:
 
 
 def refusal(name: str, spec: AttentionSpec) -> str | None:
-    """Why the backend called `name` cannot run `spec` here; None when it can."""
+    """Returns why the backend called `name` cannot run `spec` here, or None if it can."""
     try:
         backend = load_backend(name)
-    except (ValueError, ImportError) as error:  # it wants a library that is not here, or that is broken
+    except (ValueError, ImportError) as error:  # a library that it needs is missing or broken
         return str(error)
     return backend.refusal(spec)
 
 
 def load_backend(name: str) -> type[AttentionBackend]:
-    """Import a registered backend. ValueError or ImportError where its file wants what is not installed."""
-    # As if a user had named it as the part: `load_part` is the one place that imports by name.
+    """Imports a registered backend. Raises ValueError or ImportError if its file needs something that is not installed."""
+    # `load_part` is the only place that imports by name, so the backend is passed to it as if a user had named it.
     backend: type[AttentionBackend] = load_part(PART, {PART: BACKENDS[name]})
     return backend
 

@@ -1,9 +1,9 @@
-"""cpu_paged: attention of the whole batch in one C++ call, straight from the pages (folovllm/csrc/attention.cpp).
+"""cpu_paged: attention of the whole batch in one C++ call that reads the blocks in place (folovllm/csrc/attention.cpp).
 
 Milestone: M4. vLLM counterpart: vllm/v1/attention/backends/cpu_attn.py. Left out: AMX, sliding windows.
 
-`torch_naive` gathers K and V of every sequence into new tensors before it multiplies; here nothing is copied, and a
-decoding step takes about as long as reading the KV cache once.
+`torch_naive` gathers the keys and values of every sequence into new tensors before it multiplies. This backend copies
+nothing, so a decoding step takes about as long as reading the KV cache once.
 """
 
 from dataclasses import dataclass
@@ -32,9 +32,9 @@ class CpuMetadata:
 
 
 class CpuPagedBackend(AttentionBackend):
-    """KV layout: [num_blocks, num_kv_heads, 2, block_size * head_size]; inside, K is turned on its side (see the C++).
+    """KV layout: [num_blocks, num_kv_heads, 2, block_size * head_size]. Inside a block, K is transposed (see the C++).
 
-    Head sizes that are no multiple of 16 are padded with zeros, which add nothing to a score.
+    If the head size is not a multiple of 16, heads are padded with zeros, which add nothing to a score.
     """
 
     name = "cpu_paged"

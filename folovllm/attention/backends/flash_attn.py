@@ -1,17 +1,17 @@
-"""flash_attn: FlashAttention's own kernels on our pages, one call for the whole batch.
+"""flash_attn: FlashAttention's own kernels on our blocks, with one call for the whole batch.
 
 Milestone: M4. vLLM counterpart: vllm/v1/attention/backends/flash_attn.py. Left out: FlashAttention 4, split-KV for long
-contexts with few requests, the variant with a preallocated output (CUDA graphs will want it).
+contexts with few requests, and the variant with a preallocated output, which CUDA graphs need.
 
-torch >= 2.12 carries the kernel (`torch.nn.attention.varlen.varlen_attn` with `block_table`); for an older torch the
-flash-attn package has the same one. What they take is what AttentionMetadata holds:
+torch >= 2.12 contains the kernel (`torch.nn.attention.varlen.varlen_attn` with `block_table`). For an older torch, the
+flash-attn package has the same kernel. Both take what AttentionMetadata holds:
 
     query_start_loc = [0, 2, 5]           cu_seq_q    where the rows of each request begin
     seq_lens        = [5, 3]              seqused_k   how many keys each has;  cu_seq_k = [0, 5, 8]
     block_table     = [[7, 2], [4, 0]]    block_table
     kv_cache[0], kv_cache[1]              key, value  pages [num_blocks, block_size, num_kv_heads, head_size]
 
-Both align the causal triangle with the bottom right corner, which is what a chunk at the end of a sequence wants.
+Both align the causal triangle with the bottom right corner, as a chunk at the end of a sequence needs.
 """
 
 import inspect
@@ -28,11 +28,11 @@ from folovllm.platforms import refusal_of_gpu
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
 HEAD_MULTIPLE = 8
-# FlashAttention 2 copies K in tiles that must not cross a page. FlashAttention 3 (Hopper) takes pages of any size.
+# FlashAttention 2 copies K in tiles that must not cross a page. FlashAttention 3 (Hopper) accepts pages of any size.
 PAGE_MULTIPLE = 256
 _CAUSAL = (-1, 0)  # a window: any number of keys to the left of a query's own, none to the right
-# More than one split of the keys gives wrong rows with pages in torch 2.13's FlashAttention 2 (pytorch issue 194167),
-# and so does its own choice. Decoding few long sequences pays for that; triton_paged splits them.
+# With pages, torch 2.13's FlashAttention 2 returns wrong rows if it splits the keys, also if it chooses the number of
+# splits itself (pytorch issue 194167). Without splits, decoding a few long sequences is slow; triton_paged splits them.
 _NUM_SPLITS = 1
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, "FlashMetadata", float], torch.Tensor]
@@ -40,7 +40,7 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, "FlashMetadata", float], torch.Te
 
 @dataclass(frozen=True)
 class FlashMetadata:
-    """The arguments that all layers share."""
+    """The arguments that all layers of a step share."""
 
     cu_seq_q: torch.Tensor  # [num_reqs + 1] int32
     cu_seq_k: torch.Tensor  # [num_reqs + 1] int32; with pages only its differences matter
@@ -81,7 +81,7 @@ class FlashAttnBackend(BlockMajorBackend):
 
 
 def call_torch(query: torch.Tensor, kv_cache: torch.Tensor, step: FlashMetadata, scale: float) -> torch.Tensor:
-    """query [num_tokens, num_heads, head_size], same shape back; pages kv_cache[0] and kv_cache[1]."""
+    """Calls torch's kernel on `query` [num_tokens, num_heads, head_size] and returns the same shape."""
     from torch.nn.attention.varlen import varlen_attn
 
     key, value = kv_cache  # each [num_blocks, block_size, num_kv_heads, head_size]
@@ -95,7 +95,7 @@ def call_torch(query: torch.Tensor, kv_cache: torch.Tensor, step: FlashMetadata,
 
 
 def call_package(query: torch.Tensor, kv_cache: torch.Tensor, step: FlashMetadata, scale: float) -> torch.Tensor:
-    """The same through flash-attn >= 2.5, which takes the lengths of the keys from the differences of cu_seq_k."""
+    """Calls flash-attn >= 2.5, which takes the lengths of the keys from the differences of `cu_seq_k`."""
     from flash_attn import flash_attn_varlen_func
 
     key, value = kv_cache  # each [num_blocks, block_size, num_kv_heads, head_size]
@@ -107,7 +107,7 @@ def call_package(query: torch.Tensor, kv_cache: torch.Tensor, step: FlashMetadat
 
 
 def find_kernel() -> Kernel | None:
-    """torch's own kernel, else that of the package; None without either."""
+    """Returns torch's own kernel, or else the package's, or None without either."""
     if _torch_has_pages():
         return call_torch
     return call_package if _package_is_there() else None
@@ -130,7 +130,7 @@ def _package_is_there() -> bool:
 
 
 def page_multiple() -> int:
-    """What the block size must be divisible by: 1 where the user has activated FlashAttention 3 in torch."""
+    """Returns what the block size must be divisible by. It is 1 if the user has activated FlashAttention 3 in torch."""
     if not _torch_has_pages():
         return PAGE_MULTIPLE
     from torch.nn.attention import current_flash_attention_impl

@@ -1,6 +1,7 @@
-"""no_cache: attention over the keys and values of this very step, for `generate_naive`.
+"""no_cache: attention over the keys and values of this step alone, for `generate_naive`.
 
-Milestone: M1. vLLM counterpart: none. One sequence, complete from its first token, and no KV cache to be wrong.
+Milestone: M1. vLLM counterpart: none. The batch is one sequence, complete from its first token. Without a KV cache,
+nothing can be wrong about the cache.
 """
 
 import torch
@@ -9,7 +10,7 @@ from folovllm.attention.backend import AttentionBackend, AttentionMetadata
 
 
 class NoCacheBackend(AttentionBackend):
-    """The textbook formula on one whole sequence. Not in the selector: the engine never runs it."""
+    """The textbook formula on one whole sequence. The selector does not list it, because the engine never runs it."""
 
     name = "no_cache"
 

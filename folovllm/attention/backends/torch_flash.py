@@ -44,8 +44,8 @@ import torch
 from folovllm.attention.backend import AttentionMetadata, sequence_slots
 from folovllm.attention.backends.block_major import BlockMajorBackend
 
-# A kernel's tiles are what fits beside the arithmetic units: 64 to 128. Here each tile costs a dozen calls into torch,
-# and larger ones hide them.
+# The tiles of a kernel hold 64 to 128 rows, which is what fits into on-chip memory. Here each tile costs a dozen calls
+# into torch, and larger tiles spread that cost.
 BLOCK_Q = 128
 BLOCK_KV = 256
 
@@ -59,7 +59,9 @@ class TorchFlashBackend(BlockMajorBackend):
     name = "torch_flash"
 
     def prepare(self, metadata: AttentionMetadata) -> None:
-        """Per request: the slots of its tokens. A kernel looks each block up on its way; torch likes it in bulk."""
+        """Computes the slots of each request's tokens. A kernel looks up each block on its way; torch is faster in
+        bulk.
+        """
         metadata.prepared = [
             sequence_slots(metadata.block_table[i], length, metadata.block_size)
             for i, length in enumerate(metadata.seq_lens)
@@ -72,7 +74,7 @@ class TorchFlashBackend(BlockMajorBackend):
         for i, slots in enumerate(metadata.prepared):
             for first in range(start[i], start[i + 1], BLOCK_Q):
                 rows = slice(first, min(first + BLOCK_Q, start[i + 1]))
-                # The new tokens are the last of the sequence: who is n rows before their end sits n before its end.
+                # The new tokens are the last of the sequence: a row n rows before the end is n tokens before the end.
                 position = metadata.seq_lens[i] - (start[i + 1] - first)
                 output[rows] = self._attend_query_tile(query[rows], by_slot, slots, position)
         return output
@@ -80,7 +82,10 @@ class TorchFlashBackend(BlockMajorBackend):
     def _attend_query_tile(
         self, query: torch.Tensor, by_slot: torch.Tensor, slots: torch.Tensor, position: int
     ) -> torch.Tensor:
-        """query [num_rows, num_heads, head_size], its first row at `position` of the sequence; same shape back."""
+        """Returns the attention of one tile of queries, in the shape of `query`.
+
+        `query` is [num_rows, num_heads, head_size], and its first row is at `position` of the sequence.
+        """
         last = position + query.shape[0]
         # Causal skipping: keys after the tile's last query are cut off here and never read.
         q = group_queries(query.float() * self.spec.scale, self.spec.num_kv_heads)
@@ -91,20 +96,21 @@ class TorchFlashBackend(BlockMajorBackend):
 def attend_tiles(
     q: torch.Tensor, by_slot: torch.Tensor, slots: torch.Tensor, position: int, num_rows: int, first_key: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The row of tiles: queries q over the keys in `slots`, one tile after the other.
+    """Computes one row of tiles: the queries `q` over the keys in `slots`, one tile after the other.
 
-    q         [num_kv_heads, group * num_rows, head_size], fp32 and scaled; row r of each head is at position + r
-    by_slot   [2, num_slots, num_kv_heads, head_size]
-    slots     [num_keys]: where the keys at positions first_key, first_key + 1, ... are
+        q         [num_kv_heads, group * num_rows, head_size], fp32 and scaled; row r of each head is at position + r
+        by_slot   [2, num_slots, num_kv_heads, head_size]
+        slots     [num_keys]: where the keys at positions first_key, first_key + 1, ... are
 
-    Returns (out, lse): out like q, lse [num_kv_heads, group * num_rows] = log of the sum of exp(score). With lse,
-    results over different keys can be merged (`merge_partials`). A query that sees no key gets out 0 and lse -inf.
+    Returns (out, lse). `out` is shaped like `q`, and `lse` [num_kv_heads, group * num_rows] is the log of the sum of
+    exp(score). With `lse`, results over different keys can be merged (`merge_partials`). A query that sees no key gets
+    out 0 and lse -inf.
     """
     row_max = torch.full_like(q[..., :1], LOWEST)  # [num_kv_heads, group * num_rows, 1] m: largest score so far
     row_sum = torch.zeros_like(row_max)  # [num_kv_heads, group * num_rows, 1] l: sum of exp(score - m) so far
     acc = torch.zeros_like(q)  # [num_kv_heads, group * num_rows, head_size] O: sum of exp(score - m) * value so far
     for tile_start in range(0, slots.shape[0], BLOCK_KV):
-        # Exactly the sequence's own slots: what lies behind its end in the last page is another's.
+        # Only the sequence's own slots are read: the rest of its last block may hold anything.
         key, value = by_slot.index_select(
             1, slots[tile_start : tile_start + BLOCK_KV]
         ).float()  # [tile, kv_heads, size]
@@ -123,10 +129,11 @@ def attend_tiles(
 
 
 def mask_future(scores: torch.Tensor, first_key: int, position: int, num_rows: int) -> None:
-    """Set to -inf, in place, what a query may not see: keys after its own position.
+    """Sets to -inf, in place, the scores that a query may not see: those of keys after its own position.
 
-    scores [num_kv_heads, group * num_rows, tile]; the tile's keys are at first_key + 0, 1, ... Most tiles end before
-    the first query and need no mask at all. E.g. queries at positions 6 and 7, keys 4 .. 7:
+    `scores` is [num_kv_heads, group * num_rows, tile], and the tile's keys are at first_key + 0, 1, ... Most tiles end
+    before the first query and need no mask at all. E.g. queries at positions 6 and 7, keys 4 .. 7:
+
         . . . X
         . . . .
     """
@@ -142,8 +149,9 @@ def mask_future(scores: torch.Tensor, first_key: int, position: int, num_rows: i
 def group_queries(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """[num_rows, num_heads, head_size] -> [num_kv_heads, group * num_rows, head_size].
 
-    GQA: the `group` query heads that share a KV head become rows of one matrix. A tile of K and V is read once for all
-    of them and never repeated. E.g. 4 heads on 2 KV heads, rows a and b: KV head 0 gets [h0a, h0b, h1a, h1b].
+    With grouped-query attention (GQA), the `group` query heads that share a KV head become rows of one matrix, so a
+    tile of K and V is read once for all of them and never repeated. E.g. 4 heads on 2 KV heads, rows a and b: KV head 0
+    gets [h0a, h0b, h1a, h1b].
     """
     num_rows, num_heads, head_size = query.shape
     grouped = query.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_size)
@@ -151,19 +159,20 @@ def group_queries(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
 
 
 def ungroup_queries(out: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """The way back: [num_kv_heads, group * num_rows, head_size] -> [num_rows, num_heads, head_size]."""
+    """Undoes `group_queries`: [num_kv_heads, group * num_rows, head_size] -> [num_rows, num_heads, head_size]."""
     num_kv_heads, _, head_size = out.shape
     return out.view(num_kv_heads, -1, num_rows, head_size).permute(2, 0, 1, 3).reshape(num_rows, -1, head_size)
 
 
 def merge_partials(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over all keys from attention over parts of them: out [..., head_size] and lse [...] of each part.
+    """Computes attention over all keys from `out` [..., head_size] and `lse` [...] of parts of the keys.
 
-    Split-KV: a decode step has one query per sequence, so there is one row of tiles and nothing to do side by side. A
-    kernel with many units cuts the *keys* instead, each unit takes a part, and this merges what they found. It is the
-    correction of the online softmax once more: part i holds the share exp(lse_i - lse) of all the weight.
+    This is split-KV. A decode step has one query per sequence, so it has one row of tiles and nothing to run in
+    parallel. A GPU kernel therefore splits the *keys*: each unit takes a part, and this function merges the partial
+    results. It is the correction of the online softmax once more: part i holds the share exp(lse_i - lse) of all the
+    weight.
 
-    Returns (out, lse), so that merged parts can be merged again. Parts that saw no key (lse -inf) count for nothing.
+    Returns (out, lse), so merged parts can be merged again. Parts that saw no key (lse -inf) have no weight.
     """
     stacked = torch.stack(list(lses))  # [num_parts, ...]
     lse = torch.logsumexp(stacked, dim=0)  # [...]

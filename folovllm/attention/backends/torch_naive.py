@@ -1,7 +1,9 @@
-"""torch_naive: attention as the formula says it, one request after the other. The oracle of every other backend.
+"""torch_naive: attention as the formula says it, one request after the other. All other backends are compared with it.
 
-Milestone: M1. vLLM counterpart: none that is kept; the reference inside its kernel tests is the nearest.
-Gather K and V of a sequence slot by slot, build the mask, softmax, weighted sum. Right for any mix of query lengths.
+Milestone: M1. vLLM counterpart: none; the reference implementations in its kernel tests come nearest.
+
+The backend gathers the keys and values of a sequence slot by slot, builds the mask, and computes the softmax and the
+weighted sum. It is right for any mix of query lengths.
 """
 
 import torch
@@ -16,7 +18,7 @@ class TorchNaiveBackend(BlockMajorBackend):
     name = "torch_naive"
 
     def prepare(self, metadata: AttentionMetadata) -> None:
-        """Per request: the slots of its tokens, and the mask of its queries."""
+        """Computes, for each request, the slots of its tokens and the mask of its queries."""
         start, lens = metadata.query_start_loc, metadata.seq_lens
         metadata.prepared = [
             (
@@ -32,7 +34,7 @@ class TorchNaiveBackend(BlockMajorBackend):
         start = metadata.query_start_loc
         for i, (slots, mask) in enumerate(metadata.prepared):
             rows = slice(start[i], start[i + 1])
-            # Only the slots of this sequence are read, never whole pages: what lies behind its end is another's.
+            # Only the slots of this sequence are read: the rest of its last block may hold anything.
             key, value = by_slot.index_select(1, slots).float()  # each [seq_len, num_kv_heads, head_size]
             output[rows] = self._attend(query[rows], key, value, mask)
         return output
@@ -40,7 +42,10 @@ class TorchNaiveBackend(BlockMajorBackend):
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """query [q_len, num_heads, head_size], fp32 key and value [seq_len, num_kv_heads, head_size]; sums in fp32."""
+        """Returns the attention of one request, in the shape of `query` [q_len, num_heads, head_size].
+
+        `key` and `value` are [seq_len, num_kv_heads, head_size] in fp32, and so are all sums.
+        """
         q_len, num_kv_heads, head_size = query.shape[0], self.spec.num_kv_heads, self.spec.head_size
         group = self.spec.num_queries_per_kv
         q = (query.float() * self.spec.scale).view(q_len, num_kv_heads, group, head_size)
@@ -55,9 +60,10 @@ class TorchNaiveBackend(BlockMajorBackend):
 
 
 def causal_mask(q_len: int, seq_len: int, device: torch.device) -> torch.Tensor | None:
-    """True where query i may *not* look at key j; None for a single query, which sees every key.
+    """Returns a mask that is True where query i may *not* see key j, or None for a single query, which sees every key.
 
-    The queries are the last q_len positions, so query i sits at position seq_len - q_len + i. E.g. q_len 2, seq_len 4:
+    The queries are the last q_len positions, so query i is at position seq_len - q_len + i. E.g. q_len 2, seq_len 4:
+
         . . . X
         . . . .
     """

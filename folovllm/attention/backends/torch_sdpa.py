@@ -1,12 +1,12 @@
-"""torch_sdpa: torch's fused attention on keys and values gathered from the pages.
+"""torch_sdpa: torch's fused attention on keys and values gathered from the blocks.
 
 Milestone: M4. vLLM counterpart: vllm/v1/attention/backends/cpu_attn.py (its SDPA path). Left out: nested tensors.
 
-The kernel inside `scaled_dot_product_attention` is tiled like torch_flash, but knows nothing of pages: it wants K and V
-of a sequence in one piece. So each step copies them out of the pages first, and in decode that copy costs more than the
-attention. cpu_paged exists because it reads the pages where they lie.
+The kernel inside `scaled_dot_product_attention` is tiled like torch_flash, but it does not know blocks: it needs the K
+and V of a sequence in one piece. So each step first copies them out of the blocks, and in decode that copy costs more
+than the attention itself. cpu_paged avoids the copy by reading the blocks in place.
 
-Requests with as many new tokens and about as many keys go in one call:
+Requests with the same number of new tokens and about as many keys share one call:
 
     new tokens   1    1    1   20   20         groups   (1, 64)    requests 0, 2     padded to 41 keys
     keys        33  300   41   20   20                  (1, 512)   request 1
@@ -22,14 +22,14 @@ from folovllm.attention.backend import AttentionMetadata
 from folovllm.attention.backends.block_major import BlockMajorBackend
 
 _SMALLEST_BUCKET = 64  # keys; padding fewer than this costs less than one more call
-# Keys gathered for one call: what is copied should still be in the processor's cache when it is read. In decode of
-# 32 x 256 and 32 x 2,048 tokens, 4,096 took 0.4 of the time of all at once.
+# Keys gathered for one call. The copied keys should still be in the processor's cache when they are read: in decode of
+# 32 x 256 and 32 x 2,048 tokens, calls of 4,096 keys took 0.4 of the time of one call for all keys.
 _MOST_KEYS = 4096
 
 
 @dataclass(frozen=True)
 class SdpaGroup:
-    """Requests that run in one call: q_len new tokens each, K and V padded to one length."""
+    """Requests that run in one call: each has q_len new tokens, and their K and V are padded to one length."""
 
     rows: torch.Tensor  # [num_reqs, q_len] rows of the flat batch
     slots: torch.Tensor  # [num_reqs * max_len]
@@ -66,11 +66,11 @@ class TorchSdpaBackend(BlockMajorBackend):
     def _attend_group(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: SdpaGroup
     ) -> torch.Tensor:
-        """query [num_reqs, q_len, num_heads, head_size], same shape back."""
+        """Returns the attention of one group. `query` is [num_reqs, q_len, num_heads, head_size], and so is the result."""
         scale = self.spec.scale
         if query.shape[1] == 1:
-            # One query per head and one mask for all of them: the heads that share a KV head stand in for its queries,
-            # so that K and V are read once per KV head.
+            # Each head has one query, and one mask serves them all. So the heads that share a KV head are passed as its
+            # queries, and K and V are read once per KV head.
             q = query.view(-1, self.spec.num_kv_heads, self.spec.num_queries_per_kv, self.spec.head_size)
             return F.scaled_dot_product_attention(q, key, value, attn_mask=group.mask, scale=scale).view(query.shape)
         out = F.scaled_dot_product_attention(
@@ -86,13 +86,13 @@ class TorchSdpaBackend(BlockMajorBackend):
 
 
 def make_group(metadata: AttentionMetadata, q_len: int, requests: list[int]) -> SdpaGroup:
-    """Where the rows and the keys of these requests are, each with q_len new tokens."""
+    """Returns where the rows and the keys of these requests are. Each request has q_len new tokens."""
     device, block_size = metadata.block_table.device, metadata.block_size
     first_rows = torch.tensor([metadata.query_start_loc[i] for i in requests], device=device)  # [num_reqs]
     lens = torch.tensor([metadata.seq_lens[i] for i in requests], device=device).unsqueeze(1)  # [num_reqs, 1]
     positions = torch.arange(max(metadata.seq_lens[i] for i in requests), device=device)  # [max_len]
-    # Padding repeats the last token of the sequence itself. The mask hides it, but 0 * NaN is NaN: what lies behind the
-    # end of a sequence is another's, or nobody's, and must not even be multiplied by zero.
+    # Padding repeats the last token of the sequence itself. The mask gives it the weight 0, but 0 * NaN is NaN: slots
+    # behind the end of a sequence may hold anything and must not even be multiplied by zero.
     own = torch.minimum(positions, lens - 1)  # [num_reqs, max_len]
     block_ids = metadata.block_table[requests].gather(1, own // block_size).long()  # [num_reqs, max_len]
     mask, is_causal = visible(q_len, [metadata.seq_lens[i] for i in requests], positions, lens)
@@ -103,14 +103,15 @@ def make_group(metadata: AttentionMetadata, q_len: int, requests: list[int]) -> 
 def visible(
     q_len: int, seq_lens: list[int], positions: torch.Tensor, lens: torch.Tensor
 ) -> tuple[torch.Tensor | None, bool]:
-    """(mask, is_causal) of a group; the mask is True where a query may look, and None where it is not needed.
+    """Returns (mask, is_causal) of a group. The mask is True where a query may see a key, and None if none is needed.
 
-    `is_causal=True` spares the mask and half of the work, but it aligns the triangle with the *top left* corner, as if
-    the first query were the first token of the sequence. That is true only for a whole prompt. For 2 new tokens of a
+    `is_causal=True` saves the mask and half of the work, but it aligns the triangle with the *top left* corner, as if
+    the first query were the first token of the sequence. That is right only for a whole prompt. For 2 new tokens of a
     sequence of 4:
-            is_causal     wanted
-            x . . .       x x x .
-            x x . .       x x x x
+
+                is_causal     wanted
+                x . . .       x x x .
+                x x . .       x x x x
     """
     same = all(length == seq_lens[0] for length in seq_lens)
     if same and q_len == 1:
@@ -122,5 +123,5 @@ def visible(
 
 
 def _bucket(seq_len: int) -> int:
-    """The power of two that holds `seq_len`: within a group at most half of the keys are padding. E.g. 300 -> 512."""
+    """Returns the power of two that holds `seq_len`, so at most half of a group's keys are padding. E.g. 300 -> 512."""
     return max(_SMALLEST_BUCKET, 1 << (seq_len - 1).bit_length())

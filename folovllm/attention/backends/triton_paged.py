@@ -1,10 +1,10 @@
-"""triton_paged: our own GPU attention, straight from the pages (attention/ops/triton_attention.py has the kernels).
+"""triton_paged: our own GPU attention, which reads the blocks in place (kernels: attention/ops/triton_attention.py).
 
 Milestone: M4. vLLM counterpart: vllm/v1/attention/backends/triton_attn.py. Left out: CUDA graphs (the lists of
 `prepare` have the size of the batch), tile sizes found by measuring.
 
-This file decides what the kernels are launched on: requests with several new tokens are cut into tiles of queries,
-those with one into parts of their keys. No kernel waits for the other kind, and both read the same pages.
+This file decides which programs are launched. The queries of a request with several new tokens are split into tiles,
+and the keys of a request with one new token are split into parts. Neither kernel waits for the other.
 """
 
 from dataclasses import dataclass
@@ -29,14 +29,14 @@ except ImportError as error:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
 MAX_QUERIES_PER_KV = 64
-# Keys per program of a single query. Fewer give more programs to run side by side, more leave fewer parts to merge.
+# Keys per program of a single query. Fewer keys give more parallel programs; more keys leave fewer parts to merge.
 SPLIT_KV = 256
 _SMALLEST_TILE = 16  # what a matrix unit multiplies at once
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of the blocks that a program computes with; all are powers of two."""
+    """Sizes of the blocks of numbers that a program computes with. All are powers of two."""
 
     head_pad: int
     chunk_rows: int  # (new token, head) pairs per tile of `chunk_kernel`
@@ -46,7 +46,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class TritonMetadata:
-    """The lists of `AttentionMetadata` on the device, and who does what."""
+    """The lists of `AttentionMetadata` on the device, and the work of each program."""
 
     query_start_loc: torch.Tensor  # [num_reqs + 1] int32
     seq_lens: torch.Tensor  # [num_reqs] int32
@@ -84,7 +84,7 @@ class TritonPagedBackend(BlockMajorBackend):
         return _refusal_of_interpreter(spec) if is_interpreted() else _refusal_of_gpu(spec)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
-        """Cut the step into programs. E.g. 6, 1, 3 new tokens, 4 per tile: tiles (0, 0), (0, 4), (2, 0), single 1."""
+        """Splits the step into programs. E.g. 6, 1, 3 new tokens, 4 per tile: tiles (0, 0), (0, 4), (2, 0), single 1."""
         start, device = metadata.query_start_loc, metadata.block_table.device
         q_lens = [start[i + 1] - start[i] for i in range(metadata.num_reqs)]
         per_tile = self.tiles.chunk_rows // self.spec.num_queries_per_kv
@@ -147,11 +147,11 @@ class TritonPagedBackend(BlockMajorBackend):
 
 
 def tile_sizes(spec: AttentionSpec) -> Tiles:
-    """Tiles that fit into the registers of a program, and into the memory that its GPU has beside them.
+    """Returns tiles that fit into the registers of a program and into the on-chip memory of its GPU.
 
-    Tiles twice as large make the compiler move registers to memory and back, which costs more than the larger tile
-    gains; in fp32, where no matrix unit helps, that is soonest. tests/m4/test_triton_paged.py asks the compiler what it
-    had to move; which sizes are fastest only a GPU can tell.
+    With tiles twice as large, the compiler must move registers to memory and back, which costs more than the larger
+    tile gains. In fp32, where no matrix unit helps, this happens soonest. tests/m4/test_triton_paged.py checks what the
+    compiler had to move; only measurements on a GPU can tell which sizes are fastest.
     """
     head_pad = max(_SMALLEST_TILE, triton.next_power_of_2(spec.head_size))
     group = triton.next_power_of_2(spec.num_queries_per_kv)
@@ -164,7 +164,7 @@ def tile_sizes(spec: AttentionSpec) -> Tiles:
 
 
 def is_interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on a CPU: TRITON_INTERPRET=1 when they were imported (tests)."""
+    """Returns whether Triton's interpreter runs the kernels on a CPU, as TRITON_INTERPRET=1 makes it (tests)."""
     return not isinstance(kernels.chunk_kernel, triton.JITFunction)
 
 

@@ -16,9 +16,9 @@ a power of two of elements per axis, so a head of 80 is computed as 128 with 48 
     group_queries                                row r of a tile is new token r // GROUP, head r % GROUP
     merge_partials                               `merge_kernel`
 
-Two kernels attend, because a single query has but one row of tiles. `chunk_kernel` cuts the queries of a request over
-programs, `single_kernel` its keys (split-KV, "Flash-Decoding"). Where a request is cut depends on nothing but itself,
-so its answer does not depend on its batch mates.
+There are two attention kernels, because a single query has only one row of tiles. `chunk_kernel` splits the queries of
+a request over programs, and `single_kernel` splits its keys (split-KV, "Flash-Decoding"). Where a request is split
+depends on that request alone, so its result does not depend on the rest of the batch.
 """
 
 import triton
@@ -42,7 +42,7 @@ def attend_tiles(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ) -> tl.tensor:
-    """The row of tiles, as in torch_flash: out [BLOCK_ROWS, HEAD_PAD] and lse [BLOCK_ROWS], both fp32."""
+    """Computes one row of tiles, as in torch_flash. Returns out [BLOCK_ROWS, HEAD_PAD] and lse [BLOCK_ROWS] in fp32."""
     dims = tl.arange(0, HEAD_PAD)  # [HEAD_PAD]
     row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)  # m: largest score so far
     row_sum = tl.zeros([BLOCK_ROWS], tl.float32)  # l: sum of exp(score - m) so far
@@ -54,8 +54,8 @@ def attend_tiles(
         blocks = tl.load(table_ptr + keys // BLOCK_SIZE, mask=exists, other=0)  # [BLOCK_KV]
         slots = blocks.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE  # [BLOCK_KV]; a cache has more than 2^31 numbers
         offsets = slots[:, None] * slot_stride + dims[None, :]  # [BLOCK_KV, HEAD_PAD]
-        # What the mask hides is never read, and becomes 0: what lies behind the end of a sequence is another's, and
-        # if it were NaN, a weight of 0 would not save us.
+        # Hidden slots are never read; `other` makes them 0. Behind the end of a sequence a slot may hold anything, and
+        # a weight of 0 would not help against a NaN.
         mask = exists[:, None] & (dims[None, :] < HEAD_SIZE)  # [BLOCK_KV, HEAD_PAD]
         key = tl.load(k_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_KV, HEAD_PAD]
         # "ieee": in fp32 a GPU would otherwise multiply in TF32, with 10 bits of mantissa.
@@ -96,7 +96,7 @@ def chunk_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ) -> None:
-    """One tile of BLOCK_ROWS // GROUP new tokens of a request, for one KV head. Grid: (num_tiles, num_kv_heads).
+    """Attends with BLOCK_ROWS // GROUP new tokens of a request, for one KV head. Grid: (num_tiles, num_kv_heads).
 
     E.g. GROUP 3, BLOCK_ROWS 16: 5 tokens per tile. Rows 0, 1, 2 are heads 0, 1, 2 of the first token, and row 15 idles.
     """
@@ -118,8 +118,8 @@ def chunk_kernel(
 
     q_offsets = batch_rows[:, None] * q_token_stride + heads[:, None] * q_head_stride + dims[None, :]
     q = tl.load(q_ptr + q_offsets, mask=mask, other=0.0)  # [BLOCK_ROWS, HEAD_PAD]
-    # The new tokens are the last of the sequence: query i is at seq_len - q_len + i. Keys after the tile's last query
-    # are in nobody's past and never read. Idle rows have later positions still: they see keys, and no NaN arises.
+    # The new tokens are the last of the sequence: query i is at seq_len - q_len + i. No query of the tile may see keys
+    # after its last query, so these are never read. Idle rows have later positions: they see keys, so no NaN arises.
     position = seq_len - q_len + tokens  # [BLOCK_ROWS]
     last_key = seq_len - q_len + tl.minimum(first + tokens_per_tile, q_len)
     out, _ = attend_tiles(
@@ -155,10 +155,11 @@ def single_kernel(
     BLOCK_KV: tl.constexpr,
     SPLIT_KV: tl.constexpr,  # keys per program, a multiple of BLOCK_KV
 ) -> None:
-    """The one query of a request over SPLIT_KV of its keys. Grid: (num_singles, num_kv_heads, max_splits).
+    """Attends with the one query of a request over SPLIT_KV of its keys. Grid: (num_singles, num_kv_heads, max_splits).
 
-    E.g. SPLIT_KV 256, a sequence of 600: programs 0, 1 and 2 take keys 0-255, 256-511 and 512-599; any others, which
-    are there for longer batch mates, go home. The rows of a tile are the GROUP heads; a matrix unit wants 16.
+    E.g. SPLIT_KV 256, a sequence of 600: programs 0, 1 and 2 take keys 0-255, 256-511 and 512-599. The other programs,
+    which exist because another request of the batch is longer, return at once. The rows of a tile are the GROUP heads,
+    padded to the 16 rows that a matrix unit needs.
     """
     single, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     request = tl.load(singles_ptr + single)
@@ -199,10 +200,10 @@ def merge_kernel(
     HEAD_PAD: tl.constexpr,
     SPLIT_KV: tl.constexpr,
 ) -> None:
-    """Put the parts of one query and head together. Grid: (num_singles, num_heads).
+    """Merges the parts of one query and head. Grid: (num_singles, num_heads).
 
-    The correction of the online softmax once more: part i holds the share exp(lse_i) of all the weight, and the largest
-    lse seen so far keeps the numbers small.
+    This is the correction of the online softmax once more: part i holds the share exp(lse_i) of all the weight.
+    Subtracting the largest lse seen so far keeps the numbers small.
     """
     single, head, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     request = tl.load(singles_ptr + single)
@@ -238,7 +239,7 @@ def write_kernel(
     ROW_SIZE: tl.constexpr,  # num_kv_heads * head_size
     ROW_PAD: tl.constexpr,
 ) -> None:
-    """Store K and V of one new token in its slot. Grid: (num_tokens,)."""
+    """Stores K and V of one new token in its slot. Grid: (num_tokens,)."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping_ptr + token)
     columns = tl.arange(0, ROW_PAD)  # [ROW_PAD]
