@@ -119,9 +119,7 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def copy_blocks(self, kv_caches: torch.Tensor, copies: list[tuple[int, int]]) -> None:
-        """Copies whole blocks, given as (source, destination), in all layers. `kv_caches` is [num_layers,
-        *kv_cache_shape].
-        """
+        """Copies whole blocks (source, destination) in all layers; `kv_caches` is [num_layers, *kv_cache_shape]."""
 
     @abstractmethod
     def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:

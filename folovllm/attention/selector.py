@@ -73,7 +73,7 @@ def refusal(name: str, spec: AttentionSpec) -> str | None:
 
 
 def load_backend(name: str) -> type[AttentionBackend]:
-    """Imports a registered backend. Raises ValueError or ImportError if its file needs something that is not installed."""
+    """Imports a registered backend. Raises ValueError or ImportError if its file needs a missing library."""
     # `load_part` is the only place that imports by name, so the backend is passed to it as if a user had named it.
     backend: type[AttentionBackend] = load_part(PART, {PART: BACKENDS[name]})
     return backend

@@ -66,7 +66,7 @@ class TorchSdpaBackend(BlockMajorBackend):
     def _attend_group(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: SdpaGroup
     ) -> torch.Tensor:
-        """Returns the attention of one group. `query` is [num_reqs, q_len, num_heads, head_size], and so is the result."""
+        """Returns the attention of one group. `query` and the result are [num_reqs, q_len, num_heads, head_size]."""
         scale = self.spec.scale
         if query.shape[1] == 1:
             # Each head has one query, and one mask serves them all. So the heads that share a KV head are passed as its

@@ -84,7 +84,7 @@ class TritonPagedBackend(BlockMajorBackend):
         return _refusal_of_interpreter(spec) if is_interpreted() else _refusal_of_gpu(spec)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
-        """Splits the step into programs. E.g. 6, 1, 3 new tokens, 4 per tile: tiles (0, 0), (0, 4), (2, 0), single 1."""
+        """Splits the step into programs. E.g. 6, 1, 3 new tokens, 4 a tile: tiles (0, 0), (0, 4), (2, 0), single 1."""
         start, device = metadata.query_start_loc, metadata.block_table.device
         q_lens = [start[i + 1] - start[i] for i in range(metadata.num_reqs)]
         per_tile = self.tiles.chunk_rows // self.spec.num_queries_per_kv
