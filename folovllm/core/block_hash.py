@@ -1,7 +1,7 @@
-"""The hash chain: a name for every full block of a request, such that equal names mean equal prefixes.
+"""The hash chain: every full block of a request gets a name, such that equal names mean equal prefixes.
 
-Milestone: M6. vLLM counterpart: hash_block_tokens and its helpers in vllm/v1/core/kv_cache_utils.py.
-Left out: keys of images and of prompt embeddings, KV groups.
+Milestone: M6. vLLM counterpart: hash_block_tokens and its helpers in vllm/v1/core/kv_cache_utils.py. Left out: keys of
+images and of prompt embeddings, KV groups.
 
 Row 1: no torch.
 
@@ -10,9 +10,9 @@ Row 1: no torch.
     tokens  [ 5 9 2 7 | 1 1 8 4 | 6 3 ]     block size 4; the last block is not full and has no name yet
     ROOT ----> h0 -------> h1               h1 names all 8 tokens, not only 1 1 8 4
 
-vLLM hashes the pickle of a Python tuple. Here H reads plain bytes: 4 per token, packed for all new blocks at once.
-That is several times cheaper, has nothing to do with a Python version, and shows that no two inputs look alike: the
-parent's hash and the tokens have a fixed length, so what follows them can only be the extra keys.
+vLLM hashes the pickle of a Python tuple. Here H reads plain bytes, 4 per token, packed for all new blocks at once. This
+is several times cheaper and does not depend on the Python version. It is also easy to see that no two inputs can be
+confused: the parent's hash and the tokens have a fixed length, so what follows them can only be the extra keys.
 """
 
 import hashlib
@@ -28,22 +28,24 @@ BYTES_PER_TOKEN = 4
 
 
 def get_hash_function(algo: str) -> HashFunction:
-    """`algo` of the config, which has made sure that its package is there."""
+    """Returns the hash function called `algo`. The config has checked that its package is installed."""
     if algo == "sha256":
         return lambda data: hashlib.sha256(data).digest()
     assert algo == "xxhash", algo
-    import xxhash  # optional: 16 bytes, faster, and not made to withstand somebody who looks for collisions
+    import xxhash  # optional: 16 bytes and faster, but an attacker can construct collisions
 
     return lambda data: bytes(xxhash.xxh3_128_digest(data))
 
 
 def root_hash(seed: int, hash_function: HashFunction) -> BlockHash:
-    """The parent of every first block. Equal seeds give equal names in every process; vLLM draws one per process."""
+    """Returns the parent of every first block. Equal seeds give equal names in every process; vLLM draws a seed per
+    process.
+    """
     return hash_function(b"folovllm prefix root %d" % seed)
 
 
 def pack_tokens(token_ids: Sequence[int]) -> bytes:
-    """Four bytes per token, the lowest first, on every machine."""
+    """Returns four bytes per token, the lowest byte first, on every machine."""
     packed = array("i", token_ids)
     if sys.byteorder == "big":
         packed.byteswap()
@@ -51,10 +53,10 @@ def pack_tokens(token_ids: Sequence[int]) -> bytes:
 
 
 def extra_keys(request: Request) -> bytes:
-    """What besides its tokens decides what a request's K/V are, or who may share them; b"" for nothing.
+    """Returns what else, besides its tokens, decides a request's K/V or who may share them; b"" if there is nothing.
 
-    It goes into the first block alone: the chain carries it on to all others. (A LoRA adapter's name belongs here.)
-    `ascii` of a tuple of strings is unambiguous, whatever characters a salt has.
+    The extra keys go into the hash of the first block only, and the chain carries them on to all others. (The name of a
+    LoRA adapter would belong here.) `ascii` of a tuple of strings is unambiguous, whatever characters a salt contains.
     """
     return b"" if request.cache_salt is None else ascii(("cache_salt", request.cache_salt)).encode()
 
@@ -62,8 +64,8 @@ def extra_keys(request: Request) -> bytes:
 class BlockPacker:
     """Keeps `request.block_tokens`, the packed tokens of every full block, up to date. Called after each new token.
 
-    That a block of a running request is never hashed twice is the point: a decode step costs one comparison, and each
-    `block_size`-th one the hash of one block.
+    No block of a running request is packed or hashed twice. A decode step costs one comparison, and only when it fills
+    a block, once in `block_size` steps, the hash of that block.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -81,7 +83,7 @@ class BlockPacker:
 
 
 class BlockHasher(BlockPacker):
-    """Keeps `request.block_hashes` up to date too."""
+    """Keeps `request.block_hashes` up to date as well."""
 
     def __init__(self, block_size: int, hash_function: HashFunction, root: BlockHash) -> None:
         super().__init__(block_size)

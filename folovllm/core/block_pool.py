@@ -1,7 +1,7 @@
-"""BlockPool: all blocks of the KV cache, who holds them, and which are free.
+"""BlockPool: all blocks of the KV cache, how many requests hold each, and which are free.
 
-Milestone: M1 (one page per request), M3 (blocks of 16), M6 (cached blocks).
-vLLM counterpart: vllm/v1/core/block_pool.py.
+Milestone: M1 (one page per request), M3 (blocks of 16), M6 (cached blocks). vLLM counterpart:
+vllm/v1/core/block_pool.py.
 
 Row 1: no torch.
 """
@@ -14,9 +14,9 @@ from folovllm.core.prefix_index import NullPrefixIndex, PrefixIndex
 
 
 class BlockPool:
-    """Hands out blocks, counts references, takes them back.
+    """Hands out blocks, counts the references to them, and takes them back.
 
-    Block 0 is the null block: it pads block tables and is never handed out, so `num_blocks - 1` are usable.
+    Block 0 is the null block: it pads block tables and is never handed out, so `num_blocks - 1` blocks are usable.
     """
 
     def __init__(
@@ -37,15 +37,16 @@ class BlockPool:
 
     @property
     def usage(self) -> float:
-        """Share of the usable blocks that are held, 0..1."""
+        """The share of the usable blocks that are held, 0..1."""
         return 1.0 - self.get_num_free_blocks() / (self.num_blocks - 1)
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
-        """Take `num_blocks` from the head of the free queue; ValueError, with nothing taken, if there are fewer.
+        """Takes `num_blocks` from the head of the free queue. Raises ValueError, with nothing taken, if there are
+        fewer.
 
-        This is the only eviction there is: a cached block that comes to the head is forgotten when it is taken. Blocks
-        are freed to the tail, the end of a sequence before its beginning, so the least recently used goes first, and
-        of one sequence the part that the fewest can share.
+        This is the only eviction: when a cached block at the head is taken, the prefix index forgets it. Cached blocks
+        are freed to the tail, the end of a sequence before its beginning. So the least recently used blocks are evicted
+        first, and of one sequence first the part that the fewest requests can share.
         """
         if num_blocks > self.get_num_free_blocks():
             raise ValueError(f"Cannot get {num_blocks} free blocks from the pool, it has {self.get_num_free_blocks()}")
@@ -63,21 +64,23 @@ class BlockPool:
         block.block_hash = None
 
     def unpublish(self, blocks: Iterable[KVCacheBlock]) -> None:
-        """Forget cached blocks, held or free: what they should hold was never computed. Others are left alone."""
+        """Makes the prefix index forget blocks, held or free, because their K/V were never computed. Unpublished ones
+        stay as they are.
+        """
         for block in blocks:
             if block.block_hash is not None:
                 self._forget(block)
                 self.num_free_cached_blocks -= block.ref_cnt == 0
 
     def reset_prefix_cache(self) -> bool:
-        """Forget every cached block; False, with nothing changed, while anybody holds a block."""
+        """Forgets every cached block. Returns False, with nothing changed, while a request holds a block."""
         if self.get_num_free_blocks() < self.num_blocks - 1:
             return False
         self.unpublish(self.blocks)
         return True
 
     def touch(self, blocks: Iterable[KVCacheBlock]) -> None:
-        """Add a reference to cached blocks; those that were free leave the queue, so that nobody reuses them."""
+        """Adds a reference to cached blocks. Free ones leave the queue, so that they are not reused."""
         for block in blocks:
             if block.ref_cnt == 0 and not block.is_null:
                 self.free_block_queue.remove(block)
@@ -85,10 +88,10 @@ class BlockPool:
             block.ref_cnt += 1
 
     def free_blocks(self, ordered_blocks: Sequence[KVCacheBlock]) -> None:
-        """Drop a reference to each; blocks nobody holds any more become free, the first given being reused first.
+        """Drops a reference to each block. Blocks without references become free, and the first given is reused first.
 
-        A block without a hash is worth nothing to anybody: it goes to the head of the queue, its memory still warm in
-        the processor's cache. A hashed one goes to the tail and stays a cache entry until its turn comes.
+        A block without a hash can never be hit again. It goes to the head of the queue, because its memory is still in
+        the processor's cache. A block with a hash goes to the tail and remains a cache entry until it reaches the head.
         """
         freed = []
         for block in ordered_blocks:
@@ -105,7 +108,9 @@ class BlockPool:
         self.free_block_queue.append_n(freed)
 
     def check_integrity(self, block_tables: Iterable[Sequence[KVCacheBlock]]) -> None:
-        """Assert that free + held is everything and that counts match `block_tables`, all the tables there are."""
+        """Asserts that every block is either free or held, and that the counts match `block_tables`, which are all
+        tables there are.
+        """
         held = Counter(block.block_id for table in block_tables for block in table if not block.is_null)
         free_blocks = self.free_block_queue.get_all_free_blocks()
         free = [block.block_id for block in free_blocks]

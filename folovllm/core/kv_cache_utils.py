@@ -1,4 +1,4 @@
-"""Blocks of the KV cache, the queue of free ones, and the arithmetic of how many there are.
+"""Blocks of the KV cache, the queue of free blocks, and the arithmetic of how many blocks there are.
 
 Milestone: M1 (the arithmetic), M3 (many small blocks), M6 (hit statistics). vLLM counterpart:
 vllm/v1/core/kv_cache_utils.py, and PrefixCachingMetrics in it. Left out: KV groups of different kinds (sliding window,
@@ -15,15 +15,16 @@ from folovllm.config import DTYPE_BYTES, EngineConfig
 from folovllm.utils import cdiv
 
 GIB = 1024**3
-CPU_KV_CACHE_CEILING = 4 * GIB  # as vLLM's CPU build: stated, so that nobody wonders where the memory went
+CPU_KV_CACHE_CEILING = 4 * GIB  # the same limit as in vLLM's CPU build
 
 
 @dataclass(eq=False, slots=True)
 class KVCacheBlock:
-    """One block (page): `block_size` token slots of K and V in every layer.
+    """One block (page): room for the K and V of `block_size` tokens in every layer.
 
-    The links belong to the free queue; a block outside it has none. A block with `ref_cnt` 0 is in the queue. One with
-    a `block_hash` is published: the prefix index knows it by that name, and whoever has the same prefix may hit it.
+    The links belong to the free queue, and a block outside the queue has none. A block with `ref_cnt` 0 is in the
+    queue. A block with a `block_hash` is published: the prefix index knows it by that name, and a request with the same
+    prefix may hit it.
     """
 
     block_id: int
@@ -38,9 +39,9 @@ class KVCacheBlock:
 
 
 class FreeKVCacheBlockQueue:
-    """Free blocks as a doubly linked list through the blocks themselves; the head is the next to be used.
+    """Free blocks as a doubly linked list through the blocks themselves. The head is used next.
 
-    Why not a deque: with prefix caching a free block can be hit and must leave the *middle* of the queue in O(1).
+    A deque would not do: with prefix caching, a free block can be hit and must leave the *middle* of the queue in O(1).
 
         head sentinel <-> block 4 <-> block 1 <-> block 3 <-> tail sentinel
            popleft() takes 4                append() puts here ^
@@ -55,7 +56,7 @@ class FreeKVCacheBlockQueue:
         self.append_n(blocks)
 
     def popleft(self) -> KVCacheBlock:
-        """Take the head; ValueError when the queue is empty."""
+        """Takes the block at the head. Raises ValueError if the queue is empty."""
         block = self._head.next_free_block
         assert block is not None
         if block is self._tail:
@@ -64,13 +65,13 @@ class FreeKVCacheBlockQueue:
         return block
 
     def popleft_n(self, n: int) -> list[KVCacheBlock]:
-        """Take n from the head, in order; ValueError, with nothing taken, if there are fewer."""
+        """Takes n blocks from the head, in order. Raises ValueError, with nothing taken, if there are fewer."""
         if n > self.num_free_blocks:
             raise ValueError(f"No {n} free blocks available, only {self.num_free_blocks}")
         return [self.popleft() for _ in range(n)]
 
     def remove(self, block: KVCacheBlock) -> None:
-        """Take `block` out wherever it is; RuntimeError if it is not in the queue."""
+        """Takes `block` out, wherever it is in the queue. Raises RuntimeError if it is not in the queue."""
         before, after = block.prev_free_block, block.next_free_block
         if before is None or after is None:
             raise RuntimeError(f"{block} is not in the free queue")
@@ -79,7 +80,7 @@ class FreeKVCacheBlockQueue:
         self.num_free_blocks -= 1
 
     def append(self, block: KVCacheBlock) -> None:
-        """Put `block` at the tail: the last to be used again."""
+        """Puts `block` at the tail, where it is the last to be used again."""
         assert self._tail.prev_free_block is not None
         self._insert(self._tail.prev_free_block, block, self._tail)
 
@@ -88,13 +89,13 @@ class FreeKVCacheBlockQueue:
             self.append(block)
 
     def prepend_n(self, blocks: list[KVCacheBlock]) -> None:
-        """Put `blocks` at the head, as a group in the given order: blocks[0] is the next to be used."""
+        """Puts `blocks` at the head in the given order, so that blocks[0] is used next."""
         for block in reversed(blocks):
             assert self._head.next_free_block is not None
             self._insert(self._head, block, self._head.next_free_block)
 
     def get_all_free_blocks(self) -> list[KVCacheBlock]:
-        """All free blocks from head to tail (for tests and integrity checks: linear)."""
+        """Returns all free blocks from head to tail. It takes linear time: for tests and integrity checks."""
         blocks = []
         block = self._head.next_free_block
         while block is not None and block is not self._tail:
@@ -113,10 +114,10 @@ HIT_RATE_WINDOW = 1000  # requests
 
 
 class PrefixCacheStats:
-    """Tokens looked up and tokens hit, counted at admission; those of resumed requests apart (R6.13, R6.15).
+    """Counts the tokens looked up and the tokens hit, when a request is admitted. Resumed requests are counted apart.
 
-    A request that comes back after a preemption hits what it has just computed itself. That says nothing about how much
-    the requests share, so it does not count towards the rate.
+    A request that comes back after a preemption hits blocks that it has computed itself. This says nothing about how
+    much the requests share, so it does not count towards the hit rate.
     """
 
     def __init__(self, window: int = HIT_RATE_WINDOW) -> None:
@@ -142,21 +143,21 @@ class PrefixCacheStats:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the looked-up tokens that were hit, 0..1, over the last requests; 0.0 if there were none."""
+        """The share of the looked-up tokens that were hit, 0..1, over the last requests. 0.0 if there were none."""
         return self._recent_hits / self._recent_queries if self._recent_queries else 0.0
 
 
 def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype_bytes: int) -> int:
-    """Bytes of K and V that one token leaves in the cache.
+    """Returns how many bytes of K and V one token adds to the cache.
 
-    Note kv_heads * head_dim, not hidden_size. E.g. SmolLM2-135M in bf16: 2 * 30 * 3 * 64 * 2 = 23,040.
+    The factor is kv_heads * head_dim, not hidden_size. E.g. SmolLM2-135M in bf16: 2 * 30 * 3 * 64 * 2 = 23,040.
     """
     return 2 * layers * kv_heads * head_dim * dtype_bytes
 
 
 @dataclass(frozen=True)
 class KVCacheConfig:
-    """How the KV cache was cut, discovered at start-up. `num_blocks` includes the null block."""
+    """How the KV cache was divided into blocks, found out at start-up. `num_blocks` includes the null block."""
 
     num_blocks: int
     block_size: int  # tokens
@@ -186,10 +187,10 @@ class KVCacheConfig:
 
 
 def make_kv_cache_config(config: EngineConfig, available_bytes: int) -> KVCacheConfig:
-    """Decide the number of blocks: `num_kv_blocks`, else `kv_cache_memory`, else what is available.
+    """Decides the number of blocks from `num_kv_blocks`, or else `kv_cache_memory`, or else the available memory.
 
-    Without an explicit wish no more is taken than max_num_seqs requests of max_model_len could ever use. Raises
-    ValueError with the numbers if one request of max_model_len cannot fit.
+    If neither is given, the cache never takes more than max_num_seqs requests of max_model_len could use. Raises
+    ValueError with the numbers if one request of max_model_len does not fit.
     """
     arch = config.model_config.arch
     dtype_bytes = DTYPE_BYTES[config.model_config.dtype]
