@@ -1,7 +1,7 @@
 """The ladder of milestones as data: what each rung adds, and which engine arguments switch it on or off.
 
-Milestone: M0. vLLM counterpart: none; vLLM has only its newest state. Here "the engine as of M2" always runs, because
-every optimisation is an engine argument and a rung is nothing but a set of such arguments.
+Milestone: M0. vLLM counterpart: none, because vLLM has only its newest state. Here "the engine as of M2" always runs:
+every optimisation is an engine argument, and a rung is a set of such arguments.
 
 Row 0: plain data, no torch.
 """
@@ -14,7 +14,7 @@ from folovllm.utils import nearest_name
 
 
 class RungNotBuiltError(ValueError):
-    """A milestone that the ladder names but this version does not have yet."""
+    """A milestone that the ladder names but that this version does not contain yet."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Rung:
     built: bool = False
 
 
-# `None` means "derived from the model and the device" (see EngineConfig.resolve).
+# None means that EngineConfig.resolve derives the value from the model and the device.
 LADDER: tuple[Rung, ...] = (
     Rung("m0", "Setup", "configuration, loader, data classes", built=True),
     Rung(
@@ -92,7 +92,7 @@ RUNG_IDS = tuple(rung.id for rung in LADDER)
 
 
 def get_rung(rung_id: str) -> Rung:
-    """The rung named `rung_id`; a ValueError lists the ids there are, and the nearest one."""
+    """Returns the rung named `rung_id`. Raises ValueError with the known ids and the nearest one."""
     for rung in LADDER:
         if rung.id == rung_id:
             return rung
@@ -100,22 +100,21 @@ def get_rung(rung_id: str) -> Rung:
 
 
 def _did_you_mean(name: Any) -> str:
-    """E.g. for "M3", "3" or "paged cache": "; did you mean 'm3'?"."""
+    """Returns, e.g. for "M3", "3" or "paged cache", "; did you mean 'm3'?"."""
     spellings = {spelling: rung.id for rung in LADDER for spelling in (rung.id, rung.id[1:], rung.title.lower())}
     near = nearest_name(str(name).lower(), spellings, cutoff=0.6)
     return f"; did you mean {spellings[near]!r}?" if near else ""
 
 
 def top_rung() -> Rung:
-    """The highest rung that is built: what an engine without a preset runs."""
+    """Returns the highest rung that is built, which an engine without a preset runs."""
     return [rung for rung in LADDER if rung.built][-1]
 
 
 def fold(top: str, without: Iterable[str] = ()) -> dict[str, Any]:
-    """Engine arguments of "the engine as of `top`", with the rungs in `without` switched off.
+    """Returns the engine arguments of "the engine as of `top`", with the rungs in `without` switched off.
 
-    E.g. fold("m3") -> {max_num_seqs: None, batching: "continuous", block_size: 16, ...}
-    and  fold("m3", without=["m2"]) is the same with batching "static".
+    E.g. `fold("m3")` switches on m1 to m3, and `fold("m3", without=["m2"])` is the same with batching="static".
     """
     up_to = _buildable(top)
     left_out = _removable(without, up_to)
@@ -128,7 +127,7 @@ def fold(top: str, without: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def rungs_above_top() -> tuple[Rung, ...]:
-    """Rungs the ladder names that are not built yet."""
+    """Returns the rungs that the ladder names but that are not built yet."""
     return tuple(rung for rung in LADDER if not rung.built)
 
 

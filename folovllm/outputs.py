@@ -1,4 +1,4 @@
-"""What comes out: of the model runner, of the engine core, and of the engine, for the user.
+"""The outputs of the model runner, of the engine core, and of the engine for the user.
 
 Milestone: M0. vLLM counterparts: vllm/v1/outputs.py (ModelRunnerOutput), vllm/v1/engine (EngineCoreOutput),
 vllm/outputs.py (RequestOutput, CompletionOutput), vllm/logprobs.py (Logprob).
@@ -13,7 +13,9 @@ from folovllm.request import RequestTimes, TokenLogprobs
 
 @dataclass
 class Logprob:
-    """Log-probability of one token at one position. `rank` 1 is the most likely token; ties push it up."""
+    """The log-probability of one token at one position. The most likely token has `rank` 1, and ties
+    increase the rank.
+    """
 
     logprob: float
     rank: int | None = None
@@ -26,10 +28,10 @@ LogprobsOnePosition = dict[int, Logprob]
 
 @dataclass
 class ModelRunnerOutput:
-    """One message up per step: plain data, no tensors.
+    """The result of one step, as plain data without tensors.
 
     `sampled_token_ids[request_id]` is empty for a request whose prompt is not complete yet. `prompt_logprobs` holds,
-    per request, the entries of the prompt positions computed in this step.
+    per request, the entries of the prompt positions that this step computed.
     """
 
     sampled_token_ids: dict[str, list[int]]
@@ -39,12 +41,12 @@ class ModelRunnerOutput:
 
 @dataclass
 class EngineCoreOutput:
-    """What one step gave one request."""
+    """What one step produced for one request."""
 
     request_id: str
     new_token_ids: list[int]
     new_logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs] | None = None  # complete, delivered once, with the first token
+    prompt_logprobs: list[TokenLogprobs] | None = None  # complete, and delivered once, with the first token
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
@@ -57,7 +59,7 @@ class EngineCoreOutput:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot of the engine after a step (counters run since the start)."""
+    """A snapshot of the engine after a step. Counters run from the start of the engine."""
 
     num_running: int
     num_waiting: int
@@ -69,17 +71,17 @@ class EngineStats:
     num_generation_tokens: int
     num_scheduled_tokens: int  # in the last step
     num_preemptions: int
-    # Prefix cache, in tokens. Counted when a request is admitted; prompt_logprobs requests do not ask the cache.
-    prefix_cache_queries: int = 0  # tokens of the requests that asked
+    # Prefix cache, in tokens, counted when a request is admitted. Requests for prompt_logprobs do not read the cache.
+    prefix_cache_queries: int = 0  # tokens of the requests that were looked up
     prefix_cache_hits: int = 0
     prefix_cache_hit_rate: float = 0.0  # of the last 1000 requests, 0..1
-    preempted_prefix_cache_queries: int = 0  # the same two of requests that came back after a preemption
+    preempted_prefix_cache_queries: int = 0  # these two count requests that came back after a preemption
     preempted_prefix_cache_hits: int = 0
 
 
 @dataclass
 class RequestMetrics:
-    """Timing of one request, in seconds (R1.36); a value is None while it is not known."""
+    """Timing of one request, in seconds. A value is None as long as it is not known."""
 
     arrival_time: float
     num_generation_tokens: int = 0
@@ -111,7 +113,7 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """What `LLM.generate` and `LLMEngine.step` hand to the user for one request."""
+    """What `LLM.generate` and `LLMEngine.step` return to the user for one request."""
 
     request_id: str
     prompt: str | None

@@ -20,7 +20,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Part:
-    """A replaceable class: where ours lives, and the methods that a replacement must have."""
+    """A replaceable class: the place of the default class, and the methods that a replacement must have."""
 
     name: str
     default: str  # "module:Class"
@@ -83,7 +83,7 @@ PARTS: dict[str, Part] = {
 
 
 def load_part(name: str, parts: Mapping[str, str] | None = None) -> Any:
-    """Returns the class of part `name`: the one that `parts` names ("path.py:Class" or "module:Class"), or else ours.
+    """Returns the class of part `name`: the one that `parts` names ("path.py:Class" or "module:Class"), or the default.
 
     Raises ValueError for an unknown part, a missing file or class, or a class that lacks a method.
     """

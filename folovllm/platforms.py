@@ -1,4 +1,4 @@
-"""What the hardware can do, asked once at start-up.
+"""What the hardware can do, found out once at start-up.
 
 Milestone: M0. vLLM counterpart: vllm/platforms.
 """
@@ -9,7 +9,9 @@ AMPERE = (8, 0)  # compute capability; the first GPUs that multiply bfloat16
 
 
 def choose_device(device: str) -> str:
-    """ "auto" -> "cuda" where there is one, else "cpu"; ValueError if CUDA is asked for and absent."""
+    """Returns the device for `device`: "auto" means "cuda" if there is a GPU, else "cpu". Raises ValueError if CUDA is
+    missing.
+    """
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise ValueError(
@@ -20,7 +22,7 @@ def choose_device(device: str) -> str:
 
 
 def has_native_bf16(device: str) -> bool:
-    """Whether `device` multiplies bfloat16 in hardware; emulating it is slower than float32."""
+    """Returns whether `device` multiplies bfloat16 in hardware. Emulated bfloat16 is slower than float32."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
@@ -30,7 +32,7 @@ def has_native_bf16(device: str) -> bool:
 def refusal_of_gpu(device: torch.device) -> str | None:
     """Returns why kernels for NVIDIA GPUs from Ampere on cannot run on `device`, or None if they can.
 
-    The reason goes on where a sentence began with the name of the kernel.
+    The text is the end of a sentence whose subject is the kernel, such as "runs on an NVIDIA GPU, not on cpu".
     """
     if device.type != "cuda":
         return f"runs on an NVIDIA GPU, not on {device.type}"

@@ -19,7 +19,7 @@ from folovllm.sampling_params import SamplingParams
 
 
 class RequestStatus(enum.IntEnum):
-    """States in vLLM's order: everything after PREEMPTED is finished."""
+    """The states of a request, in vLLM's order: every state after PREEMPTED is finished."""
 
     WAITING = 1
     RUNNING = 2
@@ -45,7 +45,7 @@ _FINISHED_REASON = {
     RequestStatus.FINISHED_ERROR: "error",
 }
 
-# Who may follow whom. RUNNING -> RUNNING never happens; a finished request never moves again.
+# The legal moves. RUNNING -> RUNNING never happens, and a finished request never moves again.
 _TRANSITIONS: dict[RequestStatus, frozenset[RequestStatus]] = {
     RequestStatus.WAITING: frozenset({RequestStatus.RUNNING}),
     RequestStatus.RUNNING: frozenset({RequestStatus.PREEMPTED}),
@@ -55,7 +55,7 @@ _TRANSITIONS: dict[RequestStatus, frozenset[RequestStatus]] = {
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Logprobs of one position as the sampler returns them: the token itself first, then the top k by rank."""
+    """Logprobs of one position as the sampler returns them: first the token itself, then the top k by rank."""
 
     token_ids: list[int]  # [1 + k]
     logprobs: list[float]  # [1 + k]
@@ -64,7 +64,7 @@ class TokenLogprobs:
 
 @dataclass
 class RequestTimes:
-    """When things happened to a request, in seconds of `time.monotonic()`; 0.0 means not yet (R1.36)."""
+    """When the steps of a request's life happened, in seconds of `time.monotonic()`. 0.0 means not yet."""
 
     arrival: float = 0.0
     queued: float = 0.0
@@ -74,10 +74,11 @@ class RequestTimes:
 
 
 class Request:
-    """State of one request inside the engine core.
+    """The state of one request inside the engine core.
 
-    `num_computed_tokens` counts tokens whose K/V are in the cache *or scheduled to be*: the scheduler advances it right
-    after scheduling. Scheduling a request means letting that number catch up with `num_tokens`; there is no phase.
+    `num_computed_tokens` counts the tokens whose K/V are in the cache *or scheduled to be*: the scheduler advances it
+    right after scheduling. To schedule a request means to let that number catch up with `num_tokens`; there are no
+    phases.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Request:
         self.eos_token_id = eos_token_id
         self.priority = priority
         self.cache_salt = cache_salt
-        self.seed = seed  # of the sampling noise; the input processor draws one where the user gave none
+        self.seed = seed  # of the sampling noise; without one from the user, the input processor draws it
         self.bad_words_token_ids = bad_words_token_ids or []
         self.max_tokens: int = sampling_params.max_tokens
         self.status = RequestStatus.WAITING
@@ -109,7 +110,7 @@ class Request:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.output_token_ids: list[int] = []
         self.all_token_ids = list(prompt_token_ids)
-        # Names of the full blocks, for the prefix index. Empty while nobody has attached a hasher.
+        # Names of the full blocks, for the prefix index. Empty until a hasher is attached.
         self.block_tokens: list[bytes] = []  # packed, 4 bytes per token
         self.block_hashes: list[bytes] = []
         self._hash_new_blocks: Callable[[Request], None] | None = None
@@ -136,11 +137,13 @@ class Request:
 
     @property
     def skip_reading_prefix_cache(self) -> bool:
-        """Whoever wants the logprobs of its prompt must compute it, cached or not. What it computes is cached."""
+        """A request for the logprobs of its prompt must compute the whole prompt, cached or not. What it computes is
+        cached.
+        """
         return self.sampling_params.prompt_logprobs is not None
 
     def attach_block_hasher(self, hash_new_blocks: "Callable[[Request], None]") -> None:
-        """Name the full blocks with `hash_new_blocks`, those there are now, and each later one as it fills."""
+        """Names the present full blocks with `hash_new_blocks`, and from now on each block as it fills."""
         self._hash_new_blocks = hash_new_blocks
         hash_new_blocks(self)
 
@@ -151,13 +154,13 @@ class Request:
             self._hash_new_blocks(self)
 
     def set_status(self, status: RequestStatus) -> None:
-        """Move to `status`; an illegal move is a bug of ours."""
+        """Moves the request to `status`. Asserts that the move is legal."""
         legal = RequestStatus.is_finished(status) or status in _TRANSITIONS.get(self.status, frozenset())
         assert legal and not self.is_finished, f"{self.request_id}: {self.status.name} -> {status.name}"
         self.status = status
 
     def sort_key(self) -> tuple[int, float, str]:
-        """Order of the priority queue: lower priority value first, then earlier arrival, then id."""
+        """The order in the priority queue: lower priority value first, then earlier arrival, then id."""
         return (self.priority, self.arrival_time, self.request_id)
 
     def __lt__(self, other: "Request") -> bool:
@@ -171,10 +174,10 @@ class Request:
 
 
 def check_stop(request: Request, max_model_len: int) -> bool:
-    """Decide after each appended token whether `request` is over; set status and stop_reason if so.
+    """Decides after each appended token whether `request` is finished, and sets its status and stop_reason if so.
 
-    The order is the contract (R1.4): a full context always stops, even below min_tokens, since the request
-    could never get another token; then min_tokens shields from everything else; then EOS, stop ids, max_tokens.
+    The order of the checks is fixed. A full context always stops, even below min_tokens, because the request could not
+    get another token. Otherwise min_tokens prevents every stop. Then come EOS, stop ids and max_tokens.
     """
     params = request.sampling_params
     if request.num_tokens >= max_model_len:

@@ -30,9 +30,9 @@ class RequestOutputKind(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Sampling parameters of one request; every field has vLLM's name, default and range.
+    """The sampling parameters of one request. Every field has vLLM's name, default and range.
 
-    Raises ValueError for a value out of range; the message names the field, the value and the range.
+    Raises ValueError for a value out of range. The message names the field, the value and the range.
     """
 
     n: int = 1
@@ -60,7 +60,7 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = None
 
     def __post_init__(self) -> None:
-        # Copies: the caller may go on changing what they passed, these parameters were checked once.
+        # Copies, because the caller may still change its own lists, and these parameters are checked only once.
         for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
             object.__setattr__(self, name, _as_list(name, getattr(self, name)))
         object.__setattr__(self, "logit_bias", _as_dict("logit_bias", self.logit_bias))
@@ -75,7 +75,7 @@ class SamplingParams:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SamplingParams":
-        """Build from a dict, refusing unknown keys with the nearest known name."""
+        """Builds parameters from a dict. Raises ValueError for an unknown key, with the nearest known name."""
         if not isinstance(values, Mapping):
             kind = type(values).__name__
             raise ValueError(f"sampling parameters must be a dict like {{'temperature': 0.0}}, got {kind}: {values!r}")
@@ -95,7 +95,7 @@ class SamplingParams:
         return self.stop or []
 
     def replace(self, **changes: Any) -> "SamplingParams":
-        """New, checked parameters with some fields changed."""
+        """Returns new, checked parameters with some fields changed."""
         _refuse_unknown(changes)
         return dataclasses.replace(self, **changes)
 
@@ -147,7 +147,7 @@ class SamplingParams:
             raise ValueError(f"output_kind must be one of {kinds}; got {self.output_kind!r}")
 
 
-# Checks that EngineConfig shares. Each raises a ValueError that names the field, the value and what would be right.
+# Checks that EngineConfig uses, too. Each raises a ValueError that names the field, the value and what would be right.
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -156,7 +156,9 @@ def check_bool(name: str, value: Any) -> None:
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None, hint: str = "") -> None:
-    """An integer within `low`..`high`, and no bool: True is 1 to Python, but never what was meant."""
+    """Checks for an integer within `low`..`high`. A bool is refused: to Python True is 1, but it is never what was
+    meant.
+    """
     more = f" ({hint})" if hint else ""
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{name} must be an integer, got {value!r}{_as_number(value, whole=True)}{more}")
@@ -166,7 +168,7 @@ def check_int(name: str, value: Any, low: int, high: int | None = None, hint: st
 
 
 def check_number(name: str, value: Any, low: float, high: float, low_open: bool = False) -> None:
-    """A finite number within `low`..`high`; `low_open` leaves `low` itself out."""
+    """Checks for a finite number within `low`..`high`. With `low_open`, `low` itself is refused."""
     largest = sys.float_info.max  # not math.isfinite: an integer of 400 digits overflows it
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not -largest <= value <= largest:
         raise ValueError(f"{name} must be a finite number, got {value!r}{_as_number(value, whole=False)}")
@@ -175,7 +177,9 @@ def check_number(name: str, value: Any, low: float, high: float, low_open: bool 
 
 
 def _as_number(value: Any, whole: bool) -> str:
-    """What to write instead of a value of the wrong type. E.g. "16" or 16.0 -> "; write 16"; "many" -> ""."""
+    """Returns a hint what to write instead of a value of the wrong type. E.g. "16" or 16.0 -> "; write 16"; "many" ->
+    "".
+    """
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):

@@ -1,10 +1,10 @@
-"""viz: what the notebooks draw and ask. Small matplotlib helpers with the same colour for the same request everywhere.
+"""viz: what the notebooks draw and ask. Small matplotlib helpers that give the same request the same colour everywhere.
 
-Milestone: M1 (grows with the notebooks). vLLM counterpart: none. Left out: animation, anything interactive beyond a
-slider (`explore`), for which ipywidgets is used if it is installed and nothing is lost if it is not.
+Milestone: M1 (grows with the notebooks). vLLM counterpart: none. Left out: animation, and interactive elements except a
+slider (`explore`). The slider needs ipywidgets; without it, the same pictures appear side by side.
 
-Row 5: matplotlib and the standard library; no torch. Every helper takes plain data (dicts, lists, trace entries), so
-that a notebook shows what it draws.
+Row 5: matplotlib and the standard library, no torch. Every helper takes plain data (dicts, lists, trace entries), so a
+notebook can print what it draws.
 """
 
 import html
@@ -17,8 +17,8 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from folovllm.utils import cdiv
 
-# Okabe and Ito's palette without black, and Tol's indigo: eight colours that colour-blind people tell apart. Grey stays
-# free for "nobody": a free block, a waiting request. Names are drawn too, so colour never carries a meaning alone.
+# Okabe and Ito's palette without black, and Tol's indigo: eight colours that colour-blind people can tell apart. Grey
+# is reserved for a free block or a waiting request. Names are drawn too, so no meaning depends on a colour alone.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#332288")
 NOBODY, INK = "#DDDDDD", "#333333"
 _DARK = frozenset({"#0072B2", "#009E73", "#D55E00", "#332288"})  # white text is read more easily on these
@@ -26,7 +26,7 @@ DPI = 80  # GitHub shows notebooks about 800 pixels wide
 
 
 def style() -> None:
-    """Sizes for a notebook page; call it once."""
+    """Sets font and figure sizes for a notebook page. Call it once."""
     plt.rcParams.update(
         {
             "figure.dpi": DPI, "savefig.dpi": DPI, "figure.figsize": (9, 3), "figure.constrained_layout.use": True,
@@ -37,7 +37,7 @@ def style() -> None:
 
 
 def colours_of(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each request, in the order given; the ninth begins again with the first."""
+    """Returns a colour for each request, in the given order. The ninth request has the colour of the first again."""
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
 
 
@@ -45,7 +45,7 @@ def colours_of(names: Iterable[str]) -> dict[str, str]:
 
 
 class Shown:
-    """HTML for a notebook, plain text elsewhere."""
+    """HTML in a notebook, plain text elsewhere."""
 
     def __init__(self, as_html: str, as_text: str) -> None:
         self._html, self._text = as_html, as_text
@@ -64,10 +64,10 @@ def predict(
     because: str = "",
     guess: Any = None,
 ) -> Shown:
-    """A question to answer before unfolding the answer, which the notebook passes in as computed by the engine.
+    """Asks a question. The reader answers it before unfolding the answer, which the engine has computed.
 
-    `options` is None where a number is asked for. With options the answer must be one of them: a notebook whose engine
-    answers something that nobody offered is wrong, so that raises ValueError. Set `guess` to have yours judged.
+    `options` is None if the answer is a number. With options, the answer must be one of them, or ValueError is raised:
+    the notebook would otherwise offer only wrong options. Set `guess` to have your own answer judged.
     """
     if options is not None and answer not in options:
         raise ValueError(f"the computed answer {answer!r} is none of the options {list(options)}: correct the question")
@@ -93,7 +93,7 @@ def _text(value: Any) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Shown:
-    """A small table. Numbers are set right, text left."""
+    """A small table. Numbers are aligned right, text left."""
     lines = [list(map(_cell, row)) for row in rows]
     assert all(len(line) == len(header) for line in lines), "a row of another length than the header"
     right = [all(_is_number(line[i]) for line in lines) for i in range(len(header))]
@@ -121,11 +121,11 @@ def _is_number(cell: str) -> bool:
     return cell.strip("%x-").replace(".", "", 1).isdigit()
 
 
-# ---- something to turn
+# ---- a slider
 
 
 def explore(draw: Callable[[Axes, Any], None], name: str, values: Sequence[Any], size: tuple[float, float]) -> None:
-    """Call `draw(axes, value)` for every value: small pictures side by side, and a slider too where ipywidgets is.
+    """Calls `draw(axes, value)` for every value: small pictures side by side, and a slider if ipywidgets is installed.
 
     `size` is that of the whole row in inches.
     """
@@ -157,7 +157,7 @@ def bars(
     colour: str = PALETTE[0],
     before: Sequence[float] | None = None,
 ) -> None:
-    """A distribution. Tokens with probability 0 are crossed out; `before` is drawn as an outline behind."""
+    """A distribution. Tokens with probability 0 are crossed out, and `before` is drawn as an outline behind."""
     places = range(len(labels))
     if before is not None:
         ax.bar(places, before, width=0.8, facecolor="none", edgecolor="#999999", linewidth=0.8)
@@ -175,7 +175,7 @@ def bars(
 
 
 def stops(ax: Axes, boxes: Sequence[tuple[str, str]], upto: int, columns: int = 4) -> None:
-    """Numbered boxes (title, what leaves it) in rows that are read like text; those after `upto` stay pale."""
+    """Numbered boxes (title, output) in rows that are read like text. Those after `upto` are pale."""
     rows = cdiv(len(boxes), columns)
     for i, (title, shape) in enumerate(boxes):
         x, y = i % columns, rows - 1 - i // columns
@@ -192,13 +192,13 @@ def stops(ax: Axes, boxes: Sequence[tuple[str, str]], upto: int, columns: int = 
     ax.axis("off")
 
 
-# ---- pictures: who computes when. `steps` is one list of trace entries per tick; see folovllm/trace/record.py.
+# ---- pictures: which request computes when. `steps` is one list of trace entries per tick (folovllm/trace/record.py).
 
 Steps = Sequence[Sequence[Mapping[str, Any]]]
 
 
 def gantt(ax: Axes, steps: Steps, arrivals: Mapping[str, int], colours: Mapping[str, str]) -> None:
-    """Steps x requests. A plain cell computes one token, a hatched one as many as it says; a line is waiting."""
+    """Steps x requests. A plain cell computes one token, a hatched one as many as its label says; a line is waiting."""
     for row, (name, arrival) in enumerate(arrivals.items()):
         mine = {t: e for t, entries in enumerate(steps) for e in entries if e["req"] == name}
         if not mine:
@@ -245,7 +245,7 @@ def block_map(
     colours: Mapping[str, str],
     columns: int = 8,
 ) -> None:
-    """The physical pool: a cell per block, a square per slot. Full colour holds K/V, hatched is reserved and unused."""
+    """The physical pool: a cell per block, a square per slot. Full colour is K/V, hatching is reserved but unused."""
     owner = {block: (name, i) for name, table in tables.items() for i, block in enumerate(table)}
     for block in range(num_blocks):
         x, y = block % columns, block // columns
@@ -271,7 +271,7 @@ def _block(ax: Axes, x: float, y: float, used: int, block_size: int, colour: str
 
 
 def strip(ax: Axes, segments: Iterable[tuple[float, float, str, str]], length: float, hatched: bool = False) -> None:
-    """Memory as one bar from 0 to `length`: (start, size, colour, label) for every piece that is taken."""
+    """Memory as one bar from 0 to `length`, with (start, size, colour, label) for every piece in use."""
     ax.add_patch(Rectangle((0, 0), length, 1, fc=NOBODY, ec="none"))
     for start, size, colour, label in segments:
         hatch = "////" if hatched else None
