@@ -1,15 +1,15 @@
 """SamplingMetadata: everything the sampler needs to know about one step, as ready tensors.
 
 Milestone: M1. vLLM counterparts: vllm/v1/sample/metadata.py, and the part of vllm/v1/worker/gpu_input_batch.py that
-fills it. Left out: keeping the tensors between steps and updating them as requests come and go; they are built afresh,
-which is simpler and cannot go stale (custom logits processors and grammars are left out, too).
+fills it. Left out: keeping the tensors between steps and updating them as requests come and go (they are built anew for
+every step, which is simpler and cannot go stale), custom logits processors, and grammars.
 
-Two rules keep it cheap. A feature that nobody in the batch uses is None, and the sampler skips its step; a batch of
-plain greedy requests builds no tensor at all. And nothing here is proportional to the length of a request, except for
-requests with penalties, which have to count their tokens.
+Two rules keep the metadata cheap. First, if no request in the batch uses a feature, its field is None and the sampler
+skips that step; a batch of plain greedy requests builds no tensor at all. Second, no work here is proportional to the
+length of a request, except for requests with penalties, which have to count their tokens.
 
-Token ids outside the vocabulary are dropped (they cannot be sampled, so forbidding or favouring them means nothing).
-The input processor refuses them earlier, with a message; here one bad request must not stop a whole batch.
+Token ids outside the vocabulary are dropped, because they cannot be sampled anyway. The input processor refuses them
+earlier, with a message; at this point one bad request must not stop a whole batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,15 +22,15 @@ from folovllm.sample.ops.masks import TokenPairs, banned_by_bad_words, stop_ids_
 from folovllm.sample.ops.penalties import Penalties, build_penalties
 from folovllm.sampling_params import SamplingParams
 
-# float32 ends at 3e38. Numbers beyond these limits would become inf or 0 and turn into NaN; within them, an effect as
-# extreme as anybody can want is already reached.
+# float32 ends at 3e38. Numbers beyond these limits would become inf or 0 and then NaN. At the limits themselves the
+# effect of a parameter is already as extreme as it can be.
 _SMALLEST, _LARGEST = 1e-20, 1e20
 _NO_PENALTY = (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """One row of logits to sample from. A request has one such row per step today, and several once it has drafts."""
+    """One row of logits to sample from. A request has one such row per step."""
 
     params: SamplingParams
     prompt_token_ids: list[int]
@@ -41,7 +41,9 @@ class SamplingRow:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether all it takes is the largest logit, now and in every later step: greedy and nothing else asked for."""
+        """Whether the row needs only the largest logit, now and in every later step: it is greedy and asks for nothing
+        else.
+        """
         p = self.params
         return (
             p.is_greedy
@@ -56,46 +58,48 @@ class SamplingRow:
 
 @dataclass(frozen=True)
 class SamplingMetadata:
-    """The batch's sampling parameters, R rows in the order of the logits; None means that nobody uses it."""
+    """The sampling parameters of the batch: R rows in the order of the logits. None means that no row
+    uses the feature.
+    """
 
     num_rows: int
     all_greedy: bool  # no row draws
     all_random: bool  # every row draws
     # The draw. Greedy rows in a mixed batch have neutral entries: they go through the steps and come out unchanged.
-    temperature: torch.Tensor | None  # [R] float32, 0 for greedy rows; None if all_greedy, like all of this group
+    temperature: torch.Tensor | None  # [R] float32, 0 for greedy rows. If all_greedy, this whole group is None
     min_p: torch.Tensor | None  # [R] float32, 0 is off
     top_k: torch.Tensor | None  # [R] int64, vocab_size is off
     max_top_k: int  # the largest top_k of the rows that use one; 0 if none does
     top_p: torch.Tensor | None  # [R] float32, 1 is off
     seeds: list[int]  # [R]; empty if all_greedy
-    output_indices: list[int]  # [R] how many tokens were generated before; with the seed the key of the noise
+    output_indices: list[int]  # [R] how many tokens were generated before; together with `seeds` the key of the noise
     # Changes to the logits, before anything is drawn.
     allowed_token_ids_mask: torch.Tensor | None  # [R, V] bool; True is *forbidden*, as in vLLM
     bad_words: TokenPairs | None  # the cells that would complete a bad word now
     min_tokens: TokenPairs | None  # the stop ids of requests that are too short to stop
     logit_bias: TokenPairs | None
     penalties: Penalties | None
-    # Per row how many of the most likely tokens to report beside the sampled one; None reports nothing.
+    # Per row, how many of the most likely tokens to report besides the sampled one. None reports nothing.
     num_logprobs: list[int | None]  # [R]
 
     @property
     def may_empty_a_row(self) -> bool:
-        """Whether some mask is at work, so that a row might have no token left."""
+        """Whether some mask applies, so that a row might have no token left."""
         return any(m is not None for m in (self.allowed_token_ids_mask, self.bad_words, self.min_tokens))
 
     @property
     def changes_logits(self) -> bool:
-        """Whether anything happens to the logits before greedy rows take their argmax."""
+        """Whether any step changes the logits before greedy rows take their argmax."""
         return self.may_empty_a_row or self.logit_bias is not None or self.penalties is not None
 
     @property
     def truncates(self) -> bool:
-        """Whether some row cuts off the tail of its distribution."""
+        """Whether some row removes the tail of its distribution."""
         return self.min_p is not None or self.top_k is not None or self.top_p is not None
 
     @classmethod
     def build(cls, rows: list[SamplingRow], vocab_size: int, device: torch.device | str) -> "SamplingMetadata":
-        """Collect the parameters of a step. `rows` are in the order of the logits; tensors are made on `device`."""
+        """Collects the parameters of a step. `rows` are in the order of the logits, and the tensors are on `device`."""
         if all(r.is_plain for r in rows):
             return cls.plain(len(rows))
         all_greedy = all(r.params.is_greedy for r in rows)
@@ -124,7 +128,9 @@ class SamplingMetadata:
     @classmethod
     @cache
     def plain(cls, num_rows: int) -> "SamplingMetadata":
-        """Of greedy rows that ask for nothing else: most batches, and the host has better to do between two steps."""
+        """Returns the metadata of greedy rows that ask for nothing else. Most batches are of this kind, so it must be
+        fast.
+        """
         return cls(
             num_rows=num_rows,
             all_greedy=True,
@@ -148,19 +154,19 @@ class SamplingMetadata:
 def _tensor_or_none(
     values: Sequence[float], off: float | None, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor | None:
-    """The values as a tensor, or None if there are none or all of them are `off`."""
+    """Returns the values as a tensor, or None if there are none or all of them are `off`."""
     return None if all(v == off for v in values) else torch.tensor(values, dtype=dtype, device=device)
 
 
 def _top_k(params: SamplingParams, vocab_size: int) -> int:
-    """0 and -1 mean all tokens; so does asking for more than there are. Greedy rows do not draw."""
+    """Returns the k of a row. 0, -1 and more than the vocabulary mean all tokens; greedy rows do not draw."""
     return vocab_size if params.is_greedy or params.top_k <= 0 else min(params.top_k, vocab_size)
 
 
 def _cells(
     rows: list[SamplingRow], vocab_size: int, token_ids_of: Callable[[SamplingRow], list[int]]
 ) -> list[tuple[int, int]]:
-    """(row number, token id) of every id that `token_ids_of(row)` names and the vocabulary has."""
+    """Returns (row number, token id) for every id that `token_ids_of(row)` names and the vocabulary contains."""
     return [(i, t) for i, row in enumerate(rows) for t in token_ids_of(row) if 0 <= t < vocab_size]
 
 
@@ -174,7 +180,9 @@ def _too_early(row: SamplingRow) -> list[int]:
 
 
 def _allowed_mask(rows: list[SamplingRow], vocab_size: int, device: torch.device | str) -> torch.Tensor | None:
-    """True where a token is forbidden because its row has allowed_token_ids without it. `[R, V]` bool, or None."""
+    """Returns a mask `[R, V]` that is True where a row's allowed_token_ids lack the token, or None if
+    no row has them.
+    """
     restricted = [i for i, r in enumerate(rows) if r.params.allowed_token_ids is not None]
     if not restricted:
         return None
@@ -192,7 +200,7 @@ def _logit_bias(rows: list[SamplingRow], vocab_size: int, device: torch.device |
 
 
 def _strengths(params: SamplingParams) -> tuple[float, float, float]:
-    """(repetition, frequency, presence)."""
+    """Returns (repetition, frequency, presence)."""
     repetition = min(max(params.repetition_penalty, _SMALLEST), _LARGEST)
     return repetition, params.frequency_penalty, params.presence_penalty
 

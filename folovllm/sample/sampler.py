@@ -1,11 +1,11 @@
 """Sampler: from logits to the next token of every row, in vLLM's order of operations.
 
 Milestone: M1. vLLM counterpart: vllm/v1/sample/sampler.py (the same method names).
-Left out: custom logits processors, grammars, verification of drafts.
+Left out: custom logits processors, grammars, verification of draft tokens.
 
-The model ends with one number per token of the vocabulary, the *logits*; softmax turns them into probabilities. Between
-the two stand the wishes of the user. The order matters for the starred steps (dividing by a temperature before or after
-subtracting a penalty is not the same); the masks commute with everything, because -inf stays -inf.
+The model returns one number per token of the vocabulary, the *logits*, and softmax turns them into probabilities. The
+sampling parameters apply between the two. The order matters for the starred steps (dividing by a temperature before or
+after subtracting a penalty is not the same); the masks commute with everything, because -inf stays -inf.
 
      1  logprobs are taken from the logits as the model gave them (mode "raw_...")
      2  float32
@@ -16,7 +16,7 @@ subtracting a penalty is not the same); the masks commute with everything, becau
      7  penalties        *  repetition, then frequency, then presence
      8  greedy rows take the argmax; if all rows are greedy, this is the end
      9  random rows         temperature * -> min_p * -> top_k * -> top_p * -> draw
-    10  merge: every row takes its own of the two
+    10  merge: every row takes the result of its own kind
     11  logprobs of the sampled token and of the most likely ones are collected
 
 Every step works on all rows at once and on each row alone: what a row gets never depends on the other rows. (On a GPU
@@ -40,22 +40,22 @@ LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "proc
 LOGPROBS_MODES: tuple[LogprobsMode, ...] = ("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits")
 _GATHER_ROWS = 64  # rows ranked at a time: the scratch memory for a long prompt at once would take gigabytes
 _GROUP_ELEMENTS = 2**19  # 2 MB of float32
-_SPARE = 59  # tokens looked at beyond the number wanted, for ties
+_SPARE = 59  # how many more tokens than wanted are examined, for ties
 
 
 @dataclass(frozen=True)
 class SamplerOutput:
-    """Plain data, one entry per row of logits."""
+    """The result of a step as plain data, with one entry per row of logits."""
 
     sampled_token_ids: list[int]
     logprobs: list[TokenLogprobs | None]  # None for rows that did not ask
 
 
 class Sampler:
-    """Chooses the next token of each row. Has no state: the noise is keyed by the metadata (ops/noise.py).
+    """Chooses the next token of each row. The sampler has no state: the noise is keyed by the metadata (ops/noise.py).
 
-    `logprobs_mode` says what is reported as logprobs: log-probabilities or plain logits, either as the model gave them
-    ("raw") or after masks, bias, penalties, temperature and truncation ("processed").
+    `logprobs_mode` decides what is reported as logprobs: log-probabilities or plain logits, either as the model
+    returned them ("raw") or after masks, bias, penalties, temperature and truncation ("processed").
     """
 
     def __init__(self, logprobs_mode: LogprobsMode = "raw_logprobs") -> None:
@@ -65,7 +65,7 @@ class Sampler:
 
     @torch.inference_mode()
     def forward(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
-        """Sample one token per row.
+        """Samples one token per row.
 
         Args:
             logits: `[R, V]` in the model's dtype. Never modified.
@@ -82,11 +82,11 @@ class Sampler:
     __call__ = forward
 
     def apply_logits_processors(self, logits: torch.Tensor, metadata: SamplingMetadata) -> None:
-        """Steps 3-7, in place: the changes that greedy rows see, too.
+        """Applies steps 3-7, in place. These are the changes that greedy rows see, too.
 
-        A row that loses its last token to the masks (say, the only allowed token is EOS and min_tokens forbids it)
-        does not fail: it takes its best allowed token regardless of bad words and min_tokens, or its best token at all
-        if nothing allowed is in the vocabulary. No other row notices.
+        If the masks remove the last token of a row (for example, the only allowed token is EOS and min_tokens forbids
+        it), the row does not fail. It takes its best allowed token regardless of bad words and min_tokens, or its best
+        token at all if no allowed token is in the vocabulary. Other rows are not affected.
         """
         choice = masks.unmasked_choice(logits) if metadata.may_empty_a_row else None  # [R]
         if metadata.allowed_token_ids_mask is not None:
@@ -103,22 +103,24 @@ class Sampler:
             masks.revive_empty_rows_(logits, choice)
 
     def sample(self, logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
-        """Steps 8-10. `logits [R, V]` are edited in place (temperature, truncation). Returns token ids `[R]`."""
+        """Runs steps 8-10 and returns token ids `[R]`. `logits [R, V]` are edited in place
+        (temperature, truncation).
+        """
         greedy = None if metadata.all_random else self.greedy_sample(logits)  # [R]
         if metadata.temperature is None:
-            return self.greedy_sample(logits) if greedy is None else greedy  # the former: a batch without rows
+            return self.greedy_sample(logits) if greedy is None else greedy  # the first case is a batch without rows
         drawn = fused.sample_(logits, metadata)  # [R]
         if drawn is None:
             drawn = torch.cat([self._sample_rows(logits[g], metadata, g) for g in _row_groups(logits)])
         else:
-            for row in (drawn < 0).nonzero().squeeze(1).tolist():  # in doubt
+            for row in (drawn < 0).nonzero().squeeze(1).tolist():  # rounding might have decided
                 g = slice(row, row + 1)
                 drawn[g] = self._sample_rows(logits[g], metadata, g)
         return drawn if greedy is None else torch.where(metadata.temperature < GREEDY_EPSILON, greedy, drawn)
 
     @staticmethod
     def _sample_rows(logits: torch.Tensor, metadata: SamplingMetadata, rows: slice) -> torch.Tensor:
-        """Step 9 in torch, for a group of rows. `logits [n, V]` are edited. Returns `[n]`."""
+        """Runs step 9 in torch for a group of rows and returns `[n]`. `logits [n, V]` are edited."""
         assert metadata.temperature is not None
         topk_topp.apply_temperature_(logits, metadata.temperature[rows])
         keys = metadata.seeds[rows], metadata.output_indices[rows]
@@ -135,22 +137,23 @@ class Sampler:
 
     @staticmethod
     def greedy_sample(logits: torch.Tensor) -> torch.Tensor:
-        """The most likely token of each row of `logits [R, V]`; the lowest id among equals. Returns `[R]`."""
+        """Returns the most likely token of each row of `logits [R, V]`, the lowest id among equals, as `[R]`."""
         return first_argmax(logits)
 
     @staticmethod
     def compute_logprobs(logits: torch.Tensor) -> torch.Tensor:
-        """log softmax in float32. `[n, V]` to `[n, V]`."""
+        """Returns the log softmax in float32, `[n, V]` for `[n, V]`."""
         return logits.log_softmax(dim=-1, dtype=torch.float32)
 
     @torch.inference_mode()
     def gather_logprobs(
         self, logprobs: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int | Sequence[int]
     ) -> list[TokenLogprobs]:
-        """Step 11: the logprob and rank of one given token per row, and of the most likely tokens.
+        """Runs step 11: collects the logprob and rank of one given token per row, and those of the most likely tokens.
 
-        The rank of the given token is the number of entries >= its own, so the likeliest has rank 1 and ties push it
-        up. The most likely ones follow in order, lower ids first among equals; the given token may be among them.
+        The rank of the given token is the number of entries >= its own, so the most likely token has rank 1 and ties
+        increase the rank. The most likely ones follow in order, lower ids first among equals; the given token may be
+        among them.
 
         E.g. logprobs [-2, -1, -3, -2], token 0, num_logprobs 2 -> token_ids [0, 1, 0], logprobs [-2, -1, -2], rank 3.
 
@@ -170,10 +173,10 @@ class Sampler:
     def _collect_logprobs(
         self, raw: torch.Tensor, processed: torch.Tensor, sampled: torch.Tensor, metadata: SamplingMetadata
     ) -> list[TokenLogprobs | None]:
-        """The logprobs of the rows that asked; nothing is computed for the others.
+        """Collects the logprobs of the rows that asked for them. Nothing is computed for the other rows.
 
-        vLLM takes raw logprobs before step 2, because its sampler edits the logits; ours edits a copy, so the raw ones
-        are still there.
+        vLLM takes the raw logprobs before step 2, because its sampler edits the logits. This sampler edits a copy, so
+        the raw logits are still there at the end.
         """
         wanted = [i for i, k in enumerate(metadata.num_logprobs) if k is not None]
         result: list[TokenLogprobs | None] = [None] * metadata.num_rows
@@ -191,11 +194,12 @@ class Sampler:
 
 
 def _row_groups(logits: torch.Tensor, num_rows: int | None = None) -> list[slice]:
-    """Cut rows (all of `logits [R, V]`, or `num_rows` like them) into groups of a few; rows do not know each other.
+    """Splits rows (all of `logits [R, V]`, or `num_rows` like them) into small groups. Rows do not depend on each
+    other.
 
     The steps on a group allocate half a dozen tensors of its size. For 32 rows each would be 6 MB, which malloc takes
-    from the system and gives back every time, and the page faults would cost more than the arithmetic: 10 of 17 ms.
-    On a GPU, whose allocator keeps its memory, one group is best.
+    from the system and returns every time, and the page faults would cost more than the arithmetic: 10 of 17 ms. On a
+    GPU, whose allocator keeps its memory, one group is best.
     """
     total = len(logits) if num_rows is None else num_rows
     size = max(1, _GROUP_ELEMENTS // logits.shape[-1]) if logits.device.type == "cpu" else max(1, total)
@@ -203,7 +207,7 @@ def _row_groups(logits: torch.Tensor, num_rows: int | None = None) -> list[slice
 
 
 def _gather_rows(logprobs: torch.Tensor, token_ids: torch.Tensor, counts: list[int]) -> list[TokenLogprobs]:
-    """`gather_logprobs` for a few rows: the largest count is computed once, each row takes its share."""
+    """Runs `gather_logprobs` for a few rows. The largest count is computed once, and each row takes its share."""
     given = token_ids.to(device=logprobs.device, dtype=torch.int64).unsqueeze(1)  # [n, 1]
     given_logprobs = logprobs.gather(1, given)  # [n, 1]
     ranks = (logprobs >= given_logprobs).sum(dim=-1)  # [n]
@@ -217,12 +221,13 @@ def _gather_rows(logprobs: torch.Tensor, token_ids: torch.Tensor, counts: list[i
 
 
 def _most_likely(logprobs: torch.Tensor, k: int) -> torch.Tensor:
-    """The ids of the k largest entries of each row, descending, lower ids first among equals. `[n, V]` to `[n, k]`.
+    """Returns the ids of the k largest entries per row, descending, lower ids first among equals: `[n, V]` to `[n, k]`.
 
-    `topk` leaves open which of several equal entries it returns, and its choice changes with k. Equal logits are common
-    (bf16 has 8 bits of precision), and k is the largest that any row wants; so a row's list would depend on its batch
-    mates. Hence we take some more than k, put them in the order of their ids, and sort stably. If the last of them is
-    smaller than the k-th, all that tie with the k-th are there; other rows are ranked as a whole.
+    `topk` does not specify which of several equal entries it returns, and its choice changes with k. Equal logits are
+    common (bf16 has 8 bits of precision), and k is the largest that any row wants, so a row's list would depend on the
+    rest of the batch. Therefore this function takes a few more than k, puts them in the order of their ids, and sorts
+    stably. If the last of them is smaller than the k-th, every entry that ties with the k-th is included. Other rows
+    are ranked as a whole.
     """
     size = min(k + _SPARE, logprobs.shape[-1])
     if k == 0:

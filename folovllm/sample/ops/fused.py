@@ -1,7 +1,7 @@
-"""Step 9 of the sampler, temperature to draw, as one C++ operator: csrc/sampling.cpp, where it is loaded.
+"""Step 9 of the sampler, from temperature to draw, as one C++ operator (csrc/sampling.cpp), if it is loaded.
 
-Milestone: M4. vLLM counterpart: the FlashInfer branch of vllm/v1/sample/ops/topk_topp_sampler.py.
-Left out: everything but float32 on a CPU; the torch way (topk_topp.py, shortlist.py) is for all else.
+Milestone: M4. vLLM counterpart: the FlashInfer branch of vllm/v1/sample/ops/topk_topp_sampler.py. Left out: everything
+but float32 on a CPU. The torch path (topk_topp.py, shortlist.py) covers the rest.
 """
 
 import torch
@@ -13,10 +13,10 @@ from folovllm.sampling_params import GREEDY_EPSILON
 
 
 def sample_(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor | None:
-    """Draw a token for every row of `logits [R, V]`, which are edited in place like those of the torch way.
+    """Draws a token for every row of `logits [R, V]`, which are edited in place as in the torch path.
 
-    Returns: token ids `[R]`: meaningless for greedy rows, and -1 for rows that the operator left alone because rounding
-    might have decided (see there), for the torch way to answer. None, and nothing done, where there is no operator.
+    Returns token ids `[R]`. They are meaningless for greedy rows, and -1 for rows where rounding might have decided;
+    the torch path must draw for those. Returns None, with nothing done, if the operator is not available.
     """
     fits = logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous()
     ops = loaded_ops() if fits else None

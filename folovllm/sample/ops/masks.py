@@ -31,7 +31,7 @@ class TokenPairs:
     def build(
         cls, cells: Sequence[tuple[int, int]], device: torch.device | str, values: Sequence[float] | None = None
     ) -> "TokenPairs | None":
-        """None when there is no cell, so that the sampler skips the step."""
+        """Returns None if there is no cell, so that the sampler skips the step."""
         if not cells:
             return None
         index = torch.tensor(cells, dtype=torch.int64, device=device)  # [N, 2]
@@ -40,26 +40,26 @@ class TokenPairs:
 
 
 def apply_allowed_token_ids_(logits: torch.Tensor, forbidden: torch.Tensor) -> None:
-    """Set everything outside a row's `allowed_token_ids` to -inf. `logits`, `forbidden` (bool): `[R, V]`."""
+    """Sets everything outside a row's `allowed_token_ids` to -inf. `logits` and `forbidden` (bool) are `[R, V]`."""
     logits.masked_fill_(forbidden, NEG_INF)
 
 
 def mask_tokens_(logits: torch.Tensor, cells: TokenPairs) -> None:
-    """Set the given cells of `logits [R, V]` to -inf (bad words, and the stop ids below min_tokens)."""
+    """Sets the given cells of `logits [R, V]` to -inf (bad words, and the stop ids below min_tokens)."""
     logits[cells.rows, cells.token_ids] = NEG_INF
 
 
 def apply_logit_bias_(logits: torch.Tensor, cells: TokenPairs) -> None:
-    """Add `cells.values` to the given cells of `logits [R, V]`."""
+    """Adds `cells.values` to the given cells of `logits [R, V]`."""
     assert cells.values is not None
     logits[cells.rows, cells.token_ids] += cells.values  # a row names a token once: its logit_bias is a dict
 
 
 def banned_by_bad_words(bad_words: Iterable[Sequence[int]], output_token_ids: Sequence[int]) -> list[int]:
-    """The token ids that would complete a bad word now.
+    """Returns the token ids that would complete a bad word now.
 
-    A word of several tokens bans its last one only while the output ends with all the others; each of its tokens alone
-    stays allowed. Only generated tokens count: a word half written in the prompt is not continued here.
+    A word of several tokens bans its last token only while the output ends with all the others. Each of its tokens
+    alone stays allowed. Only generated tokens count: a word whose first half is in the prompt is not recognised.
 
     E.g. bad_words [[5], [1, 2, 3]]: output [9, 1, 2] -> [5, 3]; output [9, 1] -> [5].
     """
@@ -78,9 +78,9 @@ def banned_by_bad_words(bad_words: Iterable[Sequence[int]], output_token_ids: Se
 def stop_ids_before_min_tokens(
     min_tokens: int, num_output_tokens: int, eos_token_id: int | None, stop_token_ids: Sequence[int] | None
 ) -> list[int]:
-    """The ids that may not be sampled yet: end-of-sequence and every stop id, while the output is too short.
+    """Returns the ids that may not be sampled yet: end-of-sequence and every stop id, while the output is too short.
 
-    `ignore_eos` changes nothing here: it says that EOS does not stop the request, min_tokens that it does not appear.
+    `ignore_eos` has no influence here: it means that EOS does not stop the request, min_tokens that EOS does not occur.
     """
     if num_output_tokens >= min_tokens:
         return []
@@ -88,7 +88,7 @@ def stop_ids_before_min_tokens(
 
 
 def unmasked_choice(logits: torch.Tensor, fallback: torch.Tensor | None = None) -> torch.Tensor:
-    """Per row the best token, to be taken should later masks leave the row empty (see `revive_empty_rows_`).
+    """Returns the best token per row, for rows that later masks leave without a token (see `revive_empty_rows_`).
 
     Args:
         logits: `[R, V]`.

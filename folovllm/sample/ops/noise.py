@@ -5,18 +5,19 @@ seeded request); its newer GPU runner keys Gumbel noise by (seed, position), whi
 Left out: evaluating the hash inside a fused kernel.
 
 **How a token is drawn.** We want token i with probability p_i. Give every token an alarm clock that rings at a random
-time q_i / p_i, where q_i is exponentially distributed with mean 1 (so likely tokens ring early). The probability that
-clock i rings first is exactly p_i / sum(p): this is the *exponential race*. "First to ring" is `argmin(q / p)`, and we
-compute its reciprocal, `argmax(p / q)`, because a masked token then gets a plain 0. (With logits instead of
-probabilities the same trick is called Gumbel-max: -log(q) is Gumbel noise.) One argmax draws for the whole batch: no
-cumulative sum, no search, and nothing that must come back from the device first.
+time q_i / p_i, where q_i is exponentially distributed with mean 1, so that likely tokens ring early. The probability
+that clock i rings first is exactly p_i / sum(p): this is the *exponential race*. "First to ring" is `argmin(q / p)`,
+and we compute its reciprocal, `argmax(p / q)`, because a masked token then gets a plain 0. (With logits instead of
+probabilities the same trick is called Gumbel-max: -log(q) is Gumbel noise.) One argmax draws for the whole batch,
+without a cumulative sum, a search, or a value that must first come back from the device.
 
-**Why the noise is keyed.** A generator is a tape: each draw moves it on, so the number you get depends on every draw
-before. In a serving engine that is a trap. If all requests read one tape, my tokens depend on who shares my batch. If
-each request has its own, a draw that is thrown away (a prompt chunk whose sample is not wanted yet, a step that was
-preempted, a rejected draft) has still moved the tape, and somebody must wind it back. Keyed noise has no state at all:
-the noise for the 7th output token of seed 42 is a pure function of (42, 7), whenever, wherever, and however often it is
-computed. It costs one integer hash per token id, and it can be evaluated for a few candidate tokens alone.
+**Why the noise is keyed.** A generator has a state that every draw advances, so each number depends on all draws
+before it. In a serving engine this causes errors. If all requests share one generator, the tokens of a request depend
+on the other requests in its batch. If each request has its own, a draw that is thrown away (because a prompt is not
+complete yet, or because the request was preempted) has still advanced the generator, and its state must be restored.
+Keyed noise has no state at all: the noise for the 7th output token of seed 42 is a pure function of (42, 7), whenever,
+wherever, and however often it is computed. It costs one integer hash per token id, and it can be evaluated for a few
+candidate tokens alone.
 
 **The hash.** Per row, Python mixes (seed, output index) into a 64-bit key with splitmix64's finaliser. Per token id, a
 32-bit multiply/xor-shift mixer then runs on int32 tensors, with the two halves of the key added at the start and in the
@@ -35,7 +36,7 @@ _LARGEST_BELOW_ONE = 1.0 - 2.0**-24  # the float32 just below 1
 def exponential_noise(
     seeds: Sequence[int], output_indices: Sequence[int], vocab_size: int, device: torch.device | str
 ) -> torch.Tensor:
-    """Exp(1) noise for every token id of every row.
+    """Computes Exp(1) noise for every token id of every row.
 
     Args:
         seeds: one integer per row, any size (taken modulo 2^64).
@@ -48,7 +49,9 @@ def exponential_noise(
 
 
 def exponential_noise_for(seeds: Sequence[int], output_indices: Sequence[int], token_ids: torch.Tensor) -> torch.Tensor:
-    """The same noise for chosen token ids only: entry [r, j] equals `exponential_noise(...)[r, token_ids[r, j]]`.
+    """Computes the same noise for chosen token ids only.
+
+    Entry [r, j] equals `exponential_noise(...)[r, token_ids[r, j]]`.
 
     Args:
         token_ids: integers `[num_rows, K]`.
@@ -59,10 +62,11 @@ def exponential_noise_for(seeds: Sequence[int], output_indices: Sequence[int], t
 
 
 def random_key(seed: int, output_index: int) -> int:
-    """Mix a seed and an output index into one 64-bit key.
+    """Mixes a seed and an output index into one 64-bit key.
 
-    The seed is mixed *before* the index is added. A plain sum would make (seed, index + 1) and (seed + 1, index)
-    the same key, and request n of `n > 1` sampling (which uses seed + n) would repeat its sibling's draws, shifted.
+    The seed is mixed *before* the index is added. A plain sum would make (seed, index + 1) and (seed + 1, index) the
+    same key, and request n of `n > 1` sampling, which uses seed + n, would repeat the draws of its sibling, shifted by
+    one.
     """
     return _splitmix64(_splitmix64(seed & _MASK64) + output_index)
 

@@ -1,7 +1,7 @@
-"""Penalties against saying the same thing again: repetition, frequency, presence.
+"""Penalties against repetition: repetition, frequency and presence penalty.
 
-Milestone: M1. vLLM counterparts: vllm/v1/sample/ops/penalties.py, vllm/model_executor/layers/utils.py.
-Left out: keeping the counts between steps (they are counted afresh each step, see `build_penalties`).
+Milestone: M1. vLLM counterparts: vllm/v1/sample/ops/penalties.py, vllm/model_executor/layers/utils.py. Left out:
+keeping the counts between steps (they are counted anew in each step, see `build_penalties`).
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Penalties:
-    """The N (row, token) cells of the logits that a penalty changes: every other cell costs nothing."""
+    """The N (row, token) cells of the logits that a penalty changes. Every other cell costs nothing."""
 
     rows: torch.Tensor  # [N] int64
     token_ids: torch.Tensor  # [N] int64: tokens that occur in the prompt or in the output of their row, each once
@@ -23,9 +23,10 @@ class Penalties:
 
 
 def count_tokens(token_ids: Sequence[Sequence[int]], vocab_size: int, device: torch.device | str) -> torch.Tensor:
-    """How often every token occurs in every list. E.g. [[1, 1, 3]], V=4 -> [[0, 2, 0, 1]]. Returns float32 `[P, V]`.
+    """Counts how often every token occurs in every list. Returns float32 `[P, V]`.
 
-    All lists are counted by one scatter: list r's token t adds 1 to cell r * V + t.
+    All lists are counted by one scatter: token t of list r adds 1 to cell r * V + t. E.g. [[1, 1, 3]], V=4 -> [[0, 2,
+    0, 1]].
     """
     cells = [row * vocab_size + t for row, ids in enumerate(token_ids) for t in ids]
     counts = torch.zeros(len(token_ids) * vocab_size, dtype=torch.float32, device=device)  # [P * V]
@@ -42,14 +43,14 @@ def build_penalties(
     vocab_size: int,
     device: torch.device | str,
 ) -> Penalties:
-    """Count the tokens of the penalised rows.
+    """Counts the tokens of the penalised rows.
 
     Args:
         rows: row numbers in the logits, `P` of them; the other lists have one entry for each.
         strengths: (repetition, frequency, presence) of each.
 
-    This walks prompt and output again in every step: O(length) for each penalised request, and only for those. Counts
-    kept between steps would be faster, but they are state that preemption and drafts would have to keep right.
+    This reads prompt and output again in every step: O(length) for each penalised request, and only for those. Counts
+    that are kept between steps would be faster, but preemption would have to keep them right.
     """
     # A prompt matters to the repetition penalty alone; do not walk it when that is off (1.0).
     repeated = [p if s[0] != 1.0 else () for p, s in zip(prompts, strengths, strict=True)]
@@ -63,13 +64,13 @@ def build_penalties(
 
 
 def apply_penalties_(logits: torch.Tensor, penalties: Penalties) -> None:
-    """Apply all three penalties to their rows of `logits [R, V]`, in place.
+    """Applies all three penalties to their rows of `logits [R, V]`, in place.
 
     In this order, for a token that occurred (c times in the output):
-      1. repetition r: logit l becomes l / r if l > 0, else l * r. Dividing a negative number would *raise* it.
-         The only one that counts the prompt, too. It multiplies, so where the logits' zero happens to lie matters.
-      2. frequency f: l -= f * c, stronger with every occurrence.
-      3. presence p: l -= p if c > 0, the same however often.
+        1. repetition r: logit l becomes l / r if l > 0, else l * r. Dividing a negative number would *raise* it.
+           Only this penalty counts the prompt, too. It multiplies, so the place of the logits' zero matters.
+        2. frequency f: l -= f * c, which grows with every occurrence.
+        3. presence p: l -= p if c > 0, however often the token occurred.
     """
     cells = penalties.rows, penalties.token_ids
     picked = logits[cells]  # [N], a copy

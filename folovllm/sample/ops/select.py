@@ -19,7 +19,7 @@ _STRIPES = 16  # `largest`: elements per block
 
 
 def first_argmax(values: torch.Tensor) -> torch.Tensor:
-    """`values.argmax(dim=-1)`, several times faster on a CPU; the lowest index among equals. `[R, V]` to `[R]`.
+    """Returns `values.argmax(dim=-1)`, the lowest index among equals, several times faster on a CPU. `[R, V]` to `[R]`.
 
     A NaN counts as the largest, as in torch.
     """
@@ -39,11 +39,11 @@ def first_argmax(values: torch.Tensor) -> torch.Tensor:
 
 
 def largest(values: torch.Tensor, k: int, in_order: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest entries of each row, like `values.topk(k)`: values `[R, k]` (descending if
-    `in_order`) and their ids `[R, k]`.
+    """Returns the k largest entries of each row, like `values.topk(k)`: values `[R, k]` and their ids `[R, k]`.
 
-    As with topk it is open which of several entries that equal the k-th are among them. A block is a comb of columns,
-    not a run of neighbours, so that its maximum is a maximum of 16 long contiguous stripes, which is vectorised:
+    The values descend if `in_order`. As with topk, it is not specified which of several entries that equal the k-th are
+    among them. A block is a comb of columns, not a run of neighbours, so that its maximum is a maximum of 16 long
+    contiguous stripes, which is vectorised:
 
         V = 12, 4 blocks of 3:   0 1 2 3 | 4 5 6 7 | 8 9 10 11      block 1 holds 1, 5, 9
     """

@@ -3,10 +3,10 @@
 Milestone: M4. vLLM counterpart: none on a CPU; on a GPU the FlashInfer kernels behind
 vllm/v1/sample/ops/topk_topp_sampler.py spare the sort, too. Left out: keeping the list between steps.
 
-`ops/topk_topp.py` says what the truncations mean, and does them on all V tokens; sorting 32 such rows is more work than
-the whole model. But a model is usually sure of itself: what survives top_p are a few dozen tokens. So we take the 256
-largest logits of each row and decide there. The list is *exact*, not an approximation, because each step also proves,
-per row, that no token outside of the list could have changed its answer:
+`ops/topk_topp.py` defines the truncations and applies them to all V tokens, but sorting 32 such rows is more work than
+running the whole model. Usually the distribution is so peaked that only a few dozen tokens survive top_p. So this file
+takes the 256 largest logits of each row and decides there. The result is *exact*, not an approximation, because each
+step also proves, per row, that no token outside of the list could have changed it:
 
     min_p   the threshold is above the least likely token of the list: everything outside is below it, too
     top_k   the k-th largest logit is above the smallest of the list: everything that ties with it is on the list
@@ -15,8 +15,8 @@ per row, that no token outside of the list could have changed its answer:
             the few that are left ring exactly when they would have rung in the full race
 
 A row without a proof (a flat distribution, a large k, a sum so close to 1 - p that rounding decides) takes the step
-from `ops/topk_topp.py`, alone. tests/m4 holds the two against each other, bit for bit. Where the C++ operators are
-loaded, csrc/sampling.cpp does all of this faster, on flat rows too; the list is for GPUs, and for want of a compiler.
+from `ops/topk_topp.py`, alone. tests/m4 compares the two, bit for bit. Where the C++ operators are loaded,
+csrc/sampling.cpp does all of this faster, on flat rows too. The list is for GPUs and machines without a compiler.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,16 +39,16 @@ _TAIL_ERROR = 1e-5
 
 @dataclass
 class Shortlist:
-    """The largest logits of each row of a batch, ids ascending (so that ties fall as they do in the full row)."""
+    """The largest logits of each row of a batch. Their ids ascend, so ties are resolved as in the full row."""
 
     ids: torch.Tensor  # [R, K] int64
     floor: torch.Tensor  # [R] the smallest logit of the list; no token outside was larger
     closed: torch.Tensor  # [R] bool: every token outside is -inf
-    usable: torch.Tensor  # [R] bool; False for good once a step had to take the long way
+    usable: torch.Tensor  # [R] bool; stays False once a step had to use the full row
 
     @classmethod
     def build(cls, logits: torch.Tensor) -> "Shortlist":
-        """From `logits [R, V]`, after the temperature."""
+        """Builds the list from `logits [R, V]`, after the temperature."""
         size = min(SHORTLIST_SIZE, logits.shape[-1])
         values, ids = largest(logits, size, in_order=False)  # [R, K], [R, K]
         floor = values.amin(dim=-1)  # [R]
@@ -57,7 +57,7 @@ class Shortlist:
         return cls(ids.sort(dim=-1).values, floor, closed, usable)
 
     def apply_min_p_(self, logits: torch.Tensor, min_p: torch.Tensor) -> None:
-        """`topk_topp.apply_min_p_` on `logits [R, V]`."""
+        """Does what `topk_topp.apply_min_p_` does to `logits [R, V]`."""
         probs = logits.softmax(dim=-1)  # [R, V]
         listed = probs.gather(1, self.ids)  # [R, K]
         threshold = min_p * probs.amax(dim=-1)  # [R]
@@ -66,19 +66,21 @@ class Shortlist:
         self._finish_(logits, min_p > 0, proven, keep, lambda part, rows: topk_topp.apply_min_p_(part, min_p[rows]))
 
     def apply_top_k_(self, logits: torch.Tensor, top_k: torch.Tensor, max_top_k: int) -> None:
-        """`topk_topp.apply_top_k_` on `logits [R, V]`."""
+        """Does what `topk_topp.apply_top_k_` does to `logits [R, V]`."""
         listed = logits.gather(1, self.ids)  # [R, K]
         size = listed.shape[1]
         descending = listed.sort(dim=-1, descending=True).values  # [R, K]
         threshold = descending.gather(1, top_k.clamp(max=size).unsqueeze(1) - 1).squeeze(1)  # [R]
-        # With k > K that is the smallest of the list: no proof, and a closed row loses nothing.
+        # If k > K, that is the smallest of the list: there is no proof, and a closed row loses nothing.
         proven = self.closed | (self.floor < threshold)  # [R]
         keep = ~(listed < threshold.unsqueeze(1))  # [R, K]
         on = top_k < logits.shape[-1]  # [R]
         self._finish_(logits, on, proven, keep, lambda part, r: topk_topp.apply_top_k_(part, top_k[r], max_top_k))
 
     def apply_top_p_(self, logits: torch.Tensor, top_p: torch.Tensor) -> None:
-        """`topk_topp.apply_top_p_` on `logits [R, V]`: running sums that start with the mass of the tail."""
+        """Does what `topk_topp.apply_top_p_` does to `logits [R, V]`, with running sums that start with the mass of the
+        tail.
+        """
         probs = logits.softmax(dim=-1)  # [R, V]
         listed, order = probs.gather(1, self.ids).sort(dim=-1, stable=True)  # [R, K], ascending
         tail = probs.scatter_(1, self.ids, 0.0).sum(dim=-1, keepdim=True).double()  # [R, 1], mass outside
@@ -101,7 +103,8 @@ class Shortlist:
         keep: torch.Tensor,
         full_step_: Callable[[torch.Tensor, torch.Tensor], None],
     ) -> None:
-        """Edit the rows of `logits [R, V]` where the step is on: by `keep [R, K]` if proven, else the long way.
+        """Edits the rows of `logits [R, V]` where the step is on: by `keep [R, K]` if it is proven, else by the full
+        step.
 
         Args:
             on, proven: bool `[R]`.
@@ -121,7 +124,9 @@ class Shortlist:
             self.usable[long] = False
 
     def random_sample(self, probs: torch.Tensor, seeds: Sequence[int], output_indices: Sequence[int]) -> torch.Tensor:
-        """`topk_topp.random_sample` for `probs [R, V]`: closed rows race on the list alone. Returns `[R]`."""
+        """Draws as `topk_topp.random_sample` does for `probs [R, V]`, for closed rows from the list alone. Returns
+        `[R]`.
+        """
         race = probs.gather(1, self.ids) / exponential_noise_for(seeds, output_indices, self.ids)  # [R, K]
         drawn = self.ids.gather(1, race.argmax(dim=-1, keepdim=True)).squeeze(1)  # [R]; the first is the lowest id
         rows = (~(self.closed & self.usable)).nonzero().squeeze(1)  # [m]

@@ -3,13 +3,13 @@
 Milestone: M1. vLLM counterpart: vllm/v1/sample/ops/topk_topp_sampler.py.
 Left out: FlashInfer's rejection sampling. Avoiding the full sort: M4's ops/shortlist.py, and csrc/sampling.cpp.
 
-A language model puts a little probability on every one of 50,000 tokens; together the thousands of absurd ones may
-hold several percent, enough to derail a text once in a while. The three truncations cut that tail off, each by another
-rule, always keeping the most likely token; what remains is renormalised by the final softmax. They are chained: min_p
-sees the full distribution, top_p only what min_p and top_k left over.
+A language model gives every one of 50,000 tokens a little probability. Together the thousands of absurd tokens may hold
+several percent, enough to derail a text once in a while. The three truncations remove that tail, each by another rule.
+They always keep the most likely token, and the final softmax renormalises what remains. They are chained: min_p sees
+the full distribution, top_p only what min_p and top_k left over.
 
-A row where a truncation is off passes through unchanged, bit for bit: a request's tokens must not depend on what its
-batch mates asked for. Functions named `..._` change `logits` in place.
+A row where a truncation is off passes through unchanged, bit for bit, because the tokens of a request must not depend
+on the parameters of other requests. Functions named `..._` change `logits` in place.
 """
 
 from collections.abc import Sequence
@@ -25,19 +25,20 @@ _SUM_ERROR = 1e-10  # n * 2^-53, the worst case of a float64 sum of n probabilit
 
 
 def apply_temperature_(logits: torch.Tensor, temperature: torch.Tensor) -> None:
-    """Divide `logits [R, V]` by `temperature [R]`. Below 1 sharpens (differences grow), above 1 flattens.
+    """Divides `logits [R, V]` by `temperature [R]`. Below 1 sharpens (differences grow), above 1 flattens.
 
-    Greedy rows (temperature 0) are divided by 1: they are here only because a batch mate is random, and the result of
-    their draw is thrown away.
+    Greedy rows (temperature 0) are divided by 1. They are here only because another row of the batch draws, and the
+    result of their own draw is discarded.
     """
     logits /= torch.where(temperature < GREEDY_EPSILON, 1.0, temperature).unsqueeze(1)
 
 
 def apply_min_p_(logits: torch.Tensor, min_p: torch.Tensor) -> None:
-    """Remove tokens less likely than `min_p [R]` times the likeliest; 0 turns it off. `logits`: `[R, V]`.
+    """Removes tokens that are less likely than `min_p [R]` times the most likely one; 0 turns it off. `logits`: `[R,
+    V]`.
 
     Worked example: probabilities [0.5, 0.3, 0.15, 0.05], min_p 0.2 -> threshold 0.2 * 0.5 = 0.1 -> the last one goes.
-    Adapts to confidence: a peaked distribution keeps few tokens, a flat one many.
+    The threshold adapts to the distribution: a peaked one keeps few tokens, a flat one many.
     """
     probs = logits.softmax(dim=-1)  # [R, V]
     threshold = min_p.unsqueeze(1) * probs.amax(dim=-1, keepdim=True)  # [R, 1]
@@ -45,7 +46,7 @@ def apply_min_p_(logits: torch.Tensor, min_p: torch.Tensor) -> None:
 
 
 def apply_top_k_(logits: torch.Tensor, top_k: torch.Tensor, max_top_k: int) -> None:
-    """Keep the k most likely tokens of each row, and all that tie with the k-th. `logits`: `[R, V]`.
+    """Keeps the k most likely tokens of each row, and all that tie with the k-th. `logits`: `[R, V]`.
 
     Args:
         top_k: int64 `[R]`, in 1..V; V turns it off.
@@ -61,13 +62,13 @@ def apply_top_k_(logits: torch.Tensor, top_k: torch.Tensor, max_top_k: int) -> N
 
 
 def apply_top_p_(logits: torch.Tensor, top_p: torch.Tensor) -> None:
-    """Keep the smallest set of most likely tokens whose probabilities reach `top_p [R]`; 1 turns it off.
+    """Keeps the smallest set of most likely tokens whose probabilities reach `top_p [R]`; 1 turns it off.
 
     Sorted from the least likely up, a token goes when it and everything below it hold at most 1 - p. The token that
     *crosses* p therefore stays. Among equal probabilities the higher token ids stay (the sort is stable).
 
-    Worked example: probabilities [0.5, 0.3, 0.15, 0.05], p = 0.7 -> ascending cumulative sums [0.05, 0.2, 0.5, 1.0]
-    -> those <= 0.3 go, that is 0.05 and 0.15 -> [0.5, 0.3] stay (0.5 alone has not reached 0.7).
+    Worked example: probabilities [0.5, 0.3, 0.15, 0.05], p = 0.7 -> ascending cumulative sums [0.05, 0.2, 0.5, 1.0] ->
+    those <= 0.3 go, that is 0.05 and 0.15 -> [0.5, 0.3] stay (0.5 alone has not reached 0.7).
     """
     probs = logits.softmax(dim=-1)  # [R, V]
     limits = 1 - top_p  # [R]
@@ -79,7 +80,7 @@ def apply_top_p_(logits: torch.Tensor, top_p: torch.Tensor) -> None:
 
 
 def nucleus_by_sorting(probs: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """The definition of top_p for one row: which tokens of `probs [V]` stay when up to `limit` goes. Bool `[V]`."""
+    """Returns which tokens of `probs [V]` top_p keeps if up to `limit` may go, by definition. Bool `[V]`."""
     ascending, order = probs.sort(stable=True)  # [V], [V]; order: the token ids
     keep = ascending.cumsum(dim=0) > limit  # [V]
     keep[-1] = True  # the likeliest stays, however small p is
@@ -87,11 +88,11 @@ def nucleus_by_sorting(probs: torch.Tensor, limit: torch.Tensor) -> torch.Tensor
 
 
 def _nucleus(probs: torch.Tensor, limit: torch.Tensor) -> torch.Tensor | None:
-    """The same without sorting more than a few tokens; None where rounding would decide.
+    """Returns the same, but sorts only a few tokens. Returns None if rounding would decide.
 
-    Positive floats order like their bits, so the upper 16 (exponent and 7 bits of mantissa) put the tokens into buckets
-    of nearly equal probability, in order. The masses of the buckets tell in which one the sum crosses the limit: the
-    buckets below go, those above stay, and only the tokens inside are sorted.
+    Positive floats are ordered like their bits. So the upper 16 bits (exponent and 7 bits of mantissa) put the tokens
+    into buckets of nearly equal probability, in order. The masses of the buckets tell in which bucket the sum crosses
+    the limit: the buckets below go, those above stay, and only the tokens inside are sorted.
     """
     buckets = probs.view(torch.int32) >> 16  # [V]
     mass = torch.bincount(buckets, weights=probs.double()).cumsum(dim=0)  # [B] of all tokens up to this bucket
@@ -113,11 +114,11 @@ def _nucleus(probs: torch.Tensor, limit: torch.Tensor) -> torch.Tensor | None:
 def mass_exceeds(
     mass: torch.Tensor, limit: torch.Tensor, error: torch.Tensor | float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whether sums of probabilities are above a limit, and whether that does not depend on how they were summed.
+    """Returns whether sums of probabilities exceed a limit, and whether the order of summation cannot change that.
 
-    torch sums a cumsum in float64, from the smallest up, and rounds the result to float32. We add up the same numbers
-    in another order, which changes a sum by less than 1e-10: the answer is sure if shifting the sum by
-    that much changes nothing after the rounding.
+    torch sums a cumsum in float64, from the smallest up, and rounds the result to float32. Here the same numbers are
+    added in another order, which changes a sum by less than 1e-10. The answer is sure if shifting the sum by that much
+    changes nothing after the rounding.
 
     Args:
         mass: float64.
@@ -130,9 +131,9 @@ def mass_exceeds(
 
 
 def random_sample(probs: torch.Tensor, seeds: Sequence[int], output_indices: Sequence[int]) -> torch.Tensor:
-    """Draw one token per row of `probs [R, V]` by the exponential race of ops/noise.py. Returns `[R]`.
+    """Draws one token per row of `probs [R, V]` by the exponential race of ops/noise.py. Returns `[R]`.
 
-    `probs` need not sum to 1: a common factor moves all clocks alike.
+    `probs` need not sum to 1: a common factor changes all times alike.
     """
     noise = exponential_noise(seeds, output_indices, probs.shape[-1], probs.device)  # [R, V]
     return first_argmax(torch.div(probs, noise, out=noise))
