@@ -1,10 +1,10 @@
 """diff: the first step in which two traces differ, what only one of them did there, and one sentence about why.
 
-Milestone: M2. vLLM counterpart: none. Left out: aligning again after the first difference (from there on the queues
-differ, and so does everything).
+Milestone: M2. vLLM counterpart: none. Left out: aligning the traces again after the first difference (from there on the
+queues differ, and so does everything else).
 
-Row 1: no torch. Times never count. In a step, who came is compared first, then who computes what, then the blocks, the
-tokens and the rest: the first of these to differ is the nearest to the cause.
+Row 1: no torch. Times are never compared. Within a step, the arriving requests are compared first, then what each
+request computes, then the blocks, the tokens and the rest. The first of these to differ is nearest to the cause.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ View = tuple[Callable[[StepRecord], list[str]], Callable[[StepRecord, StepRecord
 
 
 def diff(a: Trace, b: Trace) -> Divergence | None:
-    """The first step that differs between `a` and `b`, or None if they tell the same story.
+    """Returns the first step that differs between `a` and `b`, or None if there is none.
 
     Block ids are compared only between caches of the same shape.
     """
@@ -53,7 +53,7 @@ def diff(a: Trace, b: Trace) -> Divergence | None:
 
 
 def _only(of_a: list[str], of_b: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The phrases of one side only; all of both where only their order differs."""
+    """Returns the phrases that only one side has, or all of both if only their order differs."""
     a_only = tuple(phrase for phrase in of_a if phrase not in of_b)
     b_only = tuple(phrase for phrase in of_b if phrase not in of_a)
     return (a_only, b_only) if a_only or b_only else (tuple(of_a), tuple(of_b))
@@ -64,7 +64,9 @@ def _more(record: StepRecord) -> tuple[str, ...]:
 
 
 def _views(with_blocks: bool) -> list[View]:
-    """What to compare in a step, nearest to the cause first; together all of it but times and limits."""
+    """Returns what to compare in a step, nearest to the cause first. Together the views cover all but
+    times and limits.
+    """
     views: list[View] = [
         (_arrivals, lambda a, b: "the engines were not given the same requests, or not at the same step"),
         (_work, _policy_sentence),
@@ -130,7 +132,7 @@ def _phrase(event: list[object]) -> str:
 
 
 def _policy_sentence(a: StepRecord, b: StepRecord) -> str:
-    """What the side that did less of something did not do; the first reason that applies."""
+    """Returns a sentence on what the side that did less did not do. The first reason that applies is taken."""
     for mine, other, name, others_name in ((a, b, "b", "a"), (b, a, "a", "b")):
         lacking = [entry for entry in mine["sched"] if _entry_of(other, entry["req"]) is None]
         preempted = {event[1] for event in other["events"] if event[0] == "preempt"}

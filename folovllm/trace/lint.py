@@ -1,10 +1,10 @@
 """lint: the rules of scheduling and paging in executable form, checked on a trace.
 
-Milestone: M2 (queues, budgets, tokens), M3 (blocks), M6 (hits: lint_cache.py). vLLM counterpart: none; the rules are
-requirements of milestones/m2/SPEC.md, m3 and m6. Left out: which cached block is evicted, drafts.
+Milestone: M2 (queues, budgets, tokens), M3 (blocks), M6 (hits: lint_cache.py). vLLM counterpart: none. Left out: which
+cached block is evicted.
 
-Row 1: no torch. The lint replays the events and holds them against what the engine says about itself. After a violation
-it believes the engine and goes on, so that one bug is one message and not a hundred.
+Row 1: no torch. The lint replays the events and compares the result with what the engine reports about itself. After a
+violation it accepts the engine's report and goes on, so one bug gives one message instead of a hundred.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,14 +17,14 @@ from folovllm.trace.replay import Replay
 from folovllm.utils import cdiv
 
 RULES: dict[str, str] = {
-    # M2: who runs
+    # M2: which requests run
     "steps": "steps are numbered 0, 1, 2, ... and none is missing",
     "token-budget": "a step computes at most max_num_batched_tokens, and as many as it says",
     "seats": "at most max_num_seqs requests run",
     "running-first": "running requests come first, in order of admission, and none is skipped while budget is left",
-    "queue-order": "the head of the queue is admitted, nobody overtakes it",
+    "queue-order": "the head of the queue is admitted first, no request overtakes it",
     "static": "batching 'static' admits only when nothing runs",
-    "preempt-admits": "a step that preempted admits nobody",
+    "preempt-admits": "a step that preempted admits no request",
     "progress": "a step with requests to serve computes something",
     "queues": "every unfinished request either waits or runs, as its events say",
     "unfinished": "every request finishes",
@@ -48,7 +48,7 @@ RULES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Violation:
-    """`rule` (a key of RULES) was broken at `step`; None: by the end of the trace."""
+    """The engine broke `rule` (a key of RULES) at `step`, or, if `step` is None, by the end of the trace."""
 
     step: int | None
     rule: str
@@ -59,7 +59,9 @@ class Violation:
 
 
 def lint(source: str | Path | Trace) -> list[Violation]:
-    """All violations in a trace or its file; an empty list for a healthy engine. ValueError if it is no trace."""
+    """Returns all violations in a trace or its file: an empty list for a healthy engine. Raises ValueError if it is no
+    trace.
+    """
     trace = source if isinstance(source, Trace) else read_trace(source)
     linter = _Linter(trace)
     for record in trace.steps:
@@ -85,9 +87,9 @@ class _Linter:
         self.cache = CacheLinter(self.block_size, self.report)
         self.step: int | None = None
         self.num_steps = 0
-        self.missing_blocks = 0  # reported already
+        self.missing_blocks = 0  # blocks that were reported already
         self.is_stalled = False
-        self.cut_short: set[str] = set()  # ended from outside or preempted in this step
+        self.cut_short: set[str] = set()  # requests that were aborted or preempted in this step
 
     def report(self, rule: str, message: str) -> None:
         assert rule in RULES
@@ -119,7 +121,7 @@ class _Linter:
     def check_end(self, trace: Trace) -> None:
         self.step = None
         if trace.end is None:
-            return  # cut: who was still waiting or running may have finished later
+            return  # the trace was cut: requests that were still waiting or running may have finished later
         if trace.end["steps"] != self.num_steps:
             self.report("steps", f"the writer counted {trace.end['steps']} steps, the file ends after {self.num_steps}")
         self._apply(trace.end["events"])
@@ -129,7 +131,7 @@ class _Linter:
     # ---- events
 
     def _apply(self, events: Iterable[Event]) -> list[str]:
-        """Replay `events`, judging each first; the requests they preempted."""
+        """Replays `events` and judges each one first. Returns the requests that they preempted."""
         preempted = []
         for event in events:
             kind, request_id, *rest = event
@@ -229,11 +231,11 @@ class _Linter:
         self._check_table(request_id, entry["table"], end)
 
     def _num_hit_tokens(self, request_id: str) -> int:
-        """Tokens that a request just admitted has from the cache: in shared blocks, and copied."""
+        """Returns how many tokens a request just admitted has from the cache, in shared blocks and copied."""
         return self.replay.hits.get(request_id, 0) * self.block_size + self.cache.copies.get(request_id, 0)
 
     def _check_progress(self, is_stalled: bool) -> None:
-        if is_stalled and not self.is_stalled:  # an engine that stands still does so in every step
+        if is_stalled and not self.is_stalled:  # a stalled engine is stalled in every step, so report it once
             self.report("progress", f"nothing was computed though {_names(self.replay.requests)} could go on")
         self.is_stalled = is_stalled
 
@@ -252,14 +254,14 @@ class _Linter:
         needed = cdiv(num_tokens, self.block_size)
         if len(table) < needed:
             self.report("short-table", f"{request_id} has {len(table)} blocks for {num_tokens} tokens, needs {needed}")
-        # Beyond what was needed so far, too: blocks taken in advance are reserved and useless.
+        # More blocks than needed are a violation, too: blocks taken in advance are reserved without use.
         elif len(table) > needed:
             self.report("waste", f"{request_id} has {len(table)} blocks for {num_tokens} tokens, needs only {needed}")
 
     def _check_blocks(self, record: StepRecord) -> None:
         replay, pool = self.replay, record["pool"]
         for request_id in [r for r in replay.tables if replay.tables[r] and r not in replay.running]:
-            # Its blocks stay held: the pool counts them so, and one message is enough.
+            # Its blocks stay held, as the pool counts them. One message is enough.
             self.report("kept-blocks", f"{request_id} does not run, but holds blocks {replay.tables.pop(request_id)}")
         missing = self.usable_blocks - (pool["free"] + pool["cached"] + len(replay.holders))
         if missing != self.missing_blocks:
@@ -305,7 +307,7 @@ class _Linter:
 
 
 def _names(request_ids: Iterable[str], limit: int = 8) -> str:
-    """E.g. "r1, r2, r3", "nobody", or "r1, ..., and 40 more"."""
+    """E.g. "r1, r2, r3", "no request", or "r1, ..., and 40 more"."""
     names = list(request_ids)
     rest = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest or "nobody"
+    return ", ".join(names[:limit]) + rest or "no request"

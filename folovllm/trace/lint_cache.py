@@ -1,7 +1,7 @@
 """The lint's rules of prefix caching: what is taken from the cache must have been computed.
 
-Milestone: M6. vLLM counterpart: none. Left out: whether a hit has the right *tokens*; a trace holds no prompts (the
-fake executor finds that).
+Milestone: M6. vLLM counterpart: none. Left out: whether a hit has the right *tokens*. A trace contains no prompts; the
+fake executor finds such errors.
 
 Row 1: no torch.
 """
@@ -19,7 +19,7 @@ CACHE_RULES: dict[str, str] = {
 
 
 class CacheLinter:
-    """Counts how many leading slots of every block hold something. `report(rule, message)` takes violations."""
+    """Counts how many leading slots of every block are filled. Violations go to `report(rule, message)`."""
 
     def __init__(self, block_size: int, report: Callable[[str, str], None]) -> None:
         self.block_size = block_size
@@ -29,7 +29,7 @@ class CacheLinter:
         self.copies: dict[str, int] = {}  # request -> copied tokens
 
     def planned(self, events: list[Event]) -> None:
-        """What the scheduler decided before the step runs."""
+        """Takes what the scheduler decided before the step runs."""
         self.hits, self.copies = {}, {}
         for kind, request_id, *rest in events:
             if kind == "hit":
@@ -47,18 +47,18 @@ class CacheLinter:
         self.copies[request_id] = num_tokens
 
     def entry(self, entry: SchedEntry) -> None:
-        """One request's part of the step, in the order of the batch."""
+        """Takes one request's part of the step, in the order of the batch."""
         size, table, end = self.block_size, entry["table"], entry["start"] + entry["n"]
         num_hits = self.hits.get(entry["req"], 0)
         if empty := [block for block in table[:num_hits] if self.filled.get(block, 0) < size]:
-            self.report("hit", f"{entry['req']} hits blocks {empty}, which nobody has filled")
+            self.report("hit", f"{entry['req']} hits blocks {empty}, which were never filled")
         if entry["req"] in self.copies and entry["start"] != num_hits * size + self.copies[entry["req"]]:
             self.report("copy", f"{entry['req']} starts at token {entry['start']}, not behind what it copied")
         for i in range(entry["start"] // size, min(cdiv(end, size), len(table))):
             self.filled[table[i]] = min(end - i * size, size)
 
     def ran(self, record: StepRecord) -> None:
-        """The step is over. What a failed one should have computed is not there."""
+        """Takes the end of the step. What a failed step should have computed does not count as filled."""
         if any(event[0] == "finish" and event[2] == "error" for event in record["events"][record["planned"] :]):
             for entry in record["sched"]:
                 for block in entry["table"][entry["start"] // self.block_size :]:

@@ -1,6 +1,6 @@
-"""The trace file: JSON lines, a header first, then one record per step, at last an end line if it was closed.
+"""The trace file, as JSON lines: first a header, then one record per step, and an end line if the writer was closed.
 
-Milestone: M2. vLLM counterpart: none. Left out: drafts, several KV groups.
+Milestone: M2. vLLM counterpart: none. Left out: draft tokens, several KV groups.
 
 Row 1: no torch. A record says what the scheduler decided and how the step left the engine. E.g. (wrapped here)
 
@@ -15,9 +15,9 @@ Row 1: no torch. A record says what the scheduler decided and how the step left 
      "queues": {"num_waiting": 2, "waiting": ["r2", "r5"], "running": ["r1"]},
      "pool": {"free": 5, "cached": 0, "ref": {}}}
 
-`queues` and `pool` are as the step left them, `table` is as the step ran. A file stays small because what did not
-change is left out: `table` is written when it grew or is new, the two queues when someone came, went or moved (and
-`waiting` is null when very many wait). `read_trace` puts all that back, so no reader has to care.
+`queues` and `pool` are as the step left them, and `table` is as the step used it. A file stays small because unchanged
+values are left out: `table` is written when it is new or has grown, the two queues when a request came, went or moved
+(and `waiting` is null when very many requests wait). `read_trace` fills all that in again.
 
 Events, in the order in which they happened:
     ["add", request, prompt tokens, max_tokens, priority]      ["preempt", request]
@@ -39,10 +39,12 @@ Event = list[Any]
 
 
 class SchedEntry(TypedDict):
-    """`n` tokens of a request from position `start` on. `cached`: tokens that a prefix hit gave it at admission."""
+    """`n` tokens of a request from position `start` on. `cached` counts the tokens that a prefix hit gave it at
+    admission.
+    """
 
     req: str
-    kind: str  # "prefill" or "decode": for the eye; the scheduler knows no phases
+    kind: str  # "prefill" or "decode", for readers; the scheduler knows no phases
     start: int
     n: int
     cached: NotRequired[int]
@@ -56,7 +58,9 @@ class Queues(TypedDict):
 
 
 class Pool(TypedDict):
-    """`free` + `cached` + the blocks that requests hold = the usable blocks. `cached`: free, but still hit-able."""
+    """`free` + `cached` + the blocks that requests hold = the usable blocks. `cached` blocks are free and can still be
+    hit.
+    """
 
     free: int
     cached: int
@@ -83,7 +87,7 @@ TIMES = ("t0", "dur", "spans")
 
 @dataclass
 class Trace:
-    """A whole file. `end` is None where the writer was not closed: the run was cut, or still goes on."""
+    """A whole file. `end` is None if the writer was not closed: the run was interrupted, or it still goes on."""
 
     header: dict[str, Any]
     steps: list[StepRecord]
@@ -91,13 +95,15 @@ class Trace:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The engine arguments, flat."""
+        """The engine arguments in one flat dict."""
         config: dict[str, Any] = self.header["config"]
         return config
 
 
 def read_trace(path: str | Path) -> Trace:
-    """Read and complete a trace. Raises ValueError, with the line, for what is not one; a half last line is dropped."""
+    """Reads and completes a trace. Raises ValueError, with the line, for invalid content; an incomplete last line is
+    dropped.
+    """
     header, *lines = [*_json_lines(Path(path))] or [{}]
     if header.get("type") != "header":
         raise ValueError(
@@ -132,7 +138,7 @@ def _as_object(value: Any) -> dict[str, Any]:
 
 
 def _completed(lines: list[Any]) -> Iterator[StepRecord]:
-    """Put back what the writer left out because it had not changed."""
+    """Fills in what the writer left out because it had not changed."""
     tables: dict[str, list[int]] = {}
     waiting: list[str] | None = []
     running: list[str] = []

@@ -2,8 +2,9 @@
 
 Milestone: M2. vLLM counterpart: none.
 
-Row 1: no torch. It believes every event, however absurd; judging is the lint's business. Because it is an independent
-second account, a lint can hold the engine's own account (`table`, `queues`, `pool` of a record) against it.
+Row 1: no torch. The replay accepts every event, however absurd, because judging is the task of the lint. It is an
+independent second account, so the lint can compare the engine's own account (`table`, `queues`, `pool` of a record)
+with it.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ class ReplayedRequest:
     num_prompt_tokens: int
     max_tokens: int
     priority: int
-    num_tokens: int  # known: the prompt and what was sampled since
+    num_tokens: int  # the prompt and what was sampled since
     num_computed_tokens: int = 0
 
     @property
@@ -28,7 +29,9 @@ class ReplayedRequest:
 
 
 class Replay:
-    """`waiting` is in first-come order with preempted requests at the front, `running` in the order of admission."""
+    """`waiting` is in first-come order with preempted requests at the front, and `running` is in the order of
+    admission.
+    """
 
     def __init__(self) -> None:
         self.requests: dict[str, ReplayedRequest] = {}
@@ -66,7 +69,7 @@ class Replay:
                 self.requests.pop(request_id, None)
 
     def run(self, sched: list[SchedEntry]) -> None:
-        """The step's tokens are computed; who was not running yet is now."""
+        """The tokens of the step are computed. A request that was not running yet runs from now on."""
         for entry in sched:
             request_id = entry["req"]
             if request_id not in self.running:
@@ -76,13 +79,13 @@ class Replay:
                 self.requests[request_id].num_computed_tokens = entry["start"] + entry["n"]
 
     def take(self, request_id: str, blocks: list[int]) -> None:
-        """`request_id` holds `blocks` too, behind those it has."""
+        """Adds `blocks` to the end of the block table of `request_id`."""
         self.tables.setdefault(request_id, []).extend(blocks)
         for block in blocks:
             self.holders.setdefault(block, []).append(request_id)
 
     def release(self, request_id: str) -> list[int]:
-        """`request_id` holds nothing any more; what it held."""
+        """Clears the block table of `request_id` and returns what it held."""
         self.hits.pop(request_id, None)
         table = self.tables.pop(request_id, [])
         for block in table:

@@ -1,6 +1,6 @@
 """show: one step of a trace as text, with the blocks as a grid.
 
-Milestone: M2. vLLM counterpart: none. Left out: colours, and everything that the HTML viewer will do better.
+Milestone: M2. vLLM counterpart: none. Left out: colours, and everything that an HTML viewer can show better.
 
 Row 1: no torch.
 """
@@ -16,7 +16,7 @@ GRID_WIDTH = 64
 
 
 def show(trace: Trace, step: int) -> str:
-    """Step `step` in about a dozen lines. Raises ValueError if the trace has no such step."""
+    """Returns step `step` in about a dozen lines. Raises ValueError if the trace has no such step."""
     record = next((record for record in trace.steps if record["step"] == step), None)
     if record is None:
         raise ValueError(f"the trace has no step {step}; it has 0..{len(trace.steps) - 1}")
@@ -29,7 +29,7 @@ def show(trace: Trace, step: int) -> str:
 
 
 def _holders(trace: Trace, record: StepRecord) -> dict[int, list[str]]:
-    """Block -> requests, after the scheduler decided and before anybody finished."""
+    """Returns the requests that hold each block, after the scheduler decided and before any request finished."""
     replay = Replay()
     for earlier in trace.steps:
         if earlier is record:
@@ -53,10 +53,10 @@ def _summary(record: StepRecord) -> list[str]:
     return [
         f"step {record['step']} at {record['t0']:.3f} s, {record['dur'] * 1e3:.2f} ms ({spans})",
         f"computes {budget['used']} of at most {budget['tokens']} tokens for {len(record['sched'])} requests",
-        f"then running {', '.join(queues['running']) or 'nobody'}",
-        f"then waiting {queues['num_waiting'] if waiting is None else ', '.join(waiting) or 'nobody'}",
+        f"then running {', '.join(queues['running']) or 'no request'}",
+        f"then waiting {queues['num_waiting'] if waiting is None else ', '.join(waiting) or 'no request'}",
         f"then {pool['free']} blocks free" + (f", {pool['cached']} more free but cached" if pool["cached"] else ""),
-        "events: " + ("; ".join(" ".join(map(str, event)) for event in moves) or "nobody came or went"),
+        "events: " + ("; ".join(" ".join(map(str, event)) for event in moves) or "no request came or went"),
     ]
 
 
@@ -77,7 +77,9 @@ def _short(table: list[int], limit: int = 10) -> str:
 
 
 def _grid(holders: dict[int, list[str]], letters: dict[str, str], usable_blocks: int) -> list[str]:
-    """Rows of GRID_WIDTH blocks, each with the id of its first; rows in which all is free are told once."""
+    """Returns rows of GRID_WIDTH blocks, each with the id of its first block. Rows that are all free are summed up in
+    one line.
+    """
     cells = [_cell(holders.get(block, []), letters) for block in range(1, usable_blocks + 1)]
     rows = ["".join(cells[i : i + GRID_WIDTH]) for i in range(0, len(cells), GRID_WIDTH)]
     used = [(i, row) for i, row in enumerate(rows) if set(row) != {FREE}]

@@ -30,7 +30,7 @@ from folovllm.request import Request, RequestStatus
 from folovllm.trace.record import VERSION, Event, SchedEntry
 
 MAX_WAITING_SHOWN = 64  # ids of a longer queue are not written: a step must not cost more because many wait
-_PRIVATE_ARGS = ("trace", "download_dir")  # where files lie on this machine is nobody's business
+_PRIVATE_ARGS = ("trace", "download_dir")  # paths on this machine stay out of a trace, which may be shared
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
