@@ -1,6 +1,6 @@
 """Where the time of quantising goes: seconds per part of the job.
 
-Milestone: M7. vLLM counterpart: none. Parts do not overlap; what is in none of them is the difference to the total.
+Milestone: M7. vLLM counterpart: none. Parts do not overlap. The difference to the total is the time spent in no part.
 """
 
 import time
@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 
 
 class PartClock:
-    """Adds up; `seconds` may be set to go on from an earlier run's."""
+    """Adds up the seconds of each part. `seconds` may continue the sums of an earlier run."""
 
     def __init__(self, seconds: dict[str, float] | None = None) -> None:
         self.seconds: dict[str, float] = dict(seconds or {})
@@ -33,7 +33,7 @@ class PartClock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def each(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
-        """`items`, timing only how long each takes to come."""
+        """Yields `items` and times only how long each takes to arrive."""
         iterator = iter(items)
         while True:
             with self.part(name):

@@ -1,7 +1,7 @@
-"""The dequantised twin: a GPTQ checkpoint written out as a plain one, which any program can load.
+"""The dequantised twin: a GPTQ checkpoint written as a plain one, which any program can load.
 
-Milestone: M7. vLLM counterpart: none. It is what proofs compare with, and how HuggingFace's own code evaluates our
-quantised weights without GPTQModel.
+Milestone: M7. vLLM counterpart: none. Proofs of exactness compare with the twin, and HuggingFace's own code can
+evaluate our quantised weights on it without GPTQModel.
 """
 
 import json
@@ -19,7 +19,7 @@ _NOT_COPIED = ("config.json", "quantize_config.json", "quantize_log.json", INDEX
 
 
 def write_dequantized(folder: Path, out: Path, dtype: str = "float32") -> Path:
-    """Write the twin of GPTQ checkpoint `folder` to the new folder `out`, in `dtype`, and return `out`."""
+    """Writes the twin of GPTQ checkpoint `folder` to the new folder `out`, in `dtype`, and returns `out`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     quantization = load_hf_config(folder).quantization

@@ -1,16 +1,16 @@
-"""GPTQ: round one input column after the other, and let the columns that remain make up for the error.
+"""GPTQ: round one input column after the other, and let the remaining columns compensate for the error.
 
 Milestone: M7. vLLM counterpart: none. Left out: MSE-optimal grids.
 Source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization", algorithm 1; it is the OBQ update of Frantar &
 Alistarh 2022 with the same column order for every row, and OBQ is LeCun's and Hassibi's OBS with rounding for pruning.
 
-Rounding W [output_size, input_size] to Q should disturb the outputs W X least: minimise |(W - Q) X|^2, whose curvature
-is H = X X^T, the same for every row of W. If column i is fixed at its rounded value, the best answer of the columns F
-that are still free is
+Rounding W [output_size, input_size] to Q should disturb the outputs W X as little as possible: minimise |(W - Q) X|^2.
+Its curvature is H = X X^T, the same for every row of W. If column i is fixed at its rounded value, the best response of
+the columns F that are still free is
 
-    W[:, F] -= (W[:, i] - Q[:, i]) / [H_F^-1]_ii * [H_F^-1]_iF            (i itself counts to F here)
+    W_F -= (W_i - Q_i) / [H_F^-1]_ii * [H_F^-1]_iF            (W_i is column i; here i itself belongs to F)
 
-and the H_F^-1 of all steps are contained in one triangular matrix: with U^T U = H^-1, U upper,
+and the H_F^-1 of all steps are contained in one triangular matrix. With U^T U = H^-1, U upper triangular,
 
     [H_F^-1]_iF / [H_F^-1]_ii  =  U[i, F] / U[i, i]
 """
@@ -23,18 +23,18 @@ from folovllm.quantize.clock import COLUMNS, INVERSE, PartClock
 from folovllm.quantize.grid import Grid, find_grid
 
 BLOCK_SIZE = 128  # columns whose effect on the rest is applied in one matmul
-_DAMP_STEPS = 6  # how often damping is raised tenfold before we give up
+_DAMP_STEPS = 6  # how often damping is raised tenfold before the quantiser gives up
 
 
 class Hessian:
-    """H = X X^T over all calibration tokens, in fp32, and how many they were."""
+    """H = X X^T over all calibration tokens, in fp32, and the number of these tokens."""
 
     def __init__(self, input_size: int, device: torch.device | None = None) -> None:
         self.matrix = torch.zeros(input_size, input_size, dtype=torch.float32, device=device)
         self.num_tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
-        """x [num_tokens, input_size], in any dtype."""
+        """Adds the tokens `x` [num_tokens, input_size], in any dtype."""
         x = x.float()
         self.matrix.addmm_(x.t(), x)
         self.num_tokens += x.shape[0]
@@ -49,16 +49,16 @@ def gptq_quantize(
     static_groups: bool = False,
     clock: PartClock | None = None,
 ) -> QuantizedLinear:
-    """Quantise `weight` [output_size, input_size] for inputs with `hessian` [input_size, input_size].
+    """Quantises `weight` [output_size, input_size] for inputs with `hessian` [input_size, input_size].
 
     `damp` times the mean of H's diagonal is added to the diagonal. With `config.desc_act` the columns are taken in the
-    order of falling H_ii: those that matter most are rounded while most others can still make up for it.
+    order of falling H_ii, so that those that matter most are rounded while most others can still compensate.
 
-    A group's grid is fixed when its first column is reached, as in the paper, from weights that have made up for others
-    by then and so have grown: with 2 or 3 bits the grids get coarse with them. `static_groups` fixes all grids before
-    the first step, which is better there; and as groups then are of neighbours in any order of columns, act-order costs
-    nothing when the model runs. But where few inputs are far stronger than the rest, the weights that make up for them
-    must leave their old range, and cannot.
+    As in the paper, the grid of a group is fixed when its first column is reached. By then the weights have compensated
+    for others and so have grown, and with 2 or 3 bits their grids become coarse. `static_groups` fixes all grids before
+    the first step, which is better for few bits. Groups then consist of neighbouring columns in any order of rounding,
+    so act-order costs nothing when the model runs. But if few inputs are far stronger than the rest, the compensating
+    weights must leave their old range, and with static grids they cannot.
     """
     clock = clock or PartClock()
     work, hessian = weight.float().clone(), hessian.float().clone()
@@ -79,7 +79,7 @@ def gptq_quantize(
 
 
 def rtn_quantize(weight: torch.Tensor, config: GPTQConfig) -> QuantizedLinear:
-    """Rounding to nearest, group by group: the yardstick. No column knows of another's error."""
+    """Rounds to nearest, group by group. This is the baseline: no column compensates for the error of another."""
     input_size = weight.shape[1]
     length = config.group_length(input_size)
     grids, groups = _grids_of(weight.float(), config), weight.float().split(length, dim=1)
@@ -90,10 +90,10 @@ def rtn_quantize(weight: torch.Tensor, config: GPTQConfig) -> QuantizedLinear:
 
 
 def gptq_step(weight: torch.Tensor, column: int, rounded: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
-    """One step: fix `column` of `weight` at `rounded` [output_size]; later columns make up for it, in place.
+    """Performs one step: fixes `column` of `weight` at `rounded` [output_size] and updates the later columns in place.
 
-    weight [output_size, n] and root [n, n] (rows and columns alike cut from U). Returns the error in units of U's
-    diagonal [output_size], which is what columns outside of this cut will need.
+    weight [output_size, n] and root [n, n] (the same rows and columns of U). Returns the error in units of U's diagonal
+    [output_size], which the columns outside of these n will need.
     """
     error = (weight[:, column] - rounded) / root[column, column]
     weight[:, column:] -= torch.outer(error, root[column, column:])  # at `column` itself this subtracts the error whole
@@ -108,9 +108,9 @@ def _quantize_columns(
     group_of_step: list[int],
     static: list[Grid] | None,
 ) -> tuple[torch.Tensor, list[Grid]]:
-    """All columns, in blocks: within one every step updates the block only, the rest follows in one matmul.
+    """Quantises all columns in blocks. Each step updates only its block; the rest follows in one matmul per block.
 
-    Nothing is approximated: a column is read first when its own block begins, and by then has all updates.
+    Nothing is approximated: a column is first read when its own block begins, and by then it has received all updates.
     """
     input_size, length = work.shape[1], config.group_length(work.shape[1])
     levels = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
@@ -134,19 +134,19 @@ def _quantize_columns(
 
 
 def _grids_of(weight: torch.Tensor, config: GPTQConfig) -> list[Grid]:
-    """The grid of each group, from the weights as they are."""
+    """Returns the grid of each group for the present weights."""
     return [find_grid(group, config) for group in weight.split(config.group_length(weight.shape[1]), dim=1)]
 
 
 def _stack(grids: list[Grid]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scales fp32, zeros int32), each [num_groups, output_size]."""
+    """Returns (scales fp32, zeros int32), each [num_groups, output_size]."""
     return torch.stack([grid.scale for grid in grids]), torch.stack([grid.zero for grid in grids]).to(torch.int32)
 
 
 def inverse_root(hessian: torch.Tensor, damp: float) -> torch.Tensor:
-    """U, upper triangular with U^T U = (H + damping)^-1, as fp32: [input_size, input_size].
+    """Returns U, upper triangular with U^T U = (H + damping)^-1, as fp32 [input_size, input_size].
 
-    Computed in fp64. Damping is raised while H is not positive definite, as with fewer tokens than inputs.
+    Computed in fp64. While H is not positive definite, as with fewer tokens than inputs, the damping is raised.
     """
     size, mean = hessian.shape[0], float(hessian.diagonal().mean())
     eye = torch.eye(size, dtype=torch.float64, device=hessian.device)
@@ -162,7 +162,9 @@ def inverse_root(hessian: torch.Tensor, damp: float) -> torch.Tensor:
 
 
 def output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
-    """|(W - Q) X|^2 / |W X|^2 for weights [output_size, input_size]: the share of the output that rounding disturbs."""
+    """Returns |(W - Q) X|^2 / |W X|^2 for weights [output_size, input_size]: how much of the output
+    rounding disturbs.
+    """
     difference = weight.float() - quantized.float()
     disturbed = (difference @ hessian * difference).sum()
     total = (weight.float() @ hessian * weight.float()).sum()
@@ -170,7 +172,7 @@ def output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.T
 
 
 def _silence_dead_inputs(weight: torch.Tensor, hessian: torch.Tensor) -> None:
-    """Inputs that were never anything but zero: any weight does, so take zero, and keep H invertible."""
+    """Sets the weights of inputs that were always zero to zero, since any weight would do, and keeps H invertible."""
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1.0
     weight[:, dead] = 0.0
@@ -183,7 +185,10 @@ def _column_order(hessian: torch.Tensor, desc_act: bool) -> torch.Tensor:
 
 
 def _aligned(block_size: int, config: GPTQConfig) -> int:
-    """A group must begin and end within one block, or begin with one: else its grid would see weights half updated."""
+    """Returns a block size such that every group lies within one block or begins with one.
+
+    Otherwise the grid of a group would be fixed on weights of which only some are up to date.
+    """
     if config.group_size == PER_CHANNEL:
         return block_size
     return config.group_size * max(1, block_size // config.group_size)

@@ -19,19 +19,19 @@ _SMALLEST_SCALE = 2.0**-24  # the smallest number that fp16 has
 
 @dataclass(frozen=True)
 class Grid:
-    """The grids of one group, one per output."""
+    """The grids of one group, one grid per output."""
 
     scale: torch.Tensor  # [output_size] fp32
     zero: torch.Tensor  # [output_size] fp32, whole numbers
     max_level: int
 
     def levels(self, weight: torch.Tensor) -> torch.Tensor:
-        """The nearest level of each weight [output_size, n] or [output_size]; fp32, whole numbers."""
+        """Returns the nearest level of each weight [output_size, n] or [output_size], as whole numbers in fp32."""
         scale, zero = self._like(weight)
         return (torch.round(weight / scale) + zero).clamp_(0, self.max_level)
 
     def values(self, levels: torch.Tensor) -> torch.Tensor:
-        """What the levels stand for, shaped like them."""
+        """Returns the values that the levels stand for, in the same shape."""
         scale, zero = self._like(levels)
         return (levels - zero) * scale
 
@@ -40,15 +40,15 @@ class Grid:
 
 
 def find_grid(weight: torch.Tensor, config: GPTQConfig) -> Grid:
-    """The grid of one group's weights [output_size, group_length]: the smallest that covers them and zero."""
+    """Returns the grid of one group's weights [output_size, group_length]: the smallest that covers them and zero."""
     low, high = weight.amin(1).clamp(max=0.0), weight.amax(1).clamp(min=0.0)  # [output_size]
     if config.sym:
         low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
-    span = torch.where(high > low, high - low, 1.0)  # a group of zeros gets any scale at all
-    # Rounded to fp16 before it is used, as fp16 is what the checkpoint keeps: GPTQ then knows the error that will be.
+    span = torch.where(high > low, high - low, 1.0)  # for a group of zeros any scale will do
+    # The scale is rounded to fp16, as in the checkpoint, before it is used: GPTQ then compensates for the final error.
     scale = (span / config.max_level).clamp(_SMALLEST_SCALE).to(torch.float16).float()
     if config.sym:
         return Grid(scale, torch.full_like(scale, 2 ** (config.bits - 1)), config.max_level)
-    # v1 stores zero - 1, and readers differ on what -1 means: a group without negative weights gives one level away.
+    # v1 stores zero - 1, and readers differ on what -1 means. So a group without negative weights gives up one level.
     zero = torch.round(-low / scale).clamp(config.zero_offset, config.max_level)
     return Grid(scale, zero, config.max_level)

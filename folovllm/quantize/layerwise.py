@@ -28,7 +28,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 class TensorFolder:
-    """The tensors of a checkpoint by name; one is read when it is asked for."""
+    """The tensors of a checkpoint by name. Each one is read when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.files: dict[str, Path] = {}
@@ -44,7 +44,7 @@ class TensorFolder:
             return tensor
 
     def items(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name without `prefix`, tensor) of every tensor below it."""
+        """Yields (name without `prefix`, tensor) for every tensor whose name starts with `prefix`."""
         for name in sorted(self.files):
             if name.startswith(prefix):
                 yield name.removeprefix(prefix), self.get(name)
@@ -136,7 +136,10 @@ def input_of(linear: nn.Module, forward: Callable[[], object]) -> torch.Tensor:
 
 
 class WholeSequenceBackend(NoCacheBackend):
-    """no_cache by torch's fused kernel: no [length, length] weights, which cost more than the linears at 1024."""
+    """no_cache with torch's fused kernel, which does not build the [length, length] weights.
+
+    At a length of 1,024 these weights would cost more than the linear layers.
+    """
 
     name = "whole_sequence"
 
@@ -150,7 +153,7 @@ class WholeSequenceBackend(NoCacheBackend):
 
 
 def bind_no_cache(module: nn.Module, arch: ModelArchitecture, dtype: torch.dtype = torch.float32) -> None:
-    """Let every attention layer in `module` see one sequence, without a KV cache."""
+    """Lets every attention layer in `module` attend within one sequence, without a KV cache."""
     spec = AttentionSpec.from_arch(arch, dtype, torch.device("cpu"), block_size=1)
     for part in module.modules():
         if isinstance(part, Attention):

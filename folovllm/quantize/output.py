@@ -1,13 +1,13 @@
-"""The folder that a quantised checkpoint grows in: a file per finished layer, and config.json last.
+"""The folder of a quantised checkpoint while it is being written: a file per finished layer, and config.json last.
 
-Milestone: M7. vLLM counterpart: none. Left out: merging the files; loaders read the index.
+Milestone: M7. vLLM counterpart: none. Left out: merging the files, because loaders read the index.
 
-    quantize_log.json                     settings, the layers that are done, time and memory; where a job goes on from
-    model-00001-of-00032.safetensors      embedding, final norm, head, untouched
+    quantize_log.json                     settings, finished layers, time and memory; a later run continues from here
+    model-00001-of-00032.safetensors      embedding, final norm, head, unchanged
     model-00002-of-00032.safetensors      layer 0, and so on
-    config.json, model.safetensors.index.json, tokenizer: written at the end, so half a model is never loaded as a whole
+    config.json, model.safetensors.index.json, tokenizer: written at the end, so no loader accepts half a model
 
-Files appear under their names only when they are whole (written beside, then renamed).
+A file is written under another name and then renamed, so under its own name it is always complete.
 """
 
 import hashlib
@@ -32,13 +32,13 @@ from folovllm.utils import peak_memory_bytes
 
 LOG = "quantize_log.json"
 QUANTIZER = "folovllm"
-# Everything beside the weights that makes a model folder: tokenizer, chat template, generation_config.
+# Everything besides the weights that belongs to a model folder: tokenizer, chat template, generation_config.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 @dataclass(frozen=True)
 class LayerErrors:
-    """How much rounding one linear layer disturbs its outputs (see `output_error`); None where nothing measured it."""
+    """How much rounding one linear layer disturbs its outputs (see `output_error`). None where it was not measured."""
 
     layer: int
     linear: str
@@ -55,7 +55,7 @@ class LayerErrors:
 
 
 class OutputFolder:
-    """Opened for one set of settings; ValueError if the folder holds anything else."""
+    """A folder opened for one set of settings. Raises ValueError if the folder holds anything else."""
 
     def __init__(self, source: Path, out: Path, settings: dict[str, Any], arch: ModelArchitecture) -> None:
         self.source, self.out, self.num_layers = source, out, arch.num_hidden_layers
@@ -93,14 +93,14 @@ class OutputFolder:
         return load_file(self._layer_path(index))
 
     def add_layer(self, index: int, tensors: dict[str, torch.Tensor], errors: Sequence[LayerErrors]) -> None:
-        """The log last: a layer counts once it says so."""
+        """Writes a finished layer. The log is written last: a layer counts as finished once the log names it."""
         with self.clock.part(FILES):
             _save(tensors, self._layer_path(index))
         self.errors = [entry for entry in self.errors if entry.layer != index] + list(errors)
         self._write_log()
 
     def finish(self, config: GPTQConfig, damp: float, static_groups: bool) -> None:
-        """Whatever is no decoder layer, the index, the small files, and config.json."""
+        """Writes all tensors outside of decoder layers, the index, the small files, and config.json."""
         with self.clock.part(FILES):
             self._write_rest()
         quantization = config.to_json(damp, QUANTIZER) | {"static_groups": static_groups}
@@ -126,7 +126,7 @@ class OutputFolder:
         self._write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def _write_log(self) -> None:
-        """`seconds`, `parts` and memory are over all runs that it took."""
+        """Writes the log. `seconds`, `parts` and memory cover all runs of the job."""
         content = {
             "settings": self.settings,
             "threads": torch.get_num_threads(),
@@ -159,18 +159,20 @@ def _read_log(out: Path) -> dict[str, Any]:
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    beside = path.with_name(f".{path.name}.tmp")  # hidden, and no *.safetensors: no loader takes it for a part
+    beside = path.with_name(f".{path.name}.tmp")  # hidden, and not *.safetensors, so no loader reads it
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata={"format": "pt"})
     os.replace(beside, path)
 
 
 def digest_of(windows: Sequence[Sequence[int]]) -> str:
-    """Tells one set of calibration sequences from another."""
+    """Returns digits that tell one set of calibration sequences from another."""
     return hashlib.sha256(json.dumps([list(window) for window in windows]).encode()).hexdigest()[:12]
 
 
 def _source_digest(source: Path) -> str:
-    """Tells one source from another by its config and the names and sizes of its files; reading them takes longer."""
+    """Returns digits that identify a source by its config and the names and sizes of its files, without reading the
+    weights.
+    """
     parts = [(source / "config.json").read_text(encoding="utf-8")]
     parts += sorted(f"{path.name} {path.stat().st_size}" for path in source.glob("*.safetensors"))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

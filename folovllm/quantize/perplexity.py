@@ -1,10 +1,10 @@
 """Perplexity: e to the mean negative log probability of a text's tokens, in windows that are stated.
 
-Milestone: M7. vLLM counterpart: none (lm-eval on top of it). Two perplexities compare only if tokens, window and stride
-are the same: a longer window knows more before each token.
+Milestone: M7. vLLM counterpart: none (lm-eval runs on top of it). Two perplexities can be compared only if tokens,
+window and stride are the same, because in a longer window each token has more context.
 
     window 4, stride 2 over 8 tokens; * is scored, . is context
-    [. * * *]            the first token of all is never scored: nothing stands before it
+    [. * * *]            the very first token is never scored, because it has no context
          [. . * *]
              [. . * *]
 """
@@ -36,7 +36,9 @@ class Perplexity:
 
 
 def score_windows(num_tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
-    """(start, end, first scored), which together score every token but the first once. E.g. 8, 4, 2 as drawn above."""
+    """Returns (start, end, first scored) triples that score every token but the first once. E.g. 8, 4, 2 as drawn
+    above.
+    """
     if not 1 <= stride < window:
         raise ValueError(f"stride must be at least 1 and less than the window of {window}; got {stride}")
     windows, scored = [], 1
@@ -53,7 +55,7 @@ def score_windows(num_tokens: int, window: int, stride: int) -> list[tuple[int, 
 def measure_perplexity(
     score: Scorer, token_ids: Sequence[int], window: int, stride: int, show: Callable[[int], None] = lambda n: None
 ) -> Perplexity:
-    """Of `token_ids`; `show` is told after each window how many tokens were scored so far."""
+    """Returns the perplexity of `token_ids`. After each window, `show` gets the number of tokens scored so far."""
     total, count = 0.0, 0
     for start, end, first in score_windows(len(token_ids), window, stride):
         logprobs = score(token_ids[start:end], first - start)
@@ -65,7 +67,7 @@ def measure_perplexity(
 
 
 def engine_scorer(folder: Path, dtype: torch.dtype = torch.float32, quantization: str = "dequantize") -> Scorer:
-    """Our model of `folder`, each window computed at once without a KV cache."""
+    """Returns a scorer that runs our model of `folder` on each window at once, without a KV cache."""
     arch = load_hf_config(folder)
     model = load_model(folder, arch, dtype, torch.device("cpu"), quantization=quantization)
     bind_no_cache(model, arch, dtype)
@@ -83,6 +85,6 @@ def engine_scorer(folder: Path, dtype: torch.dtype = torch.float32, quantization
 
 
 def target_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """logits [n, vocab_size], targets [n] -> [n] fp32."""
+    """Returns the log probabilities of `targets` [n] under `logits` [n, vocab_size], as [n] fp32."""
     logits = logits.float()
     return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)

@@ -1,11 +1,11 @@
-"""The job: a plain checkpoint in, a GPTQ checkpoint out, one decoder layer at a time.
+"""The quantisation job: a plain checkpoint in, a GPTQ checkpoint out, one decoder layer at a time.
 
 Milestone: M7. vLLM counterpart: none. Left out: several GPUs, quantising the head or the embedding.
 
-Layer by layer, the calibration sequences go through what is quantised already, so each layer is fitted to the inputs
-that it will really get; and within a layer likewise: qkv, then o, then gate and up, then down. In memory are one layer,
-one Hessian and the sequences' hidden states, twice; finished layers are on disk, and an interrupted job goes on after
-them.
+The calibration sequences pass through the layers that are already quantised, so each layer is fitted to the inputs that
+it will really get. The same holds within a layer: first qkv, then o, then gate and up, then down. Memory holds one
+layer, one Hessian, and the hidden states of the sequences, twice. Finished layers are on disk, and an interrupted job
+continues after them.
 """
 
 import time
@@ -35,7 +35,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """What is asked for. `damp`: the share of the Hessian's mean diagonal that is added to its diagonal."""
+    """The settings of a job. `damp` is the share of the Hessian's mean diagonal that is added to its diagonal."""
 
     config: GPTQConfig
     method: str = "gptq"
@@ -63,10 +63,11 @@ def quantize_checkpoint(
     windows: Sequence[Sequence[int]] = (),
     progress: bool = True,
 ) -> list[LayerErrors]:
-    """Write the quantised checkpoint of folder `source` to folder `out`; the error of each layer it made.
+    """Writes the quantised checkpoint of folder `source` to folder `out`, and returns the errors of the layers it made.
 
-    `windows`: token ids of the calibration sequences. Goes on where an earlier call with the same settings was
-    interrupted. ValueError for sizes that do not divide, a quantised source, or an `out` that holds something else.
+    `windows` are the token ids of the calibration sequences. If an earlier call with the same settings was interrupted,
+    this call continues it. Raises ValueError for sizes that cannot be divided into groups, for a quantised source, or
+    if `out` holds something else.
     """
     arch = load_hf_config(source)
     check_sizes(arch, settings.config)
@@ -82,7 +83,7 @@ def quantize_checkpoint(
 
 
 class QuantizeJob:
-    """The loop over layers."""
+    """The loop over the decoder layers."""
 
     def __init__(
         self, tensors: TensorFolder, output: OutputFolder, arch: ModelArchitecture, settings: QuantizeSettings
@@ -102,7 +103,7 @@ class QuantizeJob:
         return self.output.errors
 
     def _do_layer(self, index: int, states: list[torch.Tensor], bar: "tqdm[Any]") -> None:
-        """Quantise a layer, or take it from the output folder, and move `states` through it, in place."""
+        """Quantises a layer, or takes it from the output folder, and moves `states` through it, in place."""
         with self.clock.part(FILES):
             layer = self.runner.load_layer(index)
         if self.output.has_layer(index):
@@ -112,12 +113,12 @@ class QuantizeJob:
                 states[:] = [self.runner.run(layer, hidden) for hidden in states]
         else:
             self._quantize_layer(layer, index, states, bar)
-        # Parameters know their layer by their weight_loader: uncut, it would live until the garbage collector comes.
+        # A parameter refers to its layer through its weight_loader. Without this, the cycle would keep the layer alive.
         for param in layer.parameters():
             delattr(param, "weight_loader")
 
     def _reload(self, layer: LlamaDecoderLayer, index: int) -> None:
-        """Fill `layer` with what an earlier call made of it."""
+        """Fills `layer` with what an earlier call made of it."""
         prefix = f"model.layers.{index}."
         stored = self.output.layer_tensors(index)
         plain = dequantize_weights(((name.removeprefix(prefix), t) for name, t in stored.items()), self.config)
@@ -132,7 +133,7 @@ class QuantizeJob:
         start = time.perf_counter()
         for name, linear, inputs in self.clock.each(FORWARD, self.runner.inputs_in_turn(layer, states)):
             quantized, error, rtn_error = self._quantize_linear(linear, inputs)
-            # What it puts out is what the next one is fitted to, as it will be when the model runs.
+            # The next linear is fitted to the outputs of this quantised one, as when the model runs.
             linear.weight.data.copy_(quantized.dequantize())  # type: ignore[operator]
             tensors |= self._packed(name, linear, quantized, tensors)
             errors.append(LayerErrors(index, name, error, rtn_error, time.perf_counter() - start))
@@ -144,7 +145,7 @@ class QuantizeJob:
     def _quantize_linear(
         self, linear: LinearBase, inputs: Iterable[torch.Tensor]
     ) -> tuple[QuantizedLinear, float | None, float | None]:
-        """A fused layer at once: its parts share their inputs, and rows do not know of each other."""
+        """Quantises a fused layer at once: its parts share their inputs, and rows do not depend on each other."""
         weight = linear.weight.detach().clone()  # type: ignore[operator]
         if self.settings.method == "rtn":
             return rtn_quantize(weight, self.config), None, None
@@ -166,7 +167,9 @@ class QuantizeJob:
         return quantized, errors[0], errors[1]
 
     def _packed(self, name: str, linear: LinearBase, quantized: QuantizedLinear, tensors: Tensors) -> Tensors:
-        """The packed tensors of each of the checkpoint's layers in `linear`; their plain weights leave `tensors`."""
+        """Returns the packed tensors of each checkpoint layer in `linear`, and removes their plain weights from
+        `tensors`.
+        """
         parent, _, last = name.rpartition(".")
         names = {shard_id: part for part, shard_id in self.packed_modules.get(last, [(last, None)])}
         packed: Tensors = {}
@@ -181,7 +184,7 @@ class QuantizeJob:
 
 
 def check_sizes(arch: ModelArchitecture, config: GPTQConfig) -> None:
-    """ValueError unless groups divide every input size, and every size fills whole words."""
+    """Raises ValueError unless groups divide every input size and every size fills whole words."""
     inputs = {arch.hidden_size, arch.q_size, arch.intermediate_size}
     if any(size % config.group_length(size) for size in inputs):
         fitting = [str(g) for g in _POSSIBLE_GROUPS if all(size % g == 0 for size in inputs)]

@@ -1,9 +1,9 @@
 """Calibration and evaluation text that needs no download: the help topics of Python itself.
 
-Milestone: M7. vLLM counterpart: none. GPTQ papers use C4 and WikiText-2; both need a network.
+Milestone: M7. vLLM counterpart: none. GPTQ papers use C4 and WikiText-2, and both need a network.
 
-`pydoc_data.topics` holds chapters of the language reference, several of them twice, one inside another. Paragraphs that
-came before are dropped, and then the topics are dealt out in turn: no paragraph is in both halves.
+`pydoc_data.topics` holds chapters of the language reference, several of them twice, one inside another. Repeated
+paragraphs are dropped, and then the topics are dealt out in turn, so that no paragraph is in both halves.
 """
 
 import hashlib
@@ -15,7 +15,9 @@ SPLITS = ("calibration", "evaluation")
 
 
 def builtin_text(split: str) -> str:
-    """One half of the built-in text. It differs between Python versions: results name it by `text_digest`."""
+    """Returns one half of the built-in text. It differs between Python versions, so results name it by
+    `text_digest`.
+    """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
     from pydoc_data.topics import topics  # 0.7 MB, so only when it is asked for
@@ -38,7 +40,9 @@ def _new_paragraphs(text: str, seen: set[str]) -> list[str]:
 
 
 def read_text(source: str, split: str) -> str:
-    """Text from "builtin", a file, or "hf:NAME[:CONFIG[:SPLIT[:COLUMN]]]" through the `datasets` package."""
+    """Returns the text of `source`: "builtin", a file, or `hf:NAME[:CONFIG[:SPLIT[:COLUMN]]]` through the `datasets`
+    package.
+    """
     if source == BUILTIN:
         return builtin_text(split)
     if source.startswith(HF_PREFIX):
@@ -63,12 +67,12 @@ def _dataset_text(name: str) -> str:
 
 
 def text_digest(text: str) -> str:
-    """Twelve hexadecimal digits that tell one text from another."""
+    """Returns twelve hexadecimal digits that tell one text from another."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def calibration_windows(token_ids: list[int], num_windows: int, length: int) -> list[list[int]]:
-    """At most `num_windows` pieces of `length` tokens without overlap, evenly spread over the text."""
+    """Returns at most `num_windows` pieces of `length` tokens without overlap, evenly spread over the text."""
     available = len(token_ids) // length
     if available == 0:
         raise ValueError(f"the calibration text has {len(token_ids)} tokens, fewer than one sequence of {length}")
