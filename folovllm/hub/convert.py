@@ -1,13 +1,13 @@
 """From a GGUF file to a HuggingFace folder, once, at pull time (milestone M0).
 
 Everything after `pull` (our loader, the HuggingFace baseline, the quantiser) then reads one format: safetensors plus
-JSON. transformers parses and dequantises the GGUF; this file writes down what it found and restores what GGUF lost.
-vLLM's counterpart is `model_executor/model_loader/gguf_loader.py`, which instead keeps GGUF's blocks quantised at run
-time. Left out: any GGUF whose pre-tokenizer is not in `PRE_TOKENIZERS`.
+JSON. transformers parses and dequantises the GGUF; this file writes the result and restores what GGUF lost. vLLM's
+counterpart is `model_executor/model_loader/gguf_loader.py`, which instead keeps GGUF's blocks quantised at run time.
+Left out: any GGUF whose pre-tokenizer is not in `PRE_TOKENIZERS`.
 
-Why float32 in the file: a Q4_1 value is `d * q + m` with fp16 `d`, `m` and a 4-bit `q`. The product alone needs up to
-15 significant bits, fp16 has 11 and bf16 8: tried on this model, a quarter of a layer's values changes in fp16 and two
-thirds in bf16. So a narrower file would round the model a second time.
+The weights are stored as float32 for a reason. A Q4_1 value is `d * q + m` with fp16 `d`, `m` and a 4-bit `q`. The
+product alone needs up to 15 significant bits, but fp16 has 11 and bf16 has 8: on this model, a quarter of a layer's
+values change in fp16 and two thirds in bf16. A narrower file would therefore round the model a second time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
         ],
     }
 }
-# What of transformers' in-memory config describes the model; the rest (paths, labels, the GGUF) stays behind.
+# The entries of transformers' in-memory config that describe the model. The rest (paths, labels, the GGUF) is dropped.
 _MODEL_KEYS = (
     "model_type",
     "hidden_size",
@@ -62,7 +62,7 @@ _GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def convert_gguf(gguf_path: Path, out: Path, alias: Alias) -> None:
-    """Write `gguf_path` as a HuggingFace folder into the existing folder `out`."""
+    """Writes `gguf_path` as a HuggingFace folder into the existing folder `out`."""
     with _quiet_transformers():
         _write_tokenizer(gguf_path, out, alias)
         _write_model(gguf_path, out, alias)
@@ -70,7 +70,7 @@ def convert_gguf(gguf_path: Path, out: Path, alias: Alias) -> None:
 
 
 def check_config_facts(config: dict[str, Any], alias: Alias) -> None:
-    """Compare a converted config.json with what is known about the model; `PullError` naming every difference."""
+    """Compares a converted config.json with the known facts about the model. Raises PullError with every difference."""
     wrong = {k: (v, config.get(k)) for k, v in alias.config_facts.items() if config.get(k) != v}
     if wrong:
         expected = ", ".join(f"{k}={want!r}" for k, (want, _) in wrong.items())
@@ -87,21 +87,23 @@ def _write_model(gguf_path: Path, out: Path, alias: Alias) -> None:
     model = AutoModelForCausalLM.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
-        # One tensor under two names: HuggingFace folders keep the embedding only.
+        # The two names are one tensor, and HuggingFace folders keep only the embedding.
         tensors.pop("lm_head.weight", None)
     # `save_pretrained` refuses a model that came from GGUF ("quantized, not serializable"), although its weights are
     # plain float32 by now; and it writes its own version's config keys. So the three files are written by hand.
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    # save_file makes the file private; a cache folder may be shared, so it gets the mode of its neighbours.
+    # save_file makes the file private. A cache folder may be shared, so the file gets the mode of the other files.
     (out / "model.safetensors").chmod((out / "tokenizer.json").stat().st_mode & 0o777)
     _write_json(out / "config.json", _config_dict(model.config.to_dict(), alias))
     _write_json(out / "generation_config.json", {k: alias.config_facts[k] for k in _GENERATION_KEYS})
 
 
 def _config_dict(config: dict[str, Any], alias: Alias) -> dict[str, Any]:
-    """What config.json shall say: transformers' reading of the GGUF, minus the GGUF, plus what the GGUF lost."""
+    """Returns the contents of config.json: what transformers read from the GGUF, without GGUF's own entries, and with
+    what GGUF lost.
+    """
     kept = {key: config[key] for key in _MODEL_KEYS if key in config}
-    # transformers 5 nests it, transformers 4 and other engines look at the top level: say it in both places.
+    # transformers 5 nests it, but transformers 4 and other engines read the top level, so it is written in both places.
     rope_theta = config["rope_parameters"]["rope_theta"]
     return {"architectures": ["LlamaForCausalLM"], **kept, "rope_theta": rope_theta, **alias.config_fixes}
 
@@ -144,13 +146,13 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own bars and notices off the screen: `pull` has a bar already."""
+    """Keeps transformers' own bars and notices off the screen, because `pull` shows a bar already."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its GGUF reader's bar obeys no setting
+        with contextlib.redirect_stderr(io.StringIO()):  # no setting turns off the bar of its GGUF reader
             yield
     finally:
         logging.set_verbosity(level)

@@ -1,14 +1,14 @@
-"""What can go wrong between a model's name and its folder (milestone M0).
+"""The errors between the name of a model and its folder (milestone M0).
 
-Every class is a `ValueError`, because each names something its user can fix, and every message has three parts: what
-was expected, what was found, what to do. vLLM lets huggingface_hub's and transformers' own exceptions through instead.
+Every class is a `ValueError`, because each error is something that the user can fix. Every message has three parts:
+what was expected, what was found, and what to do. vLLM lets the exceptions of huggingface_hub and transformers through.
 """
 
 from __future__ import annotations
 
 
 class HubError(ValueError):
-    """Base of every error of `folovllm.hub`."""
+    """Base class of every error of `folovllm.hub`."""
 
 
 class ModelNotFoundError(HubError):
@@ -16,11 +16,13 @@ class ModelNotFoundError(HubError):
 
 
 class ModelFolderError(HubError):
-    """The folder exists but is no usable HuggingFace model: files missing, pickled weights only, truncated weights."""
+    """The folder exists but is not a usable HuggingFace model: files are missing, pickled or truncated."""
 
 
 class PullError(HubError):
-    """`pull` could not finish: no package client, no network, a failed conversion, another pull that never ends."""
+    """`pull` could not finish: no package client, no network, a failed conversion, or another pull
+    that does not end.
+    """
 
 
 class HashMismatchError(PullError):

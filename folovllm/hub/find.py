@@ -1,8 +1,8 @@
-"""From the name a user typed to a checked model folder (milestone M0).
+"""From the name that a user typed to a checked model folder (milestone M0).
 
-The order, first match wins: an alias; something on disk; something that is written like a path (so a typing error in a
-path never turns into a download); a HuggingFace id. A folder that happens to be called like an alias is reached as
-`./name`. vLLM's counterpart is `DefaultModelLoader._prepare_weights`. Left out: revisions and remote file systems.
+The first match wins: an alias; something on disk; something that is written like a path (so that a typing error in a
+path never starts a download); a HuggingFace id. A folder with the name of an alias can be reached as `./name`. vLLM's
+counterpart is `DefaultModelLoader._prepare_weights`. Left out: revisions and remote file systems.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from folovllm.hub.repo import download_repo, is_repo_id
 
 
 def find_model(name: str | Path, download_dir: str | Path | None = None, pull: bool = False) -> Path:
-    """The folder of the model called `name`: an alias, a local HuggingFace folder or a HuggingFace id.
+    """Returns the folder of the model called `name`: an alias, a local HuggingFace folder or a HuggingFace id.
 
-    An alias that was not pulled yet is an error that names the command, or is pulled now if `pull`. `download_dir`
-    replaces the default cache folder for aliases and ids. Raises `ModelNotFoundError` or `ModelFolderError`.
+    If an alias has not been pulled yet, it is pulled now if `pull` is set; otherwise the error names the command.
+    `download_dir` replaces the default cache folder for aliases and ids. Raises `ModelNotFoundError` or
+    `ModelFolderError`.
     """
     text = str(name).strip()
     if not text:
@@ -55,7 +56,7 @@ def _looks_like_path(text: str) -> bool:
 
 
 def _no_such_folder(path: Path) -> str:
-    """Say how far the path is right: that is where the typing error is."""
+    """Returns a message that shows how far the path exists, because the typing error comes right after."""
     parent = path.absolute().parent
     while not parent.is_dir():
         parent = parent.parent

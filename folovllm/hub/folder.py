@@ -1,9 +1,10 @@
-"""Is this folder a model we can load? Checked from names, sizes and headers, in milliseconds (milestone M0).
+"""Checks, in milliseconds, whether a folder is a model that can be loaded, from names, sizes and headers (milestone
+M0).
 
-The tensors themselves are not read: hashing half a gigabyte at every start would cost more than loading it. What is
-caught here is what usually goes wrong: a folder of something else, a missing tokenizer, pickled weights only, a shard
-that was not downloaded, a file cut short. vLLM finds these one by one, later, as errors of the libraries it calls.
-Left out: tensor names and shapes, which the model loader checks because it alone knows the architecture.
+The tensors themselves are not read: hashing half a gigabyte at every start would cost more than loading it. The check
+finds the usual errors: a folder of something else, a missing tokenizer, pickled weights only, a shard that was not
+downloaded, a truncated file. vLLM finds these one by one, later, as errors of the libraries it calls. Left out: tensor
+names and shapes, which the model loader checks because it alone knows the architecture.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ _MAX_HEADER = 100 * 1024 * 1024  # the limit safetensors itself has
 
 
 def check_model_folder(folder: Path) -> Path:
-    """Return `folder` if it has config.json, tokenizer.json and whole safetensors files; else `ModelFolderError`."""
+    """Returns `folder` if it has config.json, tokenizer.json and whole safetensors files. Raises `ModelFolderError`
+    otherwise.
+    """
     names = sorted(p.name for p in folder.iterdir())
     if "config.json" not in names:
         raise _error(folder, "config.json", _listing(names), "pass the folder of a HuggingFace model")

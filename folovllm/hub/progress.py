@@ -1,7 +1,8 @@
 """What a pull shows while it runs (milestone M0).
 
-`PullProgress` draws one bar and names the stage; `QuietProgress` is the null object behind `progress=False`, so `pull`
-itself never asks. rich is imported only when a bar is drawn. vLLM's counterpart is huggingface_hub's tqdm bars.
+`PullProgress` draws one bar and names the stage. `QuietProgress`, which shows nothing, is used for `progress=False`, so
+`pull` itself needs no `if`. rich is imported only when a bar is drawn. vLLM's counterpart is huggingface_hub's tqdm
+bars.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ class QuietProgress:
         return None
 
     def stage(self, text: str, total: int | None = None) -> None:
-        """A new stage begins; `total` is its size in bytes, None when unknown."""
+        """A new stage begins. `total` is its size in bytes, or None if unknown."""
 
     def reached(self, done: int) -> None:
-        """`done` bytes of the running stage are there."""
+        """`done` bytes of the present stage have arrived."""
 
 
 class PullProgress(QuietProgress):
-    """One line on stderr: the stage, a bar, bytes and the time left; the stages that are over stay above it."""
+    """One line on stderr with the stage, a bar, the bytes and the time left. Finished stages stay above it."""
 
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        # The stream is fixed here: the conversion redirects sys.stderr to silence others.
+        # The stream is fixed here, because the conversion redirects sys.stderr to silence other libraries.
         columns = (
             TextColumn("{task.description:<42}"),
             BarColumn(),

@@ -1,8 +1,8 @@
-"""A HuggingFace id (`Qwen/Qwen3-0.6B`) to a local snapshot (milestone M0).
+"""From a HuggingFace id (`Qwen/Qwen3-0.6B`) to a local snapshot (milestone M0).
 
-huggingface_hub downloads, resumes, locks and caches; this file says what to fetch (never a pickle) and turns its dozen
-exceptions into one message. A complete snapshot in its cache is used as it is, without asking the network, which is
-what makes a second start fast; `refresh=True` (`pull`) asks. vLLM's counterpart is `download_weights_from_hf`.
+huggingface_hub downloads, resumes, locks and caches. This file decides what to fetch (never a pickle) and turns its
+dozen exceptions into one message. A complete snapshot in its cache is used as it is, without any network access, which
+makes a second start fast; `refresh=True` (`pull`) asks the network. vLLM's counterpart is `download_weights_from_hf`.
 Left out: revisions, tokens as arguments (huggingface_hub's own login is used).
 """
 
@@ -23,12 +23,12 @@ _UNWANTED = ("consolidated*", "*/*")
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether `name` has the form `org/name`."""
+    """Returns whether `name` has the form `org/name`."""
     return _REPO_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
 def download_repo(repo_id: str, download_dir: str | Path | None = None, refresh: bool = False) -> Path:
-    """The snapshot folder of `repo_id`, from the cache if it is whole there, from the network otherwise."""
+    """Returns the snapshot folder of `repo_id`: from the cache if it is complete there, from the network otherwise."""
     if not refresh:
         try:
             return check_model_folder(_snapshot(repo_id, download_dir, offline=True))
