@@ -1,9 +1,9 @@
-"""`folovllm chat`: a conversation in the terminal, each answer printed as it is generated.
+"""`folovllm chat`: a conversation in the terminal, in which each answer is printed as it is generated.
 
 Milestone: M1. vLLM counterpart: vllm/entrypoints/cli/openai.py (`vllm chat`, against a server). Left out: images,
 tools, saving a conversation.
 
-Only answers go to stdout; hints, errors and speeds go to stderr, so that `echo hi | folovllm chat > answer` is clean.
+Only answers go to stdout. Hints, errors and speeds go to stderr, so `echo hi | folovllm chat > answer` is clean.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def chat(
 
 
 class Conversation:
-    """The turns so far and the engine that answers. A question that fails leaves the conversation as it was."""
+    """The turns so far and the engine that answers. A question that fails leaves the conversation unchanged."""
 
     def __init__(self, llm: "LLM", params: SamplingParams, system: str | None = None) -> None:
         self.llm = llm
@@ -64,7 +64,9 @@ class Conversation:
         self.turns: list[dict[str, Any]] = []  # user, assistant, user, assistant, ...
 
     def ask(self, text: str) -> None:
-        """Print the answer to `text` and remember both. Ctrl-C ends it early; what was said counts as the answer."""
+        """Prints the answer to `text` and remembers both. Ctrl-C ends the answer early; what was printed counts as the
+        answer.
+        """
         turns, prompt = self._fit([*self.turns, {"role": "user", "content": text}])
         answer = ""
         start, first, num_tokens, reason = time.monotonic(), None, 0, None
@@ -83,7 +85,8 @@ class Conversation:
         self.turns = [*turns, {"role": "assistant", "content": answer}]
 
     def _fit(self, turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Drop the oldest exchanges until the prompt leaves room to answer; the turns that are left, and the prompt.
+        """Drops the oldest exchanges until the prompt leaves room to answer. Returns the remaining turns and the
+        prompt.
 
         E.g. max_model_len 512, max_tokens 512: the prompt may have 384 tokens, so that an answer has at least 128.
         """
@@ -103,7 +106,7 @@ class Conversation:
 
 
 def _handle(conversation: Conversation, line: str) -> bool:
-    """Act on one line; False to leave. A ValueError ends the turn, not the program."""
+    """Handles one line. Returns False if the user wants to leave. A ValueError ends the turn, not the program."""
     command, _, rest = line.partition(" ")
     if command in ("/exit", "/quit"):
         return False
@@ -126,7 +129,7 @@ def _handle(conversation: Conversation, line: str) -> bool:
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, line by line, until Ctrl-D. In a terminal Ctrl-C only clears the line."""
+    """Yields what the user types, line by line, until Ctrl-D. In a terminal, Ctrl-C only clears the line."""
     terminal = sys.stdin.isatty()
     if terminal:
         with contextlib.suppress(ImportError):  # arrow keys and history, where there is readline
@@ -146,7 +149,7 @@ def _lines() -> Iterator[str]:
 
 @contextlib.contextmanager
 def _ctrl_c_as_flag() -> Iterator[threading.Event]:
-    """Ctrl-C sets the flag instead of interrupting a step half-way; a second one interrupts after all."""
+    """Within this context, Ctrl-C sets the flag instead of interrupting a step. A second Ctrl-C interrupts."""
     pressed = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:

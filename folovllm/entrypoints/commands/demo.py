@@ -1,6 +1,6 @@
-"""`folovllm demo` (`make demo`): real prompts answered together, then the same tokens asked of HuggingFace.
+"""`folovllm demo` (`make demo`): answers real prompts together, then asks HuggingFace for the same tokens.
 
-Milestone: M1. vLLM counterpart: none. Everything shown is measured in this run; the exit code is 1 if a token differs
+Milestone: M1. vLLM counterpart: none. Everything shown is measured in this run. The exit code is 1 if a token differs
 where HuggingFace itself was sure (R1.40).
 
 `demo_results.py` holds what was found, `demo_board.py` draws it, and this file runs both engines.
@@ -28,7 +28,7 @@ PROMPTS = (
     "Name three primary colors.",
     "What is photosynthesis?",
 )
-MAX_MODEL_LEN = 512  # enough here; a cache for the model's own 8,192 would take memory for nothing
+MAX_MODEL_LEN = 512  # enough here; a cache for the model's own 8,192 tokens would waste memory
 
 
 @with_options
@@ -61,7 +61,7 @@ def demo(
 
 
 def _load(engine: EngineOptions) -> "tuple[LLM, Path]":
-    """The engine in float32 with a cache for all prompts at once, and the model's folder for HuggingFace."""
+    """Returns the engine in float32, with a cache for all prompts at once, and the model's folder for HuggingFace."""
     from folovllm.config import DEFAULT_MODEL, DTYPE_BYTES, EngineConfig
     from folovllm.hf_config import load_hf_config
     from folovllm.hub import find_model
@@ -74,12 +74,16 @@ def _load(engine: EngineOptions) -> "tuple[LLM, Path]":
     arch = load_hf_config(folder)
     max_model_len = args.get("max_model_len") or min(MAX_MODEL_LEN, arch.max_position_embeddings)
     page = arch.kv_bytes_per_token(DTYPE_BYTES["float32"]) * max_model_len
-    cache = {} if args.get("num_kv_blocks") else {"kv_cache_memory": (len(PROMPTS) + 1) * page}  # 1: the null block
+    cache = (
+        {} if args.get("num_kv_blocks") else {"kv_cache_memory": (len(PROMPTS) + 1) * page}
+    )  # + 1 for the null block
     return engine.load(dtype="float32", max_model_len=max_model_len, **cache), folder
 
 
 def _prompt(llm: "LLM", text: str) -> dict[str, Any]:
-    """As a chat message where the model knows chats, else the plain text; token ids either way."""
+    """Returns `text` as a chat message if the model has a chat template, else as it is. Token ids are included either
+    way.
+    """
     if llm.get_tokenizer().chat_template is None:
         return {"prompt": text, "prompt_token_ids": llm.get_tokenizer().encode(text)}
     return llm.chat_prompt([{"role": "user", "content": text}])
@@ -94,7 +98,7 @@ def _heading(config: "EngineConfig") -> str:
 
 
 def answer(llm: "LLM", prompts: list[dict[str, Any]], max_tokens: int, board: "Board") -> Answers:
-    """Run all prompts through the engine, telling `board` after every step."""
+    """Runs all prompts through the engine and updates `board` after every step."""
     from folovllm.sampling_params import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
@@ -118,7 +122,7 @@ def answer(llm: "LLM", prompts: list[dict[str, Any]], max_tokens: int, board: "B
 def compare(
     model_dir: Path, answers: Answers, max_tokens: int, device: str, board: "Board"
 ) -> "tuple[HfGreedy, list[Verdict]]":
-    """HuggingFace's answers to the same token ids, and a verdict for each of ours."""
+    """Returns HuggingFace's answers to the same token ids, and a verdict on each of our answers."""
     from folovllm.entrypoints.hf_baseline import hf_greedy, hf_top_two_gap
 
     limits = [max_tokens] * len(answers.prompt_token_ids)

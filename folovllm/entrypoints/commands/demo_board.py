@@ -1,6 +1,6 @@
 """What `folovllm demo` shows while it runs and at the end: redrawn in a terminal, plain lines elsewhere.
 
-Milestone: M1. vLLM counterpart: none. Only this file of the demo imports rich.
+Milestone: M1. vLLM counterpart: none. No other file of the demo imports rich.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ REDRAW_SECONDS = 0.1  # drawing takes processor time from the engine
 
 
 class Board:
-    """Plain output: a line or two when something has finished. `LiveBoard` redraws instead."""
+    """Plain output: a line or two whenever a prompt has finished. `LiveBoard` redraws instead."""
 
     def __init__(self, prompts: Sequence[str], kv_bytes_per_token: int, console: Console) -> None:
         self.prompts = prompts
@@ -41,7 +41,7 @@ class Board:
         self.console.print(Text(text, style="bold"), soft_wrap=True)
 
     def step(self, outputs: Mapping[int, RequestOutput], seconds: float, stats: EngineStats) -> None:
-        """After a step of the engine: `outputs` is the newest of each prompt that has one."""
+        """Called after each step of the engine. `outputs` is the newest output of each prompt that has one."""
         for index, output in outputs.items():
             if output.finished and index not in self._shown:
                 self._shown.add(index)
@@ -53,7 +53,7 @@ class Board:
     def report(
         self, answers: Answers, theirs: "HfGreedy", verdicts: list[Verdict], kv_cache_config: KVCacheConfig
     ) -> None:
-        """The tables at the end."""
+        """Prints the tables at the end."""
         self.console.print(_verdict_table(self.prompts, answers, verdicts))
         self.console.print(_speed_table(answers, theirs))
         self.console.print(_kv_text(answers, kv_cache_config), soft_wrap=True)
@@ -69,7 +69,7 @@ class Board:
 
 
 class LiveBoard(Board):
-    """All answers growing side by side, redrawn at most ten times a second."""
+    """All answers grow side by side, redrawn at most ten times a second."""
 
     def __init__(self, prompts: Sequence[str], kv_bytes_per_token: int, console: Console) -> None:
         super().__init__(prompts, kv_bytes_per_token, console)
@@ -101,13 +101,13 @@ class LiveBoard(Board):
 
 
 def make_board(prompts: Sequence[str], kv_bytes_per_token: int) -> Board:
-    """A LiveBoard in a terminal, a Board in a pipe or in CI."""
+    """Returns a LiveBoard in a terminal, a Board in a pipe or in CI."""
     console = Console(highlight=False)
     return (LiveBoard if console.is_terminal else Board)(prompts, kv_bytes_per_token, console)
 
 
 def _dialogue(index: int, prompt: str, output: RequestOutput | None) -> Text:
-    """One prompt, its answer so far and how many tokens that is."""
+    """Returns one prompt, its answer so far, and the number of tokens of the answer."""
     text = Text(f"[{index + 1}] {prompt}\n", style="bold")
     if output is None:
         return text.append("    waiting\n", style="dim not bold")
@@ -125,7 +125,7 @@ def _verdict_table(prompts: Sequence[str], answers: Answers, verdicts: list[Verd
 
 
 def _speed_table(answers: Answers, theirs: "HfGreedy") -> Table:
-    """Both measured in this run, prefill included, loading and warm-up not."""
+    """Returns a table of both speeds, measured in this run. Prefill is included; loading and warm-up are not."""
     table = Table("engine", "tokens", "seconds", "tok/s")
     ours, others = sum(map(len, answers.token_ids)), sum(map(len, theirs.token_ids))
     for name, tokens, seconds in (

@@ -10,7 +10,7 @@ TIE = 1e-3  # if HuggingFace's two best logits are this close, either token is r
 
 @dataclass(frozen=True)
 class Answers:
-    """What our engine did: the tokens, how long all of them took together, and the most the KV cache held."""
+    """What our engine did: the tokens, how long all of them took together, and the most that the KV cache held."""
 
     prompt_token_ids: list[list[int]]
     token_ids: list[list[int]]
@@ -21,7 +21,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One prompt: equal, or where the first difference is and how sure HuggingFace was there."""
+    """The comparison of one prompt: equal, or where the first difference is and how sure HuggingFace was there."""
 
     first_difference: int | None = None
     gap: float = 0.0
@@ -37,9 +37,9 @@ class Verdict:
 
 
 def first_difference(mine: list[int], other: list[int]) -> int | None:
-    """Index of the first token that differs, one list ending early included; None if they are equal.
+    """Returns the index of the first token that differs, or None if the lists are equal.
 
-    E.g., [5, 6, 7] and [5, 9] -> 1;  [5, 6] and [5, 6, 7] -> 2
+    A list that ends early differs at its end. E.g., [5, 6, 7] and [5, 9] -> 1;  [5, 6] and [5, 6, 7] -> 2
     """
     pairs = zip(mine, other, strict=False)
     shorter = min(len(mine), len(other))

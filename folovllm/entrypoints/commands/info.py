@@ -1,6 +1,6 @@
-"""`folovllm info`: what this installation is, and what a model is (milestone M0).
+"""`folovllm info`: facts about this installation, or about a model (milestone M0).
 
-vLLM counterpart: vllm/collect_env.py. Left out: everything but what decides how FoloVLLM runs.
+vLLM counterpart: vllm/collect_env.py. Left out: everything that does not influence how FoloVLLM runs.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def info(
 
 
 def system_facts(download_dir: str | None = None) -> dict[str, Any]:
-    """Versions, device, memory, aliases and the ladder, as plain data."""
+    """Returns versions, device, memory, aliases and the ladder, as plain data."""
     import psutil
     import torch
 
@@ -75,7 +75,7 @@ def _rung_facts(rung: milestones.Rung) -> dict[str, Any]:
 
 
 def model_facts(model: str, download_dir: str | None = None) -> dict[str, Any]:
-    """Shape, number of parameters and KV-cache cost of a model that is on this machine; weights are not read."""
+    """Returns shape, number of parameters and KV-cache cost of a model on this machine. The weights are not read."""
     from folovllm.hf_config import load_hf_config
     from folovllm.hub import find_model
 
@@ -91,7 +91,7 @@ def model_facts(model: str, download_dir: str | None = None) -> dict[str, Any]:
 
 
 def _as_lines(facts: dict[str, Any]) -> list[str]:
-    """One fact per line; a list of records or a dictionary gets an indented line per entry."""
+    """Returns one fact per line. A list of records or a dictionary gets an indented line per entry."""
     lines = []
     for name, value in facts.items():
         if isinstance(value, dict):

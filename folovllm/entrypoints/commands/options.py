@@ -1,7 +1,7 @@
-"""Options that several commands share, in one place: engine options, sampling options, and --debug.
+"""Options that several commands share: engine options, sampling options, and --debug.
 
 Milestone: M1. vLLM counterpart: vllm/engine/arg_utils.py (`EngineArgs.add_cli_args`). Left out: a flag for every engine
-argument; `--engine-arg NAME=VALUE` reaches those that have none.
+argument. `--engine-arg NAME=VALUE` sets those that have none.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ ENGINE, SAMPLING = "Engine", "Sampling"  # panels of the help text
 
 
 def set_debug(ctx: typer.Context, debug: bool) -> bool:
-    """Remember --debug where `cli.FriendlyGroup` looks for it, wherever on the line it stood."""
+    """Stores --debug where `cli.FriendlyGroup` finds it, whatever its place on the command line."""
     if debug:
         ctx.find_root().meta["folovllm.debug"] = True
     return debug
@@ -40,7 +40,9 @@ DownloadDirOption = Annotated[
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Which model and which engine; every field is an option of its name. None means "not given"."""
+    """The options that choose the model and the engine. Every field is an option of its name; None
+    means "not given".
+    """
 
     model: Annotated[
         str | None,
@@ -96,7 +98,9 @@ class EngineOptions:
     ] = None
 
     def engine_args(self, **defaults: Any) -> dict[str, Any]:
-        """Arguments for `EngineConfig.from_args`, preset and without apart; `defaults` hold where nothing is given."""
+        """Returns arguments for `EngineConfig.from_args` without preset and without. `defaults` apply where an option
+        is not given.
+        """
         own = {name: value for name, value in vars(self).items() if value is not None}
         own = {name: own[name] for name in own if name not in ("preset", "without", "part", "engine_arg")}
         if self.part:
@@ -109,7 +113,7 @@ class EngineOptions:
         return defaults | extra | own
 
     def load(self, **defaults: Any) -> "LLM":
-        """Start the engine, pulling the model if it must be."""
+        """Starts the engine. If the model has not been pulled, it is pulled first."""
         args = self.engine_args(**defaults)
         # Checked before torch is imported, so that a typing error is answered at once.
         EngineConfig.from_args(preset=self.preset, without=self.without or (), **args)
@@ -120,7 +124,7 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are chosen; the names are SamplingParams', but for --sampling-seed (--seed is the engine's)."""
+    """The sampling options. They have the names of SamplingParams, except --sampling-seed (--seed is the engine's)."""
 
     temperature: Annotated[
         float | None,
@@ -156,7 +160,7 @@ class SamplingOptions:
     ] = None
 
     def sampling_params(self, **defaults: Any) -> SamplingParams:
-        """SamplingParams of what was given, over `defaults`; ValueError for a value out of range."""
+        """Returns SamplingParams of the given options over `defaults`. Raises ValueError for a value out of range."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         if "sampling_seed" in given:
             given["seed"] = given.pop("sampling_seed")
@@ -164,7 +168,7 @@ class SamplingOptions:
 
 
 def with_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Let a command take whole dataclasses of options: typer then sees each of their fields as one option.
+    """Lets a command take whole dataclasses of options, so that typer sees each of their fields as one option.
 
     E.g. `def chat(engine: EngineOptions, debug: DebugOption = False)` has --debug, --model, ..., --engine-arg.
     """
@@ -181,7 +185,7 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
             values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
         function(**values)
 
-    # typer asks both; an own option of a command stands before the shared ones in its help.
+    # typer reads both. In the help text, a command's own options come before the shared ones.
     parameters.sort(key=lambda p: any(p.name in group.__dataclass_fields__ for group in groups.values()))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -225,9 +229,8 @@ def parse_parts(items: Iterable[str]) -> dict[str, str]:
 
 
 def parse_value(text: str) -> Any:
-    """A value as Python would write it: None, a bool, an int or a float; everything else is a string.
-
-    E.g., "none" -> None, "True" -> True, "32" -> 32, "0.5" -> 0.5, "max_model_len" -> "max_model_len"
+    """Reads a value as Python would write it, e.g. `none`, `True`, `32` or `0.5`. Everything else is a string, e.g.
+    `max_model_len`.
     """
     words: dict[str, Any] = {"none": None, "true": True, "false": False}
     if text.lower() in words:

@@ -1,4 +1,4 @@
-"""`folovllm pull`: make a model available (milestone M0). vLLM downloads at start-up and has no such command."""
+"""`folovllm pull`: makes a model available (milestone M0). vLLM downloads at start-up and has no such command."""
 
 from typing import Annotated
 

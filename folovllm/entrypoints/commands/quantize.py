@@ -1,4 +1,4 @@
-"""`folovllm quantize`: make a GPTQ checkpoint (milestone M7). vLLM leaves this to other tools."""
+"""`folovllm quantize`: makes a GPTQ checkpoint (milestone M7). vLLM leaves this to other tools."""
 
 import json
 from pathlib import Path

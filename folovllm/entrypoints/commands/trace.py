@@ -1,7 +1,6 @@
-"""`folovllm trace`: check, compare and look at traces (milestone M2).
+"""`folovllm trace`: checks, compares and shows traces (milestone M2).
 
-vLLM counterpart: none. The work is done in folovllm/trace; no torch is loaded.
-Left out: export to Perfetto, the viewer.
+vLLM counterpart: none. The work is done in folovllm/trace, without torch. Left out: export to Perfetto, the viewer.
 """
 
 from collections import Counter
