@@ -81,7 +81,7 @@ class EngineStats:
 
 @dataclass
 class RequestMetrics:
-    """Timing of one request, in seconds. A value is None as long as it is not known."""
+    """Timing of one request, in seconds (R1.36). A value is None as long as it is not known."""
 
     arrival_time: float
     num_generation_tokens: int = 0

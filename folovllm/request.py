@@ -64,7 +64,7 @@ class TokenLogprobs:
 
 @dataclass
 class RequestTimes:
-    """When the steps of a request's life happened, in seconds of `time.monotonic()`. 0.0 means not yet."""
+    """When the steps of a request's life happened, in seconds of `time.monotonic()` (R1.36). 0.0 means not yet."""
 
     arrival: float = 0.0
     queued: float = 0.0
@@ -176,8 +176,8 @@ class Request:
 def check_stop(request: Request, max_model_len: int) -> bool:
     """Decides after each appended token whether `request` is finished, and sets its status and stop_reason if so.
 
-    The order of the checks is fixed. A full context always stops, even below min_tokens, because the request could not
-    get another token. Otherwise min_tokens prevents every stop. Then come EOS, stop ids and max_tokens.
+    The order of the checks is fixed (R1.4). A full context always stops, even below min_tokens, because the request
+    could not get another token. Otherwise min_tokens prevents every stop. Then come EOS, stop ids and max_tokens.
     """
     params = request.sampling_params
     if request.num_tokens >= max_model_len:

@@ -114,7 +114,7 @@ HIT_RATE_WINDOW = 1000  # requests
 
 
 class PrefixCacheStats:
-    """Counts the tokens looked up and the tokens hit, when a request is admitted. Resumed requests are counted apart.
+    """Counts tokens looked up and tokens hit, when a request is admitted; resumed requests apart (R6.13, R6.15).
 
     A request that comes back after a preemption hits blocks that it has computed itself. This says nothing about how
     much the requests share, so it does not count towards the hit rate.

@@ -1,7 +1,7 @@
 """lint: the rules of scheduling and paging in executable form, checked on a trace.
 
-Milestone: M2 (queues, budgets, tokens), M3 (blocks), M6 (hits: lint_cache.py). vLLM counterpart: none. Left out: which
-cached block is evicted.
+Milestone: M2 (queues, budgets, tokens), M3 (blocks), M6 (hits: lint_cache.py). vLLM counterpart: none. The rules
+are requirements of milestones/m2/SPEC.md, m3 and m6. Left out: which cached block is evicted.
 
 Row 1: no torch. The lint replays the events and compares the result with what the engine reports about itself. After a
 violation it accepts the engine's report and goes on, so one bug gives one message instead of a hundred.
