@@ -13,7 +13,6 @@ index before it happens.
 
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Mapping
-from typing import NamedTuple
 
 from folovllm.config import CacheConfig
 from folovllm.core.block_hash import (
@@ -94,11 +93,8 @@ class NullPrefixIndex(PrefixIndex):
 Root = tuple[bytes]  # stands for the empty prefix, per extra keys; as a tuple it is never equal to a hash
 
 
-class Meaning(NamedTuple):
-    """What a block hash stands for: the prefix that `parent` stands for, followed by the block's `tokens`."""
-
-    parent: BlockHash | Root
-    tokens: bytes  # packed
+# What a block hash stands for: the prefix that the parent stands for, followed by the block's own tokens (packed).
+Meaning = tuple[BlockHash | Root, bytes]
 
 
 class HashPrefixIndex(PrefixIndex):
@@ -156,14 +152,15 @@ class HashPrefixIndex(PrefixIndex):
 
     def insert(self, request: Request, blocks: list[KVCacheBlock], num_full_blocks: int) -> None:
         first = num_published(blocks, num_full_blocks)
-        parent = _last_hash(blocks[:first]) or _root(request)
+        parent: BlockHash | Root = _last_hash(blocks[:first]) or _root(request)
         for i in range(first, num_full_blocks):
-            block, block_hash, meaning = blocks[i], request.block_hashes[i], Meaning(parent, request.block_tokens[i])
+            block, block_hash, tokens = blocks[i], request.block_hashes[i], request.block_tokens[i]
+            meaning = (parent, tokens)
             if self.meaning.get(block_hash, meaning) != meaning:
                 break  # a collision
             block.block_hash = block_hash  # first: if Ctrl-C strikes below, `remove` can clean up
             self.meaning[block_hash] = meaning
-            self.children.setdefault(parent, {})[meaning.tokens] = block_hash
+            self.children.setdefault(parent, {})[tokens] = block_hash
             self.blocks.setdefault(block_hash, {})[block.block_id] = block
             parent = block_hash
 
@@ -180,21 +177,24 @@ class HashPrefixIndex(PrefixIndex):
 
         The topmost parent goes first: a call that is interrupted can be made again, and finds the rest.
         """
-        unused: list[tuple[BlockHash, Meaning]] = []
-        name: BlockHash | Root = block_hash
-        only_children: set[bytes] = set()
-        while isinstance(name, bytes) and name in self.meaning and name not in self.blocks:
-            if self.children.get(name, {}).keys() - only_children:
-                break
-            meaning = self.meaning[name]
-            unused.append((name, meaning))
-            name, only_children = meaning.parent, {meaning.tokens}
-        for unused_hash, (parent, tokens) in reversed(unused):
+        if block_hash not in self.meaning or block_hash in self.children:
+            return
+        unused = [block_hash]
+        while self._is_last_use(unused[-1]):
+            unused.append(self.meaning[unused[-1]][0])  # type: ignore[arg-type]
+        for name in reversed(unused):
+            parent, tokens = self.meaning[name]
             siblings = self.children.get(parent, {})
             siblings.pop(tokens, None)
             if not siblings:
                 self.children.pop(parent, None)
-            del self.meaning[unused_hash]
+            del self.meaning[name]
+
+    def _is_last_use(self, block_hash: BlockHash) -> bool:
+        """Whether the parent of `block_hash` has neither blocks nor other children."""
+        parent, tokens = self.meaning[block_hash]
+        siblings = self.children.get(parent, {})
+        return parent in self.meaning and parent not in self.blocks and len(siblings) == (tokens in siblings)
 
     def check_integrity(self, blocks: list[KVCacheBlock]) -> None:
         published = {block.block_id: block.block_hash for block in blocks if block.block_hash is not None}
@@ -203,9 +203,11 @@ class HashPrefixIndex(PrefixIndex):
         for holders in self.blocks.values():
             assert holders and all(blocks[block_id] is block for block_id, block in holders.items())
         assert self.meaning.keys() >= self.blocks.keys(), "a hash without a meaning"
-        links = {block_hash: Meaning(parent, tokens) for parent, children in self.children.items()
+        links = {block_hash: (parent, tokens) for parent, children in self.children.items()
                  for tokens, block_hash in children.items()}  # fmt: skip
         assert links == self.meaning, "children and meanings disagree"
+        for parent in self.children:
+            assert isinstance(parent, tuple) or parent in self.meaning, "a parent without a meaning"
         for block_hash in self.meaning:
             assert block_hash in self.blocks or block_hash in self.children, "a hash that leads nowhere was kept"
 

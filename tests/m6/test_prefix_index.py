@@ -276,6 +276,18 @@ def test_a_collision_with_a_lost_parent_is_still_a_collision() -> None:
     assert shelf.hits([9, 0, 0, 7 << 24, 2, 0, 0, 8 << 24, 5]) == []
 
 
+def test_a_hash_keeps_its_meaning_while_any_child_is_left() -> None:
+    """The same, when of two children one is evicted as well."""
+    shelf = Shelf(make_index("hash"))
+    weaken(shelf.index, lambda data: data[-1:])
+    shelf.put([1, 0, 0, 7 << 24, 2, 0, 0, 8 << 24])
+    shelf.put([1, 0, 0, 7 << 24, 2, 0, 0, 9 << 24])
+    shelf.lose(shelf.blocks[1])
+    shelf.lose(shelf.blocks[2])
+    shelf.put([9, 0, 0, 7 << 24])
+    assert shelf.hits([9, 0, 0, 7 << 24, 2, 0, 0, 9 << 24, 5]) == []
+
+
 # ---- hash and trie side by side
 
 SEQUENCES = st.lists(st.integers(0, 1), min_size=1, max_size=9)
