@@ -15,6 +15,7 @@ from folovllm.config import DEFAULT_MODEL, EngineConfig
 from folovllm.engine.input_processor import Prompt, check_sampling_params
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.engine.tokenizer import Tokenizer
+from folovllm.entrypoints.keywords import check_keywords, drop_vllm_keywords
 from folovllm.executor.uniproc import UniProcExecutor
 from folovllm.hf_config import load_hf_config
 from folovllm.hub import find_model
@@ -71,6 +72,7 @@ class LLM:
         """Forget all cached prefixes, e.g. before a measurement; False if that was refused because a stream is open."""
         return self.llm_engine.reset_prefix_cache(reset_running_requests)
 
+    @check_keywords
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -100,12 +102,15 @@ class LLM:
         use_tqdm: bool | Callable[..., tqdm] = True,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
-        **template_kwargs: Any,
+        **chat_keywords: Any,
     ) -> list[RequestOutput]:
-        """Answer a conversation, or several: [{"role": "user", "content": "Hello"}, ...]."""
+        """Answer a conversation, or several: [{"role": "user", "content": "Hello"}, ...].
+
+        The messages are OpenAI's; `chat_keywords` are those of `chat_prompt`.
+        """
         conversations = _as_conversations(messages)
         prompts = [
-            self.chat_prompt(conversation, chat_template, add_generation_prompt, **template_kwargs)
+            self.chat_prompt(conversation, chat_template, add_generation_prompt, **chat_keywords)
             for conversation in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
@@ -115,13 +120,19 @@ class LLM:
         messages: Messages,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
-        **template_kwargs: Any,
+        **chat_keywords: Any,
     ) -> dict[str, Any]:
-        """The prompt for a conversation, as text and token ids; the template brings its own special tokens."""
+        """The prompt for a conversation, as text and token ids; the template brings its own special tokens.
+
+        `chat_keywords` are vLLM's `tools`, `documents`, `continue_final_message`, `chat_template_content_format` and
+        `chat_template_kwargs`, and any variable that the template reads. Raises TypeError for another keyword.
+        """
         tokenizer = self.get_tokenizer()
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt, chat_template, **template_kwargs)
+        keywords = drop_vllm_keywords(chat_keywords)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt, chat_template, False, **keywords)
         return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
+    @check_keywords
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding after every step what is new (or what `output_kind` says, if not CUMULATIVE).
 

@@ -1,0 +1,80 @@
+"""Finds what a chat template drops. A message that would vanish from the prompt is refused instead.
+
+Milestone: M1. vLLM counterpart: none; vLLM and transformers render what the template renders.
+
+Searching the prompt for a message's text would not do: templates trim, escape and strip it, and a short text occurs in
+the prompt by chance. So the conversation is rendered once more with a mark at the end of every text and in every tool
+call, and a part whose mark does not come out is lost. If a mark is missing, marks at the beginning get a second chance:
+a template may cut off the end of a text. Earlier reasoning is not checked: models are trained without it.
+"""
+
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from folovllm.engine.chat.messages import Message, map_text
+
+Unit = tuple[int, str, int]  # E.g. (2, "content", 0): the first part of messages[2]
+
+
+def first_lost(messages: list[Message], render: Callable[[list[Message]], str]) -> str | None:
+    """A sentence on the first part of the conversation that `render` drops; None if nothing is lost."""
+    lost = list(_units(messages))
+    word = secrets.token_hex(8)  # as good as certain not to occur in the conversation
+    for at_end in (True, False):
+        try:
+            prompt = render([_marked(message, index, word, at_end) for index, message in enumerate(messages)])
+        except ValueError:
+            return None  # the template checks what the texts say: no mark can be put in
+        found = set(re.findall(f"{word}x([0-9]+x[a-z]+x[0-9]+)x", prompt, flags=re.IGNORECASE))
+        lost = [unit for unit in lost if _label(unit) not in found]
+        if not lost:
+            return None
+    return _describe(messages, lost[0])
+
+
+def _units(messages: list[Message]) -> Iterator[Unit]:
+    """What must come out: each part with some text, each tool call."""
+    for index, message in enumerate(messages):
+        for j, part in enumerate(message["content"] or []):
+            if part["text"].strip():
+                yield index, "content", j
+        for k in range(len(message.get("tool_calls", ()))):
+            yield index, "calls", k
+
+
+def _label(unit: Unit) -> str:
+    """E.g. (2, "content", 0) -> "2xcontentx0": nothing that a template would escape or split at."""
+    return "x".join(map(str, unit))
+
+
+def _marked(message: Message, index: int, word: str, at_end: bool) -> Message:
+    def mark(j: int, text: str) -> str:
+        label = f"{word}x{_label((index, 'content', j))}x"
+        return text if not text.strip() else text + label if at_end else label + text
+
+    marked = map_text(message, mark)
+    if calls := message.get("tool_calls"):
+        marked["tool_calls"] = [
+            _marked_call(call, f"{word}x{_label((index, 'calls', k))}x") for k, call in enumerate(calls)
+        ]
+    return marked
+
+
+def _marked_call(call: dict[str, Any], label: str) -> dict[str, Any]:
+    """The mark is in the name and among the arguments: a template that renders either renders the call."""
+    function = call.get("function", call)
+    function = {**function, "name": function["name"] + label, "arguments": {**function["arguments"], label: label}}
+    return {**call, "function": function} if "function" in call else function
+
+
+def _describe(messages: list[Message], unit: Unit) -> str:
+    index, field, number = unit
+    several = len(messages[index]["content"] or []) > 1
+    where = f"tool_calls[{number}]" if field == "calls" else f"content[{number}]" if several else "content"
+    return (
+        f"the chat template renders no part of messages[{index}].{where} (role {messages[index]['role']!r}), so the"
+        " model would not see it: leave it out, use a role that the template knows, or pass a chat_template= that"
+        " renders it"
+    )

@@ -1,0 +1,179 @@
+"""Chat messages in OpenAI's many spellings, brought into one form before a template sees them.
+
+Milestone: M1. vLLM counterpart: vllm/entrypoints/chat_utils.py (`parse_chat_messages`, `_postprocess_messages`).
+Left out: images, audio and video.
+
+One difference is deliberate: vLLM replaces tool-call arguments that are no JSON object by `{}` with a warning; here
+the message is refused, because the model would otherwise read a call that was never made.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Message = dict[str, Any]
+Part = dict[str, Any]
+
+TEXT_FIELDS = {  # type of a content part -> the field that holds its text
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+    "thinking": "thinking",
+}
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+
+
+class Parts(list[Part]):
+    """Content as a list of parts. Where a template prints it whole, its text appears, not Python's repr of a list."""
+
+    def __str__(self) -> str:
+        return join_text(self)
+
+
+class Dialect(NamedTuple):
+    """The form in which a template gets `content`: a list of parts or one string; null as "" (or []) or as None."""
+
+    parts: bool
+    tool_parts: bool  # the same for messages of role "tool", which vLLM gives as strings to either kind of template
+    keep_null: bool = False
+
+
+def join_text(parts: list[Part]) -> str:
+    """The text of a message for a template that wants a string: parts on lines of their own, as in vLLM."""
+    return "\n".join(part["text"] for part in parts if part["text"])
+
+
+def normalize_messages(messages: Any) -> list[Message]:
+    """Messages as plain data with `content` a list of text parts, or None. Raises a ValueError that names messages[i].
+
+    E.g. {"role": "user", "content": "Hi"} -> {"role": "user", "content": [{"type": "text", "text": "Hi"}]}.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(
+            "messages must be a non-empty list like [{'role': 'user', 'content': 'Hello'}], "
+            f"got {'an empty list' if messages in ([], ()) else type(messages).__name__}"
+        )
+    checked = [_checked(f"messages[{index}]", message) for index, message in enumerate(messages)]
+    plain = plain_data("messages", checked)
+    return [_normalize(f"messages[{index}]", message) for index, message in enumerate(plain)]
+
+
+def in_dialect(message: Message, dialect: Dialect) -> Message:
+    """The message with its parts in the form that `dialect` names."""
+    parts = message["content"]
+    wants_parts = dialect.tool_parts if message["role"] == "tool" else dialect.parts
+    if parts is None and dialect.keep_null:
+        return message
+    content = Parts(parts or ()) if wants_parts else join_text(parts or [])
+    return {**message, "content": content}
+
+
+def map_text(message: Message, change: Callable[[int, str], str]) -> Message:
+    """The message with `change(j, text)` in place of the text of each part j."""
+    parts = message["content"] or []
+    changed = [{**part, "text": change(j, part["text"])} for j, part in enumerate(parts)]
+    return {**message, "content": None if message["content"] is None else changed}
+
+
+def plain_data(what: str, value: Any) -> Any:
+    """A copy that holds only what JSON holds: a template is code from the internet and gets no live objects."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} may hold only strings, numbers, lists and dicts: {error}") from None
+
+
+def _checked(where: str, message: Any) -> Message:
+    """The message as a dict with a role; an object of the openai package is one too."""
+    if callable(getattr(message, "model_dump", None)):
+        message = message.model_dump(exclude_none=True)
+    if not isinstance(message, dict):
+        raise ValueError(f"{where} must be a dict with 'role' and 'content', got {type(message).__name__}: {message!r}")
+    if not isinstance(message.get("role"), str):
+        raise ValueError(f"{where} needs a 'role' that is a string, such as 'user', got {message.get('role')!r}")
+    return message
+
+
+def _normalize(where: str, message: Message) -> Message:
+    given = set(message)
+    message = {key: value for key, value in message.items() if value is not None or key == "content"}
+    if "audio" in message:
+        raise ValueError(f"{where}.audio: this engine serves text models only; send the transcript as 'content'")
+    if message["role"] == "assistant":
+        message = _normalize_assistant(where, message)
+    if "content" not in message and not ({"tool_calls"} & message.keys() or {"refusal", "audio"} & given):
+        raise ValueError(f"{where} needs a 'content' that is a string or a list of parts, got None")
+    return {**message, "content": _content_parts(where, message.get("content"))}
+
+
+def _normalize_assistant(where: str, message: Message) -> Message:
+    """Tool calls with arguments as objects, reasoning under all its names, a refusal as the text it is."""
+    message = dict(message)
+    if (call := message.pop("function_call", None)) and "tool_calls" not in message:  # OpenAI's first spelling
+        message["tool_calls"] = [{"type": "function", "function": call}]
+    if calls := message.pop("tool_calls", None):
+        message["tool_calls"] = _tool_calls(f"{where}.tool_calls", calls)
+    if message.get("content") is None and isinstance(message.get("refusal"), str):
+        message["content"] = message.pop("refusal")
+    reasoning = next((message[field] for field in REASONING_FIELDS if message.get(field)), None)
+    if reasoning is not None:
+        message = {**dict.fromkeys(REASONING_FIELDS, reasoning), **message}
+    return message
+
+
+def _tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
+    if not isinstance(calls, list):
+        raise ValueError(f"{where} must be a list of calls, got {type(calls).__name__}")
+    return [_tool_call(f"{where}[{index}]", call) for index, call in enumerate(calls)]
+
+
+def _tool_call(where: str, call: Any) -> dict[str, Any]:
+    """A call {"type": "function", "function": {"name", "arguments"}}, or only what stands under "function"."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        form = "{'type': 'function', 'function': {'name': '...', 'arguments': {...}}}"
+        raise ValueError(f"{where} must be like {form}, got {call!r}")
+    function = {**function, "arguments": _arguments(where, function.get("arguments"))}
+    return {**call, "function": function} if "function" in call else function
+
+
+def _arguments(where: str, arguments: Any) -> dict[str, Any]:
+    """OpenAI's clients send the arguments as JSON text, and templates count on an object; no text means no arguments.
+
+    E.g. '{"city": "Oslo"}' -> {"city": "Oslo"}; "" and None -> {}.
+    """
+    if isinstance(arguments, str) and arguments.strip():
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise ValueError(f"{where}: the arguments are not valid JSON ({error}): {arguments[:80]!r}") from None
+    elif arguments is None or isinstance(arguments, str):
+        return {}
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{where}: the arguments must be an object like {{'city': 'Oslo'}}, got {arguments!r}")
+    return arguments
+
+
+def _content_parts(where: str, content: Any) -> list[Part] | None:
+    if content is None:
+        return None
+    if isinstance(content, str):
+        content = [content]
+    if not isinstance(content, list):
+        raise ValueError(f"{where} needs a 'content' that is a string or a list of parts, got {content!r}")
+    parts = [_text_part(f"{where}.content[{index}]", part) for index, part in enumerate(content)]
+    return [part for part in parts if part["text"] is not None]
+
+
+def _text_part(where: str, part: Any) -> Part:
+    """One part as {"type": "text", "text": ...}; fields beyond OpenAI's, such as `cache_control`, are kept."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind = part.get("type") if isinstance(part, dict) else None
+    field = TEXT_FIELDS.get(kind) if isinstance(kind, str) else None
+    if field is None or not isinstance(part.get(field, 0), (str, type(None))):
+        named = f"is of type {kind!r} and this engine serves text models only" if field is None and kind else "is wrong"
+        raise ValueError(f"{where} {named}: content parts must be {{'type': 'text', 'text': '...'}}, got {part!r}")
+    more = {key: value for key, value in part.items() if key not in ("type", "text", field, "closed")}
+    return {"type": "text", "text": part[field], **more}

@@ -1,0 +1,106 @@
+"""From chat messages to prompt text: a template is chosen, and nothing of the conversation may get lost.
+
+Milestone: M1. vLLM counterpart: vllm/renderers/hf.py (`HfRenderer.render_messages`, `safe_apply_chat_template`).
+"""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from folovllm.engine.chat.completeness import first_lost
+from folovllm.engine.chat.messages import Dialect, Message, in_dialect, map_text, normalize_messages, plain_data
+from folovllm.engine.chat.options import ChatOptions, check_variables, sort_keywords
+from folovllm.engine.chat.template import ChatTemplate, choose_template, compile_template
+
+logger = logging.getLogger(__name__)
+
+TEXT, PARTS, MIXED = Dialect(False, False), Dialect(True, True), Dialect(True, False)
+_TAG = "CONTINUE_FINAL_MESSAGE "  # its space tells whether the template trims what it renders
+
+
+def render_chat(
+    templates: dict[str, str],
+    special_tokens: dict[str, str],
+    messages: Any,
+    keywords: dict[str, Any],
+    allow_fixed_text: bool,
+) -> str:
+    """The prompt for `messages`. Raises ValueError for messages that are malformed, refused or lost, TypeError for
+    unknown keywords. `allow_fixed_text` lets a template through that reads no message's content at all.
+    """
+    conversation = normalize_messages(messages)
+    options, variables = sort_keywords(keywords)
+    template = compile_template(choose_template(templates, options.chat_template, options.tools is not None))
+    check_variables(variables, template.variables)
+    variables = {**special_tokens, **_given_variables(options, template), **variables}
+    problem: ValueError | None = None
+    for dialect in _dialects(template, options.chat_template_content_format, conversation):
+        render = partial(_render, template, variables, dialect)
+        try:
+            text = _continued(conversation, render) if options.continue_final_message else render(conversation)
+        except ValueError as error:
+            problem = problem or error
+            continue
+        lost = first_lost(conversation, render)
+        if lost is None or (allow_fixed_text and not template.mentions_content):
+            return text
+        problem = problem or ValueError(lost)
+    assert problem is not None
+    raise problem
+
+
+def _render(template: ChatTemplate, variables: dict[str, Any], dialect: Dialect, conversation: list[Message]) -> str:
+    return template.render({**variables, "messages": [in_dialect(message, dialect) for message in conversation]})
+
+
+def _dialects(template: ChatTemplate, content_format: str, conversation: list[Message]) -> list[Dialect]:
+    """The forms of content to try, vLLM's first; the others are for templates that drop or refuse that one."""
+    if content_format == "string":
+        dialects = [TEXT]
+    elif content_format == "openai":
+        dialects = [MIXED, PARTS]
+    else:
+        dialects = [MIXED, PARTS, TEXT] if template.walks_parts else [TEXT, PARTS]
+    if all(message["content"] is not None for message in conversation):
+        return dialects
+    # DeepSeek-V3's template, for one, renders tool calls only where the content `is none`.
+    return [dialect._replace(keep_null=keep) for dialect in dialects for keep in (False, True)]
+
+
+def _given_variables(options: ChatOptions, template: ChatTemplate) -> dict[str, Any]:
+    """What templates read besides the messages. Tools that the template ignores are worth a warning, no refusal."""
+    for name in ("tools", "documents"):
+        if getattr(options, name) and name not in template.variables:
+            logger.warning("the chat template does not read %s: the model will not see them", name)
+    return {
+        "add_generation_prompt": options.add_generation_prompt,
+        "continue_final_message": options.continue_final_message,
+        "tools": None if options.tools is None else plain_data("tools", [_schema(tool) for tool in options.tools]),
+        "documents": None if options.documents is None else plain_data("documents", options.documents),
+    }
+
+
+def _schema(tool: Any) -> Any:
+    """A Python function becomes its JSON schema; importing transformers for that takes seconds."""
+    if not callable(tool):
+        return tool
+    from transformers.utils import get_json_schema
+
+    return get_json_schema(tool)
+
+
+def _continued(conversation: list[Message], render: Callable[[list[Message]], str]) -> str:
+    """The prompt up to the end of the last message's text: a tag is rendered behind it, and all from there is cut off.
+
+    If the template trims the text, the tag has lost its space, and the text before it is trimmed as well.
+    """
+    last = conversation[-1]
+    if not last["content"]:
+        raise ValueError(f"continue_final_message: messages[{len(conversation) - 1}] has no text to continue")
+    end = len(last["content"]) - 1
+    prompt = render([*conversation[:-1], map_text(last, lambda j, text: text + _TAG if j == end else text)])
+    text, tag, rest = prompt.rpartition(_TAG.strip())
+    if not tag:
+        raise ValueError("continue_final_message: the chat template drops the end of the last message")
+    return text if rest.startswith(" ") else text.rstrip()
