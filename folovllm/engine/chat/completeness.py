@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from folovllm.engine.chat.messages import Message, map_text
+from folovllm.engine.chat.messages import Message, map_arguments, map_text
 
 Unit = tuple[int, str, int]  # E.g. (2, "content", 0): the first part of messages[2]
 
@@ -64,9 +64,10 @@ def _marked(message: Message, index: int, word: str, at_end: bool) -> Message:
 
 def _marked_call(call: dict[str, Any], label: str) -> dict[str, Any]:
     """The mark is in the name and among the arguments: a template that renders either renders the call."""
-    function = call.get("function", call)
-    function = {**function, "name": function["name"] + label, "arguments": {**function["arguments"], label: label}}
-    return {**call, "function": function} if "function" in call else function
+    call = map_arguments(call, lambda arguments: {**arguments, label: label})
+    if "function" in call:
+        return {**call, "function": {**call["function"], "name": call["function"]["name"] + label}}
+    return {**call, "name": call["name"] + label}
 
 
 def _describe(messages: list[Message], unit: Unit) -> str:

@@ -32,11 +32,15 @@ class Parts(list[Part]):
 
 
 class Dialect(NamedTuple):
-    """The form in which a template gets `content`: a list of parts or one string; null as "" (or []) or as None."""
+    """The form in which a template gets messages: `content` is one of TEXT, PARTS and ONE_PART."""
 
-    parts: bool
-    tool_parts: bool  # the same for messages of role "tool", which vLLM gives as strings to either kind of template
-    keep_null: bool = False
+    content: str
+    tool_content: str  # that of role "tool", which vLLM gives as text to either kind of template
+    keep_null: bool = False  # content without text as None; otherwise "" or []
+    json_arguments: bool = False  # the arguments of tool calls as JSON text instead of an object
+
+
+TEXT, PARTS, ONE_PART = "text", "parts", "one part"
 
 
 def join_text(parts: list[Part]) -> str:
@@ -60,13 +64,32 @@ def normalize_messages(messages: Any) -> list[Message]:
 
 
 def in_dialect(message: Message, dialect: Dialect) -> Message:
-    """The message with its parts in the form that `dialect` names."""
-    parts = message["content"]
-    wants_parts = dialect.tool_parts if message["role"] == "tool" else dialect.parts
-    if parts is None and dialect.keep_null:
-        return message
-    content = Parts(parts or ()) if wants_parts else join_text(parts or [])
-    return {**message, "content": content}
+    """The message in the form that `dialect` names."""
+    if dialect.json_arguments and "tool_calls" in message:
+        message = {**message, "tool_calls": [map_arguments(call, _to_json) for call in message["tool_calls"]]}
+    parts: list[Part] = message["content"] or []
+    if dialect.keep_null and may_be_null(message):
+        return {**message, "content": None}
+    form = dialect.tool_content if message["role"] == "tool" else dialect.content
+    if form == ONE_PART:
+        parts = [{"type": "text", "text": join_text(parts)}]
+    return {**message, "content": join_text(parts) if form == TEXT else Parts(parts)}
+
+
+def may_be_null(message: Message) -> bool:
+    """Clients write null, "" or nothing for the content of a message that only calls tools."""
+    return message["content"] is None or ("tool_calls" in message and not join_text(message["content"]))
+
+
+def map_arguments(call: dict[str, Any], change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """The tool call with `change(arguments)` as its arguments; the call stands under "function" or by itself."""
+    function = call.get("function", call)
+    function = {**function, "arguments": change(function["arguments"])}
+    return {**call, "function": function} if "function" in call else function
+
+
+def _to_json(arguments: dict[str, Any]) -> str:
+    return json.dumps(arguments, ensure_ascii=False)
 
 
 def map_text(message: Message, change: Callable[[int, str], str]) -> Message:

@@ -4,18 +4,32 @@ Milestone: M1. vLLM counterpart: vllm/renderers/hf.py (`HfRenderer.render_messag
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from folovllm.engine.chat.completeness import first_lost
-from folovllm.engine.chat.messages import Dialect, Message, in_dialect, map_text, normalize_messages, plain_data
+from folovllm.engine.chat.messages import (
+    ONE_PART,
+    PARTS,
+    TEXT,
+    Dialect,
+    Message,
+    in_dialect,
+    map_text,
+    may_be_null,
+    normalize_messages,
+    plain_data,
+)
 from folovllm.engine.chat.options import ChatOptions, check_variables, sort_keywords
 from folovllm.engine.chat.template import ChatTemplate, choose_template, compile_template
 
 logger = logging.getLogger(__name__)
 
-TEXT, PARTS, MIXED = Dialect(False, False), Dialect(True, True), Dialect(True, False)
+FORMS = {  # chat_template_content_format -> the forms of content to try, vLLM's first
+    "string": [(TEXT, TEXT)],
+    "openai": [(PARTS, TEXT), (PARTS, PARTS), (ONE_PART, ONE_PART)],
+}
 _TAG = "CONTINUE_FINAL_MESSAGE "  # its space tells whether the template trims what it renders
 
 
@@ -54,18 +68,19 @@ def _render(template: ChatTemplate, variables: dict[str, Any], dialect: Dialect,
     return template.render({**variables, "messages": [in_dialect(message, dialect) for message in conversation]})
 
 
-def _dialects(template: ChatTemplate, content_format: str, conversation: list[Message]) -> list[Dialect]:
-    """The forms of content to try, vLLM's first; the others are for templates that drop or refuse that one."""
-    if content_format == "string":
-        dialects = [TEXT]
-    elif content_format == "openai":
-        dialects = [MIXED, PARTS]
-    else:
-        dialects = [MIXED, PARTS, TEXT] if template.walks_parts else [TEXT, PARTS]
-    if all(message["content"] is not None for message in conversation):
-        return dialects
-    # DeepSeek-V3's template, for one, renders tool calls only where the content `is none`.
-    return [dialect._replace(keep_null=keep) for dialect in dialects for keep in (False, True)]
+def _dialects(template: ChatTemplate, content_format: str, conversation: list[Message]) -> Iterator[Dialect]:
+    """The forms to try, vLLM's first. The others are for templates that drop or refuse that one.
+
+    E.g. DeepSeek-V3's template renders tool calls only where the content `is none` and the arguments are text.
+    """
+    likely, other = ("openai", "string") if template.walks_parts else ("string", "openai")
+    forms = FORMS[likely] + FORMS[other] if content_format == "auto" else FORMS[content_format]
+    calls = any("tool_calls" in message for message in conversation)
+    nulls = any(map(may_be_null, conversation))
+    for json_arguments in (False, True)[: 1 + calls]:
+        for content, tool_content in forms:
+            for keep_null in (False, True)[: 1 + nulls]:
+                yield Dialect(content, tool_content, keep_null, json_arguments)
 
 
 def _given_variables(options: ChatOptions, template: ChatTemplate) -> dict[str, Any]:
