@@ -1,12 +1,16 @@
 """Log-probabilities of one request, from the sampler's lists to the dicts that users get.
 
-Milestone: M1. vLLM counterpart: vllm/v1/engine/logprobs.py.
-Left out: joining characters that span tokens in `decoded_token` (each token is decoded by itself).
+Milestone: M1. vLLM counterpart: vllm/v1/engine/logprobs.py (`LogprobsProcessor`).
 """
+
+import itertools
 
 from folovllm.engine.tokenizer import Tokenizer
 from folovllm.outputs import Logprob, LogprobsOnePosition, TokenLogprobs
 from folovllm.sampling_params import SamplingParams
+
+BROKEN = "\ufffd"  # what bytes decode to that are no whole character
+MAX_CONTEXT = 4  # a UTF-8 character has at most four bytes
 
 
 class LogprobsProcessor:
@@ -17,22 +21,29 @@ class LogprobsProcessor:
         self.logprobs: list[LogprobsOnePosition] | None = None if params.logprobs is None else []
         self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
         self.prompt_logprobs: list[LogprobsOnePosition | None] | None = None
+        self._context: list[int] = []  # the last MAX_CONTEXT sampled tokens
 
     def add_sample(self, positions: list[TokenLogprobs] | None) -> None:
         if self.logprobs is None or self.cumulative_logprob is None:
             return
         for position in positions or ():
-            self.logprobs.append(to_dict(position, self._tokenizer))
+            self.logprobs.append(to_dict(position, self._tokenizer, self._context))
+            self._context = [*self._context, position.token_ids[0]][-MAX_CONTEXT:]
             self.cumulative_logprob += position.logprobs[0]
 
     def set_prompt(self, positions: list[TokenLogprobs] | None) -> None:
         """`positions[i]` belongs to prompt token i + 1: nothing precedes the first token, so its entry is None."""
-        if positions is not None:
-            self.prompt_logprobs = [None, *(to_dict(position, self._tokenizer) for position in positions)]
+        if positions is None:
+            return
+        ids = [position.token_ids[0] for position in positions]
+        contexts = (ids[max(0, i - MAX_CONTEXT) : i] for i in range(len(ids)))
+        pairs = zip(positions, contexts, strict=True)
+        self.prompt_logprobs = [None, *(to_dict(position, self._tokenizer, context) for position, context in pairs)]
 
 
-def to_dict(position: TokenLogprobs, tokenizer: Tokenizer | None) -> LogprobsOnePosition:
-    """The token itself first, then the top k in order; k entries if the token is among them, else k + 1.
+def to_dict(position: TokenLogprobs, tokenizer: Tokenizer | None, context: list[int]) -> LogprobsOnePosition:
+    """The token itself first, then the top k in order; k entries if the token is among them, else k + 1. `context`
+    holds the last few tokens before this position.
 
     E.g. ids [9, 4, 9], rank 2 -> {9: rank 2, 4: rank 1}.
     """
@@ -41,6 +52,32 @@ def to_dict(position: TokenLogprobs, tokenizer: Tokenizer | None) -> LogprobsOne
     for token_id, logprob, order in entries:
         # A top-k entry's rank is its place, which overwrites the token's own rank (that counts ties); a dict keeps the
         # token's place at the front.
-        text = None if tokenizer is None else tokenizer.token_text(token_id)
+        text = None if tokenizer is None else decoded_token(tokenizer, token_id, context)
         result[token_id] = Logprob(logprob, order or position.rank, text)
     return result
+
+
+def decoded_token(tokenizer: Tokenizer, token_id: int, context: list[int]) -> str:
+    """The text that the token adds after `context`: the bytes of one character may lie in several tokens.
+
+    A token that leaves the character unfinished adds nothing; the one that finishes it adds the whole character.
+    E.g. 中 in three byte tokens: "", "", "中".
+    """
+    text = tokenizer.token_text(token_id)
+    if not text.endswith(BROKEN):
+        return text
+    for count in range(1, len(context) + 1):
+        before = context[-count:]
+        joined = tokenizer.decode([*before, token_id], skip_special_tokens=False)
+        if not joined.endswith(BROKEN):
+            finished = tokenizer.decode(_finished(tokenizer, before), skip_special_tokens=False)
+            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(finished, joined, strict=False))
+            return joined[len(list(same)) :]
+    return ""
+
+
+def _finished(tokenizer: Tokenizer, token_ids: list[int]) -> list[int]:
+    """`token_ids` without the tokens at the end that belong to an unfinished character."""
+    while token_ids and tokenizer.token_text(token_ids[-1]).endswith(BROKEN):
+        token_ids = token_ids[:-1]
+    return token_ids

@@ -48,7 +48,7 @@ def read_text(source: str, split: str) -> str:
     if source.startswith(HF_PREFIX):
         return _dataset_text(source.removeprefix(HF_PREFIX))
     try:
-        return Path(source).expanduser().read_text(encoding="utf-8")
+        return Path(source).expanduser().read_text(encoding="utf-8-sig")  # without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the text {source!r} ({error}): give a UTF-8 file, or {BUILTIN!r}") from None
 

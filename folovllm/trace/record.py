@@ -34,6 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from folovllm.text_files import read_text_file, split_lines
+
 VERSION = 1
 Event = list[Any]
 
@@ -121,7 +123,10 @@ def read_trace(path: str | Path) -> Trace:
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"no trace file {path}; write one with LLM(..., trace={str(path)!r})")
-    lines = path.read_text().splitlines()
+    try:
+        lines = split_lines(read_text_file(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a trace: {error}") from None
     for number, line in enumerate(lines, start=1):
         try:
             yield _as_object(json.loads(line))

@@ -24,6 +24,7 @@ ROWS = {
     "folovllm.outputs": 0,
     "folovllm.parts": 0,
     "folovllm.utils": 0,
+    "folovllm.text_files": 0,
     "folovllm.core": 1,
     "folovllm.trace": 1,
     "folovllm.executor": 1,

@@ -45,13 +45,15 @@ def test_round_trip(folder: Path) -> None:
 
 
 def test_special_tokens_of_the_config(folder: Path) -> None:
-    """Older files wrap the string; a token that tokenizer.json holds as ordinary becomes special, none is invented."""
+    """Older files wrap the string. A token that tokenizer.json holds as ordinary becomes special, and one that it does
+    not hold gets the next id, as in transformers.
+    """
     tokenizer = write_config(folder, eos_token={"content": "z"}, bos_token="<not there>")
     token_id = byte_level().encode("z")[0]
     assert tokenizer.eos_token_id == token_id
-    assert tokenizer.all_special_ids == {0, 1, 2, token_id}
-    assert tokenizer.decode([token_id]) == ""
-    assert tokenizer.vocab_size == 420
+    assert tokenizer.all_special_ids == {0, 1, 2, token_id, 420}
+    assert tokenizer.decode([token_id, 420]) == ""
+    assert tokenizer.vocab_size == 421
 
 
 def test_without_a_config_there_is_no_eos(folder: Path) -> None:

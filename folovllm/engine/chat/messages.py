@@ -126,7 +126,7 @@ def _normalize(where: str, message: Message) -> Message:
     if message["role"] == "assistant":
         message = _normalize_assistant(where, message)
     if "content" not in message and not ({"tool_calls"} & message.keys() or {"refusal", "audio"} & given):
-        raise ValueError(f"{where} needs a 'content' that is a string or a list of parts, got None")
+        raise ValueError(f"{where} needs a 'content' that is a string, got None (or a list of text parts)")
     return {**message, "content": _content_parts(where, message.get("content"))}
 
 
@@ -184,7 +184,7 @@ def _content_parts(where: str, content: Any) -> list[Part] | None:
     if isinstance(content, str):
         content = [content]
     if not isinstance(content, list):
-        raise ValueError(f"{where} needs a 'content' that is a string or a list of parts, got {content!r}")
+        raise ValueError(f"{where} needs a 'content' that is a string, got {content!r} (or a list of text parts)")
     parts = [_text_part(f"{where}.content[{index}]", part) for index, part in enumerate(content)]
     return [part for part in parts if part["text"] is not None]
 

@@ -19,6 +19,7 @@ import typer
 
 from folovllm.entrypoints.commands.options import DebugOption, EngineOptions, SamplingOptions, with_options
 from folovllm.sampling_params import SamplingParams
+from folovllm.text_files import decode_text
 
 if TYPE_CHECKING:
     from folovllm.entrypoints.llm import LLM
@@ -129,21 +130,27 @@ def _handle(conversation: Conversation, line: str) -> bool:
 
 
 def _lines() -> Iterator[str]:
-    """Yields what the user types, line by line, until Ctrl-D. In a terminal, Ctrl-C only clears the line."""
-    terminal = sys.stdin.isatty()
-    if terminal:
-        with contextlib.suppress(ImportError):  # arrow keys and history, where there is readline
-            import readline  # noqa: F401
+    """What the user types, line by line, until the end of the input."""
+    return _typed_lines() if sys.stdin.isatty() else _piped_lines()
+
+
+def _piped_lines() -> Iterator[str]:
+    """Lines of a pipe or a file end at a newline only, which Python's text mode does not keep to."""
+    for number, line in enumerate(sys.stdin.buffer):
+        yield line.decode("utf-8") if number else decode_text(line)
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines of a terminal, until Ctrl-D. Ctrl-C only clears the line."""
+    with contextlib.suppress(ImportError):  # arrow keys and history, where there is readline
+        import readline  # noqa: F401
     while True:
         try:
-            yield input("> " if terminal else "")
+            yield input("> ")
         except EOFError:
-            if terminal:
-                typer.echo()
+            typer.echo()
             return
         except KeyboardInterrupt:
-            if not terminal:
-                raise
             _note("\nCtrl-D or /exit leaves")
 
 

@@ -8,12 +8,12 @@ import dataclasses
 import json
 import math
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from folovllm.entrypoints.commands.options import DebugOption, EngineOptions, SamplingOptions, with_options
+from folovllm.entrypoints.commands.prompts import read_prompts
 from folovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def generate(
         list[str] | None, typer.Argument(help="Texts to complete; - reads one from stdin.", show_default=False)
     ] = None,
     prompts_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="One prompt per line; - is stdin.", show_default=False)
+        str | None,
+        typer.Option(metavar="FILE", help="One prompt per line, or a .jsonl file; - is stdin.", show_default=False),
     ] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="One JSON object per prompt and line.")] = False,
     debug: DebugOption = False,
@@ -43,35 +44,33 @@ def generate(
       folovllm generate "One, two," "Red, green," --max-tokens 20
       echo "Once upon a time" | folovllm generate - --temperature 0.8
       folovllm generate --prompts-file prompts.txt --json > answers.jsonl
+
+    \b
+    A line of a .jsonl file is {"prompt": "..."}, {"prompt_token_ids": [...]} or {"messages": [...]}.
     """
-    texts = read_prompts(prompts or [], prompts_file)
+    found = read_prompts(prompts or [], prompts_file)
     params = sampling.sampling_params(**DEFAULTS)
     llm = engine.load()
-    if len(texts) == 1 and not json_lines:
-        _stream(llm, texts[0], params)
+    found = _render_chats(llm, found)
+    if len(found) == 1 and not json_lines:
+        _stream(llm, found[0], params)
         return
-    for number, output in enumerate(llm.generate(texts, params, use_tqdm=sys.stderr.isatty()), start=1):
-        typer.echo(to_json(output) if json_lines else _with_heading(output, f"[{number}/{len(texts)}]"))
+    for number, output in enumerate(llm.generate(found, params, use_tqdm=sys.stderr.isatty()), start=1):
+        typer.echo(to_json(output) if json_lines else _with_heading(output, f"[{number}/{len(found)}]"))
 
 
-def read_prompts(prompts: list[str], prompts_file: str | None) -> list[str]:
-    """The prompts of the command line, then those of the file; ValueError if there is none."""
-    if [*prompts, prompts_file].count("-") > 1:
-        raise ValueError("stdin ('-') can be read only once")
-    texts = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in prompts]
-    if prompts_file is not None:
-        content = sys.stdin.read() if prompts_file == "-" else _read_file(prompts_file)
-        texts += [line for line in content.splitlines() if line.strip()]
-    if not texts:
-        raise ValueError("no prompt: give one or more texts, - for stdin, or --prompts-file FILE")
-    return texts
+def _render_chats(llm: "LLM", prompts: list[Any]) -> list[Any]:
+    """Conversations as prompts; everything is rendered before anything runs."""
+    return [_render_chat(llm, index, prompt) for index, prompt in enumerate(prompts)]
 
 
-def _read_file(name: str) -> str:
+def _render_chat(llm: "LLM", index: int, prompt: Any) -> Any:
+    if not (isinstance(prompt, dict) and "messages" in prompt):
+        return prompt
     try:
-        return Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts-file {name}: {error}; give a text file with one prompt per line") from None
+        return llm.chat_prompt(**prompt)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"prompt {index}: {error}") from None
 
 
 def to_json(output: "RequestOutput") -> str:
@@ -87,7 +86,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _stream(llm: "LLM", prompt: str, params: SamplingParams) -> None:
+def _stream(llm: "LLM", prompt: Any, params: SamplingParams) -> None:
     logprobs: list[LogprobsOnePosition] = []
     for output in llm.stream(prompt, params):
         completion = output.outputs[0]
@@ -99,7 +98,8 @@ def _stream(llm: "LLM", prompt: str, params: SamplingParams) -> None:
 
 def _with_heading(output: "RequestOutput", number: str) -> str:
     completion = output.outputs[0]
-    heading = typer.style(f"{number} {output.prompt}", bold=True)
+    prompt = output.prompt_token_ids if output.prompt is None else output.prompt
+    heading = typer.style(f"{number} {prompt}", bold=True)
     return f"{heading}\n{completion.text}\n{_logprobs_text(completion.logprobs or [])}"
 
 
