@@ -54,15 +54,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_special_tokens(folder: Path | None, config: dict[str, Any]) -> SpecialTokens:
     """What the files say about special and added tokens besides tokenizer.json itself."""
-    by_id = {int(i): _token(value) for i, value in (config.get("added_tokens_decoder") or {}).items()}
-    if folder is not None and "added_tokens_decoder" not in config:  # the files of older models
-        config = {**config, **read_json(folder / "special_tokens_map.json")}
-    tokens = SpecialTokens(_named(config), _extra(config), by_id)
-    if folder is not None and "added_tokens_decoder" not in config:
-        special = {*tokens.texts.values(), *(token.content for token in tokens.extra)}
-        for content, token_id in read_json(folder / "added_tokens.json").items():
-            is_special = content in special
-            tokens.by_id[token_id] = AddedToken(content, special=is_special, normalized=not is_special)
+    if folder is None or "added_tokens_decoder" in config:
+        by_id = {int(i): _token(value) for i, value in (config.get("added_tokens_decoder") or {}).items()}
+        return SpecialTokens(_named(config), _extra(config), by_id)
+    more = read_json(folder / "special_tokens_map.json")  # this file and the next are those of older models
+    tokens = SpecialTokens(_named({**config, **more}), _extra({**config, **more}))
+    more.pop("additional_special_tokens", None)  # transformers reads these too late to make an added token special
+    special = {*tokens.texts.values(), *(token.content for token in _extra({**config, **more}))}
+    for content, token_id in read_json(folder / "added_tokens.json").items():
+        is_special = content in special
+        tokens.by_id[token_id] = AddedToken(content, special=is_special, normalized=not is_special)
     return tokens
 
 

@@ -27,7 +27,7 @@ def first_lost(messages: list[Message], render: Callable[[list[Message]], str]) 
             prompt = render([_marked(message, index, word, at_end) for index, message in enumerate(messages)])
         except ValueError:
             return None  # the template checks what the texts say: no mark can be put in
-        found = set(re.findall(f"{word}x([0-9]+x[a-z]+x[0-9]+)x", prompt, flags=re.IGNORECASE))
+        found = set(re.findall(f"{word}x([0-9]+x[a-z]+x[0-9]+)x", prompt.lower()))
         lost = [unit for unit in lost if _label(unit) not in found]
         if not lost:
             return None

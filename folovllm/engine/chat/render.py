@@ -30,6 +30,7 @@ FORMS = {  # chat_template_content_format -> the forms of content to try, vLLM's
     "string": [(TEXT, TEXT)],
     "openai": [(PARTS, TEXT), (PARTS, PARTS), (ONE_PART, ONE_PART)],
 }
+_PYTHON = "'type': 'text'"  # part of a list of parts as Python prints it
 _TAG = "CONTINUE_FINAL_MESSAGE "  # its space tells whether the template trims what it renders
 
 
@@ -65,7 +66,14 @@ def render_chat(
 
 
 def _render(template: ChatTemplate, variables: dict[str, Any], dialect: Dialect, conversation: list[Message]) -> str:
-    return template.render({**variables, "messages": [in_dialect(message, dialect) for message in conversation]})
+    text = template.render({**variables, "messages": [in_dialect(message, dialect) for message in conversation]})
+    if dialect.content != TEXT and _PYTHON in text and not any(map(_mentions_python, conversation)):
+        raise ValueError("the chat template prints a list of parts: pass chat_template_content_format='string'")
+    return text
+
+
+def _mentions_python(message: Message) -> bool:
+    return any(_PYTHON in part["text"] for part in message["content"] or [])
 
 
 def _dialects(template: ChatTemplate, content_format: str, conversation: list[Message]) -> Iterator[Dialect]:
