@@ -60,24 +60,25 @@ def to_dict(position: TokenLogprobs, tokenizer: Tokenizer | None, context: list[
 def decoded_token(tokenizer: Tokenizer, token_id: int, context: list[int]) -> str:
     """The text that the token adds after `context`: the bytes of one character may lie in several tokens.
 
-    A token that leaves the character unfinished adds nothing; the one that finishes it adds the whole character.
-    E.g. 中 in three byte tokens: "", "", "中".
+    A token that leaves a character unfinished adds nothing; the one that finishes it adds all that was held back.
+    E.g. 中 in three byte tokens: "", "", "中". vLLM corrects a token only if its text ends inside a character; here a
+    token that begins inside one and ends after it is corrected too, or its beginning would be lost.
     """
     text = tokenizer.token_text(token_id)
-    if not text.endswith(BROKEN):
+    if BROKEN not in text:
         return text
-    for count in range(1, len(context) + 1):
-        before = context[-count:]
-        joined = tokenizer.decode([*before, token_id], skip_special_tokens=False)
-        if not joined.endswith(BROKEN):
-            finished = tokenizer.decode(_finished(tokenizer, before), skip_special_tokens=False)
-            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(finished, joined, strict=False))
-            return joined[len(list(same)) :]
-    return ""
+    joined = tokenizer.decode([*context, token_id], skip_special_tokens=False)
+    if joined.endswith(BROKEN):
+        return ""
+    finished = _finished_text(tokenizer, context)
+    if not finished:
+        return joined.lstrip(BROKEN)  # the context begins inside a character that an earlier token has brought
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(finished, joined, strict=False))
+    return joined[len(list(same)) :]
 
 
-def _finished(tokenizer: Tokenizer, token_ids: list[int]) -> list[int]:
-    """`token_ids` without the tokens at the end that belong to an unfinished character."""
-    while token_ids and tokenizer.token_text(token_ids[-1]).endswith(BROKEN):
-        token_ids = token_ids[:-1]
-    return token_ids
+def _finished_text(tokenizer: Tokenizer, token_ids: list[int]) -> str:
+    """The text of the tokens before an unfinished character at the end; "" if they all belong to one."""
+    prefixes = (token_ids[:count] for count in range(len(token_ids), 0, -1))
+    texts = (tokenizer.decode(prefix, skip_special_tokens=False) for prefix in prefixes)
+    return next((text for text in texts if not text.endswith(BROKEN)), "")
