@@ -98,6 +98,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
         allow_fixed_text: bool = True,
+        tokenize: bool = False,
         **keywords: Any,
     ) -> str:
         """Render chat messages as the prompt text the model was trained on. Encode it without special tokens.
@@ -108,5 +109,7 @@ class Tokenizer:
         ValueError for malformed messages, for a model without a template, for messages that the template refuses and
         for a message that it drops; TypeError for a keyword that is neither an option nor read by the template.
         """
+        if tokenize:  # the default of transformers; scripts that want text pass False
+            raise ValueError("tokenize=True: pass the text to encode(text, add_special_tokens=False) instead")
         keywords |= {"add_generation_prompt": add_generation_prompt, "chat_template": chat_template}
         return render_chat(self.chat_templates, self.special_tokens, messages, keywords, allow_fixed_text)

@@ -109,10 +109,13 @@ class LLM:
         The messages are OpenAI's; `chat_keywords` are those of `chat_prompt`.
         """
         conversations = _as_conversations(messages)
-        prompts = [
-            self.chat_prompt(conversation, chat_template, add_generation_prompt, **chat_keywords)
-            for conversation in conversations
-        ]
+        prompts = []
+        for index, conversation in enumerate(conversations):
+            try:
+                prompts.append(self.chat_prompt(conversation, chat_template, add_generation_prompt, **chat_keywords))
+            except ValueError as error:
+                where = f"conversation {index}: " if len(conversations) > 1 else ""
+                raise ValueError(f"{where}{error}") from None
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def chat_prompt(

@@ -18,8 +18,8 @@ from folovllm.hub.folder import check_model_folder
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _REPO_ID = re.compile(rf"{_PART}/{_PART}")
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
-# Mistral's `consolidated*` repeats the weights; subfolders hold other formats (onnx/, original/).
-_UNWANTED = ("consolidated*", "*/*")
+# Mistral's `consolidated*` repeats the weights; subfolders hold other formats (onnx/, original/), and chat templates.
+_UNWANTED = ("consolidated*", "*/*.safetensors", "*/*.json", "*/tokenizer.model")
 
 
 def is_repo_id(name: str) -> bool:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from folovllm.hf_config import DTYPES, load_hf_config
 from folovllm.model_executor.layers.quantization.quantized_linear import dequantize_weights
 from folovllm.model_executor.weight_utils import INDEX, iterate_weights, safetensors_files
+from folovllm.quantize.output import copy_chat_templates
 
 _NOT_COPIED = ("config.json", "quantize_config.json", "quantize_log.json", INDEX)
 
@@ -29,6 +30,7 @@ def write_dequantized(folder: Path, out: Path, dtype: str = "float32") -> Path:
     for path in folder.iterdir():
         if path.is_file() and path.suffix != ".safetensors" and path.name not in _NOT_COPIED:
             shutil.copy2(path, out / path.name)
+    copy_chat_templates(folder, out)
     plain = dequantize_weights(iterate_weights(safetensors_files(folder)), quantization)
     wanted: torch.dtype = getattr(torch, dtype)
     tensors = {name: tensor.to(wanted).contiguous() for name, tensor in plain}

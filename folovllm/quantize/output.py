@@ -36,6 +36,13 @@ QUANTIZER = "folovllm"
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
+def copy_chat_templates(source: Path, out: Path) -> None:
+    """Copy the folder of named chat templates, the only folder of a model that belongs to a checkpoint."""
+    folder = source / "additional_chat_templates"
+    if folder.is_dir():
+        shutil.copytree(folder, out / folder.name, dirs_exist_ok=True)
+
+
 @dataclass(frozen=True)
 class LayerErrors:
     """How much rounding one linear layer disturbs its outputs (see `output_error`). None where it was not measured."""
@@ -116,6 +123,7 @@ class OutputFolder:
         for path in self.source.iterdir():
             if path.is_file() and not path.name.endswith(_NOT_COPIED) and path.name != "config.json":
                 shutil.copy2(path, self.out / path.name)
+        copy_chat_templates(self.source, self.out)
         self._write_index()
 
     def _write_index(self) -> None:

@@ -246,6 +246,7 @@ def test_no_pickle_is_ever_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "onnx/config.json",
     ]
     files += ["consolidated.safetensors", "tokenizer.json", "chat_template.jinja", "training_args.pt"]
+    files += ["original/tokenizer.model", "onnx/model.safetensors", "additional_chat_templates/tool_use.jinja"]
     asked: dict[str, list[str]] = {}
 
     def snapshot_download(repo_id: str, **kwargs: object) -> str:
@@ -257,7 +258,8 @@ def test_no_pickle_is_ever_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     find_model("org/name", download_dir=tmp_path)
-    assert asked["org/name"] == ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"]
+    wanted = ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"]
+    assert asked["org/name"] == [*wanted, "additional_chat_templates/tool_use.jinja"]
 
 
 def test_resolving_imports_nothing_heavy(model: Path) -> None:

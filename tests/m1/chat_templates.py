@@ -4,6 +4,21 @@ What a family's template does on purpose must never be taken for a loss: it stri
 earlier reasoning, or renders JSON.
 """
 
+# ruff: noqa: E501 (templates keep the lines of their families)
+
+
+def each(body: str, messages: str = "messages") -> str:
+    return "{% for m in " + messages + " %}" + body + "{% endfor %}"
+
+
+def walk(content: str) -> str:
+    return "{% for p in " + content + " %}{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}"
+
+
+def macro(parameters: str, body: str, call: str) -> str:
+    return "{% macro show(" + parameters + ") %}" + body + "{% endmacro %}" + call
+
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -6,16 +6,14 @@ from typing import Any
 import pytest
 
 from folovllm.engine.chat.messages import normalize_messages
+from tests.m1.chat_templates import each, walk
 from tests.m1.tiny_tokenizers import byte_level
 
 pytestmark = pytest.mark.m1
 
 SHOW = "{% for m in messages %}[{{ m.role }}|{{ m.content }}]{% endfor %}"
-WALK = (
-    "{% for m in messages %}[{{ m.role }}|{% for p in m.content %}"
-    "{% if p.type == 'text' %}<{{ p.text }}>{% endif %}{% endfor %}]{% endfor %}"
-)
-ARGUMENTS = "{% for m in messages %}{% for t in m.tool_calls or [] %}{{ t.function.arguments | tojson }};{% endfor %}{% endfor %}"
+WALK = each("[{{ m.role }}|{% for p in m.content %}{% if p.type == 'text' %}<{{ p.text }}>{% endif %}{% endfor %}]")
+ARGUMENTS = each("{% for t in m.tool_calls or [] %}{{ t.function.arguments | tojson }};{% endfor %}")
 
 
 def render(messages: Any, template: str, **keywords: Any) -> str:
@@ -81,7 +79,7 @@ def test_the_format_may_be_forced() -> None:
 
 def test_a_list_printed_whole_is_its_text() -> None:
     """Not Python's repr, which templates that treat the system prompt as text would show."""
-    template = "{{ messages[0].content | trim }};{% for m in messages[1:] %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    template = "{{ messages[0].content | trim }};" + each(walk("m.content"), "messages[1:]")
     messages = [{"role": "system", "content": " s "}, *user("a")]
     assert render(messages, template) == "s;a"
 
@@ -100,7 +98,7 @@ def test_fields_of_parts_and_messages_reach_the_template() -> None:
 def test_tool_results_are_text_for_either_template() -> None:
     """As in vLLM; only a template that walks the parts of tool messages too gets them as parts."""
     result = {"role": "tool", "content": ["1", "2"]}
-    special = "{% for m in messages %}{% if m.role == 'tool' %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}"
+    special = each("{% if m.role == 'tool' %}{{ m.content }}{% else %}" + walk("m.content") + "{% endif %}")
     assert render([*user("a"), result], special) == "a1\n2"
     assert render([*user("a"), result], WALK) == "[user|<a>][tool|<1><2>]"
 
@@ -145,7 +143,7 @@ def test_arguments_that_are_no_object_are_refused(arguments: Any, message: str) 
 
 def test_other_forms_of_calls() -> None:
     call = {"name": "mul", "arguments": "{}"}
-    show = "{% for m in messages %}{{ m.content }}{% for t in m.tool_calls or [] %}{{ t | tojson }}{% endfor %}{% endfor %}"
+    show = each("{{ m.content }}{% for t in m.tool_calls or [] %}{{ t | tojson }}{% endfor %}")
     assert (
         render([{"role": "assistant", "content": "c", "tool_calls": [call]}], show)
         == 'c{"name": "mul", "arguments": {}}'

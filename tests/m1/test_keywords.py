@@ -78,3 +78,15 @@ def test_a_conversation_whose_text_the_template_drops_is_refused_by_llm(llm: LLM
     for template in ("fixed\n", "{% for m in messages %}{{ m.role }}{% endfor %}"):
         with pytest.raises(ValueError, match=r"renders no part of messages\[0\].content \(role 'user'\)"):
             llm.chat(CHAT, PARAMS, use_tqdm=False, chat_template=template)
+
+
+def test_of_several_conversations_the_bad_one_is_named(llm: LLM) -> None:
+    with pytest.raises(ValueError, match=r"conversation 1: messages\[0\] needs a 'content'"):
+        llm.chat([CHAT, [{"role": "user"}]], PARAMS, use_tqdm=False)
+
+
+def test_scripts_for_transformers_may_say_tokenize_false(llm: LLM) -> None:
+    tokenizer = llm.get_tokenizer()
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False) == tokenizer.apply_chat_template(CHAT)
+    with pytest.raises(ValueError, match="pass the text to encode"):
+        tokenizer.apply_chat_template(CHAT, tokenize=True)

@@ -429,7 +429,10 @@ def test_the_command_interrupted(plain: Path, tmp_path: Path, monkeypatch: pytes
 def test_the_source_is_copied_but_for_its_weights(plain: Path, tmp_path: Path) -> None:
     source = shutil.copytree(plain, tmp_path / "source")
     (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     folder = quantize(source, tmp_path / "gptq")
+    assert (folder / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
     names = {path.name for path in folder.iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= names
     assert sorted(name for name in names if name.endswith(".safetensors")) == [
