@@ -175,14 +175,25 @@ def test_a_refusal_is_text() -> None:
 
 
 class FromOpenAI:
-    """As the openai package's objects, of which users append answers to their messages."""
+    """In the manner of the openai package's objects, of which users append answers to their messages."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.fields = fields
 
     def model_dump(self, exclude_none: bool) -> dict[str, Any]:
-        return {"role": "assistant", "content": "hi"} | ({} if exclude_none else {"audio": None})
+        return self.fields | ({} if exclude_none else {"audio": None})
 
 
 def test_objects_of_the_openai_package() -> None:
-    assert render([*user("x"), FromOpenAI()], SHOW) == "[user|x][assistant|hi]"
+    answer = FromOpenAI(role="assistant", content="hi")
+    assert render([*user("x"), answer], SHOW) == "[user|x][assistant|hi]"
+    call = FromOpenAI(id="1", type="function", function=FromOpenAI(name="mul", arguments='{"a": 3}'))
+    assert render([{"role": "assistant", "content": None, "tool_calls": [call]}], ARGUMENTS) == '{"a": 3};'
+
+
+def test_reasoning_may_stand_alone() -> None:
+    """An answer that was cut off while the model was still thinking."""
+    assert render([{"role": "assistant", "reasoning": "hm"}], "{{ messages[0].reasoning_content }}") == "hm"
 
 
 REFUSED: list[tuple[Any, str]] = [

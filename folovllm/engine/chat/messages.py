@@ -102,15 +102,21 @@ def map_text(message: Message, change: Callable[[int, str], str]) -> Message:
 def plain_data(what: str, value: Any) -> Any:
     """A copy that holds only what JSON holds: a template is code from the internet and gets no live objects."""
     try:
-        return json.loads(json.dumps(value))
+        return json.loads(json.dumps(value, default=_dumped))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what} may hold only strings, numbers, lists and dicts: {error}") from None
 
 
+def _dumped(value: Any) -> Any:
+    """An object of the openai package, of which users append answers and tool calls to their messages."""
+    if callable(getattr(value, "model_dump", None)):
+        return value.model_dump(exclude_none=True)
+    raise TypeError(f"{type(value).__name__} is not one of them")
+
+
 def _checked(where: str, message: Any) -> Message:
-    """The message as a dict with a role; an object of the openai package is one too."""
-    if callable(getattr(message, "model_dump", None)):
-        message = message.model_dump(exclude_none=True)
+    """The message if it is a dict with a role; an object of the openai package becomes one."""
+    message = _dumped(message) if callable(getattr(message, "model_dump", None)) else message
     if not isinstance(message, dict):
         raise ValueError(f"{where} must be a dict with 'role' and 'content', got {type(message).__name__}: {message!r}")
     if not isinstance(message.get("role"), str):
@@ -119,13 +125,12 @@ def _checked(where: str, message: Any) -> Message:
 
 
 def _normalize(where: str, message: Message) -> Message:
-    given = set(message)
     message = {key: value for key, value in message.items() if value is not None or key == "content"}
     if "audio" in message:
         raise ValueError(f"{where}.audio: this engine serves text models only; send the transcript as 'content'")
     if message["role"] == "assistant":
         message = _normalize_assistant(where, message)
-    if "content" not in message and not ({"tool_calls"} & message.keys() or {"refusal", "audio"} & given):
+    if message.keys().isdisjoint({"content", "tool_calls", *REASONING_FIELDS}):
         raise ValueError(f"{where} needs a 'content' that is a string, got None (or a list of text parts)")
     return {**message, "content": _content_parts(where, message.get("content"))}
 

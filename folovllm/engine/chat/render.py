@@ -98,7 +98,6 @@ def _given_variables(options: ChatOptions, template: ChatTemplate) -> dict[str, 
             logger.warning("the chat template does not read %s: the model will not see them", name)
     return {
         "add_generation_prompt": options.add_generation_prompt,
-        "continue_final_message": options.continue_final_message,
         "tools": None if options.tools is None else plain_data("tools", [_schema(tool) for tool in options.tools]),
         "documents": None if options.documents is None else plain_data("documents", options.documents),
     }
