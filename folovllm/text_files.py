@@ -6,6 +6,8 @@ Milestone: M1. vLLM counterpart: none; vLLM's commands iterate over Python's tex
 "\\r" into a line end. All of those occur inside prompts, so neither is used on what a user wrote.
 """
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 BOM = "\ufeff"
@@ -19,6 +21,19 @@ def read_text_file(path: str | Path) -> str:
 def decode_text(data: bytes) -> str:
     """UTF-8 without its byte order mark. Raises UnicodeDecodeError, which is a ValueError."""
     return data.decode("utf-8").removeprefix(BOM)
+
+
+def read_stdin() -> str:
+    """All of stdin, read as bytes if it has any: its text mode would make a lone "\\r" a line end."""
+    buffer = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read().removeprefix(BOM) if buffer is None else decode_text(buffer.read())
+
+
+def stdin_lines() -> Iterator[str]:
+    """The lines of stdin as they come in, each with its end."""
+    for number, line in enumerate(getattr(sys.stdin, "buffer", sys.stdin)):
+        text = line if isinstance(line, str) else line.decode("utf-8")
+        yield text if number else text.removeprefix(BOM)
 
 
 def split_lines(text: str) -> list[str]:

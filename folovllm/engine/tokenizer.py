@@ -64,12 +64,12 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The text of the default chat template; None if there is none."""
+        """The text of the default chat template, or None."""
         return self.chat_templates.get("default")
 
     @property
     def eos_token_id(self) -> int | None:
-        """Id of the `eos_token` that the tokenizer's files name; None if there is none."""
+        """Id of the `eos_token` that the tokenizer's files name, or None."""
         eos = self.special_tokens.get("eos_token")
         return None if eos is None else self.backend.token_to_id(eos)
 

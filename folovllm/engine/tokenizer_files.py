@@ -27,13 +27,11 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass
 class SpecialTokens:
-    """`named`: what templates and the engine ask for by name; `extra`: special ones without a name; `by_id`: declared
-    with an id. All flags are kept.
-    """
+    """What the files say about special and added tokens, with all flags."""
 
-    named: dict[str, AddedToken] = field(default_factory=dict)
-    extra: list[AddedToken] = field(default_factory=list)
-    by_id: dict[int, AddedToken] = field(default_factory=dict)
+    named: dict[str, AddedToken] = field(default_factory=dict)  # templates and the engine ask for these by name
+    extra: list[AddedToken] = field(default_factory=list)  # special, but without a name
+    by_id: dict[int, AddedToken] = field(default_factory=dict)  # declared with an id, special or not
 
     @property
     def texts(self) -> dict[str, str]:
@@ -53,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_special_tokens(folder: Path | None, config: dict[str, Any]) -> SpecialTokens:
-    """What the files say about special and added tokens besides tokenizer.json itself."""
+    """Reads the files beside tokenizer.json. `folder` None means that there is only the config."""
     if folder is None or "added_tokens_decoder" in config:
         by_id = {int(i): _token(value) for i, value in (config.get("added_tokens_decoder") or {}).items()}
         return SpecialTokens(_named(config), _extra(config), by_id)
@@ -87,7 +85,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _token(value: Any) -> AddedToken:
-    """A token as files write it: its text, or {"content": text, "rstrip": true, ...}."""
+    """A token as files write it, either its text or {"content": text, "rstrip": true, ...}."""
     if not _is_token(value):
         raise ValueError(f"tokenizer_config.json: an added token must have a 'content', got {value!r}")
     if isinstance(value, str):

@@ -142,6 +142,18 @@ def test_a_template_may_change_the_text(what: str) -> None:
     render([{"role": "user", "content": text}], template)
 
 
+@pytest.mark.parametrize("shown", ["name", "arguments | tojson", "arguments.a", "arguments.items() | list", "id"])
+def test_a_call_is_kept_if_any_of_it_is_shown(shown: str) -> None:
+    call = {"id": "7", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    messages = [*USER, {"role": "assistant", "content": "b", "tool_calls": [call]}]
+    template = each("{{ m.content }}{% for t in m.tool_calls or [] %}{{ " + f"t.function.{shown}" + " }}{% endfor %}")
+    if shown == "id":  # there is none in the function, so nothing of it is shown
+        with pytest.raises(ValueError, match=r"messages\[1\].tool_calls\[0\]"):
+            render(messages, template)
+        return
+    assert len(render(messages, template)) > len("Hi thereb")
+
+
 def test_parts_are_never_shown_as_python_code() -> None:
     """A template that slices the content and prints the slice gets text, even where it also walks parts."""
     sliced = "{{ messages[0].content[:60] }}" + each(walk("m.content"), "messages[1:]")

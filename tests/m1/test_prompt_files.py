@@ -50,6 +50,8 @@ def test_stdin_is_split_like_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_prompts([], "-") == ["one\u2028\rone", "two"]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
     assert read_prompts(["-"], None) == ["one\u2028\rone\r\ntwo"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(data.decode()))  # as notebooks and tests replace it
+    assert read_prompts([], "-") == ["one\u2028\rone", "two"]
 
 
 # --- JSONL --------------------------------------------------------------------------------------------------------

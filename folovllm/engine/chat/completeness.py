@@ -19,7 +19,7 @@ Unit = tuple[int, str, int]  # E.g. (2, "content", 0): the first part of message
 
 
 def first_lost(messages: list[Message], render: Callable[[list[Message]], str]) -> str | None:
-    """A sentence on the first part of the conversation that `render` drops; None if nothing is lost."""
+    """A sentence on the first part of the conversation that `render` drops. Returns None if nothing is lost."""
     lost = list(_units(messages))
     word = secrets.token_hex(8)  # as good as certain not to occur in the conversation
     for at_end in (True, False):
@@ -56,15 +56,16 @@ def _marked(message: Message, index: int, word: str, at_end: bool) -> Message:
 
     marked = map_text(message, mark)
     if calls := message.get("tool_calls"):
-        marked["tool_calls"] = [
-            _marked_call(call, f"{word}x{_label((index, 'calls', k))}x") for k, call in enumerate(calls)
-        ]
+        labels = [f"{word}x{_label((index, 'calls', k))}x" for k in range(len(calls))]
+        marked["tool_calls"] = [_marked_call(*pair, at_end) for pair in zip(calls, labels, strict=True)]
     return marked
 
 
-def _marked_call(call: dict[str, Any], label: str) -> dict[str, Any]:
-    """The mark is in the name and among the arguments: a template that renders either renders the call."""
-    call = map_arguments(call, lambda arguments: {**arguments, label: label})
+def _marked_call(call: dict[str, Any], label: str, at_end: bool) -> dict[str, Any]:
+    """The mark is in the name and an argument more, or takes the place of every value: a template that renders any of
+    them renders the call.
+    """
+    call = map_arguments(call, lambda given: {**(given if at_end else dict.fromkeys(given, label)), label: label})
     if "function" in call:
         return {**call, "function": {**call["function"], "name": call["function"]["name"] + label}}
     return {**call, "name": call["name"] + label}

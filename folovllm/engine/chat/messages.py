@@ -51,7 +51,7 @@ def join_text(parts: list[Part]) -> str:
 def normalize_messages(messages: Any) -> list[Message]:
     """Messages as plain data with `content` a list of text parts, or None. Raises a ValueError that names messages[i].
 
-    E.g. {"role": "user", "content": "Hi"} -> {"role": "user", "content": [{"type": "text", "text": "Hi"}]}.
+    E.g. the content "Hi" becomes [{"type": "text", "text": "Hi"}].
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(

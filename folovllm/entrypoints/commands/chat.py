@@ -19,7 +19,7 @@ import typer
 
 from folovllm.entrypoints.commands.options import DebugOption, EngineOptions, SamplingOptions, with_options
 from folovllm.sampling_params import SamplingParams
-from folovllm.text_files import decode_text
+from folovllm.text_files import stdin_lines
 
 if TYPE_CHECKING:
     from folovllm.entrypoints.llm import LLM
@@ -130,14 +130,8 @@ def _handle(conversation: Conversation, line: str) -> bool:
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, line by line, until the end of the input."""
-    return _typed_lines() if sys.stdin.isatty() else _piped_lines()
-
-
-def _piped_lines() -> Iterator[str]:
-    """Lines of a pipe or a file end at a newline only, which Python's text mode does not keep to."""
-    for number, line in enumerate(sys.stdin.buffer):
-        yield line.decode("utf-8") if number else decode_text(line)
+    """What the user types or pipes in, line by line, until the end of the input."""
+    return _typed_lines() if sys.stdin.isatty() else stdin_lines()
 
 
 def _typed_lines() -> Iterator[str]:

@@ -7,7 +7,6 @@ Milestone: M1. vLLM counterpart: vllm/entrypoints/openai/run_batch.py reads JSON
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import typer
 
 from folovllm.engine.chat.messages import normalize_messages
 from folovllm.sampling_params import SamplingParams
-from folovllm.text_files import decode_text, read_text_file, split_lines
+from folovllm.text_files import read_stdin, read_text_file, split_lines
 
 FORMS = "{'prompt': '...'}, {'prompt_token_ids': [...]} or {'messages': [...]}"
 CHAT_KEYS = (
@@ -35,7 +34,7 @@ def read_prompts(prompts: list[str], prompts_file: str | None) -> list[Any]:
     """
     if [*prompts, prompts_file].count("-") > 1:
         raise ValueError("stdin ('-') can be read only once")
-    found: list[Any] = [_read_stdin().rstrip("\r\n") if prompt == "-" else prompt for prompt in prompts]
+    found: list[Any] = [read_stdin().rstrip("\r\n") if prompt == "-" else prompt for prompt in prompts]
     if prompts_file is not None:
         found += _read_file(prompts_file)
     if not found:
@@ -45,17 +44,13 @@ def read_prompts(prompts: list[str], prompts_file: str | None) -> list[Any]:
 
 def _read_file(name: str) -> list[Any]:
     try:
-        lines = split_lines(_read_stdin() if name == "-" else read_text_file(name))
+        lines = split_lines(read_stdin() if name == "-" else read_text_file(name))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompts-file {name}: {error}; give a text file with one prompt per line") from None
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if Path(name).suffix.lower() != ".jsonl":
         return [line for _, line in numbered]
     return [_prompt_of(f"{name}, line {number}", line) for number, line in numbered]
-
-
-def _read_stdin() -> str:
-    return decode_text(sys.stdin.buffer.read())  # bytes: in text mode a lone "\r" would become a line end
 
 
 def _prompt_of(where: str, line: str) -> Any:
