@@ -154,6 +154,11 @@ def test_other_forms_of_calls() -> None:
         assert "tool_calls" not in normalize_messages(calling("{}", tool_calls=calls))[1]
 
 
+def test_calls_of_other_roles_are_normalised_too() -> None:
+    messages = [{"role": "model", "content": "a", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 3}'}}]}]
+    assert render(messages, each("{{ m.content }}") + ARGUMENTS) == 'a{"a": 3};'
+
+
 def test_the_callers_messages_stay_as_they_are() -> None:
     messages = calling('{"a": 3}')
     before = json.dumps(messages)

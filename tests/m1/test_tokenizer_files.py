@@ -72,7 +72,7 @@ def assert_equals_transformers(folder: Path, texts: list[str]) -> None:
 @pytest.mark.parametrize("flag", FLAGS)
 @pytest.mark.parametrize("named", [True, False])
 def test_flags_of_tokenizer_json_are_kept(folder: Path, flag: str, value: bool, named: bool) -> None:
-    """OoriData/Toolio issue 12 shows a tokenizer whose <|end|> has rstrip and is the EOS token as well."""
+    """A tokenizer whose <|end|> has rstrip and is the EOS token: https://github.com/OoriData/Toolio/issues/12."""
     edit_added(folder, EOS, **{flag: value})
     write(folder, "tokenizer_config.json", {"eos_token": EOS} if named else {})
     assert_equals_transformers(folder, TEXTS)

@@ -129,19 +129,19 @@ def _normalize(where: str, message: Message) -> Message:
     if "audio" in message:
         raise ValueError(f"{where}.audio: this engine serves text models only; send the transcript as 'content'")
     if message["role"] == "assistant":
-        message = _normalize_assistant(where, message)
+        message = _normalize_assistant(message)
+    if calls := message.pop("tool_calls", None):
+        message["tool_calls"] = _tool_calls(f"{where}.tool_calls", calls)
     if message.keys().isdisjoint({"content", "tool_calls", *REASONING_FIELDS}):
         raise ValueError(f"{where} needs a 'content' that is a string, got None (or a list of text parts)")
     return {**message, "content": _content_parts(where, message.get("content"))}
 
 
-def _normalize_assistant(where: str, message: Message) -> Message:
-    """Tool calls with arguments as objects, reasoning under all its names, a refusal as the text it is."""
+def _normalize_assistant(message: Message) -> Message:
+    """Calls under their present name, reasoning under all its names, a refusal as the text it is."""
     message = dict(message)
     if (call := message.pop("function_call", None)) and "tool_calls" not in message:  # OpenAI's first spelling
         message["tool_calls"] = [{"type": "function", "function": call}]
-    if calls := message.pop("tool_calls", None):
-        message["tool_calls"] = _tool_calls(f"{where}.tool_calls", calls)
     if message.get("content") is None and isinstance(message.get("refusal"), str):
         message["content"] = message.pop("refusal")
     reasoning = next((message[field] for field in REASONING_FIELDS if message.get(field)), None)

@@ -23,6 +23,8 @@ CHAT_KEYS = (
     "documents",
     "add_generation_prompt",
     "continue_final_message",
+    "chat_template",
+    "chat_template_content_format",
     "chat_template_kwargs",
 )
 
