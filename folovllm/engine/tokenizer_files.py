@@ -56,6 +56,7 @@ def read_special_tokens(folder: Path | None, config: dict[str, Any]) -> SpecialT
         by_id = {int(i): _token(value) for i, value in (config.get("added_tokens_decoder") or {}).items()}
         return SpecialTokens(_named(config), _extra(config), by_id)
     more = read_json(folder / "special_tokens_map.json")  # this file and the next are those of older models
+    more = {key: value for key, value in more.items() if not _is_own_name(key, config.get(key))}
     tokens = SpecialTokens(_named({**config, **more}), _extra({**config, **more}))
     more.pop("additional_special_tokens", None)  # transformers reads these too late to make an added token special
     special = {*tokens.texts.values(), *(token.content for token in _extra({**config, **more}))}
@@ -73,6 +74,11 @@ def _named(config: dict[str, Any]) -> dict[str, AddedToken]:
         if isinstance(config.get(key), dict):
             values |= config[key]
     return {name: _token(value) for name, value in values.items() if _is_token(value)}
+
+
+def _is_own_name(key: str, value: Any) -> bool:
+    """A name that only this model has: the config's value holds, whatever special_tokens_map.json says."""
+    return key.endswith("_token") and key not in NAMES and isinstance(value, str)
 
 
 def _extra(config: dict[str, Any]) -> list[AddedToken]:
@@ -103,11 +109,11 @@ def add_tokens(backend: tokenizers.Tokenizer, tokens: SpecialTokens, declared: b
     wanted = tokens.by_id if declared else {**tokens.by_id, **present}
     listed = [token for _, token in sorted(wanted.items())]
     names = {token.content for token in (*present.values(), *listed)}
-    unlisted = [token for token in (*tokens.named.values(), *tokens.extra) if token.content not in names]
+    unlisted = {repr(token): token for token in (*tokens.named.values(), *tokens.extra) if token.content not in names}
     special = set(tokens.texts.values())
-    for token in (*listed, *unlisted):
+    for token in (*listed, *unlisted.values()):
         token.special = token.special or token.content in special
-    backend.add_tokens([token for token in (*listed, *unlisted) if token.content])
+    backend.add_tokens([token for token in (*listed, *unlisted.values()) if token.content])
     for token_id, token in wanted.items():
         if (given := backend.token_to_id(token.content)) != token_id:
             logger.warning("token %r has id %s, not the %d that the files name", token.content, given, token_id)

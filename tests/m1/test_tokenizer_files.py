@@ -130,6 +130,17 @@ FILES: dict[str, dict[str, Any]] = {
         "special_tokens_map.json": {"eos_token": EOS},
         "tokenizer_config.json": {"eos_token": "<|pad|>", "added_tokens_decoder": {}},
     },
+    "a name of the model's own in both files": {
+        "special_tokens_map.json": {"image_token": "<extra>"},
+        "tokenizer_config.json": {"image_token": "<image>"},
+    },
+    "one token under several names": {
+        "tokenizer_config.json": {
+            "bos_token": NEW,
+            "eos_token": {"__type": "AddedToken", **AS_DICT},
+            "image_token": NEW,
+        }
+    },
     "add_bos_token": {"tokenizer_config.json": {"bos_token": "<|user|>", "add_bos_token": True, "add_eos_token": True}},
     "split_special_tokens": {"tokenizer_config.json": {"eos_token": EOS, "split_special_tokens": True}},
     "three files": {
