@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from folovllm.engine.chat.messages import plain_data
-from folovllm.sampling_params import SamplingParams, unknown_name_message
+from folovllm.sampling_params import SamplingParams
+from folovllm.utils import unknown_name_message
 
 FORMATS = ("auto", "string", "openai")
 RESERVED = ("chat_template", "chat_template_content_format", "chat_template_kwargs", "messages", "tokenize")
