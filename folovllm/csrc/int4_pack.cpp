@@ -1,4 +1,4 @@
-// While a model is loaded: levels into the order of int4.h, and from there to bf16 for linear.cpp.
+// While a model is loaded: levels into the order of int4_layout.h, and from there to bf16 for linear.cpp.
 //
 // Milestone: M7. vLLM counterpart: gptq_marlin_repack (csrc/quantization/gptq_marlin). In torch either would be a dozen
 // passes over every weight, which made loading ten times as long.
@@ -11,7 +11,7 @@
 
 #include <algorithm>
 
-#include "int4.h"
+#include "int4_layout.h"
 
 namespace folovllm {
 namespace {

@@ -1,7 +1,7 @@
 // Queries, keys and values before attention: rotary, if the model has them norms per head, and K and V into their pages.
 //
 // Milestone: M4. vLLM counterpart: reshape_and_cache and rotary_embedding in csrc/cpu/; its GPU builds fuse norm, rotary
-// and write as well. Left out: an fp8 cache. Layout of the pages: pages.h.
+// and write as well. Left out: an fp8 cache. Layout of the pages: kv_pages.h.
 
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
@@ -9,9 +9,9 @@
 #include <cstring>
 
 #include "ops.h"
-#include "pages.h"
-#include "rows.h"
-#include "team.h"
+#include "kv_pages.h"
+#include "row_ops.h"
+#include "thread_team.h"
 
 namespace folovllm {
 namespace {
@@ -29,10 +29,10 @@ struct TokenKV {
 template <typename T>
 void write_token(const Pages<T>& pages, const TokenKV<T>& token, int64_t slot) {
   const int64_t block = slot / pages.block_size, offset = slot % pages.block_size;
-  const int64_t stride = pages.width(offset) * Pages<T>::kPerWord;
+  const int64_t stride = pages.group_width(offset) * Pages<T>::kPerWord;
   for (int64_t head = 0; head < pages.num_kv_heads; ++head) {
     const T* source = token.key + head * token.key_stride;
-    T* lane = pages.lane(block, head, offset);
+    T* lane = pages.key_word(block, head, offset);
     for (int64_t p = 0; p < pages.words(); ++p) {
       std::memcpy(lane + p * stride, source + p * Pages<T>::kPerWord, 4);
     }
@@ -57,9 +57,9 @@ void write_tokens(const Pages<T>& pages, const at::Tensor& slot_mapping, const A
     }
   };
   if (plan == nullptr || num_tokens < kTokensPerThread || num_tokens > kMaxOwnedTokens) {
-    return Team::run_range(num_tokens, kTokensPerThread, write);
+    return ThreadTeam::run_ranges(num_tokens, kTokensPerThread, write);
   }
-  Team::run(plan->num_threads(), [&](int64_t thread) {
+  ThreadTeam::run(plan->num_threads(), [&](int64_t thread) {
     for (int64_t s = 0; s < plan->num_reqs(); ++s) {
       if (plan->owner(s) == thread) {
         write(plan->first_token(s), plan->first_token(s + 1));
@@ -107,7 +107,7 @@ void prepare_qkv(const at::Tensor& qkv, const at::Tensor& query_norm, const at::
   check_table(cos, qkv), check_table(sin, qkv);
   const int64_t num_all_heads = qkv.size(1), size = qkv.size(2), num_kv_heads = kv_cache.size(1);
   const int64_t num_heads = num_all_heads - 2 * num_kv_heads;
-  with_type(qkv.scalar_type(), "prepare_qkv", [&](auto zero) {
+  dispatch_float_or_bf16(qkv.scalar_type(), "prepare_qkv", [&](auto zero) {
     using T = decltype(zero);
     T* data = qkv.mutable_data_ptr<T>();
     const T *query_weight = norm_weight<T>(query_norm, size), *key_weight = norm_weight<T>(key_norm, size);

@@ -11,11 +11,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#include "cpu_features.h"
+
+#if FOLOVLLM_BF16_DOT
 #include <immintrin.h>
-#define FOLOVLLM_BF16_DOT 1
-#else
-#define FOLOVLLM_BF16_DOT 0
 #endif
 
 namespace folovllm {
@@ -24,6 +23,7 @@ constexpr int64_t kLanes = 16;
 
 typedef float Floats __attribute__((vector_size(64)));    // [16]
 typedef uint32_t Bits __attribute__((vector_size(64)));   // [16]
+typedef int32_t Ints __attribute__((vector_size(64)));    // [16]
 typedef uint16_t Halves __attribute__((vector_size(32))); // [16], the bits of bf16 numbers
 
 inline Floats load(const float* p) {

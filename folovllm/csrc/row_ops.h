@@ -9,7 +9,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "vectors.h"
+#include "simd.h"
 
 namespace folovllm {
 namespace {
@@ -73,7 +73,7 @@ void rotate_row(T* x, const T* cos, const T* sin, int64_t half) {
 
 // Run `body` with the name T standing for float or BFloat16.
 template <typename Body>
-void with_type(at::ScalarType type, const char* name, const Body& body) {
+void dispatch_float_or_bf16(at::ScalarType type, const char* name, const Body& body) {
   TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, name, " knows float32 and bfloat16, not ", type);
   type == at::kFloat ? body(float{}) : body(at::BFloat16{});
 }

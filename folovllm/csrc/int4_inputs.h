@@ -14,19 +14,17 @@
 #include <memory>
 #include <vector>
 
-#include "int4.h"
-#include "team.h"
+#include "cpu_features.h"
+#include "int4_layout.h"
+#include "prefetch.h"
+#include "thread_team.h"
 
-#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#if FOLOVLLM_INT4_DOT
 #include <immintrin.h>
-#define FOLOVLLM_INT4_DOT 1
-#else
-#define FOLOVLLM_INT4_DOT 0
 #endif
 
 namespace folovllm {
 
-typedef int32_t Ints __attribute__((vector_size(64)));   // [16]
 typedef int8_t Bytes __attribute__((vector_size(16)));   // [16]
 
 inline Floats to_floats(Ints v) {
@@ -54,13 +52,13 @@ struct Int4Problem {
 // ---- x as floats
 
 template <typename T>
-class FloatRows {
+class FloatInputs {
  public:
-  FloatRows(const at::Tensor& x, const Int4Problem& p)
+  FloatInputs(const at::Tensor& x, const Int4Problem& p)
       : x_(x.const_data_ptr<T>()), stride_(x.stride(0)), groups_(p.groups), group_size_(p.chunks * kInt4Chunk) {
     if (p.zeros != nullptr) {
       sums_.resize(p.rows * groups_);
-      Team::run_range(p.rows, /*grain=*/16, [&](int64_t begin, int64_t end) {
+      ThreadTeam::run_ranges(p.rows, /*grain=*/16, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin * groups_; i < end * groups_; ++i) {
           sums_[i] = sum_of(x_ + i / groups_ * stride_ + i % groups_ * group_size_);
         }
@@ -75,7 +73,7 @@ class FloatRows {
     const T* x = x_ + row * stride_ + group * group_size_;
     Floats s[R][2] = {};
     for (int64_t i = 0; i < group_size_; i += kInt4Chunk, levels += kInt4Line, ahead += kInt4Line) {
-      __builtin_prefetch(ahead, /*write=*/0, R == 1 ? 3 : 2);  // for one row into L1: faster, and only then
+      prefetch_int4_line<R>(ahead);
       Bits line;
       std::memcpy(&line, levels, sizeof(line));
 #pragma GCC unroll 4
@@ -119,13 +117,13 @@ class FloatRows {
 // ---- x as integers
 
 #if FOLOVLLM_INT4_DOT
-class IntegerRows {
+class IntegerInputs {
  public:
-  IntegerRows(const at::Tensor& x, const Int4Problem& p)
+  IntegerInputs(const at::Tensor& x, const Int4Problem& p)
       : groups_(p.groups), group_size_(p.chunks * kInt4Chunk), stride_(2 * groups_ * group_size_),
         digits_(new int8_t[p.rows * stride_]), scales_(new Scale[p.rows * groups_]) {
     const at::BFloat16* rows = x.const_data_ptr<at::BFloat16>();
-    Team::run_range(p.rows, /*grain=*/16, [&](int64_t begin, int64_t end) {
+    ThreadTeam::run_ranges(p.rows, /*grain=*/16, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * groups_; i < end * groups_; ++i) {
         const at::BFloat16* group = rows + i / groups_ * x.stride(0) + i % groups_ * group_size_;
         scales_[i] = to_integers(group, digits_.get() + i * 2 * group_size_);
@@ -147,7 +145,7 @@ class IntegerRows {
     const __m512i nibble = _mm512_set1_epi8(15);
     for (const uint8_t* end = levels + group_size_ / kInt4Chunk * kInt4Line; levels != end;
          levels += kInt4Line, ahead += kInt4Line, x += 2 * kInt4Chunk) {
-      __builtin_prefetch(ahead, /*write=*/0, R == 1 ? 3 : 2);  // for one row into L1: faster, and only then
+      prefetch_int4_line<R>(ahead);
       const __m512i line = _mm512_loadu_si512(levels);
       const __m512i w[2] = {_mm512_and_si512(line, nibble), _mm512_and_si512(_mm512_srli_epi16(line, 4), nibble)};
 #pragma GCC unroll 16

@@ -16,8 +16,8 @@
 #include <optional>
 
 #include "ops.h"
-#include "rows.h"
-#include "team.h"
+#include "row_ops.h"
+#include "thread_team.h"
 
 namespace folovllm {
 namespace {
@@ -105,13 +105,13 @@ at::Tensor rms_norm(
   const at::Tensor input = with_dense_rows(x), scale = weight.contiguous();
   at::Tensor out = at::empty(x.sizes(), x.options());
   const Rows rows(input);
-  with_type(x.scalar_type(), "rms_norm", [&](auto zero) {
+  dispatch_float_or_bf16(x.scalar_type(), "rms_norm", [&](auto zero) {
     using T = decltype(zero);
     const T* x_data = input.const_data_ptr<T>();
     const T* scale_data = scale.const_data_ptr<T>();
     T* residual_data = residual ? residual->mutable_data_ptr<T>() : nullptr;
     T* out_data = out.mutable_data_ptr<T>();
-    Team::run_range(rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
+    ThreadTeam::run_ranges(rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         T* sum = residual_data == nullptr ? nullptr : residual_data + row * size;
         rms_norm_row(x_data + rows.offset(row), sum, scale_data, out_data + row * size, size, static_cast<float>(eps));
@@ -130,11 +130,11 @@ at::Tensor silu_and_mul(const at::Tensor& gate_up) {
   shape.back() = size;
   at::Tensor out = at::empty(shape, gate_up.options());
   const Rows rows(input);
-  with_type(gate_up.scalar_type(), "silu_and_mul", [&](auto zero) {
+  dispatch_float_or_bf16(gate_up.scalar_type(), "silu_and_mul", [&](auto zero) {
     using T = decltype(zero);
     const T* data = input.const_data_ptr<T>();
     T* out_data = out.mutable_data_ptr<T>();
-    Team::run_range(rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
+    ThreadTeam::run_ranges(rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const T* gate = data + rows.offset(row);
         silu_and_mul_row(gate, gate + size, out_data + row * size, size);
@@ -151,12 +151,12 @@ at::Tensor rotary_(at::Tensor x, const at::Tensor& cos, const at::Tensor& sin) {
               "rotary_ wants [tokens, heads, even size], dense rows");
   check_table(cos, x), check_table(sin, x);
   const Rows rows(x);
-  with_type(x.scalar_type(), "rotary_", [&](auto zero) {
+  dispatch_float_or_bf16(x.scalar_type(), "rotary_", [&](auto zero) {
     using T = decltype(zero);
     T* data = x.mutable_data_ptr<T>();
     const T* cos_data = cos.const_data_ptr<T>();
     const T* sin_data = sin.const_data_ptr<T>();
-    Team::run_range(rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
+    ThreadTeam::run_ranges(rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t token = row / rows.heads;
         const T* cos_row = cos_data + token * cos.stride(0);
@@ -174,10 +174,10 @@ at::Tensor argmax(const at::Tensor& values) {
   const at::Tensor rows = with_dense_rows(values);
   at::Tensor out = at::empty({rows.size(0)}, values.options().dtype(at::kLong));
   int64_t* places = out.mutable_data_ptr<int64_t>();
-  with_type(values.scalar_type(), "argmax", [&](auto zero) {
+  dispatch_float_or_bf16(values.scalar_type(), "argmax", [&](auto zero) {
     using T = decltype(zero);
     const T* data = rows.const_data_ptr<T>();
-    Team::run_range(rows.size(0), rows_per_thread(rows.size(1)), [&](int64_t begin, int64_t end) {
+    ThreadTeam::run_ranges(rows.size(0), rows_per_thread(rows.size(1)), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         places[row] = first_argmax(data + row * rows.stride(0), rows.size(1));
       }

@@ -17,7 +17,7 @@
 
 #include <cstdint>
 
-#include "vectors.h"
+#include "simd.h"
 
 namespace folovllm {
 
