@@ -2,8 +2,8 @@
 //
 // Milestone: M4. vLLM counterpart: csrc/cpu/cpu_attn_vec.hpp.
 //
-// K lies on its side (kv_pages.h): a vector holds one word of 16 tokens' keys, so each lane adds up the score of its own
-// token. R rows are computed at once, so that each vector of K is loaded once for R rows.
+// K lies on its side (kv_pages.h): a vector holds one word of 16 tokens' keys, so each lane adds up the score of its
+// own token. R rows are computed at once, so that each vector of K is loaded once for R rows.
 
 #pragma once
 
@@ -15,7 +15,7 @@
 namespace folovllm {
 namespace {
 
-// sum + k * q in every lane; with kDot a word holds two bf16, whose products are both added.
+// sum + k * q in every lane. With kDot a word holds two bf16 numbers, and both products are added.
 template <bool kDot>
 inline Vec dot(Vec sum, Vec k, float q) {
 #if FOLOVLLM_BF16_DOT
@@ -31,19 +31,20 @@ inline Vec dot(Vec sum, Vec k, float q) {
 //   query  [R, words]           group  [groups of the tile], each [words][16 tokens]           scores  [R, kTileKeys]
 template <typename T, bool kDot, int R, int V>
 FOLOVLLM_ALONE void score_vectors(const float* query, int64_t words, const float* const* group,
-                                  ScorePrefetch<T> prefetch, float scale, int64_t first, float* scores) {
+                                  ScorePrefetcher<T> prefetcher, float scale, int64_t first, float* scores) {
   const float* column[V];
+  typename ScorePrefetcher<T>::template Lines<V> lines(prefetcher);
   Vec sum[R][V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     const int64_t key = first + v * kWidth;
     column[v] = group[key / kKeysPerGroup] + key % kKeysPerGroup;
+    lines.begin(v, key / kKeysPerGroup);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       sum[r][v] = Vec(0.0f);
     }
   }
-  const auto lines = prefetch.template lines<V>(first, kWidth);
   for (int64_t p = 0; p < words; ++p) {
     Vec k[V];
 #pragma GCC unroll 4
@@ -70,16 +71,16 @@ FOLOVLLM_ALONE void score_vectors(const float* query, int64_t words, const float
   }
 }
 
-// The first `count` keys of a tile, a multiple of 16.
+// The same for the first `count` keys of a tile, a multiple of 16.
 template <typename T, bool kDot, int R>
-void score(const float* query, int64_t words, const float* const* group, ScorePrefetch<T> prefetch, float scale,
+void score(const float* query, int64_t words, const float* const* group, ScorePrefetcher<T> prefetcher, float scale,
            int64_t count, float* scores) {
   for (int64_t first = 0; first < count; first += 4 * kWidth) {
     switch (std::min<int64_t>(4, (count - first) / kWidth)) {
-      case 1: score_vectors<T, kDot, R, 1>(query, words, group, prefetch, scale, first, scores); break;
-      case 2: score_vectors<T, kDot, R, 2>(query, words, group, prefetch, scale, first, scores); break;
-      case 3: score_vectors<T, kDot, R, 3>(query, words, group, prefetch, scale, first, scores); break;
-      default: score_vectors<T, kDot, R, 4>(query, words, group, prefetch, scale, first, scores);
+      case 1: score_vectors<T, kDot, R, 1>(query, words, group, prefetcher, scale, first, scores); break;
+      case 2: score_vectors<T, kDot, R, 2>(query, words, group, prefetcher, scale, first, scores); break;
+      case 3: score_vectors<T, kDot, R, 3>(query, words, group, prefetcher, scale, first, scores); break;
+      default: score_vectors<T, kDot, R, 4>(query, words, group, prefetcher, scale, first, scores);
     }
   }
 }

@@ -3,8 +3,8 @@
 // Milestone: M4. vLLM counterpart: none in one place (its CPU kernels prefetch inside their loops).
 //
 // A prefetch instruction asks the memory for one line (64 bytes) and does not wait for it. If the line is read a little
-// later, it is already in the cache. No result depends on it: with -DFOLOVLLM_NO_PREFETCH every `prefetch` below compiles
-// to nothing, and the kernels compute the same numbers more slowly.
+// later, it is already in the cache. No result depends on it: with -DFOLOVLLM_NO_PREFETCH every `prefetch` below
+// compiles to nothing, and the kernels compute the same numbers more slowly.
 //
 //   while this is computed                  this is fetched                                          by
 //   attention: a tile of 256 keys           the next tile's K and V                                  TilePrefetcher
@@ -60,9 +60,9 @@ class PrefetchQueue {
   void add(int64_t thread, PrefetchPiece piece) {
     lists_[thread].pieces.push_back(piece);
   }
-  // Begins again: the offsets now count from `base`, and no piece has been taken. A thread is expected to call `take` as
-  // often as it did since the last start, and its pieces are spread evenly over these calls. Fetched all at once, they
-  // would delay the weights.
+  // Begins again: the offsets now count from `base`, and no piece has been taken. A thread is expected to call `take`
+  // as often as it did since the last start, and its pieces are spread evenly over these calls. Fetched all at once,
+  // they would delay the weights.
   void start(const void* base) {
     base_ = static_cast<const char*>(base);
     for (List& list : lists_) {
@@ -127,12 +127,12 @@ constexpr int64_t kMaxSharers = 8;        // tiles that share the fetching of a 
 constexpr int64_t kPairsPerPiece = 256;   // pairs computed with while one piece of a PrefetchQueue is fetched
 
 // A unit of weights is used by one or more tiles, each of which multiplies it with some rows of x.
-//   kFetchAhead   A single tile reads each weight once. It fetches its own unit, 3 KiB before it needs it; at the unit's end it
-//           fetches the beginning of the next one.
-//   kFetchShare  If only the first of a few tiles fetched, it would wait for memory, and memory would rest during the others.
-//           So each of the tiles fetches its share of the next unit, evenly over its time, and besides that pieces of
-//           the PrefetchQueue.
-//   kFetchNothing   Of many tiles, the first two fetch the next unit. The others leave the load ports to the arithmetic.
+//   kFetchAhead    A single tile reads each weight once. It fetches its own unit, 3 KiB before it needs it. At the
+//                  unit's end it fetches the beginning of the next one.
+//   kFetchShare    If only the first of a few tiles fetched, it would wait for memory, and memory would rest during the
+//                  others. So each of the tiles fetches its share of the next unit, evenly over its time, and besides
+//                  that pieces of the PrefetchQueue.
+//   kFetchNothing  Of many tiles, the first two fetch the next unit. The others leave the load ports to the arithmetic.
 enum WeightFetch { kFetchNothing, kFetchShare, kFetchAhead };
 
 // What one tile fetches.
@@ -149,7 +149,8 @@ inline WeightFetchPlan plan_weight_fetch(int64_t index, int64_t num_tiles, const
   }
   const int64_t sharers = num_tiles <= kMaxSharers ? num_tiles : 2;
   const int64_t first_line = kLinesPerPair * pairs * index / sharers;
-  return {index < sharers ? kFetchShare : kFetchNothing, next + first_line * kWeightsPerLine, kLinesPerPair * 65536 / sharers};
+  const WeightFetch mode = index < sharers ? kFetchShare : kFetchNothing;
+  return {mode, next + first_line * kWeightsPerLine, kLinesPerPair * 65536 / sharers};
 }
 
 template <WeightFetch kMode>
@@ -157,11 +158,12 @@ struct WeightPrefetcher {
   const at::BFloat16* begin;  // of WeightFetchPlan
   int64_t pace;
 
-  // Calls multiply(begin, end, fetch) for stretches of the pairs 0 .. pairs of a unit's part (a gated unit has two), and
-  // `multiply` calls fetch(i) when it computes with pair begin + i. `weight` are this part's weights.
+  // Calls multiply(begin, end, fetch) for stretches of the pairs 0 .. pairs of a unit's part (a gated unit has two),
+  // and `multiply` calls fetch(i) when it computes with pair begin + i. `weight` are this part's weights.
   template <typename Multiply>
   FOLOVLLM_ALWAYS_INLINE void for_each_stretch(const at::BFloat16* weight, int64_t pairs, int64_t part,
-                                               int64_t num_parts, PrefetchQueue* queue, const Multiply& multiply) const {
+                                               int64_t num_parts, PrefetchQueue* queue,
+                                               const Multiply& multiply) const {
     if constexpr (kMode == kFetchAhead) {
       const auto both_lines_from = [](const at::BFloat16* ahead) {
         return [=](int64_t i) __attribute__((always_inline)) {
@@ -196,8 +198,8 @@ struct WeightPrefetcher {
 constexpr int64_t kInt4LeadBytes = 8192;  // what a single tile fetches before it needs it
 
 // What a tile fetches while it computes with group `i` of its unit: the group `lead` further on. Beyond the unit's end
-// those are the groups of the unit that begins at `next`. A lead of 0 fetches nothing new, a lead of all groups the whole
-// next unit.
+// those are the groups of the unit that begins at `next`. A lead of 0 fetches nothing new, a lead of all groups the
+// whole next unit.
 struct Int4Prefetcher {
   const uint8_t *unit, *next;
   int64_t lead, groups, group_bytes;
@@ -243,45 +245,39 @@ constexpr int64_t kPerLine = 64 / sizeof(T);  // numbers in a line of the cache
 
 // While keys are scored. Null: nothing.
 template <typename T>
-struct ScorePrefetch {
+struct ScorePrefetcher {
   const float* const* next_keys;  // [groups of a tile]
   const T* const* own_values;     // [groups of a tile]
 
-  // For V vectors of keys, `width` keys each, from key `first` of the tile on: where their lines begin.
+  // Where the lines for V vectors of keys begin.
   template <int V>
   struct Lines {
+    ScorePrefetcher source;
     const float* keys[V];
     const T* values[V];
-    bool fetch_keys, fetch_values;
 
+    FOLOVLLM_ALWAYS_INLINE explicit Lines(ScorePrefetcher source) : source(source) {}
+
+    // The keys of vector v are in this group of the tile.
+    FOLOVLLM_ALWAYS_INLINE void begin(int v, int64_t group) {
+      keys[v] = source.next_keys != nullptr ? source.next_keys[group] : nullptr;
+      values[v] = source.own_values != nullptr ? source.own_values[group] : nullptr;
+    }
+    // Of vector v, the lines beside a word of its keys.
     FOLOVLLM_ALWAYS_INLINE void fetch(int v, int64_t word) const {
-      if (fetch_keys) {
+      if (source.next_keys != nullptr) {
         prefetch(keys[v] + word * kKeysPerGroup);
       }
-      if (fetch_values) {
+      if (source.own_values != nullptr) {
         prefetch(values[v] + word * kPerLine<T>);
       }
     }
   };
-
-  template <int V>
-  FOLOVLLM_ALWAYS_INLINE Lines<V> lines(int64_t first, int64_t width) const {
-    Lines<V> lines;
-    lines.fetch_keys = next_keys != nullptr;
-    lines.fetch_values = own_values != nullptr;
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const int64_t group = (first + v * width) / kKeysPerGroup;
-      lines.keys[v] = next_keys != nullptr ? next_keys[group] : nullptr;
-      lines.values[v] = own_values != nullptr ? own_values[group] : nullptr;
-    }
-    return lines;
-  }
 };
 
 // While values are added. Null: nothing.
 template <typename T>
-struct ValuePrefetch {
+struct ValuePrefetcher {
   const T* const* next_values;    // [groups of a tile]
   const float* const* next_keys;  // [groups of a tile]
 
@@ -297,28 +293,27 @@ struct ValuePrefetch {
     }
   }
 
-  // The same where two keys' values are added at a time.
+  // The same where two keys' values are added at a time, for the numbers of a group from number d on.
   struct Lines {
     const T *values, *keys;
-    bool fetch_values, fetch_keys;
+    const ValuePrefetcher& source;
+
+    FOLOVLLM_ALWAYS_INLINE Lines(const ValuePrefetcher& source, int64_t group, int64_t d)
+        : values(source.next_values != nullptr ? source.next_values[group] + d : nullptr),
+          keys(source.next_keys != nullptr ? reinterpret_cast<const T*>(source.next_keys[group]) + d : nullptr),
+          source(source) {}
 
     FOLOVLLM_ALWAYS_INLINE void fetch(int64_t place, int64_t second_place) const {
-      if (fetch_values) {
+      if (source.next_values != nullptr) {
         prefetch(values + place);
         prefetch(values + second_place);
       }
-      if (fetch_keys) {
+      if (source.next_keys != nullptr) {
         prefetch(keys + place);
         prefetch(keys + second_place);
       }
     }
   };
-
-  FOLOVLLM_ALWAYS_INLINE Lines lines(int64_t group, int64_t d) const {
-    return {next_values != nullptr ? next_values[group] + d : nullptr,
-            next_keys != nullptr ? reinterpret_cast<const T*>(next_keys[group]) + d : nullptr, next_values != nullptr,
-            next_keys != nullptr};
-  }
 };
 
 template <typename T>
@@ -327,8 +322,8 @@ class TilePrefetcher {
 
  public:
   // `now` is computed, then `next`, which may have no keys. If `next` has fewer groups than `now`, its first group is
-  // fetched again in place of those that it lacks, so that the loops need not count. If it has more, `fetch_rest` fetches
-  // the additional ones.
+  // fetched again in place of those that it lacks, so that the loops need not count. If it has more, `fetch_rest`
+  // fetches the additional ones.
   TilePrefetcher(const KvTile<T>& now, KvTile<T>& next, int64_t head_size, bool once)
       : now_(now), next_(next), lines_(kKeysPerGroup * head_size / kPerLine<T>), once_(once) {
     for (int64_t g = next.groups(); next.count > 0 && g < now.groups(); ++g) {
@@ -336,12 +331,12 @@ class TilePrefetcher {
       next.value[g] = next.value[0];
     }
   }
-  // Of the rows of a task only the last ones, which see all keys, fetch the next tile: `is_last`. The first ones fetch the
-  // tile's own values: `is_first`.
-  ScorePrefetch<T> during_scores(bool is_first, bool is_last) const {
+  // Of the rows of a task only the last ones, which see all keys, fetch the next tile: `is_last`. The first ones fetch
+  // the tile's own values: `is_first`.
+  ScorePrefetcher<T> during_scores(bool is_first, bool is_last) const {
     return {is_last ? keys() : nullptr, is_first && !once_ ? now_.value : nullptr};
   }
-  ValuePrefetch<T> during_values(bool is_last) const {
+  ValuePrefetcher<T> during_values(bool is_last) const {
     return {is_last && next_.count > 0 ? next_.value : nullptr, is_last && !once_ ? keys() : nullptr};
   }
   // For row r of the last ones.
