@@ -3,8 +3,12 @@
 // Milestone: M4. vLLM counterpart: csrc/cpu/cpu_attn.cpp. Left out: AMX, sliding windows, ALiBi, an fp8 cache.
 // Sources: online softmax, Milakov & Gimelshein 2018; tiles, FlashAttention-2 (Dao 2023); split KV, Flash-Decoding.
 //
-// Who computes what: attention_plan.h. Where keys and values are: kv_pages.h. Arithmetic: attention_math.h. Here a task is
-// computed, a tile of keys after the other, and where its range of keys is not the whole sequence, `merge` joins the parts.
+// To read it, begin with reference_attention.cpp, which computes the same in plain loops. Then:
+//   attention_plan.h      cuts the batch into tasks for the threads
+//   kv_pages.h, kv_tile.h where keys and values lie, and how a tile of 256 of them is found
+//   this file             computes a task, tile by tile (run_task), and merges the parts of long sequences (merge)
+//   attention_scores.h, attention_softmax.h, attention_values.h      the arithmetic of one tile
+//   prefetch.h            what is fetched from memory meanwhile
 
 #include "attention_vectors.h"  // the first: it chooses the vectors of at::vec
 #include "attention_scores.h"
@@ -33,7 +37,7 @@ struct Batch {
   const int32_t* block_table;
   int64_t table_stride;
   float scale;
-  bool fetched;    // K and V are in the caches of the cores that will read them
+  bool fetched;    // whether K and V are already in the caches of the cores that will read them
 
   const int32_t* table(const Task& task) const {
     return block_table + task.sequence * table_stride;
@@ -67,10 +71,10 @@ void load_queries(const Batch<T>& batch, const Task& task, float* query) {
 template <typename T>
 struct alignas(64) Scratch {
   float query[kMaxRows * kMaxHeadSize];   // [rows, words]
-  float key[kTileKeys * kMaxHeadSize];        // [group][word][16]: groups that had to be collected token by token
-  T value[kTileKeys * kMaxHeadSize];          // [group][16][head_size]: the same of values
-  float widened[kTileKeys * kMaxHeadSize];    // the same in fp32, where the CPU cannot multiply 16-bit words
-  float scores[kRowsAtOnce * kTileKeys];         // [rows computed together, keys of the tile], then the weights
+  float key[kTileKeys * kMaxHeadSize];    // [group][word][16]: groups that had to be collected token by token
+  T value[kTileKeys * kMaxHeadSize];      // [group][16][head_size]: the same of values
+  float widened[kTileKeys * kMaxHeadSize];  // keys in fp32, if the CPU cannot multiply 16-bit words
+  float scores[kRowsAtOnce * kTileKeys];  // [rows computed together, keys of the tile], then the weights
   float sum[kMaxRows * kMaxHeadSize];     // [rows, padded head_size]: weighted sum of values
   float max[kMaxRows], total[kMaxRows];
 };
@@ -81,8 +85,9 @@ void locate_in(const Batch<T>& batch, const Task& task, int64_t first, KvTile<T>
   locate(batch.pages, batch.table(task), task.kv_head, first, count, tile);
 }
 
-// `after` is the task that this thread does next, if any: its first tile is asked for while we compute our last.
-// kDot: words of two bf16 are multiplied as they are. Other 16-bit numbers are widened to fp32 first.
+// `next_task` is the one that this thread does afterwards, or null. Its first tile is prefetched while the last tile of
+// this task is computed. With kDot, words of two bf16 numbers are multiplied as they are; other 16-bit numbers are
+// widened to fp32 first.
 template <typename T, bool kDot>
 void run_task(const Batch<T>& batch, const Task& task, const Task* next_task, Scratch<T>& scratch, float* parts) {
   constexpr bool kWords = kDot || std::is_same_v<T, float>;
@@ -107,7 +112,7 @@ void run_task(const Batch<T>& batch, const Task& task, const Task* next_task, Sc
       locate_in(batch, *next_task, next_task->first_key, next);
     }
     const TilePrefetcher<T> prefetcher(tile, next, head_size, once);
-    // How many of the tile's keys row r may see. Rows that are computed together take what the last of them sees.
+    // The number of the tile's keys that row r may see. Rows that are computed together share that of the last of them.
     const auto seen = [&](int64_t r) {
       const int64_t visible = batch.plan.visible(task.sequence, task.first_query + r / queries_per_kv);
       return std::clamp<int64_t>(visible - first, 0, tile.count);
@@ -132,7 +137,7 @@ void run_task(const Batch<T>& batch, const Task& task, const Task* next_task, Sc
   }
 #if FOLOVLLM_BF16_DOT
   if constexpr (kDot) {
-    in_order(scratch.sum, rows * width);
+    restore_order(scratch.sum, rows * width);
   }
 #endif
   if (task.part < 0) {
@@ -147,7 +152,7 @@ void run_task(const Batch<T>& batch, const Task& task, const Task* next_task, Sc
   std::copy_n(scratch.total, rows, part + rows * width + rows);
 }
 
-// Join the parts of an item: bring their sums to one common maximum, add, divide.
+// Merges the parts of an output: brings their sums to a common maximum, adds them, and divides.
 template <typename T>
 void merge(const Batch<T>& batch, const Output& output, const float* parts) {
   const int64_t rows = batch.plan.rows(output.whole), width = padded(batch.pages.head_size);
@@ -188,9 +193,10 @@ void attend(const Batch<T>& batch) {
 
 }  // namespace
 
-// Causal attention of query [num_tokens, num_heads, head_size] over the pages, into `out` of the same shape. The last
-// rows of sequence s are its queries, as in AttentionMetadata. `native` = false takes the path of a CPU without bf16
-// dot products, so that it can be tested on one that has them. `fetched`: K and V wait in cache, see PrefetchQueue.
+// Causal attention of query [num_tokens, num_heads, head_size] over the pages, into `out` of the same shape. The
+// queries of a sequence are its last positions, as in AttentionMetadata. native=false takes the path of a CPU without
+// bf16 dot products, so that it can be tested on one that has them. `fetched` says that K and V are in cache
+// (PrefetchQueue). reference_attention.cpp computes the same in plain loops.
 void paged_attention(const at::Tensor& out, const at::Tensor& query, const at::Tensor& kv_cache, const AttentionPlan& plan,
                      const at::Tensor& block_table, double scale, bool native, bool fetched) {
   TORCH_CHECK(query.dim() == 3 && query.stride(2) == 1 && out.is_contiguous() && out.sizes() == query.sizes() &&

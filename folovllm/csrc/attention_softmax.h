@@ -13,20 +13,20 @@
 namespace folovllm {
 namespace {
 
-// The larger of two scores: one instruction, where at::vec::maximum takes four to let a NaN win. Only slots that nobody
-// has written may hold one, and those are masked before.
+// The larger of two scores, in one instruction. at::vec::maximum takes four, so that a NaN wins. Here only an unwritten
+// slot can hold a NaN, and its score is masked before.
 inline Vec larger(const Vec& a, const Vec& b) {
   return at::vec::clamp_min(a, b);
 }
 
-// `count` scores of one row -> weights exp(score - max), for keys below `valid`; 0 for the others. Updates max and total, and
-// says by how much the sums so far must shrink because the maximum grew.
+// Turns `count` scores of one row into weights: exp(score - max) for keys below `valid`, 0 for the others. Updates the
+// row's `max` and `total`. The sums so far must be multiplied by `rescale`, because the maximum may have grown.
 template <typename T>
 void softmax_row(float* scores, int64_t count, int64_t valid, float& max, float& total, float& rescale) {
   Vec highest(max);
   for (int64_t j = 0; j < count; j += kWidth) {
     Vec x = Vec::loadu(scores + j);
-    if (j + kWidth > valid) {  // not by adding -inf: what lies in a slot that nobody has written may be NaN
+    if (j + kWidth > valid) {  // set and not added: an unwritten slot may hold NaN, and NaN - inf is NaN
       x = Vec::set(Vec(kMinusInf), x, std::max<int64_t>(0, valid - j));
       x.store(scores + j);
     }
@@ -45,7 +45,7 @@ void softmax_row(float* scores, int64_t count, int64_t valid, float& max, float&
     weight.store(scores + j);
     added = added + weight;
   }
-  // A call of exp per row would cost as much as the row; most rows have seen their maximum early.
+  // Most rows have seen their maximum early. A call of exp for each row would cost as much as the row.
   rescale = max == new_max ? 1.0f : max == kMinusInf ? 0.0f : std::exp(max - new_max);
   total = total * rescale + at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, added);
   max = new_max;

@@ -26,17 +26,18 @@
 namespace folovllm {
 namespace {
 
-// A function by itself: inlined next to others, GCC would run out of registers and keep their sums in memory.
+// Marks a kernel that stays a function of its own. If several of them were inlined into one function, GCC would run out
+// of registers and keep their sums in memory.
 #define FOLOVLLM_ALONE __attribute__((noinline))
 
 using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kWidth = Vec::size();  // 16 with AVX-512, 8 with AVX2
-constexpr int64_t kRowsAtOnce = 4;          // rows at once: 4 x 4 sums, 4 operands and a broadcast fit 32 registers
+constexpr int64_t kRowsAtOnce = 4;       // 4 rows x 4 sums, 4 operands and a broadcast fit 32 registers
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
-// Keep a vector in its register. GCC would otherwise load it from memory again for every row, and loads are scarcer than
-// products.
+// Keeps a vector in its register. Without this, GCC loads it from memory again for every row, and a core can do fewer
+// loads than products at a time.
 inline void keep(Vec& v) {
 #if FOLOVLLM_BF16_DOT
   __m512 kept = v;
@@ -65,7 +66,7 @@ inline void store_vec(T* data, const Vec& v) {
   }
 }
 
-// Call f with 4, 4, ..., and the rest: the number of rows as a constant of the compiler's, and the first row.
+// Calls f(R, first row) for blocks of 4 rows, and for the rest. R, the number of rows, is a compile-time constant.
 template <typename F>
 void for_each_row_block(int64_t rows, const F& f) {
   for (int64_t r = 0; r < rows; r += kRowsAtOnce) {

@@ -1,9 +1,10 @@
-// What lies between the matmuls, each as one pass over memory: RMSNorm with its residual, rotary, SiLU-mul, argmax.
+// The operators between the matrix products, each as one pass over memory: RMSNorm with its residual, rotary embedding,
+// SiLU-mul, and the sampler's argmax.
 //
 // Milestone: M4. vLLM counterpart: csrc/cpu/{layernorm,pos_encoding,activation}.cpp. Left out: fp16, quantised outputs.
 //
-// For one token none of this is much work: 576 numbers. But in torch each is five operators of 2 to 5 us, 30 layers of
-// which cost as much as the weights. Everything is fp32 between load and store, so a result is rounded once.
+// For one token each of them is little work: 576 numbers. But in torch each is five operators of 2 to 5 us, and 30
+// layers of those cost as much time as reading the weights. All arithmetic is fp32, so a result is rounded once.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -22,7 +23,7 @@
 namespace folovllm {
 namespace {
 
-constexpr int64_t kGrain = 1 << 14; // numbers: less work than this is not worth waking a thread
+constexpr int64_t kGrain = 1 << 14; // numbers; less work than this is done before another thread wakes up
 
 template <typename T>
 inline Floats load_or(const T* p, int64_t count, float otherwise) {
@@ -36,7 +37,8 @@ int64_t rows_per_thread(int64_t size) {
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size));
 }
 
-// x [tokens, heads, size] or [rows, size], the last axis dense: where row i = token * heads + head begins.
+// Where the rows of x [tokens, heads, size] or [rows, size] begin: row i is head i % heads of token i / heads. The last
+// axis is dense.
 struct Rows {
   int64_t count, heads, token_stride, head_stride;
 
@@ -64,8 +66,8 @@ void silu_and_mul_row(const T* gate, const T* up, T* out, int64_t size) {
   });
 }
 
-// Place of the largest of `size` numbers, the first among equals; a NaN counts as the largest. Only the runs' maxima are
-// compared on the way, and only the run that won is searched.
+// The place of the largest of `size` numbers, the first among equals. A NaN counts as the largest. The row is passed
+// over in runs of 1,024 numbers, of which only the maxima are compared; then only the winning run is searched.
 template <typename T>
 int64_t first_argmax(const T* row, int64_t size) {
   constexpr int64_t kRun = 1024;
@@ -75,7 +77,7 @@ int64_t first_argmax(const T* row, int64_t size) {
     Floats highest = Floats{} + best;
     Bits is_nan = {};
     for_each_vector(std::min(kRun, size - first), [&](int64_t i, int64_t count) {
-      // Beyond the row's end a buffer holds zeros, which may win: they are replaced by what has already been seen.
+      // The buffer of a partial vector would hold zeros beyond the row's end, which might win. The best so far cannot.
       const Floats v = count == kLanes ? load(row + first + i) : load_or(row + first + i, count, best);
       highest = v > highest ? v : highest;
       is_nan |= (Bits)(v != v);
@@ -95,7 +97,7 @@ int64_t first_argmax(const T* row, int64_t size) {
 
 } // namespace
 
-// norm(x) * weight; or, with `residual`, first residual += x and then norm(residual) * weight. x [..., size] -> same.
+// norm(x) * weight for x [..., size]. With `residual`: first residual += x, and then norm(residual) * weight.
 at::Tensor rms_norm(
     const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight, double eps) {
   const int64_t size = x.size(-1);
@@ -144,7 +146,7 @@ at::Tensor silu_and_mul(const at::Tensor& gate_up) {
   return out;
 }
 
-// Turn x [tokens, heads, head_size] in place, by cos and sin [tokens, 1, head_size] of the tokens' positions.
+// Rotates x [tokens, heads, head_size] in place, by cos and sin [tokens, 1, head_size] of the tokens' positions.
 at::Tensor rotary_(at::Tensor x, const at::Tensor& cos, const at::Tensor& sin) {
   const int64_t size = x.size(-1);
   TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1 && size % 2 == 0,
@@ -168,7 +170,7 @@ at::Tensor rotary_(at::Tensor x, const at::Tensor& cos, const at::Tensor& sin) {
   return x;
 }
 
-// values [rows, size] -> the place of each row's largest, as `first_argmax` says [rows] int64.
+// values [rows, size] -> the place of each row's largest value (first_argmax) [rows] int64.
 at::Tensor argmax(const at::Tensor& values) {
   TORCH_CHECK(values.dim() == 2 && values.size(1) > 0, "argmax wants [rows, size] with a size, not ", values.sizes());
   const at::Tensor rows = with_dense_rows(values);

@@ -1,7 +1,8 @@
-// The inputs of int4.cpp: x as floats, for fp32 and for any CPU, or as integers, where AVX-512 multiplies bytes.
+// The inputs of an int4 linear layer, in two forms. FloatInputs serve fp32 and any CPU; IntegerInputs serve bf16 on
+// CPUs that multiply bytes with AVX-512. int4.cpp says why integers.
 //
-// Milestone: M7. vLLM counterpart: none. Either class multiplies R of its rows with one group of one block; what follows
-// is the same for both. Why integers: int4.cpp.
+// Milestone: M7. vLLM counterpart: none. Both classes multiply R of their rows with one group of one block (`dot`), and
+// the kernel in int4.cpp is the same for both.
 
 #pragma once
 
@@ -66,7 +67,8 @@ class FloatInputs {
     }
   }
 
-  // R rows times one group of one block: sums of (level - zero) * x, without the scales. -> [R][2 halves of 16 outputs]
+  // R rows times one group of one block: the sums of (level - zero) * x, without the scales. sums [R][2 halves of 16
+  // outputs]. `ahead` is what Int4Prefetcher wants to be fetched meanwhile, line by line.
   template <int R>
   void dot(const uint8_t* levels, const int8_t* zeros, int64_t row, int64_t group, const uint8_t* ahead,
            Floats (&sums)[R][2]) const {
@@ -111,7 +113,7 @@ class FloatInputs {
 
   const T* x_;
   int64_t stride_, groups_, group_size_;
-  std::vector<float> sums_;  // [rows, groups]; only for zeros
+  std::vector<float> sums_;  // of x, [rows, groups]; only if there are zeros
 };
 
 // ---- x as integers
@@ -177,7 +179,8 @@ class IntegerInputs {
     int32_t sum;  // of the integers
   };
 
-  // _mm512_dpbusd_epi32, for which GCC 12 copies every sum to another register and, with many rows, to memory.
+  // As _mm512_dpbusd_epi32. For that intrinsic, GCC 12 copies every sum to another register and, with many rows, to
+  // memory.
   static void add_products(__m512i& sums, __m512i levels, __m512i x) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(levels), "v"(x));
   }
@@ -188,7 +191,7 @@ class IntegerInputs {
     return _mm512_set1_epi32(digits);
   }
 
-  // A group of x -> for each 4 inputs their 4 high bytes and their 4 low ones.
+  // Turns a group of x into integers: for each 4 inputs, their 4 high bytes and then their 4 low bytes.
   Scale to_integers(const at::BFloat16* x, int8_t* digits) const {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
     __m512i largest = _mm512_setzero_si512();
@@ -202,7 +205,7 @@ class IntegerInputs {
     __m512i total = _mm512_setzero_si512();
     for (int64_t i = 0; i < group_size_; i += kLanes) {
       const __m512i rounded = _mm512_cvtps_epi32((__m512)load_some(x + i, group_size_ - i) * inverse);
-      // 32,640 alone, the largest that a bf16 becomes, has no two such bytes: 127 * 256 + 127 is 32,639.
+      // The largest integer of a bf16 is 32,640, and it alone has no two such bytes: 127 * 256 + 127 is 32,639.
       const __m512i integer = _mm512_min_epi32(rounded, _mm512_set1_epi32(32639));
       total = _mm512_add_epi32(total, integer);
       const __m512i up = _mm512_add_epi32(integer, _mm512_set1_epi32(128));  // low bytes are -128 .. 127

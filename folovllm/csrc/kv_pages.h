@@ -1,21 +1,22 @@
-// The pages of the KV cache, and tiles of keys and values found in them.
+// The pages of the KV cache: where each number of a key and of a value lies.
 //
 // Milestone: M4. vLLM counterpart: reshape_and_cache in csrc/cpu/ and the cache layout of its CPU backend.
 //
-// A decoding token reads its whole KV cache and does a handful of operations with each number, so all that counts is to
-// read every byte once and to stay out of the way of the memory. Hence the layout of a page:
+// A decoding token reads its whole KV cache and does a handful of operations with each number. Its speed is therefore
+// the speed of the memory, and a page is laid out so that the arithmetic never delays the reads:
 //
 //   kv_cache [num_blocks, num_kv_heads, 2, block_size * head_size]       2: K, then V
 //
 //   V is stored as it comes: [block_size, head_size].
-//   K is cut into groups of 16 tokens (the last group of a page may be narrower) and turned on its side:
-//   [group][word][token in group], where a word is 32 bits: one fp32 number or two neighbouring 16-bit ones.
+//   K lies on its side. It is cut into groups of 16 tokens (the last group of a page may be narrower), and a group is
+//   [word][token in group]. A word is 32 bits: one fp32 number or two neighbouring 16-bit ones.
 //
 //                 token 0   token 1   ...   token 15
 //        word 0    k0 k1     k0 k1           k0 k1         x  (q0 q1) in all lanes
 //        word 1    k2 k3     k2 k3           k2 k3         x  (q2 q3)
 //
-// A vector holds the same word of 16 tokens, so each lane adds up the score of its own token; no sums across lanes.
+// A vector holds the same word of 16 tokens, so each lane adds up the score of its own token, and no sums across lanes
+// are needed. reference_attention.cpp reads and writes the same pages in plain loops.
 
 #pragma once
 
@@ -27,10 +28,8 @@
 namespace folovllm {
 namespace {
 
-constexpr int64_t kKeysPerGroup = 16;           // tokens in a group of K; part of the layout, whatever the CPU
+constexpr int64_t kKeysPerGroup = 16;  // part of the layout, the same on every CPU
 constexpr int64_t kMaxHeadSize = 256;
-
-// ---- The pages
 
 template <typename T>
 struct Pages {
@@ -47,11 +46,11 @@ struct Pages {
   int64_t words() const {
     return head_size / kPerWord;
   }
-  // Width of the group that token `offset` of a page is in. E.g. pages of 40: groups of 16, 16 and 8 tokens.
+  // The width of the group that holds token `offset` of a page. E.g. pages of 40 have groups of 16, 16 and 8 tokens.
   int64_t group_width(int64_t offset) const {
     return std::min(kKeysPerGroup, block_size - offset / kKeysPerGroup * kKeysPerGroup);
   }
-  // Word 0 of a token's key; word p lies p * group_width(offset) words behind it.
+  // Word 0 of a token's key. Word p lies p * group_width(offset) words behind it.
   T* key_word(int64_t block, int64_t head, int64_t offset) const {
     const int64_t first = offset / kKeysPerGroup * kKeysPerGroup;
     return key(block, head) + first * head_size + (offset - first) * kPerWord;

@@ -17,10 +17,10 @@ constexpr int64_t kGroupsPerTile = kTileKeys / kKeysPerGroup;
 
 template <typename T>
 struct KvTile {
-  int64_t count;                   // keys
-  const float* key[kGroupsPerTile];   // each [words][16 tokens]; "float" stands for 32 bits, perhaps two bf16
-  const T* value[kGroupsPerTile];     // each [16 tokens][head_size]
-  bool whole[kGroupsPerTile];         // readable where it is: all 16 tokens lie together in one group of a page
+  int64_t count;                     // of keys
+  const float* key[kGroupsPerTile];  // each [words][16 tokens]; a "float" is a word of 32 bits, perhaps two bf16
+  const T* value[kGroupsPerTile];    // each [16 tokens][head_size]
+  bool whole[kGroupsPerTile];        // whether all 16 tokens lie together in one group of a page: readable in place
 
   int64_t groups() const {
     return (count + kKeysPerGroup - 1) / kKeysPerGroup;
@@ -40,7 +40,7 @@ void widen(const float* group, int64_t words, float* out) {
   }
 }
 
-// Where keys `first` .. `first + count` of a sequence are.
+// Finds the keys `first` .. `first + count` of a sequence through its block table.
 template <typename T>
 void locate(const Pages<T>& pages, const int32_t* table, int64_t head, int64_t first, int64_t count, KvTile<T>& tile) {
   tile.count = count;
@@ -55,8 +55,9 @@ void locate(const Pages<T>& pages, const int32_t* table, int64_t head, int64_t f
   }
 }
 
-// Make every group of a located tile readable: collect those that are not whole token by token (pages of 1 or 5 tokens),
-// and widen the keys where the CPU cannot multiply 16-bit words. Each buffer has room for a tile.
+// Makes every group of a located tile readable. A group that is not whole (e.g. in pages of 5 tokens) is copied token
+// by token into the buffers `keys` and `values`. Without kWords, 16-bit keys are widened to fp32 into the buffer
+// `widened`. Each buffer has room for a tile.
 template <typename T, bool kWords>
 void collect(const Pages<T>& pages, const int32_t* table, int64_t head, int64_t first, float* keys, T* values,
              float* widened, KvTile<T>& tile) {
@@ -67,10 +68,11 @@ void collect(const Pages<T>& pages, const int32_t* table, int64_t head, int64_t 
       T* value = values + g * kKeysPerGroup * head_size;
       for (int64_t i = 0; i < std::min(tile.count - g * kKeysPerGroup, kKeysPerGroup); ++i) {
         const int64_t position = first + g * kKeysPerGroup + i, offset = position % pages.block_size;
-        const int64_t block = table[position / pages.block_size], stride = pages.group_width(offset) * Pages<T>::kPerWord;
-        const T* lane = pages.key_word(block, head, offset);
+        const int64_t block = table[position / pages.block_size];
+        const int64_t stride = pages.group_width(offset) * Pages<T>::kPerWord;
+        const T* first_word = pages.key_word(block, head, offset);
         for (int64_t p = 0; p < words; ++p) {
-          std::memcpy(key + p * kKeysPerGroup + i, lane + p * stride, 4);
+          std::memcpy(key + p * kKeysPerGroup + i, first_word + p * stride, 4);
         }
         std::memcpy(value + i * head_size, pages.value(block, head, offset), head_size * sizeof(T));
       }

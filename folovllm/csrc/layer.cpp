@@ -33,7 +33,7 @@ class Weights {
   }
 
   // x times the next linear layer's weight. It is stored as bf16: packed, bias; or with 4 bits: levels, scales, zeros,
-  // perm, bias, packed. Has it both, then x of up to max_int4_rows rows is multiplied with the smaller one.
+  // perm, bias, packed. If it has both, x of up to max_int4_rows rows is multiplied with the smaller one.
   at::Tensor multiply(const at::Tensor& x, int64_t out_features, bool gated = false, PrefetchQueue* queue = nullptr) {
     const at::Tensor& first = next();
     const at::Tensor* packed = &first;
@@ -85,7 +85,7 @@ struct Step {
   double eps, scale;
 };
 
-// The rows that somebody will read, where that is not all.
+// The rows that the caller reads, if these are not all.
 struct Ends {
   at::Tensor rows;     // [num_reqs] int64, each sequence's last
   AttentionPlan plan;  // for their queries alone
@@ -109,8 +109,8 @@ void list_pages(const Step& step, const at::Tensor& kv_cache, PrefetchQueue& que
 }
 
 // hidden, residual [num_tokens, hidden_size] -> hidden; residual is updated in place. `fetched`: K and V that attention
-// reads are in cache. `queue`, if given, is what to fetch meanwhile. With `ends` all K and V are computed, but of the rest
-// only those rows; result and residual have no others.
+// reads are in cache. `queue`, if given, is what to fetch meanwhile. With `ends` all K and V are computed, but of the
+// rest only those rows; result and residual have no others.
 at::Tensor decoder_layer(const Step& step, const at::Tensor& hidden, at::Tensor& residual, Weights& weights,
                          const at::Tensor& kv_cache, bool fetched, PrefetchQueue* queue, const Ends* ends) {
   const int64_t num_tokens = hidden.size(0), hidden_size = hidden.size(1), head_size = step.cos.size(-1);
@@ -142,8 +142,9 @@ at::Tensor linear_mixed(const at::Tensor& x, at::TensorList weights, int64_t out
   return Weights(weights, max_int4_rows).multiply(x, out_features, gated);
 }
 
-// hidden, residual [num_tokens, hidden_size] -> hidden; residual is updated in place. cos, sin [num_tokens, 1, head_size].
-// One KV cache per layer. With `ends_only` the last row of each sequence is right, and the others may hold anything.
+// hidden, residual [num_tokens, hidden_size] -> hidden; residual is updated in place. cos, sin [num_tokens, 1,
+// head_size]. One KV cache per layer. With `ends_only` the last row of each sequence is right, and the others may hold
+// anything.
 at::Tensor decoder_layers(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& cos, const at::Tensor& sin,
                           at::TensorList weights, at::TensorList kv_caches, const at::Tensor& slot_mapping,
                           const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,

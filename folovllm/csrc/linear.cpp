@@ -1,11 +1,15 @@
-// bf16 linear layers over a weight packed once: a GEMV that runs at memory speed, and a GEMM from the same bytes.
+// bf16 linear layers over weights that are packed once: one kernel for a single token, which runs at memory speed, and
+// for many.
 //
 // Milestone: M4. vLLM counterpart: csrc/cpu/ (its CPU build multiplies through oneDNN and, for AMX, sgl-kernels).
 // Left out: AMX tiles, int8, transposed layouts. Source of the register blocking: Goto & van de Geijn 2008.
 //
-// For one token every weight is read once and used once, so nothing but the order of the bytes matters. Stored row by
-// row, the 16 lanes of a vector would hold 16 inputs of *one* output and had to be summed across. Packed, they hold one
-// pair of inputs of 16 *different* outputs; each lane adds up its own output and no sum across lanes is ever needed:
+// To read it, begin with reference_linear.cpp, which computes the same in plain loops.
+//
+// For one token, every weight is read once and used once, so nothing but the order of the bytes matters. If the weight
+// were stored row by row, the 16 lanes of a vector would hold 16 inputs of *one* output, and would have to be summed
+// across. Packed, they hold one pair of inputs of 16 *different* outputs. Each lane adds up its own output, and no sum
+// across lanes is needed:
 //
 //   packed[block][pair][lane][2]      block = output / 32,  lane = output % 32,  pair = input / 2
 //
@@ -13,7 +17,8 @@
 //   pair 0   w[0][0] w[0][1] | w[1][0] w[1][1] | ... | w[31][0] w[31][1]      x (x[0], x[1]) broadcast to all lanes
 //   pair 1   w[0][2] w[0][3] | w[1][2] w[1][3] | ... | w[31][2] w[31][3]      x (x[2], x[3])
 //
-// With more tokens each pair of weight vectors is used for 8 rows or so while it sits in registers.
+// With more tokens, each pair of weight vectors is used for some 8 rows while it is in registers. What is fetched from
+// memory meanwhile: WeightPrefetcher in prefetch.h.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
@@ -33,11 +38,11 @@
 namespace folovllm {
 namespace {
 
-constexpr int64_t kBlock = 2 * kLanes; // outputs of a block: two vectors, which share each broadcast of x
-constexpr int kTileRows = 8;               // rows at a time: 16 sums hide the latency of dot, and fit 32 registers
-constexpr int kMaxTileRows = 12;         // where two such tiles are enough: a third would read the weights once more
-constexpr int64_t kPanelRows = 96;         // rows whose inputs (96 x 1,536 x 2 bytes) stay in L2 while blocks pass by
-constexpr int64_t kGrainBytes = 1 << 16;  // less than this is not worth waking a thread
+constexpr int64_t kBlock = 2 * kLanes;    // outputs of a block: two vectors, which share each broadcast of x
+constexpr int kTileRows = 8;              // rows at a time: 16 sums hide the latency of `dot`, and fit 32 registers
+constexpr int kMaxTileRows = 12;          // for up to 24 rows: with 8, a third tile would read the weights once more
+constexpr int64_t kPanelRows = 96;        // rows whose inputs (96 x 1,536 x 2 bytes) stay in L2 for all units
+constexpr int64_t kGrainBytes = 1 << 16;  // of weights; fewer are done before another thread wakes up
 
 using Pairs = Bits; // [16], each two bf16: the even input in the low half
 
@@ -86,7 +91,7 @@ void tile(const LinearProblem& p, int64_t unit, int64_t row, const at::BFloat16*
   Floats sum[kParts][R][2];
 #pragma GCC unroll 2
   for (int64_t part = 0; part < kParts; ++part, weight += p.pairs * kBlock * 2) {
-    Floats s[R][2]; // of its own, so that it stays in registers
+    Floats s[R][2];  // this part's own sums, so that they stay in registers
     for (int r = 0; r < R; ++r) {
       for (int half = 0; half < 2; ++half) {
         s[r][half] = p.bias != nullptr ? load(p.bias + unit * kBlock + half * kLanes) : Floats{};
@@ -150,7 +155,7 @@ void multiply_unit(const LinearProblem& p, int64_t panel, int64_t unit, const at
       all_tiles<native, kGated, kFetchAhead>(kHeights)};
   const int64_t rows = std::min(kPanelRows, p.rows - panel * kPanelRows), tiles = num_tiles(rows);
   for (int64_t index = 0; index < tiles; ++index) {
-    // E.g. 9 rows are 4 and 5: of 8 and 1, the 1 would read the weights for a single row.
+    // E.g. 9 rows are cut into 4 and 5. Cut into 8 and 1, the last tile would read the weights for a single row.
     const int64_t first = rows * index / tiles, last = rows * (index + 1) / tiles;
     const WeightFetchPlan fetch = plan_weight_fetch(index, tiles, next_weights, kGated ? 2 * p.pairs : p.pairs);
     tile_of[fetch.mode][last - first - 1](p, unit, panel * kPanelRows + first, fetch.begin, fetch.pace);
@@ -170,7 +175,7 @@ void multiply_all(const LinearProblem& p, int64_t units) {
   });
 }
 
-// The product of both operators: x [..., in] with `units` units of packed weights -> [..., out].
+// The product that both operators compute: x [..., in] times the packed weight -> [..., out].
 template <bool kGated>
 at::Tensor multiply(const at::Tensor& x, const at::Tensor& packed, const float* bias, int64_t out_features, bool native,
                     const UpcomingReads& upcoming) {
@@ -210,8 +215,8 @@ at::Tensor pack_weight(const at::Tensor& weight) {
       .contiguous();
 }
 
-// x [..., in] times the packed weight, plus bias [32 * blocks] fp32 -> [..., out], rounded once. `native` = false takes
-// the path of a CPU without bf16 dot products, so that it can be tested on one that has them.
+// x [..., in] times the packed weight, plus bias [32 * blocks] fp32 -> [..., out], rounded once. native=false takes the
+// path of a CPU without bf16 dot products, so that it can be tested on one that has them.
 at::Tensor linear_packed(
     const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias, int64_t out_features,
     bool native, const UpcomingReads& upcoming) {
@@ -221,8 +226,8 @@ at::Tensor linear_packed(
   return multiply<false>(x, packed, bias ? bias->const_data_ptr<float>() : nullptr, out_features, native, upcoming);
 }
 
-// silu(x gate^T) * (x up^T) [..., out], rounded once: the gate and up projections of an MLP with what follows them. The
-// weight is pack_weight of both, their blocks taking turns: gate 0, up 0, gate 1, up 1, ...
+// silu(x gate^T) * (x up^T) [..., out], rounded once: the gate and up projections of an MLP together with the
+// activation. The weight is pack_weight of both, whose blocks take turns: gate 0, up 0, gate 1, up 1, ...
 at::Tensor linear_silu_packed(const at::Tensor& x, const at::Tensor& packed, int64_t out_features, bool native,
                               const UpcomingReads& upcoming) {
   TORCH_CHECK(packed.size(0) % 2 == 0, "linear_silu_packed: gate and up differ in size");

@@ -1,4 +1,5 @@
-// The operators as C++ functions, for those of them that are made of others (layer.cpp). Each is documented where it is.
+// The operators as C++ functions, for layer.cpp, which calls them one after another. Each is documented in its own
+// file.
 //
 // Milestone: M4. vLLM counterpart: csrc/ops.h.
 

@@ -2,14 +2,20 @@
 //
 // Milestone: M4. vLLM counterpart: none on a CPU (its sampler sorts); on a GPU FlashInfer's kernels. Left out: fp16.
 //
-// folovllm/sample/ops/topk_topp.py says what the steps mean, and this gives its tokens bit for bit: probabilities come
-// from torch's own softmax, and what is done with them here is exact. Two answers could depend on rounding elsewhere: a
-// sum on the edge of p (it is added in another order here), and a race won by a hair (the last softmax, which only
-// renormalises, is left out). Such a row, and one with NaN or infinity, is answered by -1 and goes the torch way.
+// folovllm/sample/ops/topk_topp.py defines the steps, and this operator returns the same tokens: the probabilities come
+// from torch's own softmax, and what is done with them here is exact. Two answers could still depend on rounding: a sum
+// at the edge of p, because it is added in another order here, and a narrowly won draw, because the last softmax, which
+// only renormalises, is left out. For such a row, and for one with NaN or infinity, the operator returns -1, and the
+// caller samples the row with torch.
 //
-// A row of 49,152 logits and its probabilities stay in the second-level cache, so what counts is how often they are
-// passed over. A sort does it log2(49,152) = 16 times, and mispredicts every second comparison. Halving an interval
-// finds a single value in about as many passes, but they only compare and add, 16 numbers at a time.
+// A row of 49,152 logits and its probabilities stay in the L2 cache, so the time depends on the number of passes over
+// them. A sort makes log2(49,152) = 16 passes, and mispredicts every second comparison. Halving an interval finds a
+// single value in about as many passes, but these only compare and add, 16 numbers at a time.
+//
+//   sampling_row.h        a row and the passes that several steps need
+//   this file             temperature, min_p, top_k, and the order of the steps
+//   sampling_nucleus.h    top_p
+//   sampling_draw.h       the draw
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -31,23 +37,23 @@ namespace {
 
 constexpr int64_t kLongestRow = 900'000;  // what the bound kSumError holds for
 
-// What one row goes through.
+// The parameters of one row.
 struct Steps {
   float temperature = 1.0f, min_p = 0.0f, top_p = 1.0f; // off
   int64_t top_k = std::numeric_limits<int64_t>::max();  // off
   uint64_t key = 0;                                     // of its noise
 };
 
-// Floats as integers of the same order: the bits of negative ones count downwards.
+// Floats as integers of the same order. The bits of negative floats count downwards and are inverted.
 inline Ints ordered(Floats v) {
   const Ints bits = (Ints)v;
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
-// The k-th largest: the largest integer that at least k reach, found bit by bit.
+// The k-th largest logit: the largest integer that at least k logits reach, found by halving the interval of integers.
 float kth_largest(const Row& row, int64_t k) {
-  int64_t low = std::numeric_limits<int32_t>::min();  // at least k reach it
-  int64_t high = std::numeric_limits<int32_t>::max(); // fewer do
+  int64_t low = std::numeric_limits<int32_t>::min();  // at least k logits reach it
+  int64_t high = std::numeric_limits<int32_t>::max(); // fewer than k logits reach it
   while (high - low > 1) {
     const int32_t middle = static_cast<int32_t>((low + high) / 2);
     Ints reaching = {};
@@ -65,7 +71,7 @@ float kth_largest(const Row& row, int64_t k) {
 }
 
 int64_t sample_row(const float* logits, const Steps& steps, Row& row) {
-  if (row.size > kLongestRow || !take_row(logits, steps.temperature, row)) {
+  if (row.size > kLongestRow || !fill_row(logits, steps.temperature, row)) {
     return kUndecided;
   }
   row.softmax();
@@ -79,7 +85,7 @@ int64_t sample_row(const float* logits, const Steps& steps, Row& row) {
   }
   if (steps.top_p < 1.0f) {
     if (steps.min_p > 0.0f || steps.top_k < row.size) {
-      row.softmax(); // top_p is of what is left
+      row.softmax(); // top_p refers to what is left
     }
     const std::optional<Nucleus> nucleus = find_nucleus(row, 1.0f - steps.top_p);
     if (!nucleus) {
@@ -103,8 +109,8 @@ const T* numbers(const std::optional<at::Tensor>& per_row, int64_t rows, const c
 
 } // namespace
 
-// Takes `logits` [rows, size] fp32 through all steps, in place, and answers a token per row: 0 where the temperature is
-// 0, which means greedy, and -1 for a row that is in doubt. These two kinds of rows are left as they were.
+// Takes `logits` [rows, size] fp32 through all steps, in place, and returns a token per row: 0 if the temperature is 0,
+// which means greedy, and -1 if the row is undecided. These two kinds of rows are left as they were.
 at::Tensor sample_(
     at::Tensor logits, const at::Tensor& temperature, const std::optional<at::Tensor>& min_p,
     const std::optional<at::Tensor>& top_k, const std::optional<at::Tensor>& top_p, const at::Tensor& keys) {

@@ -22,7 +22,7 @@ inline Bits xor_shift(Bits v, int shift) {
   return v ^ (v >> shift);
 }
 
-// The hash and the uniform number of ops/noise.py, the same bits. q = -log1p(-v) is the noise.
+// The hash and the uniform number v of ops/noise.py, with the same bits. The noise is q = -log1p(-v).
 inline Floats uniform(Bits token_ids, uint64_t key) {
   Bits h = token_ids + static_cast<uint32_t>(key);
   h = xor_shift(h, 17) * 0xed5ad4bbu;
@@ -34,7 +34,8 @@ inline Floats uniform(Bits token_ids, uint64_t key) {
   return v > below_one ? Floats{} + below_one : v;
 }
 
-// The winner of the race p / q. As q >= v, p / v says who cannot win, and spares nearly all logarithms.
+// The token with the largest p / q. Because q >= v, a token whose p / v is below the best so far cannot win, which
+// saves nearly all logarithms. Returns kUndecided if the second is too close.
 int64_t draw(const Row& row, uint64_t key) {
   double best = 0.0, second = 0.0;
   int64_t winner = kUndecided;

@@ -34,7 +34,7 @@ struct MassAndCount {
   int64_t count = 0;
 };
 
-// The probabilities whose bits are above `low` and not above `high`. Positive floats have the order of their bits.
+// The sum and the number of the probabilities whose bits are above `low` and not above `high`.
 MassAndCount mass_between(const Row& row, int32_t low, int32_t high) {
   HalfDoubles mass[2] = {};
   Ints count = {};
@@ -56,7 +56,7 @@ MassAndCount mass_between(const Row& row, int32_t low, int32_t high) {
   return found;
 }
 
-// What stays: the probabilities above `lowest`, and of those equal to it the ids from `first` on.
+// The set that stays: all probabilities above `lowest`, and of those equal to it the ids from `first` on.
 struct Nucleus {
   float lowest;
   int32_t first;
@@ -66,7 +66,7 @@ inline bool exceeds(double mass, float limit) {
   return static_cast<float>(mass) > limit;
 }
 
-// A token whose place among the others is open: the bits of its probability, then its id, so that integers sort them.
+// A token that may or may not stay: the bits of its probability, then its id, so that entries are sorted as integers.
 typedef uint64_t Entry;
 
 inline int32_t bits_of(Entry entry) {
@@ -80,12 +80,12 @@ inline float prob_of(Entry entry) {
   return p;
 }
 
-// The interval of bits in which the sum of all probabilities, from the least up, comes to exceed the limit.
+// The interval of bits in which the sum of all probabilities, added from the least likely on, first exceeds the limit.
 struct Interval {
-  int32_t low, high;  // `low` itself does not
+  int32_t low, high;  // at `low` the sum does not exceed it
   double below = 0.0; // the mass up to and with `low`
 
-  // Cut at `middle`, given the mass from `low` to there. -> whether the lower half remains.
+  // Cuts the interval at `middle`, given the mass between `low` and `middle`. Returns whether the lower half remains.
   bool cut(int32_t middle, double mass, float limit) {
     const bool lower = exceeds(below + mass, limit);
     (lower ? high : low) = middle;
@@ -110,7 +110,7 @@ std::vector<Entry> entries_in(const Row& row, const Interval& interval) {
   return entries;
 }
 
-// Halve on, in what is left, until little is or all are equal.
+// Goes on halving in the list, until few entries are left or all of them are equally likely.
 void narrow(std::vector<Entry>& entries, Interval& interval, float limit) {
   while (static_cast<int64_t>(entries.size()) > kSortedTokens) {
     const auto [least, greatest] = std::minmax_element(entries.begin(), entries.end());
@@ -128,7 +128,8 @@ void narrow(std::vector<Entry>& entries, Interval& interval, float limit) {
   }
 }
 
-// Add them one by one, the least likely first and lower ids first among equals.
+// Adds the entries one by one, the least likely first, and lower ids first among equals. Returns nothing if rounding of
+// the sum could change the answer.
 std::optional<Nucleus> find_crossing(const std::vector<Entry>& entries, double mass, float limit) {
   if (exceeds(mass + kSumError, limit)) {
     return std::nullopt;
@@ -146,11 +147,12 @@ std::optional<Nucleus> find_crossing(const std::vector<Entry>& entries, double m
   return std::nullopt;
 }
 
-// top_p's set, or nothing where rounding would decide. `limit` = 1 - p is the mass that may go.
+// The set of top_p, or nothing if rounding would decide. `limit` = 1 - p is the mass that may be removed.
 std::optional<Nucleus> find_nucleus(const Row& row, float limit) {
   const float highest = largest(row.p, row.padded);
   Interval interval{0, bits_of(highest)};
-  int32_t middle = bits_of(std::min(limit / static_cast<float>(row.size), highest)); // so little never exceeds
+  // A sum of `size` values of at most limit / size never exceeds the limit.
+  int32_t middle = bits_of(std::min(limit / static_cast<float>(row.size), highest));
   int64_t count = row.size;
   for (int pass = 0; pass < kMaxPasses && count > row.size / kListedShare && interval.high - interval.low > 1; ++pass) {
     middle = std::clamp(middle, interval.low + 1, interval.high - 1);

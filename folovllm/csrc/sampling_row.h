@@ -24,8 +24,8 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr Ints kLaneIds = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// The memory a row is worked on in. It is a multiple of 16 long: what was added has logit -inf and probability 0, which
-// is what a removed token has, so no step needs to know.
+// The memory for one row. It is padded to a multiple of 16 numbers. The padding has logit -inf and probability 0, like
+// a removed token, so no step needs to treat it differently.
 struct Row {
   int64_t size, padded;
   at::Tensor logits, probs; // [padded] fp32
@@ -95,8 +95,8 @@ float largest(const float* values, int64_t padded) {
   return largest(highest);
 }
 
-// x = logits / temperature. -> whether the largest is a number: with NaN or infinity there are no probabilities.
-bool take_row(const float* logits, float temperature, Row& row) {
+// x = logits / temperature. Returns whether the row has probabilities: there are none with a NaN or an infinite logit.
+bool fill_row(const float* logits, float temperature, Row& row) {
   const int64_t whole = row.size / kLanes * kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) {
     store(row.x + i, load(logits + i) / temperature);
@@ -104,11 +104,11 @@ bool take_row(const float* logits, float temperature, Row& row) {
   for (int64_t i = whole; i < row.size; ++i) {
     row.x[i] = logits[i] / temperature;
   }
-  Ints strange = {};
+  Ints not_finite = {};
   for (int64_t i = 0; i < row.padded; i += kLanes) {
-    strange |= ~(load(row.x + i) < kInfinity);
+    not_finite |= ~(load(row.x + i) < kInfinity);
   }
-  return !any(strange) && largest(row.x, row.padded) > -kInfinity;
+  return !any(not_finite) && largest(row.x, row.padded) > -kInfinity;
 }
 
 }  // namespace

@@ -2,8 +2,8 @@
 //
 // Milestone: M4. vLLM counterpart: none (each of its CPU kernels opens an OpenMP region of its own).
 //
-// To open and close a parallel region takes 0.9 us if the cores are near each other, and 1.7 us if they are far apart. A
-// decoder layer would open four to eight regions, one for each parallel operator. In a team, all operators share one
+// To open and close a parallel region takes 0.9 us if the cores are near each other, and 1.7 us if they are far apart.
+// A decoder layer would open four to eight regions, one for each parallel operator. In a team, all operators share one
 // region: thread 0 leads and runs the program, and the other threads wait in a loop for its next job. A job costs one
 // word's way from core to core and back, 0.05 to 0.3 us.
 //
@@ -25,8 +25,8 @@ namespace folovllm {
 
 class ThreadTeam {
  public:
-  // Calls f(thread) for each thread from 0 to num_threads, in parallel, and returns when all calls have returned. Within
-  // `in_one_region` the team's threads do it; otherwise it opens a parallel region.
+  // Calls f(thread) for each thread from 0 to num_threads, in parallel, and returns when all calls have returned.
+  // Within `in_one_region` the team's threads do it; otherwise it opens a parallel region.
   template <typename F>
   static void run(int64_t num_threads, const F& f) {
     if (current() != nullptr && num_threads > 1) {
@@ -47,8 +47,8 @@ class ThreadTeam {
     run(parts, [&](int64_t part) { f(count * part / parts, count * (part + 1) / parts); });
   }
 
-  // Calls program() on this thread, which becomes the leader of a team. Until `program` returns, its calls of `run` find
-  // the other threads waiting.
+  // Calls program() on this thread, which becomes the leader of a team. Until `program` returns, its calls of `run`
+  // find the other threads waiting.
   template <typename F>
   static void in_one_region(const F& program) {
     const int64_t num_threads = at::get_num_threads();
@@ -93,7 +93,7 @@ class ThreadTeam {
 
   Job job_;
   std::vector<Report> reports_;
-  int64_t leader_end_ = 1;  // the leader does the parts 0 .. leader_end_: OpenMP may give fewer threads than were asked for
+  int64_t leader_end_ = 1;  // the leader does parts 0 .. leader_end_: OpenMP may give fewer threads than asked for
 
   explicit ThreadTeam(int64_t num_threads) : reports_(num_threads) {}
 

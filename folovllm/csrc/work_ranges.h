@@ -1,4 +1,5 @@
-// Numbered pieces of work, of which each thread has a range. A thread that has finished its range takes over from others.
+// Numbered pieces of work, of which each thread has a range. A thread that has finished its range takes over from
+// others.
 //
 // Milestone: M4. vLLM counterpart: none (its CPU kernels let OpenMP divide the work).
 //
@@ -6,9 +7,9 @@
 //   thread 1    5  6  7  8  9
 //
 // A thread has the same range each time, because each core has a cache of its own: what the thread read, wrote or
-// prefetched in the last step is still there. On a processor of several chips the cores do not even share an L3 cache, and
-// a virtual machine may find its cores on different chips. A thread takes over from others, because with fixed halves
-// each thread would wait for the other whenever the system takes some of its time.
+// prefetched in the last step is still there. On a processor of several chips the cores do not even share an L3 cache,
+// and a virtual machine may find its cores on different chips. A thread takes over from others, because with fixed
+// halves each thread would wait for the other whenever the system takes some of its time.
 
 #pragma once
 
