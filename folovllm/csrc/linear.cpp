@@ -111,7 +111,7 @@ void tile(const LinearProblem& p, int64_t unit, int64_t row, const at::BFloat16*
         }
       }
     };
-    prefetcher.for_each_stretch(weight, p.pairs, part, kParts, p.upcoming.queue, add);
+    prefetcher.for_each_stretch(weight, p.pairs, part, kParts, p.upcoming, add);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       sum[part][r][0] = s[r][0];

@@ -162,7 +162,7 @@ struct WeightPrefetcher {
   // and `multiply` calls fetch(i) when it computes with pair begin + i. `weight` are this part's weights.
   template <typename Multiply>
   FOLOVLLM_ALWAYS_INLINE void for_each_stretch(const at::BFloat16* weight, int64_t pairs, int64_t part,
-                                               int64_t num_parts, PrefetchQueue* queue,
+                                               int64_t num_parts, const UpcomingReads& upcoming,
                                                const Multiply& multiply) const {
     if constexpr (kMode == kFetchAhead) {
       const auto both_lines_from = [](const at::BFloat16* ahead) {
@@ -179,8 +179,8 @@ struct WeightPrefetcher {
       for (int64_t i = 0; i < stretches; ++i) {
         const int64_t first = pairs * i / stretches, end = pairs * (i + 1) / stretches;
         const at::BFloat16* ahead = begin + ((part * pairs + first) * pace >> 16) * kWeightsPerLine;
-        const PrefetchPiece* piece = queue != nullptr ? queue->take() : nullptr;
-        const char* beside = piece != nullptr ? queue->data(*piece) : reinterpret_cast<const char*>(ahead);
+        const PrefetchPiece* piece = upcoming.queue != nullptr ? upcoming.queue->take() : nullptr;
+        const char* beside = piece != nullptr ? upcoming.queue->data(*piece) : reinterpret_cast<const char*>(ahead);
         const int64_t beside_pace = piece != nullptr ? piece->lines * 65536 / (end - first) : 0;
         multiply(first, end, [ahead, beside, beside_pace, pace = pace](int64_t step) __attribute__((always_inline)) {
           prefetch(ahead + (step * pace >> 16) * kWeightsPerLine);
