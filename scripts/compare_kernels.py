@@ -1,12 +1,14 @@
-"""Two or more versions of the C++ kernels in one process, in turn: what tells 1 % apart on a machine that varies by 20.
+"""Compares versions of the C++ kernels in one process, in turn. It tells 1 % apart on a machine that varies by 20 %.
 
-Milestone: M4. vLLM counterpart: none. A version is a git commit or a folder with a checkout. Each is compiled under a
-namespace of its own and runs all decoder layers of the default model's shape, with random weights, for some sizes of
-decode steps and a batch of prompts; and the attention of all layers alone, whose K and V then come from memory. Before
-and after each round the time of a word from core to core and back is taken: on a virtual machine it changes by itself,
-and all else with it, so rounds are sorted by it.
+Milestone: M4. vLLM counterpart: none. A version is a git commit or a folder with a checkout, and "+MACRO" behind it
+defines a macro. Each version is compiled under a namespace of its own and runs all decoder layers of the default
+model's shape, with random weights, for some sizes of decode steps and a batch of prompts. It also runs the attention of
+all layers alone, whose K and V then come from memory. Before and after each round the script measures how long a word
+travels from core to core and back. On a virtual machine this time changes by itself, and all other times with it, so
+the rounds are sorted by it.
 
     python scripts/compare_kernels.py main~3 main . [--seconds 60] [--json OUT]
+    python scripts/compare_kernels.py . .+FOLOVLLM_NO_PREFETCH          what prefetching is worth
 """
 
 import argparse
@@ -62,11 +64,13 @@ def checkout(version: str, folder: Path) -> Path:
 
 def load(version: str, namespace: str) -> Any:
     """The operators of a version, as torch.ops.<namespace>."""
+    version, *macros = re.split(r"\+(?=[A-Z_]+$)", version)
     with tempfile.TemporaryDirectory() as folder:
         sources = checkout(version, Path(folder))
         for path in [*sources.glob("*.cpp"), *sources.glob("*.h")]:
             path.write_text(_NAMESPACES.sub(namespace, path.read_text(encoding="utf-8")), encoding="utf-8")
-        torch.ops.load_library(str(build(default_cache_dir(), sources)))
+        flags = tuple(f"-D{macro}" for macro in macros)
+        torch.ops.load_library(str(build(default_cache_dir(), sources, flags)))
     return getattr(torch.ops, namespace)
 
 
@@ -211,7 +215,9 @@ def print_table(rows: list[dict[str, Any]], versions: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Versions of the C++ kernels in one process, in turn.")
-    parser.add_argument("versions", nargs="+", help="git commits, or folders with a checkout ('.')")
+    parser.add_argument(
+        "versions", nargs="+", help="git commits, or folders with a checkout ('.'), each with or without +MACRO"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="how long to alternate")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the results to this file")

@@ -3,12 +3,19 @@
 // Milestone: M4. vLLM counterpart: csrc/cpu/cpu_attn.cpp. Left out: AMX, sliding windows, ALiBi, an fp8 cache.
 // Sources: online softmax, Milakov & Gimelshein 2018; tiles, FlashAttention-2 (Dao 2023); split KV, Flash-Decoding.
 //
-// Who computes what: attention_plan.h. Where keys and values are: pages.h. Arithmetic: attention_math.h. Here a task is
-// computed, a tile of keys after the other, and where its range of keys is not the whole sequence, `merge` joins the parts.
+// To read it, begin with reference_attention.cpp, which computes the same in plain loops. Then:
+//   attention_plan.h      cuts the batch into tasks for the threads
+//   kv_pages.h, kv_tile.h where keys and values lie, and how a tile of 256 of them is found
+//   this file             computes a task, tile by tile (run_task), and merges the parts of long sequences (merge)
+//   attention_scores.h, attention_softmax.h, attention_values.h      the arithmetic of one tile
+//   prefetch.h            what is fetched from memory meanwhile
 
-#include "attention_math.h"
+#include "attention_vectors.h"  // the first: it chooses the vectors of at::vec
+#include "attention_scores.h"
+#include "attention_softmax.h"
+#include "attention_values.h"
 #include "ops.h"
-#include "shares.h"
+#include "work_ranges.h"
 
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
@@ -30,7 +37,7 @@ struct Batch {
   const int32_t* block_table;
   int64_t table_stride;
   float scale;
-  bool fetched;    // K and V are in the caches of the cores that will read them
+  bool fetched;    // whether K and V are already in the caches of the cores that will read them
 
   const int32_t* table(const Task& task) const {
     return block_table + task.sequence * table_stride;
@@ -64,72 +71,73 @@ void load_queries(const Batch<T>& batch, const Task& task, float* query) {
 template <typename T>
 struct alignas(64) Scratch {
   float query[kMaxRows * kMaxHeadSize];   // [rows, words]
-  float key[kTile * kMaxHeadSize];        // [group][word][16]: groups that had to be collected token by token
-  T value[kTile * kMaxHeadSize];          // [group][16][head_size]: the same of values
-  float widened[kTile * kMaxHeadSize];    // the same in fp32, where the CPU cannot multiply 16-bit words
-  float scores[kRegRows * kTile];         // [rows computed together, keys of the tile], then the weights
+  float key[kTileKeys * kMaxHeadSize];    // [group][word][16]: groups that had to be collected token by token
+  T value[kTileKeys * kMaxHeadSize];      // [group][16][head_size]: the same of values
+  float widened[kTileKeys * kMaxHeadSize];  // keys in fp32, if the CPU cannot multiply 16-bit words
+  float scores[kRowsAtOnce * kTileKeys];  // [rows computed together, keys of the tile], then the weights
   float sum[kMaxRows * kMaxHeadSize];     // [rows, padded head_size]: weighted sum of values
   float max[kMaxRows], total[kMaxRows];
 };
 
 template <typename T>
-void locate_in(const Batch<T>& batch, const Task& task, int64_t first, Tile<T>& tile) {
-  const int64_t count = std::clamp<int64_t>(task.end_key - first, 0, kTile);
+void locate_in(const Batch<T>& batch, const Task& task, int64_t first, KvTile<T>& tile) {
+  const int64_t count = std::clamp<int64_t>(task.end_key - first, 0, kTileKeys);
   locate(batch.pages, batch.table(task), task.kv_head, first, count, tile);
 }
 
-// `after` is the task that this thread does next, if any: its first tile is asked for while we compute our last.
-// kDot: words of two bf16 are multiplied as they are. Other 16-bit numbers are widened to fp32 first.
+// `next_task` is the one that this thread does afterwards, or null. Its first tile is prefetched while the last tile of
+// this task is computed. With kDot, words of two bf16 numbers are multiplied as they are; other 16-bit numbers are
+// widened to fp32 first.
 template <typename T, bool kDot>
-void run_task(const Batch<T>& batch, const Task& task, const Task* after, Scratch<T>& scratch, float* parts) {
+void run_task(const Batch<T>& batch, const Task& task, const Task* next_task, Scratch<T>& scratch, float* parts) {
   constexpr bool kWords = kDot || std::is_same_v<T, float>;
   const int64_t rows = batch.plan.rows(task), head_size = batch.pages.head_size, width = padded(head_size);
-  const int64_t group = batch.plan.group(), words = kWords ? batch.pages.words() : head_size;
+  const int64_t queries_per_kv = batch.plan.queries_per_kv(), words = kWords ? batch.pages.words() : head_size;
   const bool once = batch.fetched || task.num_queries > 1;
-  Tile<T> tiles[2];
+  KvTile<T> tiles[2];
   load_queries<T, kWords>(batch, task, scratch.query);
   std::fill(scratch.sum, scratch.sum + rows * width, 0.0f);
   std::fill(scratch.total, scratch.total + rows, 0.0f);
   std::fill(scratch.max, scratch.max + rows, kMinusInf);
 
   locate_in(batch, task, task.first_key, tiles[0]);
-  for (int64_t first = task.first_key, i = 0; first < task.end_key; first += kTile, ++i) {
-    Tile<T>&tile = tiles[i % 2], &next = tiles[(i + 1) % 2];
+  for (int64_t first = task.first_key, i = 0; first < task.end_key; first += kTileKeys, ++i) {
+    KvTile<T>&tile = tiles[i % 2], &next = tiles[(i + 1) % 2];
     collect<T, kWords>(batch.pages, batch.table(task), task.kv_head, first, scratch.key, scratch.value, scratch.widened,
                        tile);
     next.count = 0;
-    if (first + kTile < task.end_key) {
-      locate_in(batch, task, first + kTile, next);
-    } else if (after != nullptr) {
-      locate_in(batch, *after, after->first_key, next);
+    if (first + kTileKeys < task.end_key) {
+      locate_in(batch, task, first + kTileKeys, next);
+    } else if (next_task != nullptr) {
+      locate_in(batch, *next_task, next_task->first_key, next);
     }
-    const Ahead<T> ahead(tile, next, head_size, once);
-    // How many of the tile's keys row r may see. Rows that are computed together take what the last of them sees.
+    const TilePrefetcher<T> prefetcher(tile, next, head_size, once);
+    // The number of the tile's keys that row r may see. Rows that are computed together share that of the last of them.
     const auto seen = [&](int64_t r) {
-      const int64_t visible = batch.plan.visible(task.sequence, task.first_query + r / group);
+      const int64_t visible = batch.plan.visible(task.sequence, task.first_query + r / queries_per_kv);
       return std::clamp<int64_t>(visible - first, 0, tile.count);
     };
-    in_row_blocks(rows, [&](auto R, int64_t r) {
-      const int64_t count = seen(r + R - 1), scored = (count + kGroup - 1) / kGroup * kGroup;
-      const bool fetches = r + R == rows;  // the last rows see all keys, and so have time to ask for all
-      score<T, kDot, R>(scratch.query + r * words, words, tile.key, fetches ? ahead.keys() : nullptr,
-                        r == 0 ? ahead.own_values_again() : nullptr, batch.scale, scored, scratch.scores);
+    for_each_row_block(rows, [&](auto R, int64_t r) {
+      const int64_t count = seen(r + R - 1), scored = (count + kKeysPerGroup - 1) / kKeysPerGroup * kKeysPerGroup;
+      const bool is_first = r == 0, is_last = r + R == rows;
+      score<T, kDot, R>(scratch.query + r * words, words, tile.key, prefetcher.during_scores(is_first, is_last),
+                        batch.scale, scored, scratch.scores);
       float rescale[R];
       for (int i = 0; i < R; ++i) {
-        if (fetches) {
-          ahead.fetch_during_softmax(i);
+        if (is_last) {
+          prefetcher.fetch_during_softmax(i);
         }
-        softmax_row<T>(scratch.scores + i * kTile, scored, seen(r + i), scratch.max[r + i], scratch.total[r + i],
+        softmax_row<T>(scratch.scores + i * kTileKeys, scored, seen(r + i), scratch.max[r + i], scratch.total[r + i],
                        rescale[i]);
       }
-      add_tile<T, kDot, R>(scratch.scores, tile.value, fetches ? ahead.values() : nullptr,
-                           fetches ? ahead.keys_again() : nullptr, count, rescale, scratch.sum + r * width, head_size);
+      add_tile<T, kDot, R>(scratch.scores, tile.value, prefetcher.during_values(is_last), count, rescale,
+                           scratch.sum + r * width, head_size);
     });
-    ahead.fetch_rest();
+    prefetcher.fetch_rest();
   }
 #if FOLOVLLM_BF16_DOT
   if constexpr (kDot) {
-    in_order(scratch.sum, rows * width);
+    restore_order(scratch.sum, rows * width);
   }
 #endif
   if (task.part < 0) {
@@ -144,26 +152,26 @@ void run_task(const Batch<T>& batch, const Task& task, const Task* after, Scratc
   std::copy_n(scratch.total, rows, part + rows * width + rows);
 }
 
-// Join the parts of an item: bring their sums to one common maximum, add, divide.
+// Merges the parts of an output: brings their sums to a common maximum, adds them, and divides.
 template <typename T>
-void merge(const Batch<T>& batch, const Item& item, const float* parts) {
-  const int64_t rows = batch.plan.rows(item.whole), width = padded(batch.pages.head_size);
-  const int64_t stride = batch.plan.part_size(item.whole);
+void merge(const Batch<T>& batch, const Output& output, const float* parts) {
+  const int64_t rows = batch.plan.rows(output.whole), width = padded(batch.pages.head_size);
+  const int64_t stride = batch.plan.part_size(output.whole);
   for (int64_t r = 0; r < rows; ++r) {
-    const float* sums = parts + item.whole.part + r * width;
-    const float* maxima = parts + item.whole.part + rows * width + r;
+    const float* sums = parts + output.whole.part + r * width;
+    const float* maxima = parts + output.whole.part + rows * width + r;
     float highest = kMinusInf, total = 0.0f, sum[kMaxHeadSize] = {};
-    for (int64_t i = 0; i < item.num_parts; ++i) {
+    for (int64_t i = 0; i < output.num_parts; ++i) {
       highest = std::max(highest, maxima[i * stride]);
     }
-    for (int64_t i = 0; i < item.num_parts; ++i) {
+    for (int64_t i = 0; i < output.num_parts; ++i) {
       const float factor = std::exp(maxima[i * stride] - highest);  // 0 for a part in which this row saw nothing
       total += factor * maxima[i * stride + rows];
       for (int64_t d = 0; d < width; ++d) {
         sum[d] += factor * sums[i * stride + d];
       }
     }
-    finish_row(batch, item.whole, r, sum, total);
+    finish_row(batch, output.whole, r, sum, total);
   }
 }
 
@@ -171,22 +179,24 @@ template <typename T, bool kDot>
 void attend(const Batch<T>& batch) {
   const AttentionPlan& plan = batch.plan;
   std::vector<float> parts(plan.buffer_size);
-  Shares(plan.ends).run([&](int64_t /*thread*/, int64_t i, int64_t after) {
+  WorkRanges(plan.ends).for_each([&](int64_t /*thread*/, int64_t i, int64_t next) {
     static thread_local Scratch<T> scratch;  // about a MiB, of which a head of 64 touches a quarter
-    run_task<T, kDot>(batch, plan.tasks[i], after == Shares::kNone ? nullptr : &plan.tasks[after], scratch, parts.data());
+    const Task* next_task = next == WorkRanges::kNone ? nullptr : &plan.tasks[next];
+    run_task<T, kDot>(batch, plan.tasks[i], next_task, scratch, parts.data());
   });
-  for (const Item& item : plan.items) {
-    if (item.num_parts > 1) {
-      merge(batch, item, parts.data());
+  for (const Output& output : plan.outputs) {
+    if (output.num_parts > 1) {
+      merge(batch, output, parts.data());
     }
   }
 }
 
 }  // namespace
 
-// Causal attention of query [num_tokens, num_heads, head_size] over the pages, into `out` of the same shape. The last
-// rows of sequence s are its queries, as in AttentionMetadata. `native` = false takes the path of a CPU without bf16
-// dot products, so that it can be tested on one that has them. `fetched`: K and V wait in cache, see Aside.
+// Causal attention of query [num_tokens, num_heads, head_size] over the pages, into `out` of the same shape. The
+// queries of a sequence are its last positions, as in AttentionMetadata. native=false takes the path of a CPU without
+// bf16 dot products, so that it can be tested on one that has them. `fetched` says that K and V are in cache
+// (PrefetchQueue). reference_attention.cpp computes the same in plain loops.
 void paged_attention(const at::Tensor& out, const at::Tensor& query, const at::Tensor& kv_cache, const AttentionPlan& plan,
                      const at::Tensor& block_table, double scale, bool native, bool fetched) {
   TORCH_CHECK(query.dim() == 3 && query.stride(2) == 1 && out.is_contiguous() && out.sizes() == query.sizes() &&

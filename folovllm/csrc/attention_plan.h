@@ -1,11 +1,11 @@
-// Who computes what: the attention of a step, cut into tasks. All layers of a step share the plan.
+// The attention of a step, cut into tasks for the threads. All layers of a step share this plan.
 //
 // Milestone: M4. vLLM counterpart: AttentionScheduler in csrc/cpu/cpu_attn_impl.hpp.
 // Source of the cut along the keys: Flash-Decoding (Dao et al. 2023).
 //
-// A task is (sequence, KV head, up to 64 rows, a range of keys). A row is one query of one head: all heads that share a KV
-// head are rows of one task, which reads K and V once for all. Where a range of keys is not the whole sequence, the
-// task's sums are a part, to be joined with the others.
+// A task is (sequence, KV head, up to 64 rows, a range of keys). A row is one query of one head. All query heads that
+// share a KV head are rows of one task, which reads K and V once for all of them. If the range of keys is not the whole
+// sequence, the task's sums are only a part, which is merged with the other parts afterwards.
 
 #pragma once
 
@@ -19,13 +19,13 @@
 
 namespace folovllm {
 
-constexpr int64_t kMaxRows = 64;         // of a task: its scores, queries and sums stay in L2
-constexpr int64_t kMinSplit = 256;       // keys; a shorter part is not worth merging
-constexpr int64_t kCut = 64;             // keys; parts begin at multiples of this
-constexpr int64_t kTasksPerThread = 4;   // enough that the last task to end does not keep the others waiting for long
-constexpr int64_t kSerialWork = 2048;    // rows x keys; less than this is done before another thread wakes up
+constexpr int64_t kMaxRows = 64;        // of a task, whose scores, queries and sums then stay in L2
+constexpr int64_t kMinPartKeys = 256;   // to merge a shorter part costs more than the second thread saves
+constexpr int64_t kPartMultiple = 64;   // parts begin at multiples of so many keys
+constexpr int64_t kTasksPerThread = 4;  // with fewer, the other threads wait long for the last task to end
+constexpr int64_t kSerialWork = 2048;   // rows x keys; one thread finishes less than this before another one wakes up
 
-// Sums stand in rows of whole 32s. E.g. a head of 80 has sums 96 apart.
+// Each row of sums is padded to a multiple of 32 numbers. E.g. with a head of 80, the rows are 96 numbers apart.
 constexpr int64_t padded(int64_t head_size) {
   return (head_size + 31) / 32 * 32;
 }
@@ -34,20 +34,21 @@ struct Task {
   int64_t sequence, kv_head;
   int64_t first_query, num_queries;  // within the sequence's new tokens
   int64_t first_key, end_key;
-  int64_t part;                      // where its unfinished sums go; -1: it sees every key and writes the output
+  int64_t part;                      // where its sums go in the buffer; -1 if it sees every key and writes the output
 };
 
-struct Item {  // tasks that together make some rows of the output
+// Some rows of the output, which one task or several parts compute.
+struct Output {
   Task whole;
   int64_t num_parts;
 };
 
 class AttentionPlan {
  public:
-  std::vector<Item> items;
-  std::vector<Task> tasks;    // of all items, sorted by thread
+  std::vector<Output> outputs;
+  std::vector<Task> tasks;    // of all outputs, sorted by thread
   std::vector<int64_t> ends;  // where each thread's tasks end
-  int64_t buffer_size = 0;    // numbers, for all parts
+  int64_t buffer_size = 0;    // numbers in the buffer for all parts
 
   // For `num_heads` query heads. The tensors are AttentionMetadata's, which must outlive the plan.
   AttentionPlan(const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
@@ -58,20 +59,20 @@ class AttentionPlan {
         num_kv_heads_(kv_cache.size(1)),
         num_heads_(num_heads),
         part_row_(padded(head_size) + 2) {
-    TORCH_CHECK(num_heads % num_kv_heads_ == 0 && group() <= kMaxRows, num_heads, " query heads for ", num_kv_heads_,
-                " KV heads; at most ", kMaxRows, " may share one");
+    TORCH_CHECK(num_heads % num_kv_heads_ == 0 && queries_per_kv() <= kMaxRows, num_heads, " query heads for ",
+                num_kv_heads_, " KV heads; at most ", kMaxRows, " may share one");
     check(query_start_loc, seq_lens, block_table, kv_cache.size(3) / head_size);
-    // Inside another parallel region there is one thread, and one that reads its own cache: no parts.
+    // Inside another parallel region there is only one thread. One thread gains nothing from parts.
     const int64_t num_threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-    const int64_t work = list_items();
-    share_out(work < kSerialWork ? 1 : num_threads);
-    for (Item& item : items) {
-      const int64_t share = work / (num_threads * kTasksPerThread * rows(item.whole));
-      const int64_t part = (std::max(share, kMinSplit) + kCut - 1) / kCut * kCut;
-      item.num_parts = num_threads == 1 ? 1 : (item.whole.end_key + part - 1) / part;
-      list_tasks(item);
+    const int64_t work = list_outputs();
+    assign_owners(work < kSerialWork ? 1 : num_threads);
+    for (Output& output : outputs) {
+      const int64_t share = work / (num_threads * kTasksPerThread * rows(output.whole));
+      const int64_t part = (std::max(share, kMinPartKeys) + kPartMultiple - 1) / kPartMultiple * kPartMultiple;
+      output.num_parts = num_threads == 1 ? 1 : (output.whole.end_key + part - 1) / part;
+      list_tasks(output);
     }
-    // Each thread's longest first: whoever is free last then waits for a short one.
+    // Each thread does its longest task first, so that the others wait only for a short one at the end.
     std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& a, const Task& b) {
       const auto key = [&](const Task& t) { return std::pair(owner(t.sequence), -rows(t) * (t.end_key - t.first_key)); };
       return key(a) < key(b);
@@ -100,23 +101,23 @@ class AttentionPlan {
   int64_t num_heads() const {
     return num_heads_;
   }
-  int64_t group() const {  // query heads per KV head
+  int64_t queries_per_kv() const {  // query heads that share a KV head
     return num_heads_ / num_kv_heads_;
   }
   int64_t rows(const Task& task) const {
-    return task.num_queries * group();
+    return task.num_queries * queries_per_kv();
   }
   int64_t part_size(const Task& task) const {
     return rows(task) * part_row_;  // sums, maximum, total
   }
   // Row r is head r % group of query r / group.
   int64_t token(const Task& task, int64_t row) const {
-    return query_start_loc_[task.sequence] + task.first_query + row / group();
+    return query_start_loc_[task.sequence] + task.first_query + row / queries_per_kv();
   }
   int64_t head(const Task& task, int64_t row) const {
-    return task.kv_head * group() + row % group();
+    return task.kv_head * queries_per_kv() + row % queries_per_kv();
   }
-  // How many keys a query may see: those up to its own position.
+  // The number of keys that a query may see: those up to its own position.
   int64_t visible(int64_t sequence, int64_t query) const {
     const int64_t q_len = query_start_loc_[sequence + 1] - query_start_loc_[sequence];
     return seq_lens_[sequence] - q_len + query + 1;
@@ -145,26 +146,27 @@ class AttentionPlan {
     }
   }
 
-  // One item per (sequence, KV head, up to 64 rows), and how much work they are together: rows x keys.
-  int64_t list_items() {
-    const int64_t step = kMaxRows / group();
+  // Lists one output for each (sequence, KV head, up to 64 rows). Returns the work of all of them together, rows x
+  // keys.
+  int64_t list_outputs() {
+    const int64_t step = kMaxRows / queries_per_kv();
     int64_t work = 0;
     for (int64_t s = 0; s < num_reqs_; ++s) {
       const int64_t q_len = query_start_loc_[s + 1] - query_start_loc_[s];
       for (int64_t first = 0; first < q_len; first += step) {
         const int64_t count = std::min(step, q_len - first), keys = visible(s, first + count - 1);
-        work += count * group() * keys * num_kv_heads_;
+        work += count * queries_per_kv() * keys * num_kv_heads_;
         for (int64_t head = 0; head < num_kv_heads_; ++head) {
-          items.push_back({{s, head, first, count, 0, keys, -1}, 1});
+          outputs.push_back({{s, head, first, count, 0, keys, -1}, 1});
         }
       }
     }
     return work;
   }
 
-  // Gives each sequence, the longest first, to the thread that has least to do. Always the same thread for a sequence,
-  // so that what is fetched for it (Aside in ops.h) waits in the cache of the core that will read it (shares.h).
-  void share_out(int64_t num_threads) {
+  // Gives each sequence, the longest first, to the thread that has least to do. All tasks of a sequence belong to one
+  // thread, so that what is prefetched for them (PrefetchQueue) arrives in the cache of the core that reads it.
+  void assign_owners(int64_t num_threads) {
     const auto work = [&](int64_t s) {
       return static_cast<int64_t>(query_start_loc_[s + 1] - query_start_loc_[s]) * seq_lens_[s];
     };
@@ -179,19 +181,19 @@ class AttentionPlan {
     }
   }
 
-  // An item of more than its share of the work is cut. E.g. with two threads and one sequence of 8,192 keys, 3 heads make
-  // 3 items of 3 parts.
-  void list_tasks(Item& item) {
-    if (item.num_parts == 1) {
-      tasks.push_back(item.whole);
+  // Cuts an output into parts if it is more than its share of the work. E.g. with two threads and one sequence of 8,192
+  // keys, 3 KV heads make 3 outputs of 3 parts each.
+  void list_tasks(Output& output) {
+    if (output.num_parts == 1) {
+      tasks.push_back(output.whole);
       return;
     }
-    item.whole.part = buffer_size;
-    const int64_t keys = item.whole.end_key, cuts = (keys + kCut - 1) / kCut;
-    for (int64_t i = 0; i < item.num_parts; ++i) {
-      Task task = item.whole;
-      task.first_key = cuts * i / item.num_parts * kCut;
-      task.end_key = std::min(keys, cuts * (i + 1) / item.num_parts * kCut);
+    output.whole.part = buffer_size;
+    const int64_t keys = output.whole.end_key, cuts = (keys + kPartMultiple - 1) / kPartMultiple;
+    for (int64_t i = 0; i < output.num_parts; ++i) {
+      Task task = output.whole;
+      task.first_key = cuts * i / output.num_parts * kPartMultiple;
+      task.end_key = std::min(keys, cuts * (i + 1) / output.num_parts * kPartMultiple);
       task.part = buffer_size;
       buffer_size += part_size(task);
       tasks.push_back(task);

@@ -1,17 +1,17 @@
 """Builds the C++ operators of this folder once per machine, and loads them.
 
 Milestone: M4. vLLM counterpart: CMakeLists.txt and cmake/cpu_extension.cmake, which run when its wheel is built.
-`load_ops()` answers `torch.ops.folovllm`, or None where there is no compiler: every caller has a pure-torch path.
+`load_ops()` returns `torch.ops.folovllm`, or None if there is no compiler: every caller has a pure-torch path.
 `python -m folovllm.csrc.build` builds ahead of time.
 
 The operators register themselves with TORCH_LIBRARY, so the library needs no Python.h and serves every Python version.
 We call the compiler directly: torch.utils.cpp_extension takes a second to import, and its lock is a file whose mere
-existence means "somebody builds", so that a build that was killed blocks every later one for ever.
+existence means that a build is running, so that a build that was killed blocks every later one forever.
 
     <cache>/<key>/folovllm_ops.so     complete: it appears with one rename
-    <cache>/<key>.failed              the compiler's words; nobody tries again until the key changes
-    <cache>/.building-xxxx/           at work, or left by a build that was killed; the next builder removes it
-    <cache>/.lock                     held while building; the operating system frees it when its owner dies
+    <cache>/<key>.failed              the compiler's messages; no process tries again until the key changes
+    <cache>/.building-xxxx/           of a running build, or left by one that was killed; the next build removes it
+    <cache>/.lock                     held while building; the operating system frees it when the process ends
 """
 
 import functools
@@ -35,10 +35,11 @@ LIBRARY = "folovllm_ops.so"
 COMPILERS = ("g++", "clang++", "c++")
 # -march=native: the library stays on the machine that built it. No -ffast-math: the kernels compute with infinities.
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC")
+NO_PREFETCH = "-DFOLOVLLM_NO_PREFETCH"  # an extra flag: prefetch.h then compiles to nothing, for reading and measuring
 
 
 class BuildError(Exception):
-    """No library, and why."""
+    """There is no library; the message says why."""
 
 
 def default_cache_dir() -> Path:
@@ -46,12 +47,12 @@ def default_cache_dir() -> Path:
 
 
 def load_ops(cache_dir: Path | None = None) -> Any | None:
-    """`torch.ops.folovllm` with our operators, built first if need be; None, after one warning, where that fails."""
+    """Returns `torch.ops.folovllm` with our operators, built first if necessary. If that fails: None and a warning."""
     return _load_ops(cache_dir or default_cache_dir())
 
 
 def loaded_ops() -> Any | None:
-    """`torch.ops.folovllm` if somebody has loaded our operators; None otherwise. Builds nothing."""
+    """Returns `torch.ops.folovllm` if our operators are loaded, else None. Builds nothing."""
     return torch.ops.folovllm if hasattr(torch.ops.folovllm, "paged_attention") else None
 
 
@@ -67,23 +68,23 @@ def _load_ops(cache_dir: Path) -> Any | None:
     return torch.ops.folovllm
 
 
-def build(cache_dir: Path, source_dir: Path = SOURCE_DIR) -> Path:
-    """Path of the library for these sources, this torch and this CPU, compiled if it is not there yet.
+def build(cache_dir: Path, source_dir: Path = SOURCE_DIR, extra_flags: tuple[str, ...] = ()) -> Path:
+    """Path of the library for these sources and flags, this torch and this CPU, compiled if it is not there yet.
 
-    Raises BuildError without a compiler or when it fails, OSError when the cache cannot be written.
+    Raises BuildError if there is no compiler or if it fails, and OSError if the cache cannot be written.
     """
     compiler = find_compiler()
     if compiler is None:
         raise BuildError(f"no C++ compiler found (looked for {', '.join(COMPILERS)}); install one, e.g. g++")
     sources = sorted(source_dir.glob("*.cpp"))
-    target = cache_dir / cache_key(sources + sorted(source_dir.glob("*.h")), compiler)
+    target = cache_dir / cache_key(sources + sorted(source_dir.glob("*.h")), compiler, extra_flags)
     library = target / LIBRARY
     if library.exists():
         return library
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(cache_dir / ".lock"):
         if not library.exists():  # another process may have built it while we waited
-            _build_locked(compiler, sources, target)
+            _build_locked([compiler, *FLAGS, *extra_flags], sources, target)
     return library
 
 
@@ -91,18 +92,18 @@ def find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, COMPILERS)), None)
 
 
-def cache_key(sources: Iterable[Path], compiler: str) -> str:
-    """A name that changes with anything that the library depends on."""
+def cache_key(sources: Iterable[Path], compiler: str, extra_flags: tuple[str, ...] = ()) -> str:
+    """A name that changes with everything that the library depends on."""
     digest = hashlib.sha256()
     binary = Path(compiler).resolve()
-    facts = (torch.__version__, cpu_features(), str(binary), str(binary.stat().st_mtime_ns), *FLAGS)
+    facts = (torch.__version__, cpu_features(), str(binary), str(binary.stat().st_mtime_ns), *FLAGS, *extra_flags)
     for text in (*facts, *(f"{path.name}\n{path.read_text(encoding='utf-8')}" for path in sources)):
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:20]
 
 
 def cpu_features() -> str:
-    """What -march=native depends on: on Linux the CPU's own list, elsewhere the name of the processor."""
+    """What -march=native depends on: on Linux the CPU's list of features, elsewhere the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -111,8 +112,8 @@ def cpu_features() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
-def _build_locked(compiler: str, sources: list[Path], target: Path) -> None:
-    """Compile into a temporary folder and rename it to `target`. Only the holder of the lock is here."""
+def _build_locked(command: list[str], sources: list[Path], target: Path) -> None:
+    """Compiles into a temporary folder and renames it to `target`. The caller holds the lock."""
     failed = target.with_name(target.name + ".failed")
     if failed.exists():
         raise BuildError(f"they did not compile here before, see {failed}; delete it to try again")
@@ -121,42 +122,42 @@ def _build_locked(compiler: str, sources: list[Path], target: Path) -> None:
     print("folovllm: building the CPU kernels once (about 40 s on 2 cores)...", file=sys.stderr, flush=True)
     temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
     try:
-        _compile(compiler, sources, temporary)
+        _compile(command, sources, temporary)
         os.replace(temporary, target)
     except BuildError as error:
         failed.write_text(str(error), encoding="utf-8")
-        raise BuildError(f"{str(error).splitlines()[0]}; the compiler's words are in {failed}") from None
+        raise BuildError(f"{str(error).splitlines()[0]}; the compiler's messages are in {failed}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _compile(compiler: str, sources: list[Path], folder: Path) -> None:
-    """Each source on its own, all at once, then one library of them."""
+def _compile(command: list[str], sources: list[Path], folder: Path) -> None:
+    """Compiles the sources side by side, then links them into one library. `command`: the compiler and its flags."""
     torch_dir = Path(torch.__file__).parent
     includes = [f"-I{torch_dir / 'include'}", f"-I{torch_dir / 'include/torch/csrc/api/include'}"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     objects = [folder / f"{source.stem}.o" for source in sources]
     _run_all(
         [
-            [compiler, *FLAGS, abi, *includes, "-c", str(source), "-o", str(built)]
+            [*command, abi, *includes, "-c", str(source), "-o", str(built)]
             for source, built in zip(sources, objects, strict=True)
         ]
     )
-    libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"]  # found again by name: torch has loaded them
-    _run_all([[compiler, *FLAGS, "-shared", *map(str, objects), *libraries, "-o", str(folder / LIBRARY)]])
+    libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"]  # found by name: torch has loaded them
+    _run_all([[*command, "-shared", *map(str, objects), *libraries, "-o", str(folder / LIBRARY)]])
     for built in objects:
         built.unlink()
 
 
 def _run_all(commands: list[list[str]]) -> None:
-    """Run commands side by side; BuildError with the output of the first that fails."""
+    """Runs commands side by side. Raises BuildError with the output of the first that fails."""
     running = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands
     ]
     try:
         outputs = [process.communicate()[0] for process in running]
     finally:
-        for process in running:  # Ctrl-C: leave no compiler behind
+        for process in running:  # after Ctrl-C: leave no compiler behind
             if process.poll() is None:
                 process.kill()
     for command, process, output in zip(commands, running, outputs, strict=True):
@@ -165,9 +166,9 @@ def _run_all(commands: list[list[str]]) -> None:
 
 
 def main() -> int:
-    """`python -m folovllm.csrc.build [cache_dir]`: 0 built or already there, 1 not possible here."""
+    """`python -m folovllm.csrc.build [cache_dir]`. Returns 0 if the library is there, 1 if it cannot be built here."""
     cache_dir = Path(sys.argv[1]) if len(sys.argv) > 1 else default_cache_dir()
-    for failed in cache_dir.glob("*.failed"):  # whoever calls this by hand wants another attempt
+    for failed in cache_dir.glob("*.failed"):  # a user who calls this by hand wants another attempt
         failed.unlink()
     try:
         print(f"folovllm: the CPU kernels are in {build(cache_dir)}")

@@ -1,19 +1,19 @@
-// Linear layers over weights of 4 bits, unpacked in registers, a line of the cache at a time, and multiplied as they
-// are.
+// Linear layers over weights of 4 bits. They are unpacked in registers, a line of the cache at a time, and multiplied
+// as integers.
 //
 // Milestone: M7. vLLM counterpart: csrc/cpu/cpu_wna16.cpp and, on GPUs, Marlin. Left out: AMX. Sources: GPTQ (Frantar
 // et al. 2022); integer dot products with a scale per group of x as in llama.cpp, but with 16 bits instead of 8.
 //
-//   y = sum over groups of scale * (sum of (level - 8) * x  -  (zero - 8) * sum of x)          levels: see int4.h
+//   y = sum over groups of scale * (sum of (level - 8) * x  -  (zero - 8) * sum of x)          see int4_layout.h
 //
-// For one token memory delivers a line of 128 weights in about 8 cycles, and turning each level into a bf16 number
-// takes longer. Bytes multiply as they are. So each x becomes an integer, once per call: 16 bits times a power of two,
-// which the largest x of the group decides. bf16 has 8 significant bits, so an x down to 1/128 of the largest is exact,
-// and a smaller one is off by 1/32,768 of the largest at most. The 16 bits are two bytes, high * 256 + low; the two
-// sums of their products are exact integers, and so is the group's. No weight is rounded, and scales are applied in
-// fp32.
+// For one token, memory delivers a line of 128 weights in about 8 cycles. To turn each level into a bf16 number would
+// take longer; bytes can be multiplied as they are. So each x becomes an integer, once per call: 16 bits times a power
+// of two, which the largest x of the group decides. bf16 has 8 significant bits, so an x down to 1/128 of the largest
+// is exact, and a smaller one is off by at most 1/32,768 of the largest. The 16 bits are two bytes, high * 256 + low.
+// The two sums of their products are exact integers, and so is the group's sum. No weight is rounded, and scales are
+// applied in fp32.
 //
-// fp32, or a CPU without these instructions: the levels become floats, and x stays what it is.
+// If x is fp32, or if the CPU lacks these instructions, the levels become floats, and x stays as it is.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -24,42 +24,29 @@
 #include <type_traits>
 #include <utility>
 
-#include "int4_rows.h"
+#include "int4_inputs.h"
 #include "ops.h"
-#include "shares.h"
+#include "work_ranges.h"
 
 namespace folovllm {
 namespace {
 
-constexpr int kMaxTile = 6;            // rows at a time: 24 sums hide the latency of dot, and fit 32 registers
-constexpr int64_t kPanelRows = 96;     // rows whose inputs stay in L2 while blocks pass by
-constexpr int64_t kAheadBytes = 8192; // what a tile alone asks for before it needs it
-constexpr int64_t kGrainBytes = 1 << 14;  // of levels; less is not worth waking a thread: 4 times as much work a byte
-
-// What a tile asks of memory while it computes with group `i` of its unit: the group `lead` further on, beyond its end
-// those of the unit that begins at `next`. lead 0 asks for nothing new, lead = all groups for the whole next unit.
-struct Fetch {
-  const uint8_t *unit, *next;
-  int64_t lead, groups, group_bytes;
-
-  const uint8_t* during(int64_t i) const {
-    i += lead;
-    return i < groups ? unit + i * group_bytes : next + (i - groups) * group_bytes;
-  }
-};
+constexpr int kMaxTileRows = 6;           // rows at a time: 24 sums hide the latency of `dot`, and fit 32 registers
+constexpr int64_t kPanelRows = 96;        // rows whose inputs stay in L2 for all units
+constexpr int64_t kGrainBytes = 1 << 14;  // of levels; fewer are done before another thread wakes up
 
 // ---- Tiles
 
 // Rows row .. row + R of one unit: a block, or with kGated the gate's and, right behind it, the up projection's.
 template <typename T, bool kGated, int R, typename Rows>
-void tile(const Int4Problem& p, const Rows& x, T* out, int64_t unit, int64_t row, const Fetch& fetch) {
+void tile(const Int4Problem& p, const Rows& x, T* out, int64_t unit, int64_t row, const Int4Prefetcher& prefetcher) {
   constexpr int kParts = kGated ? 2 : 1;
   Floats total[kParts][R][2];
 #pragma GCC unroll 2
   for (int part = 0; part < kParts; ++part) {
     const int64_t block = unit * kParts + part;
     const float* scales = p.scales + block * p.groups * kInt4Block;
-    Floats y[R][2];  // of its own, so that it stays in registers
+    Floats y[R][2];  // this part's own sums, so that they stay in registers
     for (int r = 0; r < R; ++r) {
       for (int half = 0; half < 2; ++half) {
         y[r][half] = p.bias != nullptr ? load(p.bias + block * kInt4Block + half * kLanes) : Floats{};
@@ -69,10 +56,10 @@ void tile(const Int4Problem& p, const Rows& x, T* out, int64_t unit, int64_t row
       const int64_t at = block * p.groups + group;
       const int8_t* zeros = p.zeros == nullptr ? nullptr : p.zeros + at * kInt4Block;
       if constexpr (R > 3) {
-        asm volatile("" : "+m"(y));  // into memory: the registers are for the sums of dot
+        asm volatile("" : "+m"(y));  // moves y into memory: the sums of `dot` need the registers
       }
       Floats sums[R][2];
-      const uint8_t* ahead = fetch.during(part * p.groups + group);
+      const uint8_t* ahead = prefetcher.during(part * p.groups + group);
       x.template dot<R>(p.levels + at * p.group_bytes(), zeros, row, group, ahead, sums);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
@@ -108,30 +95,29 @@ constexpr auto all_tiles(std::integer_sequence<int, R...>) {
   return std::array{tile<T, kGated, R + 1, Rows>...};
 }
 
-// One unit for the rows of one panel; `next` is the one that this thread computes afterwards.
+// One unit for the rows of one panel. `next` is the unit that this thread computes afterwards.
 template <typename T, bool kGated, typename Rows>
-void run(const Int4Problem& p, const Rows& x, T* out, int64_t panel, int64_t unit, int64_t next) {
-  static constexpr auto tile_of = all_tiles<T, kGated, Rows>(std::make_integer_sequence<int, kMaxTile>{});
+void multiply_unit(const Int4Problem& p, const Rows& x, T* out, int64_t panel, int64_t unit, int64_t next) {
+  static constexpr auto tile_of = all_tiles<T, kGated, Rows>(std::make_integer_sequence<int, kMaxTileRows>{});
   const int64_t groups = (kGated ? 2 : 1) * p.groups, unit_bytes = groups * p.group_bytes();
-  const int64_t rows = std::min(kPanelRows, p.rows - panel * kPanelRows), tiles = (rows + kMaxTile - 1) / kMaxTile;
-  const int64_t a_little = std::clamp<int64_t>(kAheadBytes / p.group_bytes(), 1, groups);
+  const int64_t rows = std::min(kPanelRows, p.rows - panel * kPanelRows);
+  const int64_t tiles = (rows + kMaxTileRows - 1) / kMaxTileRows;
   for (int64_t index = 0; index < tiles; ++index) {
     const int64_t first = rows * index / tiles, last = rows * (index + 1) / tiles;  // e.g. 7 rows are 3 and 4
-    // A tile alone asks for what it needs a little later; of several the first asks for all of the next unit.
-    const int64_t lead = tiles == 1 ? a_little : index == 0 ? groups : 0;
-    const Fetch fetch{p.levels + unit * unit_bytes, p.levels + next * unit_bytes, lead, groups, p.group_bytes()};
-    tile_of[last - first - 1](p, x, out, unit, panel * kPanelRows + first, fetch);
+    const Int4Prefetcher prefetcher(p.levels + unit * unit_bytes, p.levels + next * unit_bytes, groups, p.group_bytes(),
+                                    index, tiles);
+    tile_of[last - first - 1](p, x, out, unit, panel * kPanelRows + first, prefetcher);
   }
 }
 
 // All panels and units, as in linear.cpp.
 template <typename T, bool kGated, typename Rows>
-void run_all(const Int4Problem& p, const Rows& x, T* out, int64_t units) {
+void multiply_all(const Int4Problem& p, const Rows& x, T* out, int64_t units) {
   const int64_t total = (p.rows + kPanelRows - 1) / kPanelRows * units;
   const int64_t bytes = units * (kGated ? 2 : 1) * p.groups * p.group_bytes();
   const int64_t workers = std::clamp<int64_t>(bytes / kGrainBytes, 1, at::get_num_threads());
-  Shares(total, workers).run([&](int64_t /*thread*/, int64_t i, int64_t after) {
-    run<T, kGated>(p, x, out, i / units, i % units, after == Shares::kNone ? 0 : after % units);
+  WorkRanges(total, workers).for_each([&](int64_t /*thread*/, int64_t i, int64_t next) {
+    multiply_unit<T, kGated>(p, x, out, i / units, i % units, next == WorkRanges::kNone ? 0 : next % units);
   });
 }
 
@@ -145,7 +131,7 @@ at::Tensor permuted(const at::Tensor& x, const at::Tensor& perm) {
   const int32_t* source = perm.const_data_ptr<int32_t>();
   const T* from = x.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
-  Team::run_range(x.size(0), /*grain=*/16, [&](int64_t begin, int64_t end) {
+  ThreadTeam::run_ranges(x.size(0), /*grain=*/16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t i = 0; i < width; ++i) {
         to[row * width + i] = source[i] < 0 ? T(0.0f) : from[row * x.stride(0) + source[i]];
@@ -168,12 +154,12 @@ at::Tensor multiply(const at::Tensor& x, const Int4Weight& w, int64_t out_featur
 #if FOLOVLLM_INT4_DOT
   if constexpr (std::is_same_v<T, at::BFloat16>) {
     if (native) {
-      run_all<T, kGated>(p, IntegerRows(rows, p), out.mutable_data_ptr<T>(), units);
+      multiply_all<T, kGated>(p, IntegerInputs(rows, p), out.mutable_data_ptr<T>(), units);
       return out;
     }
   }
 #endif
-  run_all<T, kGated>(p, FloatRows<T>(rows, p), out.mutable_data_ptr<T>(), units);
+  multiply_all<T, kGated>(p, FloatInputs<T>(rows, p), out.mutable_data_ptr<T>(), units);
   return out;
 }
 
@@ -202,8 +188,9 @@ void check(const at::Tensor& x, const Int4Weight& w, int64_t out_features, bool 
 
 }  // namespace
 
-// x [..., in] times a weight of 4 bits, plus bias -> [..., out], rounded once. `gated`: silu(x gate^T) * (x up^T), the
-// blocks of gate and up taking turns. Empty tensors: none. `native` = false: as in linear_packed.
+// x [..., in] times a weight of 4 bits, plus bias -> [..., out], rounded once. If `gated`: silu(x gate^T) * (x up^T),
+// with a weight in which the blocks of gate and up take turns. An empty tensor means that there is none. native=false
+// takes the path of a CPU without dot products of bytes, as in linear_packed.
 at::Tensor linear_int4(const at::Tensor& x, const Int4Weight& weight, int64_t out_features, bool gated, bool native) {
   check(x, weight, out_features, gated);
   at::Tensor rows = x.dim() == 2 ? x : x.reshape({-1, x.size(-1)});
@@ -230,7 +217,7 @@ namespace {
 at::Tensor linear_int4_op(const at::Tensor& x, const at::Tensor& levels, const at::Tensor& scales,
                           const at::Tensor& zeros, const at::Tensor& perm, const at::Tensor& bias, int64_t out_features,
                           bool gated, bool native) {
-  // Only here, where a caller's mistake can come from; a checked perm is read for every row.
+  // A caller's mistake can come in only here, so perm is checked here and not in each layer of a step.
   if (perm.numel() != 0 && perm.scalar_type() == at::kInt && perm.is_contiguous()) {
     const int32_t* source = perm.const_data_ptr<int32_t>();
     TORCH_CHECK(*std::max_element(source, source + perm.numel()) < x.size(-1), "linear_int4: perm is beyond x");

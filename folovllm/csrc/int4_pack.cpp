@@ -1,7 +1,7 @@
-// While a model is loaded: levels into the order of int4.h, and from there to bf16 for linear.cpp.
+// Packing, while a model is loaded: levels into the order of int4_layout.h, and from there to bf16 for linear.cpp.
 //
 // Milestone: M7. vLLM counterpart: gptq_marlin_repack (csrc/quantization/gptq_marlin). In torch either would be a dozen
-// passes over every weight, which made loading ten times as long.
+// passes over every weight, and loading took ten times as long.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -11,14 +11,14 @@
 
 #include <algorithm>
 
-#include "int4.h"
+#include "int4_layout.h"
 
 namespace folovllm {
 namespace {
 
-constexpr uint8_t kNoLevel = 8;  // stands for 0 in a symmetric checkpoint; where there is no input, x is 0 anyway
+constexpr uint8_t kNoLevel = 8;  // for a place without an input, whose x is 0; in a symmetric checkpoint it means 0
 
-// levels [in, out] uint8, 0 .. 15 after adding `shift`; order [groups, places] int32: the input of each place, -1 for
+// levels [in, out] uint8, 0 .. 15 after adding `shift`; order [groups, places] int32, the input of each place or -1 for
 // none -> [blocks, groups, places / 4, 64].
 at::Tensor pack_int4(const at::Tensor& levels, const at::Tensor& order, int64_t shift) {
   TORCH_CHECK(levels.dim() == 2 && levels.scalar_type() == at::kByte && levels.is_contiguous(),
@@ -51,7 +51,7 @@ at::Tensor pack_int4(const at::Tensor& levels, const at::Tensor& order, int64_t 
   return packed;
 }
 
-// scale * (level - zero), rounded once -> what pack_weight (linear.cpp) makes of it. perm and zeros may be empty.
+// scale * (level - zero), rounded once, in the packed order of pack_weight (linear.cpp). perm and zeros may be empty.
 at::Tensor int4_to_bf16(const at::Tensor& levels, const at::Tensor& scales, const at::Tensor& zeros,
                         const at::Tensor& perm, int64_t in_features) {
   TORCH_CHECK(levels.dim() == 4 && levels.scalar_type() == at::kByte && levels.is_contiguous() &&

@@ -1,7 +1,8 @@
-// Queries, keys and values before attention: rotary, if the model has them norms per head, and K and V into their pages.
+// What happens to queries, keys and values before attention: norms per head (if the model has them), rotary embedding,
+// and the write of K and V into their pages (kv_pages.h).
 //
-// Milestone: M4. vLLM counterpart: reshape_and_cache and rotary_embedding in csrc/cpu/; its GPU builds fuse norm, rotary
-// and write as well. Left out: an fp8 cache. Layout of the pages: pages.h.
+// Milestone: M4. vLLM counterpart: reshape_and_cache and rotary_embedding in csrc/cpu/; its GPU builds fuse norm,
+// rotary and write as well. Left out: an fp8 cache.
 
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
@@ -9,17 +10,17 @@
 #include <cstring>
 
 #include "ops.h"
-#include "pages.h"
-#include "rows.h"
-#include "team.h"
+#include "kv_pages.h"
+#include "row_ops.h"
+#include "thread_team.h"
 
 namespace folovllm {
 namespace {
 
-constexpr int64_t kTokensPerThread = 8;  // less is not worth waking a thread
-constexpr int64_t kMaxOwnedTokens = 64;  // with more, an even split counts for more
+constexpr int64_t kTokensPerThread = 8;  // fewer tokens are done before another thread wakes up
+constexpr int64_t kMaxOwnedTokens = 64;  // with more tokens, an even split among the threads is faster
 
-// A token's key and value of all KV heads.
+// The key and value of one token, for all KV heads.
 template <typename T>
 struct TokenKV {
   const T *key, *value;
@@ -29,19 +30,20 @@ struct TokenKV {
 template <typename T>
 void write_token(const Pages<T>& pages, const TokenKV<T>& token, int64_t slot) {
   const int64_t block = slot / pages.block_size, offset = slot % pages.block_size;
-  const int64_t stride = pages.width(offset) * Pages<T>::kPerWord;
+  const int64_t stride = pages.group_width(offset) * Pages<T>::kPerWord;
   for (int64_t head = 0; head < pages.num_kv_heads; ++head) {
     const T* source = token.key + head * token.key_stride;
-    T* lane = pages.lane(block, head, offset);
+    T* first_word = pages.key_word(block, head, offset);
     for (int64_t p = 0; p < pages.words(); ++p) {
-      std::memcpy(lane + p * stride, source + p * Pages<T>::kPerWord, 4);
+      std::memcpy(first_word + p * stride, source + p * Pages<T>::kPerWord, 4);
     }
     std::memcpy(pages.value(block, head, offset), token.value + head * token.value_stride, pages.head_size * sizeof(T));
   }
 }
 
-// Calls token_kv(token) for each token, and writes what it says into the token's slot. With a plan, few tokens are left to
-// the threads that will read them: their queries, keys and values then need not go from core to core.
+// Calls token_kv(token) for each token, and writes the K and V that it returns into the token's slot. If there is a
+// plan and the tokens are few, the thread that will read a sequence also writes it, so that its queries, keys and
+// values need not travel from core to core.
 template <typename T, typename F>
 void write_tokens(const Pages<T>& pages, const at::Tensor& slot_mapping, const AttentionPlan* plan, const F& token_kv) {
   TORCH_CHECK(slot_mapping.dim() == 1 && slot_mapping.is_contiguous(), "slot_mapping must be contiguous [num_tokens]");
@@ -57,9 +59,9 @@ void write_tokens(const Pages<T>& pages, const at::Tensor& slot_mapping, const A
     }
   };
   if (plan == nullptr || num_tokens < kTokensPerThread || num_tokens > kMaxOwnedTokens) {
-    return Team::run_range(num_tokens, kTokensPerThread, write);
+    return ThreadTeam::run_ranges(num_tokens, kTokensPerThread, write);
   }
-  Team::run(plan->num_threads(), [&](int64_t thread) {
+  ThreadTeam::run(plan->num_threads(), [&](int64_t thread) {
     for (int64_t s = 0; s < plan->num_reqs(); ++s) {
       if (plan->owner(s) == thread) {
         write(plan->first_token(s), plan->first_token(s + 1));
@@ -77,7 +79,8 @@ const T* norm_weight(const at::Tensor& weight, int64_t head_size) {
 
 }  // namespace
 
-// key, value [num_tokens, num_kv_heads, head_size] into the slots [num_tokens]; a slot is block * block_size + offset.
+// Writes key and value [num_tokens, num_kv_heads, head_size] into the slots [num_tokens], each block * block_size +
+// offset.
 void write_kv(const at::Tensor& key, const at::Tensor& value, const at::Tensor& kv_cache, const at::Tensor& slots) {
   TORCH_CHECK(key.dim() == 3 && key.sizes() == value.sizes() && key.stride(2) == 1 && value.stride(2) == 1 &&
               key.size(0) == slots.size(0) && key.size(1) == kv_cache.size(1),
@@ -96,8 +99,8 @@ void write_kv(const at::Tensor& key, const at::Tensor& value, const at::Tensor& 
   });
 }
 
-// All that happens to qkv [num_tokens, num_heads + 2 * num_kv_heads, head_size] before attention: queries and keys are
-// normed, unless the weights [head_size] are empty, and turned, in place; K and V are written into their slots.
+// Prepares qkv [num_tokens, num_heads + 2 * num_kv_heads, head_size] for attention. Queries and keys are normalised
+// (unless the norm weights [head_size] are empty) and rotated in place, and K and V are written into their slots.
 void prepare_qkv(const at::Tensor& qkv, const at::Tensor& query_norm, const at::Tensor& key_norm, double eps,
                  const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& kv_cache, const at::Tensor& slots,
                  const AttentionPlan& plan) {
@@ -107,7 +110,7 @@ void prepare_qkv(const at::Tensor& qkv, const at::Tensor& query_norm, const at::
   check_table(cos, qkv), check_table(sin, qkv);
   const int64_t num_all_heads = qkv.size(1), size = qkv.size(2), num_kv_heads = kv_cache.size(1);
   const int64_t num_heads = num_all_heads - 2 * num_kv_heads;
-  with_type(qkv.scalar_type(), "prepare_qkv", [&](auto zero) {
+  dispatch_float_or_bf16(qkv.scalar_type(), "prepare_qkv", [&](auto zero) {
     using T = decltype(zero);
     T* data = qkv.mutable_data_ptr<T>();
     const T *query_weight = norm_weight<T>(query_norm, size), *key_weight = norm_weight<T>(key_norm, size);

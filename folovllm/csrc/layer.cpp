@@ -16,7 +16,7 @@
 #include <optional>
 
 #include "ops.h"
-#include "team.h"
+#include "thread_team.h"
 
 namespace folovllm {
 namespace {
@@ -33,8 +33,8 @@ class Weights {
   }
 
   // x times the next linear layer's weight. It is stored as bf16: packed, bias; or with 4 bits: levels, scales, zeros,
-  // perm, bias, packed. Has it both, then x of up to max_int4_rows rows is multiplied with the smaller one.
-  at::Tensor multiply(const at::Tensor& x, int64_t out_features, bool gated = false, Aside* aside = nullptr) {
+  // perm, bias, packed. If it has both, x of up to max_int4_rows rows is multiplied with the smaller one.
+  at::Tensor multiply(const at::Tensor& x, int64_t out_features, bool gated = false, PrefetchQueue* queue = nullptr) {
     const at::Tensor& first = next();
     const at::Tensor* packed = &first;
     const at::Tensor* bias = nullptr;
@@ -47,7 +47,7 @@ class Weights {
     } else {
       bias = &next();
     }
-    const Upcoming upcoming{aside, next_packed()};
+    const UpcomingReads upcoming{queue, next_packed()};
     if (gated) {
       return linear_silu_packed(x, *packed, out_features, /*native=*/true, upcoming);
     }
@@ -85,14 +85,14 @@ struct Step {
   double eps, scale;
 };
 
-// The rows that somebody will read, where that is not all.
+// The rows that the caller reads, if these are not all.
 struct Ends {
   at::Tensor rows;     // [num_reqs] int64, each sequence's last
   AttentionPlan plan;  // for their queries alone
 };
 
 // Where in a layer's cache attention will find the K and V of every sequence: all pages, each cut into equal pieces.
-void list_pages(const Step& step, const at::Tensor& kv_cache, Aside& aside) {
+void list_pages(const Step& step, const at::Tensor& kv_cache, PrefetchQueue& queue) {
   const int64_t page_bytes = kv_cache.stride(0) * kv_cache.element_size(), lines = page_bytes / 64;
   const int64_t cuts = (lines + kMaxPieceLines - 1) / kMaxPieceLines, block_size = kv_cache.size(3) / step.cos.size(-1);
   if (lines == 0 || lines > kMaxPageLines || step.cos.size(0) > kMaxAsideTokens) {
@@ -103,16 +103,16 @@ void list_pages(const Step& step, const at::Tensor& kv_cache, Aside& aside) {
     const int64_t num_pages = (step.seq_lens.const_data_ptr<int32_t>()[s] + block_size - 1) / block_size;
     for (int64_t i = 0; i < num_pages * cuts; ++i) {
       const int64_t first = lines * (i % cuts) / cuts, end = lines * (i % cuts + 1) / cuts;
-      aside.add(step.plan.owner(s), {table[i / cuts] * page_bytes + first * 64, end - first});
+      queue.add(step.plan.owner(s), {table[i / cuts] * page_bytes + first * 64, end - first});
     }
   }
 }
 
 // hidden, residual [num_tokens, hidden_size] -> hidden; residual is updated in place. `fetched`: K and V that attention
-// reads are in cache. `aside`, if given, is what to fetch meanwhile. With `ends` all K and V are computed, but of the rest
-// only those rows; result and residual have no others.
+// reads are in cache. `queue`, if given, is what to fetch meanwhile. With `ends` all K and V are computed, but of the
+// rest only those rows; result and residual have no others.
 at::Tensor decoder_layer(const Step& step, const at::Tensor& hidden, at::Tensor& residual, Weights& weights,
-                         const at::Tensor& kv_cache, bool fetched, Aside* aside, const Ends* ends) {
+                         const at::Tensor& kv_cache, bool fetched, PrefetchQueue* queue, const Ends* ends) {
   const int64_t num_tokens = hidden.size(0), hidden_size = hidden.size(1), head_size = step.cos.size(-1);
   const int64_t num_all_heads = step.num_heads + 2 * kv_cache.size(1);
 
@@ -127,11 +127,11 @@ at::Tensor decoder_layer(const Step& step, const at::Tensor& hidden, at::Tensor&
   const at::Tensor attended = at::empty(query.sizes(), hidden.options());
   paged_attention(attended, query, kv_cache, ends != nullptr ? ends->plan : step.plan, step.block_table, step.scale,
                   /*native=*/true, fetched);
-  x = weights.multiply(attended.view({query.size(0), -1}), hidden_size, /*gated=*/false, aside);
+  x = weights.multiply(attended.view({query.size(0), -1}), hidden_size, /*gated=*/false, queue);
 
   x = rms_norm(x, residual, weights.next(), step.eps);
-  x = weights.multiply(x, step.intermediate_size, /*gated=*/true, aside);
-  return weights.multiply(x, hidden_size, /*gated=*/false, aside);
+  x = weights.multiply(x, step.intermediate_size, /*gated=*/true, queue);
+  return weights.multiply(x, hidden_size, /*gated=*/false, queue);
 }
 
 }  // namespace
@@ -142,8 +142,9 @@ at::Tensor linear_mixed(const at::Tensor& x, at::TensorList weights, int64_t out
   return Weights(weights, max_int4_rows).multiply(x, out_features, gated);
 }
 
-// hidden, residual [num_tokens, hidden_size] -> hidden; residual is updated in place. cos, sin [num_tokens, 1, head_size].
-// One KV cache per layer. With `ends_only` the last row of each sequence is right, and the others may hold anything.
+// hidden, residual [num_tokens, hidden_size] -> hidden; residual is updated in place. cos, sin [num_tokens, 1,
+// head_size]. One KV cache per layer. With `ends_only` the last row of each sequence is right, and the others may hold
+// anything.
 at::Tensor decoder_layers(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& cos, const at::Tensor& sin,
                           at::TensorList weights, at::TensorList kv_caches, const at::Tensor& slot_mapping,
                           const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
@@ -160,16 +161,16 @@ at::Tensor decoder_layers(const at::Tensor& hidden, const at::Tensor& residual, 
     ends.emplace(Ends{query_start_loc.slice(0, 1).to(at::kLong).sub(1), plan_for(one_each)});
   }
   Weights reader(weights, max_int4_rows);
-  Aside aside(plan.num_threads());
-  list_pages(step, kv_caches[0], aside);
+  PrefetchQueue queue(plan.num_threads());
+  list_pages(step, kv_caches[0], queue);
   at::Tensor x = hidden, left = residual;
-  Team::keep([&] {
+  ThreadTeam::in_one_region([&] {
     for (size_t i = 0; i + 1 < kv_caches.size(); ++i) {
-      const bool fetched = aside.fetched();
-      aside.start(kv_caches[i + 1].const_data_ptr());
-      x = decoder_layer(step, x, left, reader, kv_caches[i], fetched, &aside, nullptr);
+      const bool fetched = queue.fetched();
+      queue.start(kv_caches[i + 1].const_data_ptr());
+      x = decoder_layer(step, x, left, reader, kv_caches[i], fetched, &queue, nullptr);
     }
-    x = decoder_layer(step, x, left, reader, kv_caches.back(), aside.fetched(), nullptr, ends ? &*ends : nullptr);
+    x = decoder_layer(step, x, left, reader, kv_caches.back(), queue.fetched(), nullptr, ends ? &*ends : nullptr);
   });
   reader.check_all_used();
   if (ends) {  // back to where their rows are looked for

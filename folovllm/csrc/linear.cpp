@@ -1,11 +1,15 @@
-// bf16 linear layers over a weight packed once: a GEMV that runs at memory speed, and a GEMM from the same bytes.
+// bf16 linear layers over weights that are packed once: one kernel for a single token, which runs at memory speed, and
+// for many.
 //
 // Milestone: M4. vLLM counterpart: csrc/cpu/ (its CPU build multiplies through oneDNN and, for AMX, sgl-kernels).
 // Left out: AMX tiles, int8, transposed layouts. Source of the register blocking: Goto & van de Geijn 2008.
 //
-// For one token every weight is read once and used once, so nothing but the order of the bytes matters. Stored row by
-// row, the 16 lanes of a vector would hold 16 inputs of *one* output and had to be summed across. Packed, they hold one
-// pair of inputs of 16 *different* outputs; each lane adds up its own output and no sum across lanes is ever needed:
+// To read it, begin with reference_linear.cpp, which computes the same in plain loops.
+//
+// For one token, every weight is read once and used once, so nothing but the order of the bytes matters. If the weight
+// were stored row by row, the 16 lanes of a vector would hold 16 inputs of *one* output, and would have to be summed
+// across. Packed, they hold one pair of inputs of 16 *different* outputs. Each lane adds up its own output, and no sum
+// across lanes is needed:
 //
 //   packed[block][pair][lane][2]      block = output / 32,  lane = output % 32,  pair = input / 2
 //
@@ -13,7 +17,8 @@
 //   pair 0   w[0][0] w[0][1] | w[1][0] w[1][1] | ... | w[31][0] w[31][1]      x (x[0], x[1]) broadcast to all lanes
 //   pair 1   w[0][2] w[0][3] | w[1][2] w[1][3] | ... | w[31][2] w[31][3]      x (x[2], x[3])
 //
-// With more tokens each pair of weight vectors is used for 8 rows or so while it sits in registers.
+// With more tokens, each pair of weight vectors is used for some 8 rows while it is in registers. What is fetched from
+// memory meanwhile: WeightPrefetcher in prefetch.h.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
@@ -27,22 +32,17 @@
 #include <utility>
 
 #include "ops.h"
-#include "shares.h"
-#include "vectors.h"
+#include "work_ranges.h"
+#include "simd.h"
 
 namespace folovllm {
 namespace {
 
-constexpr int64_t kBlock = 2 * kLanes; // outputs of a block: two vectors, which share each broadcast of x
-constexpr int kTile = 8;               // rows at a time: 16 sums hide the latency of dot, and fit 32 registers
-constexpr int kLargeTile = 12;         // where two such tiles are enough: a third would read the weights once more
-constexpr int64_t kPanel = 96;         // rows whose inputs (96 x 1,536 x 2 bytes) stay in L2 while blocks pass by
-constexpr int64_t kPrefetch = 24;      // pairs ahead, 3 KiB: where one thread's reads were fastest
-constexpr int64_t kSharers = 8;        // tiles that fetch together
-constexpr int64_t kStretch = 256;      // pairs to one piece of `Aside`
-constexpr int64_t kLine = 64 / sizeof(at::BFloat16);
-constexpr int kHint = 2;               // ask for lines into L2: more of them may be on their way there than to L1
-constexpr int64_t kGrainBytes = 1 << 16;  // less than this is not worth waking a thread
+constexpr int64_t kBlock = 2 * kLanes;    // outputs of a block: two vectors, which share each broadcast of x
+constexpr int kTileRows = 8;              // rows at a time: 16 sums hide the latency of `dot`, and fit 32 registers
+constexpr int kMaxTileRows = 12;          // for up to 24 rows: with 8, a third tile would read the weights once more
+constexpr int64_t kPanelRows = 96;        // rows whose inputs (96 x 1,536 x 2 bytes) stay in L2 for all units
+constexpr int64_t kGrainBytes = 1 << 16;  // of weights; fewer are done before another thread wakes up
 
 using Pairs = Bits; // [16], each two bf16: the even input in the low half
 
@@ -71,56 +71,35 @@ inline Floats dot(Floats sum, Pairs w, uint32_t x) {
   return sum + (Floats)(w & high) * (Floats)(pair & high);
 }
 
-struct Problem {
+struct LinearProblem {
   const at::BFloat16* x;       // [rows, 2 * pairs], rows x_stride apart
   const at::BFloat16* packed;  // [units * (1 or 2), pairs, 32, 2]
   const float* bias;           // [units * 32] or null
   at::BFloat16* out;           // [rows, out_features]
   int64_t rows, pairs, x_stride, out_features;
-  Upcoming upcoming;
+  UpcomingReads upcoming;
 };
-
-// Memory must never rest: what a tile asks for while it computes.
-//   kLead   a single tile of a unit asks for what it needs 3 KiB later, at the unit's end for the begin of `next`
-//   kShare  of a few tiles, only the first would wait for memory and the others leave it idle; so each fetches its share
-//           of the unit that comes next, which begins at `next`, evenly over its time, and pieces of `Aside` besides
-//   kNone   of many tiles the first two fetch it all, and the others have the load ports for themselves
-enum Mode { kNone, kShare, kLead };
-
-struct Fetch {
-  Mode mode;
-  const at::BFloat16* next;
-  int64_t pace;  // lines for each pair computed with, times 65,536: a division per step would be slow
-};
-
-// `next` is the unit that this thread computes afterwards, of `pairs` pairs: two lines each.
-Fetch fetch_of(int64_t index, int64_t tiles, const at::BFloat16* next, int64_t pairs) {
-  if (tiles == 1) {
-    return {kLead, next, 0};
-  }
-  const int64_t sharers = tiles <= kSharers ? tiles : 2;
-  return {index < sharers ? kShare : kNone, next + 2 * pairs * index / sharers * kLine, 2 * 65536 / sharers};
-}
 
 // Rows row .. row + R of one unit. A unit is one block of weights, or with kGated two: the gate's and, right behind it,
 // the up projection's of the same outputs.
-template <bool native, bool kGated, Mode kMode, int R>
-void tile(const Problem& p, int64_t unit, int64_t row, const at::BFloat16* next, int64_t pace) {
+template <bool native, bool kGated, WeightFetch kMode, int R>
+void tile(const LinearProblem& p, int64_t unit, int64_t row, const at::BFloat16* fetch_begin, int64_t pace) {
   constexpr int64_t kParts = kGated ? 2 : 1;
   const at::BFloat16* x = p.x + row * p.x_stride;
   const at::BFloat16* weight = p.packed + unit * kParts * p.pairs * kBlock * 2;
+  const WeightPrefetcher<kMode> prefetcher{fetch_begin, pace};
   Floats sum[kParts][R][2];
 #pragma GCC unroll 2
   for (int64_t part = 0; part < kParts; ++part, weight += p.pairs * kBlock * 2) {
-    Floats s[R][2]; // of its own, so that it stays in registers
+    Floats s[R][2];  // this part's own sums, so that they stay in registers
     for (int r = 0; r < R; ++r) {
       for (int half = 0; half < 2; ++half) {
         s[r][half] = p.bias != nullptr ? load(p.bias + unit * kBlock + half * kLanes) : Floats{};
       }
     }
-    const auto add = [&](int64_t begin, int64_t end, const auto& fetch_for) __attribute__((always_inline)) {
+    const auto add = [&](int64_t begin, int64_t end, const auto& fetch) __attribute__((always_inline)) {
       for (int64_t pair = begin; pair < end; ++pair) {
-        fetch_for(pair - begin);
+        fetch(pair - begin);
         Pairs w0, w1;
         std::memcpy(&w0, weight + pair * 2 * kBlock, sizeof(w0));
         std::memcpy(&w1, weight + pair * 2 * kBlock + 2 * kLanes, sizeof(w1));
@@ -132,32 +111,7 @@ void tile(const Problem& p, int64_t unit, int64_t row, const at::BFloat16* next,
         }
       }
     };
-    if constexpr (kMode == kLead) {
-      const auto both_lines_of = [](const at::BFloat16* ahead) {
-        return [=](int64_t step) {
-          __builtin_prefetch(ahead + step * 2 * kLine, /*write=*/0, kHint);
-          __builtin_prefetch(ahead + step * 2 * kLine + kLine, /*write=*/0, kHint);
-        };
-      };
-      const int64_t lead = part + 1 < kParts ? 0 : std::min(kPrefetch, p.pairs);
-      add(0, p.pairs - lead, both_lines_of(weight + kPrefetch * 2 * kLine));
-      add(p.pairs - lead, p.pairs, both_lines_of(next));
-    } else if constexpr (kMode == kShare) {
-      const int64_t stretches = std::max<int64_t>(1, p.pairs / kStretch);
-      for (int64_t i = 0; i < stretches; ++i) {
-        const int64_t begin = p.pairs * i / stretches, end = p.pairs * (i + 1) / stretches;
-        const at::BFloat16* ahead = next + ((part * p.pairs + begin) * pace >> 16) * kLine;
-        const Piece* piece = p.upcoming.aside != nullptr ? p.upcoming.aside->take() : nullptr;
-        const char* beside = piece != nullptr ? p.upcoming.aside->data(*piece) : reinterpret_cast<const char*>(ahead);
-        const int64_t slow_pace = piece != nullptr ? piece->lines * 65536 / (end - begin) : 0;
-        add(begin, end, [=](int64_t step) {
-          __builtin_prefetch(ahead + (step * pace >> 16) * kLine, /*write=*/0, kHint);
-          __builtin_prefetch(beside + (step * slow_pace >> 16) * 64, /*write=*/0, kHint);
-        });
-      }
-    } else {
-      add(0, p.pairs, [](int64_t) {});
-    }
+    prefetcher.for_each_stretch(weight, p.pairs, part, kParts, p.upcoming, add);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       sum[part][r][0] = s[r][0];
@@ -181,55 +135,50 @@ void tile(const Problem& p, int64_t unit, int64_t row, const at::BFloat16* next,
   }
 }
 
-using Tile = void (*)(const Problem&, int64_t, int64_t, const at::BFloat16*, int64_t);
+using TileFunction = void (*)(const LinearProblem&, int64_t, int64_t, const at::BFloat16*, int64_t);
 
-template <bool native, bool kGated, Mode kMode, int... R>
-constexpr std::array<Tile, sizeof...(R)> all_tiles(std::integer_sequence<int, R...>) {
+template <bool native, bool kGated, WeightFetch kMode, int... R>
+constexpr std::array<TileFunction, sizeof...(R)> all_tiles(std::integer_sequence<int, R...>) {
   return {tile<native, kGated, kMode, R + 1>...};
 }
 
 int64_t num_tiles(int64_t rows) {
-  return 2 * kTile < rows && rows <= 2 * kLargeTile ? 2 : ceil_div(rows, kTile);
+  return 2 * kTileRows < rows && rows <= 2 * kMaxTileRows ? 2 : ceil_div(rows, kTileRows);
 }
 
-// One unit for the rows of one panel; `next` is where this thread goes on.
+// One unit for the rows of one panel; `next_weights` are those of the thread's next unit.
 template <bool native, bool kGated>
-void run(const Problem& p, int64_t panel, int64_t unit, const at::BFloat16* next) {
-  constexpr auto kHeights = std::make_integer_sequence<int, kLargeTile>{};
-  static constexpr std::array<std::array<Tile, kLargeTile>, 3> tile_of = { // by mode, and by rows less 1
-      all_tiles<native, kGated, kNone>(kHeights), all_tiles<native, kGated, kShare>(kHeights),
-      all_tiles<native, kGated, kLead>(kHeights)};
-  const int64_t rows = std::min(kPanel, p.rows - panel * kPanel), tiles = num_tiles(rows);
+void multiply_unit(const LinearProblem& p, int64_t panel, int64_t unit, const at::BFloat16* next_weights) {
+  constexpr auto kHeights = std::make_integer_sequence<int, kMaxTileRows>{};
+  static constexpr std::array<std::array<TileFunction, kMaxTileRows>, 3> tile_of = { // by mode, and by rows less 1
+      all_tiles<native, kGated, kFetchNothing>(kHeights), all_tiles<native, kGated, kFetchShare>(kHeights),
+      all_tiles<native, kGated, kFetchAhead>(kHeights)};
+  const int64_t rows = std::min(kPanelRows, p.rows - panel * kPanelRows), tiles = num_tiles(rows);
   for (int64_t index = 0; index < tiles; ++index) {
-    // E.g. 9 rows are 4 and 5: of 8 and 1, the 1 would read the weights for a single row.
+    // E.g. 9 rows are cut into 4 and 5. Cut into 8 and 1, the last tile would read the weights for a single row.
     const int64_t first = rows * index / tiles, last = rows * (index + 1) / tiles;
-    const Fetch fetch = fetch_of(index, tiles, next, kGated ? 2 * p.pairs : p.pairs);
-    tile_of[fetch.mode][last - first - 1](p, unit, panel * kPanel + first, fetch.next, fetch.pace);
+    const WeightFetchPlan fetch = plan_weight_fetch(index, tiles, next_weights, kGated ? 2 * p.pairs : p.pairs);
+    tile_of[fetch.mode][last - first - 1](p, unit, panel * kPanelRows + first, fetch.begin, fetch.pace);
   }
-}
-
-// Where a thread begins in the packed weight that comes next. (A unit of gate and up may begin one block later.)
-const at::BFloat16* begin_of(const at::Tensor& packed, int64_t thread, int64_t num_threads) {
-  return packed.const_data_ptr<at::BFloat16>() + packed.size(0) * thread / num_threads * packed.stride(0);
 }
 
 // All panels and units.
 template <bool native, bool kGated>
-void run_all(const Problem& p, int64_t units) {
-  const int64_t size = (kGated ? 2 : 1) * p.pairs * kBlock * 2, total = ceil_div(p.rows, kPanel) * units;
+void multiply_all(const LinearProblem& p, int64_t units) {
+  const int64_t size = (kGated ? 2 : 1) * p.pairs * kBlock * 2, total = ceil_div(p.rows, kPanelRows) * units;
   const int64_t workers = std::clamp<int64_t>(units * size * 2 / kGrainBytes, 1, at::get_num_threads());
-  Shares(total, workers).run([&](int64_t thread, int64_t piece, int64_t after) {
-    const at::BFloat16* next = after != Shares::kNone         ? p.packed + after % units * size
-                               : p.upcoming.packed != nullptr ? begin_of(*p.upcoming.packed, thread, workers)
-                                                              : p.packed;
-    run<native, kGated>(p, piece / units, piece % units, next);
+  WorkRanges(total, workers).for_each([&](int64_t thread, int64_t piece, int64_t next) {
+    const at::BFloat16* next_weights = next != WorkRanges::kNone
+                                           ? p.packed + next % units * size
+                                           : p.upcoming.first_weight(thread, workers, p.packed);
+    multiply_unit<native, kGated>(p, piece / units, piece % units, next_weights);
   });
 }
 
-// The product of both operators: x [..., in] with `units` units of packed weights -> [..., out].
+// The product that both operators compute: x [..., in] times the packed weight -> [..., out].
 template <bool kGated>
 at::Tensor multiply(const at::Tensor& x, const at::Tensor& packed, const float* bias, int64_t out_features, bool native,
-                    const Upcoming& upcoming) {
+                    const UpcomingReads& upcoming) {
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && packed.scalar_type() == at::kBFloat16, "linear_packed wants bf16");
   constexpr int64_t kParts = kGated ? 2 : 1;
   const int64_t units = packed.size(0) / kParts, pairs = packed.size(1), in_features = x.size(-1);
@@ -245,11 +194,11 @@ at::Tensor multiply(const at::Tensor& x, const at::Tensor& packed, const float* 
     rows = rows.contiguous();
   }
   at::Tensor out = at::empty({rows.size(0), out_features}, x.options());
-  const Problem p{
+  const LinearProblem p{
       rows.const_data_ptr<at::BFloat16>(), packed.const_data_ptr<at::BFloat16>(), bias,
       out.mutable_data_ptr<at::BFloat16>(), rows.size(0), pairs, rows.stride(0), out_features,
       upcoming};
-  native ? run_all<true, kGated>(p, units) : run_all<false, kGated>(p, units);
+  native ? multiply_all<true, kGated>(p, units) : multiply_all<false, kGated>(p, units);
   return x.dim() == 2 ? out : out.view(shape);
 }
 
@@ -266,21 +215,21 @@ at::Tensor pack_weight(const at::Tensor& weight) {
       .contiguous();
 }
 
-// x [..., in] times the packed weight, plus bias [32 * blocks] fp32 -> [..., out], rounded once. `native` = false takes
-// the path of a CPU without bf16 dot products, so that it can be tested on one that has them.
+// x [..., in] times the packed weight, plus bias [32 * blocks] fp32 -> [..., out], rounded once. native=false takes the
+// path of a CPU without bf16 dot products, so that it can be tested on one that has them.
 at::Tensor linear_packed(
     const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias, int64_t out_features,
-    bool native, const Upcoming& upcoming) {
+    bool native, const UpcomingReads& upcoming) {
   TORCH_CHECK(!bias || (bias->numel() == packed.size(0) * kBlock && bias->is_contiguous() &&
               bias->scalar_type() == at::kFloat), "linear_packed: the bias must be float32 and padded to whole blocks of ",
               kBlock);
   return multiply<false>(x, packed, bias ? bias->const_data_ptr<float>() : nullptr, out_features, native, upcoming);
 }
 
-// silu(x gate^T) * (x up^T) [..., out], rounded once: the gate and up projections of an MLP with what follows them. The
-// weight is pack_weight of both, their blocks taking turns: gate 0, up 0, gate 1, up 1, ...
+// silu(x gate^T) * (x up^T) [..., out], rounded once: the gate and up projections of an MLP together with the
+// activation. The weight is pack_weight of both, whose blocks take turns: gate 0, up 0, gate 1, up 1, ...
 at::Tensor linear_silu_packed(const at::Tensor& x, const at::Tensor& packed, int64_t out_features, bool native,
-                              const Upcoming& upcoming) {
+                              const UpcomingReads& upcoming) {
   TORCH_CHECK(packed.size(0) % 2 == 0, "linear_silu_packed: gate and up differ in size");
   return multiply<true>(x, packed, nullptr, out_features, native, upcoming);
 }

@@ -20,7 +20,7 @@ from folovllm.model_executor.layers.quantization.cpu_int4 import gate_int4
 from folovllm.model_executor.layers.rotary_embedding import ApplyRotary
 from folovllm.model_executor.models.llama import LlamaMLP
 
-FUSED = {RMSNorm: "rms_norm", SiluAndMul: "silu_and_mul", ApplyRotary: "rotary_"}  # layer -> operator of csrc/fused.cpp
+FUSED = {RMSNorm: "rms_norm", SiluAndMul: "silu_and_mul", ApplyRotary: "rotary_"}  # of csrc/fused_ops.cpp
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -127,8 +127,8 @@ def test_key_changes_with_everything_it_depends_on(
     compiler, _ = fake_compiler(tmp_path, seconds=0)
     files = [sources / "a.cpp"]
 
-    def key() -> str:
-        return builder.cache_key(files, str(compiler))
+    def key(*extra_flags: str) -> str:
+        return builder.cache_key(files, str(compiler), extra_flags)
 
     keys = [key()]
     assert key() == keys[0]
@@ -142,6 +142,7 @@ def test_key_changes_with_everything_it_depends_on(
     keys.append(key())
     monkeypatch.setattr(builder, "FLAGS", ("-O0",))
     keys.append(key())
+    keys.append(key(builder.NO_PREFETCH))
     assert len(set(keys)) == len(keys)
 
 

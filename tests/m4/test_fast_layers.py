@@ -122,7 +122,7 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 def test_threads_that_stay_together_compute_the_same(
     arch: ModelArchitecture, threads: int, set_threads: Callable[[int], None]
 ) -> None:
-    """csrc/team.h, also with more threads than the machine has cores."""
+    """csrc/thread_team.h, also with more threads than the machine has cores."""
     (team, team_backend), (alone, alone_backend) = build(arch), build(arch)
     fuse_decoder_layers(team, team_backend)
     fuse_decoder_layers(alone, alone_backend)

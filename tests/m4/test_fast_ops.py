@@ -138,7 +138,7 @@ def test_linear_refuses_what_does_not_fit(ops: Any) -> None:
             ops.linear_packed(*args)
 
 
-# ---- fused.cpp
+# ---- fused_ops.cpp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -122,7 +122,7 @@ def test_groups_of_any_number_of_inputs(ops: Any) -> None:
 
 
 def test_where_each_level_lies(ops: Any) -> None:
-    """As csrc/int4.h says, read back byte by byte; the order is act-order's, the last block and group are not full."""
+    """csrc/int4_layout.h read back byte by byte. The order is act-order's; the last block and group are not full."""
     config = GPTQConfig(4, 24, desc_act=True)
     linear = random_layer(config, 64, 40)
     order = input_order(linear.g_idx, 3)  # [3 groups, 24 places]

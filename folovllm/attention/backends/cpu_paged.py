@@ -17,7 +17,7 @@ from folovllm.attention.backend import AttentionBackend, AttentionMetadata, Atte
 from folovllm.csrc.build import load_ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Limits of the kernel's scratch memory (kMaxHeadSize in csrc/pages.h, kMaxRows in csrc/attention_plan.h).
+# Limits of the kernel's scratch memory (kMaxHeadSize in csrc/kv_pages.h, kMaxRows in csrc/attention_plan.h).
 MAX_HEAD_SIZE = 256
 MAX_QUERIES_PER_KV = 64
 HEAD_MULTIPLE = 16

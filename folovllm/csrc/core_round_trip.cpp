@@ -1,9 +1,10 @@
-// How far two cores are from each other: a fact of the machine that explains many a measurement.
+// Measures how far two cores are from each other, which explains much of the variation between measurements.
 //
 // Milestone: M4. vLLM counterpart: none.
 //
-// A word that one core writes and another reads travels between their caches: about 50 ns there and back where they share
-// an L3 cache, several times as long where they do not. On a virtual machine it can change from one minute to the next.
+// A word that one core writes and another reads travels between their caches: about 50 ns there and back if the cores
+// share an L3 cache, several times as long if they do not. On a virtual machine this can change from one minute to the
+// next.
 
 #include <torch/library.h>
 
@@ -14,8 +15,8 @@
 namespace folovllm {
 namespace {
 
-// Nanoseconds for a word to another thread and back, over `milliseconds` of trying; infinite if it never came back, as
-// on a machine of one core.
+// The nanoseconds that a word takes to another thread and back, on average over `milliseconds`. Infinite if it never
+// came back, as on a machine with one core.
 double core_round_trip_ns(int64_t milliseconds) {
   using Clock = std::chrono::steady_clock;
   alignas(64) std::atomic<int64_t> word{0};  // odd: on its way there; even: back

@@ -1,7 +1,8 @@
-// The inputs of int4.cpp: x as floats, for fp32 and for any CPU, or as integers, where AVX-512 multiplies bytes.
+// The inputs of an int4 linear layer, in two forms. FloatInputs serve fp32 and any CPU; IntegerInputs serve bf16 on
+// CPUs that multiply bytes with AVX-512. int4.cpp says why integers.
 //
-// Milestone: M7. vLLM counterpart: none. Either class multiplies R of its rows with one group of one block; what follows
-// is the same for both. Why integers: int4.cpp.
+// Milestone: M7. vLLM counterpart: none. Both classes multiply R of their rows with one group of one block (`dot`), and
+// the kernel in int4.cpp is the same for both.
 
 #pragma once
 
@@ -14,19 +15,17 @@
 #include <memory>
 #include <vector>
 
-#include "int4.h"
-#include "team.h"
+#include "cpu_features.h"
+#include "int4_layout.h"
+#include "prefetch.h"
+#include "thread_team.h"
 
-#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#if FOLOVLLM_INT4_DOT
 #include <immintrin.h>
-#define FOLOVLLM_INT4_DOT 1
-#else
-#define FOLOVLLM_INT4_DOT 0
 #endif
 
 namespace folovllm {
 
-typedef int32_t Ints __attribute__((vector_size(64)));   // [16]
 typedef int8_t Bytes __attribute__((vector_size(16)));   // [16]
 
 inline Floats to_floats(Ints v) {
@@ -54,13 +53,13 @@ struct Int4Problem {
 // ---- x as floats
 
 template <typename T>
-class FloatRows {
+class FloatInputs {
  public:
-  FloatRows(const at::Tensor& x, const Int4Problem& p)
+  FloatInputs(const at::Tensor& x, const Int4Problem& p)
       : x_(x.const_data_ptr<T>()), stride_(x.stride(0)), groups_(p.groups), group_size_(p.chunks * kInt4Chunk) {
     if (p.zeros != nullptr) {
       sums_.resize(p.rows * groups_);
-      Team::run_range(p.rows, /*grain=*/16, [&](int64_t begin, int64_t end) {
+      ThreadTeam::run_ranges(p.rows, /*grain=*/16, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin * groups_; i < end * groups_; ++i) {
           sums_[i] = sum_of(x_ + i / groups_ * stride_ + i % groups_ * group_size_);
         }
@@ -68,14 +67,15 @@ class FloatRows {
     }
   }
 
-  // R rows times one group of one block: sums of (level - zero) * x, without the scales. -> [R][2 halves of 16 outputs]
+  // R rows times one group of one block: the sums of (level - zero) * x, without the scales. sums [R][2 halves of 16
+  // outputs]. `ahead` is what Int4Prefetcher wants to be fetched meanwhile, line by line.
   template <int R>
   void dot(const uint8_t* levels, const int8_t* zeros, int64_t row, int64_t group, const uint8_t* ahead,
            Floats (&sums)[R][2]) const {
     const T* x = x_ + row * stride_ + group * group_size_;
     Floats s[R][2] = {};
     for (int64_t i = 0; i < group_size_; i += kInt4Chunk, levels += kInt4Line, ahead += kInt4Line) {
-      __builtin_prefetch(ahead, /*write=*/0, R == 1 ? 3 : 2);  // for one row into L1: faster, and only then
+      prefetch_int4_line<R>(ahead);
       Bits line;
       std::memcpy(&line, levels, sizeof(line));
 #pragma GCC unroll 4
@@ -113,19 +113,19 @@ class FloatRows {
 
   const T* x_;
   int64_t stride_, groups_, group_size_;
-  std::vector<float> sums_;  // [rows, groups]; only for zeros
+  std::vector<float> sums_;  // of x, [rows, groups]; only if there are zeros
 };
 
 // ---- x as integers
 
 #if FOLOVLLM_INT4_DOT
-class IntegerRows {
+class IntegerInputs {
  public:
-  IntegerRows(const at::Tensor& x, const Int4Problem& p)
+  IntegerInputs(const at::Tensor& x, const Int4Problem& p)
       : groups_(p.groups), group_size_(p.chunks * kInt4Chunk), stride_(2 * groups_ * group_size_),
         digits_(new int8_t[p.rows * stride_]), scales_(new Scale[p.rows * groups_]) {
     const at::BFloat16* rows = x.const_data_ptr<at::BFloat16>();
-    Team::run_range(p.rows, /*grain=*/16, [&](int64_t begin, int64_t end) {
+    ThreadTeam::run_ranges(p.rows, /*grain=*/16, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * groups_; i < end * groups_; ++i) {
         const at::BFloat16* group = rows + i / groups_ * x.stride(0) + i % groups_ * group_size_;
         scales_[i] = to_integers(group, digits_.get() + i * 2 * group_size_);
@@ -147,7 +147,7 @@ class IntegerRows {
     const __m512i nibble = _mm512_set1_epi8(15);
     for (const uint8_t* end = levels + group_size_ / kInt4Chunk * kInt4Line; levels != end;
          levels += kInt4Line, ahead += kInt4Line, x += 2 * kInt4Chunk) {
-      __builtin_prefetch(ahead, /*write=*/0, R == 1 ? 3 : 2);  // for one row into L1: faster, and only then
+      prefetch_int4_line<R>(ahead);
       const __m512i line = _mm512_loadu_si512(levels);
       const __m512i w[2] = {_mm512_and_si512(line, nibble), _mm512_and_si512(_mm512_srli_epi16(line, 4), nibble)};
 #pragma GCC unroll 16
@@ -179,7 +179,8 @@ class IntegerRows {
     int32_t sum;  // of the integers
   };
 
-  // _mm512_dpbusd_epi32, for which GCC 12 copies every sum to another register and, with many rows, to memory.
+  // As _mm512_dpbusd_epi32. For that intrinsic, GCC 12 copies every sum to another register and, with many rows, to
+  // memory.
   static void add_products(__m512i& sums, __m512i levels, __m512i x) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(levels), "v"(x));
   }
@@ -190,7 +191,7 @@ class IntegerRows {
     return _mm512_set1_epi32(digits);
   }
 
-  // A group of x -> for each 4 inputs their 4 high bytes and their 4 low ones.
+  // Turns a group of x into integers: for each 4 inputs, their 4 high bytes and then their 4 low bytes.
   Scale to_integers(const at::BFloat16* x, int8_t* digits) const {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
     __m512i largest = _mm512_setzero_si512();
@@ -204,7 +205,7 @@ class IntegerRows {
     __m512i total = _mm512_setzero_si512();
     for (int64_t i = 0; i < group_size_; i += kLanes) {
       const __m512i rounded = _mm512_cvtps_epi32((__m512)load_some(x + i, group_size_ - i) * inverse);
-      // 32,640 alone, the largest that a bf16 becomes, has no two such bytes: 127 * 256 + 127 is 32,639.
+      // The largest integer of a bf16 is 32,640, and it alone has no two such bytes: 127 * 256 + 127 is 32,639.
       const __m512i integer = _mm512_min_epi32(rounded, _mm512_set1_epi32(32639));
       total = _mm512_add_epi32(total, integer);
       const __m512i up = _mm512_add_epi32(integer, _mm512_set1_epi32(128));  // low bytes are -128 .. 127

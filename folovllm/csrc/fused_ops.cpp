@@ -1,9 +1,10 @@
-// What lies between the matmuls, each as one pass over memory: RMSNorm with its residual, rotary, SiLU-mul, argmax.
+// The operators between the matrix products, each as one pass over memory: RMSNorm with its residual, rotary embedding,
+// SiLU-mul, and the sampler's argmax.
 //
 // Milestone: M4. vLLM counterpart: csrc/cpu/{layernorm,pos_encoding,activation}.cpp. Left out: fp16, quantised outputs.
 //
-// For one token none of this is much work: 576 numbers. But in torch each is five operators of 2 to 5 us, 30 layers of
-// which cost as much as the weights. Everything is fp32 between load and store, so a result is rounded once.
+// For one token each of them is little work: 576 numbers. But in torch each is five operators of 2 to 5 us, and 30
+// layers of those cost as much time as reading the weights. All arithmetic is fp32, so a result is rounded once.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -16,13 +17,13 @@
 #include <optional>
 
 #include "ops.h"
-#include "rows.h"
-#include "team.h"
+#include "row_ops.h"
+#include "thread_team.h"
 
 namespace folovllm {
 namespace {
 
-constexpr int64_t kGrain = 1 << 14; // numbers: less work than this is not worth waking a thread
+constexpr int64_t kGrain = 1 << 14; // numbers; less work than this is done before another thread wakes up
 
 template <typename T>
 inline Floats load_or(const T* p, int64_t count, float otherwise) {
@@ -36,7 +37,8 @@ int64_t rows_per_thread(int64_t size) {
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size));
 }
 
-// x [tokens, heads, size] or [rows, size], the last axis dense: where row i = token * heads + head begins.
+// Where the rows of x [tokens, heads, size] or [rows, size] begin: row i is head i % heads of token i / heads. The last
+// axis is dense.
 struct Rows {
   int64_t count, heads, token_stride, head_stride;
 
@@ -64,8 +66,8 @@ void silu_and_mul_row(const T* gate, const T* up, T* out, int64_t size) {
   });
 }
 
-// Place of the largest of `size` numbers, the first among equals; a NaN counts as the largest. Only the runs' maxima are
-// compared on the way, and only the run that won is searched.
+// The place of the largest of `size` numbers, the first among equals. A NaN counts as the largest. The row is passed
+// over in runs of 1,024 numbers, of which only the maxima are compared; then only the winning run is searched.
 template <typename T>
 int64_t first_argmax(const T* row, int64_t size) {
   constexpr int64_t kRun = 1024;
@@ -75,7 +77,7 @@ int64_t first_argmax(const T* row, int64_t size) {
     Floats highest = Floats{} + best;
     Bits is_nan = {};
     for_each_vector(std::min(kRun, size - first), [&](int64_t i, int64_t count) {
-      // Beyond the row's end a buffer holds zeros, which may win: they are replaced by what has already been seen.
+      // The buffer of a partial vector would hold zeros beyond the row's end, which might win. The best so far cannot.
       const Floats v = count == kLanes ? load(row + first + i) : load_or(row + first + i, count, best);
       highest = v > highest ? v : highest;
       is_nan |= (Bits)(v != v);
@@ -95,7 +97,7 @@ int64_t first_argmax(const T* row, int64_t size) {
 
 } // namespace
 
-// norm(x) * weight; or, with `residual`, first residual += x and then norm(residual) * weight. x [..., size] -> same.
+// norm(x) * weight for x [..., size]. With `residual`: first residual += x, and then norm(residual) * weight.
 at::Tensor rms_norm(
     const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight, double eps) {
   const int64_t size = x.size(-1);
@@ -105,13 +107,13 @@ at::Tensor rms_norm(
   const at::Tensor input = with_dense_rows(x), scale = weight.contiguous();
   at::Tensor out = at::empty(x.sizes(), x.options());
   const Rows rows(input);
-  with_type(x.scalar_type(), "rms_norm", [&](auto zero) {
+  dispatch_float_or_bf16(x.scalar_type(), "rms_norm", [&](auto zero) {
     using T = decltype(zero);
     const T* x_data = input.const_data_ptr<T>();
     const T* scale_data = scale.const_data_ptr<T>();
     T* residual_data = residual ? residual->mutable_data_ptr<T>() : nullptr;
     T* out_data = out.mutable_data_ptr<T>();
-    Team::run_range(rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
+    ThreadTeam::run_ranges(rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         T* sum = residual_data == nullptr ? nullptr : residual_data + row * size;
         rms_norm_row(x_data + rows.offset(row), sum, scale_data, out_data + row * size, size, static_cast<float>(eps));
@@ -130,11 +132,11 @@ at::Tensor silu_and_mul(const at::Tensor& gate_up) {
   shape.back() = size;
   at::Tensor out = at::empty(shape, gate_up.options());
   const Rows rows(input);
-  with_type(gate_up.scalar_type(), "silu_and_mul", [&](auto zero) {
+  dispatch_float_or_bf16(gate_up.scalar_type(), "silu_and_mul", [&](auto zero) {
     using T = decltype(zero);
     const T* data = input.const_data_ptr<T>();
     T* out_data = out.mutable_data_ptr<T>();
-    Team::run_range(rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
+    ThreadTeam::run_ranges(rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const T* gate = data + rows.offset(row);
         silu_and_mul_row(gate, gate + size, out_data + row * size, size);
@@ -144,19 +146,19 @@ at::Tensor silu_and_mul(const at::Tensor& gate_up) {
   return out;
 }
 
-// Turn x [tokens, heads, head_size] in place, by cos and sin [tokens, 1, head_size] of the tokens' positions.
+// Rotates x [tokens, heads, head_size] in place, by cos and sin [tokens, 1, head_size] of the tokens' positions.
 at::Tensor rotary_(at::Tensor x, const at::Tensor& cos, const at::Tensor& sin) {
   const int64_t size = x.size(-1);
   TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1 && size % 2 == 0,
               "rotary_ wants [tokens, heads, even size], dense rows");
   check_table(cos, x), check_table(sin, x);
   const Rows rows(x);
-  with_type(x.scalar_type(), "rotary_", [&](auto zero) {
+  dispatch_float_or_bf16(x.scalar_type(), "rotary_", [&](auto zero) {
     using T = decltype(zero);
     T* data = x.mutable_data_ptr<T>();
     const T* cos_data = cos.const_data_ptr<T>();
     const T* sin_data = sin.const_data_ptr<T>();
-    Team::run_range(rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
+    ThreadTeam::run_ranges(rows.count, rows_per_thread(size), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t token = row / rows.heads;
         const T* cos_row = cos_data + token * cos.stride(0);
@@ -168,16 +170,16 @@ at::Tensor rotary_(at::Tensor x, const at::Tensor& cos, const at::Tensor& sin) {
   return x;
 }
 
-// values [rows, size] -> the place of each row's largest, as `first_argmax` says [rows] int64.
+// values [rows, size] -> the place of each row's largest value (first_argmax) [rows] int64.
 at::Tensor argmax(const at::Tensor& values) {
   TORCH_CHECK(values.dim() == 2 && values.size(1) > 0, "argmax wants [rows, size] with a size, not ", values.sizes());
   const at::Tensor rows = with_dense_rows(values);
   at::Tensor out = at::empty({rows.size(0)}, values.options().dtype(at::kLong));
   int64_t* places = out.mutable_data_ptr<int64_t>();
-  with_type(values.scalar_type(), "argmax", [&](auto zero) {
+  dispatch_float_or_bf16(values.scalar_type(), "argmax", [&](auto zero) {
     using T = decltype(zero);
     const T* data = rows.const_data_ptr<T>();
-    Team::run_range(rows.size(0), rows_per_thread(rows.size(1)), [&](int64_t begin, int64_t end) {
+    ThreadTeam::run_ranges(rows.size(0), rows_per_thread(rows.size(1)), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         places[row] = first_argmax(data + row * rows.stride(0), rows.size(1));
       }

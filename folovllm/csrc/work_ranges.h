@@ -1,11 +1,15 @@
-// Work in numbered pieces, a range of them for each thread; a thread that has none left takes over from the others.
+// Numbered pieces of work, of which each thread has a range. A thread that has finished its range takes over from
+// others.
 //
 // Milestone: M4. vLLM counterpart: none (its CPU kernels let OpenMP divide the work).
 //
-// Always the same range for a thread, because each core has a cache of its own: what it read or wrote in the last step, or
-// asked for a moment ago, lies there. On a processor of several chips even the L3 cache is not shared by all cores, and
-// a virtual machine may find its cores on different ones. Taking over, because halves fixed for good would make each
-// thread wait for the other whenever the system, or another machine on the same processor, takes some of its time.
+//   thread 0    0  1  2  3  4        first its own pieces; if they are done, those that thread 1 has not begun
+//   thread 1    5  6  7  8  9
+//
+// A thread has the same range each time, because each core has a cache of its own: what the thread read, wrote or
+// prefetched in the last step is still there. On a processor of several chips the cores do not even share an L3 cache,
+// and a virtual machine may find its cores on different chips. A thread takes over from others, because with fixed
+// halves each thread would wait for the other whenever the system takes some of its time.
 
 #pragma once
 
@@ -13,37 +17,37 @@
 #include <cstdint>
 #include <vector>
 
-#include "team.h"
+#include "thread_team.h"
 
 namespace folovllm {
 
-class Shares {
+class WorkRanges {
  public:
   static constexpr int64_t kNone = -1;
 
   // `total` pieces in equal ranges.
-  Shares(int64_t total, int64_t num_threads) : ranges_(num_threads) {
+  WorkRanges(int64_t total, int64_t num_threads) : ranges_(num_threads) {
     for (int64_t i = 0; i < num_threads; ++i) {
       ranges_[i].next = total * i / num_threads;
       ranges_[i].end = total * (i + 1) / num_threads;
     }
   }
   // Thread i has the pieces from ends[i - 1], or 0, to ends[i].
-  explicit Shares(const std::vector<int64_t>& ends) : ranges_(ends.size()) {
+  explicit WorkRanges(const std::vector<int64_t>& ends) : ranges_(ends.size()) {
     for (size_t i = 0; i < ends.size(); ++i) {
       ranges_[i].next = i == 0 ? 0 : ends[i - 1];
       ranges_[i].end = ends[i];
     }
   }
 
-  // Calls f(thread, piece, after) until all pieces are done. `after`, or kNone, is what the thread does next: it is taken
-  // early, so that it can be fetched.
+  // Calls f(thread, piece, next) in parallel until all pieces are done. `next` is the piece that the thread does
+  // afterwards, or kNone: a thread takes it early, so that `f` can prefetch for it.
   template <typename F>
-  void run(const F& f) {
-    Team::run(num_threads(), [&](int64_t thread) {
-      for (int64_t piece = take(thread), after; piece != kNone; piece = after) {
-        after = take(thread);
-        f(thread, piece, after);
+  void for_each(const F& f) {
+    ThreadTeam::run(num_threads(), [&](int64_t thread) {
+      for (int64_t piece = take(thread), next; piece != kNone; piece = next) {
+        next = take(thread);
+        f(thread, piece, next);
       }
     });
   }

@@ -1,8 +1,8 @@
-// Sixteen fp32 numbers at a time, from and to fp32 or bf16 memory.
+// Vectors of sixteen fp32 numbers, loaded from and stored to fp32 or bf16 memory.
 //
-// Milestone: M4. vLLM counterpart: csrc/cpu/cpu_types_x86.hpp, _arm.hpp, ...: one per kind of CPU. Here there is one
-// for all: the vector types of GCC and Clang, which they lower to what the CPU has (one AVX-512 register, two of AVX2, four
-// of NEON). Intrinsics only where no such type has the instruction. Left out: fp16.
+// Milestone: M4. vLLM counterpart: csrc/cpu/cpu_types_x86.hpp, _arm.hpp, ..., one per kind of CPU. Here one file serves
+// all of them: GCC and Clang lower their vector types to what the CPU has (one AVX-512 register, two of AVX2, four of
+// NEON). Intrinsics are used only for instructions that no vector type has. Left out: fp16.
 
 #pragma once
 
@@ -11,11 +11,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#include "cpu_features.h"
+
+#if FOLOVLLM_BF16_DOT
 #include <immintrin.h>
-#define FOLOVLLM_BF16_DOT 1
-#else
-#define FOLOVLLM_BF16_DOT 0
 #endif
 
 namespace folovllm {
@@ -24,6 +23,7 @@ constexpr int64_t kLanes = 16;
 
 typedef float Floats __attribute__((vector_size(64)));    // [16]
 typedef uint32_t Bits __attribute__((vector_size(64)));   // [16]
+typedef int32_t Ints __attribute__((vector_size(64)));    // [16]
 typedef uint16_t Halves __attribute__((vector_size(32))); // [16], the bits of bf16 numbers
 
 inline Floats load(const float* p) {
@@ -43,7 +43,8 @@ inline void store(float* p, Floats v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-// Round to nearest, ties to even: add just under half of the last bit kept, or half if that bit is odd.
+// Rounds to nearest, ties to even. Without the instruction: adds just under half of the last bit that is kept, or half
+// if that bit is odd.
 inline void store(c10::BFloat16* p, Floats v) {
 #if FOLOVLLM_BF16_DOT
   const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
@@ -55,7 +56,7 @@ inline void store(c10::BFloat16* p, Floats v) {
   std::memcpy(p, &rounded, sizeof(rounded));
 }
 
-// What `load` would find where `store` has put v.
+// v as `load` would read it after `store` has rounded it to T.
 template <typename T>
 inline Floats rounded(Floats v) {
   T memory[kLanes];
@@ -63,7 +64,7 @@ inline Floats rounded(Floats v) {
   return load(memory);
 }
 
-// The last `count` < 16 numbers of a row: by way of a buffer, so that nothing beyond the row is touched.
+// The last `count` < 16 numbers of a row. They pass through a buffer, so that nothing beyond the row is touched.
 template <typename T>
 inline Floats load(const T* p, int64_t count) {
   T buffer[kLanes] = {};
@@ -86,8 +87,8 @@ inline float sum(Floats v) {
   return total;
 }
 
-// e^x to about 2 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, Taylor for e^r, and n added to the exponent's bits.
-// Below -87 it stays at e^-87, above 88 it is infinite: 2^n must be a normal number. A NaN passes through.
+// e^x to about 2 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, a Taylor polynomial for e^r, and n added to the exponent's
+// bits. Because 2^n must be a normal number, the result is e^-87 below -87 and infinite above 88. A NaN stays NaN.
 inline Floats exp(Floats x) {
   const Floats infinity = Floats{} + __builtin_inff();
   const auto overflows = x > 88.0f;

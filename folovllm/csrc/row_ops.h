@@ -1,4 +1,4 @@
-// One row at a time: RMSNorm and rotary, for whoever makes a pass over many rows.
+// Operations on one row of numbers: RMSNorm and rotary embedding. The operators call them for each of their rows.
 //
 // Milestone: M4. vLLM counterpart: csrc/cpu/{layernorm,pos_encoding}.cpp. Left out: fp16.
 
@@ -9,13 +9,13 @@
 #include <cmath>
 #include <cstdint>
 
-#include "vectors.h"
+#include "simd.h"
 
 namespace folovllm {
 namespace {
 
-// Calls visit(first, count) for each 16 numbers of a row of `size`; only the last count can be less. `visit` sees a
-// full vector's count as a constant, so the compiler drops the buffers.
+// Calls visit(first, count) for each 16 numbers of a row of `size`. Only the last count can be less than 16. The
+// compiler sees the count of a full vector as a constant, and so drops the buffers of the partial loads and stores.
 template <typename Visit>
 inline void for_each_vector(int64_t size, const Visit& visit) {
   int64_t i = 0;
@@ -39,11 +39,11 @@ inline void store_some(T* p, Floats v, int64_t count) {
 
 template <typename T>
 void rms_norm_row(const T* x, T* residual, const T* weight, T* out, int64_t size, float eps) {
-  Floats squares[2] = {};  // two sums: an addition need not wait for the one before
+  Floats squares[2] = {};  // two sums, so that an addition need not wait for the one before
   for_each_vector(size, [&](int64_t i, int64_t count) {
     Floats v = load_some(x + i, count);
     if (residual != nullptr) {
-      v = rounded<T>(v + load_some(residual + i, count));  // the norm is of what later layers will see
+      v = rounded<T>(v + load_some(residual + i, count));  // the norm of what later layers will read
       store_some(residual + i, v, count);
     }
     squares[i / kLanes % 2] += v * v;
@@ -55,13 +55,14 @@ void rms_norm_row(const T* x, T* residual, const T* weight, T* out, int64_t size
   });
 }
 
-// cos or sin, for rotating x [tokens, heads, head_size].
+// Checks a table of cos or sin [tokens, 1, head_size] for rotating x [tokens, heads, head_size].
 inline void check_table(const at::Tensor& table, const at::Tensor& x) {
   TORCH_CHECK(table.size(0) == x.size(0) && table.numel() == x.size(0) * x.size(2) && table.stride(-1) == 1 &&
               table.scalar_type() == x.scalar_type(), "cos and sin must be [tokens, 1, head_size]");
 }
 
-// The table's sin has its first half negated: both halves are x * cos + (the other half) * sin.
+// Rotates a head x [2 * half] in place. The first half of the table's sin is negated, so that for both halves of x the
+// result is x * cos + (the other half) * sin.
 template <typename T>
 void rotate_row(T* x, const T* cos, const T* sin, int64_t half) {
   for_each_vector(half, [&](int64_t i, int64_t count) {
@@ -71,9 +72,9 @@ void rotate_row(T* x, const T* cos, const T* sin, int64_t half) {
   });
 }
 
-// Run `body` with the name T standing for float or BFloat16.
+// Calls body(T{}) with T = float or BFloat16.
 template <typename Body>
-void with_type(at::ScalarType type, const char* name, const Body& body) {
+void dispatch_float_or_bf16(at::ScalarType type, const char* name, const Body& body) {
   TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, name, " knows float32 and bfloat16, not ", type);
   type == at::kFloat ? body(float{}) : body(at::BFloat16{});
 }
