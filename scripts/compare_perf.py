@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Measure the milestones beside HuggingFace: `python scripts/compare_perf.py --help`.
 
-Milestone: M1. vLLM counterpart: vllm/benchmarks. The benchmark itself is folovllm/entrypoints/bench; `folovllm bench`
+Milestone: M1. vLLM counterpart: vllm/benchmarks. The benchmark itself is folovllm/benchmarks; `folovllm bench`
 is the same.
 """
 
 import sys
 
-from folovllm.entrypoints.bench import main
+from folovllm.benchmarks import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from folovllm.benchmarks.machine import machine_header
 from folovllm.engine.tokenizer import Tokenizer
-from folovllm.entrypoints.bench.machine import machine_header
 from folovllm.gptq_config import PER_CHANNEL
 from folovllm.hf_config import load_hf_config
 from folovllm.hub import find_model
@@ -120,7 +120,7 @@ def method_of(folder: Path) -> str:
 
 
 def report(rows: list[Row], command: str, machine: dict[str, Any], text: str, source: str) -> dict[str, Any]:
-    """The result file; `results` is the table that scripts/fill_results.py writes into pages."""
+    """The result file; `results` is the table that scripts/dev/fill_results.py writes into pages."""
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     facts = {"source": source, "characters": len(text), "sha256": text_digest(text)}
     table = [table_row(row, rows) for row in rows]

@@ -22,14 +22,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from folovllm.entrypoints.bench.command import Plan, ensure_weights, make_plan, without_folders
-from folovllm.entrypoints.bench.machine import machine_header
-from folovllm.entrypoints.bench.options import BenchOptions, numbers, parse_options
-from folovllm.entrypoints.bench.plot import title_of
-from folovllm.entrypoints.bench.runner import ArmRuns, children_end_with_us, run_rounds
-from folovllm.entrypoints.bench.scenarios import DECODING, LONG, NUM_DECODING
-from folovllm.entrypoints.bench.summary import summarise_arm
-from folovllm.entrypoints.bench.task import BANDWIDTH, ArmTask
+from folovllm.benchmarks.command import Plan, ensure_weights, make_plan, without_folders
+from folovllm.benchmarks.machine import machine_header
+from folovllm.benchmarks.options import BenchOptions, numbers, parse_options
+from folovllm.benchmarks.plot import title_of
+from folovllm.benchmarks.runner import ArmRuns, children_end_with_us, run_rounds
+from folovllm.benchmarks.scenarios import DECODING, LONG, NUM_DECODING
+from folovllm.benchmarks.summary import summarise_arm
+from folovllm.benchmarks.task import BANDWIDTH, ArmTask
 
 WORKLOAD = "long-prompts"
 UNDISTURBED = "undisturbed"  # the decoding requests alone

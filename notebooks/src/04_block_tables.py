@@ -28,7 +28,7 @@ from folovllm.attention.backend import AttentionMetadata, AttentionSpec
 from folovllm.attention.backends.torch_naive import TorchNaiveBackend
 from folovllm.config import EngineConfig
 from folovllm.engine.core import EngineCore
-from folovllm.entrypoints.bench.workloads import make_workload
+from folovllm.benchmarks.workloads import make_workload
 from folovllm.executor.fake import FakeExecutor, fake_tokens
 from folovllm.hf_config import parse_hf_config
 from folovllm.request import Request

@@ -43,6 +43,7 @@ ROWS = {
     "folovllm.hub": 4,
     "folovllm.viz": 5,
     "folovllm.entrypoints": 5,
+    "folovllm.benchmarks": 5,
     "folovllm.learn": 5,
 }
 TORCH_FREE_ROWS = (0, 1)

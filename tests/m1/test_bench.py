@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from folovllm.entrypoints.bench import main
-from folovllm.entrypoints.bench.hf_arm import static_batch_samples
-from folovllm.entrypoints.bench.measure import (
+from folovllm.benchmarks import main
+from folovllm.benchmarks.hf_arm import static_batch_samples
+from folovllm.benchmarks.measure import (
     RequestTiming,
     StepSample,
     decode_bytes_per_second,
@@ -20,9 +20,9 @@ from folovllm.entrypoints.bench.measure import (
     percentile,
     speed_figures,
 )
-from folovllm.entrypoints.bench.options import byte_size, parse_options
-from folovllm.entrypoints.bench.summary import equality_row, first_differences
-from folovllm.entrypoints.bench.workloads import BenchRequest, make_workload
+from folovllm.benchmarks.options import byte_size, parse_options
+from folovllm.benchmarks.summary import equality_row, first_differences
+from folovllm.benchmarks.workloads import BenchRequest, make_workload
 
 pytestmark = pytest.mark.m1
 
@@ -151,6 +151,6 @@ def test_a_failing_arm_keeps_the_others(tiny_model_dir, tmp_path, capsys):
 
 
 def test_figures_in_pages_are_those_of_the_result_files():
-    script = Path(__file__).parents[2] / "scripts" / "fill_results.py"
+    script = Path(__file__).parents[2] / "scripts" / "dev" / "fill_results.py"
     check = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
     assert check.returncode == 0, check.stdout + check.stderr

@@ -1,6 +1,6 @@
 """The default model against HuggingFace, token by token in fp32 and logprob by logprob in bf16 (R1.48, R1.49).
 
-Milestone: M1. HuggingFace's fp32 tokens are a fixture, made by scripts/make_hf_fixture.py; a few are asked again live.
+Milestone: M1. HuggingFace's fp32 tokens are a fixture, made by scripts/dev/make_hf_fixture.py; a few are asked again live.
 The criteria: in fp32 a first difference is allowed only where HuggingFace's top two logits are closer than
 1e-3; in bf16, along HuggingFace's fp32 text, logprobs at most 1.2 times as far off as HuggingFace's own bf16.
 """
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from folovllm import LLM, SamplingParams
-from scripts.make_hf_fixture import PROMPTS, encode, weights_sha256
+from scripts.dev.make_hf_fixture import PROMPTS, encode, weights_sha256
 from tests.parity_helpers import make_config
 
 pytestmark = [pytest.mark.m1, pytest.mark.weights]
@@ -63,7 +63,7 @@ def assert_same(row: dict[str, Any], ours: list[int], num_tokens: int) -> bool:
 
 
 def test_the_fixture_belongs_to_these_weights(model_dir: Path, llm: LLM) -> None:
-    again = "make the fixture again: python scripts/make_hf_fixture.py"
+    again = "make the fixture again: python scripts/dev/make_hf_fixture.py"
     assert FIXTURE["weights_sha256"] == weights_sha256(model_dir), again
     assert {row["name"]: row["prompt_token_ids"] for row in ROWS} == {
         name: encode(llm.get_tokenizer(), prompt) for name, prompt in PROMPTS.items()
@@ -81,7 +81,7 @@ def test_20_prompts_together_equal_huggingface(llm: LLM) -> None:
 
 def test_three_prompts_asked_again_live(model_dir: Path) -> None:
     """The fixture is not stale: HuggingFace as installed here says the same."""
-    from folovllm.entrypoints.hf_baseline import hf_greedy
+    from folovllm.benchmarks.hf_baseline import hf_greedy
 
     rows = [row for row in ROWS if row["name"] in LIVE]
     prompts = [row["prompt_token_ids"] for row in rows]
@@ -155,14 +155,14 @@ def forced_ours(model_dir: Path, rows: list[dict[str, Any]] = BF16_ROWS, **engin
 
 @pytest.fixture(scope="module")
 def exact(model_dir: Path) -> Forced:
-    from folovllm.entrypoints.hf_baseline import load_hf
+    from folovllm.benchmarks.hf_baseline import load_hf
 
     return forced_hf(load_hf(model_dir, "float32"))
 
 
 @pytest.fixture(scope="module")
 def hf_bf16(model_dir: Path, exact: Forced) -> Forced:
-    from folovllm.entrypoints.hf_baseline import load_hf
+    from folovllm.benchmarks.hf_baseline import load_hf
 
     return forced_hf(load_hf(model_dir, "bfloat16"))
 

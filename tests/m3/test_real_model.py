@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from folovllm.engine.tokenizer import Tokenizer
-from scripts.make_hf_fixture import PROMPTS, encode
+from scripts.dev.make_hf_fixture import PROMPTS, encode
 from tests.parity_helpers import Job, add_job, greedy, make_engine, run_jobs
 
 pytestmark = [pytest.mark.m3, pytest.mark.weights]

@@ -73,7 +73,7 @@ def test_it_writes_what_it_measured(script: ModuleType, monkeypatch: pytest.Monk
         assert row["rounds"] == 2 and row["num_layers"] == (3 if decode else 1)
         assert (row["times_kv_read"] is not None) == decode
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert report["command"] == "scripts/bench_attention.py " + " ".join(arguments), "what was run, to be run again"
+    assert report["command"] == "scripts/dev/bench_attention.py " + " ".join(arguments), "what was run, to be run again"
 
 
 @pytest.mark.parametrize(

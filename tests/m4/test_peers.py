@@ -13,15 +13,16 @@ import psutil
 import pytest
 
 from folovllm import milestones
-from folovllm.entrypoints.bench.peers import catalog, environment, main, report, summary, weights
-from folovllm.entrypoints.bench.peers.catalog import OURS, Environment, Peer, PeerError
-from folovllm.entrypoints.bench.peers.command import measure_all
-from folovllm.entrypoints.bench.peers.options import ours, parse_options
-from folovllm.entrypoints.bench.peers.pairs import OursFailedError, PairRuns, plan_pairs, run_pairs
-from folovllm.entrypoints.bench.peers.process import run_guarded
-from folovllm.entrypoints.bench.peers.tasks import Bench
-from folovllm.entrypoints.bench.task import ArmTask
-from folovllm.entrypoints.bench.workloads import BenchRequest, Workload
+from folovllm.benchmarks.task import ArmTask
+from folovllm.benchmarks.workloads import BenchRequest, Workload
+from scripts.peers import catalog, environment, main, report, summary, weights
+from scripts.peers.catalog import OURS, Environment, Peer, PeerError
+from scripts.peers.command import measure_all
+from scripts.peers.options import ours, parse_options
+from scripts.peers.pairs import OursFailedError, PairRuns, plan_pairs, run_pairs
+from scripts.peers.process import run_guarded
+from scripts.peers.tasks import Bench
+from tests.script_loader import load_script
 
 pytestmark = pytest.mark.m4
 
@@ -279,7 +280,7 @@ def test_a_killed_parent_leaves_no_child(tmp_path, number):
 PARENT = """
 import json, sys
 from pathlib import Path
-from folovllm.entrypoints.bench.peers.process import run_guarded, terminate_as_interrupt
+from scripts.peers.process import run_guarded, terminate_as_interrupt
 with terminate_as_interrupt():
     run_guarded(json.loads(sys.argv[1]), Path(sys.argv[2]), timeout=600)
 """
@@ -338,11 +339,7 @@ def with_absent(monkeypatch, peer: Peer, folder: Path) -> None:
 
 def check_page(json_path: Path, folder: Path) -> None:
     """fill_results puts the same table into a page."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import fill_results
-    finally:
-        sys.path.pop(0)
+    fill_results = load_script("fill_results")
     page = f"<!-- results: {json_path} -->\nold\n<!-- /results -->\n"
     filled = fill_results.fill(page, folder)
     assert "| Fake | float32 |" in filled and "old" not in filled and fill_results.fill(filled, folder) == filled

@@ -11,18 +11,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from folovllm.benchmarks.random_weights import checkpoint_folder, write_checkpoint
+from folovllm.benchmarks.task import ArmTask
 from folovllm.csrc.build import load_ops
-from folovllm.entrypoints.bench import step_profile
-from folovllm.entrypoints.bench.random_weights import checkpoint_folder, write_checkpoint
-from folovllm.entrypoints.bench.step_predictions import PREDICTIONS, Sizes
-from folovllm.entrypoints.bench.step_profile import FAMILIES, RUNGS, Job, by_family
-from folovllm.entrypoints.bench.task import ArmTask
 from folovllm.model_executor import fast_ops, huge_pages
 from folovllm.model_executor.fast_layers import FusedDecoderLayers
 from folovllm.model_executor.models.llama import LlamaDecoderLayer
 from tests.script_loader import load_script
 
 pytestmark = pytest.mark.m4
+
+step_profile = load_script("profile_step_arm")
+FAMILIES, RUNGS, Job, by_family = step_profile.FAMILIES, step_profile.RUNGS, step_profile.Job, step_profile.by_family
+PREDICTIONS, Sizes = (getattr(load_script("profile_step_predictions"), name) for name in ("PREDICTIONS", "Sizes"))
 
 LAYERS, BATCH = 2, 3
 
@@ -189,7 +190,7 @@ def test_a_run_of_two_arms(weights, tmp_path, monkeypatch, capsys):
     profile = load_script("profile_step")
     monkeypatch.setattr(profile, "run_job", lambda job, timeout: {"ok": True, "batches": step_profile.measure_arm(job)})
     in_cache = lambda shape: checkpoint_folder(shape, weights)  # noqa: E731
-    monkeypatch.setattr("folovllm.entrypoints.bench.command.checkpoint_folder", in_cache)
+    monkeypatch.setattr("folovllm.benchmarks.command.checkpoint_folder", in_cache)
     files = ["--json", str(tmp_path / "p.json"), "--plot", str(tmp_path / "p.png")]
     small = ["--random-weights", "tiny", "--threads", "1", "--kv-cache-memory", "4MiB", "--bandwidth-memory", "1MiB"]
     which = ["--arms", "1,2", "--batches", "1,2", "--steps", "2", "--context", "16", "--repeats", "1"]
@@ -205,7 +206,7 @@ def test_a_run_of_two_arms(weights, tmp_path, monkeypatch, capsys):
 
 def test_a_failed_arm_is_told(weights, monkeypatch, capsys):
     profile = load_script("profile_step")
-    monkeypatch.setattr("folovllm.entrypoints.bench.command.checkpoint_folder", lambda s: checkpoint_folder(s, weights))
+    monkeypatch.setattr("folovllm.benchmarks.command.checkpoint_folder", lambda s: checkpoint_folder(s, weights))
     monkeypatch.setattr(profile, "run_job", lambda job, timeout: {"ok": False, "error": "it rained"})
     assert profile.main(["--random-weights", "tiny", "--arms", "1"]) == 1
     assert "it rained" in capsys.readouterr().out

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 
 from folovllm import milestones
-from folovllm.entrypoints.bench import main, random_weights
-from folovllm.entrypoints.bench.ablation import ablation_rows
-from folovllm.entrypoints.bench.child import run_one_by_one
-from folovllm.entrypoints.bench.engine_arm import EngineArm
-from folovllm.entrypoints.bench.groups import hit_rate_curves
-from folovllm.entrypoints.bench.measure import RequestTiming, group_figures
-from folovllm.entrypoints.bench.options import parse_options
-from folovllm.entrypoints.bench.requests import BenchRequest, Feed
-from folovllm.entrypoints.bench.runner import run_child
-from folovllm.entrypoints.bench.shapes import SHAPES, shape_architecture, shape_config
-from folovllm.entrypoints.bench.task import ArmTask, ablation_arms, default_arms, parse_arm
-from folovllm.entrypoints.bench.workloads import WORKLOADS, make_workload
+from folovllm.benchmarks import main, random_weights
+from folovllm.benchmarks.ablation import ablation_rows
+from folovllm.benchmarks.child import run_one_by_one
+from folovllm.benchmarks.engine_arm import EngineArm
+from folovllm.benchmarks.groups import hit_rate_curves
+from folovllm.benchmarks.measure import RequestTiming, group_figures
+from folovllm.benchmarks.options import parse_options
+from folovllm.benchmarks.requests import BenchRequest, Feed
+from folovllm.benchmarks.runner import run_child
+from folovllm.benchmarks.shapes import SHAPES, shape_architecture, shape_config
+from folovllm.benchmarks.task import ArmTask, ablation_arms, default_arms, parse_arm
+from folovllm.benchmarks.workloads import WORKLOADS, make_workload
 from folovllm.hf_config import parse_hf_config
 from tests.script_loader import load_script
 
@@ -102,7 +102,7 @@ def test_a_conversation_goes_on_with_the_engines_own_answers(arm):
 
 
 def test_huggingface_takes_turns_but_no_arrivals(tiny_folder, arm):
-    from folovllm.entrypoints.bench.hf_arm import HFArm
+    from folovllm.benchmarks.hf_arm import HFArm
 
     hf = HFArm(task_for(tiny_folder, "hf"))
     firsts = [BenchRequest(list(range(100 + i, 110 + 3 * i)), 5) for i in range(2)]
@@ -317,7 +317,7 @@ time.sleep(60)
 """
 PARENT = """
 import sys
-from folovllm.entrypoints.bench.runner import children_end_with_us, run_child
+from folovllm.benchmarks.runner import children_end_with_us, run_child
 with children_end_with_us():
     run_child([sys.executable, "-c", sys.argv[1], sys.argv[2]], 60)
 """
@@ -343,7 +343,7 @@ def test_a_signal_ends_the_child_and_what_it_started(number, tmp_path):
 def test_even_a_killed_parent_takes_its_child_along(tmp_path):
     """Nothing can be caught there: the child sees its stdin close."""
     script = (
-        "import os, sys, time; from folovllm.entrypoints.bench.child import die_with_parent; die_with_parent();"
+        "import os, sys, time; from folovllm.benchmarks.child import die_with_parent; die_with_parent();"
         "open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
     )
     pid_file = tmp_path / "pid"
@@ -376,8 +376,8 @@ def test_random_weights_ablated_from_arguments_to_files(tmp_path, monkeypatch, t
 @pytest.mark.parametrize("workload", ["long-prompts", "shared-prefix", "few-shot"])
 def test_every_workload_has_its_picture(workload, tmp_path):
     """Drawn from invented figures: a picture must not need a measurement to be tested."""
-    from folovllm.entrypoints.bench.groups import groups_table, page_rows
-    from folovllm.entrypoints.bench.plot_groups import draw_groups
+    from folovllm.benchmarks.groups import groups_table, page_rows
+    from folovllm.benchmarks.plot_groups import draw_groups
 
     groups = {request.group for request in make_workload(workload, 512, count=9).requests}
     latency = {"p50": 2.0, "p99": 5.0}

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from folovllm.entrypoints.bench.runner import ArmRuns
+from folovllm.benchmarks.runner import ArmRuns
 from tests.script_loader import load_script
 
 pytestmark = pytest.mark.m5
@@ -32,7 +32,7 @@ def run(tune, tiny_model_dir, tmp_path, monkeypatch, capsys):
 
     load = hf_config.load_hf_config
     long_enough = lambda folder: dataclasses.replace(load(folder), max_position_embeddings=8192)  # noqa: E731
-    monkeypatch.setattr("folovllm.entrypoints.bench.command.load_hf_config", long_enough)
+    monkeypatch.setattr("folovllm.benchmarks.command.load_hf_config", long_enough)
     seen = []
 
     def invent(tasks, repeats, timeout):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from folovllm import LLM, SamplingParams
-from scripts.make_hf_fixture import REPORT, STORY
+from scripts.dev.make_hf_fixture import REPORT, STORY
 
 pytestmark = [pytest.mark.m6, pytest.mark.weights]
 
@@ -56,7 +56,7 @@ def llm(request: pytest.FixtureRequest, model_dir: Path) -> LLM:
 @pytest.fixture(scope="module")
 def parts_from_hf(model_dir: Path) -> AskHf:
     """(text, positions of its generated tokens) -> those of them that HuggingFace would have chosen otherwise."""
-    from folovllm.entrypoints.hf_baseline import load_hf
+    from folovllm.benchmarks.hf_baseline import load_hf
 
     known: dict[tuple[Text, Text], list[int]] = {}  # the engines give the same texts: ask once
 

@@ -1,4 +1,4 @@
-"""scripts/measure_gptq.py: one command from the model to the tables, on a tiny model (milestone M7)."""
+"""scripts/dev/measure_gptq.py: one command from the model to the tables, on a tiny model (milestone M7)."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from folovllm.entrypoints.cli import app
-from scripts import eval_ppl, measure_gptq
-from scripts.fill_results import fill
+from scripts import eval_ppl
+from scripts.dev import measure_gptq
+from scripts.dev.fill_results import fill
 from tests.m7.quant_helpers import make_quantizable
 
 pytestmark = pytest.mark.m7

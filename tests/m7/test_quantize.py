@@ -30,7 +30,7 @@ from folovllm.quantize.layerwise import (
     bind_no_cache,
 )
 from folovllm.quantize.quantizer import QuantizeJob, QuantizeSettings, quantize_checkpoint
-from scripts.compare_gptqmodel import (
+from scripts.dev.compare_gptqmodel import (
     bound,
     cut_model,
     distance,
@@ -443,7 +443,7 @@ def test_the_source_is_copied_but_for_its_weights(plain: Path, tmp_path: Path) -
 
 
 def test_the_comparison_with_gptqmodel_cuts_models(plain: Path, tmp_path: Path) -> None:
-    """scripts/compare_gptqmodel.py, as far as it goes without GPTQModel."""
+    """scripts/dev/compare_gptqmodel.py, as far as it goes without GPTQModel."""
     cut = cut_model(plain, tmp_path / "cut", 1)
     assert load_hf_config(cut).num_hidden_layers == 1
     assert {tensor.dtype for tensor in all_tensors(cut).values()} == {torch.float16}

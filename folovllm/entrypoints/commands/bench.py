@@ -1,6 +1,6 @@
 """`folovllm bench`: the performance comparison, from the installed command (milestone M1).
 
-vLLM counterpart: vllm/entrypoints/cli/benchmark. The measuring is folovllm/entrypoints/bench.py, which
+vLLM counterpart: vllm/entrypoints/cli/benchmark. The measuring is folovllm/benchmarks.py, which
 scripts/compare_perf.py and `make bench` run too.
 """
 
@@ -9,7 +9,7 @@ import typer
 
 def bench(ctx: typer.Context) -> None:
     """Measure FoloVLLM beside HuggingFace: folovllm bench --help lists the options."""
-    from folovllm.entrypoints.bench import main
+    from folovllm.benchmarks import main
 
     code = main(list(ctx.args))
     if code:

@@ -1,0 +1,38 @@
+"""Writing the pictures of docs/learn: the one place for their resolution, their bytes and their command line.
+
+Milestone: M2. vLLM counterpart: none. Imported by scripts/draw_*_figures.py, which say what is drawn.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no window system needed
+
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[2]
+DPI = 100
+
+
+def save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})  # the same bytes in every run
+    plt.close(figure)
+    print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB")
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """With `--out`; the first line of `doc` is the description."""
+    made = argparse.ArgumentParser(description=doc.split("\n")[0])
+    made.add_argument("--out", type=Path, default=ROOT / "docs/learn/img", help="folder for the PNG files")
+    return made
+
+
+def draw_all(figures: Mapping[str, Callable[[Path], None]], out: Path) -> None:
+    """Each figure by its name, into `out`/NAME.png."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, draw in figures.items():
+        draw(out / f"{name}.png")

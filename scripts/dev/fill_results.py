@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Write measured tables into Markdown pages, from committed result files, so that no figure is typed by hand.
+
+A page says where a table goes and from which file (paths from the repository root):
+
+    <!-- results: milestones/m3/results/compare_perf_A_cpu.json -->
+    ... written by this script ...
+    <!-- /results -->
+
+After the file name, `running=32` keeps only the rows of that value (for files with a list of `results`).
+`view=ladder` writes the table of the rungs with one measured column (for a compare_perf file).
+
+    python scripts/dev/fill_results.py            rewrite all pages
+    python scripts/dev/fill_results.py --check    exit code 1 if a page is not what its result file says
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # for scripts.peers
+BLOCK = re.compile(r"(<!-- results: (\S+)((?: \w+=\w+)*) -->\n).*?(<!-- /results -->)", re.DOTALL)
+PAGES = ("README.md", "docs/**/*.md", "milestones/**/*.md")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; say which pages are out of date")
+    check = parser.parse_args().check
+    stale = []
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        filled = fill(text, page.parent)
+        if filled != text:
+            stale.append(page.relative_to(ROOT))
+            if not check:
+                page.write_text(filled, encoding="utf-8")
+    print(
+        "\n".join(f"{'out of date' if check else 'rewritten'}: {page}" for page in stale) or "all pages are up to date"
+    )
+    return 1 if check and stale else 0
+
+
+def pages() -> Iterator[Path]:
+    for pattern in PAGES:
+        yield from sorted(ROOT.glob(pattern))
+
+
+def fill(text: str, folder: Path) -> str:
+    """`text` of a page in `folder` with every results block rewritten from the file it names."""
+
+    def block(match: re.Match[str]) -> str:
+        file = ROOT / match[2]
+        link = os.path.relpath(file, folder)
+        result = json.loads(file.read_text(encoding="utf-8"))
+        wanted = dict(item.split("=") for item in match[3].split())
+        if wanted.pop("view", None) == "ladder":
+            table = ladder_table(result, link, folder)
+        elif result.get("schema", "").startswith("folovllm.compare_peers/"):
+            table = peers_table(result, link)
+        else:
+            table = plain_table(result, link, wanted) if "results" in result else table_of(result, link)
+        return match[1] + table + match[4]
+
+    return BLOCK.sub(block, text)
+
+
+def table_of(result: dict[str, Any], link: str) -> str:
+    """One row per arm of a compare_perf file, and the facts a reader of a number asks for first."""
+    run, machine = result["run"], result["machine"]
+    modes = run["workload"]["num_requests"]
+    bandwidth = result["bandwidth"]["bytes_per_second"] / 1e9
+    lines = [
+        f"`python {run['command']}` on {machine['cpu']}, {run['threads']} threads, memory reads {bandwidth:.0f} GB/s, "
+        f"{run['dtype']}, median of {run['repeats']}; KV cache {run['kv_cache_memory'] / 2**20:.0f} MiB for "
+        f"every arm but HuggingFace's, max_model_len {run['max_model_len']} ([all figures]({link}), commit "
+        f"{machine['git']['sha'][:10]}).",
+        "",
+        f"| | one by one ({modes['single']}) tok/s | | together ({modes['batch']}) tok/s | | ITL p50 / p99 ms | "
+        "running at once | KV slots used | memory |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    lines += [row(name, arm) for name, arm in result["arms"].items() if "modes" in arm]
+    return "\n".join(lines) + "\n"
+
+
+def ladder_table(result: dict[str, Any], link: str, folder: Path) -> str:
+    """One row per rung: what it adds, its switch, its tokens per second with all requests together, its page."""
+    from folovllm.milestones import LADDER
+
+    run, machine = result["run"], result["machine"]
+    lines = [
+        f"| | adds | switch | {run['workload']['num_requests']['batch']} requests together, tok/s | learn |",
+        "|---|---|---|--:|---|",
+        f"| | HuggingFace `generate`, for comparison | | {batch_speed(result, 'hf')} | |",
+        *(ladder_row(rung, result, folder) for rung in LADDER if rung.built),
+        "",
+        f"Measured in {run['dtype']} on {machine['cpu']}, {run['threads']} threads ([all figures]({link}), commit "
+        f"{machine['git']['sha'][:10]}).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def ladder_row(rung: Any, result: dict[str, Any], folder: Path) -> str:
+    manifest = tomllib.loads((ROOT / "milestones/manifest.toml").read_text(encoding="utf-8"))
+    page = Path(manifest[rung.id]["learn"])
+    switches = [f"`{name}={value!r}`" for name, value in rung.on.items() if value is not None]
+    switch = ", ".join(switches[:2] + ["..."] * (len(switches) > 2))
+    speed = int4_speed(folder) if rung.id == "m7" else batch_speed(result, rung.id)
+    link = f"[{page.stem[:2]}]({os.path.relpath(ROOT / page, folder)})"
+    return f"| {rung.id.upper()} {rung.title} | {rung.adds} | {switch or '-'} | {speed} | {link} |".replace("'", '"')
+
+
+def batch_speed(result: dict[str, Any], arm: str) -> str:
+    modes = result["arms"].get(arm, {}).get("modes")
+    return f"{modes['batch']['output_tok_per_s']:.0f}" if modes else "-"
+
+
+def int4_speed(folder: Path) -> str:
+    """M7 changes the checkpoint, so its cell says what 4 bits are worth where they are: for one request at a time."""
+    file = ROOT / "milestones/m7/results/bench_gptq.json"
+    (row,) = (r for r in json.loads(file.read_text(encoding="utf-8"))["results"] if r["arm"] == "memory")
+    return f"[one request: {row['single']} of bf16]({os.path.relpath(file, folder)})"
+
+
+def peers_table(result: dict[str, Any], link: str) -> str:
+    """One row per engine of a compare_peers file: the table that compare_peers itself writes beside it."""
+    from scripts.peers.report import markdown
+
+    return markdown(result, link)
+
+
+def plain_table(result: dict[str, Any], link: str, wanted: dict[str, str]) -> str:
+    """A file with a list of `results`: their keys are the columns."""
+    machine = result["machine"]
+    rows = [r for r in result["results"] if all(str(r[key]) == value for key, value in wanted.items())]
+    columns = list(rows[0])
+    lines = [
+        f"`python {as_run_today(result['command'])}` on {machine['cpu']}, {machine['cores']} cores, times in {result['unit']} "
+        f"([all figures]({link}), commit {machine['git']['sha'][:10]}).",
+        "",
+        "| " + " | ".join(column.replace("_", " ") for column in columns) + " |",
+        "|" + "--:|" * len(columns),
+    ]
+    lines += ["| " + " | ".join(number(r[column]) for column in columns) + " |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def as_run_today(command: str) -> str:
+    """The command of a result file with its script where it is now: the file records where it was.
+
+    E.g. "scripts/bench_gptq.py --batch 32" -> "scripts/dev/bench_gptq.py --batch 32".
+    """
+    moved = re.sub(r"^scripts/(?=\w+\.py\b)", "scripts/dev/", command)
+    return moved if (ROOT / moved.split()[0]).exists() else command
+
+
+def number(value: Any) -> str:
+    """Whole numbers from 100 on, below that three digits that count."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def row(name: str, arm: dict[str, Any]) -> str:
+    single, batch = arm["modes"]["single"], arm["modes"]["batch"]
+    return (
+        f"| {'HuggingFace' if name == 'hf' else name} | {single['output_tok_per_s']:.1f} | {single['ratio']:.2f}x "
+        f"| {batch['output_tok_per_s']:.1f} | {batch['ratio']:.2f}x "
+        f"| {batch['itl_ms']['p50']:.0f} / {batch['itl_ms']['p99']:.0f} | {batch['max_running']:.0f} "
+        f"| {batch['kv_utilisation']:.0%} | {arm['memory']['peak_rss_bytes'] / 2**20:.0f} MiB |"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

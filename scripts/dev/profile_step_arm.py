@@ -1,0 +1,292 @@
+"""One arm of scripts/dev/profile_step.py: a decode step of the engine with later changes switched off, cut into parts.
+
+Milestone: M4. vLLM counterpart: its torch profiler hooks (VLLM_TORCH_PROFILER_DIR), which show one state of the engine.
+Left out: GPUs. The figures come from two passes of one process, undisturbed steps first, then steps under the profiler.
+"""
+
+import contextlib
+import json
+import math
+import mmap
+import random
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from folovllm.benchmarks import probe
+from folovllm.benchmarks.child import die_with_parent
+from folovllm.benchmarks.engine_arm import make_engine
+from folovllm.benchmarks.summary import median_of
+from folovllm.benchmarks.task import ArmTask
+from folovllm.engine.llm_engine import LLMEngine
+from folovllm.executor.uniproc import UniProcExecutor
+from folovllm.model_executor import fast_ops, huge_pages
+from folovllm.model_executor.layers.activation import SiluAndMul
+from folovllm.model_executor.layers.layernorm import RMSNorm
+from folovllm.model_executor.layers.linear import LinearBase
+from folovllm.model_executor.layers.rotary_embedding import ApplyRotary
+from folovllm.model_executor.models.llama import LlamaDecoderLayer
+from folovllm.sampling_params import RequestOutputKind, SamplingParams
+from folovllm.worker import model_runner
+
+WARM_UP, PROFILED = 5, 5  # decode steps before the timed ones, and under the profiler after them
+SPAN = "family:"
+SPANS = {LinearBase: "linear", RMSNorm: "norm", ApplyRotary: "rotary", SiluAndMul: "silu", LlamaDecoderLayer: "layer"}
+FAMILIES = ("linear", "attention", "kv_write", "norm", "rotary", "silu", "layer", "sampler", "other")
+ALL_LAYERS = "folovllm::decoder_layers"
+MATMUL_SIZE, MATMUL_REPEATS = 1024, 7
+
+Figures = dict[str, Any]  # one arm at one batch size
+
+
+# ---- the ladder
+
+
+@dataclass(frozen=True)
+class Rung:
+    """An arm. `engine` is what `parse_arm` reads."""
+
+    number: int
+    change: str
+    engine: str
+    temperature: float = 0.0
+
+
+_NAIVE = "m4+attention_backend=torch_naive+linear_backend="
+_PAGED = "m4+attention_backend=cpu_paged+linear_backend=auto"
+RUNGS = (
+    Rung(1, "plain torch", _NAIVE + "torch"),
+    Rung(2, "+ oneDNN packing", _NAIVE + "onednn"),
+    Rung(3, "+ C++ linears, norm, rotary, SiLU", _NAIVE + "auto"),
+    Rung(4, "+ cpu_paged attention", _PAGED),
+    Rung(5, "+ SiLU inside gate_up", _PAGED),
+    Rung(6, "+ all layers in one call", _PAGED),
+    Rung(7, "+ huge pages", _PAGED),
+    Rung(8, "temperature 0.8, top_p 0.95", _PAGED, temperature=0.8),
+)
+GATED, ONE_CALL, HUGE = 5, 6, 7  # the rungs that have no switch in the config
+
+
+def later_changes_off(number: int) -> contextlib.ExitStack:
+    """THE ONE PLACE where an arm loses, by patching, the changes that come after it and that no switch turns off."""
+    off = contextlib.ExitStack()
+    if number < HUGE:  # weights and KV cache lie in pages of 4 KiB
+        for module in (huge_pages, model_runner):
+            off.enter_context(mock.patch.object(module, "huge_zeros", ordinary_zeros))
+    if number < ONE_CALL:  # layers run module by module
+        off.enter_context(mock.patch.object(model_runner, "fuse_decoder_layers", lambda model, backend: False))
+    if number < GATED:  # the activation is an operator of its own
+        off.enter_context(mock.patch.object(fast_ops, "fuse_mlps", lambda model, ops: None))
+    return off
+
+
+def ordinary_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """`torch.zeros`, in 4 KiB pages even where the system hands out huge ones without being asked."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes == 0 or not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes).view(dtype).view(shape)
+
+
+# ---- one arm, in its own process
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the process of one arm is asked to do."""
+
+    number: int
+    task: ArmTask
+    batches: tuple[int, ...]
+    context: int
+    steps: int
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Job":
+        plain = json.loads(text)
+        task = ArmTask.from_json(json.dumps(plain.pop("task")))
+        return cls(**plain | {"task": task, "batches": tuple(plain["batches"])})
+
+
+def child_main(job_file: Path, result_file: Path) -> int:
+    die_with_parent()
+    job = Job.from_json(job_file.read_text())
+    torch.set_num_threads(job.task.threads)
+    try:
+        result: dict[str, Any] = {"ok": True, "batches": measure_arm(job)}
+    except BaseException as error:
+        traceback.print_exc()
+        result = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+    result_file.write_text(json.dumps(result))
+    return 0 if result["ok"] else 1
+
+
+def measure_arm(job: Job) -> dict[str, Figures]:
+    """Batch size -> what a decode step of that many requests takes."""
+    with later_changes_off(job.number):
+        engine = make_engine(replace(job.task, arm=RUNGS[job.number - 1].engine))
+    figures = {}
+    for batch in job.batches:
+        before = memory_speed(job.task.bandwidth_bytes)
+        ids = start_decoding(engine, job, batch)
+        figure = timed_steps(engine, batch, job.steps) | profiled_steps(engine)
+        engine.abort_request(ids)
+        after = memory_speed(job.task.bandwidth_bytes)
+        figure["bandwidth"] = {pages: (before[pages] + after[pages]) / 2 for pages in before}
+        figure["flops"] = matmul_speed(getattr(torch, job.task.dtype))
+        operators = sum(family["ms"] for family in figure["families"].values())
+        figure["python_ms"] = max(0.0, figure["step_ms"] - operators)
+        figures[str(batch)] = figure
+    return figures
+
+
+def memory_speed(num_bytes: int) -> dict[str, float]:
+    """Bytes per second of a plain read, in both kinds of pages."""
+    huge = probe.measure_bandwidth("cpu", num_bytes)["bytes_per_second"]
+    with mock.patch.object(probe, "huge_zeros", ordinary_zeros):
+        return {"huge": huge, "ordinary": probe.measure_bandwidth("cpu", num_bytes)["bytes_per_second"]}
+
+
+def matmul_speed(dtype: torch.dtype) -> float:
+    """Operations per second of a square product, the best of a few."""
+    a = torch.ones(MATMUL_SIZE, MATMUL_SIZE, dtype=dtype)  # [MATMUL_SIZE, MATMUL_SIZE]
+    seconds = []
+    for _ in range(MATMUL_REPEATS):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return 2 * MATMUL_SIZE**3 / min(seconds)
+
+
+def start_decoding(engine: LLMEngine, job: Job, batch: int) -> list[str]:
+    """`batch` requests in mid-decode, warm; over the timed steps their contexts average `job.context`."""
+    temperature = RUNGS[job.number - 1].temperature
+    params = SamplingParams(
+        temperature=temperature,
+        top_p=0.95 if temperature else 1.0,
+        seed=0,
+        max_tokens=WARM_UP + job.steps + PROFILED + batch + 1,  # those who were admitted first are ahead
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    rng = random.Random(batch)
+    length = max(1, job.context - job.steps // 2 - WARM_UP)
+    ids = [f"{batch}-{i}" for i in range(batch)]
+    for request_id in ids:
+        prompt = [rng.randrange(3, job.task.vocab_size) for _ in range(length)]
+        engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
+    engine.step()
+    while engine.stats().num_waiting or engine.stats().num_scheduled_tokens != batch:
+        engine.step()
+    for _ in range(WARM_UP):
+        engine.step()
+    return ids
+
+
+def timed_steps(engine: LLMEngine, batch: int, steps: int) -> Figures:
+    """Medians of `execute` (forward pass), `sample` (head and sampler), and the rest of `step()`; on a CPU all wait."""
+    runner, spent, rows = runner_of(engine), {"execute": 0.0, "sample": 0.0}, []
+
+    def timed(name: str) -> Callable[..., Any]:
+        call = getattr(runner, name)
+
+        def wrapper(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = call(*args)
+            spent[name] = (time.perf_counter() - start) * 1e3
+            return result
+
+        return wrapper
+
+    with mock.patch.multiple(runner, execute=timed("execute"), sample=timed("sample")):
+        for _ in range(steps):
+            start = time.perf_counter()
+            engine.step()
+            step = (time.perf_counter() - start) * 1e3
+            assert engine.stats().num_scheduled_tokens == batch, "a decode step has one token of everybody"
+            rows.append({**spent, "rest": step - sum(spent.values()), "step": step})
+    return {f"{name}_ms": statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+def profiled_steps(engine: LLMEngine) -> Figures:
+    """Milliseconds and operators of a step, by family; after the timed steps, whose times this must not disturb."""
+    steps = []
+    with spans(runner_of(engine)):
+        for _ in range(PROFILED):
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                engine.step()
+            steps.append(by_family(profiler.events()))
+    return dict(median_of(steps))
+
+
+@contextlib.contextmanager
+def spans(runner: model_runner.ModelRunner) -> Iterator[None]:
+    """Let the profiler see on whose behalf an operator runs: names alone do not say, both sides multiply and copy."""
+    assert isinstance(runner.model, torch.nn.Module)
+    targets: list[tuple[Any, str, str]] = [
+        (module, "forward", family)
+        for module in runner.model.modules()
+        for kind, family in SPANS.items()
+        if isinstance(module, kind)
+    ]
+    targets += [(runner.backend, "forward", "attention"), (runner.backend, "prepare", "attention")]
+    targets += [(runner.backend, "write", "kv_write"), (runner, "sampler", "sampler")]
+    with contextlib.ExitStack() as stack:
+        for owner, name, family in targets:
+            stack.enter_context(mock.patch.object(owner, name, spanned(getattr(owner, name), family)))
+        yield
+
+
+def spanned(call: Callable[..., Any], family: str) -> Callable[..., Any]:
+    def wrapper(*args: Any) -> Any:
+        with record_function(SPAN + family):
+            return call(*args)
+
+    return wrapper
+
+
+def by_family(events: Iterable[Any]) -> Figures:
+    """Operators called from Python (those that they call count as their part), by the innermost span around them."""
+    families = {name: {"ms": 0.0, "operators": 0, "calls": 0} for name in FAMILIES}
+    in_layers = 0
+    for event in events:
+        around = list(ancestors(event))  # innermost first
+        if event.name.startswith(SPAN):
+            families[event.name.removeprefix(SPAN)]["calls"] += 1
+        elif "::" in event.name and all(name.startswith(SPAN) for name in around):
+            family = around[0].removeprefix(SPAN) if around else "other"
+            if family == "layer":
+                family = "other"  # views between the modules
+            if event.name == ALL_LAYERS:
+                family = "layer"
+            families[family]["ms"] += event.cpu_time_total / 1e3
+            families[family]["operators"] += 1
+            in_layers += SPAN + "layer" in around
+    operators = sum(family["operators"] for family in families.values())
+    return {"families": families, "operators": operators, "operators_in_layers": in_layers}
+
+
+def ancestors(event: Any) -> Iterator[str]:
+    while (event := event.cpu_parent) is not None:
+        yield event.name
+
+
+def runner_of(engine: LLMEngine) -> model_runner.ModelRunner:
+    executor = engine.engine_core.executor
+    assert isinstance(executor, UniProcExecutor)
+    return executor.worker.model_runner

@@ -1,0 +1,63 @@
+"""The picture of a comparison: one panel per mode, one bar per engine, whiskers from the lowest to the highest repeat.
+
+Milestone: M4. vLLM counterpart: none. No torch.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from folovllm.benchmarks.plot import BASELINE_GREY, DPI, MODE_COLOURS, plt
+
+TITLES = {"single": "{n} requests one after another", "batch": "{n} requests at once"}
+
+
+def write_plot(result: dict[str, Any], path: Path) -> list[Path]:
+    """Ours in colour, the peers grey, the number and our ratio at each bar; nothing if nothing was measured."""
+    arms = [arm for arm in result["arms"].values() if "modes" in arm]
+    if not arms:
+        return []
+    modes = result["run"]["modes"]
+    height = 1.6 + 0.55 * len(arms)
+    figure, axes = plt.subplots(1, len(modes), figsize=(7 * len(modes), height), layout="constrained", squeeze=False)
+    figure.suptitle(_title(result), fontsize=10)
+    for ax, mode in zip(axes[0], modes, strict=True):
+        _bars(ax, arms, mode)
+        ax.set_title(TITLES[mode].format(n=result["run"]["workload"]["num_requests"][mode]), fontsize=10)
+        if mode == "single" and "floor_tok_per_s" in result["bandwidth"]:
+            _floor(ax, result["bandwidth"]["floor_tok_per_s"], result["run"]["dtype"])
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    plt.close(figure)
+    return [path]
+
+
+def _bars(ax: Any, arms: list[dict[str, Any]], mode: str) -> None:
+    speeds = [arm["modes"][mode]["output_tok_per_s"] for arm in arms]
+    middles = [speed["median"] for speed in speeds]
+    whiskers = [[s["median"] - s["min"] for s in speeds], [s["max"] - s["median"] for s in speeds]]
+    colours = [BASELINE_GREY if "ratio" in arm["modes"][mode] else MODE_COLOURS[mode] for arm in arms]
+    places = range(len(arms))
+    ax.barh(places, middles, xerr=whiskers, color=colours, error_kw={"elinewidth": 1, "capsize": 3})
+    for place, arm, speed in zip(places, arms, speeds, strict=True):
+        ratio = arm["modes"][mode].get("ratio")
+        label = f"  {speed['median']:.0f}" + (f"  (ours {ratio['median']:.2f}x)" if ratio else "")
+        ax.text(speed["max"], place, label, va="center", fontsize=9)
+    ax.set_yticks(places, [f"{arm['label']}\n{arm['weights']}" for arm in arms], fontsize=9)
+    ax.invert_yaxis()  # ours on top
+    ax.margins(x=0.25)
+    ax.set_xlim(left=0)
+    ax.set_xlabel("output tokens / s")
+
+
+def _floor(ax: Any, floor: float, dtype: str) -> None:
+    ax.axvline(floor, color="black", linestyle="--", linewidth=1)
+    ax.text(floor, -0.55, f" {dtype} bandwidth floor {floor:.0f}", fontsize=8, va="bottom")
+
+
+def _title(result: dict[str, Any]) -> str:
+    run, machine = result["run"], result["machine"]
+    git = machine["git"] or {"sha": "unknown", "dirty": False}
+    commit = git["sha"][:10] + (" + changes" if git["dirty"] else "")
+    return (
+        f"{run['model']}, workload {run['workload']['name']}, {machine['cpu']}, {run['threads']} threads, medians of "
+        f"{run['repeats']} pairs, commit {commit}, {result['date'][:10]}"
+    )
