@@ -2,7 +2,7 @@
 """Which token budget? Sweeps `max_num_batched_tokens` while 8 requests decode and 4,000-token prompts arrive.
 
 Milestone: M5. vLLM counterpart: benchmarks/auto_tune. The budget is how many tokens one step computes: decoding
-requests take one each, the rest of it goes to the prompt. A small one keeps the steps short, so nobody who decodes
+requests take one each, the rest of it goes to the prompt. A small one keeps the steps short, so no decoding request
 waits long; a large one has the prompt done in fewer steps, and wastes less. What to want is a promise to the users, an
 SLO (service level objective): of the budgets that keep it, the one that answers long prompts soonest is picked.
 
@@ -14,22 +14,20 @@ processes, the budgets in turn; medians count.
 """
 
 import argparse
-import json
-import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from folovllm.benchmarks.command import Plan, ensure_weights, make_plan, without_folders
+from folovllm.benchmarks.arms import BANDWIDTH, ArmTask
+from folovllm.benchmarks.command import Plan, describe_run, ensure_weights, make_plan
 from folovllm.benchmarks.machine import machine_header
+from folovllm.benchmarks.metrics import ArmRuns, summarise_arm
 from folovllm.benchmarks.options import BenchOptions, numbers, parse_options
-from folovllm.benchmarks.plot import title_of
-from folovllm.benchmarks.runner import ArmRuns, children_end_with_us, run_rounds
-from folovllm.benchmarks.scenarios import DECODING, LONG, NUM_DECODING
-from folovllm.benchmarks.summary import summarise_arm
-from folovllm.benchmarks.task import BANDWIDTH, ArmTask
+from folovllm.benchmarks.report import write_json
+from folovllm.benchmarks.runner import run_rounds, terminate_as_interrupt
+from folovllm.benchmarks.workloads import DECODING, LONG, NUM_DECODING
 
 WORKLOAD = "long-prompts"
 UNDISTURBED = "undisturbed"  # the decoding requests alone
@@ -145,7 +143,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Three curves over the budget; the SLO as a line, the picked budget marked in all."""
-    from matplotlib import pyplot as plt
+    from folovllm.benchmarks.plot import plt, save, title_of
 
     budgets = [p["budget"] for p in result["results"]]
     figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
@@ -170,9 +168,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             ax.legend()
         else:
             ax.set_ylim(bottom=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    save(figure, path)
 
 
 def run(args: argparse.Namespace, options: BenchOptions, argv: list[str]) -> int:
@@ -181,28 +177,19 @@ def run(args: argparse.Namespace, options: BenchOptions, argv: list[str]) -> int
     ensure_weights(plan)
     runs = run_rounds(make_tasks(plan, args.budgets), options.repeats, options.timeout)
     probe = runs.pop(BANDWIDTH).results
+    described = describe_run(plan, "scripts/tune_chunk_size.py", argv)
     result = {
         "schema": "folovllm.tune_chunk_size/1",
         "date": now.isoformat(timespec="seconds"),
-        "command": shlex.join(["scripts/tune_chunk_size.py", *map(without_folders, argv)]),
+        "command": described["command"],
         "unit": "ms",
         "machine": machine | (probe[0]["device"] if probe else {}),
-        "run": {
-            "model": without_folders(options.model_name),
-            "dtype": options.dtype,
-            "device": plan.task.device,
-            "threads": options.threads,
-            "repeats": options.repeats,
-            "max_model_len": options.max_model_len,
-            "kv_cache_memory": options.kv_cache_memory,
-            "workload": {"name": WORKLOAD, "sha256": plan.task.make_workload().digest()},
-        },
+        "run": described,
         **summarise(runs, args),
     }
     stem = options.output / f"tune_chunk_size_{plan.task.device}_{now:%Y%m%d-%H%M%S}"
     json_file, plot_file = args.json or stem.with_suffix(".json"), args.plot or stem.with_suffix(".png")
-    json_file.parent.mkdir(parents=True, exist_ok=True)
-    json_file.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, json_file)
     draw(result, plot_file)
     print_table(result)
     print(f"wrote {json_file}\nwrote {plot_file}")
@@ -213,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args, options = parse_args(argv)
     try:
-        with children_end_with_us():
+        with terminate_as_interrupt():
             return run(args, options, argv)
     except (ValueError, OSError) as error:
         print(f"tune_chunk_size.py: error: {error}", file=sys.stderr)

@@ -1,18 +1,13 @@
 """The benchmark: every milestone of the ladder beside HuggingFace, on the same requests, in the same run.
 
 Milestone: M1 (the arms m2, m3, ... join as their rungs are built). vLLM counterpart: vllm/benchmarks. Left out: the
-serving benchmark (it needs a server) and arrivals by the clock.
+serving benchmark (it needs a server) and arrivals by the clock. Other engines are in scripts/peers, on the same runner.
 
-    command   from arguments to files             options       the arguments, checked
-    task      what one process is asked to do     workloads     which requests it sends, by name
-    requests  requests, and when they are sent    scenarios     those of M5 and M6
-    runner    one fresh process per arm           child         that process: measures, writes JSON
-    engine_arm, hf_arm  who answers               measure       time stamps and counters -> figures
-    probe     memory bandwidth                    machine       where it ran
-    shapes    public models' configs              random_weights  a checkpoint in such a shape
-    summary   medians, ratios, token equality     groups, ablation  by kind of request, by rung
-    report, tables, plot, plot_groups  what a reader sees
-    peers     other engines beside ours (scripts/compare_peers.py)
+    command       from arguments to files            options      the arguments, checked
+    workloads     which requests, and when           arms         the engines to compare, and driving ours
+    hf_baseline   HuggingFace as an arm              runner       one fresh process per arm; guard ends it with us
+    metrics       time stamps -> figures             machine      where it ran, and how fast its memory is
+    report, plot  what a reader sees                 random_model weights in the shape of a public model
 """
 
 from folovllm.benchmarks.command import main

@@ -3,34 +3,32 @@
 Milestone: M1. vLLM counterpart: `vllm bench`. No torch in this process, unless it has to look for a GPU.
 """
 
-import shlex
 import sys
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from folovllm.benchmarks import report, summary
-from folovllm.benchmarks.ablation import ablation_rows
-from folovllm.benchmarks.groups import page_rows
-from folovllm.benchmarks.machine import machine_header
+from folovllm.benchmarks import metrics, report
+from folovllm.benchmarks.arms import BANDWIDTH, WEIGHTS, ArmTask
+from folovllm.benchmarks.machine import command_line, machine_header, without_folders
 from folovllm.benchmarks.options import BenchOptions, parse_options
-from folovllm.benchmarks.random_weights import check_room, checkpoint_folder, is_written
-from folovllm.benchmarks.runner import children_end_with_us, run_rounds, run_task, say
-from folovllm.benchmarks.shapes import shape_architecture
-from folovllm.benchmarks.task import BANDWIDTH, WEIGHTS, ArmTask
+from folovllm.benchmarks.random_model import check_room, checkpoint_folder, is_written, shape_architecture
+from folovllm.benchmarks.runner import answer, do_task, run_rounds, run_task, say, terminate_as_interrupt
 from folovllm.benchmarks.workloads import WORKLOADS, make_workload
 from folovllm.config import DTYPE_BYTES
 from folovllm.hf_config import ModelArchitecture, load_hf_config
-from folovllm.hub import find_model
+from folovllm.hub import resolve_model
 
+SCRIPT = "scripts/compare_perf.py"
 SCHEMA = "folovllm.compare_perf/1"
 NOTES = (
     "Every arm runs in a fresh process per repeat, the arms in turn (every second round backwards), each after a "
     "warm-up of a few short requests; figures are medians over the repeats, a p99 is the median of the repeats' p99.",
     "Throughput counts output tokens; the time includes the prompts. Greedy, EOS ignored, no text is made of tokens.",
     "hf single: generate, one request after another. hf batch: one static batch, padded on the left, decoded until the "
-    "longest output is complete; tokens nobody asked for are not counted. Its KV figures are calculated.",
+    "longest output is complete; tokens beyond what a request asked for are not counted. Its KV figures are "
+    "calculated.",
     "The prefix cache is emptied before every mode but warm, which repeats cold. long-prompts: requests arrive between "
     "two steps, when the decoding ones have got so many tokens each; TTFT counts from there.",
     "KV utilisation: slots that hold K/V over slots in reserved blocks, mean over the steps.",
@@ -56,6 +54,10 @@ class Plan:
         return self.arch.kv_bytes_per_token(DTYPE_BYTES[self.options.dtype])
 
     @property
+    def weight_bytes_per_token(self) -> int:
+        return metrics.weight_bytes_per_token(self.arch, DTYPE_BYTES[self.options.dtype])
+
+    @property
     def fit_tasks(self) -> list[ArmTask]:
         """Our arms on the batch alone, in a cache of a few full-length pages (and the null page)."""
         if self.options.fit_pages is None:
@@ -69,11 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 0 if all went well, 1 if an arm failed or float32 tokens differ, 2 for a wrong command."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--arm"]:  # hidden: this process is one arm of another one's benchmark
-        from folovllm.benchmarks.child import child_main
-
-        return child_main(Path(argv[1]), Path(argv[2]))
+        return answer(Path(argv[1]), Path(argv[2]), do_task)
     options = parse_options(argv)
-    with children_end_with_us():
+    with terminate_as_interrupt():
         return run(options, argv)
 
 
@@ -87,27 +87,34 @@ def run(options: BenchOptions, argv: list[str]) -> int:
         print(f"compare_perf.py: error: {error}", file=sys.stderr)
         return 2
     result = measure(plan, argv)
-    files = report.write_files(result, options.output, datetime.now())
-    report.print_tables(result, files)
+    report.print_tables(result, write_files(result, options.output))
     return 0 if result["ok"] else 1
 
 
+def write_files(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Write the JSON and the plots to `folder`; returns their paths."""
+    from folovllm.benchmarks.plot import write_plots  # matplotlib takes a while: not before the arms have run
+
+    now, described = datetime.now(), result["run"]
+    result["date"] = now.isoformat(timespec="seconds")
+    stem = f"compare_perf_{described['workload']['name']}_{described['device']}_{now:%Y%m%d-%H%M%S}"
+    json_file = report.write_json(result, folder / f"{stem}.json")
+    return [json_file, *write_plots(report.name_arms(result), folder, stem)]
+
+
 def make_plan(options: BenchOptions) -> Plan:
-    """Find the model and check that the workload suits it. ValueError says what to change."""
+    """Find the model and check that the workload suits it. Raises ValueError that says what to change."""
     device = options.device
     if device != "cpu":
-        from folovllm.platforms import choose_device
+        from folovllm.platforms import resolve_device
 
-        device = choose_device(device)
-    folder, arch = model_of(options, device)
+        device = resolve_device(device)
+    folder, arch = look_up_model(options, device)
     workload = make_workload(options.workload, arch.vocab_size, options.num_requests, options.hit_rates)
-    if options.max_model_len > arch.max_position_embeddings:
+    if not workload.longest <= options.max_model_len <= arch.max_position_embeddings:
         raise ValueError(
-            f"--max-model-len {options.max_model_len}: the model has {arch.max_position_embeddings} positions"
-        )
-    if workload.longest > options.max_model_len:
-        raise ValueError(
-            f"--max-model-len {options.max_model_len} is too short: the longest request has {workload.longest} tokens"
+            f"--max-model-len {options.max_model_len}: the longest request has {workload.longest} tokens and the model "
+            f"{arch.max_position_embeddings} positions; choose a length between them"
         )
     task = ArmTask(
         arm="",
@@ -129,10 +136,10 @@ def make_plan(options: BenchOptions) -> Plan:
     return Plan(options, task, arch)
 
 
-def model_of(options: BenchOptions, device: str) -> tuple[Path, ModelArchitecture]:
+def look_up_model(options: BenchOptions, device: str) -> tuple[Path, ModelArchitecture]:
     """The folder of the weights, real or (not written yet, perhaps) random, and what config.json says."""
     if options.random_weights is None:
-        folder = find_model(options.model, pull=True)
+        folder = resolve_model(options.model, pull=True)
         return folder, load_hf_config(folder)
     folder = checkpoint_folder(options.random_weights)
     check_room(options.random_weights, folder, device, options.dtype)
@@ -156,27 +163,26 @@ def measure(plan: Plan, argv: list[str]) -> dict[str, Any]:
     machine = machine_header()  # first: the load average should not be ours
     runs = run_rounds(plan.tasks, options.repeats, options.timeout)
     probe = runs.pop(BANDWIDTH)
-    arms = {name: summary.summarise_arm(arm_runs) for name, arm_runs in runs.items()}
-    bandwidth = summary.median_of([r["bandwidth"] for r in probe.results]) if probe.results else None
-    reference = summary.add_ratios(arms, bandwidth["bytes_per_second"] if bandwidth else None)
-    equality = summary.equality_rows(runs, must_be_equal=options.dtype == "float32")
+    arms = {name: metrics.summarise_arm(arm_runs) for name, arm_runs in runs.items()}
+    bandwidth = metrics.median_of([r["bandwidth"] for r in probe.results]) if probe.results else None
+    reference = metrics.add_ratios(arms, bandwidth["bytes_per_second"] if bandwidth else None)
+    equality = metrics.equality_rows(runs, must_be_equal=options.dtype == "float32")
     fit = {task.arm: run_fit(task, options.timeout) for task in plan.fit_tasks}
-    ablation = ablation_rows(arms, options.arms) if options.ablate else []
     failed = [run for run in [probe, *runs.values()] if run.error] + [run for run in fit.values() if not run["ok"]]
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "ok": not failed and all(row["ok"] for row in equality) and all(map(_repeats_agree, arms.values())),
         "machine": machine | (probe.results[0]["device"] if probe.results else {}),
-        "run": describe_run(plan, argv),
+        "run": describe_run(plan, SCRIPT, argv),
         "bandwidth": bandwidth or {"error": probe.error},
         "reference": reference,
         "arms": arms,
         "equality": equality,
         "fit": fit,
-        "ablation": ablation,
+        "ablation": metrics.ablation_rows(arms, options.arms) if options.ablate else [],
         "notes": list(NOTES),
     }
-    if rows := page_rows(result):
+    if rows := report.page_rows(result):
         result |= {"command": result["run"]["command"], "unit": "ms", "results": rows}
     return result
 
@@ -193,14 +199,14 @@ def run_fit(task: ArmTask, timeout: float) -> dict[str, Any]:
     return {"ok": True, "kv_cache": result["kv_cache"], **{name: figures[name] for name in wanted}}
 
 
-def describe_run(plan: Plan, argv: list[str]) -> dict[str, Any]:
+def describe_run(plan: Plan, script: str, argv: list[str]) -> dict[str, Any]:
     """What was run, so that it can be run again."""
-    options, workload = plan.options, plan.task.make_workload()
+    options, task, workload = plan.options, plan.task, plan.task.make_workload()
     return {
-        "command": shlex.join(["scripts/compare_perf.py", *map(without_folders, argv)]),
+        "command": command_line(script, argv),
         "model": without_folders(options.model_name),
         "random_weights": options.random_weights,
-        "device": plan.task.device,
+        "device": task.device,
         "dtype": options.dtype,
         "threads": options.threads,
         "repeats": options.repeats,
@@ -210,17 +216,12 @@ def describe_run(plan: Plan, argv: list[str]) -> dict[str, Any]:
         "workload": {
             "name": workload.name,
             "about": WORKLOADS[workload.name].about,
-            "num_requests": {mode: len(workload.for_mode(mode)) for mode in workload.modes},
+            "num_requests": {mode: len(workload.for_mode(mode)) for mode in task.modes},
             "prompt_tokens": sum(workload.prompt_lens),
             "output_tokens": sum(request.output_len for request in workload.requests),
             "sha256": workload.digest(),
         },
     }
-
-
-def without_folders(text: str) -> str:
-    """An absolute path without the folders before its name: results are published, the layout of a disk is not."""
-    return Path(text).name if Path(text).is_absolute() else text
 
 
 def _repeats_agree(arm: dict[str, Any]) -> bool:

@@ -1,56 +1,48 @@
-"""HFArm: HuggingFace's `generate`, the baseline everybody has.
+"""HFArm: HuggingFace's `generate`, the baseline that every reader has.
 
 Milestone: M1. vLLM counterpart: run_hf in vllm/benchmarks/throughput.py.
-
-One request alone is generated as it is. Several are one static batch: padded on the left to the longest prompt, decoded
-until the longest output is complete; tokens beyond what a request asked for are dropped and not counted. `generate`
-tells no times, so a stopping criterion that never stops notes the time of every step.
 """
 
 import itertools
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-from folovllm.benchmarks.engine_arm import Run
-from folovllm.benchmarks.measure import RequestTiming, StepSample
-from folovllm.benchmarks.requests import BenchRequest, Feed
-from folovllm.benchmarks.task import ArmTask
+from folovllm.benchmarks.arms import ArmTask, RequestTiming, Run, StepSample
+from folovllm.benchmarks.workloads import BenchRequest, Feed
+from folovllm.entrypoints.commands.hf_baseline import load_hf
 
 PAD_TOKEN_ID = 0  # masked: any id will do
 
 
-class StepClock(StoppingCriteria):
-    """Called after every step with all tokens so far: notes the time and lets everybody go on."""
+class StepClock:
+    """A stopping criterion of transformers that never stops: `generate` tells no times, so it notes the time of every
+    step."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.times: list[float] = []
 
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # a step is over when its kernels are
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize(input_ids.device)  # a step ends when its kernels do
         self.times.append(time.monotonic())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # [batch]
 
 
 class HFArm:
-    """The model of `task` in HuggingFace's hands, with its own choice of attention."""
+    """The benchmark's baseline: `generate`, with transformers' own choice of attention.
+
+    One request alone is generated as it is. Several are one static batch: padded on the left to the longest prompt and
+    decoded until the longest output is complete. Tokens beyond what a request asked for are dropped and not counted.
+    """
 
     def __init__(self, task: ArmTask) -> None:
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        self.device = torch.device(task.device)
-        model: Any = AutoModelForCausalLM.from_pretrained(task.model_path, dtype=getattr(torch, task.dtype))
-        self.model = model.eval().to(self.device)
-        self.model.generation_config.eos_token_id = None  # as ignore_eos=True: the length is forced
-        self.model.generation_config.pad_token_id = PAD_TOKEN_ID
+        self.model = load_hf(Path(task.model_path), task.dtype, task.device)
 
     def run(self, requests: list[BenchRequest]) -> Run:
-        """Answer `requests` as one batch, or, where some follow others, as one batch per turn. No arrivals."""
+        """Answer `requests` as one batch or, if some follow others, as one batch per turn. Arrivals are refused."""
         feed, total = Feed(requests), Run()
         if any(request.arrival for request in requests):
             raise ValueError("HuggingFace generate takes no request while it runs: use --baseline none")
@@ -65,11 +57,17 @@ class HFArm:
     def forget(self) -> None:
         """Nothing is kept between two calls of `generate`."""
 
+    def info(self) -> dict[str, Any]:
+        attention = getattr(self.model.config, "_attn_implementation", None)
+        settings = {"attn_implementation": attention, "batching": "static, padded on the left"}
+        return {"settings": settings, "kv_cache": None}
+
     @torch.inference_mode()
     def _run_batch(self, requests: list[BenchRequest]) -> Run:
         """One call of `generate`. The clock starts before the batch is padded."""
-        clock = StepClock(self.device)
-        start = time.monotonic()
+        from transformers import StoppingCriteriaList
+
+        clock, start = StepClock(), time.monotonic()
         ids, mask = self._pad(requests)
         num_steps = max(request.output_len for request in requests)
         output = self.model.generate(
@@ -77,6 +75,7 @@ class HFArm:
             attention_mask=mask,
             max_new_tokens=num_steps,
             do_sample=False,
+            pad_token_id=PAD_TOKEN_ID,
             stopping_criteria=StoppingCriteriaList([clock]),
         )  # [batch, longest prompt + num_steps]
         rows = output[:, ids.shape[1] :].tolist()
@@ -86,20 +85,13 @@ class HFArm:
         times = [t - start for t in clock.times]
         return Run(seconds, tokens, [_timing(r, times) for r in requests], static_batch_samples(requests, times))
 
-    def info(self) -> dict[str, Any]:
-        attention = getattr(self.model.config, "_attn_implementation", None)
-        return {
-            "settings": {"attn_implementation": attention, "batching": "static, padded on the left"},
-            "kv_cache": None,
-        }
-
     def _pad(self, requests: list[BenchRequest]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask, both [batch, longest prompt]."""
         longest = max(len(request.prompt_token_ids) for request in requests)
         gaps = [longest - len(request.prompt_token_ids) for request in requests]
         ids = [[PAD_TOKEN_ID] * gap + request.prompt_token_ids for gap, request in zip(gaps, requests, strict=True)]
         mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
-        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+        return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
 
 
 def _timing(request: BenchRequest, times: list[float]) -> RequestTiming:

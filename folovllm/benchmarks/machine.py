@@ -1,27 +1,39 @@
-"""Where and of what a result was made: processor, memory, versions, commit.
+"""Where and of what a result was made: processor, memory and its speed, versions, commit, command line.
 
-Milestone: M1. vLLM counterpart: vllm/collect_env.py. No torch: versions come from the packages' metadata. Nothing here
-names a user, a host or a folder, so that results can be committed.
+Milestone: M1. vLLM counterpart: vllm/collect_env.py. Nothing here names a user, a host or a folder, so that results can
+be committed. Versions come from the packages' metadata; torch is imported only by the functions that measure with it,
+so that the parent process of a benchmark stays small beside its arms.
 """
 
 import os
 import platform
 import re
+import shlex
 import subprocess
+import time
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 import folovllm
-from folovllm.benchmarks.options import usable_cores
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
+NUM_READS = 7
+HOW = "best of {n} sums over one float32 tensor of {size:.2f} GiB in {pages} with {threads} threads"
+Allocate = Callable[[tuple[int, ...], "torch.dtype"], "torch.Tensor"]  # (shape, dtype) -> a tensor of zeros
+
+
+# ---- the header of a result
 
 
 def machine_header() -> dict[str, Any]:
-    """The facts a reader of a number asks for first. A `load_average` at the start well above 0 means: not alone."""
+    """The facts a reader of a number asks for first. If `load_average` is high at the start, other work was running."""
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
@@ -46,6 +58,12 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def package_version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -67,3 +85,70 @@ def _git(folder: Path, *args: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def commit_of(machine: dict[str, Any]) -> str:
+    """For titles: "59b34a9000", or "59b34a9000 with changes"."""
+    git = machine["git"] or {"sha": "unknown", "dirty": False}
+    return git["sha"][:10] + (" with changes" if git["dirty"] else "")
+
+
+def command_line(script: str, argv: Sequence[str]) -> str:
+    """The command that made a result, to be run again."""
+    return shlex.join([script, *map(without_folders, argv)])
+
+
+def without_folders(text: str) -> str:
+    """An absolute path without the folders before its name: results are published, the layout of a disk is not."""
+    return Path(text).name if Path(text).is_absolute() else text
+
+
+# ---- the memory's speed, the floor under every decode step
+
+
+class MemoryReader:
+    """Sums a tensor far larger than the caches: each element is read once, nothing is written, and what the caches held
+    before is gone.
+
+    On a CPU the tensor lies in huge pages, as our weights do: ordinary pages are read more slowly, which would flatter
+    us. `allocate` overrides that.
+    """
+
+    def __init__(self, device: str, num_bytes: int, allocate: Allocate | None = None) -> None:
+        import torch
+
+        from folovllm.model_executor.huge_pages import huge_zeros
+
+        shape = (max(num_bytes // 4, 1),)
+        if device == "cpu":
+            self._data = (allocate or huge_zeros)(shape, torch.float32).fill_(1.0)  # [num_elements]
+        else:
+            self._data = torch.ones(shape, dtype=torch.float32, device=device)  # [num_elements]
+        self.num_bytes = self._data.numel() * self._data.element_size()
+
+    def read(self) -> float:
+        """Bytes per second of one read."""
+        start = time.perf_counter()
+        self._data.sum().item()  # item() also waits for a GPU
+        return self.num_bytes / (time.perf_counter() - start)
+
+
+def measure_bandwidth(device: str, num_bytes: int, allocate: Allocate | None = None) -> dict[str, Any]:
+    """Bytes per second: the best of several reads, since a disturbance makes a read slower and never faster."""
+    import torch
+
+    reader = MemoryReader(device, num_bytes, allocate)
+    pages = "huge pages" if device == "cpu" else "device memory"
+    how = HOW.format(n=NUM_READS, size=reader.num_bytes / 2**30, pages=pages, threads=torch.get_num_threads())
+    return {"bytes_per_second": max(reader.read() for _ in range(NUM_READS)), "how": how}
+
+
+def describe_device(device: str) -> dict[str, Any]:
+    """What torch knows of the processor: name and memory of the GPU, or the CPU's vector instructions."""
+    import torch
+
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        return {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    flags = torch.cpu.get_capabilities()
+    return {"cpu_capabilities": sorted(name for name, value in flags.items() if value is True)}

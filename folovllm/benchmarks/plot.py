@@ -1,8 +1,11 @@
-"""The plots of a result, as PNG.
+"""The plots of a result, as PNG: an overview, and one more for a sweep, a fit, groups of requests or an ablation.
 
-Milestone: M1. vLLM counterpart: none. No torch.
+Milestone: M1; groups and ablation came with M5. vLLM counterpart: none. No torch. Arms are named as report.name_arms
+leaves them.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,92 +15,141 @@ matplotlib.use("Agg")  # files only: no window system needed
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from folovllm.benchmarks.plot_groups import draw_ablation, draw_groups
+from folovllm.benchmarks.arms import BASELINE
+from folovllm.benchmarks.machine import commit_of
+from folovllm.benchmarks.report import modes_of, rung_off
+from folovllm.benchmarks.workloads import DECODING, LONG
 
 MODE_COLOURS = {"single": "#4c78a8", "batch": "#f58518", "cold": "#4c78a8", "warm": "#f58518"}
 BASELINE_GREY = "#7f7f7f"
 ARM_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf")
+WORSE, BETTER = "#b0b0b0", "#2ca02c"
 PERCENTILES = (("p50", 1.0), ("p99", 0.45))  # and how opaque its bar is
+STYLES = {"cold": "--", "warm": "-", "single": "-", "batch": "-"}
 DPI = 110
 
+Result = dict[str, Any]
+Colours = dict[str, str]  # arm -> colour
+Groups = dict[tuple[str, str], Result]  # (arm, mode) -> figures per group
 
-def write_plots(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
-    """The overview, and one more where there was a sweep, a fit, groups or an ablation; returns what was written."""
+
+def write_plots(result: Result, folder: Path, stem: str) -> list[Path]:
+    """Draw what there is to draw; returns the files."""
     arms = {name: arm for name, arm in result["arms"].items() if "modes" in arm}
     if not arms:
         return []
-    paths = [_overview(result, arms, folder / f"{stem}.png")]
-    sweep = {name: arm["sweep"] for name, arm in arms.items() if arm["sweep"]}
-    fit = {name: fit for name, fit in result["fit"].items() if fit["ok"]}
-    if sweep or fit:
-        paths.append(_batching(result, sweep, fit, folder / f"{stem}_batching.png"))
-    for name, draw in (("groups", draw_groups), ("ablation", draw_ablation)):
-        figure = draw(result, colours_of(arms))
+    figures = {
+        f"{stem}.png": draw_overview(result, arms),
+        f"{stem}_batching.png": draw_batching(result, arms),
+        f"{stem}_groups.png": draw_groups(result, colours_of(arms)),
+        f"{stem}_ablation.png": draw_ablation(result),
+    }
+    paths = []
+    for name, figure in figures.items():
         if figure is not None:
             figure.suptitle(title_of(result), fontsize=10)
-            paths.append(_save(figure, folder / f"{stem}_{name}.png"))
+            paths.append(save(figure, folder / name))
     return paths
 
 
-def _overview(result: dict[str, Any], arms: dict[str, Any], path: Path) -> Path:
+def save(figure: Figure, path: Path, dpi: int = DPI) -> Path:
+    """Write the PNG, with the same bytes in every run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi, metadata={"Software": None})
+    plt.close(figure)
+    return path
+
+
+def title_of(result: Result) -> str:
+    machine, run = result["machine"], result["run"]
+    return (
+        f"{run['model']}, {run['dtype']}, workload {run['workload']['name']}, {machine.get('gpu') or machine['cpu']}, "
+        f"{run['threads']} threads, medians of {run['repeats']}\n"
+        f"max_model_len {run['max_model_len']}, KV {run['kv_cache_memory'] / 2**20:,.0f} MiB, "
+        f"commit {commit_of(machine)}, {result['date'][:10]}"
+    )
+
+
+def colours_of(arms: Result) -> Colours:
+    """The baseline grey, ours in colours that stay the same from plot to plot of one result."""
+    ours = [name for name in arms if name != BASELINE]
+    colours = {name: ARM_COLOURS[i % len(ARM_COLOURS)] for i, name in enumerate(ours)}
+    return {name: colours.get(name, BASELINE_GREY) for name in arms}
+
+
+# ---- bars
+
+
+@dataclass(frozen=True)
+class Series:
+    """Bars of one kind: a height per name, and the texts on them if they are not the heights."""
+
+    label: str
+    heights: Sequence[float | None]
+    colour: str | list[str]  # of all bars, or of each
+    alpha: float = 1.0
+    texts: list[str] | None = None
+
+
+def bars(ax: Axes, names: Sequence[str], series: Sequence[Series], title: str, unit: str) -> None:
+    """Side by side, the bars of every series above each name."""
+    width = 0.84 / len(series)
+    for i, one in enumerate(series):
+        heights = [height or 0 for height in one.heights]
+        places = [x + (i - (len(series) - 1) / 2) * width for x in range(len(names))]
+        drawn = ax.bar(places, heights, width * 0.95, label=one.label, color=one.colour, alpha=one.alpha)
+        texts = one.texts or [f"{height:,.0f}" if height >= 10 else f"{height:.2g}" for height in heights]
+        ax.bar_label(drawn, texts, fontsize=8 if len(series) < 3 else 7, padding=2)
+    ax.set_xticks(range(len(names)), [name.replace(" without ", "\nwithout ") for name in names])
+    ax.margins(y=0.18)
+    ax.set(title=title, ylabel=unit)
+    if len(series) > 1:
+        ax.legend(fontsize=8, ncols=2)
+
+
+def bars_by_arm(ax: Axes, heights: dict[str, float | None], colours: Colours, title: str, unit: str) -> None:
+    """One bar per arm, in the arm's colour."""
+    bars(ax, list(heights), [Series("", list(heights.values()), [colours[name] for name in heights])], title, unit)
+
+
+# ---- the overview
+
+
+def draw_overview(result: Result, arms: Result) -> Figure:
     figure, axes = plt.subplots(2, 2, figsize=(14, 9), layout="constrained")
-    figure.suptitle(title_of(result), fontsize=11)
     _throughput(axes[0][0], arms, result["reference"])
     _utilisation(axes[0][1], arms)
     _latency(axes[1][0], arms, "ttft_ms", "Time to first token (in a batch: the queue included)")
     _latency(axes[1][1], arms, "itl_ms", "Time between tokens")
-    return _save(figure, path)
+    return figure
 
 
-def _batching(result: dict[str, Any], sweep: dict[str, Any], fit: dict[str, Any], path: Path) -> Path:
-    panels = [panel for panel in (sweep, fit) if panel]
-    figure, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 4.8), layout="constrained", squeeze=False)
-    figure.suptitle(title_of(result), fontsize=10)
-    if sweep:
-        _sweep(axes[0][0], sweep)
-    if fit:
-        _fit(axes[0][-1], fit)
-    return _save(figure, path)
-
-
-def _throughput(ax: Axes, arms: dict[str, Any], reference: str) -> None:
-    modes = _modes_of(arms)
-    width = 0.8 / len(modes)
-    for i, mode in enumerate(modes):
+def _throughput(ax: Axes, arms: Result, reference: str) -> None:
+    series = []
+    for mode in _modes(arms):
         figures = [arm["modes"][mode] for arm in arms.values()]
-        places = [x + (i - (len(modes) - 1) / 2) * width for x in range(len(arms))]
-        heights = [f["output_tok_per_s"] for f in figures]
-        bars = ax.bar(places, heights, width * 0.95, label=mode, color=MODE_COLOURS[mode])
-        labels = [f"{f['output_tok_per_s']:.0f}\n({f['ratio']:.2f}x)" for f in figures]
-        ax.bar_label(bars, labels, fontsize=8, padding=2)
-    ax.set_xticks(range(len(arms)), list(arms))
-    ax.margins(y=0.18)
-    ax.set_ylabel("output tokens / s")
-    ax.set_title(f"Throughput (in brackets: times {reference}, same mode)")
-    ax.legend(title="mode", loc="upper left")
+        texts = [f"{f['output_tok_per_s']:.0f}\n({f['ratio']:.2f}x)" for f in figures]
+        series.append(Series(mode, [f["output_tok_per_s"] for f in figures], MODE_COLOURS[mode], texts=texts))
+    title = f"Throughput (in brackets: times {reference}, same mode)"
+    bars(ax, list(arms), series, title, "output tokens / s")
 
 
-def _latency(ax: Axes, arms: dict[str, Any], key: str, title: str) -> None:
-    """Bars per arm: p50 full and p99 pale, for each mode. Logarithmic: the modes are far apart."""
-    series = [(mode, name, alpha) for mode in _modes_of(arms) for name, alpha in PERCENTILES]
-    width = 0.84 / len(series)
-    for i, (mode, name, alpha) in enumerate(series):
-        heights = [arm["modes"][mode][key][name] or 0 for arm in arms.values()]
-        places = [x + (i - (len(series) - 1) / 2) * width for x in range(len(arms))]
-        bars = ax.bar(places, heights, width * 0.95, label=f"{mode} {name}", color=MODE_COLOURS[mode], alpha=alpha)
-        ax.bar_label(bars, [f"{h:,.0f}" if h >= 10 else f"{h:.2g}" for h in heights], fontsize=7, padding=1)
+def _latency(ax: Axes, arms: Result, key: str, title: str) -> None:
+    """Per mode, p50 full and p99 pale. The axis is logarithmic, since the modes are far apart."""
+    series = [
+        Series(f"{mode} {q}", [arm["modes"][mode][key][q] for arm in arms.values()], MODE_COLOURS[mode], alpha)
+        for mode in _modes(arms)
+        for q, alpha in PERCENTILES
+    ]
     ax.set_yscale("log")
-    ax.margins(y=0.15)
-    ax.set_xticks(range(len(arms)), list(arms))
-    ax.set_ylabel("ms (log)")
-    ax.set_title(title)
-    ax.legend(fontsize=8, ncols=2)
+    bars(ax, list(arms), series, title, "ms (log)")
 
 
-def _utilisation(ax: Axes, arms: dict[str, Any]) -> None:
+def _utilisation(ax: Axes, arms: Result) -> None:
     """Used over reserved slots against time, in the mode with most requests at once."""
-    mode = _modes_of(arms)[-1]
+    mode = _modes(arms)[-1]
     for name, colour in colours_of(arms).items():
         figures = arms[name]["modes"][mode]
         points = [point for point in figures["kv_series"] if point[3]]
@@ -105,73 +157,172 @@ def _utilisation(ax: Axes, arms: dict[str, Any]) -> None:
         mean = figures["kv_utilisation"]
         label = f"{name} (mean {mean:.0%})" if mean is not None else name
         ax.plot(seconds, shares, label=label, color=colour, linewidth=1.6)
-    ax.set_ylim(0, 104)
-    ax.set_xlim(left=0)
-    ax.set_xlabel("seconds since the requests were sent")
-    ax.set_ylabel("% of reserved KV slots in use")
-    ax.set_title(f"KV cache utilisation ({mode})")
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    ax.set(title=f"KV cache utilisation ({mode})", ylabel="% of reserved KV slots in use", ylim=(0, 104))
+    ax.set(xlabel="seconds since the requests were sent", xlim=(0, None))
+    _grid_and_legend(ax)
 
 
-def _sweep(ax: Axes, sweep: dict[str, Any]) -> None:
-    for name, colour in colours_of(sweep).items():
-        points = sweep[name]
-        sizes, speeds = [p["batch_size"] for p in points], [p["output_tok_per_s"] for p in points]
-        ax.plot(sizes, speeds, marker="o", label=name, color=colour)
-    sizes = [int(p["batch_size"]) for p in next(iter(sweep.values()))]
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(sizes, [str(size) for size in sizes])
-    ax.minorticks_off()
-    ax.set_ylim(bottom=0)
-    ax.set_xlabel("requests sent at once")
-    ax.set_ylabel("output tokens / s")
-    ax.set_title("Throughput against batch size")
-    ax.grid(alpha=0.3)
-    ax.legend()
-
-
-def _fit(ax: Axes, fit: dict[str, Any]) -> None:
-    width = 0.4
-    colours = list(MODE_COLOURS.values())
-    for i, (key, label) in enumerate((("max_running", "most"), ("mean_running", "mean over steps"))):
-        heights = [figures[key] for figures in fit.values()]
-        bars = ax.bar(
-            [x + (i - 0.5) * width for x in range(len(fit))], heights, width * 0.95, label=label, color=colours[i]
-        )
-        ax.bar_label(bars, [f"{height:.3g}" for height in heights], fontsize=8, padding=2)
-    kv_bytes = max(figures["kv_cache"]["allocated_bytes"] for figures in fit.values())
-    ax.set_xticks(range(len(fit)), [f"{name}\n{f['preemptions']:.0f} preempted" for name, f in fit.items()])
-    ax.margins(y=0.12)
-    ax.set_ylabel("requests")
-    ax.set_title(f"Requests running together in {kv_bytes / 2**20:.1f} MiB of KV cache")
-    ax.legend()
-
-
-def title_of(result: dict[str, Any]) -> str:
-    machine, run = result["machine"], result["run"]
-    git = machine["git"] or {"sha": "unknown", "dirty": False}
-    commit = git["sha"][:10] + (" + changes" if git["dirty"] else "")
-    return (
-        f"{run['model']}, {run['dtype']}, workload {run['workload']['name']}, {machine.get('gpu') or machine['cpu']}, "
-        f"{run['threads']} threads, medians of {run['repeats']}\n"
-        f"max_model_len {run['max_model_len']}, KV {run['kv_cache_memory'] / 2**20:,.0f} MiB, commit {commit}, "
-        f"{result['date'][:10]}"
-    )
-
-
-def _modes_of(arms: dict[str, Any]) -> list[str]:
+def _modes(arms: Result) -> list[str]:
     return list(next(iter(arms.values()))["modes"])
 
 
-def colours_of(arms: dict[str, Any]) -> dict[str, str]:
-    """The baseline grey, ours in colours that stay the same from plot to plot of one result."""
-    ours = [name for name in arms if name != "hf"]
-    colours = {name: ARM_COLOURS[i % len(ARM_COLOURS)] for i, name in enumerate(ours)}
-    return {name: colours.get(name, BASELINE_GREY) for name in arms}
+def _grid_and_legend(ax: Axes) -> None:
+    ax.grid(alpha=0.3, which="both")
+    ax.legend(fontsize=8)
 
 
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
-    plt.close(figure)
-    return path
+# ---- sweep and fit
+
+
+def draw_batching(result: Result, arms: Result) -> Figure | None:
+    """None without --batch-sizes and --fit."""
+    sweep = {name: arm["sweep"] for name, arm in arms.items() if arm["sweep"]}
+    fit = {name: fit for name, fit in result["fit"].items() if fit["ok"]}
+    panels = [(draw, data) for draw, data in ((_sweep, sweep), (_fit, fit)) if data]
+    if not panels:
+        return None
+    figure, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 4.8), layout="constrained", squeeze=False)
+    for ax, (draw, data) in zip(axes[0], panels, strict=True):
+        draw(ax, data)
+    return figure
+
+
+def _sweep(ax: Axes, sweep: Result) -> None:
+    for name, colour in colours_of(sweep).items():
+        sizes, speeds = zip(*((p["batch_size"], p["output_tok_per_s"]) for p in sweep[name]), strict=True)
+        ax.plot(sizes, speeds, marker="o", label=name, color=colour)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
+    ax.minorticks_off()
+    ax.set(title="Throughput against batch size", xlabel="requests sent at once", ylabel="output tokens / s")
+    ax.set_ylim(bottom=0)
+    _grid_and_legend(ax)
+
+
+def _fit(ax: Axes, fit: Result) -> None:
+    kinds = (("max_running", "most", "single"), ("mean_running", "mean over steps", "batch"))
+    series = [Series(label, [f[key] for f in fit.values()], MODE_COLOURS[mode]) for key, label, mode in kinds]
+    names = [f"{name}\n{figures['preemptions']:.0f} preempted" for name, figures in fit.items()]
+    kv_bytes = max(figures["kv_cache"]["allocated_bytes"] for figures in fit.values())
+    bars(ax, names, series, f"Requests running together in {kv_bytes / 2**20:.1f} MiB of KV cache", "requests")
+
+
+# ---- groups of requests
+
+
+def draw_groups(result: Result, colours: Colours) -> Figure | None:
+    """The picture that belongs to the workload; None for one without groups."""
+    groups = {(name, mode): figures["groups"] for name, mode, figures in modes_of(result) if figures.get("groups")}
+    if not groups:
+        return None
+    name = result["run"]["workload"]["name"]
+    draw = {"long-prompts": _draw_arrivals, "shared-prefix": _draw_hit_rates}.get(name, _draw_turns)
+    return draw(result, groups, colours)
+
+
+def _draw_arrivals(result: Result, groups: Groups, colours: Colours) -> Figure:
+    """What a decoding request feels when a long prompt comes in, and what the long prompt pays."""
+    figure, axes = plt.subplot_mosaic([["felt", "felt", "felt"], ["itl", "ttft", "speed"]], figsize=(14, 9))
+    figure.set_layout_engine("constrained")
+    arms = {arm: found for (arm, _), found in groups.items()}
+    for arm, found in arms.items():
+        gaps = found[DECODING]["gaps"]
+        label = f"{arm} (worst gap {max(gap for _, gap in gaps):,.0f} ms)"
+        axes["felt"].plot(*zip(*gaps, strict=True), label=label, color=colours[arm], linewidth=1.2, marker=".", ms=3)
+    axes["felt"].set(yscale="log", xlabel="seconds since the start", ylabel="ms since its token before (log)")
+    axes["felt"].set_title("What one of the decoding requests felt: every gap between two of its tokens")
+    _grid_and_legend(axes["felt"])
+    speeds = {arm: result["arms"][arm]["modes"][mode]["total_tok_per_s"] for arm, mode in groups}
+    itl = {arm: found[DECODING]["itl_ms"]["p99"] for arm, found in arms.items()}
+    ttft = {arm: found[LONG]["ttft_ms"]["p50"] for arm, found in arms.items() if LONG in found}
+    bars_by_arm(axes["itl"], itl, colours, "ITL p99 of the decoding requests", "ms")
+    bars_by_arm(axes["ttft"], ttft, colours, "TTFT of the long prompts (median)", "ms")
+    bars_by_arm(axes["speed"], speeds, colours, "Total throughput, prompts included", "tokens / s")
+    return figure
+
+
+def _draw_hit_rates(result: Result, groups: Groups, colours: Colours) -> Figure:
+    """TTFT against the share of the prompt that the cache may hold, and how much faster than cold that is."""
+    figure, axes = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
+    for (arm, _), found in groups.items():
+        curves = hit_rate_curves(found)
+        for state, points in curves.items():
+            label = f"{arm}, {'first of its kind' if state == 'cold' else 'prefix seen before'}"
+            axes[0].plot(*zip(*points, strict=True), STYLES[state], marker="o", ms=4, label=label, color=colours[arm])
+        cold = dict(curves.get("cold", []))
+        ratios = [(rate, cold[rate] / ttft) for rate, ttft in curves.get("warm", []) if rate in cold]
+        if ratios:
+            axes[1].plot(*zip(*ratios, strict=True), marker="o", label=arm, color=colours[arm])
+            axes[1].annotate(f"{ratios[-1][1]:.1f}x", ratios[-1], (0, 6), textcoords="offset points", ha="center")
+    axes[0].set(ylabel="ms to the first token", title="Time to first token")
+    axes[1].set(ylabel="times faster than the first of its kind", title="What the cached prefix is worth")
+    for ax in axes:
+        ax.set(xlabel="% of the 1,500-token prompt that others share", ylim=(0, None))
+        ax.margins(x=0.08)
+        _grid_and_legend(ax)
+    return figure
+
+
+def hit_rate_curves(groups: Result) -> dict[str, list[tuple[int, float]]]:
+    """ "cold" and "warm" -> (hit rate, median TTFT in ms), rising. Groups are called "25% warm" and the like."""
+    curves: dict[str, list[tuple[int, float]]] = {"cold": [], "warm": []}
+    for name, figures in groups.items():
+        rate, _, state = name.partition("% ")
+        curves[state].append((int(rate), figures["ttft_ms"]["p50"]))
+    return {state: sorted(points) for state, points in curves.items() if points}
+
+
+def _draw_turns(result: Result, groups: Groups, colours: Colours) -> Figure:
+    """TTFT and cache hits, by turn where there are turns; the cache cold (dashed) and warm."""
+    figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    ttft = {key: {name: figures["ttft_ms"]["p50"] for name, figures in found.items()} for key, found in groups.items()}
+    cached = {key: {name: 100 * f["cached_share"] for name, f in found.items()} for key, found in groups.items()}
+    _by_turn(axes[0], ttft, colours, "TTFT, median", "ms", None)
+    _by_turn(axes[1], cached, colours, "Prompt found in the cache", "%", 104)
+    speeds = {(arm, mode): {"": result["arms"][arm]["modes"][mode]["output_tok_per_s"]} for arm, mode in groups}
+    _by_turn(axes[2], speeds, colours, "Throughput", "output tokens / s", None)
+    return figure
+
+
+def _by_turn(ax: Axes, values: Groups, colours: Colours, title: str, unit: str, top: float | None) -> None:
+    """A line per arm and mode over the groups; if there is only one group, a bar."""
+    if all(len(found) == 1 for found in values.values()):
+        heights = {f"{arm}\n{mode}": next(iter(found.values())) for (arm, mode), found in values.items()}
+        bars_by_arm(ax, heights, {f"{arm}\n{mode}": colours[arm] for arm, mode in values}, title, unit)
+        return
+    for (arm, mode), found in values.items():
+        ax.plot(*zip(*found.items(), strict=True), STYLES[mode], marker="o", label=f"{arm} {mode}", color=colours[arm])
+    ax.set(title=title, ylabel=unit, ylim=(0, top))
+    _grid_and_legend(ax)
+
+
+# ---- ablation
+
+
+def draw_ablation(result: Result) -> Figure | None:
+    """Per mode, how much slower it is without each rung; None without --ablate."""
+    rows = [row for row in result.get("ablation", []) if row["off"]]
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    if not rows:
+        return None
+    height = 1.6 + 0.5 * len(rows) / len(modes)
+    figure, axes = plt.subplots(1, 2 * len(modes), figsize=(7 * 2 * len(modes), height), layout="constrained")
+    for i, mode in enumerate(modes):
+        shown = [row for row in rows if row["mode"] == mode][::-1]
+        names = [rung_off(row) for row in shown]
+        whole = next(row for row in result["ablation"] if row["mode"] == mode and not row["off"])
+        worth = [row["worth"] for row in shown]
+        _factors(axes[2 * i], names, worth, f"Throughput with it / without it ({mode})")
+        gaps = [(row["itl_ms_p99"] or 0) / (whole["itl_ms_p99"] or 1) for row in shown]
+        _factors(axes[2 * i + 1], names, gaps, f"ITL p99 without it / with it ({mode})")
+    return figure
+
+
+def _factors(ax: Axes, names: list[str], factors: list[float], title: str) -> None:
+    """Bars that start at 1: to the right the rung helps, to the left it costs."""
+    shades = [BETTER if factor >= 1 else WORSE for factor in factors]
+    found = ax.barh(names, [factor - 1 for factor in factors], left=1, color=shades)
+    ax.bar_label(found, [f"{factor:.2f}x" for factor in factors], padding=3)
+    ax.axvline(1, color="black", linewidth=1)
+    ax.set_title(title)
+    ax.margins(x=0.18)

@@ -1,35 +1,37 @@
-"""What a reader sees: tables on stdout, and the files.
+"""What a reader sees of a result: tables on stdout, and the JSON file.
 
-Milestone: M1. vLLM counterpart: the printed summary of vllm/benchmarks/serve.py. No torch.
+Milestone: M1; groups and ablation came with M5. vLLM counterpart: the printed summary of vllm/benchmarks/serve.py. No
+torch. A table is a list of rows, each a dict from column to text, which pages show too (scripts/dev/fill_results.py).
 """
 
 import json
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from folovllm.benchmarks.ablation import ablation_table
-from folovllm.benchmarks.groups import groups_table
-from folovllm.benchmarks.tables import make_table, mib, modes_of, num, share
+from folovllm.benchmarks.arms import in_words
+from folovllm.benchmarks.metrics import LATENCIES
 
 MIN_WIDTH = 150  # a pipe has no width: the tables should still be whole
 JSON_DEPTH = 6  # deeper than this is written on one line
+LEFT = ("arm", "mode", "group", "tokens of", "compared with", "verdict", "switched off", "first differences")
+LAST_MODES = ("batch", "warm")
 GB = 1e9
 
+Result = dict[str, Any]
+Row = dict[str, str]
 
-def write_files(result: dict[str, Any], folder: Path, now: datetime) -> list[Path]:
-    """Write the JSON and the plots to `folder`; returns their paths."""
-    from folovllm.benchmarks import plot
 
-    result["date"] = now.isoformat(timespec="seconds")
-    run = result["run"]
-    stem = f"compare_perf_{run['workload']['name']}_{run['device']}_{now:%Y%m%d-%H%M%S}"
-    json_path = folder / f"{stem}.json"
-    json_path.write_text(to_json(result) + "\n")
-    return [json_path, *plot.write_plots(result, folder, stem)]
+# ---- files
+
+
+def write_json(result: Result, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_json(result) + "\n", encoding="utf-8")
+    return path
 
 
 def to_json(value: Any, depth: int = 0) -> str:
@@ -44,34 +46,79 @@ def to_json(value: Any, depth: int = 0) -> str:
 
 
 def _is_flat_list(value: Any) -> bool:
-    """A list of numbers, or of lists of numbers."""
-    if not isinstance(value, list):
-        return False
-    return all(isinstance(item, (int, float, list)) for item in value)
+    """Whether `value` is a list of numbers, or of lists of numbers."""
+    return isinstance(value, list) and all(isinstance(item, (int, float, list)) for item in value)
 
 
-def print_tables(result: dict[str, Any], files: list[Path], console: Console | None = None) -> None:
-    console = console or Console(soft_wrap=True)
-    if console.width < MIN_WIDTH:
-        console.width = MIN_WIDTH
-    console.print(_headline(result))
-    console.print(speed_table(result))
-    for table in (groups_table(result), ablation_table(result)):
-        if table.row_count:
-            console.print(table)
-    console.print(memory_table(result))
-    if any(arm.get("sweep") for arm in result["arms"].values()):
-        console.print(sweep_table(result))
-    if result["fit"]:
-        console.print(fit_table(result))
-    console.print(equality_table(result))
-    for line in problems(result):
-        console.print(f"[bold red]{line}[/]")
+# ---- tables
+
+
+def num(value: float | None, digits: int = 1, unit: float = 1.0) -> str:
+    return "-" if value is None else f"{value / unit:,.{digits}f}"
+
+
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def mib(value: float | None) -> str:
+    return "-" if value is None else f"{value / 2**20:,.0f} MiB"
+
+
+def name_arms(result: Result) -> Result:
+    """The result as tables and plots show it: "m7 without m6" instead of "m7-m6", the name that the files keep."""
+    arms, fit = ({in_words(name): value for name, value in result[key].items()} for key in ("arms", "fit"))
+    equality = [row | {key: in_words(row[key]) for key in ("tokens_of", "compared_with")} for row in result["equality"]]
+    reference = result["reference"] and in_words(result["reference"])
+    return result | {"arms": arms, "fit": fit, "equality": equality, "reference": reference}
+
+
+def modes_of(result: Result) -> list[tuple[str, str, Result]]:
+    """(arm, mode, figures) for every mode that was measured, mode by mode so that arms stand together."""
+    arms = result["arms"].items()
+    found = [(name, mode, figures) for name, arm in arms for mode, figures in arm.get("modes", {}).items()]
+    return sorted(found, key=lambda row: row[1] in LAST_MODES)  # stable: single and cold first
+
+
+def make_table(title: str, rows: Sequence[Row]) -> Table:
+    """A table of `rows`, which all have the same columns; words stand on the left, numbers on the right."""
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name.startswith(LEFT) else "right", no_wrap=name in ("arm", "mode"))
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
+def print_tables(result: Result, files: list[Path]) -> None:
+    shown = name_arms(result)
+    tables = {
+        "Throughput and latency (medians; milliseconds)": speed_rows(shown),
+        f"By group of requests ({shown['run']['workload']['name']}; milliseconds)": group_rows(shown),
+        "Ablation: each rung off alone (worth: throughput with it over without it)": ablation_rows(shown),
+        "Memory and cache": memory_rows(shown),
+        "Output tok/s against requests sent at once (most that ran together)": sweep_rows(shown),
+        "Requests running at the same time in the same KV bytes": fit_rows(shown),
+        f"Greedy tokens ({equality_rule(shown)})": equality_rows(shown),
+    }
+    show(headline(shown), tables, problems(shown), files)
+
+
+def show(headline: str, tables: dict[str, list[Row]], problems: list[str], files: list[Path]) -> None:
+    """A report: its headline, each table by its title unless it is empty, and what a reader must not miss in red."""
+    console = Console(soft_wrap=True)
+    console.width = max(console.width, MIN_WIDTH)
+    console.print(headline, highlight=False)
+    for title, rows in tables.items():
+        if rows:
+            console.print(make_table(title, rows))
+    for line in problems:
+        console.print(line, style="bold red", markup=False, highlight=False)
     for path in files:
         console.print(f"wrote {path}", highlight=False)
 
 
-def _headline(result: dict[str, Any]) -> str:
+def headline(result: Result) -> str:
     machine, run, bandwidth = result["machine"], result["run"], result["bandwidth"]
     speed = f"{bandwidth['bytes_per_second'] / GB:.1f} GB/s" if "bytes_per_second" in bandwidth else "unknown"
     return (
@@ -81,105 +128,139 @@ def _headline(result: dict[str, Any]) -> str:
     )
 
 
-def speed_table(result: dict[str, Any]) -> Table:
-    title = "Throughput and latency (medians; milliseconds)"
-    ratio = f"x {result['reference']}"
-    columns = ("arm", "mode", "out tok/s", ratio, "total tok/s", "TTFT mean", "p50", "p99", "TPOT p50", "p99")
-    table = make_table(title, *columns, "ITL p50", "p99")
+def speed_rows(result: Result) -> list[Row]:
+    return [
+        {
+            "arm": name,
+            "mode": mode,
+            "out tok/s": num(figures["output_tok_per_s"]),
+            f"x {result['reference']}": num(figures["ratio"], 2),
+            "total tok/s": num(figures["total_tok_per_s"]),
+            "TTFT mean": num(figures["ttft_ms"]["mean"]),
+            **latency_cells(figures, ("ttft_ms", "tpot_ms", "itl_ms")),
+        }
+        for name, mode, figures in modes_of(result)
+    ]
+
+
+def latency_cells(figures: Result, keys: Sequence[str] = ("ttft_ms", "itl_ms")) -> Row:
+    """E.g. {"TTFT p50": "12.0", "TTFT p99": "15.3", "ITL p50": ...}."""
+    return {f"{key[:-3].upper()} {q}": num(figures[key][q]) for key in keys for q in ("p50", "p99")}
+
+
+def group_rows(result: Result) -> list[Row]:
+    """Figures per group of requests: the decoding ones and the long ones, each hit rate, each turn."""
+    return [
+        {
+            "arm": name,
+            "mode": mode,
+            "group": group,
+            "requests": num(found["num_requests"], 0),
+            "prompt tokens": num(found["prompt_tokens"], 0),
+            "from cache": share(found["cached_share"]),
+            **latency_cells(found),
+        }
+        for name, mode, figures in modes_of(result)
+        for group, found in figures.get("groups", {}).items()
+    ]
+
+
+def ablation_rows(result: Result) -> list[Row]:
+    """Empty without --ablate."""
+    return [
+        {
+            "switched off": rung_off(row),
+            "mode": row["mode"],
+            "out tok/s": num(row["output_tok_per_s"]),
+            "worth": "" if row["worth"] is None else f"{row['worth']:.2f}x",
+            **{f"{key[:-3].upper()} {q}": num(row[f"{key}_{q}"]) for key, q in LATENCIES},
+        }
+        for row in result.get("ablation", [])
+    ]
+
+
+def rung_off(row: Result) -> str:
+    """E.g. "m5 Chunked prefill", or "nothing (m5)" for the arm with everything on."""
+    return f"{row['off']} {row['title']}" if row["off"] else f"nothing ({row['arm']})"
+
+
+def page_rows(result: Result) -> list[Row]:
+    """What a page shows of a result with groups or an ablation: the rows of that table."""
+    return ablation_rows(result) or group_rows(name_arms(result))
+
+
+def memory_rows(result: Result) -> list[Row]:
+    rows = []
     for name, mode, figures in modes_of(result):
-        ttft, tpot, itl = figures["ttft_ms"], figures["tpot_ms"], figures["itl_ms"]
-        table.add_row(
-            name,
-            mode,
-            num(figures["output_tok_per_s"]),
-            num(figures["ratio"], 2),
-            num(figures["total_tok_per_s"]),
-            *(num(ttft[key]) for key in ("mean", "p50", "p99")),
-            *(num(summary[key]) for summary in (tpot, itl) for key in ("p50", "p99")),
-        )
-    return table
+        arm = result["arms"][name]
+        kv = arm["kv_cache"]
+        row = {
+            "arm": name,
+            "mode": mode,
+            "KV allocated": mib(kv["allocated_bytes"]) if kv else "grows",
+            "fit at full length": str(kv["fits_at_full_length"]) if kv else "-",
+            "KV reserved peak": mib(figures["kv_reserved_bytes_peak"]),
+            "KV used/reserved": share(figures["kv_utilisation"]),
+            "max running": num(figures["max_running"], 0),
+            "preempted": num(figures["preemptions"], 0),
+            "decode GB/s": num(figures["decode_bytes_per_second"], 1, GB),
+            "of bandwidth": share(figures["bandwidth_share"]),
+            "peak RSS": mib(arm["memory"]["peak_rss_bytes"]),
+            "peak GPU": mib(arm["memory"]["peak_gpu_bytes"]),
+            "import + load s": " + ".join(num(arm["load"][f"{part}_seconds"]) for part in ("import", "load")),
+        }
+        rows.append(row)
+    return rows
 
 
-def memory_table(result: dict[str, Any]) -> Table:
-    title = "Memory and cache"
-    columns = (
-        "arm",
-        "mode",
-        "KV allocated",
-        "fit at full length",
-        "KV reserved peak",
-        "KV used/reserved",
-        "max running",
-    )
-    table = make_table(
-        title, *columns, "preempted", "decode GB/s", "of bandwidth", "peak RSS", "peak GPU", "import + load s"
-    )
-    for name, mode, figures in modes_of(result):
-        arm, kv = result["arms"][name], result["arms"][name]["kv_cache"]
-        table.add_row(
-            name,
-            mode,
-            mib(kv["allocated_bytes"]) if kv else "grows",
-            str(kv["fits_at_full_length"]) if kv else "-",
-            mib(figures["kv_reserved_bytes_peak"]),
-            share(figures["kv_utilisation"]),
-            num(figures["max_running"], 0),
-            num(figures["preemptions"], 0),
-            num(figures["decode_bytes_per_second"], 1, GB),
-            share(figures["bandwidth_share"]),
-            mib(arm["memory"]["peak_rss_bytes"]),
-            mib(arm["memory"]["peak_gpu_bytes"]),
-            f"{arm['load']['import_seconds']:.1f} + {arm['load']['load_seconds']:.1f}",
-        )
-    return table
-
-
-def sweep_table(result: dict[str, Any]) -> Table:
-    """Rows: requests sent at once. Columns: arms."""
+def sweep_rows(result: Result) -> list[Row]:
+    """A row per number of requests sent at once, a column per arm."""
     arms = {name: arm["sweep"] for name, arm in result["arms"].items() if arm.get("sweep")}
-    title = "Output tok/s against requests sent at once (most that ran together)"
-    table = make_table(title, "requests", *arms)
-    for points in zip(*arms.values(), strict=True):
-        cells = [f"{num(point['output_tok_per_s'])} ({point['max_running']:.0f})" for point in points]
-        table.add_row(str(int(points[0]["batch_size"])), *cells)
-    return table
+    return [
+        {"requests": num(points[0]["batch_size"], 0)}
+        | {name: f"{num(p['output_tok_per_s'])} ({p['max_running']:.0f})" for name, p in zip(arms, points, strict=True)}
+        for points in zip(*arms.values(), strict=True)
+    ]
 
 
-def fit_table(result: dict[str, Any]) -> Table:
-    title = "Requests running at the same time in the same KV bytes"
-    table = make_table(
-        title, "arm", "KV allocated", "max running", "mean running", "preempted", "KV used/reserved", "out tok/s"
-    )
-    for name, fit in result["fit"].items():
-        if fit["ok"]:
-            table.add_row(
-                name,
-                mib(fit["kv_cache"]["allocated_bytes"]),
-                num(fit["max_running"], 0),
-                num(fit["mean_running"]),
-                num(fit["preemptions"], 0),
-                share(fit["kv_utilisation"]),
-                num(fit["output_tok_per_s"]),
-            )
-    return table
+def fit_rows(result: Result) -> list[Row]:
+    return [
+        {
+            "arm": name,
+            "KV allocated": mib(fit["kv_cache"]["allocated_bytes"]),
+            "max running": num(fit["max_running"], 0),
+            "mean running": num(fit["mean_running"]),
+            "preempted": num(fit["preemptions"], 0),
+            "KV used/reserved": share(fit["kv_utilisation"]),
+            "out tok/s": num(fit["output_tok_per_s"]),
+        }
+        for name, fit in result["fit"].items()
+        if fit["ok"]
+    ]
 
 
-def equality_table(result: dict[str, Any]) -> Table:
-    must = result["run"]["dtype"] == "float32"
-    rule = "float32: must be equal" if must else f"{result['run']['dtype']}: rounding may tip near-ties"
-    title = f"Greedy tokens ({rule})"
-    table = make_table(
-        title, "tokens of", "compared with", "requests equal", "first differences (request: position)", "verdict"
-    )
+def equality_rule(result: Result) -> str:
+    dtype = result["run"]["dtype"]
+    return "float32: must be equal" if dtype == "float32" else f"{dtype}: rounding may tip near-ties"
+
+
+def equality_rows(result: Result) -> list[Row]:
+    rows = []
     for row in result["equality"]:
         differences = ", ".join(f"{index}: {position}" for index, position in row["first_differences"].items())
         verdict = "equal" if not differences else "differ" if row["ok"] else "[bold red]MUST BE EQUAL[/]"
-        equal = f"{row['num_equal']}/{row['num_requests']}"
-        table.add_row(row["tokens_of"], row["compared_with"], equal, differences or "-", verdict)
-    return table
+        shown = {
+            "tokens of": row["tokens_of"],
+            "compared with": row["compared_with"],
+            "requests equal": f"{row['num_equal']}/{row['num_requests']}",
+            "first differences (request: position)": differences or "-",
+            "verdict": verdict,
+        }
+        rows.append(shown)
+    return rows
 
 
-def problems(result: dict[str, Any]) -> list[str]:
+def problems(result: Result) -> list[str]:
     """Everything that a reader must not miss."""
     lines = [f"{name} failed: {arm['error']}" for name, arm in result["arms"].items() if not arm["ok"]]
     lines += [f"{name} (fit) failed: {fit['error']}" for name, fit in result["fit"].items() if not fit["ok"]]

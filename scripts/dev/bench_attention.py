@@ -38,9 +38,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from folovllm.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec
 from folovllm.attention.selector import BACKENDS, load_backend, refusal
-from folovllm.benchmarks.machine import machine_header
+from folovllm.benchmarks.machine import MemoryReader, machine_header, measure_bandwidth
 from folovllm.benchmarks.options import positive
-from folovllm.benchmarks.probe import MemoryReader, measure_bandwidth
 from folovllm.model_executor.huge_pages import huge_zeros
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 9, 3, 64, 16

@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 
-from folovllm.benchmarks.machine import machine_header
-from folovllm.benchmarks.probe import measure_bandwidth
+from folovllm.benchmarks.machine import machine_header, measure_bandwidth
 from folovllm.config import EngineConfig, QuantizationConfig
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.executor.uniproc import UniProcExecutor

@@ -31,7 +31,7 @@ from typing import Any
 
 from folovllm.benchmarks.machine import machine_header
 from folovllm.benchmarks.options import numbers
-from folovllm.benchmarks.shapes import shape_architecture
+from folovllm.benchmarks.random_model import shape_architecture
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import FakeExecutor

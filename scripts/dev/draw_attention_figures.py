@@ -22,8 +22,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
 from folovllm.attention.backends import torch_flash
-from folovllm.benchmarks.machine import machine_header
-from folovllm.benchmarks.probe import measure_bandwidth
+from folovllm.benchmarks.machine import machine_header, measure_bandwidth
 from folovllm.hf_config import ModelArchitecture, parse_hf_config
 
 ROOT = Path(__file__).parents[2]

@@ -24,8 +24,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for scripts.peers
+
+from folovllm.benchmarks.arms import in_words
+from scripts.peers.report import markdown, markdown_table
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # for scripts.peers
 BLOCK = re.compile(r"(<!-- results: (\S+)((?: \w+=\w+)*) -->\n).*?(<!-- /results -->)", re.DOTALL)
 PAGES = ("README.md", "docs/**/*.md", "milestones/**/*.md")
 
@@ -132,8 +136,6 @@ def int4_speed(folder: Path) -> str:
 
 def peers_table(result: dict[str, Any], link: str) -> str:
     """One row per engine of a compare_peers file: the table that compare_peers itself writes beside it."""
-    from scripts.peers.report import markdown
-
     return markdown(result, link)
 
 
@@ -141,16 +143,10 @@ def plain_table(result: dict[str, Any], link: str, wanted: dict[str, str]) -> st
     """A file with a list of `results`: their keys are the columns."""
     machine = result["machine"]
     rows = [r for r in result["results"] if all(str(r[key]) == value for key, value in wanted.items())]
-    columns = list(rows[0])
-    lines = [
-        f"`python {as_run_today(result['command'])}` on {machine['cpu']}, {machine['cores']} cores, times in {result['unit']} "
-        f"([all figures]({link}), commit {machine['git']['sha'][:10]}).",
-        "",
-        "| " + " | ".join(column.replace("_", " ") for column in columns) + " |",
-        "|" + "--:|" * len(columns),
-    ]
-    lines += ["| " + " | ".join(number(r[column]) for column in columns) + " |" for r in rows]
-    return "\n".join(lines) + "\n"
+    cells = [{name.replace("_", " "): text_of(value) for name, value in row.items()} for row in rows]
+    facts = f"[all figures]({link}), commit {machine['git']['sha'][:10]}"
+    where = f"{machine['cpu']}, {machine['cores']} cores, times in {result['unit']}"
+    return f"`python {as_run_today(result['command'])}` on {where} ({facts}).\n\n{markdown_table(cells)}"
 
 
 def as_run_today(command: str) -> str:
@@ -162,17 +158,18 @@ def as_run_today(command: str) -> str:
     return moved if (ROOT / moved.split()[0]).exists() else command
 
 
-def number(value: Any) -> str:
-    """Whole numbers from 100 on, below that three digits that count."""
+def text_of(value: Any) -> str:
+    """Whole numbers from 100 on, below that three digits that count; arms in words."""
     if not isinstance(value, float):
-        return str(value)
+        return in_words(str(value))
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def row(name: str, arm: dict[str, Any]) -> str:
     single, batch = arm["modes"]["single"], arm["modes"]["batch"]
+    label = "HuggingFace" if name == "hf" else in_words(name)
     return (
-        f"| {'HuggingFace' if name == 'hf' else name} | {single['output_tok_per_s']:.1f} | {single['ratio']:.2f}x "
+        f"| {label} | {single['output_tok_per_s']:.1f} | {single['ratio']:.2f}x "
         f"| {batch['output_tok_per_s']:.1f} | {batch['ratio']:.2f}x "
         f"| {batch['itl_ms']['p50']:.0f} / {batch['itl_ms']['p99']:.0f} | {batch['max_running']:.0f} "
         f"| {batch['kv_utilisation']:.0%} | {arm['memory']['peak_rss_bytes'] / 2**20:.0f} MiB |"

@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens per prompt")
     args = parser.parse_args()
 
-    from folovllm.benchmarks.hf_baseline import load_hf
+    from folovllm.entrypoints.commands.hf_baseline import load_hf
 
     torch.set_num_threads(1)
     folder = find_model(DEFAULT_MODEL, pull=True)

@@ -12,25 +12,20 @@ wrong ones stay in the table.
 """
 
 import argparse
-import json
-import shlex
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from profile_step_arm import HUGE, PROFILED, RUNGS, Figures, Job, child_main
+from profile_step_arm import HUGE, PROFILED, RUNGS, Figures, Job, do_job
 from profile_step_predictions import PREDICTIONS, Sizes
 from rich.console import Console
 
-from folovllm.benchmarks import measure
-from folovllm.benchmarks.command import Plan, ensure_weights, make_plan, without_folders
-from folovllm.benchmarks.machine import machine_header
+from folovllm.benchmarks.command import Plan, ensure_weights, make_plan
+from folovllm.benchmarks.machine import command_line, machine_header, without_folders
+from folovllm.benchmarks.metrics import median_of
 from folovllm.benchmarks.options import BenchOptions, numbers, parse_options, positive
-from folovllm.benchmarks.runner import children_end_with_us, run_child, say
-from folovllm.benchmarks.summary import median_of
-from folovllm.benchmarks.tables import make_table, num
+from folovllm.benchmarks.report import make_table, num, write_json
+from folovllm.benchmarks.runner import answer, ask, say, terminate_as_interrupt
 from folovllm.config import DTYPE_BYTES
 
 
@@ -72,23 +67,13 @@ def run_rounds(jobs: list[Job], repeats: int, timeout: float) -> dict[int, list[
 
 def run_job(job: Job, timeout: float) -> dict[str, Any]:
     """One arm in a fresh process."""
-    with tempfile.TemporaryDirectory(prefix="folovllm-profile-") as folder:
-        job_file, result_file = Path(folder, "job.json"), Path(folder, "result.json")
-        job_file.write_text(job.to_json())
-        try:
-            status = run_child([sys.executable, __file__, "--child", str(job_file), str(result_file)], timeout)
-        except subprocess.TimeoutExpired:
-            return {"ok": False, "error": f"took longer than {timeout:.0f} s (--timeout)"}
-        if not result_file.exists():
-            return {"ok": False, "error": f"its process ended with status {status} and left no result"}
-        answer: dict[str, Any] = json.loads(result_file.read_text())
-        return answer
+    return ask([sys.executable, __file__, "--child"], job.to_json(), timeout)
 
 
 def sizes_of(plan: Plan, context: int) -> Sizes:
-    num_bytes = DTYPE_BYTES[plan.options.dtype]
-    weights = measure.weight_bytes_per_token(plan.arch, num_bytes)
-    return Sizes(weights, weights // num_bytes, plan.kv_bytes_per_token, plan.arch.vocab_size, context)
+    weights = plan.weight_bytes_per_token
+    num_weights = weights // DTYPE_BYTES[plan.options.dtype]
+    return Sizes(weights, num_weights, plan.kv_bytes_per_token, plan.arch.vocab_size, context)
 
 
 def rows_of(arms: dict[int, dict[str, Figures]], sizes: Sizes) -> list[dict[str, Any]]:
@@ -139,22 +124,22 @@ def print_tables(result: dict[str, Any]) -> None:
         title = f"One decode step of {batch}, {result['run']['context']} tokens each: ms"
         names = [name for name in rows[0] if name not in ("requests", *parts)]
         for columns in (names, ["arm", *parts]):
-            table = make_table(title, *(name.replace("_", " ") for name in columns))
-            for row in rows:
-                table.add_row(*(num(row[c], 2, 1e3) if isinstance(row[c], float) else row[c] for c in columns))
-            console.print(table)
+            cells = [{name.replace("_", " "): in_ms(row[name]) for name in columns} for row in rows]
+            console.print(make_table(title, cells))
     for number, how in result["predictions"].items():
         console.print(f"predicted {number}: {how}", highlight=False)
     for number, error in result["failed"].items():
         console.print(f"arm {number} FAILED: {error}", highlight=False)
 
 
+def in_ms(value: Any) -> str:
+    """Microseconds as milliseconds; text as it is."""
+    return num(value, 2, 1e3) if isinstance(value, float) else value
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """A stacked bar per arm, a panel per batch size; the black mark is what was predicted."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from folovllm.benchmarks.plot import plt, save
 
     rows = result["results"]
     batches = list(dict.fromkeys(row["requests"] for row in rows))
@@ -175,9 +160,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         ax.invert_yaxis()
         ax.set(title=f"{batch} request{'s' if batch > 1 else ''}", xlabel="ms per step")
     axes[0][-1].legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    save(figure, path)
 
 
 def run(args: argparse.Namespace, options: BenchOptions, argv: list[str]) -> int:
@@ -190,7 +173,7 @@ def run(args: argparse.Namespace, options: BenchOptions, argv: list[str]) -> int
     arms = {n: median_of([a["batches"] for a in given]) for n, given in answers.items() if n not in failed}
     result = {
         "schema": "folovllm.profile_step/1",
-        "command": shlex.join(["scripts/dev/profile_step.py", *map(without_folders, argv)]),
+        "command": command_line("scripts/dev/profile_step.py", argv),
         "unit": "microseconds",
         "machine": machine,
         "run": {
@@ -211,8 +194,7 @@ def run(args: argparse.Namespace, options: BenchOptions, argv: list[str]) -> int
     }
     print_tables(result)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(result, args.json)
     if args.plot and arms:
         draw(result, args.plot)
     return 1 if failed else 0
@@ -221,10 +203,10 @@ def run(args: argparse.Namespace, options: BenchOptions, argv: list[str]) -> int
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--child"]:  # hidden: this process is one arm
-        return child_main(Path(argv[1]), Path(argv[2]))
+        return answer(Path(argv[1]), Path(argv[2]), do_job)
     args, options = parse_args(argv)
     try:
-        with children_end_with_us():
+        with terminate_as_interrupt():
             return run(args, options, argv)
     except (ValueError, OSError) as error:
         print(f"profile_step.py: error: {error}", file=sys.stderr)

@@ -11,21 +11,17 @@ import mmap
 import random
 import statistics
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from folovllm.benchmarks import probe
-from folovllm.benchmarks.child import die_with_parent
-from folovllm.benchmarks.engine_arm import make_engine
-from folovllm.benchmarks.summary import median_of
-from folovllm.benchmarks.task import ArmTask
+from folovllm.benchmarks.arms import ArmTask, make_engine
+from folovllm.benchmarks.machine import measure_bandwidth
+from folovllm.benchmarks.metrics import median_of
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.executor.uniproc import UniProcExecutor
 from folovllm.model_executor import fast_ops, huge_pages
@@ -122,17 +118,11 @@ class Job:
         return cls(**plain | {"task": task, "batches": tuple(plain["batches"])})
 
 
-def child_main(job_file: Path, result_file: Path) -> int:
-    die_with_parent()
-    job = Job.from_json(job_file.read_text())
+def do_job(text: str) -> dict[str, Any]:
+    """What the process of one arm answers."""
+    job = Job.from_json(text)
     torch.set_num_threads(job.task.threads)
-    try:
-        result: dict[str, Any] = {"ok": True, "batches": measure_arm(job)}
-    except BaseException as error:
-        traceback.print_exc()
-        result = {"ok": False, "error": f"{type(error).__name__}: {error}"}
-    result_file.write_text(json.dumps(result))
-    return 0 if result["ok"] else 1
+    return {"batches": measure_arm(job)}
 
 
 def measure_arm(job: Job) -> dict[str, Figures]:
@@ -156,9 +146,8 @@ def measure_arm(job: Job) -> dict[str, Figures]:
 
 def memory_speed(num_bytes: int) -> dict[str, float]:
     """Bytes per second of a plain read, in both kinds of pages."""
-    huge = probe.measure_bandwidth("cpu", num_bytes)["bytes_per_second"]
-    with mock.patch.object(probe, "huge_zeros", ordinary_zeros):
-        return {"huge": huge, "ordinary": probe.measure_bandwidth("cpu", num_bytes)["bytes_per_second"]}
+    pages = {"huge": huge_pages.huge_zeros, "ordinary": ordinary_zeros}
+    return {kind: measure_bandwidth("cpu", num_bytes, zeros)["bytes_per_second"] for kind, zeros in pages.items()}
 
 
 def matmul_speed(dtype: torch.dtype) -> float:

@@ -1,16 +1,11 @@
 """The peers: FoloVLLM beside HuggingFace, vLLM's CPU build, llama.cpp and OpenVINO GenAI, in one run.
 
-Milestone: M4. vLLM counterpart: none (its benchmarks compare it with itself). Left out: GPUs, servers, other workloads
-than those of the benchmark next door.
+Milestone: M4. vLLM counterpart: none (its benchmarks compare it with itself). On the runner, options and figures of
+folovllm/benchmarks. Left out: GPUs, servers, and workloads other than A and smoke.
 
-    command       from arguments to files              options    the arguments, checked
-    catalog       the peers, as data                   environment  a virtual environment for each
-    weights       the files that a peer reads          tasks      what one process is asked, and asking it
-    pairs         who runs when                        process, guard  children that never outlive us
-    adapters/     stand-alone files that run in a peer's own environment
-    summary       medians of ratios                    report, plot  what a reader sees
+    command      from arguments to files                 options      the arguments, checked
+    catalog      the peers, as data                      environment  a virtual environment for each
+    weights      the files that a peer reads             bench        one measurement of one engine
+    comparison   pairs in turn, medians of ratios        report, plot what a reader sees
+    adapters/    stand-alone files that run in a peer's own environment
 """
-
-from scripts.peers.command import main
-
-__all__ = ["main"]

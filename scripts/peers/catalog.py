@@ -3,11 +3,12 @@
 Milestone: M4. vLLM counterpart: none. No torch. A new peer is an entry here and a file in adapters/.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from folovllm.sampling_params import unknown_name_message
 
 ADAPTERS = Path(__file__).parent / "adapters"
 OURS = "folovllm"
@@ -107,12 +108,10 @@ DEFAULT_PEERS = ("hf", "vllm", "llamacpp", "openvino")
 
 
 def get_peers(names: Iterable[str]) -> list[Peer]:
-    """The peers of these names; a ValueError lists those there are, and the nearest one."""
+    """The peers of these names. Raises ValueError with the nearest name if one is unknown."""
     found = []
     for name in names:
         if name not in PEERS:
-            near = difflib.get_close_matches(name.lower(), PEERS, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"--peers: unknown peer {name!r}; there are {', '.join(PEERS)}{hint}")
+            raise ValueError(f"--peers: {unknown_name_message('peer', name, list(PEERS))}")
         found.append(PEERS[name])
     return found

@@ -3,32 +3,28 @@
 Milestone: M4. vLLM counterpart: none. No torch in this process.
 """
 
-import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from folovllm.benchmarks import measure as figures
-from folovllm.benchmarks.command import without_folders
+from folovllm.benchmarks.command import Plan, describe_run, make_plan
 from folovllm.benchmarks.machine import machine_header
-from folovllm.benchmarks.runner import say
-from folovllm.benchmarks.task import ArmTask
-from folovllm.benchmarks.workloads import WORKLOADS, make_workload
-from folovllm.config import DTYPE_BYTES
-from folovllm.hf_config import ModelArchitecture, load_hf_config
-from folovllm.hub import HubError, find_model
-from scripts.peers import report, summary
+from folovllm.benchmarks.metrics import median_of
+from folovllm.benchmarks.runner import say, terminate_as_interrupt
+from folovllm.hub import HubError
+from scripts.peers import comparison, report
+from scripts.peers.bench import Bench
 from scripts.peers.catalog import FOLDER, OURS, PEERS, Peer, PeerError
+from scripts.peers.comparison import OursFailedError, PairRuns, plan_pairs, run_pairs
 from scripts.peers.environment import ensure_environment, state_of
 from scripts.peers.options import PeerOptions, parse_options
-from scripts.peers.pairs import OursFailedError, PairRuns, plan_pairs, run_pairs
-from scripts.peers.process import terminate_as_interrupt
-from scripts.peers.tasks import Bench
-from scripts.peers.weights import resolve_weights, weights_name
+from scripts.peers.weights import find_weights, weights_name
 
+SCRIPT = "scripts/compare_peers.py"
 SCHEMA = "folovllm.compare_peers/1"
 NOTES = (
     "Every measurement is a fresh process: load, a warm-up of a few short requests, then each mode once. Throughput "
@@ -40,7 +36,7 @@ NOTES = (
     "hf batch: one static batch, padded on the left, decoded until the longest output is complete.",
     "floor_share: throughput of the single stream over what reading the weights once per token would allow at the "
     "memory bandwidth measured in this run; its time includes the prompts. bandwidth_share: decode steps alone.",
-    "same_first_token: a check that everybody answers the same question; rounding and 4-bit weights tip near-ties.",
+    "same_first_token: a check that every engine answers the same question; rounding and 4-bit weights tip near-ties.",
 )
 
 
@@ -53,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with terminate_as_interrupt():
         try:
-            return _run(options, argv)
+            return run(options, argv)
         except (ValueError, OSError, HubError) as error:
             print(f"compare_peers.py: error: {error}", file=sys.stderr)
             return 2
@@ -71,71 +67,42 @@ def listing(options: PeerOptions) -> str:
     return "\n".join(lines)
 
 
-def _run(options: PeerOptions, argv: list[str]) -> int:
+def run(options: PeerOptions, argv: list[str]) -> int:
+    """Make the peers ready, measure, write, print; the exit status."""
     machine = machine_header()  # first: the load average should not be ours
-    setup = Setup(options)
-    runs = setup.runs
+    plan = make_plan(options.bench)
+    plan = replace(plan, task=replace(plan.task, arm=options.preset, modes=options.modes))
+    runs = {peer.name: PairRuns() for peer in options.peers}
+    weights = prepare_peers(options, Path(plan.task.model_path), runs)
     if options.setup_only:
         failed = [name for name, run in runs.items() if run.error]
         say(f"[setup] done; failed: {', '.join(failed)}" if failed else "[setup] done, all ready")
         return 1 if failed else 0
-    options.output.mkdir(parents=True, exist_ok=True)
-    probes = measure_all(setup.bench, runs, options.repeats)
-    result = put_together(setup, machine, probes, argv)
-    files = report.write_files(result, options.output, datetime.now())
-    report.print_tables(result, files)
+    options.bench.output.mkdir(parents=True, exist_ok=True)
+    peers = {peer.name: peer for peer in options.peers}
+    bench = Bench(plan.task, plan.task.make_workload(), peers, weights, options.peers_dir, options.bench.timeout)
+    probes = measure_all(bench, runs, options.bench.repeats)
+    result = put_together(options, plan, machine, runs, probes, argv)
+    files = report.write_files(result, options.bench.output, datetime.now())
+    report.print_result(result, files)
     return 0 if result["ok"] else 1
 
 
-class Setup:
-    """The model looked at and every peer made ready; `runs` holds the errors of those that could not be."""
-
-    def __init__(self, options: PeerOptions) -> None:
-        self.options = options
-        self.folder = find_model(options.model, pull=True)
-        self.arch: ModelArchitecture = load_hf_config(self.folder)
-        self.runs = {peer.name: PairRuns() for peer in options.peers}
-        self.weights = {peer.name: self._prepare(peer) for peer in options.peers}
-        self.bench = self._make_bench()
-
-    def _prepare(self, peer: Peer) -> Any:
-        """The file that the peer loads; None, and its error noted, if there is no environment or file for it."""
-        options = self.options
+def prepare_peers(options: PeerOptions, folder: Path, runs: dict[str, PairRuns]) -> dict[str, Path]:
+    """The file that each peer loads. The error of a peer without environment or file is noted in its runs."""
+    weights = {}
+    for peer in options.peers:
         try:
             if peer.environment is not None:
                 ensure_environment(peer.environment, options.peers_dir, say)
-            return resolve_weights(
-                peer.weights, options.model, self.folder, options.dtype, options.peers_dir, options.gguf, say
+            bench = options.bench
+            weights[peer.name] = find_weights(
+                peer.weights, bench.model, folder, bench.dtype, options.peers_dir, options.gguf, say
             )
         except (PeerError, HubError, OSError) as error:
-            self.runs[peer.name].error = str(error)
+            runs[peer.name].error = str(error)
             say(f"[setup] {peer.name} FAILED: {error}")
-            return None
-
-    def _make_bench(self) -> Bench:
-        options = self.options
-        workload = make_workload(options.workload, self.arch.vocab_size, options.num_requests)
-        if not workload.longest <= options.max_model_len <= self.arch.max_position_embeddings:
-            raise ValueError(
-                f"--max-model-len {options.max_model_len}: the longest request has {workload.longest} tokens and the "
-                f"model {self.arch.max_position_embeddings} positions; choose a length between them"
-            )
-        task = ArmTask(
-            arm=options.preset,
-            model_path=str(self.folder),
-            vocab_size=self.arch.vocab_size,
-            workload=options.workload,
-            num_requests=options.num_requests,
-            modes=options.modes,
-            device="cpu",
-            dtype=options.dtype,
-            threads=options.threads,
-            max_model_len=options.max_model_len,
-            kv_cache_memory=options.kv_cache_memory,
-            bandwidth_bytes=options.bandwidth_bytes,
-        )
-        peers = {peer.name: peer for peer in options.peers}
-        return Bench(task, workload, peers, self.weights, options.peers_dir, options.timeout)
+    return weights
 
 
 @dataclass
@@ -144,7 +111,7 @@ class Progress:
 
     measure: Callable[[str], dict[str, Any]]
     total: int
-    done: int = field(default=0)
+    done: int = 0
 
     def __call__(self, name: str) -> dict[str, Any]:
         self.done += 1
@@ -196,65 +163,42 @@ def _stop(runs: dict[str, PairRuns], why: str) -> None:
 
 
 def put_together(
-    setup: Setup, machine: dict[str, Any], probes: list[dict[str, Any]], argv: list[str]
+    options: PeerOptions,
+    plan: Plan,
+    machine: dict[str, Any],
+    runs: dict[str, PairRuns],
+    probes: list[dict[str, Any]],
+    argv: list[str],
 ) -> dict[str, Any]:
     """The result, in the shape of the JSON file."""
-    options, runs = setup.options, setup.runs
-    arms = {OURS: summary.summarise_ours(runs, options.modes) | _ours_facts(setup, machine)}
+    arms = {OURS: comparison.summarise_ours(runs, options.modes) | our_facts(plan, machine)}
     for peer in options.peers:
-        facts = {
-            "label": peer.label,
-            "weights": weights_name(peer.weights, options.dtype),
-            "fewer_bits": weights_name(peer.weights, options.dtype) != options.dtype,
-        }
-        found = summary.summarise_peer(runs[peer.name], peer.name, options.modes)
-        arms[peer.name] = found | facts
-        if peer.environment is None and peer.adapter is None and "modes" in found:
+        arms[peer.name] = comparison.summarise_peer(runs[peer.name], peer.name, options.modes) | facts(peer, plan)
+        if peer.adapter is None and "modes" in arms[peer.name]:
             arms[peer.name]["version"] = machine["transformers"]
-    bandwidth = figures.median_of([probe["bandwidth"] for probe in probes]) if probes else None
-    weight_bytes = figures.weight_bytes_per_token(setup.arch, DTYPE_BYTES[options.dtype])
+    bandwidth = median_of([probe["bandwidth"] for probe in probes]) if probes else None
     return {
         "schema": SCHEMA,
         "ok": all(arm["ok"] for arm in arms.values()) and bandwidth is not None,
         "machine": machine | (probes[0]["device"] if probes else {}),
-        "run": describe_run(setup, argv),
-        "bandwidth": summary.add_floor(arms, bandwidth, weight_bytes),
+        "run": describe_run(plan, SCRIPT, argv) | {"preset": options.preset, "modes": list(options.modes)},
+        "bandwidth": comparison.add_floor(arms, bandwidth, plan.weight_bytes_per_token),
         "reference": OURS,
         "arms": arms,
         "notes": list(NOTES),
     }
 
 
-def _ours_facts(setup: Setup, machine: dict[str, Any]) -> dict[str, Any]:
-    gptq = setup.arch.quantization
+def facts(peer: Peer, plan: Plan) -> dict[str, Any]:
+    name = weights_name(peer.weights, plan.task.dtype)
+    return {"label": peer.label, "weights": name, "fewer_bits": name != plan.task.dtype}
+
+
+def our_facts(plan: Plan, machine: dict[str, Any]) -> dict[str, Any]:
+    gptq = plan.arch.quantization
     return {
-        "label": f"FoloVLLM {setup.options.preset}",
-        "weights": weights_name(FOLDER, setup.options.dtype) if gptq is None else f"GPTQ {gptq.bits}-bit",
+        "label": f"FoloVLLM {plan.task.arm}",
+        "weights": weights_name(FOLDER, plan.task.dtype) if gptq is None else f"GPTQ {gptq.bits}-bit",
         "fewer_bits": gptq is not None,
         "version": machine["folovllm"],
-    }
-
-
-def describe_run(setup: Setup, argv: list[str]) -> dict[str, Any]:
-    """What was run, so that it can be run again."""
-    options, workload = setup.options, setup.bench.workload
-    return {
-        "command": shlex.join(["scripts/compare_peers.py", *map(without_folders, argv)]),
-        "model": without_folders(options.model),
-        "device": "cpu",
-        "dtype": options.dtype,
-        "preset": options.preset,
-        "modes": list(options.modes),
-        "threads": options.threads,
-        "repeats": options.repeats,
-        "max_model_len": options.max_model_len,
-        "kv_cache_memory": options.kv_cache_memory,
-        "workload": {
-            "name": workload.name,
-            "about": WORKLOADS[workload.name].about,
-            "num_requests": {mode: len(workload.for_mode(mode)) for mode in options.modes},
-            "prompt_tokens": sum(len(request.prompt_token_ids) for request in workload.requests),
-            "output_tokens": sum(request.output_len for request in workload.requests),
-            "sha256": workload.digest(),
-        },
     }

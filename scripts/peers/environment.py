@@ -6,7 +6,7 @@ Milestone: M4. vLLM counterpart: none.
     ~/.cache/folovllm/peers/vllm/folovllm_peer.json   written last: an interrupted install has none and is done again
     ~/.cache/folovllm/peers/vllm.log         what pip said
 
-An environment without that file in which the peer's import works is taken over as it is: somebody made it by hand.
+An environment without that file is taken over as it is if the peer's import works in it: a user made it by hand.
 """
 
 import json
@@ -17,9 +17,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from folovllm.benchmarks.runner import run_child, tail
 from folovllm.hub import default_download_dir
 from scripts.peers.catalog import Environment, Peer, PeerError
-from scripts.peers.process import run_guarded, tail
 
 MARKER = "folovllm_peer.json"
 COMPILERS = ("c++", "g++", "clang++")
@@ -91,7 +91,7 @@ def _require_compiler(environment: Environment) -> None:
 def _run(command: list[str], environment: Environment, log: Path, what: str) -> None:
     """One command of the install; `PeerError` if it fails."""
     try:
-        status = run_guarded(command, log, INSTALL_TIMEOUT, environment.variables)
+        status = run_child(command, INSTALL_TIMEOUT, log, environment.variables)
     except TimeoutError as error:
         raise PeerError(f"{what} {error}; log: {log}") from None
     if status != 0:
@@ -103,7 +103,7 @@ def _run(command: list[str], environment: Environment, log: Path, what: str) -> 
 
 def _works(environment: Environment, folder: Path, log: Path) -> bool:
     try:
-        return run_guarded([str(_python(folder)), "-c", environment.probe], log, PROBE_TIMEOUT) == 0
+        return run_child([str(_python(folder)), "-c", environment.probe], PROBE_TIMEOUT, log) == 0
     except TimeoutError:
         return False
 

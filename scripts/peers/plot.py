@@ -6,7 +6,9 @@ Milestone: M4. vLLM counterpart: none. No torch.
 from pathlib import Path
 from typing import Any
 
-from folovllm.benchmarks.plot import BASELINE_GREY, DPI, MODE_COLOURS, plt
+from folovllm.benchmarks.arms import in_words
+from folovllm.benchmarks.machine import commit_of
+from folovllm.benchmarks.plot import BASELINE_GREY, MODE_COLOURS, plt, save
 
 TITLES = {"single": "{n} requests one after another", "batch": "{n} requests at once"}
 
@@ -25,9 +27,7 @@ def write_plot(result: dict[str, Any], path: Path) -> list[Path]:
         ax.set_title(TITLES[mode].format(n=result["run"]["workload"]["num_requests"][mode]), fontsize=10)
         if mode == "single" and "floor_tok_per_s" in result["bandwidth"]:
             _floor(ax, result["bandwidth"]["floor_tok_per_s"], result["run"]["dtype"])
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
-    plt.close(figure)
-    return [path]
+    return [save(figure, path)]
 
 
 def _bars(ax: Any, arms: list[dict[str, Any]], mode: str) -> None:
@@ -41,7 +41,7 @@ def _bars(ax: Any, arms: list[dict[str, Any]], mode: str) -> None:
         ratio = arm["modes"][mode].get("ratio")
         label = f"  {speed['median']:.0f}" + (f"  (ours {ratio['median']:.2f}x)" if ratio else "")
         ax.text(speed["max"], place, label, va="center", fontsize=9)
-    ax.set_yticks(places, [f"{arm['label']}\n{arm['weights']}" for arm in arms], fontsize=9)
+    ax.set_yticks(places, [f"{in_words(arm['label'])}\n{arm['weights']}" for arm in arms], fontsize=9)
     ax.invert_yaxis()  # ours on top
     ax.margins(x=0.25)
     ax.set_xlim(left=0)
@@ -55,9 +55,7 @@ def _floor(ax: Any, floor: float, dtype: str) -> None:
 
 def _title(result: dict[str, Any]) -> str:
     run, machine = result["run"], result["machine"]
-    git = machine["git"] or {"sha": "unknown", "dirty": False}
-    commit = git["sha"][:10] + (" + changes" if git["dirty"] else "")
     return (
         f"{run['model']}, workload {run['workload']['name']}, {machine['cpu']}, {run['threads']} threads, medians of "
-        f"{run['repeats']} pairs, commit {commit}, {result['date'][:10]}"
+        f"{run['repeats']} pairs, commit {commit_of(machine)}, {result['date'][:10]}"
     )

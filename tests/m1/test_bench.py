@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from folovllm.benchmarks import main
+from folovllm.benchmarks.arms import RequestTiming, StepSample, in_words
 from folovllm.benchmarks.hf_arm import static_batch_samples
-from folovllm.benchmarks.measure import (
-    RequestTiming,
-    StepSample,
+from folovllm.benchmarks.metrics import (
     decode_bytes_per_second,
+    equality_row,
+    first_differences,
     kv_figures,
     kv_series,
     latency_summary,
@@ -21,7 +22,6 @@ from folovllm.benchmarks.measure import (
     speed_figures,
 )
 from folovllm.benchmarks.options import byte_size, parse_options
-from folovllm.benchmarks.summary import equality_row, first_differences
 from folovllm.benchmarks.workloads import BenchRequest, make_workload
 
 pytestmark = pytest.mark.m1
@@ -94,6 +94,22 @@ def test_medians_leaf_by_leaf():
         {"a": 2, "b": {"c": 3.0, "name": "x"}},
     ]
     assert median_of(runs) == {"a": 2, "b": {"c": 3.0, "name": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("m7-m6", "m7 without m6"),
+        ("m7-m6-m5+budget=256", "m7 without m6 and m5+budget=256"),
+        ("FoloVLLM m7-m6", "FoloVLLM m7 without m6"),
+        ("m6-m6 batch", "m6 without m6 batch"),
+        ("m5", "m5"),
+        ("hf single", "hf single"),
+        ("nothing (m5)", "nothing (m5)"),
+    ],
+)
+def test_arms_are_shown_in_words(name, words):
+    assert in_words(name) == words
 
 
 def test_first_differences():

@@ -149,7 +149,7 @@ def test_priority_decides_who_comes_first(folder: Path) -> None:
 
 @pytest.mark.parametrize("model", ["llama", "qwen3"])
 def test_logprobs_are_huggingfaces(model: str, tiny_model_dir: Callable[[str], Path]) -> None:
-    from folovllm.benchmarks.hf_baseline import load_hf
+    from folovllm.entrypoints.commands.hf_baseline import load_hf
 
     llm = LLM(str(tiny_model_dir(model)), dtype="float32", max_model_len=MAX_MODEL_LEN)
     outputs = generate(llm, TEXTS, GREEDY.replace(logprobs=3, prompt_logprobs=2))

@@ -68,7 +68,7 @@ def jobs_of(tiny_model_dir: MakeTiny) -> JobsOf:
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_naive_equals_huggingface(name: str, tiny_model_dir: MakeTiny, jobs_of: JobsOf) -> None:
-    from folovllm.benchmarks.hf_baseline import hf_greedy
+    from folovllm.entrypoints.commands.hf_baseline import hf_greedy
 
     jobs = jobs_of(name)
     prompts = [job.prompt_token_ids for job in jobs]
@@ -101,7 +101,7 @@ def test_presets_differ_in_how_they_run(tiny_model_dir: MakeTiny, jobs_of: JobsO
 
 def test_eos_ends_the_text_as_in_huggingface(tiny_model_dir: MakeTiny, tmp_path: Path) -> None:
     """A copy of a model whose EOS is a token that it is going to say: both stop right after it."""
-    from folovllm.benchmarks.hf_baseline import hf_greedy
+    from folovllm.entrypoints.commands.hf_baseline import hf_greedy
 
     plain = GapNaiveModel(tiny_model_dir("llama")).run(draw_prompt(9, seed=1), greedy(NUM_TOKENS))
     eos = next(token for i, token in enumerate(plain.tokens) if i >= 20 and token not in plain.tokens[:i])

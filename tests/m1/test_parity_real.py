@@ -81,7 +81,7 @@ def test_20_prompts_together_equal_huggingface(llm: LLM) -> None:
 
 def test_three_prompts_asked_again_live(model_dir: Path) -> None:
     """The fixture is not stale: HuggingFace as installed here says the same."""
-    from folovllm.benchmarks.hf_baseline import hf_greedy
+    from folovllm.entrypoints.commands.hf_baseline import hf_greedy
 
     rows = [row for row in ROWS if row["name"] in LIVE]
     prompts = [row["prompt_token_ids"] for row in rows]
@@ -155,14 +155,14 @@ def forced_ours(model_dir: Path, rows: list[dict[str, Any]] = BF16_ROWS, **engin
 
 @pytest.fixture(scope="module")
 def exact(model_dir: Path) -> Forced:
-    from folovllm.benchmarks.hf_baseline import load_hf
+    from folovllm.entrypoints.commands.hf_baseline import load_hf
 
     return forced_hf(load_hf(model_dir, "float32"))
 
 
 @pytest.fixture(scope="module")
 def hf_bf16(model_dir: Path, exact: Forced) -> Forced:
-    from folovllm.benchmarks.hf_baseline import load_hf
+    from folovllm.entrypoints.commands.hf_baseline import load_hf
 
     return forced_hf(load_hf(model_dir, "bfloat16"))
 

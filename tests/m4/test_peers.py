@@ -13,15 +13,15 @@ import psutil
 import pytest
 
 from folovllm import milestones
-from folovllm.benchmarks.task import ArmTask
+from folovllm.benchmarks.arms import ArmTask
+from folovllm.benchmarks.runner import run_child
 from folovllm.benchmarks.workloads import BenchRequest, Workload
-from scripts.peers import catalog, environment, main, report, summary, weights
+from scripts.peers import catalog, comparison, environment, report, weights
+from scripts.peers.bench import Bench
 from scripts.peers.catalog import OURS, Environment, Peer, PeerError
-from scripts.peers.command import measure_all
+from scripts.peers.command import main, measure_all
+from scripts.peers.comparison import OursFailedError, PairRuns, plan_pairs, run_pairs
 from scripts.peers.options import ours, parse_options
-from scripts.peers.pairs import OursFailedError, PairRuns, plan_pairs, run_pairs
-from scripts.peers.process import run_guarded
-from scripts.peers.tasks import Bench
 from tests.script_loader import load_script
 
 pytestmark = pytest.mark.m4
@@ -122,7 +122,7 @@ def three_pairs() -> PairRuns:
 
 
 def test_the_ratio_is_the_median_of_the_pairs_not_the_ratio_of_the_medians():
-    single = summary.summarise_peer(three_pairs(), "a", ["single", "batch"])["modes"]["single"]
+    single = comparison.summarise_peer(three_pairs(), "a", ["single", "batch"])["modes"]["single"]
     assert single["output_tok_per_s"] == {"median": 30, "min": 20, "max": 30, "repeats": [20, 30, 30]}
     assert single["ratio"] == {"median": 2.0, "min": 1.0, "max": 3.0, "repeats": [2.0, 3.0, 1.0]}
     assert single["same_first_token"] == "1/2"
@@ -130,17 +130,17 @@ def test_the_ratio_is_the_median_of_the_pairs_not_the_ratio_of_the_medians():
 
 def test_ours_is_the_median_over_the_pairs_with_everybody():
     runs = {"a": three_pairs(), "b": PairRuns([{OURS: result(50, 1), "b": result(1, 1)}]), "c": PairRuns(error="no")}
-    found = summary.summarise_ours(runs, ["single"])
+    found = comparison.summarise_ours(runs, ["single"])
     assert found["modes"]["single"]["output_tok_per_s"]["repeats"] == [40, 90, 30, 50]
     assert found["num_pairs"] == 4 and found["load"]["load_seconds"] == 45
-    assert not summary.summarise_ours({"c": PairRuns(error="no")}, ["single"])["ok"]
+    assert not comparison.summarise_ours({"c": PairRuns(error="no")}, ["single"])["ok"]
 
 
 def test_share_of_the_floor_by_hand():
     # 10 GB/s over 100 MB per token: 100 tokens a second. Ours reaches 45 of them, and reads 1 GB/s when it decodes.
-    ours_arm = summary.summarise_ours({"a": PairRuns([{OURS: result(45, 1), "a": result(1, 1)}])}, ["single"])
+    ours_arm = comparison.summarise_ours({"a": PairRuns([{OURS: result(45, 1), "a": result(1, 1)}])}, ["single"])
     arms = {OURS: ours_arm | {"fewer_bits": False}, "q4": result(1, 1) | {"fewer_bits": True}}
-    floor = summary.add_floor(arms, {"bytes_per_second": 10e9}, weight_bytes=100_000_000)
+    floor = comparison.add_floor(arms, {"bytes_per_second": 10e9}, weight_bytes=100_000_000)
     assert floor["floor_tok_per_s"] == 100
     assert arms[OURS]["modes"]["single"]["floor_share"] == 0.45
     assert arms[OURS]["modes"]["single"]["bandwidth_share"] == pytest.approx(0.1)
@@ -169,8 +169,8 @@ def test_wrong_arguments_are_named(argv, message, capsys):
 
 def test_a_model_without_gguf_is_refused_for_peers_that_read_gguf(tmp_path):
     with pytest.raises(PeerError, match="pass --gguf FILE"):
-        weights.resolve_weights(catalog.Q4_1, "org/name", tmp_path, "bfloat16", tmp_path, None, print)
-    assert weights.resolve_weights(catalog.FOLDER, "org/name", tmp_path, "bfloat16", tmp_path, None, print) == tmp_path
+        weights.find_weights(catalog.Q4_1, "org/name", tmp_path, "bfloat16", tmp_path, None, print)
+    assert weights.find_weights(catalog.FOLDER, "org/name", tmp_path, "bfloat16", tmp_path, None, print) == tmp_path
 
 
 @pytest.mark.parametrize("rung", [r.id for r in milestones.LADDER if r.built and r.id != "m0"])
@@ -261,7 +261,7 @@ def wait_until(condition, seconds: float = 20) -> bool:
 def test_a_timeout_ends_the_whole_group(tmp_path):
     mark = f"peers-timeout-{os.getpid()}"
     with pytest.raises(TimeoutError, match="longer than 1 s"):
-        run_guarded([sys.executable, "-c", SLEEPERS.format(mark=mark)], tmp_path / "log", timeout=1)
+        run_child([sys.executable, "-c", SLEEPERS.format(mark=mark)], 1, tmp_path / "log")
     assert wait_until(lambda: not with_mark(mark))
 
 
@@ -280,16 +280,16 @@ def test_a_killed_parent_leaves_no_child(tmp_path, number):
 PARENT = """
 import json, sys
 from pathlib import Path
-from scripts.peers.process import run_guarded, terminate_as_interrupt
+from folovllm.benchmarks.runner import run_child, terminate_as_interrupt
 with terminate_as_interrupt():
-    run_guarded(json.loads(sys.argv[1]), Path(sys.argv[2]), timeout=600)
+    run_child(json.loads(sys.argv[1]), 600, Path(sys.argv[2]))
 """
 
 
 def test_status_and_log_of_a_command(tmp_path):
     log = tmp_path / "log"
-    assert run_guarded([sys.executable, "-c", "print('said'); raise SystemExit(3)"], log, timeout=60) == 3
-    assert run_guarded([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], log, timeout=60) == 137
+    assert run_child([sys.executable, "-c", "print('said'); raise SystemExit(3)"], 60, log) == 3
+    assert run_child([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], 60, log) == 137
     assert log.read_text() == "said\n"
 
 
@@ -374,5 +374,5 @@ def test_what_a_peer_can_do_wrong(tmp_path, change, message):
 
 
 def test_spread_is_shown_only_where_there_is_one():
-    assert report._spread(summary.spread([1.0]), "{:.2f}", "x") == "1.00x"
-    assert report._spread(summary.spread([1.0, 3.0, 2.0]), "{:.0f}") == "2 (1-3)"
+    assert report._spread(comparison.spread([1.0]), "{:.2f}", "x") == "1.00x"
+    assert report._spread(comparison.spread([1.0, 3.0, 2.0]), "{:.0f}") == "2 (1-3)"

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from folovllm.benchmarks.random_weights import checkpoint_folder, write_checkpoint
-from folovllm.benchmarks.task import ArmTask
+from folovllm.benchmarks.arms import ArmTask
+from folovllm.benchmarks.random_model import checkpoint_folder, write_checkpoint
+from folovllm.benchmarks.runner import answer
 from folovllm.csrc.build import load_ops
 from folovllm.model_executor import fast_ops, huge_pages
 from folovllm.model_executor.fast_layers import FusedDecoderLayers
@@ -178,10 +179,9 @@ def test_an_arm_in_a_process_of_its_own(weights):
     assert answer["batches"][str(BATCH)]["families"]["linear"]["ms"] > 0
 
 
-def test_an_arm_that_fails_there_says_why(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(step_profile, "die_with_parent", lambda: None)  # here it would watch pytest's own stdin
+def test_an_arm_that_fails_there_says_why(weights, tmp_path):
     (tmp_path / "job").write_text(replace(job(1, weights), context=10_000).to_json())
-    assert step_profile.child_main(tmp_path / "job", tmp_path / "result") == 1
+    assert answer(tmp_path / "job", tmp_path / "result", step_profile.do_job) == 1
     result = json.loads((tmp_path / "result").read_text())
     assert not result["ok"] and "ValueError" in result["error"]
 

@@ -11,18 +11,15 @@ from pathlib import Path
 import pytest
 
 from folovllm import milestones
-from folovllm.benchmarks import main, random_weights
-from folovllm.benchmarks.ablation import ablation_rows
-from folovllm.benchmarks.child import run_one_by_one
-from folovllm.benchmarks.engine_arm import EngineArm
-from folovllm.benchmarks.groups import hit_rate_curves
-from folovllm.benchmarks.measure import RequestTiming, group_figures
+from folovllm.benchmarks import main, random_model
+from folovllm.benchmarks.arms import ArmTask, EngineArm, RequestTiming, ablation_arms, default_arms, parse_arm
+from folovllm.benchmarks.metrics import ablation_rows, group_figures
 from folovllm.benchmarks.options import parse_options
-from folovllm.benchmarks.requests import BenchRequest, Feed
-from folovllm.benchmarks.runner import run_child
-from folovllm.benchmarks.shapes import SHAPES, shape_architecture, shape_config
-from folovllm.benchmarks.task import ArmTask, ablation_arms, default_arms, parse_arm
-from folovllm.benchmarks.workloads import WORKLOADS, make_workload
+from folovllm.benchmarks.plot import draw_groups, hit_rate_curves
+from folovllm.benchmarks.random_model import SHAPES, shape_architecture, shape_config
+from folovllm.benchmarks.report import group_rows, make_table, name_arms, page_rows
+from folovllm.benchmarks.runner import run_child, run_one_by_one
+from folovllm.benchmarks.workloads import WORKLOADS, BenchRequest, Feed, make_workload
 from folovllm.hf_config import parse_hf_config
 from tests.script_loader import load_script
 
@@ -45,8 +42,8 @@ FACTS = ("dtype", "bos_token_id", "eos_token_ids", "model_type")  # not part of 
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory):
     """A checkpoint of the tiny shape, written once."""
-    folder = random_weights.checkpoint_folder("tiny", tmp_path_factory.mktemp("cache"))
-    random_weights.write_checkpoint("tiny", folder)
+    folder = random_model.checkpoint_folder("tiny", tmp_path_factory.mktemp("cache"))
+    random_model.write_checkpoint("tiny", folder)
     return folder
 
 
@@ -199,10 +196,10 @@ def test_an_unknown_shape_names_the_nearest(capsys):
 
 
 def test_random_tensors_depend_on_name_and_nothing_else():
-    one, two = (random_weights.random_tensor("model.layers.0.mlp.up_proj.weight", (64, 256)) for _ in range(2))
-    assert one.equal(two) and not one.equal(random_weights.random_tensor("x.weight", (64, 256)))
+    one, two = (random_model.random_tensor("model.layers.0.mlp.up_proj.weight", (64, 256)) for _ in range(2))
+    assert one.equal(two) and not one.equal(random_model.random_tensor("x.weight", (64, 256)))
     assert one.float().std() == pytest.approx(1 / 16, rel=0.05)
-    assert random_weights.random_tensor("model.norm.weight", (8,)).tolist() == [1.0] * 8
+    assert random_model.random_tensor("model.norm.weight", (8,)).tolist() == [1.0] * 8
 
 
 @pytest.mark.parametrize("family", ["qwen3-0.6b", "qwen2.5-0.5b", "mistral-7b-v0.3"])
@@ -214,22 +211,22 @@ def test_checkpoints_have_every_tensor(family, tmp_path, monkeypatch):
     small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 128, "head_dim": 8}
     small |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     monkeypatch.setitem(SHAPES, "small", SHAPES[family] | small)
-    folder = random_weights.checkpoint_folder("small", tmp_path)
-    random_weights.write_checkpoint("small", folder)
+    folder = random_model.checkpoint_folder("small", tmp_path)
+    random_model.write_checkpoint("small", folder)
     model = load_model(folder, shape_architecture("small"), torch.float32, torch.device("cpu"))  # refuses any gap
     assert model.compute_logits(torch.ones(1, 32)).isfinite().all()
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, monkeypatch):
-    folder = random_weights.checkpoint_folder("qwen3-8b", tmp_path)
+    folder = random_model.checkpoint_folder("qwen3-8b", tmp_path)
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 2**30})())
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Disk", (), {"free": 2**40})())
     with pytest.raises(ValueError, match=r"15\.3 GiB in bfloat16, 1\.0 GiB"):
-        random_weights.check_room("qwen3-8b", folder, "cpu", "bfloat16")
-    random_weights.check_room("qwen3-8b", folder, "cuda", "bfloat16")
+        random_model.check_room("qwen3-8b", folder, "cpu", "bfloat16")
+    random_model.check_room("qwen3-8b", folder, "cuda", "bfloat16")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Disk", (), {"free": 2**20})())
     with pytest.raises(ValueError, match="the disk"):
-        random_weights.check_room("qwen3-8b", folder, "cuda", "bfloat16")
+        random_model.check_room("qwen3-8b", folder, "cuda", "bfloat16")
 
 
 # ---- arms and options
@@ -317,15 +314,15 @@ time.sleep(60)
 """
 PARENT = """
 import sys
-from folovllm.benchmarks.runner import children_end_with_us, run_child
-with children_end_with_us():
+from folovllm.benchmarks.runner import run_child, terminate_as_interrupt
+with terminate_as_interrupt():
     run_child([sys.executable, "-c", sys.argv[1], sys.argv[2]], 60)
 """
 
 
 def test_a_timeout_ends_the_child_and_what_it_started(tmp_path):
     pid_file = tmp_path / "pid"
-    with pytest.raises(subprocess.TimeoutExpired):
+    with pytest.raises(TimeoutError):
         run_child([sys.executable, "-c", GRANDCHILD, str(pid_file)], timeout=3)
     wait_until(lambda: not is_alive(int(pid_file.read_text())))
 
@@ -341,11 +338,8 @@ def test_a_signal_ends_the_child_and_what_it_started(number, tmp_path):
 
 
 def test_even_a_killed_parent_takes_its_child_along(tmp_path):
-    """Nothing can be caught there: the child sees its stdin close."""
-    script = (
-        "import os, sys, time; from folovllm.benchmarks.child import die_with_parent; die_with_parent();"
-        "open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
-    )
+    """Nothing can be caught there: the child's guard sees its stdin close."""
+    script = "import os, sys, time;open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
     pid_file = tmp_path / "pid"
     parent = subprocess.Popen([sys.executable, "-c", PARENT, script, str(pid_file)])
     wait_until(lambda: pid_file.exists() and pid_file.read_text())
@@ -359,7 +353,7 @@ def test_even_a_killed_parent_takes_its_child_along(tmp_path):
 
 
 def test_random_weights_ablated_from_arguments_to_files(tmp_path, monkeypatch, tiny_folder):
-    monkeypatch.setattr(random_weights, "default_download_dir", lambda: tiny_folder.parents[1])
+    monkeypatch.setattr(random_model, "default_download_dir", lambda: tiny_folder.parents[1])
     argv = ["--random-weights", "tiny", "--workload", "multi-turn", "--num-requests", "9", "--ablate"]
     argv += ["--milestones", "m2", "--baseline", "none", "--repeats", "1", "--dtype", "float32", "--threads", "1"]
     argv += ["--kv-cache-memory", "64MiB", "--bandwidth-memory", "1MiB", "--output", str(tmp_path)]
@@ -376,18 +370,18 @@ def test_random_weights_ablated_from_arguments_to_files(tmp_path, monkeypatch, t
 @pytest.mark.parametrize("workload", ["long-prompts", "shared-prefix", "few-shot"])
 def test_every_workload_has_its_picture(workload, tmp_path):
     """Drawn from invented figures: a picture must not need a measurement to be tested."""
-    from folovllm.benchmarks.groups import groups_table, page_rows
-    from folovllm.benchmarks.plot_groups import draw_groups
-
     groups = {request.group for request in make_workload(workload, 512, count=9).requests}
     latency = {"p50": 2.0, "p99": 5.0}
     one = {"num_requests": 1, "prompt_tokens": 9, "cached_share": 0.5, "ttft_ms": latency, "itl_ms": latency}
     figures = {**speed(10.0), "total_tok_per_s": 20.0}
     figures["groups"] = {name: one | {"gaps": [[0.1, 3.0], [0.2, 4.0]]} for name in groups}
-    result = {"run": {"workload": {"name": workload}}, "arms": {"m5": {"modes": {"batch": figures}}}}
-    draw_groups(result, {"m5": "red"}).savefig(tmp_path / "picture.png")
-    assert groups_table(result).row_count == len(groups)
+    arms = {"m5-m3": {"modes": {"batch": figures}}}
+    result = {"run": {"workload": {"name": workload}}, "arms": arms, "fit": {}, "equality": [], "reference": "m5-m3"}
+    shown = name_arms(result)
+    draw_groups(shown, {"m5 without m3": "red"}).savefig(tmp_path / "picture.png")
+    assert make_table("", group_rows(shown)).row_count == len(groups)
     row = page_rows(result)[0]
+    assert row["arm"] == "m5 without m3"
     assert row["TTFT p50"] == "2.0" and row["ITL p99"] == "5.0" and row["from cache"] == "50%", "text, for a page"
 
 

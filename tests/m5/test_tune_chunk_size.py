@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from folovllm.benchmarks.runner import ArmRuns
+from folovllm.benchmarks.metrics import ArmRuns
 from tests.script_loader import load_script
 
 pytestmark = pytest.mark.m5

@@ -56,7 +56,7 @@ def llm(request: pytest.FixtureRequest, model_dir: Path) -> LLM:
 @pytest.fixture(scope="module")
 def parts_from_hf(model_dir: Path) -> AskHf:
     """(text, positions of its generated tokens) -> those of them that HuggingFace would have chosen otherwise."""
-    from folovllm.benchmarks.hf_baseline import load_hf
+    from folovllm.entrypoints.commands.hf_baseline import load_hf
 
     known: dict[tuple[Text, Text], list[int]] = {}  # the engines give the same texts: ask once
 

@@ -52,7 +52,7 @@ def checkpoint(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def hf(model_dir: Path, checkpoint: Path) -> dict[str, Forced]:
-    from folovllm.benchmarks.hf_baseline import load_hf
+    from folovllm.entrypoints.commands.hf_baseline import load_hf
 
     model = load_hf(model_dir, "float32")
     plain = dict(dequantize_weights(iterate_weights(safetensors_files(checkpoint)), CONFIG))

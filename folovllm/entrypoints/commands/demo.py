@@ -18,7 +18,7 @@ from folovllm.entrypoints.commands.options import DebugOption, EngineOptions, wi
 if TYPE_CHECKING:
     from folovllm.config import EngineConfig
     from folovllm.entrypoints.commands.demo_board import Board
-    from folovllm.benchmarks.hf_baseline import HfGreedy
+    from folovllm.entrypoints.commands.hf_baseline import HfGreedy
     from folovllm.entrypoints.llm import LLM
 
 PROMPTS = (
@@ -123,7 +123,7 @@ def compare(
     model_dir: Path, answers: Answers, max_tokens: int, device: str, board: "Board"
 ) -> "tuple[HfGreedy, list[Verdict]]":
     """Returns HuggingFace's answers to the same token ids, and a verdict on each of our answers."""
-    from folovllm.benchmarks.hf_baseline import hf_greedy, hf_top_two_gap
+    from folovllm.entrypoints.commands.hf_baseline import hf_greedy, hf_top_two_gap
 
     limits = [max_tokens] * len(answers.prompt_token_ids)
     theirs = hf_greedy(model_dir, answers.prompt_token_ids, limits, device=device, on_done=board.baseline_done)

@@ -17,7 +17,7 @@ from folovllm.entrypoints.commands.demo_results import Answers, Verdict
 from folovllm.outputs import EngineStats, RequestOutput
 
 if TYPE_CHECKING:
-    from folovllm.benchmarks.hf_baseline import HfGreedy
+    from folovllm.entrypoints.commands.hf_baseline import HfGreedy
 
 REDRAW_SECONDS = 0.1  # drawing takes processor time from the engine
 

@@ -1,25 +1,163 @@
-"""EngineArm: a FoloVLLM engine as of some milestone, driven step by step so that every step can be looked at.
+"""Arms: the engines that a benchmark sets beside each other, how they are named, and how one of ours is driven.
 
-Milestone: M1. vLLM counterpart: vllm/benchmarks/throughput.py (which sees only the whole run).
+Milestone: M1; engine arguments in a name came with M5. vLLM counterpart: vllm/benchmarks/throughput.py, which sees only
+the whole run, while EngineArm drives the engine step by step and looks at every step. No torch until an engine is made:
+the parent process of a benchmark must cost no memory or time beside the arms. The baseline is in hf_baseline.py.
 """
 
+import dataclasses
+import json
+import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from folovllm import milestones
-from folovllm.benchmarks.measure import RequestTiming, StepSample
-from folovllm.benchmarks.requests import BenchRequest, Feed
-from folovllm.benchmarks.task import ArmTask, parse_arm
+from folovllm.benchmarks.workloads import WORKLOADS, BenchRequest, Feed, Workload, make_workload
 from folovllm.config import EngineConfig, engine_arg_names
 from folovllm.core.kv_cache_utils import KVCacheConfig, cdiv
 from folovllm.hf_config import load_hf_config
 from folovllm.outputs import EngineStats, RequestOutput
-from folovllm.sampling_params import RequestOutputKind, SamplingParams
+from folovllm.sampling_params import RequestOutputKind, SamplingParams, unknown_name_message
 
 if TYPE_CHECKING:
     from folovllm.engine.llm_engine import LLMEngine
+
+BASELINE = "hf"
+BANDWIDTH = "bandwidth"  # not an arm: measures the memory
+WEIGHTS = "weights"  # not an arm: writes the checkpoint of a shape
+SHORT_NAMES = {"budget": "max_num_batched_tokens"}
+
+
+# ---- names
+
+
+class ArmSpec(NamedTuple):
+    """An engine of ours: a preset, rungs taken off, and engine arguments over it."""
+
+    preset: str
+    without: tuple[str, ...] = ()
+    engine_args: Mapping[str, Any] = MappingProxyType({})
+
+
+def parse_arm(arm: str) -> ArmSpec:
+    """E.g. "m3-m2" -> m3 without m2; "m5+budget=256" -> m5 with max_num_batched_tokens=256.
+
+    Raises ValueError if there is no such milestone or engine argument.
+    """
+    ladder, *settings = arm.split("+")
+    preset, *without = ladder.split("-")
+    milestones.fold(preset, without)
+    return ArmSpec(preset, tuple(without), dict(map(_parse_setting, settings)))
+
+
+def _parse_setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r} in an arm is not of the form name=value, as in m5+budget=256")
+    name = SHORT_NAMES.get(name, name)
+    if name not in engine_arg_names():
+        raise ValueError(unknown_name_message("engine argument", name, list(engine_arg_names())))
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value  # a bare word, as in attention_backend=torch_flash
+
+
+def in_words(text: str) -> str:
+    """`text` with the names of arms as tables and plots show them. E.g. "m7-m6 batch" -> "m7 without m6 batch"."""
+    return re.sub(
+        r"\b(m\d+)((?:-m\d+)+)\b", lambda name: f"{name[1]} without {name[2][1:].replace('-', ' and ')}", text
+    )
+
+
+def default_arms(workload: str = "A") -> list[str]:
+    """Every rung that is built and has an engine, as far as the workload was made for it."""
+    built = [rung.id for rung in milestones.LADDER if rung.built and rung.id != "m0"]
+    rungs = WORKLOADS[workload].rungs
+    return [rung for rung in built if rungs is None or rung in rungs] or built[-1:]
+
+
+def ablation_arms(top: str | None = None) -> list[str]:
+    """Everything up to `top` on, then each rung off alone. E.g. for m3: ["m3", "m3-m2", "m3-m3"]."""
+    built = default_arms()
+    up_to = built[: built.index(top) + 1] if top else built
+    removable = [rung.id for rung in milestones.LADDER if rung.id in up_to and rung.off]
+    return [up_to[-1], *(f"{up_to[-1]}-{rung}" for rung in removable)]
+
+
+# ---- what an arm is asked, and what it answers
+
+
+@dataclass(frozen=True)
+class ArmTask:
+    """One arm, measured once by a process of its own, to which this travels as JSON.
+
+    `arm` is "hf", "bandwidth", "weights" or a name that `parse_arm` reads.
+    """
+
+    arm: str
+    model_path: str
+    vocab_size: int
+    workload: str
+    num_requests: int | None
+    modes: tuple[str, ...]
+    device: str  # "cpu" | "cuda"
+    dtype: str
+    threads: int
+    max_model_len: int
+    kv_cache_memory: int  # bytes
+    batch_sizes: tuple[int, ...] = ()
+    bandwidth_bytes: int = 1024**3
+    hit_rates: tuple[int, ...] = ()
+    shape: str | None = None  # of random weights; None: model_path is a real model
+    label: str = ""  # what to call it where one arm runs twice, with other workloads
+
+    @property
+    def name(self) -> str:
+        return self.label or self.arm
+
+    def make_workload(self) -> Workload:
+        return make_workload(self.workload, self.vocab_size, self.num_requests, self.hit_rates)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "ArmTask":
+        plain: dict[str, Any] = json.loads(text)
+        lists = {key: tuple(value) for key, value in plain.items() if isinstance(value, list)}
+        return cls(**plain | lists)
+
+
+@dataclass(frozen=True)
+class RequestTiming:
+    """What one request cost: seconds from arrival to its first token, and the gaps between its later ones."""
+
+    prompt_len: int
+    output_len: int
+    time_to_first_token: float
+    inter_token_latencies: list[float]
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+
+    @property
+    def time_per_output_token(self) -> float | None:
+        """Mean gap in seconds; None for a single token, which has no gap."""
+        gaps = self.inter_token_latencies
+        return sum(gaps) / len(gaps) if gaps else None
+
+
+@dataclass(frozen=True)
+class StepSample:
+    """The engine after one step. `num_running` counts the requests that ran in it, the finished ones included."""
+
+    seconds: float  # since the start of the mode
+    num_running: int
+    num_used_slots: int
+    num_reserved_slots: int
 
 
 @dataclass
@@ -33,11 +171,8 @@ class Run:
     num_preemptions: int = 0
 
     def then(self, later: "Run") -> "Run":
-        """This run and one that began when it was over, as one."""
-        moved = [
-            StepSample(self.seconds + s.seconds, s.num_running, s.num_used_slots, s.num_reserved_slots)
-            for s in later.samples
-        ]
+        """This run and one that began when it had ended, as one."""
+        moved = [dataclasses.replace(sample, seconds=self.seconds + sample.seconds) for sample in later.samples]
         return Run(
             self.seconds + later.seconds,
             self.tokens + later.tokens,
@@ -48,23 +183,23 @@ class Run:
 
 
 class Arm(Protocol):
-    """Someone who answers requests: an engine of ours or a baseline."""
+    """An engine of ours or a baseline, ready to answer requests."""
 
     def run(self, requests: list[BenchRequest]) -> Run:
         """Answer `requests`: all sent at once, but for those that arrive later or follow another's answer."""
-        ...
 
     def forget(self) -> None:
         """Empty the prefix cache, where there is one."""
-        ...
 
     def info(self) -> dict[str, Any]:
-        """Settings and sizes worth writing down."""
-        ...
+        """Settings and sizes for the result file."""
+
+
+# ---- an engine of ours
 
 
 class EngineArm:
-    """`task.arm` names the preset. No tokenizer, and no text is made from the tokens: the baseline does not either."""
+    """A FoloVLLM engine as of some milestone. Like the baseline it makes no text, and needs no tokenizer."""
 
     def __init__(self, task: ArmTask) -> None:
         self.engine = make_engine(task)
@@ -94,21 +229,21 @@ class EngineArm:
         return run
 
     def forget(self) -> None:
-        reset = getattr(self.engine, "reset_prefix_cache", None)  # there from M6 on
-        assert reset is None or reset() is not False, "the engine is idle, so nothing can hold a cached block"
+        is_empty = self.engine.reset_prefix_cache()
+        assert is_empty, "the engine is idle, so no request can hold a cached block"
 
     def info(self) -> dict[str, Any]:
         config, kv = self.engine.config, self.engine.engine_core.kv_cache_config
         return {"settings": switches(config), "kv_cache": kv_sizes(kv, config.max_model_len)}
 
     def _clock(self, feed: Feed, index_of: dict[str, int]) -> float:
-        """Tokens that each of the steady requests has got, on average; only asked for where someone is to arrive."""
+        """Tokens that each of the steady requests has, on average; counted only while a request waits to arrive."""
         if not feed.waits_for_arrivals:
             return 0.0
         steady, alive = feed.steady(), self.engine.engine_core.scheduler.requests
         tokens = {index: len(alive[i].output_token_ids) for i, index in index_of.items() if i in alive}
         sent = set(index_of.values())
-        # One that was sent and is not alive has finished: it has got all it wanted.
+        # A request that was sent and is no longer alive has finished: it has all its tokens.
         total = sum(tokens.get(i, feed.requests[i].output_len if i in sent else 0) for i in steady)
         return total / len(steady)
 

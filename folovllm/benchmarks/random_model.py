@@ -1,10 +1,11 @@
 """A checkpoint of random weights in a public model's shape, written once to the cache for all arms.
 
-Milestone: M4. vLLM counterpart: vllm/model_executor/model_loader/dummy_loader.py, which fills the tensors in place;
-here they go through a file, so that HuggingFace loads the very same ones and tokens can be compared. Left out: a
-tokenizer (the benchmark sends token ids).
+Milestone: M4. vLLM counterpart: `load_format="dummy"`, which fills the tensors in place and still needs the config of
+a downloaded model; here they go through a file, so that HuggingFace loads the very same ones and tokens can be
+compared. The speed of a model depends on its shape and not on what its weights say, so a machine without network can be
+measured on any of these. Left out: a tokenizer (the benchmark sends token ids).
 
-The parent process uses only `checkpoint_folder` and `check_room`, and torch stays away from it.
+The parent process of a benchmark does not load torch: only `write_checkpoint` does.
 """
 
 import json
@@ -17,22 +18,90 @@ from typing import Any
 
 import psutil
 
-from folovllm.benchmarks.shapes import shape_architecture, shape_config
 from folovllm.config import DTYPE_BYTES
-from folovllm.hf_config import ModelArchitecture
+from folovllm.core.kv_cache_utils import GIB
+from folovllm.hf_config import ModelArchitecture, parse_hf_config
 from folovllm.hub.aliases import default_download_dir
+from folovllm.sampling_params import unknown_name_message
 
 CHECKPOINT_DTYPE = "bfloat16"  # as published; an arm that computes in another converts while it loads
 VERSION = 1  # of what the tensors hold: raise it and old files are written anew
 SEED = 0
 INDEX = "model.safetensors.index.json"
-GIB = 2**30
 
 Shape = tuple[int, ...]
 
 
+# ---- shapes: numbers as published; tests compare those whose config.json the project has
+
+
+_COLUMNS = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "max_position_embeddings", "tie_word_embeddings", "rope_theta"),
+)
+# fmt: off
+_TABLE = {  #                     layers hidden inner  heads K/V size   vocab positions  tied   theta
+    "tiny":            ("Llama",    2,    64,    128,   4,  2,  16,     512,    8_192, True,  1e4),  # made for tests
+    "smollm2-135m":    ("Llama",   30,   576,  1_536,   9,  3,  64,  49_152,    8_192, True,  1e5),
+    "smollm2-360m":    ("Llama",   32,   960,  2_560,  15,  5,  64,  49_152,    8_192, True,  1e5),
+    "smollm2-1.7b":    ("Llama",   24, 2_048,  8_192,  32, 32,  64,  49_152,    8_192, True,  1.3e5),
+    "qwen2.5-0.5b":    ("Qwen2",   24,   896,  4_864,  14,  2,  64, 151_936,   32_768, True,  1e6),
+    "qwen3-0.6b":      ("Qwen3",   28, 1_024,  3_072,  16,  8, 128, 151_936,   40_960, True,  1e6),
+    "qwen3-1.7b":      ("Qwen3",   28, 2_048,  6_144,  16,  8, 128, 151_936,   40_960, True,  1e6),
+    "qwen3-4b":        ("Qwen3",   36, 2_560,  9_728,  32,  8, 128, 151_936,   40_960, True,  1e6),
+    "qwen3-8b":        ("Qwen3",   36, 4_096, 12_288,  32,  8, 128, 151_936,   40_960, False, 1e6),
+    "llama-3.2-1b":    ("Llama",   16, 2_048,  8_192,  32,  8,  64, 128_256,  131_072, True,  5e5),
+    "llama-3.2-3b":    ("Llama",   28, 3_072,  8_192,  24,  8, 128, 128_256,  131_072, True,  5e5),
+    "llama-3.1-8b":    ("Llama",   32, 4_096, 14_336,  32,  8, 128, 128_256,  131_072, False, 5e5),
+    "mistral-7b-v0.3": ("Mistral", 32, 4_096, 14_336,  32,  8, 128,  32_768,   32_768, False, 1e6),
+}
+# fmt: on
+_LLAMA3_FACTORS = {"llama-3.2-1b": 32.0, "llama-3.2-3b": 32.0, "llama-3.1-8b": 8.0}
+
+
+def _config(name: str, family: str, *numbers: float) -> dict[str, Any]:
+    """A config.json."""
+    config: dict[str, Any] = {
+        "architectures": [f"{family}ForCausalLM"],
+        "model_type": family.lower(),
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "rms_norm_eps": 1e-6 if family.startswith("Qwen") else 1e-5,
+        "sliding_window": None,
+        **dict(zip(_COLUMNS, numbers, strict=True)),
+    }
+    if name in _LLAMA3_FACTORS:
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": _LLAMA3_FACTORS[name],
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    return config
+
+
+SHAPES = {name: _config(name, *row) for name, row in _TABLE.items()}
+
+
+def shape_config(name: str) -> dict[str, Any]:
+    """The config.json of that shape. Raises ValueError with the nearest name if there is none."""
+    if name in SHAPES:
+        return SHAPES[name]
+    raise ValueError(unknown_name_message("shape", name.lower().rsplit("/")[-1], list(SHAPES)))
+
+
+def shape_architecture(name: str) -> ModelArchitecture:
+    return parse_hf_config(shape_config(name))
+
+
+# ---- the checkpoint
+
+
 def checkpoint_folder(shape: str, root: Path | None = None) -> Path:
-    """Where the checkpoint of that shape is, or will be. ValueError if there is no such shape."""
+    """Where the checkpoint of that shape is, or will be. Raises ValueError if there is no such shape."""
     shape_config(shape)
     return (root or default_download_dir()) / "random" / f"{shape}-v{VERSION}"
 
@@ -42,7 +111,7 @@ def is_written(folder: Path) -> bool:
 
 
 def check_room(shape: str, folder: Path, device: str, dtype: str) -> None:
-    """ValueError if the disk (while it is not written) or, on a CPU, the memory is too small for the weights."""
+    """Raises ValueError if the weights do not fit: not yet written on the disk, or on a CPU in the memory."""
     num_parameters = shape_architecture(shape).num_parameters()
     existing = next(parent for parent in folder.parents if parent.exists())
     needed, free = num_parameters * DTYPE_BYTES[CHECKPOINT_DTYPE], shutil.disk_usage(existing).free
@@ -88,7 +157,7 @@ def _write(shape: str, folder: Path) -> None:
 def random_tensor(name: str, shape: Shape) -> Any:
     """The tensor of that name, bf16 of `shape`: norms are 1, matrices keep the size of activations, biases are small.
 
-    Seeded by its name: it does not depend on which tensors were made before.
+    Its seed is its name: it does not depend on which tensors were made before.
     """
     import torch
 

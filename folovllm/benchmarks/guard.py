@@ -1,7 +1,8 @@
 """Runs a command and, if the process that asked for it dies, ends the command and everything that it started.
 
-Milestone: M4. vLLM counterpart: none. A stand-alone file: `python guard.py COMMAND...`, started in a session of its own
-with a pipe as stdin. Nobody writes into the pipe; when the other end closes, its owner is gone, be it by SIGKILL.
+Milestone: M4. vLLM counterpart: none. A stand-alone file: `python guard.py COMMAND...`, which runner.py starts in a
+session of its own with a pipe as stdin. The pipe stays empty; when its other end closes, its owner is gone, even if it
+was ended by SIGKILL.
 """
 
 import os

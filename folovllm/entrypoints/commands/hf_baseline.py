@@ -1,9 +1,9 @@
-"""HuggingFace transformers as the yardstick: greedy tokens, the time they took, and how close a decision was.
+"""HuggingFace transformers as the yardstick: its greedy tokens, the time they took, and how close a decision was.
 
-Milestone: M1. vLLM counterpart: `HfRunner` in vllm's tests/conftest.py. Left out: sampling, padded batches (the
-benchmark has its own).
+Milestone: M1. vLLM counterpart: `HfRunner` in vllm's tests/conftest.py. Used by `folovllm demo`, the tests, and the
+benchmark, which adds padded batches (folovllm/benchmarks/hf_arm.py). Left out: sampling.
 
-Importing this imports transformers, which takes seconds: commands import it when they need it.
+transformers takes seconds to import, so the functions that need it import it.
 """
 
 import time
@@ -26,7 +26,7 @@ class HfGreedy(NamedTuple):
 
 @lru_cache(maxsize=1)
 def load_hf(model_dir: Path, dtype: str = "float32", device: str = "cpu") -> Any:
-    """The HuggingFace model of a folder, ready for greedy search; the last one asked for is kept."""
+    """The HuggingFace model of a folder, ready for greedy search; the model of the last call is kept."""
     import transformers
 
     transformers.logging.set_verbosity_error()
