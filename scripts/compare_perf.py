@@ -7,7 +7,7 @@ is the same.
 
 import sys
 
-from folovllm.benchmarks import main
+from folovllm.benchmarks.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

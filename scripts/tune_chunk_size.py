@@ -25,8 +25,8 @@ from folovllm.benchmarks.command import Plan, describe_run, ensure_weights, make
 from folovllm.benchmarks.machine import machine_header
 from folovllm.benchmarks.metrics import ArmRuns, summarise_arm
 from folovllm.benchmarks.options import BenchOptions, numbers, parse_options
-from folovllm.benchmarks.report import write_json
-from folovllm.benchmarks.runner import run_rounds, terminate_as_interrupt
+from folovllm.benchmarks.report import headline, write_json
+from folovllm.benchmarks.runner import run_rounds
 from folovllm.benchmarks.workloads import DECODING, LONG, NUM_DECODING
 
 WORKLOAD = "long-prompts"
@@ -143,11 +143,11 @@ def print_table(result: dict[str, Any]) -> None:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Three curves over the budget; the SLO as a line, the picked budget marked in all."""
-    from folovllm.benchmarks.plot import plt, save, title_of
+    from folovllm.benchmarks.plot import plt, save
 
     budgets = [p["budget"] for p in result["results"]]
     figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
-    figure.suptitle(f"{title_of(result)}\n{verdict(result)}", fontsize=10)
+    figure.suptitle(f"{headline(result)}\n{verdict(result)}", fontsize=10)
     panels = (
         ("itl_p99_ms", "ITL p99 of the decoding requests", "ms (log)", "#d62728"),
         ("ttft_long_ms", "TTFT of the 4,000-token prompts (median)", "ms", "#1f77b4"),
@@ -200,8 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args, options = parse_args(argv)
     try:
-        with terminate_as_interrupt():
-            return run(args, options, argv)
+        return run(args, options, argv)
     except (ValueError, OSError) as error:
         print(f"tune_chunk_size.py: error: {error}", file=sys.stderr)
         return 2

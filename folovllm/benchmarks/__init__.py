@@ -5,11 +5,7 @@ serving benchmark (it needs a server) and arrivals by the clock. Other engines a
 
     command       from arguments to files            options      the arguments, checked
     workloads     which requests, and when           arms         the engines to compare, and driving ours
-    hf_baseline   HuggingFace as an arm              runner       one fresh process per arm; guard ends it with us
+    hf_arm        HuggingFace as an arm              runner       one fresh process per arm; guard ends it with us
     metrics       time stamps -> figures             machine      where it ran, and how fast its memory is
     report, plot  what a reader sees                 random_model weights in the shape of a public model
 """
-
-from folovllm.benchmarks.command import main
-
-__all__ = ["main"]

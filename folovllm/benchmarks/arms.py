@@ -1,26 +1,24 @@
-"""Arms: the engines that a benchmark sets beside each other, how they are named, and how one of ours is driven.
+"""Arms: the engines that a benchmark sets beside each other, how they are named, and how FoloVLLM is driven as one.
 
 Milestone: M1; engine arguments in a name came with M5. vLLM counterpart: vllm/benchmarks/throughput.py, which sees only
 the whole run, while EngineArm drives the engine step by step and looks at every step. No torch until an engine is made:
-the parent process of a benchmark must cost no memory or time beside the arms. The baseline is in hf_baseline.py.
+the parent process of a benchmark must cost no memory or time beside the arms. The baseline is in hf_arm.py.
 """
 
 import dataclasses
 import json
 import re
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from folovllm import milestones
 from folovllm.benchmarks.workloads import WORKLOADS, BenchRequest, Feed, Workload, make_workload
 from folovllm.config import EngineConfig, engine_arg_names
-from folovllm.core.kv_cache_utils import KVCacheConfig, cdiv
+from folovllm.core.kv_cache_utils import cdiv
 from folovllm.hf_config import load_hf_config
-from folovllm.outputs import EngineStats, RequestOutput
+from folovllm.outputs import RequestOutput
 from folovllm.sampling_params import RequestOutputKind, SamplingParams, unknown_name_message
 
 if TYPE_CHECKING:
@@ -32,15 +30,12 @@ WEIGHTS = "weights"  # not an arm: writes the checkpoint of a shape
 SHORT_NAMES = {"budget": "max_num_batched_tokens"}
 
 
-# ---- names
-
-
 class ArmSpec(NamedTuple):
-    """An engine of ours: a preset, rungs taken off, and engine arguments over it."""
+    """A FoloVLLM engine: a preset, rungs taken off, and engine arguments over it."""
 
     preset: str
-    without: tuple[str, ...] = ()
-    engine_args: Mapping[str, Any] = MappingProxyType({})
+    without: tuple[str, ...]
+    engine_args: dict[str, Any]
 
 
 def parse_arm(arm: str) -> ArmSpec:
@@ -69,9 +64,7 @@ def _parse_setting(text: str) -> tuple[str, Any]:
 
 def in_words(text: str) -> str:
     """`text` with the names of arms as tables and plots show them. E.g. "m7-m6 batch" -> "m7 without m6 batch"."""
-    return re.sub(
-        r"\b(m\d+)((?:-m\d+)+)\b", lambda name: f"{name[1]} without {name[2][1:].replace('-', ' and ')}", text
-    )
+    return re.sub(r"\b(m\d+)-(m\d+(?:-m\d+)*)", lambda m: f"{m[1]} without {m[2].replace('-', ' and ')}", text)
 
 
 def default_arms(workload: str = "A") -> list[str]:
@@ -183,7 +176,7 @@ class Run:
 
 
 class Arm(Protocol):
-    """An engine of ours or a baseline, ready to answer requests."""
+    """FoloVLLM or a baseline, ready to answer requests."""
 
     def run(self, requests: list[BenchRequest]) -> Run:
         """Answer `requests`: all sent at once, but for those that arrive later or follow another's answer."""
@@ -193,9 +186,6 @@ class Arm(Protocol):
 
     def info(self) -> dict[str, Any]:
         """Settings and sizes for the result file."""
-
-
-# ---- an engine of ours
 
 
 class EngineArm:
@@ -221,7 +211,9 @@ class EngineArm:
                 index = index_of[output.request_id]
                 finished[index] = output
                 feed.answered(index, output.outputs[0].token_ids)
-            run.samples.append(_sample(time.monotonic() - start, engine.stats(), len(outputs)))
+            seconds, stats = time.monotonic() - start, engine.stats()
+            num_running = stats.num_running + len(outputs)
+            run.samples.append(StepSample(seconds, num_running, stats.num_used_slots, stats.num_reserved_slots))
         run.seconds = time.monotonic() - start
         run.num_preemptions = engine.stats().num_preemptions - preempted_before
         run.tokens = [finished[i].outputs[0].token_ids for i in range(len(requests))]
@@ -233,8 +225,18 @@ class EngineArm:
         assert is_empty, "the engine is idle, so no request can hold a cached block"
 
     def info(self) -> dict[str, Any]:
-        config, kv = self.engine.config, self.engine.engine_core.kv_cache_config
-        return {"settings": switches(config), "kv_cache": kv_sizes(kv, config.max_model_len)}
+        config, kv, part_of = self.engine.config, self.engine.engine_core.kv_cache_config, engine_arg_names()
+        # The resolved values of the arguments that the ladder switches.
+        settings = {name: getattr(getattr(config, part_of[name]), name) for name in milestones.fold("m1")}
+        sizes = {
+            "block_size": kv.block_size,
+            "num_usable_blocks": kv.num_usable_blocks,
+            "usable_slots": kv.num_usable_blocks * kv.block_size,
+            "allocated_bytes": kv.num_blocks * kv.bytes_per_block,
+            "null_block_bytes": kv.null_block_bytes,
+            "fits_at_full_length": kv.num_usable_blocks // cdiv(config.max_model_len, kv.block_size),
+        }
+        return {"settings": settings, "kv_cache": sizes}
 
     def _clock(self, feed: Feed, index_of: dict[str, int]) -> float:
         """Tokens that each of the steady requests has, on average; counted only while a request waits to arrive."""
@@ -279,28 +281,6 @@ def make_engine(task: ArmTask) -> "LLMEngine":
     config = EngineConfig.from_args(spec.preset, spec.without, **{**args, **spec.engine_args})
     config = config.resolve(load_hf_config(folder), task.device, has_native_bf16(task.device))
     return LLMEngine(config, UniProcExecutor(config, folder), tokenizer=None)
-
-
-def switches(config: EngineConfig) -> dict[str, Any]:
-    """The resolved values of the arguments that the ladder switches."""
-    part_of = engine_arg_names()
-    return {name: getattr(getattr(config, part_of[name]), name) for name in milestones.fold("m1")}
-
-
-def kv_sizes(kv: KVCacheConfig, max_model_len: int) -> dict[str, int]:
-    """The cache in numbers; `fits_at_full_length` is how many requests of max_model_len it can hold."""
-    return {
-        "block_size": kv.block_size,
-        "num_usable_blocks": kv.num_usable_blocks,
-        "usable_slots": kv.num_usable_blocks * kv.block_size,
-        "allocated_bytes": kv.num_blocks * kv.bytes_per_block,
-        "null_block_bytes": kv.null_block_bytes,
-        "fits_at_full_length": kv.num_usable_blocks // cdiv(max_model_len, kv.block_size),
-    }
-
-
-def _sample(seconds: float, stats: EngineStats, num_finished: int) -> StepSample:
-    return StepSample(seconds, stats.num_running + num_finished, stats.num_used_slots, stats.num_reserved_slots)
 
 
 def _timing(output: RequestOutput) -> RequestTiming:

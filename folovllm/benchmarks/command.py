@@ -4,7 +4,7 @@ Milestone: M1. vLLM counterpart: `vllm bench`. No torch in this process, unless 
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from folovllm.benchmarks.arms import BANDWIDTH, WEIGHTS, ArmTask
 from folovllm.benchmarks.machine import command_line, machine_header, without_folders
 from folovllm.benchmarks.options import BenchOptions, parse_options
 from folovllm.benchmarks.random_model import check_room, checkpoint_folder, is_written, shape_architecture
-from folovllm.benchmarks.runner import answer, do_task, run_rounds, run_task, say, terminate_as_interrupt
+from folovllm.benchmarks.runner import run_rounds, run_task, say
 from folovllm.benchmarks.workloads import WORKLOADS, make_workload
 from folovllm.config import DTYPE_BYTES
 from folovllm.hf_config import ModelArchitecture, load_hf_config
@@ -27,8 +27,7 @@ NOTES = (
     "warm-up of a few short requests; figures are medians over the repeats, a p99 is the median of the repeats' p99.",
     "Throughput counts output tokens; the time includes the prompts. Greedy, EOS ignored, no text is made of tokens.",
     "hf single: generate, one request after another. hf batch: one static batch, padded on the left, decoded until the "
-    "longest output is complete; tokens beyond what a request asked for are not counted. Its KV figures are "
-    "calculated.",
+    "longest output is complete; only the tokens asked for are counted. Its KV figures are calculated.",
     "The prefix cache is emptied before every mode but warm, which repeats cold. long-prompts: requests arrive between "
     "two steps, when the decoding ones have got so many tokens each; TTFT counts from there.",
     "KV utilisation: slots that hold K/V over slots in reserved blocks, mean over the steps.",
@@ -47,7 +46,9 @@ class Plan:
 
     @property
     def tasks(self) -> list[ArmTask]:
-        return [replace(self.task, arm=arm) for arm in [BANDWIDTH, *self.options.all_arms]]
+        """The baseline comes before our arms: it is the reference of ratios and tokens."""
+        baseline = [self.options.baseline] if self.options.baseline else []
+        return [replace(self.task, arm=arm) for arm in [BANDWIDTH, *baseline, *self.options.arms]]
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -70,11 +71,7 @@ class Plan:
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 0 if all went well, 1 if an arm failed or float32 tokens differ, 2 for a wrong command."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["--arm"]:  # hidden: this process is one arm of another one's benchmark
-        return answer(Path(argv[1]), Path(argv[2]), do_task)
-    options = parse_options(argv)
-    with terminate_as_interrupt():
-        return run(options, argv)
+    return run(parse_options(argv), argv)
 
 
 def run(options: BenchOptions, argv: list[str]) -> int:
@@ -87,7 +84,8 @@ def run(options: BenchOptions, argv: list[str]) -> int:
         print(f"compare_perf.py: error: {error}", file=sys.stderr)
         return 2
     result = measure(plan, argv)
-    report.print_tables(result, write_files(result, options.output))
+    files = write_files(result, options.output)
+    report.print_tables(result, files)
     return 0 if result["ok"] else 1
 
 
@@ -109,41 +107,21 @@ def make_plan(options: BenchOptions) -> Plan:
         from folovllm.platforms import resolve_device
 
         device = resolve_device(device)
-    folder, arch = look_up_model(options, device)
+    if options.random_weights is None:
+        folder = resolve_model(options.model, pull=True)
+        arch = load_hf_config(folder)
+    else:
+        folder, arch = checkpoint_folder(options.random_weights), shape_architecture(options.random_weights)
+        check_room(options.random_weights, folder, device, options.dtype)
     workload = make_workload(options.workload, arch.vocab_size, options.num_requests, options.hit_rates)
     if not workload.longest <= options.max_model_len <= arch.max_position_embeddings:
         raise ValueError(
             f"--max-model-len {options.max_model_len}: the longest request has {workload.longest} tokens and the model "
             f"{arch.max_position_embeddings} positions; choose a length between them"
         )
-    task = ArmTask(
-        arm="",
-        model_path=str(folder),
-        vocab_size=arch.vocab_size,
-        workload=options.workload,
-        num_requests=options.num_requests,
-        modes=workload.modes,
-        device=device,
-        dtype=options.dtype,
-        threads=options.threads,
-        max_model_len=options.max_model_len,
-        kv_cache_memory=options.kv_cache_memory,
-        batch_sizes=options.batch_sizes,
-        bandwidth_bytes=options.bandwidth_bytes,
-        hit_rates=options.hit_rates,
-        shape=options.random_weights,
-    )
-    return Plan(options, task, arch)
-
-
-def look_up_model(options: BenchOptions, device: str) -> tuple[Path, ModelArchitecture]:
-    """The folder of the weights, real or (not written yet, perhaps) random, and what config.json says."""
-    if options.random_weights is None:
-        folder = resolve_model(options.model, pull=True)
-        return folder, load_hf_config(folder)
-    folder = checkpoint_folder(options.random_weights)
-    check_room(options.random_weights, folder, device, options.dtype)
-    return folder, shape_architecture(options.random_weights)
+    shared = {field.name: getattr(options, field.name) for field in fields(ArmTask) if hasattr(options, field.name)}
+    found = {"model_path": str(folder), "vocab_size": arch.vocab_size, "modes": workload.modes, "device": device}
+    return Plan(options, ArmTask(arm="", shape=options.random_weights, **shared | found), arch)
 
 
 def ensure_weights(plan: Plan) -> None:
@@ -168,10 +146,11 @@ def measure(plan: Plan, argv: list[str]) -> dict[str, Any]:
     reference = metrics.add_ratios(arms, bandwidth["bytes_per_second"] if bandwidth else None)
     equality = metrics.equality_rows(runs, must_be_equal=options.dtype == "float32")
     fit = {task.arm: run_fit(task, options.timeout) for task in plan.fit_tasks}
+    repeats_agree = all(figures["repeats_equal"] for arm in arms.values() for figures in arm.get("modes", {}).values())
     failed = [run for run in [probe, *runs.values()] if run.error] + [run for run in fit.values() if not run["ok"]]
     result: dict[str, Any] = {
         "schema": SCHEMA,
-        "ok": not failed and all(row["ok"] for row in equality) and all(map(_repeats_agree, arms.values())),
+        "ok": not failed and all(row["ok"] for row in equality) and repeats_agree,
         "machine": machine | (probe.results[0]["device"] if probe.results else {}),
         "run": describe_run(plan, SCRIPT, argv),
         "bandwidth": bandwidth or {"error": probe.error},
@@ -207,11 +186,9 @@ def describe_run(plan: Plan, script: str, argv: list[str]) -> dict[str, Any]:
         "model": without_folders(options.model_name),
         "random_weights": options.random_weights,
         "device": task.device,
-        "dtype": options.dtype,
-        "threads": options.threads,
-        "repeats": options.repeats,
-        "max_model_len": options.max_model_len,
-        "kv_cache_memory": options.kv_cache_memory,
+        **{
+            name: getattr(options, name) for name in ("dtype", "threads", "repeats", "max_model_len", "kv_cache_memory")
+        },
         "kv_bytes_per_token": plan.kv_bytes_per_token,
         "workload": {
             "name": workload.name,
@@ -222,7 +199,3 @@ def describe_run(plan: Plan, script: str, argv: list[str]) -> dict[str, Any]:
             "sha256": workload.digest(),
         },
     }
-
-
-def _repeats_agree(arm: dict[str, Any]) -> bool:
-    return all(figures["repeats_equal"] for figures in arm.get("modes", {}).values())

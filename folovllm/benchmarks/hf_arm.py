@@ -18,8 +18,7 @@ PAD_TOKEN_ID = 0  # masked: any id will do
 
 
 class StepClock:
-    """A stopping criterion of transformers that never stops: `generate` tells no times, so it notes the time of every
-    step."""
+    """A stopping criterion that never stops: `generate` tells no times, so this notes the time of every step."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -83,7 +82,8 @@ class HFArm:
         assert len(clock.times) == num_steps and len(rows[0]) == num_steps, "generate stopped early"
         tokens = [row[: request.output_len] for row, request in zip(rows, requests, strict=True)]
         times = [t - start for t in clock.times]
-        return Run(seconds, tokens, [_timing(r, times) for r in requests], static_batch_samples(requests, times))
+        timings = [timing_of(request, times) for request in requests]
+        return Run(seconds, tokens, timings, static_batch_samples(requests, times))
 
     def _pad(self, requests: list[BenchRequest]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask, both [batch, longest prompt]."""
@@ -94,7 +94,7 @@ class HFArm:
         return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
 
 
-def _timing(request: BenchRequest, times: list[float]) -> RequestTiming:
+def timing_of(request: BenchRequest, times: list[float]) -> RequestTiming:
     own = times[: request.output_len]
     gaps = [later - earlier for earlier, later in itertools.pairwise(own)]
     return RequestTiming(len(request.prompt_token_ids), request.output_len, own[0], gaps)

@@ -25,11 +25,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 NUM_READS = 7
-HOW = "best of {n} sums over one float32 tensor of {size:.2f} GiB in {pages} with {threads} threads"
 Allocate = Callable[[tuple[int, ...], "torch.dtype"], "torch.Tensor"]  # (shape, dtype) -> a tensor of zeros
-
-
-# ---- the header of a result
 
 
 def machine_header() -> dict[str, Any]:
@@ -73,18 +69,17 @@ def package_version(package: str) -> str | None:
 
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Commit of the checkout, and whether tracked files differ from it; None outside a repository."""
-    sha = _git(folder, "rev-parse", "HEAD")
-    if sha is None:
-        return None
-    return {"sha": sha, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
 
+    def git(*args: str) -> str:
+        return subprocess.check_output(["git", "-C", folder, *args], stderr=subprocess.DEVNULL, text=True, timeout=30)
 
-def _git(folder: Path, *args: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=30, check=True)
+        return {
+            "sha": git("rev-parse", "HEAD").strip(),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def commit_of(machine: dict[str, Any]) -> str:
@@ -103,12 +98,9 @@ def without_folders(text: str) -> str:
     return Path(text).name if Path(text).is_absolute() else text
 
 
-# ---- the memory's speed, the floor under every decode step
-
-
 class MemoryReader:
-    """Sums a tensor far larger than the caches: each element is read once, nothing is written, and what the caches held
-    before is gone.
+    """Measures the floor under every decode step. It sums a tensor far larger than the caches: each element is read
+    once, nothing is written, and what the caches held before is gone.
 
     On a CPU the tensor lies in huge pages, as our weights do: ordinary pages are read more slowly, which would flatter
     us. `allocate` overrides that.
@@ -139,7 +131,8 @@ def measure_bandwidth(device: str, num_bytes: int, allocate: Allocate | None = N
 
     reader = MemoryReader(device, num_bytes, allocate)
     pages = "huge pages" if device == "cpu" else "device memory"
-    how = HOW.format(n=NUM_READS, size=reader.num_bytes / 2**30, pages=pages, threads=torch.get_num_threads())
+    tensor = f"one float32 tensor of {reader.num_bytes / 2**30:.2f} GiB in {pages}"
+    how = f"best of {NUM_READS} sums over {tensor} with {torch.get_num_threads()} threads"
     return {"bytes_per_second": max(reader.read() for _ in range(NUM_READS)), "how": how}
 
 

@@ -27,9 +27,6 @@ LATENCIES = (("ttft_ms", "p50"), ("ttft_ms", "p99"), ("itl_ms", "p50"), ("itl_ms
 Tokens = list[list[int]]  # per request
 
 
-# ---- figures of one run
-
-
 def percentile(values: Iterable[float], q: float) -> float | None:
     """The q-th percentile (0..100), linear between neighbours; None of nothing. E.g. [1, 2, 3, 4] at 50 -> 2.5."""
     ordered = sorted(values)
@@ -211,7 +208,7 @@ def add_ratios(arms: dict[str, dict[str, Any]], bandwidth: float | None) -> str 
 
 
 def ablation_rows(arms: dict[str, dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """What each rung is worth: one row per mode and arm of ours; `names[0]` has everything on.
+    """What each rung is worth: one row per mode and arm; `names[0]` has everything on.
 
     `worth` is the throughput with everything on over the throughput without that rung. E.g. 1.5: the rung makes it 1.5
     times as fast. Rungs work together, so the factors do not multiply to the whole: paging is worth little where few

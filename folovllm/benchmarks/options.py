@@ -58,11 +58,6 @@ class BenchOptions:
     def model_name(self) -> str:
         return f"{self.random_weights} (random weights)" if self.random_weights else self.model
 
-    @property
-    def all_arms(self) -> list[str]:
-        """Baseline first: it is the reference of ratios and tokens."""
-        return [*([self.baseline] if self.baseline else []), *self.arms]
-
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -143,10 +138,8 @@ def check_options(args: argparse.Namespace) -> BenchOptions:
     if (args.batch_sizes or args.fit_pages) and ("batch" not in recipe.modes or recipe.has_arrivals):
         raise ValueError(f"--batch-sizes and --fit send requests at once, workload {args.workload!r} does not; use A")
     count = args.num_requests or recipe.default_count
-    if args.batch_sizes and max(args.batch_sizes) > count:
-        raise ValueError(
-            f"--batch-sizes {max(args.batch_sizes)}: the workload has {count} requests; add --num-requests"
-        )
+    if args.batch_sizes and (most := max(args.batch_sizes)) > count:
+        raise ValueError(f"--batch-sizes {most}: the workload has {count} requests; add --num-requests")
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output {args.output} is a file; give a folder")
     baseline = args.baseline or ("none" if recipe.has_arrivals else BASELINE)
@@ -163,7 +156,7 @@ def check_options(args: argparse.Namespace) -> BenchOptions:
 
 
 def _arms(args: argparse.Namespace) -> list[str]:
-    """The arms of ours to measure. Raises ValueError if there is no such milestone or argument."""
+    """The milestones to measure. Raises ValueError if there is no such milestone or argument."""
     asked: list[str] = args.arms
     for arm in asked:
         if arm == BASELINE:
@@ -186,9 +179,6 @@ def room_for(args: argparse.Namespace) -> int:
 def refuse_duplicates(option: str, values: Sequence[str] | Sequence[int]) -> None:
     if len(set(values)) != len(values):
         raise ValueError(f"{option} names something twice: {', '.join(map(str, values))}")
-
-
-# ---- values of options
 
 
 def names(text: str) -> list[str]:

@@ -5,9 +5,8 @@ leaves them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -18,8 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from folovllm.benchmarks.arms import BASELINE
-from folovllm.benchmarks.machine import commit_of
-from folovllm.benchmarks.report import modes_of, rung_off
+from folovllm.benchmarks.report import headline, modes_of, rung_off
 from folovllm.benchmarks.workloads import DECODING, LONG
 
 MODE_COLOURS = {"single": "#4c78a8", "batch": "#f58518", "cold": "#4c78a8", "warm": "#f58518"}
@@ -49,7 +47,7 @@ def write_plots(result: Result, folder: Path, stem: str) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         if figure is not None:
-            figure.suptitle(title_of(result), fontsize=10)
+            figure.suptitle(headline(result), fontsize=10)
             paths.append(save(figure, folder / name))
     return paths
 
@@ -62,16 +60,6 @@ def save(figure: Figure, path: Path, dpi: int = DPI) -> Path:
     return path
 
 
-def title_of(result: Result) -> str:
-    machine, run = result["machine"], result["run"]
-    return (
-        f"{run['model']}, {run['dtype']}, workload {run['workload']['name']}, {machine.get('gpu') or machine['cpu']}, "
-        f"{run['threads']} threads, medians of {run['repeats']}\n"
-        f"max_model_len {run['max_model_len']}, KV {run['kv_cache_memory'] / 2**20:,.0f} MiB, "
-        f"commit {commit_of(machine)}, {result['date'][:10]}"
-    )
-
-
 def colours_of(arms: Result) -> Colours:
     """The baseline grey, ours in colours that stay the same from plot to plot of one result."""
     ours = [name for name in arms if name != BASELINE]
@@ -79,11 +67,7 @@ def colours_of(arms: Result) -> Colours:
     return {name: colours.get(name, BASELINE_GREY) for name in arms}
 
 
-# ---- bars
-
-
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """Bars of one kind: a height per name, and the texts on them if they are not the heights."""
 
     label: str
@@ -102,7 +86,8 @@ def bars(ax: Axes, names: Sequence[str], series: Sequence[Series], title: str, u
         drawn = ax.bar(places, heights, width * 0.95, label=one.label, color=one.colour, alpha=one.alpha)
         texts = one.texts or [f"{height:,.0f}" if height >= 10 else f"{height:.2g}" for height in heights]
         ax.bar_label(drawn, texts, fontsize=8 if len(series) < 3 else 7, padding=2)
-    ax.set_xticks(range(len(names)), [name.replace(" without ", "\nwithout ") for name in names])
+    labels = [name.replace(" without ", "\nwithout\n") for name in names]
+    ax.set_xticks(range(len(names)), labels, fontsize=10 if len(names) < 6 else 8)
     ax.margins(y=0.18)
     ax.set(title=title, ylabel=unit)
     if len(series) > 1:
@@ -112,9 +97,6 @@ def bars(ax: Axes, names: Sequence[str], series: Sequence[Series], title: str, u
 def bars_by_arm(ax: Axes, heights: dict[str, float | None], colours: Colours, title: str, unit: str) -> None:
     """One bar per arm, in the arm's colour."""
     bars(ax, list(heights), [Series("", list(heights.values()), [colours[name] for name in heights])], title, unit)
-
-
-# ---- the overview
 
 
 def draw_overview(result: Result, arms: Result) -> Figure:
@@ -171,9 +153,6 @@ def _grid_and_legend(ax: Axes) -> None:
     ax.legend(fontsize=8)
 
 
-# ---- sweep and fit
-
-
 def draw_batching(result: Result, arms: Result) -> Figure | None:
     """None without --batch-sizes and --fit."""
     sweep = {name: arm["sweep"] for name, arm in arms.items() if arm["sweep"]}
@@ -205,9 +184,6 @@ def _fit(ax: Axes, fit: Result) -> None:
     names = [f"{name}\n{figures['preemptions']:.0f} preempted" for name, figures in fit.items()]
     kv_bytes = max(figures["kv_cache"]["allocated_bytes"] for figures in fit.values())
     bars(ax, names, series, f"Requests running together in {kv_bytes / 2**20:.1f} MiB of KV cache", "requests")
-
-
-# ---- groups of requests
 
 
 def draw_groups(result: Result, colours: Colours) -> Figure | None:
@@ -294,9 +270,6 @@ def _by_turn(ax: Axes, values: Groups, colours: Colours, title: str, unit: str, 
         ax.plot(*zip(*found.items(), strict=True), STYLES[mode], marker="o", label=f"{arm} {mode}", color=colours[arm])
     ax.set(title=title, ylabel=unit, ylim=(0, top))
     _grid_and_legend(ax)
-
-
-# ---- ablation
 
 
 def draw_ablation(result: Result) -> Figure | None:

@@ -1,18 +1,16 @@
 """A checkpoint of random weights in a public model's shape, written once to the cache for all arms.
 
-Milestone: M4. vLLM counterpart: `load_format="dummy"`, which fills the tensors in place and still needs the config of
-a downloaded model; here they go through a file, so that HuggingFace loads the very same ones and tokens can be
-compared. The speed of a model depends on its shape and not on what its weights say, so a machine without network can be
-measured on any of these. Left out: a tokenizer (the benchmark sends token ids).
-
-The parent process of a benchmark does not load torch: only `write_checkpoint` does.
+Milestone: M4. vLLM counterpart: `load_format="dummy"`, which fills the tensors in place; here they go through a file,
+so that HuggingFace loads the very same ones and tokens can be compared. The speed of a model depends on its shape and
+not on what its weights say, so a machine without network can be measured on any of these. Left out: a tokenizer (the
+benchmark sends token ids). Only writing loads torch and transformers.
 """
 
 import json
+import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +30,7 @@ INDEX = "model.safetensors.index.json"
 Shape = tuple[int, ...]
 
 
-# ---- shapes: numbers as published; tests compare those whose config.json the project has
-
-
+# Shapes. Numbers as published; tests compare those whose config.json the project has.
 _COLUMNS = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "vocab_size", "max_position_embeddings", "tie_word_embeddings", "rope_theta"),
@@ -97,9 +93,6 @@ def shape_architecture(name: str) -> ModelArchitecture:
     return parse_hf_config(shape_config(name))
 
 
-# ---- the checkpoint
-
-
 def checkpoint_folder(shape: str, root: Path | None = None) -> Path:
     """Where the checkpoint of that shape is, or will be. Raises ValueError if there is no such shape."""
     shape_config(shape)
@@ -111,21 +104,17 @@ def is_written(folder: Path) -> bool:
 
 
 def check_room(shape: str, folder: Path, device: str, dtype: str) -> None:
-    """Raises ValueError if the weights do not fit: not yet written on the disk, or on a CPU in the memory."""
-    num_parameters = shape_architecture(shape).num_parameters()
-    existing = next(parent for parent in folder.parents if parent.exists())
-    needed, free = num_parameters * DTYPE_BYTES[CHECKPOINT_DTYPE], shutil.disk_usage(existing).free
-    if not is_written(folder) and needed > free:
-        raise ValueError(
-            f"--random-weights {shape}: its checkpoint takes {needed / GIB:.1f} GiB, the disk of the cache has "
-            f"{free / GIB:.1f} GiB left; free some or take a smaller shape"
-        )
-    needed, free = num_parameters * DTYPE_BYTES[dtype], psutil.virtual_memory().available
-    if device == "cpu" and needed > free:
-        raise ValueError(
-            f"--random-weights {shape}: its weights take {needed / GIB:.1f} GiB in {dtype}, {free / GIB:.1f} GiB of "
-            f"memory are free; take a smaller shape"
-        )
+    """Raises ValueError if the weights do not fit: on the disk while they are not written; on a CPU, in the memory."""
+    parent = next(parent for parent in folder.parents if parent.exists())
+    rooms = [("the disk", CHECKPOINT_DTYPE, shutil.disk_usage(parent).free)] if not is_written(folder) else []
+    rooms += [("memory", dtype, psutil.virtual_memory().available)] if device == "cpu" else []
+    for room, stored_as, free in rooms:
+        needed = shape_architecture(shape).num_parameters() * DTYPE_BYTES[stored_as]
+        if needed > free:
+            raise ValueError(
+                f"--random-weights {shape}: its weights take {needed / GIB:.1f} GiB in {stored_as}, {free / GIB:.1f} "
+                f"GiB of {room} are free; take a smaller shape"
+            )
 
 
 def write_checkpoint(shape: str, folder: Path) -> None:
@@ -133,24 +122,23 @@ def write_checkpoint(shape: str, folder: Path) -> None:
     if is_written(folder):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        staging = Path(scratch, folder.name)
         _write(shape, staging)
         shutil.rmtree(folder, ignore_errors=True)  # a leftover without index
         staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write(shape: str, folder: Path) -> None:
     from safetensors.torch import save_file
 
-    weight_map: dict[str, str] = {}
-    for file_name, tensors in _shards(shape_architecture(shape)):
-        data = {name: random_tensor(name, size) for name, size in tensors.items()}
-        save_file(data, folder / file_name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file_name)
+    folder.mkdir()
     (folder / "config.json").write_text(json.dumps(shape_config(shape), indent=1))
+    weight_map: dict[str, str] = {}
+    for file_name, shapes in _shards(folder).items():
+        data = {name: random_tensor(name, size) for name, size in shapes.items()}
+        save_file(data, folder / file_name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shapes, file_name)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
@@ -168,34 +156,16 @@ def random_tensor(name: str, shape: Shape) -> Any:
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, scale, generator=generator)
 
 
-def _shards(arch: ModelArchitecture) -> Iterator[tuple[str, dict[str, Shape]]]:
-    """(file name, tensor name -> shape): the ends of the model first, then layer by layer."""
-    embedding = (arch.vocab_size, arch.hidden_size)
-    ends = {"model.embed_tokens.weight": embedding, "model.norm.weight": (arch.hidden_size,)}
-    if not arch.tie_word_embeddings:
-        ends["lm_head.weight"] = embedding
-    yield "model-ends.safetensors", ends
-    for layer in range(arch.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        yield f"model-layer-{layer:03}.safetensors", {prefix + k: v for k, v in _layer(arch).items()}
+def _shards(folder: Path) -> dict[str, dict[str, Shape]]:
+    """File name -> tensor name -> shape, as in transformers' model of `folder`/config.json: a file per layer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-
-def _layer(arch: ModelArchitecture) -> dict[str, Shape]:
-    hidden, inner, q, kv = arch.hidden_size, arch.intermediate_size, arch.q_size, arch.kv_size
-    tensors: dict[str, Shape] = {
-        "self_attn.q_proj.weight": (q, hidden),
-        "self_attn.k_proj.weight": (kv, hidden),
-        "self_attn.v_proj.weight": (kv, hidden),
-        "self_attn.o_proj.weight": (hidden, q),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    if arch.qkv_bias:
-        sizes = {"q": q, "k": kv, "v": kv}
-        tensors |= {f"self_attn.{name}_proj.bias": (size,) for name, size in sizes.items()}
-    if arch.qk_norm:
-        tensors |= {f"self_attn.{name}_norm.weight": (arch.head_dim,) for name in ("q", "k")}
-    return tensors
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    shards: dict[str, dict[str, Shape]] = {}
+    for name, tensor in model.named_parameters():  # a tied head is not among them
+        layer = re.search(r"\.layers\.(\d+)\.", name)
+        part = f"layer-{int(layer[1]):03}" if layer else "ends"
+        shards.setdefault(f"model-{part}.safetensors", {})[name] = tuple(tensor.shape)
+    return shards

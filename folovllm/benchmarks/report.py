@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from folovllm.benchmarks.arms import in_words
+from folovllm.benchmarks.machine import commit_of
 from folovllm.benchmarks.metrics import LATENCIES
 
 MIN_WIDTH = 150  # a pipe has no width: the tables should still be whole
@@ -25,9 +26,6 @@ Result = dict[str, Any]
 Row = dict[str, str]
 
 
-# ---- files
-
-
 def write_json(result: Result, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_json(result) + "\n", encoding="utf-8")
@@ -36,21 +34,14 @@ def write_json(result: Result, path: Path) -> Path:
 
 def to_json(value: Any, depth: int = 0) -> str:
     """JSON that a person can read: outer levels on lines of their own, inner ones and lists of numbers compact."""
-    if not isinstance(value, (dict, list)) or not value or depth >= JSON_DEPTH or _is_flat_list(value):
+    is_flat = isinstance(value, list) and all(isinstance(item, (int, float, list)) for item in value)
+    if not isinstance(value, (dict, list)) or not value or depth >= JSON_DEPTH or is_flat:
         return json.dumps(value, ensure_ascii=False)
     pad, closing = " " * (2 * depth + 2), " " * (2 * depth)
     if isinstance(value, dict):
         lines = [f"{pad}{json.dumps(str(key))}: {to_json(item, depth + 1)}" for key, item in value.items()]
         return "{\n" + ",\n".join(lines) + f"\n{closing}}}"
     return "[\n" + ",\n".join(f"{pad}{to_json(item, depth + 1)}" for item in value) + f"\n{closing}]"
-
-
-def _is_flat_list(value: Any) -> bool:
-    """Whether `value` is a list of numbers, or of lists of numbers."""
-    return isinstance(value, list) and all(isinstance(item, (int, float, list)) for item in value)
-
-
-# ---- tables
 
 
 def num(value: float | None, digits: int = 1, unit: float = 1.0) -> str:
@@ -91,7 +82,8 @@ def make_table(title: str, rows: Sequence[Row]) -> Table:
 
 
 def print_tables(result: Result, files: list[Path]) -> None:
-    shown = name_arms(result)
+    shown, dtype = name_arms(result), result["run"]["dtype"]
+    rule = "float32: must be equal" if dtype == "float32" else f"{dtype}: rounding may tip near-ties"
     tables = {
         "Throughput and latency (medians; milliseconds)": speed_rows(shown),
         f"By group of requests ({shown['run']['workload']['name']}; milliseconds)": group_rows(shown),
@@ -99,7 +91,7 @@ def print_tables(result: Result, files: list[Path]) -> None:
         "Memory and cache": memory_rows(shown),
         "Output tok/s against requests sent at once (most that ran together)": sweep_rows(shown),
         "Requests running at the same time in the same KV bytes": fit_rows(shown),
-        f"Greedy tokens ({equality_rule(shown)})": equality_rows(shown),
+        f"Greedy tokens ({rule})": equality_rows(shown),
     }
     show(headline(shown), tables, problems(shown), files)
 
@@ -119,12 +111,15 @@ def show(headline: str, tables: dict[str, list[Row]], problems: list[str], files
 
 
 def headline(result: Result) -> str:
-    machine, run, bandwidth = result["machine"], result["run"], result["bandwidth"]
-    speed = f"{bandwidth['bytes_per_second'] / GB:.1f} GB/s" if "bytes_per_second" in bandwidth else "unknown"
+    """What was run, where and when: two lines, above the tables and on the plots."""
+    machine, run = result["machine"], result["run"]
+    speed = result.get("bandwidth", {}).get("bytes_per_second")
+    reads = f", memory reads {speed / GB:.1f} GB/s" if speed else ""
     return (
-        f"{run['model']} {run['dtype']} on {machine.get('gpu') or machine['cpu']}, {run['threads']} threads, "
-        f"memory reads {speed}; workload {run['workload']['name']}, {run['repeats']} repeat(s); "
-        f"max_model_len {run['max_model_len']}, KV {mib(run['kv_cache_memory'])}"
+        f"{run['model']} {run['dtype']}, workload {run['workload']['name']}, {run['repeats']} repeat(s), "
+        f"max_model_len {run['max_model_len']}, KV {mib(run['kv_cache_memory'])}\n"
+        f"{machine.get('gpu') or machine['cpu']}, {run['threads']} threads{reads}, commit {commit_of(machine)}, "
+        f"{result['date'][:10]}"
     )
 
 
@@ -239,11 +234,6 @@ def fit_rows(result: Result) -> list[Row]:
     ]
 
 
-def equality_rule(result: Result) -> str:
-    dtype = result["run"]["dtype"]
-    return "float32: must be equal" if dtype == "float32" else f"{dtype}: rounding may tip near-ties"
-
-
 def equality_rows(result: Result) -> list[Row]:
     rows = []
     for row in result["equality"]:
@@ -269,7 +259,5 @@ def problems(result: Result) -> list[str]:
     unequal = [f"{row['tokens_of']} vs {row['compared_with']}" for row in result["equality"] if not row["ok"]]
     if unequal:
         lines.append(f"tokens differ in float32: {'; '.join(unequal)}")
-    for name, mode, figures in modes_of(result):
-        if not figures["repeats_equal"]:
-            lines.append(f"{name} {mode}: the repeats gave different tokens")
-    return lines
+    unsteady = [f"{name} {mode}" for name, mode, figures in modes_of(result) if not figures["repeats_equal"]]
+    return lines + [f"{what}: the repeats gave different tokens" for what in unsteady]

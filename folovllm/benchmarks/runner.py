@@ -1,9 +1,6 @@
 """Running the arms: a fresh process per arm and repeat, the arms in turn, so that drift of the machine hits all alike.
 
-Milestone: M1. vLLM counterpart: none. No torch in the parent.
-
-    round 1: bandwidth, hf, m1, m2     round 2: m2, m1, hf, bandwidth     round 3: as round 1
-
+Milestone: M1. vLLM counterpart: none. No torch in the parent. A round goes bandwidth, hf, m1, m2, the next backwards.
 A fresh process for each measurement keeps the arms apart: no memory, thread pool or compiled kernel of one helps or
 hurts another, and peak memory is the arm's own. A process reads its task from one JSON file and writes its result to
 another: `ask` is the parent's end, `answer` the child's. No child outlives its parent, however the parent ends
@@ -19,10 +16,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from folovllm.benchmarks import metrics
 from folovllm.benchmarks.arms import BANDWIDTH, BASELINE, WEIGHTS, Arm, ArmTask, EngineArm, Run
@@ -35,18 +31,13 @@ from folovllm.hf_config import ModelArchitecture, load_hf_config
 from folovllm.quantize.clock import peak_memory_bytes
 
 GUARD = Path(__file__).with_name("guard.py")
-ARM_COMMAND = (sys.executable, "-m", "folovllm.benchmarks", "--arm")
-TAIL_LINES, TAIL_CHARS = 12, 1500
-WARM_UP_REQUESTS, WARM_UP_PROMPT, WARM_UP_OUTPUT = 4, 16, 4
+ARM_COMMAND = (sys.executable, "-m", "folovllm.benchmarks.runner")
 Result = dict[str, Any]
 
 
 def say(text: str) -> None:
     """Progress goes to stderr: stdout is for the result."""
     print(text, file=sys.stderr, flush=True)
-
-
-# ---- rounds
 
 
 def run_rounds(tasks: list[ArmTask], repeats: int, timeout: float) -> dict[str, ArmRuns]:
@@ -57,23 +48,18 @@ def run_rounds(tasks: list[ArmTask], repeats: int, timeout: float) -> dict[str, 
         for task in tasks if index % 2 == 0 else reversed(tasks):
             if runs[task.name].error is None:
                 say(f"[round {index + 1}/{repeats}] {task.name} ...")
-                _run_once(task, timeout, runs[task.name])
+                start, result = time.perf_counter(), run_task(task, timeout)
+                if result["ok"]:
+                    runs[task.name].results.append(result)
+                    say(f"    {task.name} done in {time.perf_counter() - start:.1f} s")
+                else:
+                    runs[task.name].error = result["error"]
+                    say(f"    {task.name} FAILED: {result['error']}")
     return runs
 
 
-def _run_once(task: ArmTask, timeout: float, runs: ArmRuns) -> None:
-    start = time.perf_counter()
-    result = run_task(task, timeout)
-    if result["ok"]:
-        runs.results.append(result)
-        say(f"    {task.name} done in {time.perf_counter() - start:.1f} s")
-    else:
-        runs.error = result["error"]
-        say(f"    {task.name} FAILED: {runs.error}")
-
-
 def run_task(task: ArmTask, timeout: float) -> Result:
-    """One task in a process of its own: its result, or {"ok": False, "error": ...}."""
+    """The result of one task in a process of its own, or {"ok": False, "error": ...}."""
     return ask(ARM_COMMAND, task.to_json(), timeout)
 
 
@@ -90,7 +76,9 @@ def ask(command: Sequence[str], task: str, timeout: float, quiet: bool = False) 
         task_file.write_text(task)
         try:
             status = run_child([*command, str(task_file), str(result_file)], timeout, log if quiet else None)
-            error = None if result_file.exists() else how_it_died(status)
+            error = None if result_file.exists() else f"its process ended with status {status} and left no result"
+            if status == 128 + signal.SIGKILL:
+                error = "its process was killed (signal 9): most likely out of memory; lower --kv-cache-memory"
         except TimeoutError as timed_out:
             error = f"{timed_out} (--timeout)"
         result: Result = {"ok": False, "error": error} if error else json.loads(result_file.read_text())
@@ -139,28 +127,7 @@ def tail(log: Path) -> str:
     if not log.exists():
         return ""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return "\n".join(lines[-TAIL_LINES:])[-TAIL_CHARS:]
-
-
-def how_it_died(status: int) -> str:
-    if status == 128 + signal.SIGKILL:
-        return "its process was killed (signal 9): most likely out of memory; lower --kv-cache-memory"
-    return f"its process ended with status {status} and left no result"
-
-
-@contextlib.contextmanager
-def terminate_as_interrupt() -> Iterator[None]:
-    """Within, SIGTERM and SIGHUP unwind like Ctrl-C, so that temporary folders go and complete results are kept."""
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    return "\n".join(lines[-12:])[-1500:]
 
 
 # ---- in the process of one arm
@@ -244,10 +211,7 @@ def warm_up_requests(requests: list[BenchRequest]) -> list[BenchRequest]:
 
     Their prompts are real ones read backwards, so that no prefix cache knows the beginning of a real one.
     """
-    return [
-        BenchRequest(request.prompt_token_ids[:WARM_UP_PROMPT][::-1], WARM_UP_OUTPUT)
-        for request in requests[:WARM_UP_REQUESTS]
-    ]
+    return [BenchRequest(request.prompt_token_ids[:16][::-1], output_len=4) for request in requests[:4]]
 
 
 def run_one_by_one(arm: Arm, requests: list[BenchRequest]) -> Run:
@@ -283,11 +247,10 @@ def sweep_point(task: ArmTask, arm: Arm, requests: list[BenchRequest]) -> Result
     run = arm.run(requests)
     figures = metrics.speed_figures(run.timings, run.seconds)
     say(f"    {task.name} {len(requests)} at once: {figures['output_tok_per_s']:.1f} tok/s")
-    return {
-        "batch_size": len(requests),
-        "max_running": max(sample.num_running for sample in run.samples),
-        "preemptions": run.num_preemptions,
-        "seconds": run.seconds,
-        "output_tok_per_s": figures["output_tok_per_s"],
-        "itl_ms": figures["itl_ms"],
-    }
+    max_running = max(sample.num_running for sample in run.samples)
+    kept = {name: figures[name] for name in ("seconds", "output_tok_per_s", "itl_ms")}
+    return {"batch_size": len(requests), "max_running": max_running, "preemptions": run.num_preemptions, **kept}
+
+
+if __name__ == "__main__":
+    sys.exit(answer(Path(sys.argv[1]), Path(sys.argv[2]), do_task))

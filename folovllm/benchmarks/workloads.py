@@ -22,17 +22,10 @@ MODES = ("single", "batch")
 CACHE_MODES = ("cold", "warm")  # everything twice: with an empty prefix cache, then with what the first time left
 
 DECODING, LONG = "decoding", "long"  # the two groups of long-prompts
-NUM_DECODING, DECODING_OUTPUT = 8, 320
-LONG_PROMPT, LONG_OUTPUT = 4_000, 16
+NUM_DECODING = 8
 FIRST_ARRIVAL, BETWEEN_ARRIVALS = 32, 64  # tokens that each decoding request has got by then
-SHARED_PROMPT, SHARED_OUTPUT = 1_500, 8
 HIT_RATES = (0, 25, 50, 75, 95)  # percent
 NUM_CONVERSATIONS = 8
-FIRST_TURN, LATER_TURN, ANSWER = (256, 384), (24, 64), 32
-EXAMPLES, QUESTION, SHORT_ANSWER = 1_024, (16, 48), (8, 24)
-
-
-# ---- requests
 
 
 @dataclass(frozen=True)
@@ -84,14 +77,12 @@ class Workload:
 
     def digest(self) -> str:
         """SHA-256 of all token ids, lengths and moments: two runs with the same digest asked for the same."""
-        plain = [_plain(request) for request in self.requests]
+        plain: list[list[object]] = []
+        for request in self.requests:
+            plain.append([request.prompt_token_ids, request.output_len])
+            if request.arrival or request.follows is not None:  # only there: workload A's digest is older than both
+                plain[-1] += [request.arrival, request.follows]
         return hashlib.sha256(json.dumps(plain, separators=(",", ":")).encode()).hexdigest()
-
-
-def _plain(request: BenchRequest) -> list[object]:
-    """The request as JSON. `arrival` and `follows` appear only where they are set: workload A's digest is older."""
-    what: list[object] = [request.prompt_token_ids, request.output_len]
-    return what if not request.arrival and request.follows is None else [*what, request.arrival, request.follows]
 
 
 class Feed:
@@ -141,9 +132,6 @@ class Feed:
         return request.arrival <= tokens_each
 
 
-# ---- making requests
-
-
 def random_ids(rng: random.Random, count: int, vocab_size: int) -> list[int]:
     """`count` token ids, no special ones. Raises ValueError if the vocabulary has hardly any others."""
     end = min(LAST_RANDOM_ID + 1, vocab_size)
@@ -183,15 +171,13 @@ def long_prompts(count: int, vocab_size: int) -> list[BenchRequest]:
     """
     rng = random.Random(5)
     num_long = max(count - NUM_DECODING, 0)
-    output_len = max(DECODING_OUTPUT, FIRST_ARRIVAL + BETWEEN_ARRIVALS * (num_long + 1) - 32)
+    output_len = max(320, FIRST_ARRIVAL + BETWEEN_ARRIVALS * (num_long + 1) - 32)
     steady = [
         BenchRequest(random_ids(rng, rng.randint(32, 64), vocab_size), output_len, DECODING)
         for _ in range(min(count, NUM_DECODING))
     ]
     arrivals = [FIRST_ARRIVAL + BETWEEN_ARRIVALS * i for i in range(num_long)]
-    return steady + [
-        BenchRequest(random_ids(rng, LONG_PROMPT, vocab_size), LONG_OUTPUT, LONG, arrival) for arrival in arrivals
-    ]
+    return steady + [BenchRequest(random_ids(rng, 4_000, vocab_size), 16, LONG, arrival) for arrival in arrivals]
 
 
 def shared_prefix(count: int, vocab_size: int, hit_rates: tuple[int, ...] = HIT_RATES) -> list[BenchRequest]:
@@ -200,13 +186,13 @@ def shared_prefix(count: int, vocab_size: int, hit_rates: tuple[int, ...] = HIT_
     The first one finds nothing in the cache ("cold"), the others find its system prompt ("warm"). Each hit rate has a
     system prompt of its own, and one more request of that rate does not change the others' tokens.
     """
-    requests = []
+    requests, length = [], 1_500
     for rate in hit_rates:
-        common = random_ids(random.Random(f"common {rate}"), SHARED_PROMPT * rate // 100, vocab_size)
+        common = random_ids(random.Random(f"common {rate}"), length * rate // 100, vocab_size)
         for index in range(count):
-            own = random_ids(random.Random(f"own {rate} {index}"), SHARED_PROMPT - len(common), vocab_size)
+            own = random_ids(random.Random(f"own {rate} {index}"), length - len(common), vocab_size)
             group = f"{rate}% {'warm' if index else 'cold'}"
-            requests.append(BenchRequest(common + own, SHARED_OUTPUT, group))
+            requests.append(BenchRequest(common + own, 8, group))
     return requests
 
 
@@ -220,20 +206,20 @@ def multi_turn(count: int, vocab_size: int) -> list[BenchRequest]:
     requests = []
     for index in range(count):
         turn = index // NUM_CONVERSATIONS
-        tokens = random_ids(rng, rng.randint(*(LATER_TURN if turn else FIRST_TURN)), vocab_size)
+        tokens = random_ids(rng, rng.randint(24, 64) if turn else rng.randint(256, 384), vocab_size)
         follows = index - NUM_CONVERSATIONS if turn else None
-        requests.append(BenchRequest(tokens, ANSWER, f"turn {turn + 1}", follows=follows))
+        requests.append(BenchRequest(tokens, 32, f"turn {turn + 1}", follows=follows))
     return requests
 
 
 def few_shot(count: int, vocab_size: int) -> list[BenchRequest]:
     """The same 1,024 tokens of examples before every short question."""
     rng = random.Random(7)
-    examples = random_ids(rng, EXAMPLES, vocab_size)
+    examples = random_ids(rng, 1_024, vocab_size)
     requests = []
     for _ in range(count):
-        question = random_ids(rng, rng.randint(*QUESTION), vocab_size)
-        requests.append(BenchRequest(examples + question, rng.randint(*SHORT_ANSWER), "few-shot"))
+        question = random_ids(rng, rng.randint(16, 48), vocab_size)
+        requests.append(BenchRequest(examples + question, rng.randint(8, 24), "few-shot"))
     return requests
 
 
@@ -301,10 +287,8 @@ WORKLOADS: dict[str, WorkloadRecipe] = {
 
 
 def make_workload(name: str, vocab_size: int, count: int | None = None, hit_rates: tuple[int, ...] = ()) -> Workload:
-    """The workload called `name`, or its first `count` requests. Raises ValueError with the names there are."""
-    recipe = WORKLOADS.get(name)
-    if recipe is None:
-        raise ValueError(f"unknown workload {name!r}; there are {', '.join(WORKLOADS)}")
+    """The workload called `name`, or its first `count` requests."""
+    recipe = WORKLOADS[name]
     extra = (hit_rates or recipe.hit_rates,) if recipe.hit_rates else ()
     requests = recipe.make(count or recipe.default_count, vocab_size, *extra)
     return Workload(name, requests, recipe.modes, recipe.num_single)

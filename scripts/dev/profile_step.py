@@ -25,7 +25,7 @@ from folovllm.benchmarks.machine import command_line, machine_header, without_fo
 from folovllm.benchmarks.metrics import median_of
 from folovllm.benchmarks.options import BenchOptions, numbers, parse_options, positive
 from folovllm.benchmarks.report import make_table, num, write_json
-from folovllm.benchmarks.runner import answer, ask, say, terminate_as_interrupt
+from folovllm.benchmarks.runner import answer, ask, say
 from folovllm.config import DTYPE_BYTES
 
 
@@ -206,8 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         return answer(Path(argv[1]), Path(argv[2]), do_job)
     args, options = parse_args(argv)
     try:
-        with terminate_as_interrupt():
-            return run(args, options, argv)
+        return run(args, options, argv)
     except (ValueError, OSError) as error:
         print(f"profile_step.py: error: {error}", file=sys.stderr)
         return 2

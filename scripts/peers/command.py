@@ -14,7 +14,7 @@ from typing import Any
 from folovllm.benchmarks.command import Plan, describe_run, make_plan
 from folovllm.benchmarks.machine import machine_header
 from folovllm.benchmarks.metrics import median_of
-from folovllm.benchmarks.runner import say, terminate_as_interrupt
+from folovllm.benchmarks.runner import say
 from folovllm.hub import HubError
 from scripts.peers import comparison, report
 from scripts.peers.bench import Bench
@@ -41,21 +41,20 @@ NOTES = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 if all went well, 1 if an engine failed, 2 for a wrong command; 130 and 143 if stopped with nothing to keep."""
+    """0 if all went well, 1 if an engine failed, 2 for a wrong command, 130 if stopped with nothing to keep."""
     argv = list(sys.argv[1:] if argv is None else argv)
     options = parse_options(argv)
     if options.list_only:
         print(listing(options))
         return 0
-    with terminate_as_interrupt():
-        try:
-            return run(options, argv)
-        except (ValueError, OSError, HubError) as error:
-            print(f"compare_peers.py: error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("compare_peers.py: interrupted; nothing was written", file=sys.stderr)
-            return 130
+    try:
+        return run(options, argv)
+    except (ValueError, OSError, HubError) as error:
+        print(f"compare_peers.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("compare_peers.py: interrupted; nothing was written", file=sys.stderr)
+        return 130
 
 
 def listing(options: PeerOptions) -> str:

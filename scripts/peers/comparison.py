@@ -1,8 +1,7 @@
-"""Each measurement of a peer beside one of ours, so that drift of the machine hits both; then medians and ratios.
+"""Pairs of measurements, a peer's and ours, so that drift of the machine hits both; then medians and ratios.
 
-Milestone: M4. vLLM counterpart: none. No torch. With the peers a and b:
-
-    repeat 1:  ours a   ours b      repeat 2:  a ours   b ours      repeat 3: as repeat 1
+Milestone: M4. vLLM counterpart: none. No torch. With the peers a and b, the first repeat runs "ours a, ours b", the
+second one "a ours, b ours", the third one as the first.
 """
 
 import statistics
@@ -26,7 +25,7 @@ class OursFailedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Pair:
-    """One measurement of ours and one of `peer`, one directly after the other."""
+    """A measurement of our engine and one of `peer`, one directly after the other."""
 
     repeat: int
     peer: str

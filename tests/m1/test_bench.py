@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from folovllm.benchmarks import main
 from folovllm.benchmarks.arms import RequestTiming, StepSample, in_words
+from folovllm.benchmarks.command import main
 from folovllm.benchmarks.hf_arm import static_batch_samples
 from folovllm.benchmarks.metrics import (
     decode_bytes_per_second,

@@ -209,6 +209,6 @@ def test_info_of_a_model_counts_parameters_and_kv_bytes(tiny_model_dir):
 
 def test_bench_passes_everything_on(monkeypatch):
     seen = []
-    monkeypatch.setattr("folovllm.benchmarks.main", lambda argv: seen.append(argv) or 3)
+    monkeypatch.setattr("folovllm.benchmarks.command.main", lambda argv: seen.append(argv) or 3)
     result = run("bench", "--workload", "A", "--help", "-x", "milestones")
     assert seen == [["--workload", "A", "--help", "-x", "milestones"]] and result.exit_code == 3

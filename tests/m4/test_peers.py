@@ -280,9 +280,8 @@ def test_a_killed_parent_leaves_no_child(tmp_path, number):
 PARENT = """
 import json, sys
 from pathlib import Path
-from folovllm.benchmarks.runner import run_child, terminate_as_interrupt
-with terminate_as_interrupt():
-    run_child(json.loads(sys.argv[1]), 600, Path(sys.argv[2]))
+from folovllm.benchmarks.runner import run_child
+run_child(json.loads(sys.argv[1]), 600, Path(sys.argv[2]))
 """
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from folovllm import milestones
-from folovllm.benchmarks import main, random_model
+from folovllm.benchmarks import random_model
 from folovllm.benchmarks.arms import ArmTask, EngineArm, RequestTiming, ablation_arms, default_arms, parse_arm
+from folovllm.benchmarks.command import main
 from folovllm.benchmarks.metrics import ablation_rows, group_figures
 from folovllm.benchmarks.options import parse_options
 from folovllm.benchmarks.plot import draw_groups, hit_rate_curves
@@ -314,9 +315,8 @@ time.sleep(60)
 """
 PARENT = """
 import sys
-from folovllm.benchmarks.runner import run_child, terminate_as_interrupt
-with terminate_as_interrupt():
-    run_child([sys.executable, "-c", sys.argv[1], sys.argv[2]], 60)
+from folovllm.benchmarks.runner import run_child
+run_child([sys.executable, "-c", sys.argv[1], sys.argv[2]], 60)
 """
 
 

@@ -9,7 +9,7 @@ import typer
 
 def bench(ctx: typer.Context) -> None:
     """Measure FoloVLLM beside HuggingFace: folovllm bench --help lists the options."""
-    from folovllm.benchmarks import main
+    from folovllm.benchmarks.command import main
 
     code = main(list(ctx.args))
     if code:
