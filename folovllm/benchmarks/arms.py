@@ -225,9 +225,9 @@ class EngineArm:
         assert is_empty, "the engine is idle, so no request can hold a cached block"
 
     def info(self) -> dict[str, Any]:
-        config, kv, part_of = self.engine.config, self.engine.engine_core.kv_cache_config, engine_arg_names()
+        config, kv, section_of = self.engine.config, self.engine.engine_core.kv_cache_config, engine_arg_names()
         # The resolved values of the arguments that the ladder switches.
-        settings = {name: getattr(getattr(config, part_of[name]), name) for name in milestones.fold("m1")}
+        settings = {name: getattr(getattr(config, section_of[name]), name) for name in milestones.fold("m1")}
         sizes = {
             "block_size": kv.block_size,
             "num_usable_blocks": kv.num_usable_blocks,

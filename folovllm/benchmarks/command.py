@@ -18,7 +18,7 @@ from folovllm.benchmarks.runner import run_rounds, run_task, say
 from folovllm.benchmarks.workloads import WORKLOADS, make_workload
 from folovllm.config import DTYPE_BYTES
 from folovllm.hf_config import ModelArchitecture, load_hf_config
-from folovllm.hub import resolve_model
+from folovllm.hub import find_model
 
 SCRIPT = "scripts/compare_perf.py"
 SCHEMA = "folovllm.compare_perf/1"
@@ -104,11 +104,11 @@ def make_plan(options: BenchOptions) -> Plan:
     """Find the model and check that the workload suits it. Raises ValueError that says what to change."""
     device = options.device
     if device != "cpu":
-        from folovllm.platforms import resolve_device
+        from folovllm.platforms import choose_device
 
-        device = resolve_device(device)
+        device = choose_device(device)
     if options.random_weights is None:
-        folder = resolve_model(options.model, pull=True)
+        folder = find_model(options.model, pull=True)
         arch = load_hf_config(folder)
     else:
         folder, arch = checkpoint_folder(options.random_weights), shape_architecture(options.random_weights)
