@@ -84,7 +84,7 @@ def _progress(name: str, done: int, total: int) -> None:
 
 
 def disagreement(source: Path) -> str | None:
-    """How the committed notebook differs from its source; None if it is what the source builds."""
+    """How the committed notebook differs from its source. Returns None if it is what the source builds."""
     target = target_of(source)
     if not target.is_file():
         return f"{target.name} does not exist"

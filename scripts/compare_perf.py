@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Measure the milestones beside HuggingFace: `python scripts/compare_perf.py --help`.
 
-Milestone: M1. vLLM counterpart: vllm/benchmarks. The benchmark itself is folovllm/benchmarks; `folovllm bench`
-is the same.
+Milestone: M1. vLLM counterpart: vllm/benchmarks. The benchmark itself is folovllm/benchmarks, which
+`folovllm bench` runs too.
 """
 
 import sys

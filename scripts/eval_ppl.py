@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from folovllm.benchmarks.machine import machine_header
+from folovllm.benchmarks.report import write_json
 from folovllm.engine.tokenizer import Tokenizer
 from folovllm.gptq_config import PER_CHANNEL
 from folovllm.hf_config import load_hf_config
@@ -180,22 +181,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append(row)
         if args.json is not None:  # after each, so that an interrupted run can go on
             later = [row for row in known if row not in rows]
-            write(report([*rows, *later], command, machine, text, Path(args.text).name), args.json)
+            write_json(report([*rows, *later], command, machine, text, Path(args.text).name), args.json)
     shown = report(rows, command, machine, text, Path(args.text).name)
     print_table(shown["results"])
     if args.json is not None:
-        write(shown, args.json)
+        write_json(shown, args.json)
 
 
 def asked_for(args: argparse.Namespace) -> list[tuple[str, str]]:
     """(model, engine) in the order of the table."""
     pairs = [(name, engine) for name in args.models for engine in args.engines]
     return [(name, engine) for name, engine in pairs if engine != "hf" or name in (args.hf_only or args.models)]
-
-
-def write(content: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def command_of(args: argparse.Namespace) -> str:

@@ -3,8 +3,9 @@
 
 Milestone: M5. vLLM counterpart: benchmarks/auto_tune. The budget is how many tokens one step computes: decoding
 requests take one each, the rest of it goes to the prompt. A small one keeps the steps short, so no decoding request
-waits long; a large one has the prompt done in fewer steps, and wastes less. What to want is a promise to the users, an
-SLO (service level objective): of the budgets that keep it, the one that answers long prompts soonest is picked.
+waits long; a large one has the prompt done in fewer steps, and wastes less. The choice starts from a promise to
+the users, an SLO (service level objective): of the budgets that keep it, the one that answers long prompts soonest is
+picked.
 
 The SLO is on the 99th percentile of the time between tokens (ITL) of the decoding requests: in milliseconds, or in
 multiples of their undisturbed ITL, which is measured in the same run without any long prompt. Each budget runs in fresh
@@ -47,7 +48,7 @@ class Point:
 
 
 def pick(points: list[Point], slo_ms: float) -> Point | None:
-    """Of the budgets whose ITL p99 keeps the SLO, that with the lowest TTFT of the long prompts; None if none does."""
+    """Among the budgets whose ITL p99 keeps the SLO, the one with the lowest TTFT of the long prompts."""
     kept = [point for point in points if point.itl_p99_ms <= slo_ms]
     return min(kept, key=lambda point: point.ttft_long_ms, default=None)
 

@@ -40,6 +40,7 @@ from folovllm.attention.backend import AttentionBackend, AttentionMetadata, Atte
 from folovllm.attention.selector import BACKENDS, load_backend, refusal
 from folovllm.benchmarks.machine import MemoryReader, machine_header, measure_bandwidth
 from folovllm.benchmarks.options import positive
+from folovllm.benchmarks.report import write_json
 from folovllm.model_executor.huge_pages import huge_zeros
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 9, 3, 64, 16
@@ -251,10 +252,7 @@ def print_table(results: list[Result]) -> None:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Time and memory of prefill, and time of decode, against context length; both axes logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from folovllm.benchmarks.plot import plt, save
 
     results = [Result(**result) for result in report["results"]]
     prefill, decode = ([r for r in results if kind in r.case] for kind in ("prefill", "decode"))
@@ -267,9 +265,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     read = {r.seq_len: r.forward_ms / r.times_kv_read for r in decode if r.times_kv_read}
     axes[2].plot(list(read), list(read.values()), "k--", linewidth=1, label="reading its K/V once")
     axes[2].legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    save(figure, path)
 
 
 def plot_lines(ax: Any, results: list[Result], key: str, title: str, xlabel: str) -> None:
@@ -361,8 +357,7 @@ def main() -> None:
     for name, reason in skipped.items():
         print(f"left out: {name}: {reason}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(report, args.json)
     if args.plot:
         plot(report, args.plot)
 

@@ -14,7 +14,6 @@ process, request by request, so that whatever else the machine does hits all of 
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 from datetime import datetime
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from folovllm.benchmarks.machine import machine_header, measure_bandwidth
+from folovllm.benchmarks.report import write_json
 from folovllm.config import EngineConfig, QuantizationConfig
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.executor.uniproc import UniProcExecutor
@@ -162,7 +162,7 @@ def main() -> None:
     }
     result |= as_table(figures, args)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(result, args.json)
 
 
 if __name__ == "__main__":

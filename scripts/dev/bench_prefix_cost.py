@@ -19,7 +19,6 @@ nothing).
 import argparse
 import gc
 import importlib.util
-import json
 import random
 import statistics
 import sys
@@ -32,6 +31,7 @@ from typing import Any
 from folovllm.benchmarks.machine import machine_header
 from folovllm.benchmarks.options import numbers
 from folovllm.benchmarks.random_model import shape_architecture
+from folovllm.benchmarks.report import write_json
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import FakeExecutor
@@ -158,10 +158,7 @@ def print_table(results: list[Result]) -> None:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Cost against length, one line per variant; and where it goes at the longest prompt."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from folovllm.benchmarks.plot import plt, save
 
     results = [Result(**result) for result in report["results"]]
     names = list(dict.fromkeys(r.variant for r in results))
@@ -186,9 +183,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     parts.set(ylabel="ns per prompt token", title=f"Where it goes, at {longest[0].prompt_len:,} tokens")
     parts.margins(y=0.1)
     parts.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -210,8 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     print_table(results)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(report, args.json)
     if args.plot:
         draw(report, args.plot)
     return 0

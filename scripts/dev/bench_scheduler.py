@@ -3,27 +3,26 @@
 Milestone: M2. vLLM counterpart: none (it profiles the whole engine core). Measured with the fake executor, whose own
 time is not counted, so the numbers are the core's bookkeeping alone.
 
-Two workloads: "decode", in which every running request gets one token per step and nobody comes or goes, and "churn",
-in which in every step one request finishes and another one takes its place.
+Two workloads: "decode", in which every running request gets one token per step and none comes or goes, and "churn", in
+which in every step one request finishes and another one takes its place.
 
     python scripts/dev/bench_scheduler.py [--running 1,8,32] [--waiting 0,10000] [--steps 400] [--json OUT]
 """
 
 import argparse
 import dataclasses
-import json
-import shlex
 import statistics
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from folovllm.benchmarks.machine import machine_header
+from folovllm.benchmarks.machine import command_line, machine_header
+from folovllm.benchmarks.random_model import shape_architecture
+from folovllm.benchmarks.report import write_json
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import FakeExecutor
-from folovllm.hf_config import ModelArchitecture, RopeConfig
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
 
@@ -47,28 +46,7 @@ class Result:
 
 def make_core(running: int) -> EngineCore:
     """An engine with room for `running` requests of any length, so that nothing is ever preempted."""
-    arch = ModelArchitecture(
-        architecture="LlamaForCausalLM",
-        model_type="llama",
-        num_hidden_layers=1,
-        hidden_size=8,
-        intermediate_size=8,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=1,
-        vocab_size=1000,
-        max_position_embeddings=MAX_MODEL_LEN,
-        rms_norm_eps=1e-5,
-        rope=RopeConfig(),
-        tie_word_embeddings=True,
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        dtype="float32",
-        bos_token_id=None,
-        eos_token_ids=(0,),
-    )
+    arch = dataclasses.replace(shape_architecture("tiny"), max_position_embeddings=MAX_MODEL_LEN)
     config = EngineConfig(
         model_config=ModelConfig(max_model_len=MAX_MODEL_LEN),
         cache_config=CacheConfig(block_size=BLOCK_SIZE),
@@ -78,12 +56,12 @@ def make_core(running: int) -> EngineCore:
 
 
 def make_request(index: int, prompt_len: int, max_tokens: int) -> Request:
-    prompt = [(index * 7 + i) % 1000 for i in range(prompt_len)]
+    prompt = [(index * 7 + i) % 500 for i in range(prompt_len)]
     return Request(f"request-{index}", prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
 
 
 def fill(core: EngineCore, running: int, waiting: int, prompt_len: int, churn: bool) -> None:
-    """Add the requests and run until all seats are taken. Under churn, one of the first ones ends in every step."""
+    """Add the requests and run until all of `running` run. Under churn, one of the first ones ends in every step."""
     endless = MAX_MODEL_LEN - prompt_len
     for i in range(running):
         core.add_request(make_request(i, prompt_len, max_tokens=i + 2 if churn else endless))
@@ -114,7 +92,7 @@ def measure(workload: str, running: int, waiting: int, steps: int, prompt_len: i
         for _ in [output for output in outputs if output.finished]:
             core.add_request(make_request(next_index, prompt_len, max_tokens=max(running, 2)))
             next_index += 1
-    assert core.stats().num_running == running or churn, "a decode workload must not lose anybody"
+    assert core.stats().num_running == running or churn, "a decode workload must not lose a request"
     return Result(workload, running, waiting, *summary(schedule_us), *summary(step_us))
 
 
@@ -146,14 +124,10 @@ def print_verdict(results: list[Result]) -> None:
     )
 
 
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--running", type=numbers, default=[1, 2, 4, 8, 16, 32, 64], help="requests in the batch")
-    parser.add_argument("--waiting", type=numbers, default=[0, 100, 10_000], help="requests in the queue")
+    parser.add_argument("--running", type=counts, default=[1, 2, 4, 8, 16, 32, 64], help="requests in the batch")
+    parser.add_argument("--waiting", type=counts, default=[0, 100, 10_000], help="requests in the queue")
     parser.add_argument("--steps", type=int, default=400, help="timed steps per row")
     parser.add_argument("--prompt-len", type=int, default=100, help="tokens per prompt")
     parser.add_argument("--json", type=Path, default=None, metavar="OUT", help="write machine and results there")
@@ -169,14 +143,17 @@ def main() -> None:
     print_verdict(results)
     if args.json is not None:
         rows = [dataclasses.asdict(result) for result in results]
-        command = shlex.join(["scripts/dev/bench_scheduler.py", *without_output(sys.argv[1:])])
-        args.json.write_text(
-            json.dumps({"machine": header, "command": command, "unit": "us", "results": rows}, indent=1)
-        )
+        command = command_line("scripts/dev/bench_scheduler.py", without_output(sys.argv[1:]))
+        write_json({"machine": header, "command": command, "unit": "us", "results": rows}, args.json)
+
+
+def counts(text: str) -> list[int]:
+    """E.g. "0,100" -> [0, 100]."""
+    return [int(part) for part in text.split(",")]
 
 
 def without_output(argv: list[str]) -> list[str]:
-    """The command line without --json and its folder, which is nobody's business."""
+    """The command line without --json and its file, which do not belong into the result."""
     return [a for i, a in enumerate(argv) if a != "--json" and (i == 0 or argv[i - 1] != "--json")]
 
 

@@ -7,7 +7,6 @@ The whole process counts: interpreter, imports, weights, KV cache, tokenizer, pr
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import time
 from pathlib import Path
 
 from folovllm.benchmarks.machine import machine_header
+from folovllm.benchmarks.report import write_json
 
 
 def one_start(model: str) -> float:
@@ -41,7 +41,7 @@ def main() -> None:
     if args.json is not None:
         command = f"scripts/dev/bench_startup.py --repeats {args.repeats}"
         result = {"machine": header, "command": command, "unit": "ms", "results": [row]}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(result, args.json)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,15 @@ steps of 32 requests of 100 and of 4,000 tokens through LLMEngine.step, with a m
 and takes away the time of forward pass, logits and sampler. What remains is scheduling, input preparation, bookkeeping
 and output processing. The attention backend's `prepare` is off while that is measured, and timed in steps of its own:
 torch_naive lists the slots of every sequence there, which grows with the context as attention itself does (and pushes
-everybody else's data out of the processor's cache, so it cannot merely be subtracted).
+all other data out of the processor's cache, so it cannot merely be subtracted).
 
-Steps of the different lengths take turns, so that what else the machine does hits all of them alike.
+Steps of the different lengths take turns, so that the machine's other work hits all of them alike.
 
     python scripts/dev/bench_step_overhead.py [--requests 32] [--lengths 100,4000] [--steps 300] [--json OUT]
 """
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -28,12 +27,14 @@ from folovllm.attention.backend import AttentionMetadata, AttentionSpec
 from folovllm.attention.backends.torch_naive import TorchNaiveBackend
 from folovllm.attention.layer import Attention
 from folovllm.benchmarks.machine import machine_header
+from folovllm.benchmarks.options import numbers
+from folovllm.benchmarks.random_model import shape_architecture
+from folovllm.benchmarks.report import write_json
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from folovllm.core.kv_cache_utils import KVCacheConfig
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.executor.base import Executor
-from folovllm.hf_config import ModelArchitecture, RopeConfig
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sample.sampler import Sampler, SamplerOutput
@@ -41,7 +42,7 @@ from folovllm.sampling_params import SamplingParams
 from folovllm.worker.model_runner import ForwardHandle, ModelRunner
 
 CPU = torch.device("cpu")
-HIDDEN_SIZE, VOCAB_SIZE = 8, 1000
+HIDDEN_SIZE, VOCAB_SIZE = 8, 512  # the vocabulary is that of the tiny shape
 MAX_MODEL_LEN = 8192
 BLOCK_SIZE = 16
 LIMIT = 1.15  # the longest prompts may cost this much more than the shortest: noise, not growth
@@ -142,37 +143,12 @@ class Result:
     prepare_median: float  # of the attention backend
 
 
-def architecture() -> ModelArchitecture:
-    return ModelArchitecture(
-        architecture="LlamaForCausalLM",
-        model_type="llama",
-        num_hidden_layers=1,
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=8,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=1,
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=MAX_MODEL_LEN,
-        rms_norm_eps=1e-5,
-        rope=RopeConfig(),
-        tie_word_embeddings=True,
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        dtype="float32",
-        bos_token_id=None,
-        eos_token_ids=(0,),
-    )
-
-
 def make_engine(num_requests: int) -> tuple[LLMEngine, ZeroExecutor]:
     config = EngineConfig(
         model_config=ModelConfig(max_model_len=MAX_MODEL_LEN),
         cache_config=CacheConfig(block_size=BLOCK_SIZE),
         scheduler_config=SchedulerConfig(max_num_seqs=num_requests),
-    ).resolve(architecture(), "cpu")
+    ).resolve(shape_architecture("tiny"), "cpu")
     executor = ZeroExecutor(config)
     return LLMEngine(config, executor, tokenizer=None), executor
 
@@ -197,7 +173,7 @@ class Runner:
         start = time.perf_counter()
         outputs = self.engine.step()
         seconds = time.perf_counter() - start
-        assert len(outputs) == self.num_requests, "a decode step gives everybody a token"
+        assert len(outputs) == self.num_requests, "a decode step gives every request a token"
         self.overhead.append((seconds - self.executor.stopwatch.take()) * 1e6)
         self.prepare.append(self.executor.backend.stopwatch.take() * 1e6)
 
@@ -244,10 +220,6 @@ def print_table(results: list[Result]) -> None:
     print(f"overhead at {results[-1].prompt_len} tokens / at {results[0].prompt_len}: {ratio:.2f}: it {verdict}")
 
 
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--requests", type=int, default=32, help="requests in the batch")
@@ -262,9 +234,7 @@ def main() -> None:
     if args.json is not None:
         command = f"scripts/dev/bench_step_overhead.py --requests {args.requests} --steps {args.steps}"
         rows = [dataclasses.asdict(result) for result in results]
-        args.json.write_text(
-            json.dumps({"machine": header, "command": command, "unit": "us", "results": rows}, indent=1)
-        )
+        write_json({"machine": header, "command": command, "unit": "us", "results": rows}, args.json)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from folovllm.benchmarks.machine import machine_header
+from folovllm.benchmarks.report import write_json
 from folovllm.hf_config import ModelArchitecture, load_hf_config
 from folovllm.hub import find_model
 
@@ -61,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = compare(args, Path(scratch))
     print_report(report)
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(report, args.json)
     return 0 if all(row["equal"] == "yes" for row in report["results"]) else 1
 
 
@@ -308,7 +308,7 @@ def ask_gptqmodel(jobs: list[Job], scratch: Path, threads: int) -> dict[str, Any
     """Run `jobs` in the other environment, in one process: its import alone takes ten seconds."""
     order, path = scratch / "jobs.json", scratch / "answers.json"
     order.write_text(json.dumps({"jobs": jobs, "answers": path, "threads": threads}, default=str))
-    # GPTQModel waits for a free worker within a worker: with no more workers than cores, two, it waits for ever.
+    # GPTQModel waits for a free worker within a worker: with no more workers than cores, two, it waits forever.
     # It also compiles its layers, which takes minutes and changes no logits.
     env = os.environ | {"GPTQMODEL_CPU_WORKERS": "8", "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([str(ENVIRONMENT / "bin" / "python"), str(CHILD), str(order)], check=True, env=env, cwd=scratch)

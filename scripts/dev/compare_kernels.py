@@ -13,7 +13,6 @@ the rounds are sorted by it.
 
 import argparse
 import io
-import json
 import re
 import shutil
 import statistics
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 
 from folovllm.benchmarks.machine import machine_header
+from folovllm.benchmarks.report import write_json
 from folovllm.csrc.build import build, default_cache_dir
 from folovllm.model_executor.huge_pages import HugeArena, huge_zeros
 
@@ -235,8 +235,7 @@ def main() -> None:
     if args.json:
         command = f"scripts/dev/compare_kernels.py {' '.join(args.versions)} --seconds {args.seconds:g}"
         report = {"command": command, "unit": "ms", "machine": machine, "threads": args.threads, "results": rows}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(report, args.json)
 
 
 if __name__ == "__main__":

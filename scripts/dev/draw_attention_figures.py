@@ -23,6 +23,7 @@ from matplotlib.patches import Rectangle
 
 from folovllm.attention.backends import torch_flash
 from folovllm.benchmarks.machine import machine_header, measure_bandwidth
+from folovllm.benchmarks.report import write_json
 from folovllm.hf_config import ModelArchitecture, parse_hf_config
 
 ROOT = Path(__file__).parents[2]
@@ -146,8 +147,7 @@ def measure(path: Path) -> None:
         "matmul_flop_per_s": 2 * n**3 / best_seconds(lambda: a @ b, 200),
         "matmul": f"best of 200 bf16 products of [{n}, {n}] and [{n}, {n}]",
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, path)
     rates = result["bandwidth"]["bytes_per_second"] / 1e9, result["matmul_flop_per_s"] / 1e9
     print("{:.1f} GB/s, {:.0f} Gflop/s, load average {}".format(*rates, result["machine"]["load_average"][0]))
 

@@ -5,7 +5,7 @@ Milestone: M5. vLLM counterpart: none. No torch, no weights, a few seconds:
     python scripts/dev/draw_chunk_figures.py [--out docs/learn/img]
 
 Which step computes what is a run of the real scheduler on the fake executor. How long a step takes is *modelled*: the
-larger of reading its bytes and computing its operations, with two figures of one machine (DESIGN, section 4). The
+larger of reading its bytes and computing its operations, with two figures of one machine. The
 figures that the page quotes are asserted here. Measured ones come from scripts/tune_chunk_size.py.
 """
 

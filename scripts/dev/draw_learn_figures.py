@@ -59,7 +59,7 @@ def make_core(lengths: list[tuple[int, int]], **engine_args: Any) -> EngineCore:
 
 
 def step(core: EngineCore, run: Run) -> None:
-    """One step; the slots are counted while it runs, before anybody finishes."""
+    """One step; the slots are counted while it runs, before any request finishes."""
     scheduled = core.scheduler.schedule()
     stats = core.stats()
     run.computed.append(scheduled.num_scheduled_tokens)
@@ -152,7 +152,7 @@ def _check_a_quarter_of_it(lengths: list[tuple[int, int]]) -> None:
 
 
 def block_map(path: Path) -> None:
-    """Every slot of a small cache at one moment, owned by whom: 6 pages of 64 tokens against 96 blocks of 4."""
+    """Every slot of a small cache at one moment, and its owner: 6 pages of 64 tokens against 96 blocks of 4."""
     rng = random.Random(3)
     lengths = [(rng.randint(4, 30), rng.randint(3, 25)) for _ in range(24)]
     figure, axes = plt.subplots(2, 1, figsize=(10, 5), layout="constrained")

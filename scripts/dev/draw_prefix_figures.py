@@ -102,7 +102,7 @@ def chat(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Moment:
-    """The free queue after somebody was served, head first, and what each block still holds: id -> (owner, block)."""
+    """The free queue after a request was served, head first, and what each block still holds: id -> (owner, block)."""
 
     title: str
     queue: list[int]

@@ -1,4 +1,4 @@
-"""Writing the pictures of docs/learn: the one place for their resolution, their bytes and their command line.
+"""Writing the pictures of docs/learn: their resolution and their command line.
 
 Milestone: M2. vLLM counterpart: none. Imported by scripts/draw_*_figures.py, which say what is drawn.
 """
@@ -8,19 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no window system needed
-
-from matplotlib import pyplot as plt
+from folovllm.benchmarks import plot
 
 ROOT = Path(__file__).resolve().parents[2]
 DPI = 100
 
 
 def save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})  # the same bytes in every run
-    plt.close(figure)
+    plot.save(figure, path, DPI)
     print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB")
 
 

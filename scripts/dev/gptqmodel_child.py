@@ -2,7 +2,7 @@
 
 Milestone: M7. vLLM counterpart: none. folovllm is not imported here. A job that fails is noted, and the rest go on.
 
-    python scripts/dev/gptqmodel_child.py JOBS.json      {"threads": n, "answers": PATH, "jobs": [{"do": ..}]}
+    python scripts/dev/gptqmodel_child.py JOBS.json      with the keys "threads", "answers" (a path) and "jobs"
 """
 
 import json

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from folovllm.benchmarks.machine import machine_header
+from folovllm.benchmarks.report import write_json
 from folovllm.quantize.output import LOG
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,8 +143,7 @@ def result_file(name: str, made: str, results: list[Facts], args: argparse.Names
         "results": results,
         **more,
     }
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / name).write_text(json.dumps(content, indent=1) + "\n")
+    write_json(content, args.results / name)
 
 
 def write_errors(args: argparse.Namespace) -> None:
@@ -210,10 +210,7 @@ def _word(good: bool) -> str:
 
 
 def draw(args: argparse.Namespace, rows: list[Facts]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from folovllm.benchmarks.plot import plt, save
 
     figure, (errors, points) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained", width_ratios=(3, 2))
     for arm, colour in (("gptq4", "tab:blue"), ("gptq3", "tab:orange")):
@@ -225,8 +222,7 @@ def draw(args: argparse.Namespace, rows: list[Facts]) -> None:
     errors.margins(y=0.2)
     errors.legend(ncols=2, loc="upper center")
     draw_points(points, [row for row in rows if row["engine"] == "folovllm"])
-    figure.savefig(args.results / "quantize.png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    save(figure, args.results / "quantize.png")
 
 
 def draw_errors(axes: Any, linears: list[Facts], label: str, colour: str) -> None:

@@ -207,7 +207,7 @@ def timed_steps(engine: LLMEngine, batch: int, steps: int) -> Figures:
             start = time.perf_counter()
             engine.step()
             step = (time.perf_counter() - start) * 1e3
-            assert engine.stats().num_scheduled_tokens == batch, "a decode step has one token of everybody"
+            assert engine.stats().num_scheduled_tokens == batch, "a decode step has one token of every request"
             rows.append({**spent, "rest": step - sum(spent.values()), "step": step})
     return {f"{name}_ms": statistics.median(row[name] for row in rows) for name in rows[0]}
 

@@ -295,7 +295,7 @@ def test_wrong_arguments_say_what_to_change(argv, message, capsys):
 
 
 def is_alive(pid):
-    """Running, and not only a body that nobody has buried."""
+    """Running, and not a zombie whose parent has not read its exit status."""
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 

@@ -3,7 +3,7 @@
 Milestone: M4. Prefix caching is off, because the batch repeats the requests of the single stream; no text is made.
 
 On x86 vLLM leaves one core to its scheduler process unless it is told which cores to compute on: of two cores it would
-use one. We give it as many cores as everybody else; the option {"bind": "auto"} leaves the choice to vLLM.
+use one. We give it as many cores as the other engines; the option {"bind": "auto"} leaves the choice to vLLM.
 """
 
 import os
