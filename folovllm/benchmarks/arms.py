@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from folovllm import milestones
 from folovllm.benchmarks.workloads import WORKLOADS, BenchRequest, Feed, Workload, make_workload
 from folovllm.config import EngineConfig, engine_arg_names
-from folovllm.core.kv_cache_utils import cdiv
 from folovllm.hf_config import load_hf_config
 from folovllm.outputs import RequestOutput
-from folovllm.sampling_params import RequestOutputKind, SamplingParams, unknown_name_message
+from folovllm.sampling_params import RequestOutputKind, SamplingParams
+from folovllm.utils import cdiv, unknown_name_message
 
 if TYPE_CHECKING:
     from folovllm.engine.llm_engine import LLMEngine

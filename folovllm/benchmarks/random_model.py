@@ -14,13 +14,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from folovllm.config import DTYPE_BYTES
 from folovllm.core.kv_cache_utils import GIB
 from folovllm.hf_config import ModelArchitecture, parse_hf_config
 from folovllm.hub.aliases import default_download_dir
-from folovllm.sampling_params import unknown_name_message
+from folovllm.utils import available_memory_bytes, unknown_name_message
 
 CHECKPOINT_DTYPE = "bfloat16"  # as published; an arm that computes in another converts while it loads
 VERSION = 1  # of what the tensors hold: raise it and old files are written anew
@@ -107,7 +105,7 @@ def check_room(shape: str, folder: Path, device: str, dtype: str) -> None:
     """Raises ValueError if the weights do not fit: on the disk while they are not written; on a CPU, in the memory."""
     parent = next(parent for parent in folder.parents if parent.exists())
     rooms = [("the disk", CHECKPOINT_DTYPE, shutil.disk_usage(parent).free)] if not is_written(folder) else []
-    rooms += [("memory", dtype, psutil.virtual_memory().available)] if device == "cpu" else []
+    rooms += [("memory", dtype, available_memory_bytes())] if device == "cpu" else []
     for room, stored_as, free in rooms:
         needed = shape_architecture(shape).num_parameters() * DTYPE_BYTES[stored_as]
         if needed > free:

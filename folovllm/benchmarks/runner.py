@@ -28,7 +28,7 @@ from folovllm.benchmarks.random_model import write_checkpoint
 from folovllm.benchmarks.workloads import BenchRequest, Feed
 from folovllm.config import DTYPE_BYTES
 from folovllm.hf_config import ModelArchitecture, load_hf_config
-from folovllm.quantize.clock import peak_memory_bytes
+from folovllm.utils import peak_memory_bytes
 
 GUARD = Path(__file__).with_name("guard.py")
 ARM_COMMAND = (sys.executable, "-m", "folovllm.benchmarks.runner")

@@ -1,6 +1,6 @@
 """Writing the pictures of docs/learn: their resolution and their command line.
 
-Milestone: M2. vLLM counterpart: none. Imported by scripts/draw_*_figures.py, which say what is drawn.
+Milestone: M2. vLLM counterpart: none. Imported by scripts/dev/draw_*_figures.py, which say what is drawn.
 """
 
 import argparse

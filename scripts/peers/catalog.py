@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from folovllm.sampling_params import unknown_name_message
+from folovllm.utils import unknown_name_message
 
 ADAPTERS = Path(__file__).parent / "adapters"
 OURS = "folovllm"

@@ -5,9 +5,8 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from folovllm.entrypoints.commands import hf_baseline
 from folovllm.entrypoints.cli import app
-from folovllm.entrypoints.commands import demo, demo_board
+from folovllm.entrypoints.commands import demo, demo_board, hf_baseline
 from folovllm.entrypoints.commands.demo import PROMPTS
 from folovllm.entrypoints.commands.demo_results import Verdict, first_difference
 from folovllm.entrypoints.commands.hf_baseline import hf_greedy, hf_top_two_gap, load_hf

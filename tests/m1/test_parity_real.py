@@ -1,6 +1,6 @@
 """The default model against HuggingFace, token by token in fp32 and logprob by logprob in bf16 (R1.48, R1.49).
 
-Milestone: M1. HuggingFace's fp32 tokens are a fixture, made by scripts/dev/make_hf_fixture.py; a few are asked again live.
+Milestone: M1. HuggingFace's fp32 tokens are a fixture, made by scripts/dev/make_hf_fixture.py; a few are asked live.
 The criteria: in fp32 a first difference is allowed only where HuggingFace's top two logits are closer than
 1e-3; in bf16, along HuggingFace's fp32 text, logprobs at most 1.2 times as far off as HuggingFace's own bf16.
 """
