@@ -50,7 +50,8 @@ def _bars(ax: Any, arms: list[dict[str, Any]], mode: str) -> None:
 
 def _floor(ax: Any, floor: float, dtype: str) -> None:
     ax.axvline(floor, color="black", linestyle="--", linewidth=1)
-    ax.text(floor, -0.55, f" {dtype} bandwidth floor {floor:.0f}", fontsize=8, va="bottom")
+    label = ax.text(floor, -0.55, f" {dtype} bandwidth floor {floor:.0f}", fontsize=8, va="bottom")
+    label.set_in_layout(False)  # a floor far to the right must not squeeze the bars
 
 
 def _title(result: dict[str, Any]) -> str:

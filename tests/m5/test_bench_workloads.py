@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,16 @@ def test_huggingface_takes_turns_but_no_arrivals(tiny_folder, arm):
     assert hf.run(requests).tokens == arm.run(requests).tokens, "the same random weights in both"
     with pytest.raises(ValueError, match="--baseline none"):
         hf.run([BenchRequest([100], 2), BenchRequest([101], 2, arrival=1)])
+
+
+def test_a_checkpoints_own_generation_settings_do_not_reach_the_baseline(tiny_folder, arm, tmp_path):
+    """Qwen2.5's generation_config.json asks for a repetition penalty, which would change greedy tokens."""
+    from folovllm.benchmarks.hf_arm import HFArm
+
+    folder = shutil.copytree(tiny_folder, tmp_path / "penalised")
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 10.0}))
+    requests = [BenchRequest(list(range(100, 110)), 8)]
+    assert HFArm(task_for(folder, "hf")).run(requests).tokens == arm.run(requests).tokens
 
 
 # ---- the workloads
