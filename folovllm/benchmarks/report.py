@@ -18,8 +18,8 @@ from folovllm.benchmarks.metrics import LATENCIES
 
 MIN_WIDTH = 150  # a pipe has no width: the tables should still be whole
 JSON_DEPTH = 6  # deeper than this is written on one line
-LEFT = ("arm", "engine", "weights", "mode", "group", "switched off")  # columns of words
-LEFT += ("tokens of", "compared with", "verdict", "first differences")
+WORDS = ("arm", "engine", "weights", "mode", "group", "switched off", "verdict")  # columns of words stand on the left
+LEFT = (*WORDS, "tokens of", "compared with", "first differences")
 LAST_MODES = ("batch", "warm")
 GB = 1e9
 
