@@ -56,9 +56,9 @@ def ensure_environment(environment: Environment, root: Path, say: Say) -> None:
         log.unlink(missing_ok=True)
         if not (folder / MARKER).exists() and _python(folder).exists() and _works(environment, folder, log):
             say(f"[setup] {environment.name}: taking over the environment in {folder}")
+            _remove_unwanted(environment, folder, log)
         else:
             _install(environment, folder, log, say)
-        _remove_unwanted(environment, folder, log)
         (folder / MARKER).write_text(json.dumps({"requirements": environment.requirements}) + "\n")
 
 
@@ -70,6 +70,7 @@ def _install(environment: Environment, folder: Path, log: Path, say: Say) -> Non
     for requirement in environment.requirements:
         say(f"[setup] {environment.name}: pip install {requirement} ...")
         _run([*_pip(folder), "install", requirement], environment, log, f"pip install {requirement}")
+    _remove_unwanted(environment, folder, log)  # before the probe, which a torchvision of another build breaks
     if not _works(environment, folder, log):
         raise PeerError(f"{environment.name} was installed, but `{environment.probe}` fails:\n{tail(log)}")
 

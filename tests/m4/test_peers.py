@@ -238,6 +238,17 @@ def test_other_requirements_than_the_marked_ones_mean_a_new_install(tmp_path, mo
     assert installed == [("./another",)]
 
 
+def test_what_breaks_the_import_is_removed_before_the_probe(tmp_path, monkeypatch):
+    """PyPI's torchvision does not load beside torch's CPU build ("operator torchvision::nms does not exist")."""
+    commands: list[str] = []
+    monkeypatch.setattr(environment, "_run", lambda command, env, log, what: commands.append(what))
+    monkeypatch.setattr(environment, "_works", lambda *_: "pip uninstall" in commands)
+    (tmp_path / "broken").mkdir()
+    monkeypatch.setattr(environment.shutil, "rmtree", lambda *_, **__: None)
+    environment.ensure_environment(broken(unwanted=("torchvision",)), tmp_path, lambda text: None)
+    assert commands == ["python -m venv", "pip install ./no-such-package", "pip uninstall"]
+
+
 # --- processes
 
 SLEEPERS = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)', {mark!r}])"
