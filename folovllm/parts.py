@@ -34,7 +34,8 @@ PARTS: dict[str, Part] = {
             "core.scheduler",
             "folovllm.core.sched.scheduler:Scheduler",
             ("add_request", "schedule", "update_from_output", "finish_requests", "has_requests",
-             "fail_step", "reset_prefix_cache", "has_unfinished_requests", "make_stats", "check_integrity"),
+             "commit_step", "fail_step", "requests_under_way", "recover",
+             "reset_prefix_cache", "has_unfinished_requests", "make_stats", "check_integrity"),
         ),
         Part(
             "core.request_queue.fcfs",

@@ -45,7 +45,8 @@ _FINISHED_REASON = {
     RequestStatus.FINISHED_ERROR: "error",
 }
 
-# The legal moves. RUNNING -> RUNNING never happens, and a finished request never moves again.
+# The legal moves. RUNNING -> RUNNING never happens, and a finished request never moves again. The one
+# way around it is `Request.rewind`, after an exception.
 _TRANSITIONS: dict[RequestStatus, frozenset[RequestStatus]] = {
     RequestStatus.WAITING: frozenset({RequestStatus.RUNNING}),
     RequestStatus.RUNNING: frozenset({RequestStatus.PREEMPTED}),
@@ -152,6 +153,20 @@ class Request:
         self.all_token_ids.append(token_id)
         if self._hash_new_blocks is not None:
             self._hash_new_blocks(self)
+
+    def rewind(self, num_output_tokens: int) -> None:
+        """Puts the request back into WAITING with its first `num_output_tokens` outputs and nothing computed.
+
+        Called after an exception, so it assumes nothing about the fields that a step changes: it sets all of them. The
+        block hasher must be attached again.
+        """
+        del self.output_token_ids[num_output_tokens:]
+        self.all_token_ids[:] = self.prompt_token_ids + self.output_token_ids
+        self.status, self.stop_reason = RequestStatus.WAITING, None
+        self.num_computed_tokens = 0
+        self.prompt_logprobs = []
+        self.block_tokens, self.block_hashes = [], []
+        self._hash_new_blocks = None
 
     def set_status(self, status: RequestStatus) -> None:
         """Moves the request to `status`. Asserts that the move is legal."""

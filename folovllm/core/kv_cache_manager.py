@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from folovllm.core.block_pool import BlockPool
 from folovllm.core.kv_cache_utils import KVCacheBlock, PrefixCacheStats
+from folovllm.core.prefix_index import NullPrefixIndex
 from folovllm.request import Request
 from folovllm.utils import cdiv
 
@@ -28,8 +29,8 @@ class KVCacheManager:
         self.req_to_blocks: dict[str, list[KVCacheBlock]] = {}
         self._num_full: dict[str, int] = {}  # leading blocks of a table that were published, or hit
         self.prefix_cache_stats = PrefixCacheStats()
-        # Of the step that is scheduled and has not run. Its blocks are published already, so that requests of the same
-        # step share them; until it has run they hold nothing.
+        # These belong to the step that is scheduled and has not run. Its blocks are published already, so that requests
+        # of the same step share them; until the step has run they hold nothing.
         self._published: dict[str, list[KVCacheBlock]] = {}  # by the request that computes them
         self._block_copies: list[tuple[int, int]] = []
         self._pinned: list[KVCacheBlock] = []  # sources of copies
@@ -41,11 +42,11 @@ class KVCacheManager:
     # ---- prefix hits
 
     def add_request(self, request: Request) -> None:
-        """Let the prefix index name the full blocks of a new request."""
+        """Lets the prefix index name the full blocks of a new request."""
         request.attach_block_hasher(self.block_pool.prefix_index.hash_new_blocks)
 
     def get_computed_blocks(self, request: Request) -> tuple[list[KVCacheBlock], int]:
-        """Cached blocks of the longest known prefix, and how many tokens they give. Touches nothing.
+        """Returns the cached blocks of the longest known prefix, and how many tokens they give. Changes nothing.
 
         E.g. blocks of 4: ([b3, b7], 8) are two whole blocks. ([b3, b7, b5], 9): b5 only begins like the third block of
         `request`; its first token will be copied. A request that wants prompt_logprobs never reads the cache.
@@ -57,19 +58,24 @@ class KVCacheManager:
         return [*hits, *([source] if source else [])], len(hits) * self.block_size + length
 
     def _partial_hit(self, request: Request, hits: list[KVCacheBlock]) -> tuple[KVCacheBlock | None, int]:
-        """Copies run before anything is written, so what this step computes cannot be a source."""
+        """The block whose beginning can be copied. Copies run before any write, so this step's blocks cannot be it."""
         not_yet_computed = {block.block_id for blocks in self._published.values() for block in blocks}
         source, length = self.block_pool.prefix_index.match_partial(request, hits, not_yet_computed)
-        # The source is held beside the blocks the request needs. In a pool that has just those, insisting on the hit
-        # would keep the request waiting for ever.
+        # The source is held in addition to the blocks that the request needs. If the pool has no block more than those,
+        # a request that insisted on the hit would wait forever.
         if source and not self._fits(request.num_tokens, len(hits), [*hits, source]):
             return None, 0
         return source, length
 
     def record_admission(self, request: Request, num_hit_tokens: int) -> None:
-        """Count a lookup once, when its request is admitted: a head of the queue that must wait looks up every step."""
-        if not request.skip_reading_prefix_cache:
-            self.prefix_cache_stats.record(request.num_tokens, num_hit_tokens, is_resumed=request.num_preemptions > 0)
+        """Counts a lookup once, when its request is admitted: a head of the queue that must wait looks up every step.
+
+        With prefix caching off nothing is looked up, so nothing is counted.
+        """
+        if request.skip_reading_prefix_cache or type(self.block_pool.prefix_index) is NullPrefixIndex:
+            return
+        was_admitted_before = request.num_cached_tokens >= 0
+        self.prefix_cache_stats.record(request.num_tokens, num_hit_tokens, is_resumed=was_admitted_before)
 
     # ---- blocks
 
@@ -115,7 +121,7 @@ class KVCacheManager:
         return new_blocks
 
     def _fits(self, num_slots: int, num_held: int, hits: Sequence[KVCacheBlock]) -> bool:
-        """Adopting a hit that nobody holds takes it out of the free queue: it costs a free block too."""
+        """Whether the pool has enough free blocks. A hit that no request holds is one of them until it is adopted."""
         num_evictable_hits = sum(block.ref_cnt == 0 for block in hits) if hits else 0
         needed = self._num_new_blocks(num_slots, num_held) + num_evictable_hits
         return needed <= self.block_pool.get_num_free_blocks()
@@ -124,16 +130,16 @@ class KVCacheManager:
         return max(cdiv(num_slots, self.block_size) - num_held, 0)
 
     def _copy(self, sources: Sequence[KVCacheBlock], new_blocks: Sequence[KVCacheBlock]) -> None:
-        """The request goes on in its own copy of a block that others hold, or may hit: copy on write.
+        """Copy on write: the request continues in its own copy of a block that others hold or may hit.
 
-        The source was touched, and stays pinned until the copy has run: nobody may be given it in this step.
+        The source was touched. It stays pinned until the copy has run, so that the pool does not hand it out before.
         """
         for source, destination in zip(sources, new_blocks, strict=False):  # at most one
             self._block_copies.append((source.block_id, destination.block_id))
             self._pinned.append(source)
 
     def _publish(self, request: Request, table: list[KVCacheBlock], num_full_blocks: int) -> None:
-        """Full blocks of known tokens, never of drafts, can be hit from now on. Remember which are new."""
+        """Publishes full blocks of known tokens, never of drafts: they can be hit from now on. Notes which are new."""
         first = self._num_full.get(request.request_id, 0)
         if num_full_blocks <= first:
             return
@@ -148,20 +154,20 @@ class KVCacheManager:
         return copies
 
     def free(self, request: Request) -> None:
-        """Give back all blocks of `request`; one without blocks is fine.
+        """Gives back all blocks of `request`, if it has any.
 
-        In reverse, so that the end of a sequence is reused before its beginning, which others may share.
+        They are freed in reverse: the end of a sequence is reused before its beginning, which others may share.
         """
         self._num_full.pop(request.request_id, None)
         self.block_pool.free_blocks(self.req_to_blocks.pop(request.request_id, [])[::-1])
 
     def preempt(self, request: Request) -> None:
-        """Like `free`. What `request` has published in the step being scheduled is taken back: it will not run."""
+        """Like `free`. What `request` published in the step being scheduled is unpublished: it will not be computed."""
         self.block_pool.unpublish(self._published.pop(request.request_id, []))
         self.free(request)
 
     def end_step(self, has_run: bool) -> None:
-        """The step that was scheduled has run, or failed: then nobody knows what its blocks hold.
+        """Ends the step that was scheduled. If it has not run, what its blocks hold is unknown: they are unpublished.
 
         An engine that schedules the next step while this one runs would need a list of blocks per step.
         """
@@ -173,7 +179,7 @@ class KVCacheManager:
         self._pinned = []
 
     def reset_prefix_cache(self) -> bool:
-        """Forget every cached block; False, with nothing changed, while anybody holds a block."""
+        """Forgets every cached block. Returns False, and changes nothing, while a request holds a block."""
         return self.block_pool.reset_prefix_cache()
 
     def get_block_ids(self, request_id: str) -> tuple[list[int], ...]:
@@ -185,5 +191,5 @@ class KVCacheManager:
         return sum(map(len, self.req_to_blocks.values())) * self.block_size
 
     def check_integrity(self) -> None:
-        """Assert that pool and tables agree (linear in the number of blocks: for tests and idle engines)."""
+        """Asserts that pool and tables agree. It is linear in the blocks, so it is for tests and idle engines."""
         self.block_pool.check_integrity([*self.req_to_blocks.values(), self._pinned])

@@ -106,7 +106,7 @@ class IncrementalDetokenizer:
         self._min_tokens = params.min_tokens
         # A stop string may be half written: its beginning must not be shown before we know.
         self._num_held_chars = 0 if self._include_stop else max(map(len, self._stop), default=1) - 1
-        self._num_sent_chars = 0
+        self.num_sent_chars = 0  # that `next_delta` has returned
         self.token_ids: list[int] = []
         self.text = ""
 
@@ -136,7 +136,7 @@ class IncrementalDetokenizer:
     def next_delta(self, finished: bool) -> str:
         """What may be shown now and was not returned before."""
         text = self.visible_text(finished)
-        start, self._num_sent_chars = self._num_sent_chars, max(self._num_sent_chars, len(text))
+        start, self.num_sent_chars = self.num_sent_chars, max(self.num_sent_chars, len(text))
         return text[start:]
 
     def _check_stop_strings(self, check_from: int) -> str | None:

@@ -3,22 +3,40 @@
 Milestone: M1. vLLM counterpart: vllm/v1/engine/llm_engine.py. Left out: multiprocessing, LoRA, tracing headers.
 
     prompt --InputProcessor--> Request --EngineCore--> EngineCoreOutput --OutputProcessor--> RequestOutput
+
+Like the core's, each call does its work or undoes it and raises; front end and core then know the same requests. An
+engine belongs to one thread at a time: `LLM` sees to that.
 """
 
-import gc
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from folovllm.config import EngineConfig
 from folovllm.engine.core import EngineCore
 from folovllm.engine.input_processor import InputProcessor, Prompt
-from folovllm.engine.output_processor import OutputProcessor
+from folovllm.engine.output_processor import OutputProcessor, ProcessedOutputs
 from folovllm.engine.parallel_sampling import ParentRequest
 from folovllm.engine.tokenizer import Tokenizer
 from folovllm.executor.base import Executor
-from folovllm.outputs import EngineStats, RequestOutput
+from folovllm.interrupts import HeldInterrupts
+from folovllm.outputs import EngineCoreOutput, EngineStats, RequestOutput
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
+
+
+class StepResult:
+    """The front end's part of one step: see `StepConsumer`."""
+
+    def __init__(self, output_processor: OutputProcessor) -> None:
+        self._output_processor = output_processor
+        self.processed = ProcessedOutputs()
+
+    def process(self, outputs: list[EngineCoreOutput]) -> None:
+        self.processed = self._output_processor.process_outputs(outputs, time.monotonic())
+
+    def take_back(self) -> None:
+        self.processed = ProcessedOutputs()
+        self._output_processor.take_back()
 
 
 class LLMEngine:
@@ -28,7 +46,6 @@ class LLMEngine:
         arch = config.model_config.arch
         self.config = config
         self.tokenizer = tokenizer
-        self.engine_core = EngineCore(config, executor)
         eos_token_id = arch.eos_token_ids[0] if arch.eos_token_ids else None
         self.input_processor = InputProcessor(
             tokenizer,
@@ -40,6 +57,10 @@ class LLMEngine:
             seed=config.model_config.seed,
         )
         self.output_processor = OutputProcessor(tokenizer)
+        self._late_outputs: list[
+            RequestOutput
+        ] = []  # of requests that did not end in a step; the next step returns them
+        self.engine_core = EngineCore(config, executor)  # last: it opens the trace
 
     def add_request(
         self,
@@ -49,7 +70,7 @@ class LLMEngine:
         arrival_time: float | None = None,
         priority: int = 0,
     ) -> None:
-        """Queue a prompt: text, token ids or a dict with either. ValueError, with nothing added, if it is bad."""
+        """Queues a prompt: text, token ids or a dict with either. Raises ValueError, and adds nothing, if it is bad."""
         self.add_processed(self.process(request_id, prompt, params, arrival_time, priority), prompt)
 
     def process(
@@ -60,58 +81,114 @@ class LLMEngine:
         arrival_time: float | None = None,
         priority: int = 0,
     ) -> Request:
-        """Validate a prompt and make it a Request, without queueing it."""
+        """Validates a prompt and makes it a Request, without queueing it."""
         return self.input_processor.process(request_id, prompt, params, arrival_time, priority)
 
     def add_processed(self, request: Request, prompt: Prompt | None = None) -> None:
-        """Queue a request that `process` made; n > 1 becomes n requests of the core."""
+        """Queues a request that `process` made. One with n > 1 becomes n requests of the core: all of them, or none."""
         text = None if prompt is None else self.input_processor.prompt_text(prompt)
-        if request.sampling_params.n == 1:
-            self._add(request, text)
-            return
-        parent = ParentRequest(request)
-        for index, child in enumerate(parent.children()):
-            self._add(child, text, parent, index)
-
-    def _add(self, request: Request, text: str | None, parent: ParentRequest | None = None, index: int = 0) -> None:
-        self.output_processor.add_request(request, text, parent, index)  # refuses ids in use, all children's at once
-        self.engine_core.add_request(request)
-        # The collector would search all that the imports left behind, 300,000 objects, again and again while tokens
-        # come: 1 % of the time. Until the engine is idle it looks only at what is new. (vLLM freezes its core, too.)
-        gc.freeze()
-
-    def step(self) -> list[RequestOutput]:
-        """One step of the engine; outputs of the requests that have something new to say."""
+        parent = ParentRequest(request) if request.sampling_params.n > 1 else None
+        requests = [request] if parent is None else parent.children()
         try:
-            core_outputs = self.engine_core.step()
+            for index, child in enumerate(requests):
+                self.output_processor.add_request(child, text, parent, index)
+                self.engine_core.add_request(child)
         except BaseException:
-            # The core has ended the requests of the failed step; the output side must not wait for them.
-            self.output_processor.abort_requests([r for r in self.output_processor.states if not self._knows(r)])
+            with HeldInterrupts(patience=None):
+                self.output_processor.withdraw(requests)
+                self._reconcile([child.request_id for child in requests if self.engine_core.serves(child)])
             raise
-        processed = self.output_processor.process_outputs(core_outputs, time.monotonic())
-        if processed.reqs_to_abort:  # a stop string ends a request that the core would go on with
-            self.engine_core.abort_requests(processed.reqs_to_abort)
-        if not self.has_unfinished_requests():
-            gc.unfreeze()
-        return processed.request_outputs
+
+    def step(self, blamed: Collection[str] | None = None) -> list[RequestOutput]:
+        """Runs one step and returns the outputs of the requests that have something new to say.
+
+        If it raises, its requests have ended, or those of them that `blamed` names. All others have lost nothing.
+        """
+        outputs: list[RequestOutput] = []
+        try:
+            self.step_into(outputs, blamed)
+        except BaseException:
+            self._late_outputs = outputs + self._late_outputs
+            raise
+        return outputs
+
+    def step_into(self, outputs: list[RequestOutput], blamed: Collection[str] | None = None) -> None:
+        """Like `step`, and appends to `outputs`. If an exception comes when the step is over, its outputs are there."""
+        result, num_before = StepResult(self.output_processor), len(outputs)
+        try:
+            self.engine_core.step(result, None if blamed is None else self.output_processor.core_ids(blamed))
+            self._deliver(result.processed, outputs)
+            if result.processed.reqs_to_abort:  # a stop string ends a request that the core would continue
+                self.engine_core.abort_requests(result.processed.reqs_to_abort)
+        except BaseException:
+            with HeldInterrupts(patience=None):
+                if len(outputs) == num_before:
+                    self._deliver(result.processed, outputs)
+                self._late_outputs = []
+                self.output_processor.commit()
+                self._reconcile(result.processed.reqs_to_abort)
+            raise
+
+    def _deliver(self, processed: ProcessedOutputs, outputs: list[RequestOutput]) -> None:
+        outputs += self._late_outputs + processed.request_outputs
+        self._late_outputs = []
+        self.output_processor.commit()
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
-        """End requests at any moment; unknown ids are ignored."""
+        """Ends requests at any moment. Unknown ids are ignored.
+
+        If some of the n completions of a request have finished already, the next step returns its last output.
+        """
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
-        self.engine_core.abort_requests(self.output_processor.abort_requests(ids))
+        core_ids = self.output_processor.core_ids(ids)
+        try:
+            self.engine_core.abort_requests(core_ids)
+            self._end_in_front(core_ids, "abort")
+        except BaseException:
+            with HeldInterrupts(patience=None):
+                self.output_processor.take_back()
+                self._end_in_front(core_ids, "abort")
+                self._reconcile(core_ids)
+            raise
+
+    def withdraw(self, request_ids: Iterable[str]) -> None:
+        """Ends requests whose caller wants nothing more of them, not even their last outputs."""
+        ids = set(request_ids)
+        try:
+            self.abort_request(ids)
+        finally:
+            self._late_outputs = [output for output in self._late_outputs if output.request_id not in ids]
+
+    def _end_in_front(self, core_ids: Iterable[str], reason: str) -> None:
+        """Ends requests in the front end. What a request with several completions has to say comes with the next step.
+
+        A request with one completion, or with none finished, says nothing more: its caller knows how it ended.
+        """
+        states = self.output_processor.states
+        known = [core_id for core_id in core_ids if core_id in states]
+        parents = {p.request_id for i in known if (p := states[i].parent) is not None and p.has_finished_child}
+        outputs = self.output_processor.abort(known, time.monotonic(), reason).request_outputs
+        self._late_outputs += [output for output in outputs if output.request_id in parents]
+        self.output_processor.commit()
+
+    def _reconcile(self, core_ids: Iterable[str]) -> None:
+        """After an exception: ends what only the front end knows, and those of `core_ids` that only the core knows."""
+        states = self.output_processor.states
+        self._end_in_front([i for i, state in states.items() if not self.engine_core.serves(state.request)], "error")
+        self.engine_core.abort_requests([core_id for core_id in core_ids if core_id not in states])
 
     def has_unfinished_requests(self) -> bool:
-        return self.engine_core.has_unfinished_requests()
+        """Whether a step would return anything, now or later."""
+        return self.engine_core.has_unfinished_requests() or bool(self._late_outputs)
 
     def has_request(self, request_id: str) -> bool:
-        """Whether that request is unfinished."""
-        return request_id in self.output_processor.states or request_id in self.output_processor.parents
-
-    def _knows(self, request_id: str) -> bool:
-        return request_id in self.engine_core.scheduler.requests
+        """Whether that request is unfinished, or its last output has not been returned yet."""
+        processor = self.output_processor
+        is_late = any(output.request_id == request_id for output in self._late_outputs)
+        return request_id in processor.states or request_id in processor.parents or is_late
 
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
-        """Forget all cached blocks; False while requests run. With `reset_running_requests` they start again."""
+        """Forgets all cached blocks. Returns False while requests run; `reset_running_requests` makes them restart."""
         return self.engine_core.reset_prefix_cache(reset_running_requests)
 
     def stats(self) -> EngineStats:

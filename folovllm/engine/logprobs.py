@@ -4,6 +4,7 @@ Milestone: M1. vLLM counterpart: vllm/v1/engine/logprobs.py (`LogprobsProcessor`
 """
 
 import itertools
+from typing import Any
 
 from folovllm.engine.tokenizer import Tokenizer
 from folovllm.outputs import Logprob, LogprobsOnePosition, TokenLogprobs
@@ -22,6 +23,15 @@ class LogprobsProcessor:
         self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
         self.prompt_logprobs: list[LogprobsOnePosition | None] | None = None
         self._context: list[int] = []  # the last MAX_CONTEXT sampled tokens
+
+    def mark(self) -> tuple[dict[str, Any], int]:
+        """What `rewind` needs to come back to this moment."""
+        return vars(self).copy(), len(self.logprobs or ())
+
+    def rewind(self, mark: tuple[dict[str, Any], int]) -> None:
+        vars(self).update(mark[0])
+        if self.logprobs is not None:
+            del self.logprobs[mark[1] :]
 
     def add_sample(self, positions: list[TokenLogprobs] | None) -> None:
         if self.logprobs is None or self.cumulative_logprob is None:

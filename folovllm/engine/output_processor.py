@@ -9,7 +9,9 @@ Left out: pooling outputs, LoRA statistics, the asyncio queues (they belong to t
 
 import dataclasses
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from folovllm.engine.detokenizer import IncrementalDetokenizer
 from folovllm.engine.logprobs import LogprobsProcessor
@@ -22,7 +24,7 @@ from folovllm.sampling_params import RequestOutputKind
 
 @dataclass
 class ProcessedOutputs:
-    """Results of one step, and the requests that the engine core must now abort (they met a stop string)."""
+    """The results of one step, and the requests that met a stop string, which the engine core must now abort."""
 
     request_outputs: list[RequestOutput] = field(default_factory=list)
     reqs_to_abort: list[str] = field(default_factory=list)
@@ -37,7 +39,7 @@ class RequestTimer:
         self._last_token = 0.0
 
     def observe(self, output: EngineCoreOutput, now: float) -> None:
-        """Take one step's time stamps; `now` stands in for those that the core did not give."""
+        """Takes one step's time stamps; `now` stands in for those that the core did not give."""
         times, metrics = output.times or RequestTimes(), self._metrics
         if times.scheduled:
             metrics.queue_time = times.scheduled - (times.queued or metrics.arrival_time)
@@ -54,10 +56,20 @@ class RequestTimer:
         self._update_durations(times.scheduled)
 
     def snapshot(self, finish_time: float | None = None) -> RequestMetrics:
-        """A copy that later steps do not change."""
+        """Returns a copy that later steps do not change."""
         copy = dataclasses.replace(self._metrics, inter_token_latencies=list(self._metrics.inter_token_latencies))
         copy.e2e_latency = None if finish_time is None else finish_time - copy.arrival_time
         return copy
+
+    def mark(self) -> tuple[dict[str, Any], int, float, float]:
+        """What `rewind` needs to come back to this moment."""
+        metrics = self._metrics
+        return vars(metrics).copy(), len(metrics.inter_token_latencies), self._first_token, self._last_token
+
+    def rewind(self, mark: tuple[dict[str, Any], int, float, float]) -> None:
+        attributes, num_latencies, self._first_token, self._last_token = mark
+        vars(self._metrics).update(attributes)
+        del self._metrics.inter_token_latencies[num_latencies:]
 
     def _update_durations(self, scheduled: float) -> None:
         metrics = self._metrics
@@ -79,20 +91,44 @@ class RequestState:
         parent: ParentRequest | None = None,
         index: int = 0,
     ) -> None:
+        self.request = request
         self.request_id = request.request_id
         self.prompt = prompt
         self.prompt_token_ids = request.prompt_token_ids
         self.parent = parent
         self.index = index
         self.output_kind = request.sampling_params.output_kind
-        self.detokenizer = IncrementalDetokenizer(tokenizer, request.sampling_params, request.prompt_token_ids)
+        self._tokenizer = tokenizer
+        self.detokenizer = self._new_detokenizer()
         self.logprobs = LogprobsProcessor(tokenizer, request.sampling_params)
         self.timer = RequestTimer(request.arrival_time)
         self.num_cached_tokens: int | None = None
         self._num_sent_tokens = 0
 
+    def _new_detokenizer(self) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(self._tokenizer, self.request.sampling_params, self.prompt_token_ids)
+
+    def mark(self) -> tuple[Any, ...]:
+        """What `rewind` needs to come back to this moment: small, since it is taken in every step."""
+        sent = (self._num_sent_tokens, self.detokenizer.num_sent_chars)
+        parent = None if self.parent is None else self.parent.mark()
+        num_tokens = len(self.detokenizer.token_ids)
+        return num_tokens, sent, self.num_cached_tokens, self.logprobs.mark(), self.timer.mark(), parent
+
+    def rewind(self, mark: tuple[Any, ...]) -> None:
+        """Comes back to `mark`. The text is decoded again from the tokens."""
+        num_tokens, sent, self.num_cached_tokens, logprobs, timer, parent = mark
+        token_ids, self.detokenizer = self.detokenizer.token_ids[:num_tokens], self._new_detokenizer()
+        for token_id in token_ids:
+            self.detokenizer.update([token_id])
+        self._num_sent_tokens, self.detokenizer.num_sent_chars = sent
+        self.logprobs.rewind(logprobs)
+        self.timer.rewind(timer)
+        if self.parent is not None:
+            self.parent.rewind(parent)
+
     def absorb(self, output: EngineCoreOutput, now: float) -> str | None:
-        """Take in one step; return the stop string it completed, if any."""
+        """Takes in one step. Returns the stop string that it completed, if any."""
         self.timer.observe(output, now)
         self.logprobs.add_sample(output.new_logprobs)
         self.logprobs.set_prompt(output.prompt_logprobs)
@@ -125,7 +161,7 @@ class RequestState:
         )
 
     def take_prompt_logprobs(self) -> list[LogprobsOnePosition | None] | None:
-        """The prompt's logprobs; with DELTA only the first time."""
+        """Returns the prompt's logprobs; with DELTA only the first time."""
         prompt_logprobs = self.logprobs.prompt_logprobs
         if self.output_kind is RequestOutputKind.DELTA:
             self.logprobs.prompt_logprobs = None
@@ -133,7 +169,7 @@ class RequestState:
 
 
 class OutputProcessor:
-    """Keeps a RequestState per request of the engine core and makes RequestOutputs from its outputs."""
+    """Keeps a RequestState per request of the engine core, and makes RequestOutputs from the core's outputs."""
 
     def __init__(self, tokenizer: Tokenizer | None, stream_interval: int = 1) -> None:
         assert stream_interval >= 1
@@ -141,6 +177,7 @@ class OutputProcessor:
         self.stream_interval = stream_interval
         self.states: dict[str, RequestState] = {}
         self.parents: dict[str, ParentRequest] = {}
+        self._undo: list[tuple[RequestState, tuple[Any, ...]]] = []  # of the last step: states and their marks before
 
     @property
     def num_unfinished(self) -> int:
@@ -153,9 +190,12 @@ class OutputProcessor:
     def add_request(
         self, request: Request, prompt: str | None, parent: ParentRequest | None = None, index: int = 0
     ) -> None:
-        """Start to follow `request`; with `parent`, as its child number `index`."""
+        """Starts to follow `request`; with `parent`, as its child number `index`.
+
+        Raises ValueError if a name is in use. With the first child all names are checked: all enter, or none.
+        """
         names = [request.request_id]
-        if parent is not None:  # with the first child check all names: all of them enter or none
+        if parent is not None:
             names = [parent.request_id, *sorted(parent.unfinished)] if index == 0 else []
         for name in names:
             if name in self.states or name in self.parents:
@@ -164,47 +204,81 @@ class OutputProcessor:
         if parent is not None:
             self.parents[parent.request_id] = parent
 
+    def withdraw(self, requests: list[Request]) -> None:
+        """Forgets these requests, as if they had never been added. Others with the same ids are left alone."""
+        for request in requests:
+            state = self.states.get(request.request_id)
+            if state is not None and state.request is request:
+                del self.states[request.request_id]
+                if state.parent is not None:
+                    self.parents.pop(state.parent.request_id, None)
+
     def process_outputs(self, outputs: list[EngineCoreOutput], now: float) -> ProcessedOutputs:
-        """Turn one step's outputs into RequestOutputs. `now` is `time.monotonic()` after the step.
+        """Turns one step's outputs into RequestOutputs. `now` is `time.monotonic()` after the step.
 
         Outputs of unknown requests are dropped: they were aborted while the step was under way.
         """
+        self._undo = []
         result = ProcessedOutputs()
         for output in outputs:
             state = self.states.get(output.request_id)
             if state is None:
                 continue
-            finish_reason, stop_reason = output.finish_reason, output.stop_reason
-            stop_string = state.absorb(output, now)
-            if stop_string is not None:
-                finish_reason, stop_reason = "stop", stop_string
-                if not output.finished:
-                    result.reqs_to_abort.append(output.request_id)
-            result.request_outputs += self._emit(state, finish_reason, stop_reason, now)
+            self._undo.append((state, state.mark()))
+            self._process(state, output, now, result)
         return result
 
+    def take_back(self) -> None:
+        """Undoes the last `process_outputs` or `abort`, wherever it was interrupted."""
+        for state, mark in reversed(self._undo):
+            state.rewind(mark)
+            self.states[state.request_id] = state
+            if state.parent is not None:
+                self.parents[state.parent.request_id] = state.parent
+        self._undo = []
+
+    def commit(self) -> None:
+        """The last outputs have been delivered: they are not taken back any more."""
+        self._undo = []
+
+    def _process(self, state: RequestState, output: EngineCoreOutput, now: float, result: ProcessedOutputs) -> None:
+        finish_reason, stop_reason = output.finish_reason, output.stop_reason
+        stop_string = state.absorb(output, now)
+        if stop_string is not None:
+            finish_reason, stop_reason = "stop", stop_string
+            if not output.finished:
+                result.reqs_to_abort.append(output.request_id)
+        result.request_outputs += self._emit(state, finish_reason, stop_reason, now)
+
     def abort_requests(self, request_ids: list[str]) -> list[str]:
-        """Give up requests, a parent with all its children; return the ids to abort in the engine core."""
+        """Gives up requests, a parent with all its children. Returns the ids to abort in the engine core."""
         return self.abort(request_ids, time.monotonic()).reqs_to_abort
 
-    def abort(self, request_ids: list[str], now: float) -> ProcessedOutputs:
-        """Like `abort_requests`, with the last outputs: finish_reason "abort" and the text up to now.
+    def core_ids(self, request_ids: Iterable[str]) -> list[str]:
+        """The unfinished requests of the engine core behind these ids: a parent's children, or the request itself."""
+        names: dict[str, None] = {}
+        for request_id in request_ids:
+            parent = self.parents.get(request_id)
+            names |= dict.fromkeys([request_id] if parent is None else sorted(parent.unfinished))
+        return [name for name in names if name in self.states]
+
+    def abort(self, request_ids: Iterable[str], now: float, reason: str = "abort") -> ProcessedOutputs:
+        """Like `abort_requests`, with the last outputs: `reason` as finish_reason, and the text up to now.
 
         Unknown ids are ignored.
         """
-        result = ProcessedOutputs()
-        for request_id in request_ids:
-            parent = self.parents.get(request_id)
-            core_ids = [request_id] if parent is None else sorted(parent.unfinished)
-            result.reqs_to_abort += [i for i in core_ids if i in self.states and i not in result.reqs_to_abort]
-        last_words = [EngineCoreOutput(core_id, [], finish_reason="abort") for core_id in result.reqs_to_abort]
-        result.request_outputs = self.process_outputs(last_words, now).request_outputs
+        self._undo = []
+        result = ProcessedOutputs(reqs_to_abort=self.core_ids(request_ids))
+        for core_id in result.reqs_to_abort:
+            state = self.states[core_id]
+            self._undo.append((state, state.mark()))
+            self._process(state, EngineCoreOutput(core_id, [], finish_reason=reason), now, result)
         return result
 
     def _emit(
         self, state: RequestState, finish_reason: str | None, stop_reason: int | str | None, now: float
     ) -> list[RequestOutput]:
-        """At most one RequestOutput; forget the request if it has finished."""
+        """Returns at most one RequestOutput. Forgets the request if it has finished."""
         finished = finish_reason is not None
         if finished:
             del self.states[state.request_id]

@@ -4,6 +4,8 @@ Milestone: M1. vLLM counterpart: vllm/v1/engine/parallel_sampling.py.
 Left out: nothing. The engine core never sees n: children share the prompt's blocks through the prefix cache (M6).
 """
 
+from typing import Any
+
 from folovllm.outputs import CompletionOutput, LogprobsOnePosition, RequestMetrics
 from folovllm.request import Request
 from folovllm.sampling_params import RequestOutputKind
@@ -25,6 +27,20 @@ class ParentRequest:
         self.prompt_logprobs: list[LogprobsOnePosition | None] | None = None
         self.num_cached_tokens: int | None = None  # of child 0: what was cached before this request came
 
+    def mark(self) -> tuple[dict[str, Any], set[str], int, int]:
+        """What `rewind` needs to come back to this moment."""
+        return vars(self).copy(), set(self.unfinished), len(self.completions), len(self.metrics)
+
+    def rewind(self, mark: tuple[dict[str, Any], set[str], int, int]) -> None:
+        attributes, unfinished, num_completions, num_metrics = mark
+        vars(self).update(attributes)
+        self.unfinished = set(unfinished)
+        del self.completions[num_completions:], self.metrics[num_metrics:]
+
+    @property
+    def has_finished_child(self) -> bool:
+        return len(self.unfinished) < self.request.sampling_params.n
+
     @property
     def final_only(self) -> bool:
         return self.request.sampling_params.output_kind is RequestOutputKind.FINAL_ONLY
@@ -36,7 +52,7 @@ class ParentRequest:
         return children
 
     def collect(self, child_id: str, completion: CompletionOutput) -> list[CompletionOutput]:
-        """What to report now that `child_id` has given `completion`: it alone, or with FINAL_ONLY all at the end."""
+        """Returns what to report after `completion` of `child_id`: it alone, or with FINAL_ONLY all at the end."""
         if completion.finished():
             self.unfinished.discard(child_id)
         if not self.final_only:
@@ -51,7 +67,7 @@ class ParentRequest:
         num_cached_tokens: int | None,
         prompt_logprobs: list[LogprobsOnePosition | None] | None,
     ) -> None:
-        """Keep of an output of child `index` what the whole request's outputs will report."""
+        """Keeps what the outputs of the whole request will report of this output of child `index`."""
         if self.final_only:
             self.metrics.append(metrics)
         if index == 0:
@@ -77,7 +93,7 @@ class ParentRequest:
 
 
 def merge_metrics(children: list[RequestMetrics]) -> RequestMetrics:
-    """Timing of the whole: the first events are the earliest child's, the durations the longest child's."""
+    """The timing of the whole request: the first events are the earliest child's, the durations the longest child's."""
 
     def known(name: str) -> list[float]:
         return [getattr(child, name) for child in children if getattr(child, name) is not None]

@@ -1,12 +1,20 @@
 """LLM: the offline interface. Give it prompts, get completions.
 
 Milestone: M1. vLLM counterpart: vllm/entrypoints/llm.py. Left out: embeddings, beam search, LoRA.
+
+Threads: every step takes a lock, so calls from several threads, and streams that are read in turns, share the batch.
+Ctrl-C waits until the step under way is over; a second Ctrl-C interrupts the step. After a fork only the parent process
+can use the engine: the child has none of torch's threads, so every call in it raises RuntimeError.
 """
 
+import collections
+import contextlib
 import itertools
 import logging
+import os
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm  # not tqdm.auto, which warns in notebooks without ipywidgets
@@ -19,6 +27,7 @@ from folovllm.entrypoints.keywords import check_keywords, drop_vllm_keywords
 from folovllm.executor.uniproc import UniProcExecutor
 from folovllm.hf_config import load_hf_config
 from folovllm.hub import find_model
+from folovllm.interrupts import HeldInterrupts
 from folovllm.outputs import EngineStats, RequestOutput
 from folovllm.platforms import choose_device, has_native_bf16
 from folovllm.request import Request
@@ -59,7 +68,12 @@ class LLM:
         # A trace is complete only once it is closed: at the latest when this object or the interpreter goes.
         self.shutdown = weakref.finalize(self, self.llm_engine.shutdown)
         self._request_ids = itertools.count()
-        self._streams: dict[str, list[RequestOutput]] = {}  # open streams: request id -> outputs not read yet
+        self._process_id = os.getpid()
+        self._lock = threading.Lock()  # held while the engine is used: for a step, not for a whole call
+        self._thread_at_work: int | None = None  # the one that holds the lock
+        self._waited_for: set[str] = set()  # requests of the calls and streams that are open
+        self._mail: list[RequestOutput] = []  # their outputs that have not been fetched yet
+        self._abandoned: collections.deque[str] = collections.deque()  # requests to end as soon as the lock is free
 
     def get_tokenizer(self) -> Tokenizer:
         assert self.llm_engine.tokenizer is not None
@@ -69,8 +83,9 @@ class LLM:
         return self.llm_engine.stats()
 
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
-        """Forget all cached prefixes, e.g. before a measurement; False if that was refused because a stream is open."""
-        return self.llm_engine.reset_prefix_cache(reset_running_requests)
+        """Forgets all cached prefixes, e.g. before a measurement. Returns False, and does nothing, during a stream."""
+        with self._turn():
+            return self.llm_engine.reset_prefix_cache(reset_running_requests)
 
     @check_keywords
     def generate(
@@ -83,17 +98,13 @@ class LLM:
         """Complete `prompts`: text, token ids, {"prompt": ...} / {"prompt_token_ids": [...]}, or a list of those.
 
         One SamplingParams for all or one for each. Results come in the order of the prompts. Everything is validated
-        before anything runs; if a step fails, the requests of this call are withdrawn and the engine stays usable.
+        before anything runs. If anything raises, the requests of this call are withdrawn, and nothing else is.
         """
         prompt_list = _as_prompt_list(prompts)
         params = SamplingParams() if sampling_params is None else sampling_params
         params_list = _one_for_each("sampling_params", params, len(prompt_list))
         priorities = _one_for_each("priority", 0 if priority is None else priority, len(prompt_list))
-        requests = [
-            self._process(index, prompt, params, prio)
-            for index, (prompt, params, prio) in enumerate(zip(prompt_list, params_list, priorities, strict=True))
-        ]
-        return self._run(requests, prompt_list, use_tqdm)
+        return self._run(prompt_list, params_list, priorities, use_tqdm)
 
     def chat(
         self,
@@ -145,29 +156,111 @@ class LLM:
         check_sampling_params(params)
         if params.output_kind is RequestOutputKind.CUMULATIVE:
             params = params.replace(output_kind=RequestOutputKind.DELTA)
-        request = self._process(0, prompt, params, 0)
-        inbox = self._streams[request.request_id] = []
+        own: list[str] = []
         try:
-            self.llm_engine.add_processed(request, prompt)
-            while inbox or self.llm_engine.has_request(request.request_id):
-                if inbox:
-                    yield inbox.pop(0)
-                else:
-                    self._step()
+            with HeldInterrupts():
+                self._add([prompt], [params], [0], own)
+            while True:
+                with HeldInterrupts():
+                    outputs = self._fetch(own)
+                    if not outputs and not self._step(own):
+                        return
+                yield from outputs
         finally:
-            del self._streams[request.request_id]
-            self.llm_engine.abort_request(request.request_id)  # does nothing to a finished one
+            self._release(own)
 
-    def _step(self) -> list[RequestOutput]:
-        """One step for everybody: whoever calls it, outputs of open streams are kept for their readers."""
-        outputs = self.llm_engine.step()
-        for output in outputs:
-            if output.request_id in self._streams:
-                self._streams[output.request_id].append(output)
-        return outputs
+    # ---- one engine, several callers
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The body has the engine to itself."""
+        if os.getpid() != self._process_id:
+            raise RuntimeError(
+                "this LLM was made in another process, and a forked child has none of torch's threads. Start the child "
+                "with multiprocessing.get_context('spawn'), and make an LLM in it"
+            )
+        me = threading.get_ident()
+        if self._thread_at_work == me:
+            raise RuntimeError(
+                "the engine was called from inside one of its own steps, by a signal handler or a callback"
+            )
+        try:
+            with self._lock:
+                self._thread_at_work = me
+                self._end_abandoned()
+                yield
+                self._thread_at_work = None
+        finally:
+            if self._thread_at_work == me:
+                self._thread_at_work = None
+        self._end_abandoned_if_free()
+
+    def _add(
+        self, prompts: list[Any], params: list[Any], priorities: list[Any], own: list[str], final_only: bool = False
+    ) -> None:
+        """Validates all prompts, then queues them. `own` receives their ids, which the caller must `_release`."""
+        with self._turn():
+            requests = [
+                self._process(index, prompt, params, priority)
+                for index, (prompt, params, priority) in enumerate(zip(prompts, params, priorities, strict=True))
+            ]
+            own += [request.request_id for request in requests]
+            self._waited_for.update(own)
+            for request, prompt in zip(requests, prompts, strict=True):
+                if final_only:
+                    kind = RequestOutputKind.FINAL_ONLY
+                    request.sampling_params = request.sampling_params.replace(output_kind=kind)
+                self.llm_engine.add_processed(request, prompt)
+
+    def _step(self, own: Collection[str]) -> bool:
+        """Runs one step for all callers, unless the mail has something for this one already.
+
+        Returns False if `own` have all ended. If the step fails, only `own` end: no other caller loses a request.
+        """
+        with self._turn():
+            if any(output.request_id in own for output in self._mail):
+                return True
+            if not any(self.llm_engine.has_request(request_id) for request_id in own):
+                return False
+            try:
+                self.llm_engine.step_into(self._mail, own)
+            finally:
+                self._mail[:] = [output for output in self._mail if output.request_id in self._waited_for]
+            return True
+
+    def _fetch(self, own: Collection[str]) -> list[RequestOutput]:
+        """Takes the outputs of `own` out of the mail."""
+        if not self._mail:
+            return []
+        with self._turn():
+            outputs = [output for output in self._mail if output.request_id in own]
+            self._mail[:] = [output for output in self._mail if output.request_id not in own]
+            return outputs
+
+    def _release(self, request_ids: Collection[str]) -> None:
+        """Ends requests of which the caller wants nothing more: at once, or when the step under way is over.
+
+        The garbage collector may close a half-read stream in any thread, also in the middle of a step. So this does not
+        wait for the lock.
+        """
+        self._abandoned.extend(request_ids)
+        self._end_abandoned_if_free()
+
+    def _end_abandoned_if_free(self) -> None:
+        while self._abandoned and not self._lock.locked() and os.getpid() == self._process_id:
+            with self._turn():  # which ends them
+                pass
+
+    def _end_abandoned(self) -> None:
+        while self._abandoned:
+            request_id = self._abandoned[0]
+            self.llm_engine.withdraw([request_id])  # does nothing to a finished one
+            self._waited_for.discard(request_id)
+            self._mail[:] = [output for output in self._mail if output.request_id != request_id]
+            self._abandoned.popleft()
 
     def _new_request_id(self) -> str:
-        """A number that nobody uses, not even a caller who adds requests to `llm_engine` directly."""
+        """A number that no unfinished request has, also none that was added to `llm_engine` directly."""
         return next(i for i in map(str, self._request_ids) if not self.llm_engine.has_request(i))
 
     def _process(self, index: int, prompt: Prompt, params: SamplingParams, priority: int) -> Request:
@@ -177,25 +270,29 @@ class LLM:
             raise ValueError(f"prompt {index}: {error}") from None
 
     def _run(
-        self, requests: list[Request], prompts: list[Prompt], use_tqdm: bool | Callable[..., tqdm]
+        self,
+        prompts: list[Prompt],
+        params: list[SamplingParams],
+        priorities: list[int],
+        use_tqdm: bool | Callable[..., tqdm],
     ) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
-        own_ids = {request.request_id for request in requests}
-        try:
-            for request, prompt in zip(requests, prompts, strict=True):
-                final = request.sampling_params.replace(output_kind=RequestOutputKind.FINAL_ONLY)
-                request.sampling_params = final
-                self.llm_engine.add_processed(request, prompt)
-            with _progress_bar(use_tqdm, len(requests)) as bar:
-                while len(outputs) < len(requests):
-                    for output in self._step():
-                        if output.finished and output.request_id in own_ids:
+        own: list[str] = []
+        with HeldInterrupts() as interrupts:
+            try:
+                self._add(prompts, params, priorities, own, final_only=True)
+                own_ids = frozenset(own)
+                with _progress_bar(use_tqdm, len(own)) as bar:
+                    while self._step(own_ids):
+                        for output in self._fetch(own_ids):
                             outputs[output.request_id] = output
                             _advance(bar, output, self.llm_engine.stats())
-        except BaseException:
-            self.llm_engine.abort_request([request.request_id for request in requests])
-            raise
-        return [outputs[request.request_id] for request in requests]
+                        interrupts.deliver()
+            finally:
+                self._release(own)
+        if missing := [request_id for request_id in own if request_id not in outputs]:
+            raise RuntimeError(f"generate() got no result: request {', '.join(missing)} was aborted from outside")
+        return [outputs[request_id] for request_id in own]
 
 
 def _as_prompt_list(prompts: Any) -> list[Any]:

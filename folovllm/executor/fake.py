@@ -98,7 +98,8 @@ class FakeExecutor(Executor):
 
     @staticmethod
     def _new_state(new: NewRequestData) -> _RequestState:
-        return _RequestState(list(new.prompt_token_ids), list(new.block_ids[0]), new.num_computed_tokens)
+        token_ids = new.prompt_token_ids + new.output_token_ids
+        return _RequestState(token_ids, list(new.block_ids[0]), new.num_computed_tokens)
 
     def _write(self, state: _RequestState, num_tokens: int) -> None:
         start = state.num_computed_tokens

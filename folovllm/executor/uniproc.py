@@ -11,23 +11,30 @@ from folovllm.core.sched.output import SchedulerOutput
 from folovllm.executor.base import Executor
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.worker.model_runner import ForwardHandle
+from folovllm.worker.torch_state import neutral_torch
 from folovllm.worker.worker import Worker
 
 
 class UniProcExecutor(Executor):
-    """Calls the worker directly."""
+    """Calls the worker directly, with the caller's torch settings out of the way."""
 
     def __init__(self, config: EngineConfig, model_path: Path) -> None:
-        self.worker = Worker(config, model_path)
+        self.device_type = config.device
+        with neutral_torch(self.device_type):
+            self.worker = Worker(config, model_path)
 
     def available_kv_cache_bytes(self) -> int:
-        return self.worker.available_kv_cache_bytes()
+        with neutral_torch(self.device_type):
+            return self.worker.available_kv_cache_bytes()
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
-        self.worker.initialize_kv_cache(kv_cache_config)
+        with neutral_torch(self.device_type):
+            self.worker.initialize_kv_cache(kv_cache_config)
 
     def execute(self, scheduler_output: SchedulerOutput) -> ForwardHandle:
-        return self.worker.execute(scheduler_output)
+        with neutral_torch(self.device_type):
+            return self.worker.execute(scheduler_output)
 
     def sample(self, handle: ForwardHandle) -> ModelRunnerOutput:
-        return self.worker.sample(handle)
+        with neutral_torch(self.device_type):
+            return self.worker.sample(handle)

@@ -58,8 +58,9 @@ class CacheLinter:
             self.filled[table[i]] = min(end - i * size, size)
 
     def ran(self, record: StepRecord) -> None:
-        """Takes the end of the step. What a failed step should have computed does not count as filled."""
-        if any(event[0] == "finish" and event[2] == "error" for event in record["events"][record["planned"] :]):
+        """The step is over. If it failed, what it should have computed is not there."""
+        later = record["events"][record["planned"] :]
+        if any(event[0] == "requeue" or (event[0] == "finish" and event[2] == "error") for event in later):
             for entry in record["sched"]:
                 for block in entry["table"][entry["start"] // self.block_size :]:
                     self.filled[block] = 0

@@ -23,7 +23,8 @@ Events, in the order in which they happened:
     ["add", request, prompt tokens, max_tokens, priority]      ["preempt", request]
     ["hit", request, [blocks]]    taken from the prefix cache  ["alloc", request, [blocks]]    new
     ["copy", request, source block, its own block, tokens]     the part of a block that a prefix hit ends in
-    ["requeue", request]          preempted between two steps, so that the prefix cache could be reset
+    ["requeue", request]          put back into the queue: between two steps, so that the prefix cache could be reset,
+                                  or because its step failed
     ["free", request, [blocks]]   its whole table, in order    ["sample", request, [token ids]]
     ["finish", request, "stop" | "length" | "abort" | "error"]
 """

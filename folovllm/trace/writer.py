@@ -10,11 +10,15 @@ Cost: a step of 32 decodes takes about a tenth of a millisecond (`pytest -s test
 does not depend on the length of the queue, and on that of a prompt only in the step in which its table grows.
 """
 
+import contextlib
+import functools
 import json
+import logging
 import os
 import platform
 import time
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +35,7 @@ from folovllm.trace.record import VERSION, Event, SchedEntry
 
 MAX_WAITING_SHOWN = 64  # ids of a longer queue are not written: a step must not cost more because many wait
 _PRIVATE_ARGS = ("trace", "download_dir")  # paths on this machine stay out of a trace, which may be shared
+logger = logging.getLogger(__name__)
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -54,6 +59,10 @@ class NullTrace:
 
     def end_step(self, scheduler: Scheduler, outputs: Iterable[EngineCoreOutput]) -> None:
         """The step is over."""
+
+    def recovered(self, scheduler: Scheduler) -> "NullTrace":
+        """An exception came out of the engine, which has repaired itself. Returns the trace to go on with."""
+        return self
 
     def close(self) -> None:
         """No more steps will come."""
@@ -99,19 +108,35 @@ def _version() -> str | None:
         return None
 
 
+def _noting(method: Callable[..., None]) -> Callable[..., None]:
+    """Marks the writer as in the middle of its work: an exception then leaves the mark."""
+
+    @functools.wraps(method)
+    def marked(self: "TraceWriter", *args: Any) -> None:
+        self._is_noting = True
+        method(self, *args)
+        self._is_noting = False
+
+    return marked
+
+
 @dataclass
 class _Seen:
     """What the trace knows of an unfinished request."""
 
+    request: Request
     num_prompt_tokens: int
     num_tokens: int
     table: list[int] = field(default_factory=list)
+    is_running: bool = False  # by the events so far
 
 
 class TraceWriter(NullTrace):
     """Appends one line per step to `path` (overwritten). Buffered; flushed when the engine goes idle and at `close`.
 
-    Raises ValueError if the file cannot be written.
+    Raises ValueError if the file cannot be opened. If it cannot be written later (a full disk), or if an exception hits
+    the writer in the middle of its own work, the trace ends there, with a warning: the engine goes on, and the file is
+    that of a run that was cut.
     """
 
     def __init__(self, path: str | Path, header: dict[str, Any]) -> None:
@@ -125,9 +150,11 @@ class TraceWriter(NullTrace):
         self._shared: set[int] = set()  # blocks that were hit: only they can have several holders
         self._running: list[str] = []  # as last written
         self._num_steps = 0
+        self._is_noting = False  # in the middle of its own work
         self._reset()
         self._write_line(header)
-        self._file.flush()
+        self._flush()
+        _writers.add(self)
 
     def _reset(self) -> None:
         """Nothing is known of the next step yet."""
@@ -140,22 +167,47 @@ class TraceWriter(NullTrace):
 
     # ---- between steps, or in the middle of one
 
+    @_noting
     def added(self, request: Request) -> None:
-        self._seen[request.request_id] = _Seen(request.num_prompt_tokens, request.num_tokens)
+        self._seen[request.request_id] = _Seen(request, request.num_prompt_tokens, request.num_tokens)
         self._events.append(
             ["add", request.request_id, request.num_prompt_tokens, request.max_tokens, request.priority]
         )
         self._queues_changed = True
 
+    @_noting
     def finished(self, scheduler: Scheduler, requests: Iterable[Request]) -> None:
         for request in requests:
             self._note_finish(scheduler, request.request_id, RequestStatus.get_finished_reason(request.status))
 
+    @_noting
     def preempted(self, scheduler: Scheduler, requests: Iterable[Request]) -> None:
         for request in requests:
-            self._events.append(["requeue", request.request_id])
-            self._note_free(scheduler, request.request_id)
-            self._queues_changed = True
+            self._note_requeue(scheduler, request)
+
+    def recovered(self, scheduler: Scheduler) -> NullTrace:
+        """Notes how the engine is now. If the executor failed, its step is recorded; if `schedule` failed, none is.
+
+        If the engine has tokens that the trace has not seen, the trace cannot tell what happened and ends.
+        """
+        unfinished = scheduler.requests
+        gone = [seen.request for seen in self._seen.values() if not _is_served(scheduler, seen.request)]
+        known = all(i in self._seen and self._seen[i].num_tokens == r.num_tokens for i, r in unfinished.items())
+        if self._is_noting or not known or self._file.closed:
+            self._stop("an exception came while it was being written")
+            return NullTrace()
+        self.finished(scheduler, gone)
+        self.preempted(scheduler, [r for r in scheduler.waiting if self._seen[r.request_id].is_running][::-1])
+        if self._sched:
+            self.end_step(scheduler, [])
+        self._marks = []
+        return self
+
+    def _note_requeue(self, scheduler: Scheduler, request: Request) -> None:
+        self._events.append(["requeue", request.request_id])
+        self._seen[request.request_id].is_running = False
+        self._note_free(scheduler, request.request_id)
+        self._queues_changed = True
 
     def _note_finish(self, scheduler: Scheduler, request_id: str, reason: str | None) -> None:
         self._events.append(["finish", request_id, reason])
@@ -164,7 +216,7 @@ class TraceWriter(NullTrace):
         self._queues_changed = True
 
     def _note_free(self, scheduler: Scheduler, request_id: str, has_new_table: bool = False) -> None:
-        """An event only if the blocks are really gone: a request that keeps them is what the lint looks for."""
+        """Adds an event only if the blocks are really free: a request that keeps them is what the lint looks for."""
         seen = self._seen[request_id]
         if seen.table and (has_new_table or not scheduler.kv_cache_manager.get_block_ids(request_id)[0]):
             self._events.append(["free", request_id, seen.table])
@@ -175,11 +227,13 @@ class TraceWriter(NullTrace):
     def begin(self, span: str) -> None:
         self._marks.append((span, time.perf_counter()))
 
+    @_noting
     def scheduled(self, scheduler: Scheduler, output: SchedulerOutput) -> None:
         self.begin("trace")  # what the trace itself costs is not hidden in the other spans
         ranks = {request_id: rank for rank, request_id in enumerate(self._running)} if output.preempted_req_ids else {}
         for request_id in sorted(output.preempted_req_ids, key=lambda r: (-ranks.get(r, -1), r)):  # last admitted first
             self._events.append(["preempt", request_id])
+            self._seen[request_id].is_running = False
             self._note_free(scheduler, request_id, has_new_table=request_id in output.num_scheduled_tokens)
             self._queues_changed = True
         sent: dict[str, NewRequestData | CachedRequestData] = {new.request_id: new for new in output.scheduled_new_reqs}
@@ -191,6 +245,7 @@ class TraceWriter(NullTrace):
 
     def _entry(self, scheduler: Scheduler, data: NewRequestData | CachedRequestData, n: int) -> SchedEntry:
         seen, start = self._seen[data.request_id], data.num_computed_tokens
+        seen.is_running = True
         is_decode = n == 1 and seen.num_prompt_tokens <= start == seen.num_tokens - 1
         kind = "decode" if is_decode else "prefill"
         entry: SchedEntry = {"req": data.request_id, "kind": kind, "start": start, "n": n}
@@ -215,6 +270,7 @@ class TraceWriter(NullTrace):
                 length = num_hit_tokens - num_hits * scheduler.kv_cache_manager.block_size
                 self._events.append(["copy", request_id, source, blocks[num_hits], length])
 
+    @_noting
     def end_step(self, scheduler: Scheduler, outputs: Iterable[EngineCoreOutput]) -> None:
         self.begin("")  # ends the last span
         for output in outputs:
@@ -226,7 +282,7 @@ class TraceWriter(NullTrace):
         self._num_steps += 1
         self._reset()
         if not scheduler.has_unfinished_requests():
-            self._file.flush()  # idle: there is time now
+            self._flush()  # the engine is idle, so the time does not matter
 
     # ---- the record
 
@@ -268,11 +324,57 @@ class TraceWriter(NullTrace):
         return {"free": pool.get_num_free_blocks() - cached, "cached": cached, "ref": ref}
 
     def close(self) -> None:
-        """Write the end line: it says that nothing is missing. Closing twice is fine."""
+        """Writes the end line, which says that nothing is missing. Closing twice is fine."""
         if not self._file.closed:
             # Aborts since the last step have no record of their own any more.
             self._write_line({"type": "end", "v": VERSION, "steps": self._num_steps, "events": self._events})
-            self._file.close()
+            self._close_file()
 
     def _write_line(self, line: dict[str, Any]) -> None:
-        self._file.write(_to_json(line) + "\n")
+        if not self._file.closed:
+            with self._stopping_on_failure():
+                self._file.write(_to_json(line) + "\n")
+
+    def _flush(self) -> None:
+        if not self._file.closed:
+            with self._stopping_on_failure():
+                self._file.flush()
+
+    @contextlib.contextmanager
+    def _stopping_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._stop(f"it cannot be written: {error.strerror}")
+
+    def _stop(self, why: str) -> None:
+        """Ends the trace without an end line, as if the run had been cut here."""
+        logger.warning("the trace %s ends after %d steps: %s", self._file.name, self._num_steps, why)
+        self._close_file()
+
+    def _close_file(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def detach(self) -> None:
+        """In a forked child: the file is the parent's, so what is buffered here goes nowhere."""
+        if not self._file.closed:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._file.fileno())
+            os.close(null)
+
+
+def _is_served(scheduler: Scheduler, request: Request) -> bool:
+    return scheduler.requests.get(request.request_id) is request
+
+
+_writers: "weakref.WeakSet[TraceWriter]" = weakref.WeakSet()
+
+
+def _detach_all() -> None:
+    for writer in list(_writers):
+        writer.detach()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_detach_all)

@@ -2,8 +2,8 @@
 
 Milestone: M1. vLLM counterpart: vllm/v1/worker/gpu_input_batch.py.
 
-Rows are added, moved and dropped in place, and a step only touches what changed, so its cost does not grow with the
-length of the prompts.
+Rows are added, moved and dropped in place. A step only touches what changed, so its cost does not grow with the length
+of the prompts.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from folovllm.worker.block_table import BlockTable
 
 @dataclass
 class CachedRequestState:
-    """All that the worker knows of a request, until it has finished; it outlives a preemption."""
+    """All that the worker knows of a request until it has finished, also while it is preempted."""
 
     data: NewRequestData
     block_ids: list[int]
@@ -54,7 +54,8 @@ class InputBatch:
         max_num_blocks_per_req = cdiv(max_model_len, block_size)
         self.req_ids: list[str] = []
         self.row_of: dict[str, int] = {}
-        # Zeroed pages are given out by the operating system when first written: a large table costs nothing unused.
+        self._is_changing = False
+        # The operating system provides a zeroed page when it is first written: a large table costs nothing unused.
         self.token_ids = np.zeros((max_num_reqs, max_model_len), dtype=np.int32)
         self.num_tokens = np.zeros(max_num_reqs, dtype=np.int64)
         self.num_computed_tokens = np.zeros(max_num_reqs, dtype=np.int64)
@@ -64,8 +65,20 @@ class InputBatch:
     def num_reqs(self) -> int:
         return len(self.req_ids)
 
+    def begin_changes(self) -> None:
+        """A step begins to add and remove rows. If an exception ended the last one while it did, no row is trusted.
+
+        The requests that continue are then added again from their states, as after a preemption.
+        """
+        if self._is_changing:
+            self.req_ids, self.row_of = [], {}
+        self._is_changing = True
+
+    def end_changes(self) -> None:
+        self._is_changing = False
+
     def add_request(self, request: CachedRequestState) -> None:
-        """Append a row for `request`."""
+        """Appends a row for `request`."""
         row = self.num_reqs
         self.req_ids.append(request.data.request_id)
         self.row_of[request.data.request_id] = row
@@ -76,7 +89,7 @@ class InputBatch:
         self.block_table.add_row(request.block_ids, row)
 
     def remove_request(self, request_id: str) -> None:
-        """Drop a row and move the last one into the hole; an id that is not here is fine."""
+        """Drops a row and moves the last one into the hole. Does nothing if `request_id` has no row."""
         row = self.row_of.pop(request_id, None)
         if row is None:
             return

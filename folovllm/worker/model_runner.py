@@ -89,6 +89,7 @@ class ModelRunner:
 
     def _update_states(self, output: SchedulerOutput) -> None:
         """Bring requests and batch up to date. Who is not scheduled leaves the batch but keeps its state."""
+        self.batch.begin_changes()
         for request_id in output.finished_req_ids:
             self.requests.pop(request_id, None)
             self.num_prompt_logprobs.pop(request_id, None)
@@ -97,6 +98,7 @@ class ModelRunner:
         for new in output.scheduled_new_reqs:
             self.batch.remove_request(new.request_id)  # an id may come back after an abort that freed it
             self._add(self._new_state(new))
+            self.num_prompt_logprobs.pop(new.request_id, None)
             if new.sampling_params.prompt_logprobs is not None:
                 self.num_prompt_logprobs[new.request_id] = new.sampling_params.prompt_logprobs
         for cached in output.scheduled_cached_reqs:
@@ -107,10 +109,13 @@ class ModelRunner:
             request.block_ids += new_block_ids  # in place: copying a long table in every step would add up
             request.num_computed_tokens = cached.num_computed_tokens
             self._refresh(request, new_block_ids, cached.resumed)
+        self.batch.end_changes()
 
     @staticmethod
     def _new_state(new: NewRequestData) -> CachedRequestState:
-        return CachedRequestState(new, list(new.block_ids[0]), new.num_computed_tokens)
+        return CachedRequestState(
+            new, list(new.block_ids[0]), new.num_computed_tokens, output_token_ids=list(new.output_token_ids)
+        )
 
     def _add(self, request: CachedRequestState) -> None:
         self.requests[request.data.request_id] = request

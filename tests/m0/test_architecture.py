@@ -25,6 +25,7 @@ ROWS = {
     "folovllm.parts": 0,
     "folovllm.utils": 0,
     "folovllm.text_files": 0,
+    "folovllm.interrupts": 0,
     "folovllm.core": 1,
     "folovllm.trace": 1,
     "folovllm.executor": 1,

@@ -45,7 +45,7 @@ def assert_idle(llm: LLM) -> None:
     engine = llm.llm_engine
     engine.step()  # tells the worker what has finished
     assert not engine.has_unfinished_requests() and not engine.output_processor.has_unfinished
-    assert not engine.engine_core.scheduler.has_requests() and not llm._streams
+    assert not engine.engine_core.scheduler.has_requests() and not llm._waited_for and not llm._mail
     engine.engine_core.scheduler.check_integrity()
     assert engine.stats().kv_cache_usage == 0.0
     runner = engine.engine_core.executor.worker.model_runner

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from folovllm.sample.metadata import SamplingMetadata, SamplingRow
+from folovllm.sample.ops import topk_topp
 from folovllm.sample.ops.masks import (
     TokenPairs,
     apply_allowed_token_ids_,
@@ -23,6 +24,7 @@ from folovllm.sample.ops.topk_topp import (
     apply_temperature_,
     apply_top_k_,
     apply_top_p_,
+    nucleus_by_sorting,
     random_sample,
 )
 from folovllm.sampling_params import SamplingParams
@@ -202,6 +204,48 @@ def test_a_row_with_top_p_off_keeps_even_tokens_of_probability_zero() -> None:
     logits = torch.tensor([[0.0, -200.0], [0.0, -200.0]])  # e^-200 is 0 in float32
     apply_top_p_(logits, torch.tensor([1.0, 0.999]))
     assert kept(logits) == [[0, 1], [0]]
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [
+        (0.0, [1, 1, 1, 1, 1]),  # p = 1: every sum is above 0
+        (0.0625, [1, 1, 1, 1, 1]),  # ascending sums 0.125, 0.25, 0.5, 0.75, 1: all above
+        (0.125, [1, 0, 1, 1, 1]),  # a sum that equals the limit goes: of the two 0.125, the lower id
+        (0.25, [1, 0, 1, 1, 0]),
+        (0.3125, [1, 0, 1, 1, 0]),  # 0.5 crosses the limit, so the token that brings it stays
+        (0.5, [0, 0, 1, 1, 0]),  # of the three 0.25, the lowest id goes
+        (0.75, [0, 0, 0, 1, 0]),
+        (1.0, [0, 0, 0, 1, 0]),  # p = 0: no sum is above 1, and one token stays nevertheless
+        (2.0, [0, 0, 0, 1, 0]),
+    ],
+)
+def test_the_nucleus_by_sorting_worked_by_hand(limit: float, kept: list[int]) -> None:
+    probs = torch.tensor([0.25, 0.125, 0.25, 0.25, 0.125])
+    assert nucleus_by_sorting(probs, torch.tensor(limit)).int().tolist() == kept
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_that_rounding_decides_are_sorted_and_lose_the_same_tokens(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way by buckets may give up on any row. Here it gives up on all of them, and the result does not change."""
+    logits = torch.randn(8, 500, generator=torch.Generator().manual_seed(seed)) * 3
+    logits[:, ::7] = logits[:, :1]  # ties
+    top_p = torch.tensor([0.999, 0.95, 0.9, 0.7, 0.5, 0.2, 0.01, 1.0])
+    by_buckets, by_sorting = logits.clone(), logits.clone()
+    apply_top_p_(by_buckets, top_p)
+    sorted_rows = []
+
+    def sort(probs: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+        sorted_rows.append(probs)
+        return nucleus_by_sorting(probs, limit)
+
+    monkeypatch.setattr(topk_topp, "_nucleus", lambda *_: None)
+    monkeypatch.setattr(topk_topp, "nucleus_by_sorting", sort)
+    apply_top_p_(by_sorting, top_p)
+    assert len(sorted_rows) == 7, "all rows but the one with top_p off"
+    assert torch.equal(by_buckets, by_sorting)
 
 
 def test_top_p_sees_what_top_k_left() -> None:

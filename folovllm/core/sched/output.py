@@ -14,7 +14,11 @@ from folovllm.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class NewRequestData:
-    """A request the worker has never seen (or has dropped): everything it needs to keep a copy of the state."""
+    """A request the worker does not know, or knows wrongly: everything it needs to make a copy of the state.
+
+    `output_token_ids` is empty but for a request that had generated tokens before a step failed: the worker's copy may
+    have been changed half-way, so the request is sent whole again and replaces what the worker has under that id.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -24,6 +28,7 @@ class NewRequestData:
     bad_words_token_ids: list[list[int]]
     block_ids: tuple[list[int], ...]  # one list per KV group; all blocks the request holds
     num_computed_tokens: int
+    output_token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,8 @@ class CachedRequestData:
 class SchedulerOutput:
     """What to compute in one step.
 
-    E.g. two decodes and a prompt of 7: num_scheduled_tokens == {"a": 1, "b": 1, "c": 7}. A step may be empty
-    (total 0) and still has to run, to deliver `finished_req_ids`.
+    E.g. two decodes and a prompt of 7 tokens give `num_scheduled_tokens == {"a": 1, "b": 1, "c": 7}`. A step may be
+    empty (total 0) and still has to run, to deliver `finished_req_ids`.
     """
 
     scheduled_new_reqs: list[NewRequestData]

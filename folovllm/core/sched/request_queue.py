@@ -22,7 +22,7 @@ class RequestQueue(ABC):
 
     @abstractmethod
     def prepend_request(self, request: Request) -> None:
-        """A preempted request comes back: it waits ahead of everybody of its rank."""
+        """A preempted request comes back and waits ahead of all others of its rank."""
 
     @abstractmethod
     def peek_request(self) -> Request: ...

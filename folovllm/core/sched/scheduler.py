@@ -9,7 +9,7 @@ Row 1: no torch. There are no phases: a step gives a request some tokens so that
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from folovllm.config import EngineConfig
@@ -24,9 +24,9 @@ from folovllm.parts import load_part
 from folovllm.request import Request, RequestStatus, check_stop
 
 
-@dataclass
+@dataclass(eq=False)
 class _Step:
-    """What `schedule` has decided so far in this step."""
+    """What `schedule` has decided so far in this step, and what it takes to undo the step."""
 
     token_budget: int
     num_scheduled_tokens: dict[str, int] = field(default_factory=dict)  # in scheduling order
@@ -35,6 +35,16 @@ class _Step:
     resumed: list[Request] = field(default_factory=list)  # after a preemption
     continued: list[Request] = field(default_factory=list)  # were running already
     preempted: list[Request] = field(default_factory=list)
+    finished_req_ids: set[str] = field(default_factory=set)  # the worker hears of them in this step
+    output: SchedulerOutput | None = None  # set as the last act of `schedule`
+    # Set when `update_from_output` begins: how many output tokens each request had, and the two token counters.
+    num_outputs_before: dict[Request, int] | None = None
+    counters_before: tuple[int, int] = (0, 0)
+
+    @property
+    def requests(self) -> list[Request]:
+        """The scheduled requests themselves. An id may belong to another request by the time the step has run."""
+        return [*self.continued, *self.admitted, *self.resumed]
 
     def record(self, request: Request, num_tokens: int, new_blocks: list[KVCacheBlock]) -> None:
         self.num_scheduled_tokens[request.request_id] = num_tokens
@@ -42,7 +52,7 @@ class _Step:
         self.token_budget -= num_tokens
 
     def undo(self, request: Request) -> None:
-        """Take back a request scheduled earlier in this step: its tokens return to the budget."""
+        """Takes back a request scheduled earlier in this step: its tokens return to the budget."""
         if request.request_id in self.num_scheduled_tokens:
             self.token_budget += self.num_scheduled_tokens.pop(request.request_id)
             del self.new_blocks[request.request_id]
@@ -54,6 +64,8 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig, kv_cache_config: KVCacheConfig) -> None:
         scheduler_config = config.scheduler_config
+        self.config = config
+        self.kv_cache_config = kv_cache_config
         self.max_num_seqs = config.max_num_seqs
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.max_model_len = config.max_model_len
@@ -63,22 +75,13 @@ class Scheduler:
         self.batching = scheduler_config.batching
         self.scheduling_policy = scheduler_config.scheduling_policy
 
-        make_pool, make_manager = (
-            load_part(f"core.{part}", config.parts) for part in ("block_pool", "kv_cache_manager")
-        )
-        cache_config = config.cache_config
-        pool: BlockPool = make_pool(
-            kv_cache_config.num_blocks,
-            make_prefix_index(cache_config, config.parts),
-            free_uncached_first=cache_config.free_uncached_first,
-        )
-        self.kv_cache_manager: KVCacheManager = make_manager(
-            kv_cache_config.block_size, self.max_model_len, pool, partial_block_hits=cache_config.partial_block_hits
-        )
+        self.kv_cache_manager = self._make_kv_cache_manager()
         self.requests: dict[str, Request] = {}
-        self.waiting: RequestQueue = load_part(f"core.request_queue.{self.scheduling_policy}", config.parts)()
+        self.waiting = self._make_queue()
         self.running: list[Request] = []
         self.finished_req_ids: set[str] = set()  # since the last step: the worker has not heard of them yet
+        self._step: _Step | None = None  # the latest, until `commit_step`
+        self._in_flight: list[_Step] = []  # scheduled and not updated: one, or several in a pipelined engine
 
         self.num_steps = 0
         self.num_prompt_tokens = 0
@@ -86,23 +89,46 @@ class Scheduler:
         self.num_last_scheduled_tokens = 0
         self.num_preemptions = 0
 
+    def _make_kv_cache_manager(self) -> KVCacheManager:
+        """A KV cache in which all blocks are free and no prefix is known."""
+        parts, cache_config = self.config.parts, self.config.cache_config
+        make_pool, make_manager = (load_part(f"core.{part}", parts) for part in ("block_pool", "kv_cache_manager"))
+        pool: BlockPool = make_pool(
+            self.kv_cache_config.num_blocks,
+            make_prefix_index(cache_config, parts),
+            free_uncached_first=cache_config.free_uncached_first,
+        )
+        manager: KVCacheManager = make_manager(
+            self.kv_cache_config.block_size,
+            self.max_model_len,
+            pool,
+            partial_block_hits=cache_config.partial_block_hits,
+        )
+        return manager
+
+    def _make_queue(self) -> RequestQueue:
+        queue: RequestQueue = load_part(f"core.request_queue.{self.scheduling_policy}", self.config.parts)()
+        return queue
+
     # ---- requests come and go
 
     def add_request(self, request: Request) -> None:
-        """A new request waits. Its id must be unused."""
+        """Queues a new request. Raises ValueError, and changes nothing, if its id is in use."""
         if request.request_id in self.requests:
             raise ValueError(f"request id {request.request_id!r} is already in use; give every request its own id")
-        # It would wait forever: the input processor refuses such prompts.
+        # Without room for a token the request would wait forever. The input processor refuses such prompts.
         assert request.num_prompt_tokens < self.max_model_len, f"{request}: no room for a token to generate"
         self.requests[request.request_id] = request
         self.kv_cache_manager.add_request(request)
         self.waiting.add_request(request)
 
     def finish_requests(self, request_ids: Iterable[str], status: RequestStatus) -> list[Request]:
-        """End requests from outside, wherever they are (an abort, a stop string); unknown ids are ignored."""
+        """Ends requests from outside, wherever they are (an abort, a stop string). Unknown ids are ignored."""
         assert RequestStatus.is_finished(status)
         unique_ids = dict.fromkeys(request_ids)  # not a set: blocks are freed in this order, the same in every run
-        finished = [self.requests[request_id] for request_id in unique_ids if request_id in self.requests]
+        return self._finish([self.requests[i] for i in unique_ids if i in self.requests], status)
+
+    def _finish(self, finished: list[Request], status: RequestStatus) -> list[Request]:
         gone = {id(request) for request in finished}
         self.running = [request for request in self.running if id(request) not in gone]
         queued = [request for request in finished if request.status != RequestStatus.RUNNING]
@@ -113,23 +139,14 @@ class Scheduler:
             self._free(request)
         return finished
 
-    def fail_step(self, scheduler_output: SchedulerOutput) -> list[Request]:
-        """The executor raised in the middle of that step: end its requests, and believe nothing it should have written.
-
-        The others live. The failed ones; the worker may not have heard who finished before, so it is told again.
-        """
-        self.kv_cache_manager.end_step(has_run=False)
-        failed = self.finish_requests(scheduler_output.num_scheduled_tokens, RequestStatus.FINISHED_ERROR)
-        self.finished_req_ids |= scheduler_output.finished_req_ids
-        return failed
-
     def reset_prefix_cache(self, reset_running: bool = False) -> bool:
-        """Forget all cached blocks; False, with nothing changed, while requests hold blocks.
+        """Forgets all cached blocks. Returns False, and changes nothing, while requests hold blocks.
 
-        `reset_running` preempts them first: they compute everything again. Only between two steps.
+        If `reset_running`, the running requests are preempted first and compute everything again. Call it only between
+        two steps.
         """
         if reset_running:
-            for request in reversed(self.running):  # each goes to the front of the queue: their order stays
+            for request in reversed(self.running):  # each goes to the front of the queue, so that their order stays
                 self._preempt(request)
             self.running = []
         return self.kv_cache_manager.reset_prefix_cache()
@@ -138,23 +155,112 @@ class Scheduler:
         return bool(self.requests)
 
     def has_requests(self) -> bool:
-        """Whether a step would do anything: requests to run, or finished ones the worker must still drop."""
+        """Whether a step would do anything: run requests, or tell the worker which ones have finished."""
         return bool(self.requests or self.finished_req_ids)
+
+    # ---- after an exception
+
+    def fail_step(self, scheduler_output: SchedulerOutput, blamed: Collection[str] | None = None) -> list[Request]:
+        """Ends a step in which the executor raised, between `schedule` and `update_from_output`.
+
+        The requests of the step end with FINISHED_ERROR: all of them, or those whose ids are in `blamed`. The others
+        of the step wait again, ahead of the queue, with nothing computed. Requests that were not in the step notice
+        nothing, and neither does a new request under the id of one that was aborted. Returns the ended ones.
+        """
+        step = self._take_step(scheduler_output)
+        self.kv_cache_manager.end_step(has_run=False)  # what the step published may not have been computed
+        in_step = self._unfinished(step.requests)
+        failed = [request for request in in_step if blamed is None or request.request_id in blamed]
+        self._finish(failed, RequestStatus.FINISHED_ERROR)
+        self.finished_req_ids |= step.finished_req_ids  # the worker may not have heard of them
+        requeued = self._unfinished(in_step)
+        self.running = [request for request in self.running if request not in requeued]
+        for request in reversed(requeued):
+            self.kv_cache_manager.free(request)
+            self._rewind(request, request.num_output_tokens)
+            self.waiting.prepend_request(request)
+        self._step = None
+        return failed
+
+    def requests_under_way(self) -> list[Request]:
+        """The requests of the step that was interrupted. If `schedule` was, also the one it was looking at."""
+        step = self._step or _Step(0)
+        if step.num_outputs_before is not None:
+            return list(step.num_outputs_before)
+        in_step = self._unfinished(step.requests)
+        if step.output is None:
+            in_step += [request for request in [*self.running, *self.waiting] if request not in in_step][:1]
+        return in_step
+
+    def recover(self, ended: Iterable[Request], status: RequestStatus) -> None:
+        """Builds the state anew after an exception at an unknown line, from the requests alone.
+
+        `ended` leave with `status`. If a step was under way, it is undone: every other request has the outputs that it
+        had before, also one that the step had finished. All of them wait with nothing computed, those that ran in
+        front. All blocks are free and the prefix cache is empty, since what the blocks hold is unknown. If `recover`
+        itself is interrupted, it can be called again with the same arguments.
+        """
+        step = self._step or _Step(0)
+        before = step.num_outputs_before or {}
+        self.requests |= {request.request_id: request for request in before}
+        queued = self._unfinished(self.waiting)
+        ran = [request for request in dict.fromkeys([*self.running, *self.requests.values()]) if request not in queued]
+        ended = self._unfinished(ended)
+        survivors = [request for request in self._unfinished([*ran, *queued]) if request not in ended]
+
+        stats = self.kv_cache_manager.prefix_cache_stats
+        self.kv_cache_manager, self.waiting, self.running = self._make_kv_cache_manager(), self._make_queue(), []
+        self.kv_cache_manager.prefix_cache_stats = stats
+        for request in survivors:
+            self._rewind(request, before.get(request, request.num_output_tokens))
+            self.waiting.add_request(request)
+        for request in ended:
+            self._rewind(request, request.num_output_tokens)
+            request.set_status(status)
+        if step.num_outputs_before is not None:
+            self.num_prompt_tokens, self.num_generation_tokens = step.counters_before
+        self.finished_req_ids |= step.finished_req_ids | {request.request_id for request in ended}
+        self.requests = {request.request_id: request for request in survivors}
+        self._step, self._in_flight = None, []
+
+    def commit_step(self) -> None:
+        """The caller has what the step gave, so `recover` does not undo it any more."""
+        self._step = None
+
+    def _rewind(self, request: Request, num_output_tokens: int) -> None:
+        request.rewind(num_output_tokens)
+        self.kv_cache_manager.add_request(request)
+
+    def _unfinished(self, requests: Iterable[Request]) -> list[Request]:
+        """Those of `requests` that this scheduler still serves: the objects, not others with their ids."""
+        return [request for request in requests if self.requests.get(request.request_id) is request]
+
+    def _take_step(self, scheduler_output: SchedulerOutput) -> _Step:
+        """The record of the step in flight that `scheduler_output` belongs to."""
+        for i, step in enumerate(self._in_flight):
+            if step.output is scheduler_output:
+                return self._in_flight.pop(i)
+        # The `schedule` of a subclass keeps no record: the ids have to do.
+        known = [self.requests[i] for i in scheduler_output.num_scheduled_tokens if i in self.requests]
+        finished = set(scheduler_output.finished_req_ids)
+        return _Step(0, continued=known, finished_req_ids=finished, output=scheduler_output)
 
     # ---- one step
 
     def schedule(self) -> SchedulerOutput:
-        """Choose this step's tokens: running requests first, then waiting ones while budget, seats and blocks last."""
-        step = _Step(token_budget=self.max_num_batched_tokens)
+        """Chooses this step's tokens: running requests first, then waiting ones while budget, seats and blocks last."""
+        step = self._step = _Step(token_budget=self.max_num_batched_tokens)
         nothing_runs = not self.running
         self._schedule_running(step)
-        # Whoever needed a preemption to go on leaves no room for newcomers. A static batch takes newcomers only when
-        # the last batch is over: that one condition is all that separates it from continuous batching.
+        # If a running request needed a preemption to continue, this step admits no new request. A static batch admits
+        # requests only when the last batch is over. That condition alone separates it from continuous batching.
         if not step.preempted and (self.batching == "continuous" or nothing_runs):
             self._schedule_waiting(step)
         self._assert_within_limits(step)
         output = self._make_output(step)
         self._advance(step)
+        self._in_flight.append(step)
+        step.output = output
         return output
 
     def _schedule_running(self, step: _Step) -> None:
@@ -167,7 +273,7 @@ class Scheduler:
                 continue
             new_blocks = self._allocate_or_preempt(request, num_new_tokens, step)
             if new_blocks is None:
-                break  # it had to give up its own place: nobody behind it fits either
+                break  # the request preempted itself, so the ones behind it do not fit either
             step.record(request, num_new_tokens, new_blocks)
             step.continued.append(request)
             # A victim may have stood before this request and moved it forward.
@@ -180,7 +286,7 @@ class Scheduler:
             # num_tokens, not num_prompt_tokens: a resumed request computes its earlier output again.
             num_new_tokens = self._limit_prefill(request.num_tokens - num_hit_tokens)
             if num_new_tokens > step.token_budget and not self.enable_chunked_prefill:
-                break  # whole prompts only; nobody may overtake the head, or it could wait forever
+                break  # whole prompts only; if others could overtake the head, it might wait forever
             num_new_tokens = min(num_new_tokens, step.token_budget)
             new_blocks = self.kv_cache_manager.allocate_slots(
                 request,
@@ -196,7 +302,7 @@ class Scheduler:
             step.record(request, num_new_tokens, new_blocks)
 
     def _num_tokens_to_compute(self, request: Request, token_budget: int) -> int:
-        """Tokens a running request lacks, within the limits. 1 for a decode, more while a prompt is incomplete."""
+        """The tokens that a running request lacks, within the limits: 1 for a decode, more for a partial prompt."""
         missing = self._limit_prefill(request.num_tokens - request.num_computed_tokens)
         return min(missing, token_budget, self.max_model_len - 1 - request.num_computed_tokens)
 
@@ -217,7 +323,7 @@ class Scheduler:
     # ---- preemption
 
     def _allocate_or_preempt(self, request: Request, num_new_tokens: int, step: _Step) -> list[KVCacheBlock] | None:
-        """Blocks for `request`, preempting others until they fit; None if `request` itself had to go."""
+        """Blocks for `request`. Preempts others until they fit; returns None if `request` itself was preempted."""
         while True:
             new_blocks = self.kv_cache_manager.allocate_slots(request, num_new_tokens)
             if new_blocks is not None:
@@ -231,13 +337,13 @@ class Scheduler:
                 return None
 
     def _choose_victim(self) -> Request:
-        """Who loses its blocks: the latest admitted, or under priority the least urgent, latest arrived."""
+        """The running request that loses its blocks: the latest admitted, or under priority the least urgent one."""
         if self.scheduling_policy == "priority":
             return max(self.running, key=Request.sort_key)
         return self.running[-1]
 
     def _preempt(self, request: Request) -> None:
-        """Free all blocks; the request keeps its tokens and computes their K/V again when it comes back."""
+        """Frees all blocks of `request`. It keeps its tokens, and computes their K/V again once it is admitted."""
         self.kv_cache_manager.preempt(request)
         request.set_status(RequestStatus.PREEMPTED)
         request.num_computed_tokens = 0
@@ -250,7 +356,8 @@ class Scheduler:
 
     def _make_output(self, step: _Step) -> SchedulerOutput:
         scheduled = step.num_scheduled_tokens
-        output = SchedulerOutput(
+        step.finished_req_ids, self.finished_req_ids = self.finished_req_ids, set()
+        return SchedulerOutput(
             scheduled_new_reqs=[self._new_request_data(request) for request in step.admitted],
             scheduled_cached_reqs=[
                 *(self._cached_request_data(request, step, resumed=False) for request in step.continued),
@@ -261,12 +368,10 @@ class Scheduler:
             sampling_req_ids=frozenset(
                 request_id for request_id, k in scheduled.items() if self._completes(self.requests[request_id], k)
             ),
-            finished_req_ids=frozenset(self.finished_req_ids),
+            finished_req_ids=frozenset(step.finished_req_ids),
             preempted_req_ids=frozenset(request.request_id for request in step.preempted),
             block_copies=self.kv_cache_manager.take_block_copies(),
         )
-        self.finished_req_ids = set()
-        return output
 
     @staticmethod
     def _completes(request: Request, num_new_tokens: int) -> bool:
@@ -283,6 +388,7 @@ class Scheduler:
             bad_words_token_ids=request.bad_words_token_ids,
             block_ids=self.kv_cache_manager.get_block_ids(request.request_id),
             num_computed_tokens=request.num_computed_tokens,
+            output_token_ids=list(request.output_token_ids),
         )
 
     def _cached_request_data(self, request: Request, step: _Step, resumed: bool) -> CachedRequestData:
@@ -295,7 +401,7 @@ class Scheduler:
         )
 
     def _advance(self, step: _Step) -> None:
-        """Count the tokens as computed at once: a pipelined engine could schedule the next step before this one ran."""
+        """Counts the tokens as computed at once: a pipelined engine can schedule the next step before this one ran."""
         for request_id, num_tokens in step.num_scheduled_tokens.items():
             self.requests[request_id].num_computed_tokens += num_tokens
         self.num_steps += 1
@@ -312,17 +418,22 @@ class Scheduler:
     def update_from_output(
         self, scheduler_output: SchedulerOutput, runner_output: ModelRunnerOutput
     ) -> list[EngineCoreOutput]:
-        """Append the sampled tokens, stop who is done, and say what each request got."""
+        """Appends the sampled tokens, stops the requests that are done, and returns what each request got."""
         now = time.monotonic()
+        step = self._step = self._take_step(scheduler_output)
+        # A request aborted while the step ran is left out, also if a new request has taken its id since.
+        in_step = {request.request_id: request for request in self._unfinished(step.requests)}
+        step.counters_before = (self.num_prompt_tokens, self.num_generation_tokens)
+        step.num_outputs_before = {request: request.num_output_tokens for request in in_step.values()}
         self.kv_cache_manager.end_step(has_run=True)
         outputs = []
         for request_id in scheduler_output.num_scheduled_tokens:
-            request = self.requests.get(request_id)
-            if request is None or request.status == RequestStatus.WAITING:
-                continue  # aborted while the step ran; perhaps a new request has taken the id since
+            request = in_step.get(request_id)
+            if request is None:
+                continue
             request.prompt_logprobs += runner_output.prompt_logprobs.get(request_id, [])
             sampled = runner_output.sampled_token_ids.get(request_id, [])
-            if sampled:  # a request in mid-prefill emits nothing, ever
+            if sampled:  # a request in mid-prefill never emits anything
                 outputs.append(self._append_tokens(request, sampled, runner_output, now))
         return outputs
 
@@ -336,14 +447,14 @@ class Scheduler:
             new_token_ids.append(token_id)
             stopped = check_stop(request, self.max_model_len)
             if stopped:
-                break  # what a step gives beyond the stop is dropped
+                break  # tokens beyond the stop are dropped
         if is_first:
             request.times.first_token = now
             self.num_prompt_tokens += request.num_prompt_tokens
         request.times.last_token = now
         self.num_generation_tokens += len(new_token_ids)
         if stopped:
-            # It may have been preempted meanwhile: then it stands in the queue, not among the running.
+            # If the request was preempted meanwhile, it is in the queue and not among the running.
             if request in self.running:
                 self.running.remove(request)
             else:
@@ -363,7 +474,7 @@ class Scheduler:
         )
 
     def _free(self, request: Request) -> None:
-        """A finished request leaves: its blocks at once, its state at the worker with the next step."""
+        """Frees the blocks of a finished request at once. The worker drops its state with the next step."""
         assert request.is_finished
         self.kv_cache_manager.free(request)
         self.finished_req_ids.add(request.request_id)
@@ -392,7 +503,7 @@ class Scheduler:
         )
 
     def check_integrity(self) -> None:
-        """Assert what must hold between steps (linear: for tests and idle engines)."""
+        """Asserts what must hold between steps. It is linear in the blocks, so it is for tests and idle engines."""
         self.kv_cache_manager.check_integrity()
         assert {id(r) for r in self.requests.values()} == {id(r) for r in [*self.running, *self.waiting]}
         assert all(request.status == RequestStatus.RUNNING for request in self.running)

@@ -7,17 +7,15 @@ Only answers go to stdout. Hints, errors and speeds go to stderr, so `echo hi | 
 """
 
 import contextlib
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from folovllm.entrypoints.commands.options import DebugOption, EngineOptions, SamplingOptions, with_options
+from folovllm.interrupts import HeldInterrupts
 from folovllm.sampling_params import SamplingParams
 from folovllm.text_files import stdin_lines
 
@@ -71,16 +69,17 @@ class Conversation:
         turns, prompt = self._fit([*self.turns, {"role": "user", "content": text}])
         answer = ""
         start, first, num_tokens, reason = time.monotonic(), None, 0, None
-        with _ctrl_c_as_flag() as stop:
+        with HeldInterrupts() as interrupts:
             for output in self.llm.stream(prompt, self.params):
                 first = first or time.monotonic()
                 completion = output.outputs[0]
                 answer += completion.text
                 num_tokens += len(completion.token_ids)
                 typer.echo(completion.text, nl=False)
-                reason = "stopped" if stop.is_set() else completion.finish_reason
-                if stop.is_set():
+                reason = "stopped" if interrupts.count else completion.finish_reason
+                if interrupts.count:
                     break
+            interrupts.clear()  # ending the answer is what Ctrl-C was for
         typer.echo()
         _note(_speed(num_tokens, time.monotonic() - start, (first or start) - start, reason))
         self.turns = [*turns, {"role": "assistant", "content": answer}]
@@ -146,23 +145,6 @@ def _typed_lines() -> Iterator[str]:
             return
         except KeyboardInterrupt:
             _note("\nCtrl-D or /exit leaves")
-
-
-@contextlib.contextmanager
-def _ctrl_c_as_flag() -> Iterator[threading.Event]:
-    """Within this context, Ctrl-C sets the flag instead of interrupting a step. A second Ctrl-C interrupts."""
-    pressed = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _speed(num_tokens: int, seconds: float, first: float, reason: str | None) -> str:
