@@ -211,8 +211,10 @@ def _truncate_(logits: torch.Tensor, metadata: SamplingMetadata, rows: slice) ->
     """min_p, top_k and top_p of a group of rows as ops/topk_topp.py defines them. `logits [n, V]` are edited."""
     if metadata.min_p is not None:
         topk_topp.apply_min_p_(logits, metadata.min_p[rows])
-    top_k, top_p = (None if values is None else values[rows] for values in (metadata.top_k, metadata.top_p))
-    topk_topp.apply_top_k_top_p_(logits, top_k, metadata.max_top_k, top_p)
+    if metadata.top_k is not None:
+        topk_topp.apply_top_k_(logits, metadata.top_k[rows], metadata.max_top_k)
+    if metadata.top_p is not None:
+        topk_topp.apply_top_p_(logits, metadata.top_p[rows])
 
 
 def _row_groups(logits: torch.Tensor, num_rows: int | None = None) -> list[slice]:
