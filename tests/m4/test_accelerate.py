@@ -373,7 +373,7 @@ def test_in_fp32_every_preset_gives_the_same_greedy_tokens(name: str, tiny_model
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_in_bf16_the_rungs_below_m4_agree(name: str, tiny_model_dir: MakeTiny) -> None:
-    """A request alone in m1 to m3, and a batch in m2 and m3. From m4 on kernels round differently: no more is claimed."""
+    """A lone request in m1 to m3, a batch in m2 and m3. From m4 on kernels round differently, so no more is claimed."""
     folder = tiny_model_dir(name)
     jobs = [make_job(GapNaiveModel(folder), length, 6, seed) for seed, length in enumerate((1, 20, 33))]
     engines = [engine_of(folder, preset, dtype="bfloat16") for preset in ("m1", "m2", "m3")]
