@@ -32,7 +32,7 @@ from folovllm.model_executor.cpu.replacement import Replacement, grouped
 from folovllm.sample.sampler import Sampler
 
 NO_OPS = "the C++ kernels could not be built or loaded (see the warning)"
-DTYPES = (torch.float32, torch.bfloat16)  # of csrc/fused.cpp
+DTYPES = (torch.float32, torch.bfloat16)  # of csrc/fused_ops.cpp
 
 
 def accelerate(

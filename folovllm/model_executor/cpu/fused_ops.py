@@ -4,7 +4,7 @@ Milestone: M4. vLLM counterpart: CustomOp (vllm/model_executor/custom_op.py), wh
 Left out: fp16.
 
 The layers compute through their `impl`, a plain function on tensors with the same signature as the operator that can
-replace it (csrc/fused.cpp).
+replace it (csrc/fused_ops.cpp).
 """
 
 from collections.abc import Iterator
