@@ -155,14 +155,46 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Which kernels."""
+    """Which attention backend."""
 
     attention_backend: str = "torch_naive"
-    linear_backend: str = "torch"
 
     def __post_init__(self) -> None:
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """What computes everything but attention. The defaults are plain torch, the code that a reader reads.
+
+    A switch with three values takes "auto" (replace it where this machine and this model allow it), True (replace it,
+    and raise a ValueError with the reason if that is impossible) and False. `folovllm info --engine` prints what runs.
+    """
+
+    linear_backend: str = "torch"  # "auto": our C++ kernel, else oneDNN's packing; "onednn": the packing alone
+    fused_ops: bool | str = False  # RMSNorm with its residual, SiLU-mul and rotary as one C++ pass each
+    fused_mlp: bool | str = False  # SiLU-mul inside the gate_up multiplication
+    decoder_stack: bool | str = False  # all decoder layers of a step as one C++ call
+    sampler_backend: str = "torch"  # "auto": C++, else a shortlist of the largest logits; "shortlist": that alone
+    huge_pages: bool = False  # ask for pages of 2 MiB for packed weights and the KV cache (Linux)
+    touch_kv_pages: bool = False  # write the first pages of the KV cache at start and not in the first steps
+    keep_freed_memory: bool = False  # malloc keeps what tensors free (glibc; from then on for the whole process)
+
+    def __post_init__(self) -> None:
         _check_choice("linear_backend", self.linear_backend, ("auto", "onednn", "torch"))
+        _check_choice("sampler_backend", self.sampler_backend, ("auto", "shortlist", "torch"))
+        for name in ("fused_ops", "fused_mlp", "decoder_stack"):
+            _check_auto_or_bool(name, getattr(self, name))
+        for name in ("huge_pages", "touch_kv_pages", "keep_freed_memory"):
+            check_bool(name, getattr(self, name))
+        self._check_demands()
+
+    def _check_demands(self) -> None:
+        """Refuses a demand (True) for something whose ingredients are switched off."""
+        needs = {"linear_backend='auto'": self.linear_backend == "auto"}
+        _check_needs("fused_mlp", self.fused_mlp, needs)
+        needs |= {"fused_ops='auto'": self.fused_ops is not False, "fused_mlp='auto'": self.fused_mlp is not False}
+        _check_needs("decoder_stack", self.decoder_stack, needs)
 
 
 @dataclass(frozen=True)
@@ -190,6 +222,7 @@ class EngineConfig:
     cache_config: CacheConfig = field(default_factory=CacheConfig)
     scheduler_config: SchedulerConfig = field(default_factory=SchedulerConfig)
     attention_config: AttentionConfig = field(default_factory=AttentionConfig)
+    kernel_config: KernelConfig = field(default_factory=KernelConfig)
     quantization_config: QuantizationConfig = field(default_factory=QuantizationConfig)
     device: str = "auto"
     enforce_eager: bool = False  # CUDA graphs are a rung after M7; until then every step is eager
@@ -203,6 +236,9 @@ class EngineConfig:
         _check_choice("device", self.device, DEVICES)
         check_bool("enforce_eager", self.enforce_eager)
         check_bool("disable_log_stats", self.disable_log_stats)
+        backend = self.attention_config.attention_backend
+        paged = {"attention_backend='cpu_paged' or 'auto'": backend in ("auto", "cpu_paged")}
+        _check_needs("decoder_stack", self.kernel_config.decoder_stack, paged)
         if self.trace is not None:
             _check_type("trace", self.trace, str)
         if self.parts is not None:
@@ -316,6 +352,7 @@ _PARTS: dict[str, Any] = {
     "cache_config": CacheConfig,
     "scheduler_config": SchedulerConfig,
     "attention_config": AttentionConfig,
+    "kernel_config": KernelConfig,
     "quantization_config": QuantizationConfig,
 }
 
@@ -349,6 +386,19 @@ def _check_type(name: str, value: Any, expected: type) -> None:
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{_did_you_mean(value, choices)}")
+
+
+def _check_auto_or_bool(name: str, value: Any) -> None:
+    if value is not True and value is not False and value != "auto":
+        raise ValueError(f"{name} must be 'auto', True or False, got {value!r}")
+
+
+def _check_needs(name: str, value: bool | str, needs: Mapping[str, bool]) -> None:
+    missing = [need for need, given in needs.items() if not given]
+    if value is True and missing:
+        raise ValueError(
+            f"{name}=True needs {', '.join(missing)}: set that too, or use {name}='auto', which does without"
+        )
 
 
 def _did_you_mean(value: Any, choices: tuple[str, ...]) -> str:

@@ -16,6 +16,7 @@ from folovllm.config import (
     AttentionConfig,
     CacheConfig,
     EngineConfig,
+    KernelConfig,
     ModelConfig,
     QuantizationConfig,
     SchedulerConfig,
@@ -38,6 +39,7 @@ _PARTS: dict[str, Any] = {
     "cache_config": CacheConfig,
     "scheduler_config": SchedulerConfig,
     "attention_config": AttentionConfig,
+    "kernel_config": KernelConfig,
     "quantization_config": QuantizationConfig,
 }
 

@@ -34,7 +34,9 @@ class AttentionMetadata:
     block_table: torch.Tensor  # [num_reqs, max_blocks_per_req] int32
     slot_mapping: torch.Tensor  # [num_tokens] int64
     block_size: int
-    ends_only: bool = False  # of the model's result, nobody will read but each request's last row
+    # Rows whose hidden states the model returns, ascending, [num_selected] int64; None: all rows. Of each request they
+    # are its last rows: the last one if it samples, all of them if it wants prompt logprobs, none in mid-prompt.
+    logits_indices: torch.Tensor | None = None
     prepared: Any = None  # what `AttentionBackend.prepare` made of it, once per step
 
     @classmethod

@@ -109,7 +109,7 @@ class MemoryReader:
     def __init__(self, device: str, num_bytes: int, allocate: Allocate | None = None) -> None:
         import torch
 
-        from folovllm.model_executor.huge_pages import huge_zeros
+        from folovllm.model_executor.cpu.huge_pages import huge_zeros
 
         shape = (max(num_bytes // 4, 1),)
         if device == "cpu":

@@ -51,7 +51,7 @@ def load_ops(cache_dir: Path | None = None) -> Any | None:
     return _load_ops(cache_dir or default_cache_dir())
 
 
-def loaded_ops() -> Any | None:
+def _loaded_ops() -> Any | None:
     """Returns `torch.ops.folovllm` if our operators are loaded, else None. Builds nothing."""
     return torch.ops.folovllm if hasattr(torch.ops.folovllm, "paged_attention") else None
 
@@ -60,7 +60,7 @@ def loaded_ops() -> Any | None:
 def _load_ops(cache_dir: Path) -> Any | None:
     try:
         library = build(cache_dir)
-        if loaded_ops() is None:  # operators can be registered only once
+        if _loaded_ops() is None:  # operators can be registered only once
             torch.ops.load_library(str(library))
     except (BuildError, OSError) as error:
         warnings.warn(f"the C++ kernels are not available, slower torch ones run instead: {error}", stacklevel=3)

@@ -65,6 +65,7 @@ class LLM:
             logger.warning("this processor has no native bfloat16: running in float32 (dtype='bfloat16' forces it)")
         tokenizer = Tokenizer.from_folder(self.model_path)
         self.llm_engine = LLMEngine(self.config, UniProcExecutor(self.config, self.model_path), tokenizer)
+        self._log_what_runs()
         # A trace is complete only once it is closed: at the latest when this object or the interpreter goes.
         self.shutdown = weakref.finalize(self, self.llm_engine.shutdown)
         self._request_ids = itertools.count()
@@ -74,6 +75,16 @@ class LLM:
         self._waited_for: set[str] = set()  # requests of the calls and streams that are open
         self._mail: list[RequestOutput] = []  # their outputs that have not been fetched yet
         self._abandoned: collections.deque[str] = collections.deque()  # requests to end as soon as the lock is free
+
+    def _log_what_runs(self) -> None:
+        if logger.isEnabledFor(logging.DEBUG):
+            for name, value in self.describe().items():
+                for line in value if isinstance(value, list) else [value]:
+                    logger.debug("%s: %s", name, line)
+
+    def describe(self) -> dict[str, Any]:
+        """What runs: each layer's method, attention backend, sampler, threads, and what replaced parts of the model."""
+        return self.llm_engine.engine_core.executor.describe()
 
     def get_tokenizer(self) -> Tokenizer:
         assert self.llm_engine.tokenizer is not None

@@ -35,5 +35,9 @@ class Executor(ABC):
     def sample(self, handle: ExecuteHandle) -> ModelRunnerOutput:
         """Sample the next tokens of the step behind `handle`."""
 
+    def describe(self) -> dict[str, Any]:
+        """What it runs, as plain data for people to read; nothing if there is nothing to say."""
+        return {}
+
     def shutdown(self) -> None:  # noqa: B027 - most executors hold nothing that needs closing
         """Release what the executor holds."""

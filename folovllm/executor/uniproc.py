@@ -4,12 +4,14 @@ Milestone: M1. vLLM counterpart: vllm/v1/executor/uniproc_executor.py.
 """
 
 from pathlib import Path
+from typing import Any
 
 from folovllm.config import EngineConfig
 from folovllm.core.kv_cache_utils import KVCacheConfig
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.executor.base import Executor
 from folovllm.outputs import ModelRunnerOutput
+from folovllm.worker.describe import describe_worker
 from folovllm.worker.model_runner import ForwardHandle
 from folovllm.worker.torch_state import neutral_torch
 from folovllm.worker.worker import Worker
@@ -38,3 +40,6 @@ class UniProcExecutor(Executor):
     def sample(self, handle: ForwardHandle) -> ModelRunnerOutput:
         with neutral_torch(self.device_type):
             return self.worker.sample(handle)
+
+    def describe(self) -> dict[str, Any]:
+        return describe_worker(self.worker)

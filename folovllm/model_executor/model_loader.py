@@ -12,9 +12,7 @@ import torch
 
 from folovllm.gptq_config import GPTQConfig
 from folovllm.hf_config import ModelArchitecture
-from folovllm.model_executor.fast_ops import use_fast_ops
 from folovllm.model_executor.layers.linear import LinearBase, QuantizationConfig
-from folovllm.model_executor.layers.packed_linear import pack_linears
 from folovllm.model_executor.layers.quantization.gptq import GPTQQuantization
 from folovllm.model_executor.layers.quantization.kernels import KernelOptions
 from folovllm.model_executor.layers.quantization.quantized_linear import dequantize_weights
@@ -34,19 +32,21 @@ def load_model(
     quantization: str = "dequantize",
     gptq_kernel: str = "auto",
     gptq_runtime: str = "auto",
+    huge_pages: bool = False,
 ) -> LlamaForCausalLM:
-    """The model of `folder` with its weights, in `dtype` on `device`. WeightsError says what is wrong.
+    """The model of `folder` with its weights, in `dtype` on `device`, as the model file says it: nothing is replaced
+    yet (model_executor/cpu/accelerate.py). Raises WeightsError, which says what is wrong.
 
-    `linear_backend`: "torch" computes in plain torch, "onednn" packs the weights of linear layers first, "auto" uses
-    our C++ kernels too; each does what helps on this machine and leaves the rest as it is.
-    `quantization` matters to a GPTQ checkpoint: "auto" keeps its weights packed where something here can multiply with
-    them, "dequantize" loads plain ones. How, and what is kept for that: `gptq_kernel`, `gptq_runtime` (config.py).
+    The other arguments matter to a GPTQ checkpoint. With `quantization="auto"` its weights stay packed if something
+    here can multiply with them; with "dequantize" plain ones are loaded. `gptq_kernel` and `gptq_runtime` say how
+    packed weights are multiplied and what is kept for that (config.py); `gptq_kernel="auto"` takes a fast kernel only
+    with `linear_backend="auto"`.
     """
     files = safetensors_files(folder)  # before building: a wrong folder should fail at once
     weights = iterate_weights(files)
     if arch.quantization is not None:
         if quantization == "auto" and quant_config is None:
-            options = KernelOptions(dtype, device.type, gptq_runtime)
+            options = KernelOptions(dtype, device.type, gptq_runtime, huge_pages)
             quant_config = gptq_quantization(arch.quantization, options, gptq_kernel, linear_backend)
         if quant_config is None:
             weights = dequantize_weights(weights, arch.quantization)
@@ -57,13 +57,13 @@ def load_model(
         model.load_weights(weights)
     except WeightsError as error:
         raise WeightsError(f"{folder}: {error}") from None
-    return _finish(model, linear_backend, quant_config)
+    return _finish(model, quant_config)
 
 
 def gptq_quantization(
     config: GPTQConfig, options: KernelOptions, kernel: str, linear_backend: str
 ) -> GPTQQuantization | None:
-    """With the kernel called `kernel`, or for "auto" the best one here; None if none is better than plain weights."""
+    """With the kernel called `kernel`; "auto" takes the best one here, or returns None if plain weights are better."""
     name = choose_kernel(config, options, linear_backend) if kernel == "auto" else kernel
     return None if name is None else GPTQQuantization(config, name, options)
 
@@ -74,7 +74,6 @@ def random_model(
     device: torch.device,
     seed: int = 0,
     quant_config: QuantizationConfig | None = None,
-    linear_backend: str = "torch",
 ) -> LlamaForCausalLM:
     """A model of this shape with random weights, the same for the same seed: its speed is real, its text is not.
 
@@ -87,7 +86,7 @@ def random_model(
             param.data.fill_(1.0)
         else:
             param.data.normal_(0.0, param.shape[-1] ** -0.5, generator=generator)
-    return _finish(model, linear_backend, quant_config)
+    return _finish(model, quant_config)
 
 
 def _build(
@@ -97,16 +96,12 @@ def _build(
         return get_model_class(arch.architecture)(arch, quant_config)
 
 
-def _finish(model: LlamaForCausalLM, linear_backend: str, quant_config: QuantizationConfig | None) -> LlamaForCausalLM:
+def _finish(model: LlamaForCausalLM, quant_config: QuantizationConfig | None) -> LlamaForCausalLM:
     for module in model.modules():
         if isinstance(module, LinearBase):
             module.quant_method.process_weights_after_loading(module)
     if isinstance(quant_config, GPTQQuantization):
         quant_config.finish(model)
-    if linear_backend == "onednn":
-        pack_linears(model)
-    if linear_backend == "auto":
-        use_fast_ops(model)
     return model.eval().requires_grad_(False)
 
 

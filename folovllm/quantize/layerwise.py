@@ -4,6 +4,8 @@ Milestone: M7. vLLM counterpart: none. GPTQModel and AutoGPTQ hold the whole mod
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from folovllm.forward_context import set_forward_context
 from folovllm.hf_config import ModelArchitecture
 from folovllm.model_executor.layers.linear import LinearBase
 from folovllm.model_executor.layers.rotary_embedding import RotaryEmbedding
-from folovllm.model_executor.models.llama import LlamaDecoderLayer
+from folovllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer
 from folovllm.model_executor.models.registry import get_model_class
 from folovllm.model_executor.weight_utils import load_weights, refuse, safetensors_files
 
@@ -91,48 +93,88 @@ class LayerRunner:
     def inputs_in_turn(
         self, layer: LlamaDecoderLayer, states: list[torch.Tensor]
     ) -> Iterator[tuple[str, LinearBase, Iterable[torch.Tensor]]]:
-        """(name, linear, what it gets to see: [length, input_size] per sequence), in the order in which they run.
+        """(name, linear, its inputs: [length, input_size] per sequence) of each linear, in the order in which they run.
 
         The caller may change a linear's weight before it asks for the next: what follows goes through the new one.
-        `states` are moved through the layer on the way, in place; only down's inputs, which are wide, are not kept
-        but computed twice.
+        In the end `states` are moved through the layer, in place. The inputs are those of the layer's own forward pass,
+        which runs up to the linear for every sequence; what an earlier pass completed is not computed again.
         """
-        attention, mlp = layer.self_attn, layer.mlp
-        inputs = [layer.input_layernorm(hidden) for hidden in states]
-        yield "self_attn.qkv_proj", attention.qkv_proj, inputs
-        for i, x in enumerate(inputs):
-            cos_sin = self.rotary.cos_sin_at(torch.arange(x.shape[0]), x.dtype)
-            with set_forward_context(AttentionMetadata.single_sequence(x.shape[0])):
-                inputs[i] = input_of(attention.o_proj, lambda x=x, cos_sin=cos_sin: attention(x, cos_sin))  # type: ignore[misc]
-        yield "self_attn.o_proj", attention.o_proj, inputs
-        for i, x in enumerate(inputs):
-            inputs[i], states[i] = layer.post_attention_layernorm(attention.o_proj(x), states[i].clone())
-        yield "mlp.gate_up_proj", mlp.gate_up_proj, inputs
-        yield "mlp.down_proj", mlp.down_proj, (input_of(mlp.down_proj, lambda x=x: mlp(x)) for x in inputs)  # type: ignore[misc]
-        for i, x in enumerate(inputs):
-            states[i] = states[i] + mlp(x)
+        with ComputedOnce(m for m in layer.modules() if isinstance(m, (Attention, LlamaAttention))) as once:
+            for name, linear in self._linears_in_order(layer):
+                yield name, linear, (self._input_of(linear, layer, hidden, once, i) for i, hidden in enumerate(states))
+            for i, hidden in enumerate(states):
+                once.sequence = i
+                states[i] = self.run(layer, hidden)
+
+    def _linears_in_order(self, layer: LlamaDecoderLayer) -> list[tuple[str, LinearBase]]:
+        """As a pass of one token meets them."""
+        met: list[tuple[str, LinearBase]] = []
+        with ExitStack() as hooks:
+            for name, module in layer.named_modules():
+                if isinstance(module, LinearBase):
+                    hook = module.register_forward_pre_hook(lambda m, _, name=name: met.append((name, m)))
+                    hooks.callback(hook.remove)
+            self.run(layer, torch.zeros(1, self.arch.hidden_size))
+        return met
+
+    @torch.inference_mode()
+    def _input_of(
+        self, linear: LinearBase, layer: LlamaDecoderLayer, hidden: torch.Tensor, once: "ComputedOnce", sequence: int
+    ) -> torch.Tensor:
+        """What `linear` gets to see when `layer` runs on `hidden`; the forward pass ends there."""
+        once.sequence = sequence
+        caught: list[torch.Tensor] = []
+
+        def stop(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            caught.append(inputs[0])
+            raise _StopForward
+
+        hook = linear.register_forward_pre_hook(stop)
+        try:
+            self.run(layer, hidden)
+        except _StopForward:
+            pass
+        finally:
+            hook.remove()
+        return caught.pop()
 
 
 class _StopForward(Exception):
     """The forward pass has come to where it was to end."""
 
 
-def input_of(linear: nn.Module, forward: Callable[[], object]) -> torch.Tensor:
-    """What `linear` gets to see in `forward()`, which ends there."""
-    caught: list[torch.Tensor] = []
+class ComputedOnce:
+    """Within it, each of `modules` computes its output once per sequence and then repeats it.
 
-    def stop(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        caught.append(inputs[0])
-        raise _StopForward
+    If a forward pass stops at a linear and yet completes a module, then every linear in that module comes before, so
+    its weight is final and so is the output. Set `sequence` before each pass.
+    """
 
-    handle = linear.register_forward_pre_hook(stop)
-    try:
-        forward()
-    except _StopForward:
-        pass
-    finally:
-        handle.remove()
-    return caught.pop()
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.sequence: int | None = None  # None: nothing is kept
+        self._modules = list(modules)
+        self._outputs: dict[tuple[nn.Module, int], torch.Tensor] = {}
+
+    def __enter__(self) -> "ComputedOnce":
+        for module in self._modules:
+            module.forward = partial(self._forward, module, module.forward)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._outputs.clear()
+        for module in self._modules:
+            del module.forward  # the class's own is there again
+
+    def _forward(self, module: nn.Module, forward: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+        if self.sequence is None:
+            return forward(*args)
+        key = (module, self.sequence)
+        if key not in self._outputs:
+            self._outputs[key] = forward(*args)
+            for inner in module.modules():  # what was kept within is not asked for any more
+                if inner is not module:
+                    self._outputs.pop((inner, self.sequence), None)
+        return self._outputs[key]
 
 
 class WholeSequenceBackend(NoCacheBackend):

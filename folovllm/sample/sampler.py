@@ -25,7 +25,7 @@ this holds up to the order in which a kernel sums a row, which may depend on the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -37,6 +37,7 @@ from folovllm.sample.ops.shortlist import Shortlist
 from folovllm.sampling_params import GREEDY_EPSILON
 
 LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
+SamplerBackend = Literal["torch", "shortlist", "cpp"]
 LOGPROBS_MODES: tuple[LogprobsMode, ...] = ("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits")
 _GATHER_ROWS = 64  # rows ranked at a time: the scratch memory for a long prompt at once would take gigabytes
 _GROUP_ELEMENTS = 2**19  # 2 MB of float32
@@ -56,12 +57,24 @@ class Sampler:
 
     `logprobs_mode` decides what is reported as logprobs: log-probabilities or plain logits, either as the model
     returned them ("raw") or after masks, bias, penalties, temperature and truncation ("processed").
+
+    `backend` decides how step 9 is computed; the tokens are the same, bit for bit. "torch" follows the definitions
+    (ops/topk_topp.py), "shortlist" sorts only the largest logits (ops/shortlist.py), and "cpp" takes one pass in C++
+    (ops/fused.py). M4 turns the latter two on, through `use_backend`.
     """
+
+    backend: SamplerBackend = "torch"
+    _ops: Any | None = None
 
     def __init__(self, logprobs_mode: LogprobsMode = "raw_logprobs") -> None:
         if logprobs_mode not in LOGPROBS_MODES:
             raise ValueError(f"logprobs_mode must be one of {', '.join(LOGPROBS_MODES)}, got {logprobs_mode!r}")
         self.logprobs_mode = logprobs_mode
+
+    def use_backend(self, backend: SamplerBackend, ops: Any | None = None) -> None:
+        """Computes step 9 and the argmax by `backend`; "cpp" needs our C++ operators, `ops`."""
+        assert (backend == "cpp") == (ops is not None), backend
+        self.backend, self._ops = backend, ops
 
     @torch.inference_mode()
     def forward(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
@@ -109,7 +122,7 @@ class Sampler:
         greedy = None if metadata.all_random else self.greedy_sample(logits)  # [R]
         if metadata.temperature is None:
             return self.greedy_sample(logits) if greedy is None else greedy  # the first case is a batch without rows
-        drawn = fused.sample_(logits, metadata)  # [R]
+        drawn = None if self._ops is None else fused.sample_(logits, metadata, self._ops)  # [R]
         if drawn is None:
             drawn = torch.cat([self._sample_rows(logits[g], metadata, g) for g in _row_groups(logits)])
         else:
@@ -118,13 +131,15 @@ class Sampler:
                 drawn[g] = self._sample_rows(logits[g], metadata, g)
         return drawn if greedy is None else torch.where(metadata.temperature < GREEDY_EPSILON, greedy, drawn)
 
-    @staticmethod
-    def _sample_rows(logits: torch.Tensor, metadata: SamplingMetadata, rows: slice) -> torch.Tensor:
+    def _sample_rows(self, logits: torch.Tensor, metadata: SamplingMetadata, rows: slice) -> torch.Tensor:
         """Runs step 9 in torch for a group of rows and returns `[n]`. `logits [n, V]` are edited."""
         assert metadata.temperature is not None
         topk_topp.apply_temperature_(logits, metadata.temperature[rows])
         keys = metadata.seeds[rows], metadata.output_indices[rows]
         if not metadata.truncates:
+            return topk_topp.random_sample(logits.softmax(dim=-1), *keys)
+        if self.backend == "torch":
+            _truncate_(logits, metadata, rows)
             return topk_topp.random_sample(logits.softmax(dim=-1), *keys)
         shortlist = Shortlist.build(logits)
         if metadata.min_p is not None:
@@ -135,10 +150,9 @@ class Sampler:
             shortlist.apply_top_p_(logits, metadata.top_p[rows])
         return shortlist.random_sample(logits.softmax(dim=-1), *keys)
 
-    @staticmethod
-    def greedy_sample(logits: torch.Tensor) -> torch.Tensor:
+    def greedy_sample(self, logits: torch.Tensor) -> torch.Tensor:
         """Returns the most likely token of each row of `logits [R, V]`, the lowest id among equals, as `[R]`."""
-        return first_argmax(logits)
+        return first_argmax(logits, self._ops)
 
     @staticmethod
     def compute_logprobs(logits: torch.Tensor) -> torch.Tensor:
@@ -191,6 +205,16 @@ class Sampler:
             for i, one in zip(wanted[g], self.gather_logprobs(values, sampled_ids[g], counts[g]), strict=True):
                 result[i] = one
         return result
+
+
+def _truncate_(logits: torch.Tensor, metadata: SamplingMetadata, rows: slice) -> None:
+    """min_p, top_k and top_p of a group of rows as ops/topk_topp.py defines them. `logits [n, V]` are edited."""
+    if metadata.min_p is not None:
+        topk_topp.apply_min_p_(logits, metadata.min_p[rows])
+    if metadata.top_k is not None:
+        topk_topp.apply_top_k_(logits, metadata.top_k[rows], metadata.max_top_k)
+    if metadata.top_p is not None:
+        topk_topp.apply_top_p_(logits, metadata.top_p[rows])
 
 
 def _row_groups(logits: torch.Tensor, num_rows: int | None = None) -> list[slice]:

@@ -4,7 +4,9 @@ Milestone: M1. vLLM counterpart: vllm/v1/worker/gpu_model_runner.py.
 Left out: CUDA graphs, several KV groups, drafts, LoRA, multimodal inputs.
 
 The batch is flat: the new tokens of all requests one after another, without padding. The runner never asks whether a
-request is in prefill or decode; it only knows how many tokens are computed and how many are new.
+request is in prefill or decode; it only knows how many tokens are computed and how many are new. The model returns the
+hidden states of the rows that are read next, and no others: the last row of each request that samples, and all rows of
+a request that wants prompt logprobs.
 """
 
 from dataclasses import dataclass
@@ -13,12 +15,11 @@ import numpy as np
 import torch
 
 from folovllm.attention.backend import AttentionBackend, AttentionMetadata
-from folovllm.config import EngineConfig
+from folovllm.config import EngineConfig, KernelConfig
 from folovllm.core.kv_cache_utils import KVCacheConfig
 from folovllm.core.sched.output import NewRequestData, SchedulerOutput
 from folovllm.forward_context import set_forward_context
-from folovllm.model_executor.fast_layers import fuse_decoder_layers
-from folovllm.model_executor.huge_pages import huge_zeros, touch_pages
+from folovllm.model_executor.cpu.huge_pages import huge_zeros, touch_pages
 from folovllm.model_executor.models.interface import CausalLM
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.request import TokenLogprobs
@@ -28,7 +29,7 @@ from folovllm.worker.input_batch import CachedRequestState, InputBatch
 
 # Rows of prompt logits computed at once: [256, 49152] in fp32 is 48 MiB.
 PROMPT_LOGPROBS_CHUNK = 256
-# Of the KV cache at start: what some dozens of requests need, in the time that a slow host takes for it.
+# How much of the KV cache `touch_kv_pages` writes at start: what some dozens of requests need, unless the host is slow.
 TOUCH_BYTES, TOUCH_SECONDS = 256 * 2**20, 0.4
 
 
@@ -37,12 +38,12 @@ class ForwardHandle:
     """A step between `execute` and `sample`."""
 
     scheduler_output: SchedulerOutput
-    query_start_loc: list[int]  # [num_reqs + 1]
-    hidden_states: torch.Tensor  # [num_tokens, hidden_size]
+    hidden_states: torch.Tensor  # [num_selected, hidden_size]
+    row_start_loc: list[int]  # [num_reqs + 1]: where the rows of each request begin in hidden_states
 
 
 class ModelRunner:
-    """Owns the model, the KV cache tensor and the batch."""
+    """Owns the model, the KV cache tensor and the batch of the requests that run."""
 
     def __init__(
         self, config: EngineConfig, model: CausalLM, backend: AttentionBackend, device: torch.device, sampler: Sampler
@@ -64,31 +65,36 @@ class ModelRunner:
         self.kv_caches = torch.empty(0)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
-        """One tensor for all layers, cut into a slice per layer: [num_layers, *backend.kv_cache_shape]."""
+        """Allocates one tensor [num_layers, *backend.kv_cache_shape], and gives each layer its slice."""
         layers = self.model.attention_layers()
         shape = (len(layers), *self.backend.kv_cache_shape(kv_cache_config.num_blocks))
-        self.kv_caches = _zeros(shape, self.backend.spec.dtype, self.device)
+        self.kv_caches = _zeros(shape, self.backend.spec.dtype, self.device, self.config.kernel_config)
         for layer, kv_cache in zip(layers, self.kv_caches, strict=True):
             layer.bind(self.backend, kv_cache)
-        fuse_decoder_layers(self.model, self.backend)
 
     # ---- execute: state, inputs, forward pass
 
     @torch.inference_mode()
     def execute(self, scheduler_output: SchedulerOutput) -> ForwardHandle:
-        """Run the forward pass of a step; an empty step only updates state."""
+        """Runs the forward pass of a step. An empty step only updates state."""
         self._update_states(scheduler_output)
         if scheduler_output.block_copies:
             self.backend.copy_blocks(self.kv_caches, scheduler_output.block_copies)
         if scheduler_output.is_empty:
-            return ForwardHandle(scheduler_output, [0], torch.empty(0))
-        metadata, num_tokens = self._prepare_inputs(scheduler_output)
+            return ForwardHandle(scheduler_output, torch.empty(0), [0])
+        metadata, num_tokens, row_start_loc = self._prepare_inputs(scheduler_output)
         with set_forward_context(metadata):
             hidden_states = self.model(self.input_ids[:num_tokens], self.positions[:num_tokens])
-        return ForwardHandle(scheduler_output, metadata.query_start_loc, hidden_states)
+        if len(hidden_states) != row_start_loc[-1]:
+            raise ValueError(
+                f"{type(self.model).__name__} returned {len(hidden_states)} rows of hidden states and "
+                f"{row_start_loc[-1]} were selected: return the rows of AttentionMetadata.logits_indices, as "
+                "LlamaModel.run_layers does"
+            )
+        return ForwardHandle(scheduler_output, hidden_states, row_start_loc)
 
     def _update_states(self, output: SchedulerOutput) -> None:
-        """Bring requests and batch up to date. Who is not scheduled leaves the batch but keeps its state."""
+        """Updates requests and batch. A request that is not scheduled leaves the batch but keeps its state."""
         self.batch.begin_changes()
         for request_id in output.finished_req_ids:
             self.requests.pop(request_id, None)
@@ -132,8 +138,10 @@ class ModelRunner:
         elif new_block_ids:
             self.batch.block_table.append_row(new_block_ids, row)
 
-    def _prepare_inputs(self, output: SchedulerOutput) -> tuple[AttentionMetadata, int]:
-        """Fill the input buffers. E.g. rows with 2, 1 and 3 new tokens and 5, 9 and 0 computed ones:
+    def _prepare_inputs(self, output: SchedulerOutput) -> tuple[AttentionMetadata, int, list[int]]:
+        """Fills the input buffers. Returns the metadata, the number of tokens, and ForwardHandle's row_start_loc.
+
+        E.g. for requests with 2, 1 and 3 new tokens and 5, 9 and 0 computed ones:
 
         rows      = [0, 0, 1, 2, 2, 2]
         positions = [5, 6, 9, 0, 1, 2]
@@ -150,16 +158,49 @@ class ModelRunner:
         self._fill(self.input_ids, batch.token_ids[rows, positions])
         self._fill(self.positions, positions)
         self._fill(self.slot_mapping, batch.block_table.slot_mapping(rows, positions))
+        logits_indices, row_start_loc = self._select_rows(output, query_start_loc)
         metadata = AttentionMetadata(
             query_start_loc=query_start_loc.tolist(),
             seq_lens=(computed + num_scheduled).tolist(),
             block_table=torch.from_numpy(batch.block_table.table[:num_reqs]).to(self.device),
             slot_mapping=self.slot_mapping[:num_tokens],
             block_size=batch.block_table.block_size,
-            ends_only=num_tokens > num_reqs and not any(r in batch.row_of for r in self.num_prompt_logprobs),
+            logits_indices=logits_indices,
         )
         self.backend.prepare(metadata)
-        return metadata, num_tokens
+        return metadata, num_tokens, row_start_loc
+
+    def _select_rows(
+        self, output: SchedulerOutput, query_start_loc: np.ndarray
+    ) -> tuple[torch.Tensor | None, list[int]]:
+        """The rows that are read after the forward pass (None: all), and where those of each request begin among them.
+
+        E.g. with query_start_loc [0, 2, 3, 6], if request 0 is in mid-prompt, request 1 samples and request 2 wants
+        prompt logprobs:
+
+        counts         = [0, 1, 3]
+        logits_indices = [2, 3, 4, 5]
+        row_start_loc  = [0, 0, 1, 4]
+        """
+        num_tokens = int(query_start_loc[-1])
+        if num_tokens == len(output.sampling_req_ids):  # every request has one token and samples
+            return None, query_start_loc.tolist()
+        num_new = np.diff(query_start_loc).tolist()
+        counts = [self._num_rows_read(r, n, output) for r, n in zip(self.batch.req_ids, num_new, strict=True)]
+        row_start_loc = np.zeros(len(counts) + 1, dtype=np.int64)
+        np.cumsum(counts, out=row_start_loc[1:])
+        num_selected = int(row_start_loc[-1])
+        if num_selected == num_tokens:
+            return None, row_start_loc.tolist()
+        # The rows of a request are its last ones: those that end where the request ends.
+        shift = query_start_loc[1:] - row_start_loc[1:]  # [num_reqs]
+        indices = np.arange(num_selected) + np.repeat(shift, counts)  # [num_selected]
+        return torch.from_numpy(indices).to(self.device), row_start_loc.tolist()
+
+    def _num_rows_read(self, request_id: str, num_new: int, output: SchedulerOutput) -> int:
+        if request_id in self.num_prompt_logprobs and not self.requests[request_id].output_token_ids:
+            return num_new
+        return int(request_id in output.sampling_req_ids)
 
     @staticmethod
     def _fill(buffer: torch.Tensor, values: np.ndarray) -> None:
@@ -172,15 +213,15 @@ class ModelRunner:
 
     @torch.inference_mode()
     def sample(self, handle: ForwardHandle) -> ModelRunnerOutput:
-        """Sample for the requests whose known tokens are all computed; logits only where they are needed."""
+        """Samples for the requests whose known tokens are all computed; logits are computed for their last rows."""
         output = handle.scheduler_output
         sampled: dict[str, list[int]] = {request_id: [] for request_id in output.num_scheduled_tokens}
         result = ModelRunnerOutput(sampled, prompt_logprobs=self._prompt_logprobs(handle))
         sampling = [(i, r) for i, r in enumerate(self.batch.req_ids) if r in output.sampling_req_ids]
         if not sampling:
             return result
-        last_rows = [handle.query_start_loc[i + 1] - 1 for i, _ in sampling]
-        hidden_states = handle.hidden_states  # [num_tokens, hidden_size]
+        last_rows = [handle.row_start_loc[i + 1] - 1 for i, _ in sampling]
+        hidden_states = handle.hidden_states  # [num_selected, hidden_size]
         if len(last_rows) < len(hidden_states):
             hidden_states = hidden_states[last_rows]
         logits = self.model.compute_logits(hidden_states)  # [num_sampling, vocab_size]
@@ -203,14 +244,11 @@ class ModelRunner:
             if i is None or request.output_token_ids:
                 continue
             first = request.num_computed_tokens  # this position predicts the token after it
-            targets = request.data.prompt_token_ids[first + 1 : first + 1 + self._num_rows(handle, i)]
-            rows = handle.hidden_states[handle.query_start_loc[i] :][: len(targets)]  # [num_targets, hidden_size]
+            start, end = handle.row_start_loc[i : i + 2]
+            targets = request.data.prompt_token_ids[first + 1 : first + 1 + end - start]
+            rows = handle.hidden_states[start:end][: len(targets)]  # [num_targets, hidden_size]
             result[request_id] = self._logprobs_of(rows, targets, num_logprobs)
         return result
-
-    @staticmethod
-    def _num_rows(handle: ForwardHandle, i: int) -> int:
-        return handle.query_start_loc[i + 1] - handle.query_start_loc[i]
 
     def _logprobs_of(self, hidden_states: torch.Tensor, targets: list[int], num_logprobs: int) -> list[TokenLogprobs]:
         result: list[TokenLogprobs] = []
@@ -222,10 +260,11 @@ class ModelRunner:
         return result
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`[num_layers, ...]`. torch.zeros would write all of it at start: seconds, for memory that nobody may ever use."""
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, kernels: KernelConfig) -> torch.Tensor:
+    """Zeros `[num_layers, ...]`. On a CPU torch.zeros would write all of it at start, even what is never used."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    zeros = huge_zeros(shape, dtype)
-    touch_pages(zeros, TOUCH_BYTES, TOUCH_SECONDS)
+    zeros = huge_zeros(shape, dtype, kernels.huge_pages)
+    if kernels.touch_kv_pages:
+        touch_pages(zeros, TOUCH_BYTES, TOUCH_SECONDS)
     return zeros

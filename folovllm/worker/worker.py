@@ -13,7 +13,8 @@ from folovllm.attention.selector import get_attn_backend
 from folovllm.config import EngineConfig
 from folovllm.core.kv_cache_utils import CPU_KV_CACHE_CEILING, GIB, KVCacheConfig
 from folovllm.core.sched.output import SchedulerOutput
-from folovllm.model_executor.huge_pages import keep_freed_memory
+from folovllm.model_executor.cpu.accelerate import accelerate
+from folovllm.model_executor.cpu.huge_pages import keep_freed_memory
 from folovllm.model_executor.model_loader import load_model
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.parts import load_part
@@ -29,18 +30,25 @@ class Worker:
     """Loads the model of a resolved config and runs steps on it."""
 
     def __init__(self, config: EngineConfig, model_path: Path) -> None:
-        self.config = config
+        self.config, kernels = config, config.kernel_config
         self.device = torch.device(config.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
+        self.keeps_freed_memory = kernels.keep_freed_memory and self.device.type == "cpu" and keep_freed_memory()
         arch = config.model_config.arch
         dtype: torch.dtype = getattr(torch, config.model_config.dtype)
-        linear_backend = config.attention_config.linear_backend
         quantization = dataclasses.asdict(config.quantization_config)
-        model = load_model(model_path, arch, dtype, self.device, linear_backend=linear_backend, **quantization)
+        model = load_model(
+            model_path,
+            arch,
+            dtype,
+            self.device,
+            linear_backend=kernels.linear_backend,
+            huge_pages=kernels.huge_pages,
+            **quantization,
+        )
         spec = AttentionSpec.from_arch(arch, dtype, self.device, config.block_size)
         backend = get_attn_backend(config.attention_config.attention_backend, spec, config.parts)
         sampler = load_part("sample.sampler", config.parts)()
+        self.replacements = accelerate(model, backend, kernels, sampler)
         self.model_runner = ModelRunner(config, model, backend, self.device, sampler)
 
     def available_kv_cache_bytes(self) -> int:

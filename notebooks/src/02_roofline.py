@@ -30,8 +30,10 @@ import torch
 from matplotlib import pyplot as plt
 
 from folovllm import LLM, SamplingParams, viz
+from folovllm.config import KernelConfig
 from folovllm.csrc.build import load_ops
 from folovllm.hf_config import parse_hf_config
+from folovllm.model_executor.cpu.accelerate import accelerate
 from folovllm.model_executor.model_loader import random_model
 from folovllm.platforms import has_native_bf16
 
@@ -229,7 +231,9 @@ viz.predict(
 
 # %%
 small = dataclasses.replace(arch, num_hidden_layers=LAYERS, vocab_size=1024)
-layers = random_model(small, DTYPE, CPU, linear_backend="auto").model.layers
+model = random_model(small, DTYPE, CPU)
+accelerate(model, None, KernelConfig(linear_backend="auto", fused_mlp="auto", huge_pages=True))
+layers = model.model.layers
 
 
 def run_linears(hidden):

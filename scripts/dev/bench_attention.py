@@ -41,7 +41,7 @@ from folovllm.attention.selector import BACKENDS, load_backend, refusal
 from folovllm.benchmarks.machine import MemoryReader, machine_header, measure_bandwidth
 from folovllm.benchmarks.options import positive
 from folovllm.benchmarks.report import write_json
-from folovllm.model_executor.huge_pages import huge_zeros
+from folovllm.model_executor.cpu.huge_pages import huge_zeros
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 9, 3, 64, 16
 PREFILL_LENS = (256, 512, 1024, 2048, 4096, 8192)

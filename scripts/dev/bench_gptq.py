@@ -79,7 +79,7 @@ def linear_bytes(engine: LLMEngine) -> int:
 
 def _bytes_of(layer: Any) -> int:
     if hasattr(layer, "int4_parts"):
-        return sum(tensor.nbytes for tensors, _ in layer.int4_parts for tensor in tensors)
+        return sum(tensor.nbytes for part in layer.int4_parts for tensor in part.tensors.values())
     weight = layer.packed_weight if hasattr(layer, "packed_weight") else layer.weight
     return int(weight.nbytes)
 

@@ -35,6 +35,7 @@ from folovllm.core.kv_cache_utils import KVCacheConfig
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.executor.base import Executor
+from folovllm.forward_context import get_attn_metadata
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sample.sampler import Sampler, SamplerOutput
@@ -76,7 +77,9 @@ class ZeroModel(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         with self.stopwatch:
-            return torch.zeros(len(input_ids), HIDDEN_SIZE)  # [num_tokens, hidden_size]
+            selected = get_attn_metadata().logits_indices
+            rows = len(input_ids) if selected is None else len(selected)
+            return torch.zeros(rows, HIDDEN_SIZE)  # [num_selected, hidden_size]
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         with self.stopwatch:

@@ -30,7 +30,7 @@ import torch
 from folovllm.benchmarks.machine import machine_header
 from folovllm.benchmarks.report import write_json
 from folovllm.csrc.build import build, default_cache_dir
-from folovllm.model_executor.huge_pages import HugeArena, huge_zeros
+from folovllm.model_executor.cpu.huge_pages import HugeArena, huge_zeros
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = "folovllm/csrc"
@@ -42,6 +42,7 @@ RUNS_PER_ROUND = 6  # of which the fastest counts
 FAR_NS = 150  # a round trip between cores above this is called far
 _NAMESPACES = re.compile(
     r"\bfolovllm(?=::|\s*\{)|(?<=TORCH_LIBRARY_FRAGMENT\()folovllm|(?<=TORCH_LIBRARY_IMPL\()folovllm"
+    r"|(?<=torch\.classes\.)folovllm"
 )
 
 Run = Callable[[Any], torch.Tensor]  # of the operators of a version
@@ -78,23 +79,73 @@ class Model:
     """Random weights and KV cache in huge pages, as the engine has them."""
 
     def __init__(self) -> None:
-        arena, none = HugeArena(), torch.empty(0)
+        arena = HugeArena()
 
         def packed(out_features: int, in_features: int) -> torch.Tensor:
             return arena.move((torch.randn(out_features // 32, in_features // 2, 32, 2) * 0.05).bfloat16())
 
-        self.weights: list[torch.Tensor] = []
-        for _ in range(LAYERS):
-            norm = torch.ones(HIDDEN, dtype=torch.bfloat16)
-            self.weights += [norm, packed((HEADS + 2 * KV_HEADS) * HEAD_SIZE, HIDDEN), none, none, none]
-            self.weights += [packed(HIDDEN, HEADS * HEAD_SIZE), none, norm]
-            self.weights += [packed(2 * INTERMEDIATE, HIDDEN), none, packed(HIDDEN, INTERMEDIATE), none]
+        norm = torch.ones(HIDDEN, dtype=torch.bfloat16)
+        self.layers: list[dict[str, torch.Tensor]] = [
+            {
+                "input_layernorm": norm,
+                "qkv_proj.packed": packed((HEADS + 2 * KV_HEADS) * HEAD_SIZE, HIDDEN),
+                "o_proj.packed": packed(HIDDEN, HEADS * HEAD_SIZE),
+                "post_attention_layernorm": norm,
+                "gate_up_proj.packed": packed(2 * INTERMEDIATE, HIDDEN),
+                "down_proj.packed": packed(HIDDEN, INTERMEDIATE),
+            }
+            for _ in range(LAYERS)
+        ]
+        self._calls: dict[int, Callable[..., torch.Tensor]] = {}  # by the identity of a version's operators
         num_blocks = 1 + max(DECODE_REQUESTS) * -(-CONTEXTS[1] // BLOCK_SIZE)
         shape = (LAYERS, num_blocks, KV_HEADS, 2, BLOCK_SIZE * HEAD_SIZE)
         self.kv_caches = list(huge_zeros(shape, torch.bfloat16).normal_().unbind(0))
 
+    def decoder_of(self, ops: Any) -> Callable[..., torch.Tensor]:
+        """All layers of a version: a call with (hidden, residual, cos, sin, *metadata, last rows) -> those rows."""
+        if id(ops) not in self._calls:
+            self._calls[id(ops)] = self._flat_call(ops) if hasattr(ops, "decoder_layers") else self._stack_call(ops)
+        return self._calls[id(ops)]
+
+    def _stack_call(self, ops: Any) -> Callable[..., torch.Tensor]:
+        stack = getattr(torch.classes, ops.name).DecoderStack(HEADS, INTERMEDIATE, 1e-5, HEAD_SIZE**-0.5, 0)
+        for layer in self.layers:
+            stack.add_layer(layer)
+
+        def call(hidden: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+            *rest, last = args
+            rows = None if len(last) == len(hidden) else last
+            out: torch.Tensor = ops.decoder_stack.default(stack, hidden, *rest[:3], self.kv_caches, *rest[3:], rows)[0]
+            return out
+
+        return call
+
+    def _flat_call(self, ops: Any) -> Callable[..., torch.Tensor]:
+        """Versions before the DecoderStack class took all weights in every step, with empty tensors between them."""
+        none, weights = torch.empty(0), []
+        for layer in self.layers:
+            weights += [
+                layer["input_layernorm"],
+                layer["qkv_proj.packed"],
+                none,
+                none,
+                none,
+                layer["o_proj.packed"],
+                none,
+            ]
+            weights += [layer["post_attention_layernorm"], layer["gate_up_proj.packed"], none]
+            weights += [layer["down_proj.packed"], none]
+        sizes = HEADS, INTERMEDIATE, 1e-5, HEAD_SIZE**-0.5, 0, True
+
+        def call(*args: torch.Tensor) -> torch.Tensor:
+            *rest, last = args
+            out: torch.Tensor = ops.decoder_layers.default(*rest[:4], weights, self.kv_caches, *rest[4:], *sizes)
+            return out if len(last) == len(out) else out[last]
+
+        return call
+
     def step(self, query_lens: list[int], seq_lens: list[int]) -> Run:
-        """A step of requests that compute their last query_lens tokens, as a call of `decoder_layers`."""
+        """A step of requests that compute their last query_lens tokens, as one call for all layers."""
         blocks_each = -(-max(seq_lens) // BLOCK_SIZE)
         num_reqs, num_tokens = len(seq_lens), sum(query_lens)
         table = 1 + torch.arange(num_reqs * blocks_each, dtype=torch.int32).view(num_reqs, blocks_each)
@@ -104,13 +155,10 @@ class Model:
         hidden = torch.randn(num_tokens, HIDDEN).bfloat16()
         cos, sin = torch.ones(num_tokens, 1, HEAD_SIZE).bfloat16(), torch.zeros(num_tokens, 1, HEAD_SIZE).bfloat16()
         metadata = slots, starts, torch.tensor(seq_lens, dtype=torch.int32), table
-        sizes = HEADS, INTERMEDIATE, 1e-5, HEAD_SIZE**-0.5, 0, True
+        last = starts[1:].long() - 1  # [num_reqs]: the rows that are read
 
         def run(ops: Any) -> torch.Tensor:
-            residual = torch.zeros_like(hidden)
-            layers = ops.decoder_layers.default
-            out: torch.Tensor = layers(hidden, residual, cos, sin, self.weights, self.kv_caches, *metadata, *sizes)
-            return out
+            return self.decoder_of(ops)(hidden, torch.zeros_like(hidden), cos, sin, *metadata, last)
 
         return run
 

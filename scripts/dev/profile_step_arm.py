@@ -6,13 +6,12 @@ Left out: GPUs. The figures come from two passes of one process, undisturbed ste
 
 import contextlib
 import json
-import math
-import mmap
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -24,7 +23,7 @@ from folovllm.benchmarks.machine import measure_bandwidth
 from folovllm.benchmarks.metrics import median_of
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.executor.uniproc import UniProcExecutor
-from folovllm.model_executor import fast_ops, huge_pages
+from folovllm.model_executor.cpu.huge_pages import huge_zeros
 from folovllm.model_executor.layers.activation import SiluAndMul
 from folovllm.model_executor.layers.layernorm import RMSNorm
 from folovllm.model_executor.layers.linear import LinearBase
@@ -37,7 +36,7 @@ WARM_UP, PROFILED = 5, 5  # decode steps before the timed ones, and under the pr
 SPAN = "family:"
 SPANS = {LinearBase: "linear", RMSNorm: "norm", ApplyRotary: "rotary", SiluAndMul: "silu", LlamaDecoderLayer: "layer"}
 FAMILIES = ("linear", "attention", "kv_write", "norm", "rotary", "silu", "layer", "sampler", "other")
-ALL_LAYERS = "folovllm::decoder_layers"
+ALL_LAYERS = "folovllm::decoder_stack"
 MATMUL_SIZE, MATMUL_REPEATS = 1024, 7
 
 Figures = dict[str, Any]  # one arm at one batch size
@@ -56,43 +55,38 @@ class Rung:
     temperature: float = 0.0
 
 
-_NAIVE = "m4+attention_backend=torch_naive+linear_backend="
-_PAGED = "m4+attention_backend=cpu_paged+linear_backend=auto"
-RUNGS = (
-    Rung(1, "plain torch", _NAIVE + "torch"),
-    Rung(2, "+ oneDNN packing", _NAIVE + "onednn"),
-    Rung(3, "+ C++ linears, norm, rotary, SiLU", _NAIVE + "auto"),
-    Rung(4, "+ cpu_paged attention", _PAGED),
-    Rung(5, "+ SiLU inside gate_up", _PAGED),
-    Rung(6, "+ all layers in one call", _PAGED),
-    Rung(7, "+ huge pages", _PAGED),
-    Rung(8, "temperature 0.8, top_p 0.95", _PAGED, temperature=0.8),
+HUGE = 7  # the first rung whose weights and KV cache lie in huge pages
+# m4 with the changes switched off that later rungs turn on. What no rung is about (sampling, malloc) stays on.
+_OFF = {
+    "attention_backend": "torch_naive",
+    "linear_backend": "torch",
+    "fused_ops": "false",
+    "fused_mlp": "false",
+    "decoder_stack": "false",
+    "huge_pages": "false",
+}
+_CHANGES: tuple[tuple[str, dict[str, str]], ...] = (
+    ("plain torch", {}),
+    ("+ oneDNN packing", {"linear_backend": "onednn"}),
+    ("+ C++ linears, norm, rotary, SiLU", {"linear_backend": "auto", "fused_ops": "auto"}),
+    ("+ cpu_paged attention", {"attention_backend": "cpu_paged"}),
+    ("+ SiLU inside gate_up", {"fused_mlp": "auto"}),
+    ("+ all layers in one call", {"decoder_stack": "auto"}),
+    ("+ huge pages", {"huge_pages": "true"}),
 )
-GATED, ONE_CALL, HUGE = 5, 6, 7  # the rungs that have no switch in the config
 
 
-def later_changes_off(number: int) -> contextlib.ExitStack:
-    """THE ONE PLACE where an arm loses, by patching, the changes that come after it and that no switch turns off."""
-    off = contextlib.ExitStack()
-    if number < HUGE:  # weights and KV cache lie in pages of 4 KiB
-        for module in (huge_pages, model_runner):
-            off.enter_context(mock.patch.object(module, "huge_zeros", ordinary_zeros))
-    if number < ONE_CALL:  # layers run module by module
-        off.enter_context(mock.patch.object(model_runner, "fuse_decoder_layers", lambda model, backend: False))
-    if number < GATED:  # the activation is an operator of its own
-        off.enter_context(mock.patch.object(fast_ops, "fuse_mlps", lambda model, ops: None))
-    return off
+def _ladder() -> Iterator[Rung]:
+    """Each rung has the switches of those before it, and its own."""
+    switches = dict(_OFF)
+    for number, (change, own) in enumerate(_CHANGES, start=1):
+        switches |= own
+        engine = "+".join(["m4", *(f"{name}={value}" for name, value in switches.items())])
+        yield Rung(number, change, engine)
+    yield Rung(len(_CHANGES) + 1, "temperature 0.8, top_p 0.95", engine, temperature=0.8)
 
 
-def ordinary_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """`torch.zeros`, in 4 KiB pages even where the system hands out huge ones without being asked."""
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if num_bytes == 0 or not hasattr(mmap, "MADV_NOHUGEPAGE"):
-        return torch.zeros(shape, dtype=dtype)
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes).view(dtype).view(shape)
+RUNGS = tuple(_ladder())
 
 
 # ---- one arm, in its own process
@@ -127,8 +121,7 @@ def do_job(text: str) -> dict[str, Any]:
 
 def measure_arm(job: Job) -> dict[str, Figures]:
     """Batch size -> what a decode step of that many requests takes."""
-    with later_changes_off(job.number):
-        engine = make_engine(replace(job.task, arm=RUNGS[job.number - 1].engine))
+    engine = make_engine(replace(job.task, arm=RUNGS[job.number - 1].engine))
     figures = {}
     for batch in job.batches:
         before = memory_speed(job.task.bandwidth_bytes)
@@ -146,8 +139,8 @@ def measure_arm(job: Job) -> dict[str, Figures]:
 
 def memory_speed(num_bytes: int) -> dict[str, float]:
     """Bytes per second of a plain read, in both kinds of pages."""
-    pages = {"huge": huge_pages.huge_zeros, "ordinary": ordinary_zeros}
-    return {kind: measure_bandwidth("cpu", num_bytes, zeros)["bytes_per_second"] for kind, zeros in pages.items()}
+    allocators = {"huge": huge_zeros, "ordinary": partial(huge_zeros, huge_pages=False)}
+    return {kind: measure_bandwidth("cpu", num_bytes, zeros)["bytes_per_second"] for kind, zeros in allocators.items()}
 
 
 def matmul_speed(dtype: torch.dtype) -> float:

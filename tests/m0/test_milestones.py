@@ -12,18 +12,27 @@ from folovllm.milestones import LADDER, RUNG_IDS, RungNotBuiltError, fold, get_r
 
 pytestmark = pytest.mark.m0
 
-OFF = {
+M4_OFF = {
     "attention_backend": "torch_naive",
+    "linear_backend": "torch",
+    "fused_ops": False,
+    "fused_mlp": False,
+    "decoder_stack": False,
+    "sampler_backend": "torch",
+    "huge_pages": False,
+    "touch_kv_pages": False,
+    "keep_freed_memory": False,
+}
+OFF = M4_OFF | {
     "enable_chunked_prefill": False,
     "enable_prefix_caching": False,
     "quantization": "dequantize",
 }
 # The switches as the milestone pages document them.
 PRESETS: dict[str, dict[str, Any]] = {
-    "m1": OFF | {"max_num_seqs": 1, "batching": "static", "block_size": "max_model_len", "linear_backend": "auto"},
-    "m2": OFF
-    | {"max_num_seqs": None, "batching": "continuous", "block_size": "max_model_len", "linear_backend": "auto"},
-    "m3": OFF | {"max_num_seqs": None, "batching": "continuous", "block_size": 16, "linear_backend": "auto"},
+    "m1": OFF | {"max_num_seqs": 1, "batching": "static", "block_size": "max_model_len"},
+    "m2": OFF | {"max_num_seqs": None, "batching": "continuous", "block_size": "max_model_len"},
+    "m3": OFF | {"max_num_seqs": None, "batching": "continuous", "block_size": 16},
 }
 WHERE = engine_arg_names()
 
@@ -75,6 +84,22 @@ def test_a_rung_adds_only_its_own_switches() -> None:
     for lower, upper in pairwise(built):
         before, after = fold(lower.id), fold(upper.id)
         assert {name for name in after if after[name] != before[name]} <= set(upper.on)
+
+
+BUILT = [rung.id for rung in LADDER if rung.built and rung.off]
+
+
+@pytest.mark.parametrize("rung", BUILT)
+def test_a_rung_turns_on_what_it_names_and_nothing_else(rung: str) -> None:
+    """Without it the ladder is the one below. m2 is apart: its off-state is the static batch of many."""
+    below = fold(RUNG_IDS[RUNG_IDS.index(rung) - 1])
+    assert fold(rung, without=[rung]) == (below if rung != "m2" else below | {"max_num_seqs": None})
+
+
+def test_m4_alone_leaves_plain_torch() -> None:
+    on = get_rung("m4").on
+    assert get_rung("m4").off == M4_OFF and all(on[name] != off for name, off in M4_OFF.items())
+    assert not any(set(rung.on) & set(M4_OFF) for rung in LADDER if rung.id != "m4")
 
 
 def test_m0_has_no_engine() -> None:

@@ -1,6 +1,7 @@
 """The commands that need no engine: help, pull, info; the options; and how errors end."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,19 @@ def test_info_shows_hardware_models_and_the_ladder(tmp_path):
     assert facts["top_milestone"] == milestones.top_rung().id
     text = run("info", "--download-dir", tmp_path).stdout
     assert "not pulled" in text and "Basic inference" in text and " GiB" in text
+
+
+def test_info_says_what_runs(tiny_model_dir):
+    """--engine loads the model; with options of the engine, but without --engine, there is nothing to say."""
+    folder = tiny_model_dir("llama")
+    small = ["--max-model-len", "64", "--engine-arg", "kv_cache_memory=1048576"]
+    facts = json.loads(run("info", folder, "--engine", "--json", "--preset", "m3", *small).stdout)
+    assert facts["attention"] == "torch_naive" and facts["sampler"] == "Sampler, torch" and facts["replaced"] == []
+    assert "2 x QKVParallelLinear: UnquantizedLinearMethod" in facts["layers"] and facts["threads"] >= 1
+    text = run("info", folder, "--engine", "--preset", "m3", *small).stdout
+    assert "2 x LlamaDecoderLayer: module by module" in text and re.search(r"replaced +none", text)
+    assert run("info", folder, "--preset", "m3").exit_code != 0
+    assert run("info", folder, "--model", "other").exit_code != 0
 
 
 def test_info_of_a_model_counts_parameters_and_kv_bytes(tiny_model_dir):

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from folovllm import LLM, SamplingParams
+from folovllm.milestones import get_rung
 from scripts.dev.make_hf_fixture import PROMPTS, encode, weights_sha256
 from tests.parity_helpers import make_config
 
@@ -135,7 +136,7 @@ def forced_ours(model_dir: Path, rows: list[dict[str, Any]] = BF16_ROWS, **engin
     from folovllm.engine.llm_engine import LLMEngine
     from folovllm.executor.uniproc import UniProcExecutor
 
-    args = {"dtype": "bfloat16", "linear_backend": "onednn", "block_size": 16, "max_num_seqs": len(rows)}
+    args = {"dtype": "bfloat16", "block_size": 16, "max_num_seqs": len(rows)}
     config = make_config(model_dir, max_model_len=MAX_MODEL_LEN, **args | engine_args)
     engine = LLMEngine(config, UniProcExecutor(config, model_dir), tokenizer=None)
     for i, row in enumerate(rows):
@@ -178,8 +179,8 @@ TOKEN_BY_TOKEN = {"enable_chunked_prefill": True, "long_prefill_token_threshold"
 
 @pytest.mark.parametrize(
     "engine_args",
-    [{}, TOKEN_BY_TOKEN, TOKEN_BY_TOKEN | {"linear_backend": "auto"}],
-    ids=["whole texts", "token by token", "token by token in C++"],
+    [{}, TOKEN_BY_TOKEN | {"linear_backend": "onednn"}, TOKEN_BY_TOKEN | get_rung("m4").on],
+    ids=["whole texts", "token by token, oneDNN", "token by token in C++"],
 )
 def test_bf16_is_as_near_to_fp32_as_huggingfaces(
     engine_args: dict[str, Any], model_dir: Path, exact: Forced, hf_bf16: Forced

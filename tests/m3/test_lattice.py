@@ -6,14 +6,17 @@ corners; the full product of the switches that schedule is `slow`, with kernels,
 turns in it.
 """
 
+import dataclasses
 import itertools
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from folovllm.config import KernelConfig
 from folovllm.milestones import LADDER
 from tests.m7.quant_helpers import make_quantizable, quantize
 from tests.pairwise import Case, pairwise, product
@@ -69,14 +72,22 @@ SWITCHES: dict[str, list[Any]] = {
     "reserve_full_sequence": [True, False],
     "linear_backend": ["onednn", "auto", "torch"],
     "attention_backend": ["torch_naive", "auto", "torch_sdpa", "torch_flash"],  # auto: C++ where there is a compiler
+    "fused_ops": [False, "auto"],
+    "fused_mlp": [False, "auto"],
+    "decoder_stack": [False, "auto"],
+    "sampler_backend": ["torch", "auto", "shortlist"],
+    "huge_pages": [False, True],
+    "touch_kv_pages": [False, True],
+    "keep_freed_memory": [False, True],
     "enable_chunked_prefill": list(CHUNKING),
     "enable_prefix_caching": list(CACHING),
     "quantization": list(QUANTIZATION),
 }
 RUNS = {"passes": [1, 2], "model": MODELS}  # the second pass meets a warm cache
 ARRAY = pairwise(SWITCHES | RUNS)
-# In the full product a kernel need not meet every schedule: it cannot know who made its batch. Nor need each cache.
-TURNS = {name: SWITCHES[name] for name in ("linear_backend", "attention_backend", "quantization")} | RUNS
+# In the full product not every kernel meets every schedule, as it cannot know who made its batch: they are drawn.
+KERNELS = ("attention_backend", *(field.name for field in dataclasses.fields(KernelConfig)))
+DRAWN = {name: SWITCHES[name] for name in (*KERNELS, "quantization")} | RUNS
 CACHES = [name for name in CACHING if name != "off"]
 
 MakeTiny = Callable[[str], Path]
@@ -169,7 +180,7 @@ def test_corners(chunking: str, cache: str, folder_of: FolderOf, jobs_of: JobsOf
     """Everything that can get into another's way at once: chunks, hits, copies, preemptions in mid-prompt."""
     crowd = {"max_num_seqs": 8, "num_kv_blocks": "tiny", "reserve_full_sequence": False, "passes": 2, "model": "llama"}
     case = ARRAY[-1] | crowd | {"enable_chunked_prefill": chunking, "enable_prefix_caching": cache}
-    case |= {"linear_backend": "auto", "attention_backend": "auto", "batching": "continuous"}
+    case |= {name: SWITCHES[name][1] for name in KERNELS} | {"batching": "continuous"}  # all on
     for block_size, policy, quantization in ((1, "fcfs", "plain"), (5, "priority", "auto")):
         case |= {"block_size": block_size, "scheduling_policy": policy, "quantization": quantization}
         assert run_case(case, folder_of, jobs_of) > 0
@@ -179,14 +190,13 @@ def test_corners(chunking: str, cache: str, folder_of: FolderOf, jobs_of: JobsOf
 @pytest.mark.parametrize("block_size", SWITCHES["block_size"])
 @pytest.mark.parametrize("batching", SWITCHES["batching"])
 def test_full_product(batching: str, block_size: int | str, folder_of: FolderOf, jobs_of: JobsOf) -> None:
-    # Caching first, so that it changes slowly: beside every second case it would meet every second turn only.
     fixed = {"enable_prefix_caching": ["off", "on"], "batching": [batching], "block_size": [block_size]}
-    scheduling = {name: values for name, values in SWITCHES.items() if name not in TURNS}
-    cases = product({"enable_prefix_caching": []} | scheduling | fixed)
-    turns = zip(cases, itertools.cycle(product(TURNS | {"cache": CACHES})), strict=False)
-    preemptions = 0
-    for case in (case | turn for case, turn in turns):
-        case["enable_prefix_caching"] = case["cache"] if case["enable_prefix_caching"] == "on" else "off"
+    scheduling = {name: values for name, values in SWITCHES.items() if name not in DRAWN}
+    cases = product(scheduling | fixed)
+    preemptions, rng = 0, random.Random(f"{batching} {block_size}")
+    for case in cases:
+        case |= {name: rng.choice(values) for name, values in DRAWN.items()}
+        case["enable_prefix_caching"] = rng.choice(CACHES) if case["enable_prefix_caching"] == "on" else "off"
         preemptions += run_case(case, folder_of, jobs_of)
     print(f"{batching}, block_size {block_size}: {len(cases)} combinations, {preemptions} preemptions")
 
@@ -210,7 +220,7 @@ def test_the_array_covers_every_pair() -> None:
     for (a, a_values), (b, b_values) in itertools.combinations(switches.items(), 2):
         seen = {(case[a], case[b]) for case in ARRAY}
         assert seen == set(itertools.product(a_values, b_values)), f"{a} x {b}"
-    assert len(ARRAY) < 45 < len(product(SWITCHES))
+    assert len(ARRAY) < 50 < math.prod(map(len, SWITCHES.values()))
     assert any(map(must_preempt, ARRAY)) and any(map(must_hit, ARRAY))
 
 

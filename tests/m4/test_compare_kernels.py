@@ -70,7 +70,8 @@ def test_the_operators_run_and_a_version_that_computes_something_else_is_refused
     with torch.inference_mode():
         script.check_same({"a": ops, "b": ops}, runs)
         other = SimpleNamespace(
-            decoder_layers=SimpleNamespace(default=lambda *args: 1.1 * ops.decoder_layers.default(*args)),
+            name="folovllm",
+            decoder_stack=SimpleNamespace(default=lambda *args: [1.1 * t for t in ops.decoder_stack.default(*args)]),
             paged_attention=SimpleNamespace(default=lambda out, *args: out.fill_(1.0)),
         )
         with pytest.raises(SystemExit, match="b computes something else than a on decode 1"):

@@ -19,7 +19,8 @@ from folovllm.sample.ops import fused
 from folovllm.sample.ops.noise import exponential_noise
 from folovllm.sample.sampler import Sampler
 from folovllm.sampling_params import SamplingParams
-from tests.m4.test_sampler_shortlist import KINDS, check, make_logits
+from tests.m4.test_sampler_shortlist import KINDS, make_logits
+from tests.m4.test_sampler_shortlist import check as check_sampler
 
 pytestmark = pytest.mark.m4
 
@@ -42,9 +43,19 @@ def metadata_of(params: list[SamplingParams], vocab_size: int, seed: int = 0) ->
 
 def answers(logits: torch.Tensor, params: list[SamplingParams], seed: int = 0) -> list[int]:
     """What the operator says of each row of `logits [R, V]`; -1 is doubt. Edits them."""
-    drawn = fused.sample_(logits, metadata_of(params, logits.shape[1], seed))
+    drawn = fused.sample_(logits, metadata_of(params, logits.shape[1], seed), load_ops())
     assert drawn is not None
     return drawn.tolist()
+
+
+def cpp_sampler() -> Sampler:
+    sampler = Sampler()
+    sampler.use_backend("cpp", load_ops())
+    return sampler
+
+
+def check(logits: torch.Tensor, params: list[SamplingParams], seed: int) -> None:
+    check_sampler(logits, params, seed, cpp_sampler())
 
 
 @pytest.fixture
@@ -53,11 +64,11 @@ def in_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     went: list[int] = []
     original = Sampler._sample_rows
 
-    def counted(logits: torch.Tensor, metadata: SamplingMetadata, rows: slice) -> torch.Tensor:
+    def counted(self: Sampler, logits: torch.Tensor, metadata: SamplingMetadata, rows: slice) -> torch.Tensor:
         went.extend(range(rows.start, rows.start + len(logits)))
-        return original(logits, metadata, rows)
+        return original(self, logits, metadata, rows)
 
-    monkeypatch.setattr(Sampler, "_sample_rows", staticmethod(counted))
+    monkeypatch.setattr(Sampler, "_sample_rows", counted)
     yield went
 
 
@@ -164,13 +175,11 @@ def test_a_row_without_probabilities_is_left_alone_and_its_mates_are_answered(va
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_the_sampler_answers_such_a_row_as_it_does_in_torch(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sampler_answers_such_a_row_as_it_does_in_torch(value: float) -> None:
     logits = make_logits("normal", 3, 1000, 0)
     logits[1, 7] = value
     metadata = metadata_of([SamplingParams(temperature=0.8)] * 3, 1000)
-    ours = Sampler().forward(logits, metadata)
-    monkeypatch.setattr(fused, "loaded_ops", lambda: None)
-    assert Sampler().forward(logits, metadata) == ours
+    assert cpp_sampler().forward(logits, metadata) == Sampler().forward(logits, metadata)
 
 
 # ---- by hand, and at the edges
@@ -199,17 +208,14 @@ def test_greedy_rows_are_not_touched() -> None:
     assert torch.equal(edited[0], logits[0]) and not torch.equal(edited[1], logits[1])
 
 
-def test_without_the_operator_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_operator_nothing_is_done(ops: Any) -> None:
     logits = make_logits("normal", 5, 1000, 0)
     params = [SamplingParams(temperature=0.8, top_p=0.9)] * 5
     metadata = metadata_of(params, 1000)
-    ours = Sampler().forward(logits, metadata)
     for unfit in (logits.bfloat16(), logits.t().contiguous().t()):
-        assert fused.sample_(unfit, metadata) is None
-    monkeypatch.setattr(fused, "loaded_ops", lambda: None)
-    edited = logits.clone()
-    assert fused.sample_(edited, metadata) is None and torch.equal(edited, logits)
-    assert Sampler().forward(logits, metadata) == ours
+        edited = unfit.clone(memory_format=torch.preserve_format)
+        assert fused.sample_(edited, metadata, ops) is None and torch.equal(edited, unfit)
+    assert Sampler().forward(logits, metadata) == cpp_sampler().forward(logits, metadata)
 
 
 def test_bad_inputs_are_errors_and_not_crashes(ops: Any) -> None:

@@ -5,6 +5,7 @@ Tiny random weights: what is tested must not depend on how fast this machine is 
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,7 @@ from folovllm.benchmarks.arms import ArmTask
 from folovllm.benchmarks.random_model import checkpoint_folder, write_checkpoint
 from folovllm.benchmarks.runner import answer
 from folovllm.csrc.build import load_ops
-from folovllm.model_executor import fast_ops, huge_pages
-from folovllm.model_executor.fast_layers import FusedDecoderLayers
+from folovllm.model_executor.cpu import huge_pages
 from folovllm.model_executor.models.llama import LlamaDecoderLayer
 from tests.script_loader import load_script
 
@@ -62,16 +62,9 @@ needs_fast_linears = pytest.mark.skipif(
 @needs_fast_linears
 @pytest.mark.parametrize("number", [rung.number for rung in RUNGS])
 def test_an_arm_has_its_change_and_no_later_one(number, weights, monkeypatch):
-    engines, pages = [], []
+    engines = []
     make_engine = step_profile.make_engine
-
-    def spy(task):
-        pages.append(huge_pages.huge_zeros)
-        engines.append(make_engine(task))
-        return engines[-1]
-
-    monkeypatch.setattr(step_profile, "make_engine", spy)
-    before = huge_pages.huge_zeros, fast_ops.fuse_mlps
+    monkeypatch.setattr(step_profile, "make_engine", lambda task: engines.append(make_engine(task)) or engines[-1])
     figures = step_profile.measure_arm(job(number, weights))[str(BATCH)]
     runner = step_profile.runner_of(engines[0])
     layers = [module for module in runner.model.modules() if isinstance(module, LlamaDecoderLayer)]
@@ -80,9 +73,8 @@ def test_an_arm_has_its_change_and_no_later_one(number, weights, monkeypatch):
     assert runner.backend.name == ("torch_naive" if number < 4 else "cpu_paged")
     names = {1: "UnquantizedLinearMethod", 2: "OneDnnLinearMethod", 3: "CppLinearMethod", 4: "CppLinearMethod"}
     assert method == names.get(number, "CppGatedLinearMethod")
-    assert isinstance(runner.model.model.run_layers, FusedDecoderLayers) == (number >= 6)
-    assert (pages[0] is step_profile.ordinary_zeros) == (number < 7)
-    assert (huge_pages.huge_zeros, fast_ops.fuse_mlps) == before, "the patches are gone"
+    assert (runner.model.model.decoder_stack is not None) == (number >= 6)
+    assert runner.config.kernel_config.huge_pages == (number >= 7)
 
     families = figures["families"]
     assert families["layer"]["operators"] == (1 if number >= 6 else 0)
@@ -93,9 +85,18 @@ def test_an_arm_has_its_change_and_no_later_one(number, weights, monkeypatch):
     assert figures["step_ms"] > 0 and figures["execute_ms"] > 0 and figures["sample_ms"] > 0 and figures["rest_ms"] > 0
 
 
-def test_ordinary_zeros():
-    assert torch.equal(step_profile.ordinary_zeros((3, 2), torch.bfloat16), torch.zeros(3, 2, dtype=torch.bfloat16))
-    assert step_profile.ordinary_zeros((0, 2), torch.float32).shape == (0, 2)
+def test_every_arm_changes_one_thing_by_switches():
+    """No arm needs a patch: what an arm runs is what its engine arguments say."""
+    arms = [dict(setting.split("=") for setting in rung.engine.split("+")[1:]) for rung in RUNGS]
+    changed = [{name for name in after if after[name] != before[name]} for before, after in pairwise(arms)]
+    assert changed == [{"linear_backend"}, {"linear_backend", "fused_ops"}, {"attention_backend"}, {"fused_mlp"},
+                       {"decoder_stack"}, {"huge_pages"}, set()]  # fmt: skip
+
+
+def test_ordinary_pages():
+    ordinary = huge_pages.huge_zeros((3, 2), torch.bfloat16, huge_pages=False)
+    assert torch.equal(ordinary, torch.zeros(3, 2, dtype=torch.bfloat16))
+    assert huge_pages.huge_zeros((0, 2), torch.float32, huge_pages=False).shape == (0, 2)
 
 
 # --- families

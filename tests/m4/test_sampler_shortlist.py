@@ -7,7 +7,6 @@ code under test only the noise, which has its own tests.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from folovllm.sample.metadata import SamplingMetadata, SamplingRow
-from folovllm.sample.ops import fused, topk_topp
+from folovllm.sample.ops import topk_topp
 from folovllm.sample.ops.noise import exponential_noise
 from folovllm.sample.ops.penalties import apply_penalties_, build_penalties
 from folovllm.sample.ops.select import first_argmax, largest
@@ -30,11 +29,10 @@ INF = math.inf
 KINDS = ["normal", "flat", "peaked", "ties", "bf16", "all equal", "two values", "masked", "almost empty", "huge"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def in_torch() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "loaded_ops", lambda: None)
-        yield
+def shortlist_sampler() -> Sampler:
+    sampler = Sampler()
+    sampler.use_backend("shortlist")
+    return sampler
 
 
 def make_logits(kind: str, rows: int, vocab_size: int, seed: int) -> torch.Tensor:
@@ -84,12 +82,12 @@ def oracle(logits: torch.Tensor, rows: list[SamplingParams], seeds: list[int]) -
     return torch.where(greedy, logits.float().argmax(-1), race), processed
 
 
-def check(logits: torch.Tensor, params: list[SamplingParams], seed: int) -> None:
+def check(logits: torch.Tensor, params: list[SamplingParams], seed: int, sampler: Sampler | None = None) -> None:
     seeds = list(range(seed, seed + len(params)))
     rows = [SamplingRow(p, [], [], None, s, []) for p, s in zip(params, seeds, strict=True)]
     metadata = SamplingMetadata.build(rows, logits.shape[1], "cpu")
     ours = logits.float().clone()
-    drawn = Sampler().sample(ours, metadata)
+    drawn = (sampler or shortlist_sampler()).sample(ours, metadata)
     tokens, processed = oracle(logits, params, seeds)
     assert drawn.tolist() == tokens.tolist()
     random = [i for i, p in enumerate(params) if not p.is_greedy]
@@ -117,7 +115,9 @@ def test_tokens_and_logits_equal_the_definition(
 ) -> None:
     n = len(settings_)
     logits = torch.cat([make_logits(kind, 1, vocab_size, seed + i) for i, kind in enumerate(kinds[:n])])
-    check(logits, [SamplingParams(**s) for s in settings_], seed)
+    params = [SamplingParams(**s) for s in settings_]
+    for sampler in (shortlist_sampler(), Sampler()):  # and the textbook path
+        check(logits, params, seed, sampler)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,7 +159,7 @@ def count_long_rows(logits: torch.Tensor, monkeypatch: pytest.MonkeyPatch, **set
 
         monkeypatch.setattr(topk_topp, name, counted)
     rows = [SamplingRow(SamplingParams(temperature=0.8, **setting), [], [], None, i, []) for i in range(len(logits))]
-    Sampler().forward(logits, SamplingMetadata.build(rows, logits.shape[1], "cpu"))
+    shortlist_sampler().forward(logits, SamplingMetadata.build(rows, logits.shape[1], "cpu"))
     return counts
 
 
@@ -271,9 +271,9 @@ def test_rows_in_groups_get_what_they_get_alone(monkeypatch: pytest.MonkeyPatch)
     logits = torch.cat([make_logits(kind, 2, 1024, 9) for kind in KINDS])
     params = [SamplingParams(temperature=0.8, top_p=0.9, min_p=0.001, logprobs=3)] * len(logits)
     rows = [SamplingRow(p, [], [], None, i, []) for i, p in enumerate(params)]
-    whole = Sampler().forward(logits, SamplingMetadata.build(rows, 1024, "cpu"))
+    whole = shortlist_sampler().forward(logits, SamplingMetadata.build(rows, 1024, "cpu"))
     monkeypatch.setattr("folovllm.sample.sampler._GROUP_ELEMENTS", 3 * 1024)  # groups of 3 rows, the last of 2
-    assert Sampler().forward(logits, SamplingMetadata.build(rows, 1024, "cpu")) == whole
+    assert shortlist_sampler().forward(logits, SamplingMetadata.build(rows, 1024, "cpu")) == whole
 
 
 def test_penalties_on_cells_equal_penalties_on_the_whole_row() -> None:

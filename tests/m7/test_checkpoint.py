@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from folovllm.config import EngineConfig, QuantizationConfig
+from folovllm.config import EngineConfig, KernelConfig, QuantizationConfig
 from folovllm.gptq_config import GPTQConfig
 from folovllm.hf_config import load_hf_config
 from folovllm.hub.folder import check_model_folder
+from folovllm.model_executor.cpu.accelerate import accelerate
+from folovllm.model_executor.cpu.packed_linear import OneDnnLinearMethod, onednn_packing_works
 from folovllm.model_executor.layers.linear import UnquantizedLinearMethod
-from folovllm.model_executor.layers.packed_linear import OneDnnLinearMethod, onednn_packing_works
 from folovllm.model_executor.layers.quantization.gptq import GPTQLinearMethod
 from folovllm.model_executor.model_loader import load_model
 from folovllm.model_executor.models.llama import LlamaForCausalLM
@@ -72,6 +73,7 @@ def test_packing_for_the_cpu_leaves_quantised_layers_alone(checkpoint: Path) -> 
     """linear_backend packs plain bf16 layers; the head is one, the others are not."""
     arch, cpu = load_hf_config(checkpoint), torch.device("cpu")
     model = load_model(checkpoint, arch, torch.bfloat16, cpu, linear_backend="onednn", quantization="auto")
+    accelerate(model, None, KernelConfig(linear_backend="onednn"))
     assert type(model.model.layers[0].mlp.down_proj.quant_method) is GPTQLinearMethod
     assert type(model.lm_head.quant_method) is (
         OneDnnLinearMethod if onednn_packing_works() else UnquantizedLinearMethod

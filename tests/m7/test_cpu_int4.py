@@ -12,12 +12,13 @@ import torch.nn.functional as F
 
 from folovllm.csrc.build import load_ops
 from folovllm.gptq_config import GPTQConfig
+from folovllm.model_executor.cpu import int4_crossover, int4_kernel
+from folovllm.model_executor.cpu.int4_crossover import find_crossover, largest_winner
+from folovllm.model_executor.cpu.int4_kernel import gate_int4
+from folovllm.model_executor.cpu.int4_weight import Int4Part, Int4Weight, input_order, pack_int4, split_groups
 from folovllm.model_executor.layers.linear import QKVParallelLinear
-from folovllm.model_executor.layers.quantization import cpu_int4, crossover, select
-from folovllm.model_executor.layers.quantization.cpu_int4 import gate_int4
-from folovllm.model_executor.layers.quantization.crossover import Candidate, find_crossover, largest_winner
+from folovllm.model_executor.layers.quantization import select
 from folovllm.model_executor.layers.quantization.gptq import GPTQQuantization
-from folovllm.model_executor.layers.quantization.int4_weight import Int4Weight, input_order, pack_int4, split_groups
 from folovllm.model_executor.layers.quantization.kernels import KernelOptions
 from folovllm.model_executor.layers.quantization.quantized_linear import QuantizedLinear
 from folovllm.model_executor.layers.quantization.select import choose_kernel, get_kernel
@@ -256,11 +257,12 @@ def test_layers(kind: str, desc_act: bool, one_order: bool, dtype: torch.dtype) 
 @pytest.mark.parametrize("runtime", ["memory", "speed"])
 def test_gated(ops: Any, native: bool, runtime: str) -> None:
     layer, weight = loaded("merged", GPTQConfig(4, 32, sym=False, desc_act=True), KernelOptions(BF16, "cpu", runtime))
-    assert gate_int4(layer) and layer.quant_method.gated
+    assert gate_int4(layer) is None and layer.quant_method.gated
+    part = layer.int4_parts[0]
     for rows in ROWS:
         x = some(rows, INPUT).to(BF16)
         gate, up = (x.double() @ weight.double().T).chunk(2, dim=-1)
-        got = ops.linear_int4(x, *layer.int4_parts[0][0][:5], 64, True, native).double()
+        got = ops.linear_int4(x, *part.weight.tensors, part.bias, 64, True, native).double()
         exact = F.silu(gate) * up
         moved = 2.0**-15 * x.double().abs().amax(-1, True) * weight.double().abs().sum(-1).amax()  # as in assert_close
         allowed = 2.0**-8 * exact.abs() + (1e-4 + moved) * (1 + gate.abs() + up.abs())
@@ -270,7 +272,7 @@ def test_gated(ops: Any, native: bool, runtime: str) -> None:
 
 def test_a_bias_is_not_gated() -> None:
     layer, _ = loaded("merged", GPTQConfig(4, 32), KernelOptions(runtime="memory"), bias=True)
-    assert not gate_int4(layer) and not layer.quant_method.gated
+    assert gate_int4(layer) == "gate and up have a bias" and not layer.quant_method.gated
 
 
 # ---- gptq_runtime
@@ -286,7 +288,7 @@ def test_runtimes_agree(ops: Any) -> None:
     speed.quant_method.kernel.max_int4_rows = 4
     few, many = some(4, INPUT).to(BF16), some(5, INPUT).to(BF16)
     assert torch.equal(memory(few), speed(few))
-    packed = ops.linear_packed(many, *[speed.int4_parts[0][0][i] for i in (5, 4)], 128)
+    packed = ops.linear_packed(many, speed.int4_parts[0].packed, speed.int4_parts[0].bias, 128)
     assert torch.equal(speed(many), packed)
     assert not torch.equal(memory(many), packed)  # weights rounded to bf16 are others
     rounding = 2.0**-8 * (many.double().abs() @ weight.double().abs().T) + 2.0**-6
@@ -311,7 +313,7 @@ def test_memory_of_each_runtime(ops: Any) -> None:
                 getattr(layer, name).weight_loader(getattr(layer, name), tensor, shard_id)
         layer.quant_method.process_weights_after_loading(layer)
         assert not list(layer.parameters())
-        sizes[runtime] = sum(t.nbytes for tensors, _ in layer.int4_parts for t in tensors)
+        sizes[runtime] = sum(t.nbytes for part in layer.int4_parts for t in part.tensors.values())
     bf16 = 2 * 576 * 960
     assert sizes["memory"] <= 0.3 * bf16
     assert sizes["speed"] == sizes["memory"] + (bf16 if ops.has_bf16_dot() else 0)
@@ -330,39 +332,42 @@ def test_auto_keeps_bf16_only_where_memory_allows(ops: Any) -> None:
     assert not get_kernel("cpu_int4", GPTQConfig(4), KernelOptions(torch.float32, runtime="speed")).keeps_bf16  # type: ignore[attr-defined]
 
 
+def with_both(ops: Any) -> Int4Part:
+    """A multiplication that has 4 bits and bf16."""
+    layer, _ = loaded("qkv", GPTQConfig(4, 32), KernelOptions(BF16, runtime="memory"))
+    return dataclasses.replace(layer.int4_parts[0], packed=ops.pack_weight(some(128, INPUT).to(BF16)))
+
+
 def test_crossover_is_measured_once(ops: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest_winner(lambda rows: rows <= 8) == 8
     assert largest_winner(lambda rows: rows not in (2, 16, 24)) == 12  # one loss may be chance
     assert largest_winner(lambda rows: rows == 64) == 0
     assert largest_winner(lambda rows: True) == 64
     assert largest_winner(lambda rows: False) == 0
-    config = GPTQConfig(4, 32)
-    layer, _ = loaded("qkv", config, KernelOptions(BF16, runtime="memory"))
-    tensors = [*layer.int4_parts[0][0][:5], ops.pack_weight(some(128, INPUT).to(BF16))]
+    part = with_both(ops)
     cache = tmp_path / "cache" / "crossover.json"
-    first = find_crossover(ops, [Candidate(tensors, 128, INPUT)], cache)
-    assert first in (0, *crossover.ROWS) and list(json.loads(cache.read_text()).values()) == [first]
-    monkeypatch.setattr(crossover, "largest_winner", lambda wins: pytest.fail("measured again"))
-    assert find_crossover(ops, [Candidate(tensors, 128, INPUT)], cache) == first
+    first = find_crossover(ops, [(part, INPUT)], cache)
+    assert first in (0, *int4_crossover.ROWS) and list(json.loads(cache.read_text()).values()) == [first]
+    monkeypatch.setattr(int4_crossover, "largest_winner", lambda wins: pytest.fail("measured again"))
+    assert find_crossover(ops, [(part, INPUT)], cache) == first
 
 
 def test_a_busy_machine_gets_a_guess(ops: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring must not hold up a start; the next start measures again."""
-    monkeypatch.setattr(crossover, "_MAX_SECONDS", 0.0)
-    layer, _ = loaded("qkv", GPTQConfig(4, 32), KernelOptions(BF16, runtime="memory"))
-    tensors = [*layer.int4_parts[0][0][:5], ops.pack_weight(some(128, INPUT).to(BF16))]
-    assert find_crossover(ops, [Candidate(tensors, 128, INPUT)], tmp_path / "c.json") == crossover.GUESS
+    monkeypatch.setattr(int4_crossover, "_MAX_SECONDS", 0.0)
+    assert find_crossover(ops, [(with_both(ops), INPUT)], tmp_path / "c.json") == int4_crossover.GUESS
     assert not (tmp_path / "c.json").exists()
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": "b"}', "{"])
 def test_a_damaged_cache_is_measured_again(ops: Any, text: str, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(crossover, "largest_winner", lambda wins: 4)
+    monkeypatch.setattr(int4_crossover, "largest_winner", lambda wins: 4)
     file = tmp_path / "crossover.json"
     file.write_text(text)
-    tensors = [torch.empty(1)] * 6
-    assert find_crossover(ops, [Candidate(tensors, 1, 1)], file) == 4
-    assert find_crossover(ops, [Candidate(tensors, 1, 1)], tmp_path) == 4  # a folder: neither read nor written
+    one = torch.empty(1)
+    part = Int4Part(Int4Weight(one, one, one, one, 1), one, one, 1)
+    assert find_crossover(ops, [(part, 1)], file) == 4
+    assert find_crossover(ops, [(part, 1)], tmp_path) == 4  # a folder: neither read nor written
 
 
 # ---- Which kernel
@@ -392,7 +397,7 @@ def test_auto() -> None:
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """One warning, which load_ops gives; then the weights are dequantised. Asked for by name, cpu_int4 says why not."""
     monkeypatch.setattr(select, "load_ops", lambda: None)
-    monkeypatch.setattr(cpu_int4, "load_ops", lambda: None)
+    monkeypatch.setattr(int4_kernel, "load_ops", lambda: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose_kernel(GPTQConfig(4), KernelOptions(), "auto") is None

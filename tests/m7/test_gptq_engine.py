@@ -13,18 +13,19 @@ import torch
 
 from folovllm.attention.backend import AttentionSpec
 from folovllm.attention.backends.cpu_paged import CpuPagedBackend
-from folovllm.config import EngineConfig, QuantizationConfig
+from folovllm.config import EngineConfig, KernelConfig, QuantizationConfig
 from folovllm.csrc.build import load_ops
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.executor.uniproc import UniProcExecutor
 from folovllm.hf_config import load_hf_config
-from folovllm.model_executor.fast_layers import fuse_decoder_layers
+from folovllm.milestones import get_rung
+from folovllm.model_executor.cpu import int4_crossover
+from folovllm.model_executor.cpu.accelerate import accelerate
+from folovllm.model_executor.cpu.int4_kernel import Int4LinearMethod
 from folovllm.model_executor.layers.linear import LinearBase
-from folovllm.model_executor.layers.quantization import crossover
-from folovllm.model_executor.layers.quantization.cpu_int4 import Int4LinearMethod
 from folovllm.model_executor.layers.quantization.gptq import GPTQLinearMethod
 from folovllm.model_executor.model_loader import load_model
-from tests.m4.test_fast_layers import BLOCK_SIZE, NUM_BLOCKS, STEPS, CountOps, run
+from tests.m4.test_decoder_stack import BLOCK_SIZE, MODULE_BY_MODULE, NUM_BLOCKS, ON, STEPS, CountOps, run
 from tests.m7.quant_helpers import FAMILIES, make_quantizable, quantize
 from tests.pairwise import pairwise
 from tests.parity_helpers import GapNaiveModel, Job, make_engine, make_job, run_jobs
@@ -60,7 +61,7 @@ def _needs_ops() -> None:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured with two layers of 64 inputs is not for the user's cache."""
-    monkeypatch.setattr(crossover, "default_cache_file", lambda: tmp_path / "crossover.json")
+    monkeypatch.setattr(int4_crossover, "default_cache_file", lambda: tmp_path / "crossover.json")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def linears_of(engine: LLMEngine) -> list[LinearBase]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_of_the_dequantised_weights(family: str, checkpoint: Any, jobs_of: Any) -> None:
     jobs = jobs_of(family)
-    engine = gptq_engine(checkpoint(family), block_size=16, attention_backend="auto", linear_backend="auto")
+    engine = gptq_engine(checkpoint(family), block_size=16, **get_rung("m4").on)
     assert {type(layer.quant_method) for layer in linears_of(engine)} == {Int4LinearMethod}
     assert run_jobs(engine, jobs, late=2) == [job.tokens for job in jobs]
 
@@ -146,7 +147,7 @@ def test_what_nothing_is_fast_with_is_dequantised(checkpoint: Any, tmp_path: Pat
 # ---- A whole layer as one call
 
 
-def build(folder: Path, runtime: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def build(folder: Path, runtime: str, dtype: torch.dtype, kernels: KernelConfig) -> tuple[Any, Any]:
     arch, cpu = load_hf_config(folder), torch.device("cpu")
     model = load_model(
         folder, arch, dtype, cpu, linear_backend="auto", quantization="auto", gptq_kernel="cpu_int4",
@@ -154,6 +155,8 @@ def build(folder: Path, runtime: str, dtype: torch.dtype) -> tuple[Any, Any]:
     )  # fmt: skip
     heads = (arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim)
     backend = CpuPagedBackend(AttentionSpec(*heads, dtype, cpu, BLOCK_SIZE))
+    model.model.layers[0].mlp.down_proj.quant_method.kernel.max_int4_rows = 8
+    accelerate(model, backend, kernels)
     for layer in model.attention_layers():
         layer.bind(backend, torch.zeros(backend.kv_cache_shape(NUM_BLOCKS), dtype=dtype))
     return model, backend
@@ -164,10 +167,9 @@ def build(folder: Path, runtime: str, dtype: torch.dtype) -> tuple[Any, Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_call_is_equal_to_many(family: str, runtime: str, dtype: torch.dtype, checkpoint: Any) -> None:
     """Biases, norms of heads, act-order; steps on both sides of the crossover."""
-    (fused, fused_backend), (plain, plain_backend) = (build(checkpoint(family), runtime, dtype) for _ in range(2))
-    for model in (fused, plain):
-        model.model.layers[0].mlp.down_proj.quant_method.kernel.max_int4_rows = 8
-    assert fuse_decoder_layers(fused, fused_backend)
+    fused, fused_backend = build(checkpoint(family), runtime, dtype, ON)
+    plain, plain_backend = build(checkpoint(family), runtime, dtype, MODULE_BY_MODULE)
+    assert fused.model.decoder_stack is not None and plain.model.decoder_stack is None
     for step in STEPS:
         with CountOps() as counted:
             got = run(fused, fused_backend, step)

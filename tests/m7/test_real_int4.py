@@ -14,7 +14,8 @@ import torch
 
 from folovllm.csrc.build import load_ops
 from folovllm.gptq_config import GPTQConfig
-from folovllm.model_executor.layers.quantization import cpu_int4
+from folovllm.milestones import get_rung
+from folovllm.model_executor.cpu import int4_kernel
 from folovllm.model_executor.layers.quantization.quantized_linear import dequantize_weights
 from folovllm.model_executor.weight_utils import iterate_weights, safetensors_files
 from folovllm.quantize.quantizer import QuantizeSettings, quantize_checkpoint
@@ -33,7 +34,8 @@ pytestmark = [pytest.mark.m7, pytest.mark.weights]
 
 CONFIG = GPTQConfig(4, 64)
 TEXTS = [row for row in ROWS if row["name"] in ("capital", "history", "python", "french", "sql")]
-INT4 = {"linear_backend": "auto", "quantization": "auto", "gptq_kernel": "cpu_int4"}
+KERNELS = {name: value for name, value in get_rung("m4").on.items() if name != "attention_backend"}
+INT4 = KERNELS | {"quantization": "auto", "gptq_kernel": "cpu_int4"}
 RUNS: dict[str, dict[str, Any]] = {
     "whole texts, 4 bits": {"gptq_runtime": "memory"},
     "whole texts, packed bf16": {"gptq_runtime": "speed"},
@@ -65,7 +67,7 @@ def hf(model_dir: Path, checkpoint: Path) -> dict[str, Forced]:
 def test_bf16_is_as_near_to_fp32_as_huggingfaces(
     args: dict[str, Any], checkpoint: Path, hf: dict[str, Forced], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_int4, "find_crossover", lambda *_: 8)  # nothing is measured here
+    monkeypatch.setattr(int4_kernel, "find_crossover", lambda *_: 8)  # nothing is measured here
     ours, exact = forced_ours(checkpoint, TEXTS, **INT4, **args), hf["float32"]
     (our_mean, our_p99), (their_mean, their_p99) = mean_and_p99(ours, exact), mean_and_p99(hf["bfloat16"], exact)
     flips = ours.argmax != exact.argmax

@@ -1,4 +1,4 @@
-"""`folovllm info`: facts about this installation, or about a model (milestone M0).
+"""`folovllm info`: facts about this installation, about a model, or with --engine about what runs it (milestone M0).
 
 vLLM counterpart: vllm/collect_env.py. Left out: everything that does not influence how FoloVLLM runs.
 """
@@ -12,13 +12,19 @@ import typer
 
 from folovllm import __version__, milestones
 from folovllm.config import DTYPE_BYTES
-from folovllm.entrypoints.commands.options import DebugOption, DownloadDirOption
+from folovllm.entrypoints.commands.options import DebugOption, EngineOptions, with_options
 
 
+@with_options
 def info(
-    model: Annotated[str | None, typer.Argument(help="A model that is here: alias, folder, id.")] = None,
+    options: EngineOptions,
+    name: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A model that is here: alias, folder, id.")
+    ] = None,
+    engine: Annotated[
+        bool, typer.Option("--engine", help="Load the model and show what runs it: layers, backends, replacements.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
-    download_dir: DownloadDirOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Show version, hardware, models and milestones; with MODEL, its shape and what its KV cache costs.
@@ -27,9 +33,22 @@ def info(
       folovllm info
       folovllm info smollm2-135m
       folovllm info ./my-model --json
+      folovllm info --engine --preset m3
     """
-    facts = system_facts(download_dir) if model is None else model_facts(model, download_dir)
+    model = _one_model(name, options)
+    if engine:
+        facts = dataclasses.replace(options, model=model).load().describe()
+    elif any(value is not None for key, value in vars(options).items() if key not in ("model", "download_dir")):
+        raise ValueError("engine options say how a model is run: add --engine to see that, or leave them out")
+    else:
+        facts = system_facts(options.download_dir) if model is None else model_facts(model, options.download_dir)
     typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(_as_lines(facts)))
+
+
+def _one_model(name: str | None, options: EngineOptions) -> str | None:
+    if name is not None and options.model is not None:
+        raise ValueError(f"the model is given twice: keep {name!r} or --model {options.model}")
+    return options.model if name is None else name
 
 
 def system_facts(download_dir: str | None = None) -> dict[str, Any]:
@@ -91,15 +110,17 @@ def model_facts(model: str, download_dir: str | None = None) -> dict[str, Any]:
 
 
 def _as_lines(facts: dict[str, Any]) -> list[str]:
-    """Returns one fact per line. A list of records or a dictionary gets an indented line per entry."""
+    """Returns one fact per line. A list of records or sentences, or a dictionary, gets an indented line per entry."""
     lines = []
     for name, value in facts.items():
         if isinstance(value, dict):
             lines += [name, *(f"  {key:<22} {_show(key, item)}" for key, item in value.items())]
         elif isinstance(value, (list, tuple)) and value and isinstance(value[0], dict):
             lines += [name, *(f"  {_record(entry)}" for entry in value)]
+        elif isinstance(value, list) and any(" " in str(entry) for entry in value):
+            lines += [name, *(f"  {entry}" for entry in value)]
         else:
-            lines.append(f"{name:<24} {_show(name, value)}")
+            lines.append(f"{name:<24} {_show(name, value) or 'none'}")
     return lines
 
 

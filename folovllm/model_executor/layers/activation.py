@@ -1,6 +1,6 @@
 """SiluAndMul: the gate of a SwiGLU MLP.
 
-Milestone: M1; M4 puts a fused kernel into `impl`. vLLM counterpart: vllm/model_executor/layers/activation.py.
+Milestone: M1; M4 may put a fused kernel into `impl`. vLLM counterpart: vllm/model_executor/layers/activation.py.
 Left out: other activations. Source: Shazeer 2020, "GLU Variants Improve Transformer", section 2.
 """
 

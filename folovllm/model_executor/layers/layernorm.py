@@ -1,6 +1,6 @@
 """RMSNorm, with the residual addition that always comes before it.
 
-Milestone: M1; M4 puts a fused kernel into `impl`. vLLM counterpart: vllm/model_executor/layers/layernorm.py.
+Milestone: M1; M4 may put a fused kernel into `impl`. vLLM counterpart: vllm/model_executor/layers/layernorm.py.
 Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4.
 """
 

@@ -6,13 +6,14 @@ intermediate tensors between ranks.
 Tokens arrive flat: those of all requests in one row, without padding. Only `self.attn` knows which belong together.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from folovllm.attention.layer import Attention
+from folovllm.forward_context import get_attn_metadata
 from folovllm.hf_config import ModelArchitecture
 from folovllm.model_executor.layers.activation import SiluAndMul
 from folovllm.model_executor.layers.layernorm import RMSNorm
@@ -27,6 +28,8 @@ from folovllm.model_executor.layers.vocab_embedding import ParallelLMHead, Vocab
 from folovllm.model_executor.weight_utils import load_weights
 
 CosSin = tuple[torch.Tensor, torch.Tensor]  # cos and sin of the step's positions, each [num_tokens, 1, head_size]
+# What LlamaModel.run_layers does: hidden, residual and cos_sin -> hidden and residual of the selected rows.
+RunLayers = Callable[[torch.Tensor, torch.Tensor, CosSin], tuple[torch.Tensor, torch.Tensor]]
 
 
 class LlamaAttention(nn.Module):
@@ -52,7 +55,7 @@ class LlamaAttention(nn.Module):
     def forward(self, hidden: torch.Tensor, cos_sin: CosSin) -> torch.Tensor:
         qkv = self.qkv_proj(hidden).view(hidden.shape[0], -1, self.head_size)  # [num_tokens, all heads, head_size]
         num_qk = self.num_heads + self.num_kv_heads
-        # Queries and keys lie side by side and turn alike: one rotation serves both.
+        # Queries and keys lie side by side and are turned by the same angles: one rotation serves both.
         qk = self.rotary(self.normalize(qkv.narrow(1, 0, num_qk)), *cos_sin)  # [num_tokens, q and k heads, head_size]
         query = qk.narrow(1, 0, self.num_heads)  # [num_tokens, num_heads, head_size]
         key = qk.narrow(1, self.num_heads, self.num_kv_heads)  # [num_tokens, num_kv_heads, head_size]
@@ -111,21 +114,27 @@ class LlamaModel(nn.Module):
         )
         self.norm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(arch.head_dim, arch.max_position_embeddings, arch.rope)
+        self.decoder_stack: RunLayers | None = None  # runs instead of `run_layers` (model_executor/cpu)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden = self.embed_tokens(input_ids)  # [num_tokens, hidden_size]
         residual = torch.zeros_like(hidden)
         cos_sin = self.rotary_emb.cos_sin_at(positions, hidden.dtype)
-        hidden, residual = self.run_layers(hidden, residual, cos_sin)
+        run_layers = self.decoder_stack or self.run_layers
+        hidden, residual = run_layers(hidden, residual, cos_sin)  # [num_selected, hidden_size]
         return self.norm(hidden, residual)[0]
 
     def run_layers(
         self, hidden: torch.Tensor, residual: torch.Tensor, cos_sin: CosSin
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both [num_tokens, hidden_size]. On a CPU one C++ call may stand in for it (model_executor/fast_layers.py)."""
+        """Runs every layer on hidden and residual [num_tokens, hidden_size], and returns the rows that are read next.
+
+        Those are the rows of `AttentionMetadata.logits_indices`: both results are [num_selected, hidden_size].
+        """
         for layer in self.layers:
             hidden, residual = layer(hidden, residual, cos_sin)
-        return hidden, residual
+        selected = get_attn_metadata().logits_indices
+        return (hidden, residual) if selected is None else (hidden[selected], residual[selected])
 
 
 class LlamaForCausalLM(nn.Module):
@@ -148,7 +157,10 @@ class LlamaForCausalLM(nn.Module):
             self.lm_head.tie_weights(self.model.embed_tokens)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """input_ids and positions [num_tokens] -> hidden [num_tokens, hidden_size], within a forward context."""
+        """input_ids and positions [num_tokens] -> hidden [num_selected, hidden_size], within a forward context.
+
+        The selected rows are those of the context's `logits_indices`, or all of them if that is None.
+        """
         return self.model(input_ids, positions)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

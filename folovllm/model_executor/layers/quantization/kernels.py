@@ -21,11 +21,12 @@ from folovllm.model_executor.layers.quantization.quantized_linear import Quantiz
 
 @dataclass(frozen=True)
 class KernelOptions:
-    """What a kernel may depend on beside the checkpoint: the model's dtype and device, and the engine arguments."""
+    """What a kernel may depend on besides the checkpoint: the model's dtype and device, and engine arguments."""
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     runtime: str = "auto"  # gptq_runtime; only cpu_int4 has a choice
+    huge_pages: bool = False  # for the weights of cpu_int4
 
 
 class GPTQKernel(ABC):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from folovllm.csrc.build import load_ops
 from folovllm.gptq_config import GPTQConfig
-from folovllm.model_executor.layers.quantization.cpu_int4 import CpuInt4Kernel, int4_refusal
+from folovllm.model_executor.cpu.int4_kernel import CpuInt4Kernel, int4_refusal
 from folovllm.model_executor.layers.quantization.kernels import DequantKernel, GPTQKernel, KernelOptions
 
 
@@ -37,9 +37,9 @@ def get_kernel(name: str, config: GPTQConfig, options: KernelOptions | None = No
 
 
 def choose_kernel(config: GPTQConfig, options: KernelOptions, linear_backend: str) -> str | None:
-    """For gptq_kernel="auto": the fastest that can run it, but plain torch where linear_backend asks for that.
+    """For gptq_kernel="auto": the fastest kernel that can run `config`, or plain torch unless linear_backend is "auto".
 
-    None: nothing here is fast with packed weights, so they had better be dequantised while they are loaded.
+    Returns None if nothing here is fast with packed weights: then they should be dequantised while they are loaded.
     """
     if linear_backend != "auto":
         return "dequant"

@@ -41,8 +41,8 @@ import torch
 import torch.nn.functional as F
 
 from folovllm.gptq_config import GPTQConfig
+from folovllm.model_executor.cpu.int4_weight import input_order
 from folovllm.model_executor.layers.linear import LinearBase
-from folovllm.model_executor.layers.quantization.int4_weight import input_order
 from folovllm.model_executor.layers.quantization.kernels import GPTQKernel, KernelOptions, merged_parts
 from folovllm.model_executor.layers.quantization.packing import pack_rows
 from folovllm.model_executor.layers.quantization.quantized_linear import LEAVES, QuantizedLinear

@@ -1,4 +1,4 @@
-"""All decoder layers as one C++ call: the same numbers as operator by operator (R4.22: at most four calls each).
+"""All decoder layers as one C++ call: the same numbers as operator by operator, and the rows that are read.
 
 Milestone: M4. The two paths compute the same operations in the same order, so they are equal to the bit.
 """
@@ -19,14 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from folovllm.attention.backend import AttentionMetadata, AttentionSpec
 from folovllm.attention.backends.cpu_paged import CpuPagedBackend
-from folovllm.attention.backends.torch_naive import TorchNaiveBackend
+from folovllm.config import KernelConfig
 from folovllm.csrc.build import load_ops
 from folovllm.forward_context import set_forward_context
 from folovllm.hf_config import ModelArchitecture, load_hf_config
-from folovllm.model_executor.fast_layers import FusedDecoderLayers, fuse_decoder_layers
-from folovllm.model_executor.huge_pages import ALIGNMENT, HugeArena, huge_zeros, keep_freed_memory, touch_pages
+from folovllm.model_executor.cpu.accelerate import accelerate
+from folovllm.model_executor.cpu.decoder_stack import DecoderStack, named_tensors
+from folovllm.model_executor.cpu.huge_pages import ALIGNMENT, HugeArena, huge_zeros, keep_freed_memory, touch_pages
+from folovllm.model_executor.cpu.packed_linear import CppGatedLinearMethod
 from folovllm.model_executor.layers.linear import LinearBase
-from folovllm.model_executor.layers.packed_linear import CppGatedLinearMethod
 from folovllm.model_executor.model_loader import random_model
 from folovllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 
@@ -58,23 +59,33 @@ def arch(request: pytest.FixtureRequest, tiny_model_dir: Any) -> ModelArchitectu
     return dataclasses.replace(load_hf_config(tiny_model_dir(name)), **sizes)
 
 
-def build(arch: ModelArchitecture, backend_class: type = CpuPagedBackend) -> tuple[LlamaForCausalLM, Any]:
-    model = random_model(arch, BF16, CPU, seed=1, linear_backend="auto")
+ON = KernelConfig(linear_backend="auto", fused_ops="auto", fused_mlp="auto", decoder_stack="auto")
+MODULE_BY_MODULE = dataclasses.replace(ON, decoder_stack=False)
+
+
+def build(
+    arch: ModelArchitecture, kernels: KernelConfig = ON, backend_class: type = CpuPagedBackend
+) -> tuple[LlamaForCausalLM, Any]:
+    model = random_model(arch, BF16, CPU, seed=1)
     heads = (arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim)
     backend = backend_class(AttentionSpec(*heads, BF16, CPU, BLOCK_SIZE))
+    accelerate(model, backend, kernels)
     for layer in model.attention_layers():
         layer.bind(backend, torch.zeros(backend.kv_cache_shape(NUM_BLOCKS), dtype=BF16))
     return model, backend
 
 
-def run(model: LlamaForCausalLM, backend: Any, step: list[tuple[int, int]], ends_only: bool = False) -> torch.Tensor:
-    """Hidden states [num_tokens, hidden_size] of a step; request r owns blocks 1 + r, 4 + r, 7 + r, ..."""
+def run(
+    model: LlamaForCausalLM, backend: Any, step: list[tuple[int, int]], logits_indices: list[int] | None = None
+) -> torch.Tensor:
+    """Hidden states [num_selected, hidden_size] of a step; request r owns blocks 1 + r, 4 + r, 7 + r, ..."""
     tables = torch.arange(1, NUM_BLOCKS).view(-1, 3).T.contiguous().int()  # [3, 5]
     positions = [torch.arange(done, done + new) for done, new in step]
     slots = [t[p // BLOCK_SIZE].long() * BLOCK_SIZE + p % BLOCK_SIZE for t, p in zip(tables, positions, strict=True)]
     starts = [0, *torch.tensor([new for _, new in step]).cumsum(0).tolist()]
     metadata = AttentionMetadata(starts, [done + new for done, new in step], tables, torch.cat(slots), BLOCK_SIZE)
-    metadata.ends_only = ends_only
+    if logits_indices is not None:
+        metadata.logits_indices = torch.tensor(logits_indices, dtype=torch.int64)
     backend.prepare(metadata)
     ids = torch.cat(positions) * 7 % 250 + 3
     with torch.inference_mode(), set_forward_context(metadata):
@@ -87,27 +98,65 @@ def layers(model: LlamaForCausalLM) -> list[LlamaDecoderLayer]:
 
 @pytest.mark.parametrize("arch", SHAPES, indirect=True)
 def test_one_call_is_equal_to_many(arch: ModelArchitecture) -> None:
-    (fused, fused_backend), (plain, plain_backend) = build(arch), build(arch)
-    assert fuse_decoder_layers(fused, fused_backend)
+    (fused, fused_backend), (plain, plain_backend) = build(arch), build(arch, MODULE_BY_MODULE)
+    assert isinstance(fused.model.decoder_stack, DecoderStack) and plain.model.decoder_stack is None
     for step in STEPS:
         assert torch.equal(run(fused, fused_backend, step), run(plain, plain_backend, step))
     caches = zip(fused.attention_layers(), plain.attention_layers(), strict=True)
     assert all(torch.equal(ours.kv_cache, theirs.kv_cache) for ours, theirs in caches)
 
 
+# The rows that are read: of requests that sample the last, of one that wants prompt logprobs all, in mid-prompt none.
+SELECTIONS = {
+    "last of each": lambda counts: [range(n - 1, n) for n in counts],
+    "all of the first, last of the third": lambda counts: [range(counts[0]), range(0), range(counts[2] - 1, counts[2])],
+    "all of the third": lambda counts: [range(0), range(0), range(counts[2])],
+    "none": lambda counts: [range(0)] * 3,
+}
+
+
+@pytest.mark.parametrize("kernels", [ON, MODULE_BY_MODULE], ids=["one call", "module by module"])
+@pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("arch", SHAPES, indirect=True)
-def test_the_last_layer_may_leave_out_rows_that_nobody_reads(arch: ModelArchitecture) -> None:
-    """Each request's last row and the whole cache are the same; the other rows were not computed."""
-    (ends, ends_backend), (full, full_backend) = build(arch), build(arch)
-    fuse_decoder_layers(ends, ends_backend)
-    fuse_decoder_layers(full, full_backend)
+def test_the_selected_rows_come_back_and_no_others(
+    arch: ModelArchitecture, selection: str, kernels: KernelConfig
+) -> None:
+    """Each row is what it is without a selection, and so is the whole cache."""
+    (some, some_backend), (full, full_backend) = build(arch, kernels), build(arch, kernels)
     for step in STEPS:
-        rows = torch.tensor([new for _, new in step]).cumsum(0) - 1
-        got, expected = run(ends, ends_backend, step, ends_only=True), run(full, full_backend, step)
-        assert torch.equal(got[rows], expected[rows]) and got.shape == expected.shape
-        assert torch.equal(got, expected) == (len(rows) == len(got))
-    caches = zip(ends.attention_layers(), full.attention_layers(), strict=True)
+        counts = [new for _, new in step]
+        starts = [sum(counts[:i]) for i in range(3)]
+        rows = [start + i for start, own in zip(starts, SELECTIONS[selection](counts), strict=True) for i in own]
+        got, expected = run(some, some_backend, step, rows), run(full, full_backend, step)
+        assert torch.equal(got, expected[rows]) and got.shape == (len(rows), arch.hidden_size)
+    caches = zip(some.attention_layers(), full.attention_layers(), strict=True)
     assert all(torch.equal(a.kv_cache, b.kv_cache) for a, b in caches)
+
+
+@pytest.mark.parametrize("rows", [[0, 53], [19, 18], [54], [-1]], ids=str)
+@pytest.mark.parametrize("arch", ["llama"], indirect=True)
+def test_rows_that_are_not_the_last_of_their_request_are_refused(arch: ModelArchitecture, rows: list[int]) -> None:
+    """In C++ attention runs on the selected queries alone, and takes them to be the last ones."""
+    model, backend = build(arch)
+    with pytest.raises(RuntimeError, match="logits_indices"):
+        run(model, backend, STEPS[0], rows)
+
+
+@pytest.mark.parametrize("arch", ["llama"], indirect=True)
+def test_a_layer_is_taken_by_name(arch: ModelArchitecture) -> None:
+    """A missing, unknown or empty tensor is an error that names it, and the stack stays as it was."""
+    model, backend = build(arch)
+    tensors, stack = named_tensors(layers(model)[0]), torch.classes.folovllm.DecoderStack(4, 96, 1e-5, 1.0, 0)
+    without = {name: t for name, t in tensors.items() if name != "post_attention_layernorm"}
+    with pytest.raises(RuntimeError, match="the tensor post_attention_layernorm is missing"):
+        stack.add_layer(without)
+    with pytest.raises(RuntimeError, match=r"needs a tensor o_proj.packed or o_proj.levels"):
+        stack.add_layer({name: t for name, t in tensors.items() if name != "o_proj.packed"})
+    with pytest.raises(RuntimeError, match=r"there is no tensor called down_proj.weight"):
+        stack.add_layer(tensors | {"down_proj.weight": tensors["down_proj.packed"]})
+    with pytest.raises(RuntimeError, match="0 layers and 1 KV caches"):
+        none = torch.empty(0)
+        backend.ops.decoder_stack(stack, none, none, none, none, [none], none, none, none, none)
 
 
 @pytest.fixture
@@ -124,8 +173,6 @@ def test_threads_that_stay_together_compute_the_same(
 ) -> None:
     """csrc/thread_team.h, also with more threads than the machine has cores."""
     (team, team_backend), (alone, alone_backend) = build(arch), build(arch)
-    fuse_decoder_layers(team, team_backend)
-    fuse_decoder_layers(alone, alone_backend)
     for step in [*STEPS, [(0, 70), (0, 40), (0, 33)]]:  # the last with enough rows for a part for each thread
         set_threads(1)
         expected = run(alone, alone_backend, step)
@@ -135,7 +182,7 @@ def test_threads_that_stay_together_compute_the_same(
 
 @pytest.mark.parametrize("setting", ["OMP_THREAD_LIMIT=2", "OMP_NUM_THREADS=2,8"])
 def test_other_threads_than_were_asked_for(setting: str) -> None:
-    """OpenMP may give two where torch counts on four: nobody may wait for the others. And have more inside a region."""
+    """OpenMP may give two threads where torch counts on four, and none may wait for the others. Or it gives more."""
     name, value = setting.split("=")
     test = f"{__file__}::{test_threads_that_stay_together_compute_the_same.__name__}"
     command = [sys.executable, "-m", "pytest", "-q", "-k", "4", "--no-cov", "-p", "no:cacheprovider", test]
@@ -147,24 +194,21 @@ def test_other_threads_than_were_asked_for(setting: str) -> None:
 def test_after_an_error_in_mid_step_the_next_step_runs(
     arch: ModelArchitecture, set_threads: Callable[[int], None]
 ) -> None:
-    """The threads that wait for work are sent home when the one that hands it out fails."""
+    """The threads that wait for work stop waiting when the thread that hands it out fails."""
     model, backend = build(arch)
-    fuse_decoder_layers(model, backend)
-    fused = model.model.run_layers
-    assert isinstance(fused, FusedDecoderLayers)
     set_threads(2)
     expected = run(model, backend, STEPS[0])
-    last = fused._weights.pop()
-    with pytest.raises(RuntimeError, match="more weights expected"):
+    last = model.attention_layers()[-1]
+    cache, last.kv_cache = last.kv_cache, torch.zeros(1, 1, 2, 16 * 32, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="prepare_qkv: shapes do not fit"):
         run(model, backend, STEPS[0])
-    fused._weights.append(last)
+    last.kv_cache = cache
     assert torch.equal(run(model, backend, STEPS[0]), expected)
 
 
 @pytest.mark.parametrize("arch", ["head norms"], indirect=True)
 def test_it_does_not_go_through_the_modules(arch: ModelArchitecture, monkeypatch: pytest.MonkeyPatch) -> None:
     model, backend = build(arch)
-    fuse_decoder_layers(model, backend)
     monkeypatch.setattr(LinearBase, "forward", lambda *_: pytest.fail("a layer ran module by module"))
     run(model, backend, STEPS[0])
 
@@ -184,25 +228,11 @@ class CountOps(TorchDispatchMode):
 
 @pytest.mark.parametrize("arch", SHAPES, indirect=True)
 def test_at_most_four_fused_calls_per_layer(arch: ModelArchitecture) -> None:
-    """R4.22. One for all layers; beside them there is the last norm."""
+    """One for all layers; beside them there is the last norm."""
     model, backend = build(arch)
-    fuse_decoder_layers(model, backend)
     with CountOps() as counted:
         run(model, backend, [(0, 1), (0, 1), (0, 1)])
-    assert ["decoder_layers" in name for name in counted.names] == [True, False]
-
-
-@pytest.mark.parametrize("arch", ["llama"], indirect=True)
-def test_other_backends_run_module_by_module(arch: ModelArchitecture) -> None:
-    model, backend = build(arch, TorchNaiveBackend)
-    assert not fuse_decoder_layers(model, backend)
-    assert not isinstance(model.model.run_layers, FusedDecoderLayers)
-
-
-def test_heads_that_are_padded_run_module_by_module(tiny_model_dir: Any) -> None:
-    """A head of 24 is padded to 32 by the backend, in Python."""
-    arch = dataclasses.replace(load_hf_config(tiny_model_dir("llama")), intermediate_size=96)
-    assert not fuse_decoder_layers(*build(arch))
+    assert ["decoder_stack" in name for name in counted.names] == [True, False]
 
 
 # ---- the MLP whose activation is part of its first matmul
@@ -247,7 +277,7 @@ def test_an_arena_keeps_what_it_was_given() -> None:
 
 def test_an_arena_lives_as_long_as_its_tensors() -> None:
     tensor = HugeArena(chunk_bytes=4096).move(torch.arange(1000))
-    junk = [torch.full((1000,), 7) for _ in range(20)]  # whoever got freed memory would write into it
+    junk = [torch.full((1000,), 7) for _ in range(20)]  # these would be written into memory that was freed
     assert torch.equal(tensor, torch.arange(1000)) and len(junk) == 20
 
 

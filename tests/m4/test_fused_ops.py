@@ -1,11 +1,9 @@
-"""The C++ linears and fused layers against fp64, and `linear_backend="auto"` against "torch" (R4.18 to R4.21).
+"""The C++ linears and fused layers against fp64. What puts them into a model: test_accelerate.py.
 
 Milestone: M4. Tolerances: u = half the spacing of the dtype at 1, so a result rounded once is within u |result| of the
 exact one; what the fp32 arithmetic inside may add is stated where it is used. A second rounding would break them.
 """
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,30 +11,18 @@ import torch
 import torch.nn.functional as F
 
 from folovllm.csrc.build import load_ops
-from folovllm.hf_config import RopeConfig, load_hf_config
-from folovllm.model_executor import fast_ops
-from folovllm.model_executor.fast_ops import FUSED, use_fast_ops
-from folovllm.model_executor.huge_pages import HugeArena
-from folovllm.model_executor.layers import packed_linear
-from folovllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from folovllm.model_executor.layers.packed_linear import CppLinearMethod, OneDnnLinearMethod
+from folovllm.hf_config import RopeConfig
+from folovllm.model_executor.cpu.huge_pages import HugeArena
+from folovllm.model_executor.cpu.packed_linear import CppLinearMethod
 from folovllm.model_executor.layers.rotary_embedding import RotaryEmbedding, apply_rotary
-from folovllm.model_executor.model_loader import load_model
-from folovllm.model_executor.models.llama import LlamaForCausalLM
 from folovllm.sample.ops.select import first_argmax
-from tests.m1.test_models import Bench, prompt
-from tests.parity_helpers import GapNaiveModel, make_engine, make_job, run_jobs
-from tests.tiny_models import TINY_MODELS
 
 pytestmark = pytest.mark.m4
 
-CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
 U32 = 2.0**-24
 UNIT = {torch.float32: U32, torch.bfloat16: 2.0**-8}
 SIZES = (1, 2, 15, 16, 17, 33, 56, 72, 576)  # around the 16 lanes of a vector
-
-MakeTiny = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +179,7 @@ def test_silu_of_extremes(ops: Any) -> None:
 def test_rotary(ops: Any, head_size: int, dtype: torch.dtype) -> None:
     table = randn(50, 2, head_size, dtype=dtype)
     for rows in (1, 3, 50):
-        cos, sin = table[:rows].split(1, dim=1)  # rows of a table are strided, as RotaryEmbedding.rows makes them
+        cos, sin = table[:rows].split(1, dim=1)  # rows of a table are strided, as RotaryEmbedding.cos_sin_at makes them
         qkv = randn(rows, 7, head_size, dtype=dtype)
         before = qkv.clone()
         qk = qkv.narrow(1, 0, 5)
@@ -232,101 +218,5 @@ def test_argmax(kind: str, dtype: torch.dtype, ops: Any) -> None:
         if kind == "negative":
             values = -values.abs() - 1
         wanted = values.float().argmax(dim=-1)
-        assert torch.equal(ops.argmax(strided(values)), wanted) and torch.equal(first_argmax(values), wanted)
-
-
-# ---- the switch
-
-
-def load_tiny(folder: Path, dtype: torch.dtype, linear_backend: str) -> LlamaForCausalLM:
-    return load_model(folder, load_hf_config(folder), dtype, CPU, linear_backend=linear_backend)
-
-
-def linears(model: torch.nn.Module) -> list[LinearBase]:
-    return [module for module in model.modules() if isinstance(module, LinearBase)]
-
-
-def methods(model: torch.nn.Module) -> set[type]:
-    return {type(layer.quant_method) for layer in linears(model)}
-
-
-def impls(model: torch.nn.Module) -> set[str]:
-    """What norms, activations and rotations compute with: names of operators, or "torch"."""
-    fusable = [module for module in model.modules() if type(module) in FUSED]
-    return {str(vars(module).get("impl", "torch")) for module in fusable}
-
-
-@pytest.mark.parametrize("name", TINY_MODELS)
-def test_greedy_tokens_stay_the_same(name: str, ops: Any, tiny_model_dir: MakeTiny) -> None:
-    folder = tiny_model_dir(name)
-    oracle = GapNaiveModel(folder)
-    jobs = [make_job(oracle, length, 16, seed) for seed, length in enumerate((1, 20, 33))]
-    engine = make_engine(folder, max_model_len=64, linear_backend="auto", enable_chunked_prefill=False)
-    assert run_jobs(engine, jobs, late=1) == [job.tokens for job in jobs]
-
-
-@pytest.mark.parametrize("name", TINY_MODELS)
-def test_bf16_is_no_worse_than_torch(name: str, ops: Any, tiny_model_dir: MakeTiny) -> None:
-    """Logits of a prompt and a decode step, against fp32: fewer roundings should not make them worse."""
-    folder = tiny_model_dir(name)
-    exact, torch_only, fast = Bench(folder), Bench(folder, torch.bfloat16), Bench(folder, torch.bfloat16)
-    use_fast_ops(fast.model)
-    errors = {}
-    for bench in (exact, torch_only, fast):
-        steps = [bench.step({0: prompt(40), 1: prompt(9, seed=1)}), bench.step({1: [7], 0: [8]})]
-        errors[bench] = torch.cat([logits.float() for step in steps for logits in step.values()])
-    wanted = errors.pop(exact)
-    ours, theirs = ((errors[bench] - wanted).abs().mean().item() for bench in (fast, torch_only))
-    assert 0 < ours <= 1.2 * theirs
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["llama_tied_bias", "qwen3"])
-def test_auto_swaps_every_layer(name: str, dtype: torch.dtype, ops: Any, tiny_model_dir: MakeTiny) -> None:
-    model = load_tiny(tiny_model_dir(name), dtype, "auto")
-    assert impls(model) == {f"folovllm.{operator}.default" for operator in FUSED.values()}
-    if dtype is torch.float32 or not ops.has_bf16_dot():
-        assert CppLinearMethod not in methods(model)
-        return
-    assert methods(model) == {CppLinearMethod}
-    tied = model.arch.tie_word_embeddings
-    kept = [layer for layer in linears(model) if layer.weight is not None]
-    assert kept == ([model.lm_head] if tied else []), "a packed weight is not kept twice, but for the embedding's"
-
-
-def test_torch_means_plain_torch(tiny_model_dir: MakeTiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_ops, "load_ops", lambda: pytest.fail("plain torch needs no compiler"))
-    model = load_tiny(tiny_model_dir("qwen3"), torch.bfloat16, "torch")
-    assert methods(model) == {UnquantizedLinearMethod} and impls(model) == {"torch"}
-
-
-@pytest.mark.parametrize("onednn", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_without_a_compiler(
-    dtype: torch.dtype, onednn: bool, tiny_model_dir: MakeTiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """oneDNN's packing, where torch still has it, and else plain torch: the same logits as "torch" but for rounding."""
-    monkeypatch.setattr(fast_ops, "load_ops", lambda: None)
-    works = onednn and packed_linear.onednn_packing_works()
-    monkeypatch.setattr(packed_linear, "onednn_packing_works", lambda: works)
-    folder = tiny_model_dir("llama_tied_bias")
-    plain, auto = Bench(folder, dtype), Bench(folder, dtype)
-    use_fast_ops(auto.model)
-    packs = works and dtype is torch.bfloat16
-    assert methods(auto.model) == {OneDnnLinearMethod if packs else UnquantizedLinearMethod}
-    assert impls(auto.model) == {"torch"}
-    wanted, got = plain.step({0: prompt(20)})[0].float(), auto.step({0: prompt(20)})[0].float()
-    assert (got - wanted).abs().mean() <= 4 * UNIT[dtype] * wanted.abs().max()
-
-
-def test_a_cpu_with_tiles_keeps_onednn(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_linear, "_has_amx", lambda: True)
-    monkeypatch.setattr(packed_linear, "onednn_packing_works", lambda: True)
-    bf16, arena = torch.zeros(2, 2, dtype=torch.bfloat16), HugeArena()
-    assert isinstance(packed_linear.packed_method(bf16, ops, arena), OneDnnLinearMethod)
-    assert packed_linear.packed_method(torch.zeros(2, 2), ops, arena) is None
-
-
-def test_fp16_is_left_to_torch(ops: Any, tiny_model_dir: MakeTiny) -> None:
-    model = load_tiny(tiny_model_dir("llama"), torch.float16, "auto")
-    assert methods(model) == {UnquantizedLinearMethod} and impls(model) == {"torch"}
+        assert torch.equal(ops.argmax(strided(values)), wanted)
+        assert torch.equal(first_argmax(values, ops), wanted) and torch.equal(first_argmax(values), wanted)

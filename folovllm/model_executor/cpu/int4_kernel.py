@@ -5,9 +5,10 @@ Milestone: M7. vLLM counterpart: CPUWNA16LinearKernel
 `dequant`; taking act-order's order into the layer before.
 
 gptq_runtime "memory" keeps 4 bits alone. "speed" also keeps the weights as packed bf16, for batches so large that
-unpacking costs more than reading; how large is measured (crossover.py).
+unpacking costs more than reading; how large is measured (int4_crossover.py).
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -16,15 +17,17 @@ from torch import nn
 
 from folovllm.csrc.build import load_ops
 from folovllm.gptq_config import GPTQConfig
-from folovllm.model_executor.huge_pages import HugeArena
-from folovllm.model_executor.layers.linear import LinearBase, LinearMethodBase
-from folovllm.model_executor.layers.quantization.crossover import ALL_ROWS, Candidate, find_crossover
-from folovllm.model_executor.layers.quantization.int4_weight import (
+from folovllm.model_executor.cpu.huge_pages import HugeArena
+from folovllm.model_executor.cpu.int4_crossover import ALL_ROWS, find_crossover
+from folovllm.model_executor.cpu.int4_weight import (
     BLOCK,
     MAX_BITS,
+    Int4Part,
+    Int4Weight,
     interleave_halves,
     pack_int4,
 )
+from folovllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from folovllm.model_executor.layers.quantization.kernels import GPTQKernel, KernelOptions, merged_parts
 from folovllm.model_executor.layers.quantization.quantized_linear import LEAVES, QuantizedLinear
 from folovllm.utils import available_memory_bytes
@@ -35,20 +38,18 @@ MEMORY_SHARE = 0.25
 
 
 class Int4LinearMethod(LinearMethodBase):
-    """Multiplies with `layer.int4_parts`: per part (tensors in the order of csrc/layer.cpp, its outputs)."""
+    """Multiplies with `layer.int4_parts`."""
 
     def __init__(self, kernel: "CpuInt4Kernel", gated: bool = False) -> None:
         self.kernel, self.gated = kernel, gated
-        self._linear = kernel.ops.linear_mixed.default
 
     def create_weights(self, layer: LinearBase) -> None:
         raise NotImplementedError("an int4 layer is made from a loaded GPTQ layer, by CpuInt4Kernel")
 
     def apply(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """x [num_tokens, input_size] -> [num_tokens, output_size]; gated: silu(gate) * up, half as wide."""
-        max_rows = self.kernel.max_int4_rows
-        parts: Any = layer.int4_parts
-        outputs = [self._linear(x, tensors, size, self.gated, max_rows) for tensors, size in parts]
+        kernel, parts = self.kernel, int4_parts(layer)
+        outputs = [part.multiply(kernel.ops, x, self.gated, kernel.max_int4_rows) for part in parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
@@ -63,7 +64,7 @@ class CpuInt4Kernel(GPTQKernel):
         ops: Any = load_ops()
         self.ops = ops
         self.max_int4_rows = ALL_ROWS
-        self._arena = HugeArena()
+        self._arena = HugeArena(huge_pages=options.huge_pages)
         self._method = Int4LinearMethod(self)
         # bf16 copies help where they are multiplied faster than 4 bits: never in fp32, nor without bf16 instructions.
         self.keeps_bf16 = options.runtime != "memory" and options.dtype is torch.bfloat16 and ops.has_bf16_dot()
@@ -85,30 +86,30 @@ class CpuInt4Kernel(GPTQKernel):
         parts, start = [], 0
         for linear in merged_parts(layer, self.config):
             size = linear.levels.shape[0]
-            parts.append((self._store(linear, None if bias is None else bias[start : start + size]), size))
+            parts.append(self._store(linear, None if bias is None else bias[start : start + size]))
             start += size
         layer.int4_parts = parts  # type: ignore[assignment]
         layer.quant_method = self._method
         for name in LEAVES:
             layer.register_parameter(name, None)
 
-    def _store(self, linear: QuantizedLinear, bias: torch.Tensor | None) -> list[torch.Tensor]:
+    def _store(self, linear: QuantizedLinear, bias: torch.Tensor | None) -> Int4Part:
         weight = pack_int4(linear, self.config.bits, self.ops)
         levels, scales, zeros = (self._arena.move(tensor) for tensor in weight.tensors[:3])
         packed = torch.empty(0)
         if self.keeps_bf16:
             packed = self._arena.move(self.ops.int4_to_bf16(*weight.tensors, linear.g_idx.numel()))
         padded = torch.empty(0) if bias is None else F.pad(bias, (0, -len(bias) % BLOCK))
-        return [levels, scales, zeros, weight.perm, padded, packed]
+        size = weight.output_size
+        return Int4Part(Int4Weight(levels, scales, zeros, weight.perm, size), padded, packed, size)
 
     def finish(self, model: nn.Module) -> None:
         if not self.keeps_bf16:
             return
         layers: list[Any] = [m for m in model.modules() if getattr(m, "quant_method", None) is self._method]
-        candidates = [
-            Candidate(tensors, size, layer.input_size) for layer in layers for tensors, size in layer.int4_parts
-        ]
-        self.max_int4_rows = find_crossover(self.ops, candidates)
+        self.max_int4_rows = find_crossover(
+            self.ops, [(part, layer.input_size) for layer in layers for part in layer.int4_parts]
+        )
 
     def apply(self, layer: LinearBase, x: torch.Tensor) -> torch.Tensor:
         raise AssertionError("process() gave the layer a method of its own")
@@ -125,23 +126,34 @@ def int4_refusal(config: GPTQConfig, options: KernelOptions) -> str | None:
     return None if load_ops() is not None else "needs the C++ kernels, which were not built (see the warning)"
 
 
-def int4_tensors(layer: LinearBase) -> list[torch.Tensor] | None:
-    """What csrc/layer.cpp wants for an int4 layer; None if it is no such layer, or several multiplications."""
-    parts: Any = getattr(layer, "int4_parts", ())
-    return parts[0][0] if len(parts) == 1 else None
+def int4_parts(layer: nn.Module) -> list[Int4Part]:
+    """The multiplications of an int4 layer. The list is empty if `layer` is no int4 layer."""
+    return getattr(layer, "int4_parts", [])
 
 
-def gate_int4(layer: LinearBase) -> bool:
-    """Let an int4 gate and up projection do its activation too; False if it cannot (see gate_linear)."""
-    method, tensors = layer.quant_method, int4_tensors(layer)
-    if type(method) is not Int4LinearMethod or tensors is None or layer.bias is not None:
-        return False
+def single_int4_part(layer: LinearBase) -> Int4Part | None:
+    """The multiplication of an int4 layer. Returns None if it is no int4 layer, or needs several."""
+    parts = int4_parts(layer)
+    return parts[0] if len(parts) == 1 else None
+
+
+def gate_int4(layer: LinearBase, otherwise: str = "it is no int4 layer") -> str | None:
+    """Lets an int4 gate and up projection do its activation too. Returns why it cannot, or None if it does.
+
+    `otherwise` is the answer for a layer that is not in 4 bits (see gate_linear).
+    """
+    method, part = layer.quant_method, single_int4_part(layer)
+    if type(method) is not Int4LinearMethod:
+        return otherwise
+    if part is None:
+        return "gate and up have inputs in orders of their own"
+    if layer.bias is not None:
+        return "gate and up have a bias"
     if layer.output_size % (2 * BLOCK):
-        return False
-    levels, scales, zeros, _, _, packed = tensors
-    for blocks in (levels, scales, zeros, packed):
+        return f"gate and up are no multiples of {BLOCK} outputs"
+    for blocks in (part.weight.levels, part.weight.scales, part.weight.zeros, part.packed):
         if blocks.numel():
             interleave_halves(blocks)
-    layer.int4_parts = [(tensors, layer.output_size // 2)]  # type: ignore[assignment]
+    layer.int4_parts = [dataclasses.replace(part, output_size=layer.output_size // 2)]  # type: ignore[assignment]
     layer.quant_method = Int4LinearMethod(method.kernel, gated=True)
-    return True
+    return None

@@ -1,14 +1,16 @@
 """Linear layers whose weights were packed once, after loading, into the layout that the CPU's matmul wants.
 
-Milestone: M1 packs for oneDNN; M4 for a kernel of our own, csrc/linear.cpp. vLLM counterpart: the CPU paths of
-vllm/model_executor/layers/utils.py (dispatch_cpu_unquantized_gemm).
+Milestone: M4, for oneDNN and for a kernel of our own, csrc/linear.cpp. vLLM counterpart: the CPU paths of
+vllm/model_executor/layers/utils.py (dispatch_cpu_unquantized_gemm). Left out: float32, which gains nothing.
 
 `F.linear` gets its weight row by row and oneDNN reorders it on every call; for one token that costs more than the
 multiplication. torch has the packing operators, but only under private names, so they stand behind one probe. Either
-way a layer has its weight once, packed, and the plain one is dropped; a table that an embedding shares stays as well.
+way a layer has its weight once, packed, and the plain one is dropped. If an embedding shares the weight, the plain one
+stays as well.
 """
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from folovllm.model_executor.huge_pages import HugeArena
+from folovllm.config import KernelConfig
+from folovllm.model_executor.cpu.huge_pages import HugeArena
+from folovllm.model_executor.cpu.replacement import Replacement
 from folovllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 
 _BATCH_HINT = 1  # the batch size that oneDNN's layout is chosen for: decode is where packing pays
@@ -25,6 +29,8 @@ _BLOCK = 32  # outputs that lie together in our own layout
 
 class PackedLinearMethod(LinearMethodBase):
     """Multiplies with `layer.packed_weight` and adds `layer.packed_bias`."""
+
+    why: str  # what packing this way is good for
 
     def create_weights(self, layer: LinearBase) -> None:
         raise NotImplementedError("a packed layer is made from a loaded plain one, by pack_linears")
@@ -35,7 +41,9 @@ class PackedLinearMethod(LinearMethodBase):
 
 
 class OneDnnLinearMethod(PackedLinearMethod):
-    """Packed by and for oneDNN; what lies in the tensor is its own affair."""
+    """Packed by and for oneDNN, in a layout that only oneDNN knows."""
+
+    why = "oneDNN does not reorder the weight in every call"
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         return torch.ops.mkldnn._reorder_linear_weight(weight, _BATCH_HINT), bias
@@ -46,6 +54,8 @@ class OneDnnLinearMethod(PackedLinearMethod):
 
 class CppLinearMethod(PackedLinearMethod):
     """Packed for csrc/linear.cpp: at memory speed for a few tokens, as fast as oneDNN for many, from the same bytes."""
+
+    why = "packed bf16 weights are read at the speed of memory"
 
     def __init__(self, ops: Any, arena: HugeArena) -> None:
         self._pack_weight = ops.pack_weight.default
@@ -64,11 +74,13 @@ class CppLinearMethod(PackedLinearMethod):
 class CppGatedLinearMethod(PackedLinearMethod):
     """The merged gate and up projection of an MLP, which also does the SiLU-mul behind it: half as much to write."""
 
+    why = "SiLU-mul happens in the registers of the multiplication"
+
     def __init__(self, ops: Any) -> None:
         self._linear = ops.linear_silu_packed.default
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """In place: what CppLinearMethod packed, [gate's blocks, then up's, ...] -> gate 0, up 0, gate 1, ..."""
+        """Reorders in place what CppLinearMethod packed: [gate's blocks, up's] -> [gate 0, up 0, gate 1, ...]."""
         assert bias is None
         return weight.copy_(weight.clone().unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)), None
 
@@ -77,46 +89,53 @@ class CppGatedLinearMethod(PackedLinearMethod):
         return self._linear(x, layer.packed_weight, layer.output_size // 2)  # type: ignore[operator]
 
 
-def gate_linear(layer: LinearBase, ops: Any) -> bool:
-    """Let a packed gate and up projection do its activation, too; False if it cannot (a bias, halves of odd sizes)."""
-    if type(layer.quant_method) is not CppLinearMethod or layer.packed_bias is not None:
-        return False
-    if layer.output_size % (2 * _BLOCK):
-        return False
-    layer.quant_method = CppGatedLinearMethod(ops)
-    layer.packed_weight, _ = layer.quant_method.pack(layer.packed_weight, None)
-    return True
+def pack_linears(model: nn.Module, ops: Any | None, kernels: KernelConfig, no_ops: str = "") -> Iterator[Replacement]:
+    """Packs every plain linear layer of `model` that can be packed.
 
-
-def pack_linears(model: nn.Module, ops: Any | None = None) -> int:
-    """Pack every plain linear layer of `model` that can be; how many were. `ops`: our C++ operators, if there are."""
+    `ops` are our C++ operators; without them oneDNN packs, and `no_ops` says why they are missing.
+    """
     shared = {id(m.weight) for m in model.modules() if _keeps_its_weight(m)}
-    layers = [m for m in model.modules() if isinstance(m, LinearBase)]
-    arena = HugeArena()
-    return sum(_pack_layer(layer, ops, arena, shared) for layer in layers if _is_plain(layer))
+    arena = HugeArena(huge_pages=kernels.huge_pages)
+    for layer in model.modules():
+        if isinstance(layer, LinearBase) and _is_plain(layer):
+            yield _pack_layer(layer, packed_method(layer.weight, ops, arena), shared, no_ops)
 
 
-def _pack_layer(layer: LinearBase, ops: Any | None, arena: HugeArena, shared: set[int]) -> bool:
-    weight, bias = layer.weight, layer.bias
+def _pack_layer(layer: LinearBase, method: PackedLinearMethod | str, shared: set[int], no_ops: str) -> Replacement:
+    before, weight, bias = type(layer.quant_method).__name__, layer.weight, layer.bias
+    if isinstance(method, str):
+        return Replacement("linear_backend", before, None, method)
     assert isinstance(weight, torch.Tensor)
-    method = packed_method(weight, ops, arena)
-    if method is None:
-        return False
     packed = method.pack(weight.detach(), None if bias is None else bias.detach())
     layer.packed_weight, layer.packed_bias = packed  # type: ignore[assignment]
     layer.quant_method = method
     if id(weight) not in shared:
         layer.register_parameter("weight", None)
-    return True
+    return Replacement("linear_backend", before, type(method).__name__, "; ".join(filter(None, (method.why, no_ops))))
 
 
-def packed_method(weight: torch.Tensor, ops: Any | None, arena: HugeArena) -> PackedLinearMethod | None:
-    """The fastest way to multiply with such a weight; None: as it is. bf16 on a CPU only, fp32 gains nothing."""
-    if weight.device.type != "cpu" or weight.dtype is not torch.bfloat16:
-        return None
+def packed_method(weight: Any, ops: Any | None, arena: HugeArena) -> PackedLinearMethod | str:
+    """The fastest way to multiply with such a weight here, or why it stays as it is."""
+    if weight.device.type != "cpu":
+        return f"packing is for a CPU, and the weight is on {weight.device.type}"
+    if weight.dtype is not torch.bfloat16:
+        return f"only bfloat16 gains from packing, not {str(weight.dtype).removeprefix('torch.')}"
     if ops is not None and ops.has_bf16_dot() and not _has_amx():
         return CppLinearMethod(ops, arena)
-    return OneDnnLinearMethod() if onednn_packing_works() else None
+    return OneDnnLinearMethod() if onednn_packing_works() else "this torch has no packing operators of oneDNN"
+
+
+def gate_linear(layer: LinearBase, ops: Any) -> str | None:
+    """Lets a packed gate and up projection do its activation too. Returns why it cannot, or None if it does."""
+    if type(layer.quant_method) is not CppLinearMethod:
+        return f"{type(layer.quant_method).__name__} has no fused activation"
+    if layer.packed_bias is not None:
+        return "gate and up have a bias"
+    if layer.output_size % (2 * _BLOCK):
+        return f"gate and up are no multiples of {_BLOCK} outputs"
+    layer.quant_method = CppGatedLinearMethod(ops)
+    layer.packed_weight, _ = layer.quant_method.pack(layer.packed_weight, None)
+    return None
 
 
 def _has_amx() -> bool:
@@ -130,7 +149,7 @@ def _is_plain(layer: LinearBase) -> bool:
 
 
 def _keeps_its_weight(module: nn.Module) -> bool:
-    """An embedding looks rows up in its table, so a head tied to it must leave the table as it is."""
+    """True for an embedding: it looks rows up in its table, so a head that is tied to it must leave the table there."""
     return not isinstance(module, LinearBase) and isinstance(getattr(module, "weight", None), nn.Parameter)
 
 

@@ -14,13 +14,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from folovllm.csrc.build import SOURCE_DIR, cpu_features
+from folovllm.model_executor.cpu.int4_weight import Int4Part
 
 ALL_ROWS = 2**31
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -30,13 +30,7 @@ GUESS = 8  # what two AMD cores with AVX-512 VNNI measured
 _SWEEP_BYTES = 96 * 2**20  # of bf16 weights: more than caches hold, so that reading costs what it does in a model
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A linear layer that has both: its tensors in the order of csrc/layer.cpp."""
-
-    tensors: list[torch.Tensor]
-    output_size: int
-    input_size: int
+Candidate = tuple[Int4Part, int]  # a linear layer that has 4 bits and bf16, and its input size
 
 
 def default_cache_file() -> Path:
@@ -77,9 +71,9 @@ def largest_winner(wins: Callable[[int], bool]) -> int:
 
 def _one_sweep(layers: Sequence[Candidate]) -> list[Candidate]:
     sweep, size = [], 0
-    for layer in layers:
-        sweep.append(layer)
-        size += 2 * layer.output_size * layer.input_size
+    for part, input_size in layers:
+        sweep.append((part, input_size))
+        size += 2 * part.output_size * input_size
         if size >= _SWEEP_BYTES:
             break
     return sweep
@@ -87,13 +81,13 @@ def _one_sweep(layers: Sequence[Candidate]) -> list[Candidate]:
 
 def _wins(ops: Any, sweep: Sequence[Candidate], rows: int, deadline: float) -> bool:
     """Whether 4 bits take less time than bf16 for all layers together."""
-    inputs = {size: torch.randn(rows, size).bfloat16() for size in {layer.input_size for layer in sweep}}
+    inputs = {size: torch.randn(rows, size).bfloat16() for size in {size for _, size in sweep}}
     best = {ALL_ROWS: [math.inf] * len(sweep), 0: [math.inf] * len(sweep)}  # seconds, by max_int4_rows
     for _ in range(_REPEATS):
-        for i, layer in enumerate(sweep):
+        for i, (part, size) in enumerate(sweep):
             for max_rows, times in best.items():
                 start = time.perf_counter()
-                ops.linear_mixed(inputs[layer.input_size], layer.tensors, layer.output_size, False, max_rows)
+                part.multiply(ops, inputs[size], False, max_rows)
                 times[i] = min(times[i], time.perf_counter() - start)
             if start > deadline:
                 raise _TooBusy
@@ -101,7 +95,7 @@ def _wins(ops: Any, sweep: Sequence[Candidate], rows: int, deadline: float) -> b
 
 
 def _cache_key(layers: Sequence[Candidate]) -> str:
-    shapes = sorted({str([tuple(t.shape) for t in layer.tensors]) for layer in layers})
+    shapes = sorted({str([tuple(t.shape) for t in part.tensors.values()]) for part, _ in layers})
     sources = sorted([*SOURCE_DIR.glob("int4*"), SOURCE_DIR / "linear.cpp"])
     kernels = [source.read_text(encoding="utf-8") for source in sources]
     facts = (cpu_features(), str(torch.get_num_threads()), *kernels, *shapes)

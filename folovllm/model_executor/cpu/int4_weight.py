@@ -37,6 +37,31 @@ class Int4Weight:
         return [self.levels, self.scales, self.zeros, self.perm]
 
 
+@dataclass(frozen=True)
+class Int4Part:
+    """One multiplication of an int4 layer: its 4 bits, and what goes with them. An empty tensor stands for none."""
+
+    weight: Int4Weight
+    bias: torch.Tensor  # [32 * blocks] fp32
+    packed: torch.Tensor  # the same weights as packed bf16 [blocks, pairs of inputs, 32, 2]
+    output_size: int  # of the multiplication: half the weight's if SiLU-mul is part of it
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By the names that csrc/layer.cpp has for them."""
+        weight = self.weight
+        bits = {"levels": weight.levels, "scales": weight.scales, "zeros": weight.zeros, "perm": weight.perm}
+        return bits | {"bias": self.bias, "packed": self.packed}
+
+    def multiply(self, ops: Any, x: torch.Tensor, gated: bool, max_int4_rows: int) -> torch.Tensor:
+        """x [num_tokens, input_size] -> [num_tokens, output_size]; with 4 bits if x has up to `max_int4_rows` rows."""
+        w, size = self.weight, self.output_size
+        out: torch.Tensor = ops.linear_mixed.default(
+            x, w.levels, w.scales, w.zeros, w.perm, self.bias, self.packed, size, gated, max_int4_rows
+        )
+        return out
+
+
 def interleave_halves(blocks: torch.Tensor) -> torch.Tensor:
     """[a0, a1, ..., b0, b1, ...] -> [a0, b0, a1, b1, ...] along the first axis, in place."""
     return blocks.copy_(blocks.clone().unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1))
