@@ -29,15 +29,16 @@ class LLMEngine:
         self.config = config
         self.tokenizer = tokenizer
         self.engine_core = EngineCore(config, executor)
-        eos_token_id = arch.eos_token_ids[0] if arch.eos_token_ids else None
+        eos_token_id = None if tokenizer is None else tokenizer.eos_token_id
         self.input_processor = InputProcessor(
             tokenizer,
             vocab_size=arch.vocab_size,
             max_model_len=config.max_model_len,
             max_logprobs=config.model_config.max_logprobs,
             eos_token_id=eos_token_id,
-            extra_eos_token_ids=arch.eos_token_ids[1:],
+            extra_eos_token_ids=tuple(i for i in arch.eos_token_ids if i < arch.vocab_size),
             seed=config.model_config.seed,
+            rope=arch.rope,
         )
         self.output_processor = OutputProcessor(tokenizer)
 

@@ -14,7 +14,8 @@ from folovllm.config import EngineConfig
 from folovllm.core.kv_cache_utils import CPU_KV_CACHE_CEILING, GIB, KVCacheConfig
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.model_executor.huge_pages import keep_freed_memory
-from folovllm.model_executor.model_loader import load_model
+from folovllm.model_executor.model_loader import load_model, random_model
+from folovllm.model_executor.models.llama import LlamaForCausalLM
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.parts import load_part
 from folovllm.utils import available_memory_bytes
@@ -35,13 +36,28 @@ class Worker:
             keep_freed_memory()
         arch = config.model_config.arch
         dtype: torch.dtype = getattr(torch, config.model_config.dtype)
-        linear_backend = config.attention_config.linear_backend
-        quantization = dataclasses.asdict(config.quantization_config)
-        model = load_model(model_path, arch, dtype, self.device, linear_backend=linear_backend, **quantization)
+        model = self._load_model(model_path, dtype)
         spec = AttentionSpec.from_arch(arch, dtype, self.device, config.block_size)
         backend = get_attn_backend(config.attention_config.attention_backend, spec, config.parts)
         sampler = load_part("sample.sampler", config.parts)()
         self.model_runner = ModelRunner(config, model, backend, self.device, sampler)
+
+    def _load_model(self, model_path: Path, dtype: torch.dtype) -> LlamaForCausalLM:
+        config, linear_backend = self.config, self.config.attention_config.linear_backend
+        arch, length = config.model_config.arch, config.max_model_len
+        if config.model_config.load_format == "dummy":
+            seed = config.model_config.seed
+            return random_model(arch, dtype, self.device, seed, linear_backend=linear_backend, max_model_len=length)
+        quantization = dataclasses.asdict(config.quantization_config)
+        return load_model(
+            model_path,
+            arch,
+            dtype,
+            self.device,
+            linear_backend=linear_backend,
+            max_model_len=length,
+            **quantization,
+        )
 
     def available_kv_cache_bytes(self) -> int:
         """What the KV cache may take: on a CPU half of the free memory, at most 4 GiB; on a GPU its share."""

@@ -24,6 +24,8 @@ class NewRequestData:
     bad_words_token_ids: list[list[int]]
     block_ids: tuple[list[int], ...]  # one list per KV group; all blocks the request holds
     num_computed_tokens: int
+    extra_eos_token_ids: tuple[int, ...] = ()
+    position_offset: int = 0
 
 
 @dataclass(frozen=True)

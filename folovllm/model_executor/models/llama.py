@@ -110,7 +110,7 @@ class LlamaModel(nn.Module):
             layer_class(arch, quant_config, f"model.layers.{i}") for i in range(arch.num_hidden_layers)
         )
         self.norm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(arch.head_dim, arch.max_position_embeddings, arch.rope)
+        self.rotary_emb = RotaryEmbedding(arch.head_dim, arch.max_context_len, arch.rope)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden = self.embed_tokens(input_ids)  # [num_tokens, hidden_size]
