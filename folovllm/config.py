@@ -17,10 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from folovllm import milestones
+from folovllm.generation_config import check_override
 from folovllm.hf_config import ModelArchitecture
+from folovllm.hf_overrides import check_overrides
 from folovllm.parts import check_parts
 from folovllm.sampling_params import check_bool, check_int, check_number
-from folovllm.utils import did_you_mean, unknown_name_message
+from folovllm.utils import did_you_mean
+from folovllm.vllm_args import without_vllms_own
 
 DEFAULT_MODEL = "smollm2-135m"
 MAX_MODEL_LEN_BLOCK = "max_model_len"  # block_size of the contiguous cache: one page holds a whole request
@@ -49,14 +52,24 @@ OTHER_NAMES = {
     "bf16": "bfloat16",
     "float": "float32",
     "fp32": "float32",
+    "gptq": "auto",
+    "gptq_marlin": "auto",
 }
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model, in which precision, how long."""
+    """Which model and tokenizer, in which precision, how long."""
 
     model: str = DEFAULT_MODEL
+    served_model_name: str | list[str] | None = None  # what to call the model instead; the first name is shown
+    tokenizer: str | None = None  # an alias, a folder or a HuggingFace id; None: the model's own
+    tokenizer_mode: str = "auto"
+    skip_tokenizer_init: bool = False  # prompts are token ids and outputs have no text
+    load_format: str = "auto"  # "dummy": random weights, so that only config.json is needed
+    hf_overrides: Mapping[str, Any] | None = None  # replaces values of config.json (folovllm.hf_overrides)
+    generation_config: str = "auto"  # sampling defaults: the model's, "vllm" for none, or those of another folder
+    override_generation_config: Mapping[str, Any] | None = None  # e.g. {"temperature": 0.7}
     dtype: str = "auto"
     max_model_len: int | None = None  # tokens, prompt and output together; None: what the model was trained for
     seed: int = 0
@@ -69,11 +82,40 @@ class ModelConfig:
         if not self.model:
             raise ValueError("model must not be empty: give an alias ('smollm2-135m'), a folder or a HuggingFace id")
         _check_choice("dtype", self.dtype, DTYPES)
+        self._check_tokenizer()
+        self._check_names()
+        _check_choice("load_format", self.load_format, ("auto", "safetensors", "dummy"))
+        check_overrides({} if self.hf_overrides is None else self.hf_overrides)
+        check_override({} if self.override_generation_config is None else self.override_generation_config)
+        _check_type("generation_config", self.generation_config, str)
         _check_optional_int("max_model_len", self.max_model_len, low=2)
         check_int("seed", self.seed, low=-(2**63), high=2**63 - 1)
         check_int("max_logprobs", self.max_logprobs, low=-1, hint="-1 means the whole vocabulary")
         if self.download_dir is not None:
             _check_type("download_dir", self.download_dir, str)
+
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer is not None:
+            _check_type("tokenizer", self.tokenizer, str)
+        check_bool("skip_tokenizer_init", self.skip_tokenizer_init)
+        if self.tokenizer_mode != "auto":
+            raise ValueError(
+                f"tokenizer_mode must be 'auto', got {self.tokenizer_mode!r}: tokenizers are read from tokenizer.json "
+                "(the fast kind) only; transformers makes one of an older tokenizer: "
+                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            )
+
+    def _check_names(self) -> None:
+        names = self.served_model_name
+        listed = [names] if isinstance(names, str) else [] if names is None else names
+        if not isinstance(listed, (list, tuple)) or not all(isinstance(name, str) and name for name in listed):
+            raise ValueError(f"served_model_name must be a name or a list of names, got {names!r}")
+
+    @property
+    def shown_name(self) -> str:
+        """What to call the model: the first `served_model_name`, or `model` if there is none."""
+        names = self.served_model_name or self.model
+        return names if isinstance(names, str) else names[0]
 
     @property
     def arch(self) -> ModelArchitecture:
@@ -249,13 +291,12 @@ class EngineConfig:
         """Config from flat engine arguments, over those of `preset` (default: the top of the built ladder).
 
         E.g. from_args(model="smollm2-135m", preset="m2", max_num_seqs=8). Raises ValueError for an unknown argument
-        (with the nearest known one), a value out of range, or a switch of a milestone that is not built yet.
+        (with the nearest known one), an argument that only vLLM has (with what to do instead, see folovllm.vllm_args),
+        a value out of range, or a switch of a milestone that is not built yet.
         """
-        flat = milestones.fold(milestones.top_rung().id if preset is None else preset, without) | engine_args
         known = engine_arg_names()
-        for name in engine_args:
-            if name not in known:
-                raise ValueError(unknown_name_message("engine argument", name, list(known)))
+        engine_args = without_vllms_own(engine_args, known)
+        flat = milestones.fold(milestones.top_rung().id if preset is None else preset, without) | engine_args
         _refuse_unbuilt_switches(flat)
         parts: dict[str, dict[str, Any]] = {}
         for name, value in flat.items():
@@ -314,9 +355,17 @@ class EngineConfig:
         return self.scheduler_config.max_num_batched_tokens
 
     def _resolve_max_model_len(self, arch: ModelArchitecture) -> int:
-        asked, limit = self.model_config.max_model_len, arch.max_position_embeddings
+        asked, limit = self.model_config.max_model_len, arch.max_context_len
         if asked is not None and asked > limit:
-            raise ValueError(f"max_model_len={asked} is more than the model's {limit} positions; use at most {limit}")
+            stretched = ""
+            if limit != arch.max_position_embeddings:
+                stretched = (
+                    f" (max_position_embeddings={arch.max_position_embeddings}, rope_type={arch.rope.rope_type!r} with "
+                    f"factor {arch.rope.factor:g})"
+                )
+            raise ValueError(
+                f"max_model_len={asked} is more than the model's {limit} positions{stretched}; use at most {limit}"
+            )
         return asked or limit
 
     def _resolve_dtype(self, arch: ModelArchitecture, native_bf16: bool) -> str:

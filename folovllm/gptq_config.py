@@ -3,8 +3,8 @@
 Milestone: M7. vLLM counterpart: GPTQConfig of vllm/model_executor/layers/quantization/gptq.py. Left out: `dynamic`
 (other settings for some layers, GPTQModel), Marlin's own layout, words of other than 32 bits; all are refused.
 
-Row 0: plain data, no torch. The format is AutoGPTQ's; its keys stand under `quantization_config` in config.json, and
-older tools wrote them to quantize_config.json alone.
+Row 0: plain data, no torch. The format is AutoGPTQ's. Its settings are the `quantization_config` of config.json; older
+tools wrote them to quantize_config.json alone.
 """
 
 import math
@@ -19,7 +19,7 @@ BITS = (2, 3, 4, 8)
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 WORD_BITS = 32
 PER_CHANNEL = -1  # group_size: one group over the whole input
-# Where a checkpoint lists the layers that were quantised: fewer would leave half of a fused layer plain.
+# If a checkpoint lists the layers that were quantised, these must be among them: q, k and v are one layer here.
 _ALL_LINEARS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 
 
@@ -30,7 +30,7 @@ class GPTQConfig:
     bits: int
     group_size: int = PER_CHANNEL
     sym: bool = True  # zero is the middle level everywhere
-    desc_act: bool = False  # act-order: which group an input belongs to is in g_idx, in no order
+    desc_act: bool = False  # act-order: g_idx says which group an input belongs to; without it, i // group_size does
     checkpoint_format: str = "gptq"
     lm_head: bool = False
 
@@ -47,14 +47,14 @@ class GPTQConfig:
     def from_json(cls, config: Mapping[str, Any], tied_head: bool = False) -> "GPTQConfig":
         """From the `quantization_config` of config.json. ValueError for what would load and then answer wrongly."""
         _check_readable(config)
-        lm_head = bool(config.get("lm_head"))
+        lm_head = _flag(config, "lm_head", False)
         if lm_head and tied_head:
             _refuse("a plain lm_head, as it is the embedding", "a quantised one", "quantise without lm_head")
         return cls(
-            bits=config.get("bits", 0),  # 0 is refused like any other that is none
+            bits=config.get("bits", 0),  # 0 is refused like any other wrong number
             group_size=config.get("group_size", PER_CHANNEL),
-            sym=bool(config.get("sym", True)),
-            desc_act=bool(config.get("desc_act", False)),
+            sym=_flag(config, "sym", True),
+            desc_act=_flag(config, "desc_act", False),
             checkpoint_format=str(config.get("checkpoint_format") or config.get("format") or "gptq"),
             lm_head=lm_head,
         )
@@ -119,6 +119,14 @@ def _check_readable(config: Mapping[str, Any]) -> None:
         if not names >= _ALL_LINEARS:
             found = f"only {', '.join(sorted(names))} quantised"
             _refuse("every linear layer of a block quantised", found, "use a checkpoint that quantises all of them")
+
+
+def _flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
+    """`config[key]`, or `default` if it is absent or null. The text "false" would count as true, so text is refused."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        _refuse(f"true or false as {key!r}", repr(value), "correct quantization_config")
+    return default if value is None else value
 
 
 def _is_int(value: Any) -> bool:

@@ -4,34 +4,24 @@ Milestone: M0. vLLM counterpart: vllm/transformers_utils/config.py and ModelConf
 need remote code, multimodal sub-configs, architectures other than the four families below.
 
 Row 0: plain data, no torch. transformers renames keys between its versions (`torch_dtype` became `dtype`; `rope_theta`
-and `rope_scaling` became `rope_parameters`), so nothing else in the engine looks into that dictionary.
+and `rope_scaling` became `rope_parameters`), so nothing else in the engine looks into that dictionary. Rotary settings
+have a module of their own, rope_config.py; sampling defaults are read by generation_config.py.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from folovllm.generation_config import GENERATION_FILE, eos_token_ids, read_generation_config
 from folovllm.gptq_config import GPTQConfig
+from folovllm.hf_json import ConfigError, positive_float, positive_int, read_json, refuse
+from folovllm.hf_overrides import apply_overrides
+from folovllm.rope_config import RopeConfig, parse_rope
 from folovllm.utils import nearest_name
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DTYPES = ("float32", "bfloat16", "float16")
-ROPE_TYPES = ("default", "linear", "llama3")
-_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding: base and, for Llama 3.1 onwards, the stretching of long wavelengths."""
-
-    theta: float = 10000.0
-    rope_type: str = "default"  # "default" | "linear" | "llama3"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
 
 
 @dataclass(frozen=True)
@@ -57,8 +47,13 @@ class ModelArchitecture:
     qk_norm: bool
     dtype: str  # "float32" | "bfloat16" | "float16"
     bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]  # the first is "the" EOS; generation_config may add more
+    eos_token_ids: tuple[int, ...]  # config.json's first, then those that generation_config.json adds
     quantization: GPTQConfig | None = None  # how the checkpoint's linear layers are quantised (M7)
+
+    @property
+    def max_context_len(self) -> int:
+        """Tokens that the model can hold, prompt and output together: rope scaling may stretch its positions."""
+        return self.rope.max_model_len(self.max_position_embeddings)
 
     @property
     def q_size(self) -> int:
@@ -90,15 +85,21 @@ class ModelArchitecture:
         return attention + mlp + 2 * self.hidden_size  # + the two norms
 
 
-def load_hf_config(folder: Path) -> ModelArchitecture:
-    """Read `folder`/config.json, and generation_config.json if there is one. ValueError says what is wrong with it."""
+def load_hf_config(
+    folder: Path, hf_overrides: Mapping[str, Any] | None = None, generation_config: str = "auto"
+) -> ModelArchitecture:
+    """Read `folder`/config.json and the generation config. ConfigError says what is wrong with either.
+
+    `hf_overrides` replaces values of config.json before it is understood; `generation_config` names the folder of
+    another generation_config.json, or is "auto" or "vllm": then the one beside config.json names the end-of-text ids.
+    """
     path = folder / "config.json"
-    if not path.is_file():
-        _refuse("config.json", f"none in {folder}", "pass the folder of a HuggingFace model")
-    generation = folder / "generation_config.json"
     try:
-        config = _with_quantize_config(_read_json(path), folder / "quantize_config.json")
-        return parse_hf_config(config, _read_json(generation) if generation.is_file() else None)
+        if not path.is_file():
+            refuse("config.json", f"none in {folder}", "pass the folder of a HuggingFace model")
+        config = _with_quantize_config(read_json(path), folder / "quantize_config.json")
+        config = apply_overrides(config, hf_overrides or {})
+        return parse_hf_config(config, read_generation_config(folder, generation_config))
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from None
 
@@ -109,21 +110,21 @@ def parse_hf_config(config: Mapping[str, Any], generation_config: Mapping[str, A
     _check_supported(config)
     is_llama, is_qwen2, is_qwen3 = (architecture.startswith(name) for name in ("Llama", "Qwen2", "Qwen3"))
     attention_bias = (is_llama or is_qwen3) and bool(config.get("attention_bias"))
-    hidden_size, num_heads = _positive_int(config, "hidden_size"), _positive_int(config, "num_attention_heads")
+    hidden_size, num_heads = positive_int(config, "hidden_size"), positive_int(config, "num_attention_heads")
     return ModelArchitecture(
         architecture=architecture,
         model_type=str(config.get("model_type", "")),
-        num_hidden_layers=_positive_int(config, "num_hidden_layers"),
+        num_hidden_layers=positive_int(config, "num_hidden_layers"),
         hidden_size=hidden_size,
-        intermediate_size=_positive_int(config, "intermediate_size"),
+        intermediate_size=positive_int(config, "intermediate_size"),
         num_attention_heads=num_heads,
         # Only Llama's default is "as many as query heads"; the others' defaults changed with the version.
         num_key_value_heads=_kv_heads(config, num_heads, default=num_heads if is_llama else None),
         head_dim=_head_dim(config, hidden_size, num_heads, required=is_qwen3),
-        vocab_size=_positive_int(config, "vocab_size"),
-        max_position_embeddings=_positive_int(config, "max_position_embeddings"),
-        rms_norm_eps=_positive_float(config, "rms_norm_eps"),
-        rope=_rope(config),
+        vocab_size=positive_int(config, "vocab_size"),
+        max_position_embeddings=positive_int(config, "max_position_embeddings"),
+        rms_norm_eps=positive_float(config, "rms_norm_eps"),
+        rope=parse_rope(config),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=is_qwen2 or attention_bias,
         o_bias=attention_bias,
@@ -136,33 +137,15 @@ def parse_hf_config(config: Mapping[str, Any], generation_config: Mapping[str, A
     )
 
 
-class ConfigError(ValueError):
-    """config.json describes something we cannot run; the message says what was expected, found, and what to do."""
-
-
-def _refuse(expected: str, found: str, todo: str) -> NoReturn:
-    raise ConfigError(f"expected {expected}; found {found}; to fix it: {todo}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        _refuse(f"valid JSON in {path.name}", str(error), "download the file again")
-    if not isinstance(value, dict):
-        _refuse(f"a JSON object in {path.name}", type(value).__name__, "download the file again")
-    return value
-
-
 def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     known = ", ".join(SUPPORTED_ARCHITECTURES)
     if not isinstance(names, list) or not names:
-        _refuse("'architectures' in config.json", repr(names), f"name one of {known} there")
+        refuse("'architectures' in config.json", repr(names), f"name one of {known} there")
     name = str(names[0])
     if name not in SUPPORTED_ARCHITECTURES:
         near = nearest_name(name, SUPPORTED_ARCHITECTURES, cutoff=0.0)
-        _refuse(f"one of the architectures {known}", name, f"use a model of one of these; the nearest is {near}")
+        refuse(f"one of the architectures {known}", name, f"use a model of one of these; the nearest is {near}")
     return name
 
 
@@ -170,7 +153,7 @@ def _check_supported(config: Mapping[str, Any]) -> None:
     """Refuse what would load and then quietly answer wrongly."""
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        _refuse("hidden_act 'silu'", repr(activation), "use a model with a SwiGLU MLP; no other activation is written")
+        refuse("hidden_act 'silu'", repr(activation), "use a model with a SwiGLU MLP; no other activation is written")
     window = _active_sliding_window(config)
     if window is not None:
         todo = (
@@ -178,13 +161,13 @@ def _check_supported(config: Mapping[str, Any]) -> None:
             f"set 'sliding_window': null and 'max_position_embeddings': {window} in config.json to run that far"
         )
         positions = config.get("max_position_embeddings")
-        _refuse("full attention", f"a sliding window of {window} tokens within {positions} positions", todo)
+        refuse("full attention", f"a sliding window of {window} tokens within {positions} positions", todo)
 
 
 def _with_quantize_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """AutoGPTQ before 0.5 wrote its settings into a file of their own, and nothing into config.json."""
     if config.get("quantization_config") is None and path.is_file():
-        return {**config, "quantization_config": {"quant_method": "gptq", **_read_json(path)}}
+        return {**config, "quantization_config": {"quant_method": "gptq", **read_json(path)}}
     return config
 
 
@@ -195,7 +178,7 @@ def _quantization(config: Mapping[str, Any]) -> GPTQConfig | None:
     method = quantization.get("quant_method", "?") if isinstance(quantization, Mapping) else quantization
     if method != "gptq":
         todo = "use the unquantised model, or a GPTQ version of it"
-        _refuse("GPTQ or unquantised weights", f"quantization_config of {method!r}", todo)
+        refuse("GPTQ or unquantised weights", f"quantization_config of {method!r}", todo)
     try:
         return GPTQConfig.from_json(quantization, bool(config.get("tie_word_embeddings", False)))
     except ValueError as error:
@@ -203,9 +186,9 @@ def _quantization(config: Mapping[str, Any]) -> GPTQConfig | None:
 
 
 def _active_sliding_window(config: Mapping[str, Any]) -> int | None:
-    """The window if some layer would really use it; None where it is absent, switched off or never reached."""
+    """Returns the window if a layer would use it, and None if it is absent, switched off or never reached."""
     window = config.get("sliding_window")
-    if window is None or window >= _positive_int(config, "max_position_embeddings"):
+    if window is None or window >= positive_int(config, "max_position_embeddings"):
         return None
     if config.get("layer_types") is not None:
         return window if "sliding_attention" in config["layer_types"] else None
@@ -216,32 +199,12 @@ def _active_sliding_window(config: Mapping[str, Any]) -> int | None:
     return int(window) if used else None
 
 
-def _require(config: Mapping[str, Any], key: str) -> Any:
-    if config.get(key) is None:
-        _refuse(f"{key!r} in config.json", "no such key", "download the model's config.json again")
-    return config[key]
-
-
-def _positive_int(config: Mapping[str, Any], key: str) -> int:
-    value = _require(config, key)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        _refuse(f"a positive integer as {key!r}", repr(value), "correct config.json or download it again")
-    return value
-
-
-def _positive_float(config: Mapping[str, Any], key: str) -> float:
-    value = _require(config, key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        _refuse(f"a positive number as {key!r}", repr(value), "correct config.json or download it again")
-    return float(value)
-
-
 def _kv_heads(config: Mapping[str, Any], num_heads: int, default: int | None) -> int:
     missing = config.get("num_key_value_heads") is None
-    num_kv_heads = default if missing and default is not None else _positive_int(config, "num_key_value_heads")
+    num_kv_heads = default if missing and default is not None else positive_int(config, "num_key_value_heads")
     if num_heads % num_kv_heads != 0:
         expected = "num_attention_heads to be a multiple of num_key_value_heads"
-        _refuse(expected, f"{num_heads} and {num_kv_heads}", "correct config.json or download it again")
+        refuse(expected, f"{num_heads} and {num_kv_heads}", "correct config.json or download it again")
     return num_kv_heads
 
 
@@ -249,46 +212,26 @@ def _head_dim(config: Mapping[str, Any], hidden_size: int, num_heads: int, requi
     if config.get("head_dim") is None and not required:
         if hidden_size % num_heads != 0:
             expected = "'head_dim', or a hidden_size divisible by num_attention_heads"
-            _refuse(expected, f"{hidden_size} and {num_heads}", "add 'head_dim' to config.json")
+            refuse(expected, f"{hidden_size} and {num_heads}", "add 'head_dim' to config.json")
         return hidden_size // num_heads
-    head_dim = _positive_int(config, "head_dim")
+    head_dim = positive_int(config, "head_dim")
     if head_dim % 2 != 0:
-        _refuse("an even head_dim (rotary embedding turns pairs)", str(head_dim), "correct config.json")
+        refuse("an even head_dim (rotary embedding turns pairs)", str(head_dim), "correct config.json")
     return head_dim
-
-
-def _rope(config: Mapping[str, Any]) -> RopeConfig:
-    """transformers 4: `rope_theta` beside `rope_scaling`; transformers 5: both inside `rope_parameters`."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
-    if rope_type not in ROPE_TYPES:
-        todo = "use a model without it; where it only serves long contexts, delete 'rope_scaling' from config.json"
-        _refuse(f"a rope_type of {', '.join(ROPE_TYPES)}", repr(rope_type), todo)
-    partial = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        _refuse("rotary embedding over the whole head", f"partial_rotary_factor {partial}", "use another model")
-    if rope_type == "default":
-        return RopeConfig(theta)
-    if rope_type == "linear":
-        return RopeConfig(theta, rope_type, factor=_positive_float(scaling, "factor"))
-    factor, low, high, original = (_positive_float(scaling, key) for key in _LLAMA3_KEYS)
-    if low >= high:
-        _refuse("low_freq_factor below high_freq_factor", f"{low} and {high}", "correct rope_scaling in config.json")
-    return RopeConfig(theta, rope_type, factor, low, high, int(original))
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
     value = config.get("dtype") or config.get("torch_dtype") or "float32"
     name = str(value).removeprefix("torch.")
     if name not in DTYPES:
-        _refuse(f"a dtype of {', '.join(DTYPES)}", repr(value), "set 'torch_dtype' in config.json to one of them")
+        refuse(f"a dtype of {', '.join(DTYPES)}", repr(value), "set 'torch_dtype' in config.json to one of them")
     return name
 
 
 def _eos_token_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The model's own first, then those generation_config adds. E.g. 2 and [2, 7] -> (2, 7)."""
-    ids: list[int] = []
-    for value in (config.get("eos_token_id"), generation_config.get("eos_token_id")):
-        ids += value if isinstance(value, list) else [] if value is None else [value]
+    """The model's own first, then those that generation_config adds. E.g. 2 and [2, 7] -> (2, 7)."""
+    own = config.get("eos_token_id")
+    if own is None and isinstance(config.get("text_config"), Mapping):  # as in configs of multimodal models
+        own = config["text_config"].get("eos_token_id")
+    ids = eos_token_ids(own, "config.json") + eos_token_ids(generation_config.get("eos_token_id"), GENERATION_FILE)
     return tuple(dict.fromkeys(ids))  # without repetitions, order kept

@@ -93,12 +93,19 @@ class Request:
         cache_salt: str | None = None,
         seed: int = 0,
         bad_words_token_ids: list[list[int]] | None = None,
+        extra_eos_token_ids: tuple[int, ...] = (),
+        position_offset: int = 0,
     ) -> None:
         assert prompt_token_ids, "the input processor refuses empty prompts"
         assert sampling_params.max_tokens is not None, "the input processor resolves max_tokens"
         self.request_id = request_id
         self.sampling_params = sampling_params
         self.eos_token_id = eos_token_id
+        # Other ids that end a text. They stop a request as stop_token_ids unless ignore_eos; min_tokens forbids them.
+        self.extra_eos_token_ids = extra_eos_token_ids
+        # Added to a token's position where the model looks up its angle: selects the frequencies for long requests
+        # under dynamic rope scaling, and is 0 under every other.
+        self.position_offset = position_offset
         self.priority = priority
         self.cache_salt = cache_salt
         self.seed = seed  # of the sampling noise; without one from the user, the input processor draws it

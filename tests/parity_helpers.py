@@ -60,8 +60,8 @@ class GapNaiveModel(NaiveModel):
 
     gaps: list[float]
 
-    def logits(self, token_ids: list[int]) -> torch.Tensor:
-        logits = super().logits(token_ids)  # [1, vocab_size]
+    def logits(self, token_ids: list[int], position_offset: int = 0) -> torch.Tensor:
+        logits = super().logits(token_ids, position_offset)  # [1, vocab_size]
         first, second = logits[0].topk(2).values.tolist()
         self.gaps.append(first - second)
         return logits

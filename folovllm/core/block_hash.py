@@ -56,9 +56,12 @@ def extra_keys(request: Request) -> bytes:
     """Returns what else, besides its tokens, decides a request's K/V or who may share them; b"" if there is nothing.
 
     The extra keys go into the hash of the first block only, and the chain carries them on to all others. (The name of a
-    LoRA adapter would belong here.) `ascii` of a tuple of strings is unambiguous, whatever characters a salt contains.
+    LoRA adapter would belong here.) `ascii` of a tuple of strings and numbers is unambiguous, whatever characters a
+    salt contains.
     """
-    return b"" if request.cache_salt is None else ascii(("cache_salt", request.cache_salt)).encode()
+    salt = b"" if request.cache_salt is None else ascii(("cache_salt", request.cache_salt)).encode()
+    offset = request.position_offset  # keys of another offset are turned by other angles
+    return salt + (ascii(("position_offset", offset)).encode() if offset else b"")
 
 
 class BlockPacker:

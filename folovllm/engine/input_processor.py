@@ -13,6 +13,7 @@ from typing import Any
 
 from folovllm.engine.tokenizer import Tokenizer
 from folovllm.request import Request
+from folovllm.rope_config import RopeConfig
 from folovllm.sampling_params import SamplingParams
 from folovllm.utils import unknown_name_message
 
@@ -24,8 +25,9 @@ _PROMPT_KEYS = ["prompt", "prompt_token_ids", "cache_salt"]
 class InputProcessor:
     """Validates and tokenises prompts, and resolves the defaults of their SamplingParams.
 
-    `eos_token_id` stops a request silently; `extra_eos_token_ids` (generation_config.json may list several) are stop
-    token ids and show up as `stop_reason`. `max_logprobs` -1 allows the whole vocabulary. `vocab_size` is the model's.
+    `eos_token_id`, the tokenizer's, stops a request silently. `extra_eos_token_ids`, those that only config.json and
+    generation_config.json name, are stop token ids and show up as `stop_reason`. `max_logprobs` -1 allows the whole
+    vocabulary. `vocab_size` is the model's. `rope` says which angles a request needs for the length it may reach.
     """
 
     def __init__(
@@ -37,13 +39,15 @@ class InputProcessor:
         eos_token_id: int | None = None,
         extra_eos_token_ids: tuple[int, ...] = (),
         seed: int = 0,
+        rope: RopeConfig | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.max_logprobs = vocab_size if max_logprobs == -1 else max_logprobs
         self.eos_token_id = eos_token_id
-        self.extra_eos_token_ids = extra_eos_token_ids
+        self.extra_eos_token_ids = tuple(i for i in extra_eos_token_ids if i != eos_token_id)
+        self.rope = rope or RopeConfig()
         self._seeds = random.Random(seed)
 
     def process(
@@ -75,6 +79,8 @@ class InputProcessor:
             priority=priority,
             cache_salt=_cache_salt(prompt),
             bad_words_token_ids=self._tokenize_bad_words(params.bad_words or []),
+            extra_eos_token_ids=self.extra_eos_token_ids,
+            position_offset=self._position_offset(len(token_ids), params),
             # Last, so that a refused request draws nothing: the seeds of the others must not depend on it.
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
         )
@@ -154,11 +160,15 @@ class InputProcessor:
     def _stop_token_ids(self, params: SamplingParams) -> list[int] | None:
         if params.ignore_eos:
             return params.stop_token_ids
-        extra = [i for i in self.extra_eos_token_ids if i != self.eos_token_id]  # EOS itself stops without a reason
-        return sorted({*(params.stop_token_ids or ()), *extra}) or params.stop_token_ids
+        return sorted({*(params.stop_token_ids or ()), *self.extra_eos_token_ids}) or params.stop_token_ids
+
+    def _position_offset(self, prompt_len: int, params: SamplingParams) -> int:
+        assert params.max_tokens is not None, "_resolve() first"
+        longest = min(prompt_len + params.max_tokens, self.max_model_len)
+        return self.rope.position_offset(longest, self.max_model_len)
 
     def _tokenize_bad_words(self, bad_words: list[str]) -> list[list[int]]:
-        """Each word as it is spelled at the start of a text and after a space: those are different tokens.
+        """Token ids of each word, as spelled at the start of a text and after a space; these are different tokens.
 
         vLLM drops the second form when its length differs from the first; then the word slips through after a space.
         """

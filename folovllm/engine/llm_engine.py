@@ -46,20 +46,22 @@ class LLMEngine:
         arch = config.model_config.arch
         self.config = config
         self.tokenizer = tokenizer
-        eos_token_id = arch.eos_token_ids[0] if arch.eos_token_ids else None
+        eos_token_id = None if tokenizer is None else tokenizer.eos_token_id
+        if eos_token_id is not None and eos_token_id >= arch.vocab_size:
+            eos_token_id = None  # added to the tokenizer alone: the model can never sample it
         self.input_processor = InputProcessor(
             tokenizer,
             vocab_size=arch.vocab_size,
             max_model_len=config.max_model_len,
             max_logprobs=config.model_config.max_logprobs,
             eos_token_id=eos_token_id,
-            extra_eos_token_ids=arch.eos_token_ids[1:],
+            extra_eos_token_ids=tuple(i for i in arch.eos_token_ids if i < arch.vocab_size),
             seed=config.model_config.seed,
+            rope=arch.rope,
         )
         self.output_processor = OutputProcessor(tokenizer)
-        self._late_outputs: list[
-            RequestOutput
-        ] = []  # of requests that did not end in a step; the next step returns them
+        # Outputs of requests that did not end in a step. The next step returns them.
+        self._late_outputs: list[RequestOutput] = []
         self.engine_core = EngineCore(config, executor)  # last: it opens the trace
 
     def add_request(

@@ -89,6 +89,8 @@ class ParentRequest:
             cache_salt=parent.cache_salt,
             seed=_wrap_int64(parent.seed + index),
             bad_words_token_ids=parent.bad_words_token_ids,
+            extra_eos_token_ids=parent.extra_eos_token_ids,
+            position_offset=parent.position_offset,
         )
 
 

@@ -25,8 +25,9 @@ from folovllm.engine.llm_engine import LLMEngine
 from folovllm.engine.tokenizer import Tokenizer
 from folovllm.entrypoints.keywords import check_keywords, drop_vllm_keywords
 from folovllm.executor.uniproc import UniProcExecutor
+from folovllm.generation_config import default_sampling_params
 from folovllm.hf_config import load_hf_config
-from folovllm.hub import find_model
+from folovllm.hub import find_model, find_tokenizer
 from folovllm.interrupts import HeldInterrupts
 from folovllm.outputs import EngineStats, RequestOutput
 from folovllm.platforms import choose_device, has_native_bf16
@@ -55,15 +56,27 @@ class LLM:
         **engine_args: Any,
     ) -> None:
         config = EngineConfig.from_args(preset=preset, without=without, model=model, **engine_args)
-        self.model_path = find_model(config.model_config.model, config.model_config.download_dir, pull=True)
+        options = config.model_config
+        self.model_path = find_model(
+            options.model,
+            options.download_dir,
+            pull=True,
+            tokenizer=options.tokenizer is None and not options.skip_tokenizer_init,
+            weights=options.load_format != "dummy",
+        )
+        arch = load_hf_config(self.model_path, options.hf_overrides, options.generation_config)
+        self._default_sampling = default_sampling_params(
+            self.model_path, options.generation_config, options.override_generation_config
+        )
+        self._defaults_announced = False
         device = choose_device(config.device)
-        self.config = config.resolve(load_hf_config(self.model_path), device, has_native_bf16(device))
+        self.config = config.resolve(arch, device, has_native_bf16(device))
         if (
             config.model_config.dtype == "auto"
             and self.config.model_config.dtype != self.config.model_config.arch.dtype
         ):
             logger.warning("this processor has no native bfloat16: running in float32 (dtype='bfloat16' forces it)")
-        tokenizer = Tokenizer.from_folder(self.model_path)
+        tokenizer = self._load_tokenizer()
         self.llm_engine = LLMEngine(self.config, UniProcExecutor(self.config, self.model_path), tokenizer)
         self._log_what_runs()
         # A trace is complete only once it is closed: at the latest when this object or the interpreter goes.
@@ -86,9 +99,36 @@ class LLM:
         """What runs: each layer's method, attention backend, sampler, threads, and what replaced parts of the model."""
         return self.llm_engine.engine_core.executor.describe()
 
+    def _load_tokenizer(self) -> Tokenizer | None:
+        options = self.config.model_config
+        if options.skip_tokenizer_init:
+            return None
+        if options.tokenizer is None:
+            return Tokenizer.from_folder(self.model_path)
+        return Tokenizer.from_folder(find_tokenizer(options.tokenizer, options.download_dir))
+
     def get_tokenizer(self) -> Tokenizer:
-        assert self.llm_engine.tokenizer is not None
+        """The tokenizer; ValueError for an engine that was started without one."""
+        if self.llm_engine.tokenizer is None:
+            raise ValueError("this LLM has no tokenizer: start it without skip_tokenizer_init=True")
         return self.llm_engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What holds for requests without parameters: generation_config.json's, else SamplingParams' own defaults.
+
+        `generation_config="vllm"` leaves the file out; `override_generation_config` changes single values.
+        """
+        return SamplingParams(**self.sampling_defaults())
+
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Only what generation_config.json and `override_generation_config` say; a log line tells so the first time."""
+        if self._default_sampling and not self._defaults_announced:
+            self._defaults_announced = True
+            logger.warning(
+                "sampling defaults from the model's generation_config.json: %s (generation_config='vllm' ignores it)",
+                self._default_sampling,
+            )
+        return dict(self._default_sampling)
 
     def stats(self) -> EngineStats:
         return self.llm_engine.stats()
@@ -112,7 +152,7 @@ class LLM:
         before anything runs. If anything raises, the requests of this call are withdrawn, and nothing else is.
         """
         prompt_list = _as_prompt_list(prompts)
-        params = SamplingParams() if sampling_params is None else sampling_params
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         params_list = _one_for_each("sampling_params", params, len(prompt_list))
         priorities = _one_for_each("priority", 0 if priority is None else priority, len(prompt_list))
         return self._run(prompt_list, params_list, priorities, use_tqdm)
@@ -163,7 +203,7 @@ class LLM:
 
         Leaving the loop early aborts the request. Several streams may be read in turns.
         """
-        params = SamplingParams() if sampling_params is None else sampling_params
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         check_sampling_params(params)
         if params.output_kind is RequestOutputKind.CUMULATIVE:
             params = params.replace(output_kind=RequestOutputKind.DELTA)

@@ -9,7 +9,7 @@ revisions, and every weight format but safetensors (a pickle can run code, so no
 from folovllm.hub.aliases import ALIASES, Alias, default_download_dir, list_aliases
 from folovllm.hub.errors import HashMismatchError, HubError, ModelFolderError, ModelNotFoundError, PullError
 from folovllm.hub.fetch import pull, verify_pulled
-from folovllm.hub.find import find_model
+from folovllm.hub.find import find_model, find_tokenizer
 from folovllm.hub.folder import check_model_folder
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "check_model_folder",
     "default_download_dir",
     "find_model",
+    "find_tokenizer",
     "list_aliases",
     "pull",
     "verify_pulled",

@@ -7,22 +7,45 @@ counterpart is `DefaultModelLoader._prepare_weights`. Left out: revisions and re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from folovllm.hub.aliases import ALIASES, alias_folder, unknown_name
 from folovllm.hub.errors import ModelFolderError, ModelNotFoundError, problem
 from folovllm.hub.fetch import pull as pull_model
-from folovllm.hub.folder import check_model_folder
+from folovllm.hub.folder import check_model_folder, check_tokenizer_folder
 from folovllm.hub.repo import download_repo, is_repo_id
 
 
-def find_model(name: str | Path, download_dir: str | Path | None = None, pull: bool = False) -> Path:
+def find_model(
+    name: str | Path,
+    download_dir: str | Path | None = None,
+    pull: bool = False,
+    tokenizer: bool = True,
+    weights: bool = True,
+) -> Path:
     """Returns the folder of the model called `name`: an alias, a local HuggingFace folder or a HuggingFace id.
 
     If an alias has not been pulled yet, it is pulled now if `pull` is set; otherwise the error names the command.
-    `download_dir` replaces the default cache folder for aliases and ids. Raises `ModelNotFoundError` or
-    `ModelFolderError`.
+    `download_dir` replaces the default cache folder for aliases and ids. `tokenizer=False` and `weights=False` accept a
+    folder or a repository without those. Raises `ModelNotFoundError` or `ModelFolderError`.
     """
+    needs = {"tokenizer": tokenizer, "weights": weights}
+    return _find(name, download_dir, pull, lambda folder: check_model_folder(folder, **needs), weights)
+
+
+def find_tokenizer(name: str | Path, download_dir: str | Path | None = None) -> Path:
+    """The folder of the tokenizer called `name`, which may be any name of a model; no other file of it is needed."""
+    return _find(name, download_dir, True, check_tokenizer_folder, weights=False)
+
+
+def _find(
+    name: str | Path,
+    download_dir: str | Path | None,
+    pull: bool,
+    check: Callable[[Path], Path],
+    weights: bool,
+) -> Path:
     text = str(name).strip()
     if not text:
         raise ModelNotFoundError(problem("a model name", "an empty one", f"try {next(iter(ALIASES))!r}"))
@@ -30,13 +53,13 @@ def find_model(name: str | Path, download_dir: str | Path | None = None, pull: b
         return _find_alias(text, download_dir, pull)
     path = Path(text).expanduser()
     if path.is_dir():
-        return check_model_folder(path)
+        return check(path)
     if path.exists():
         raise ModelFolderError(f"{text}: " + problem("a folder", "a file", _file_hint(path)))
     if isinstance(name, Path) or _looks_like_path(text):
         raise ModelNotFoundError(_no_such_folder(path))
     if is_repo_id(text):
-        return download_repo(text, download_dir)
+        return download_repo(text, download_dir, check=check, weights=weights)
     raise ModelNotFoundError(unknown_name(text))
 
 

@@ -13,52 +13,48 @@ import json
 from pathlib import Path
 from typing import Any
 
+from folovllm.checkpoint_files import find_checkpoint
+from folovllm.hf_json import ConfigError
 from folovllm.hub.errors import ModelFolderError, problem
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100 * 1024 * 1024  # the limit safetensors itself has
 
 
-def check_model_folder(folder: Path) -> Path:
-    """Returns `folder` if it has config.json, tokenizer.json and whole safetensors files. Raises `ModelFolderError`
-    otherwise.
+def check_model_folder(folder: Path, tokenizer: bool = True, weights: bool = True) -> Path:
+    """Returns `folder` if it has config.json, tokenizer.json and whole safetensors files.
+
+    `tokenizer=False` and `weights=False` do without the last two. Raises `ModelFolderError` if something is missing.
     """
     names = sorted(p.name for p in folder.iterdir())
     if "config.json" not in names:
         raise _error(folder, "config.json", _listing(names), "pass the folder of a HuggingFace model")
     _read_json(folder / "config.json")
-    if "tokenizer.json" not in names:
-        raise _error(folder, "tokenizer.json", _listing(names), _tokenizer_hint(folder, names))
-    for name in weight_files(folder):
+    if tokenizer:
+        check_tokenizer_folder(folder)
+    for name in weight_files(folder) if weights else ():
         check_safetensors(folder / name)
     return folder
 
 
-def weight_files(folder: Path) -> list[str]:
-    """The safetensors files that make up the model: the index's shards, or all there are.
+def check_tokenizer_folder(folder: Path) -> Path:
+    """Return `folder` if it has a tokenizer.json; else `ModelFolderError`."""
+    names = sorted(p.name for p in folder.iterdir())
+    if "tokenizer.json" not in names:
+        raise _error(folder, "tokenizer.json", _listing(names), _tokenizer_hint(folder, names))
+    return folder
 
-    Mistral repositories also hold `consolidated*.safetensors`, the same weights under other names: not ours.
-    """
-    present = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("consolidated"))
-    if (folder / _INDEX).exists():
-        return _indexed_shards(folder, present)
-    if present:
-        return present
+
+def weight_files(folder: Path) -> list[str]:
+    """The safetensors files that make up the model; `checkpoint_files` says which they are."""
+    try:
+        files = find_checkpoint(folder).files
+    except ConfigError as error:
+        raise ModelFolderError(f"{folder}: {error}") from None
+    if files:
+        return [path.name for path in files]
     names = sorted(p.name for p in folder.iterdir())
     raise _error(folder, "at least one .safetensors file", _listing(names), _weights_hint(folder, names))
-
-
-def _indexed_shards(folder: Path, present: list[str]) -> list[str]:
-    weight_map = _read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise _error(folder, f"a 'weight_map' in {_INDEX}", "none", "download that file again")
-    shards = sorted(set(weight_map.values()))
-    missing = [name for name in shards if name not in present]
-    if missing:
-        expected = f"{len(shards)} weight files named in {_INDEX}"
-        raise _error(folder, expected, f"{', '.join(missing)} missing", "download the missing files")
-    return shards
 
 
 def check_safetensors(path: Path) -> None:
@@ -96,7 +92,10 @@ def _tokenizer_hint(folder: Path, names: list[str]) -> str:
     if any(name in names for name in ("tokenizer.model", "vocab.json")):
         load = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         return f"convert the older tokenizer files once with transformers: {load}"
-    return "copy tokenizer.json and tokenizer_config.json of the same model into the folder"
+    return (
+        "copy tokenizer.json and tokenizer_config.json of the same model into the folder, name another folder with "
+        "tokenizer=, or work on token ids with skip_tokenizer_init=True"
+    )
 
 
 def _weights_hint(folder: Path, names: list[str]) -> str:

@@ -9,6 +9,7 @@ Left out: revisions, tokens as arguments (huggingface_hub's own login is used).
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from folovllm.hub.aliases import ALIASES
@@ -27,28 +28,39 @@ def is_repo_id(name: str) -> bool:
     return _REPO_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
-def download_repo(repo_id: str, download_dir: str | Path | None = None, refresh: bool = False) -> Path:
-    """Returns the snapshot folder of `repo_id`: from the cache if it is complete there, from the network otherwise."""
+def download_repo(
+    repo_id: str,
+    download_dir: str | Path | None = None,
+    refresh: bool = False,
+    check: Callable[[Path], Path] = check_model_folder,
+    weights: bool = True,
+) -> Path:
+    """Returns the snapshot folder of `repo_id`: from the cache if it is complete there, from the network otherwise.
+
+    `check` says what a complete snapshot has. Without `weights` none are downloaded.
+    """
     if not refresh:
         try:
-            return check_model_folder(_snapshot(repo_id, download_dir, offline=True))
+            return check(_snapshot(repo_id, download_dir, offline=True, weights=weights))
         except (OSError, ValueError):
             pass  # not there yet, or only in part
     try:
-        folder = _snapshot(repo_id, download_dir, offline=False)
+        folder = _snapshot(repo_id, download_dir, offline=False, weights=weights)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelNotFoundError(_unreachable(repo_id, error)) from error
     try:
-        return check_model_folder(folder)
+        return check(folder)
     except ModelFolderError as error:
         raise ModelFolderError(f"HuggingFace repository {repo_id!r}, whose usable files are here: {error}") from None
 
 
-def _snapshot(repo_id: str, download_dir: str | Path | None, offline: bool) -> Path:
+def _snapshot(repo_id: str, download_dir: str | Path | None, offline: bool, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     cache = None if download_dir is None else str(Path(download_dir).expanduser())
     wanted, unwanted = list(_WANTED), list(_UNWANTED)
+    if not weights:
+        unwanted.append("*.safetensors")
     folder = snapshot_download(
         repo_id, cache_dir=cache, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=offline
     )

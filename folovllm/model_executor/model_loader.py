@@ -1,10 +1,12 @@
-"""Building a model and filling it: `load_model` from a HuggingFace folder, `random_model` for benchmarks of a shape.
+"""Building a model and filling it: `load_model` from a HuggingFace folder, `random_model` without any weights.
 
 Milestone: M0. vLLM counterpart: vllm/model_executor/model_loader/{default_loader,dummy_loader}.py. Left out: other
 formats and loaders (GGUF is converted by `folovllm pull`), loading a shard per rank in parallel.
 """
 
-from collections.abc import Iterator
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,11 +17,18 @@ from folovllm.hf_config import ModelArchitecture
 from folovllm.model_executor.layers.linear import LinearBase, QuantizationConfig
 from folovllm.model_executor.layers.quantization.gptq import GPTQQuantization
 from folovllm.model_executor.layers.quantization.kernels import KernelOptions
-from folovllm.model_executor.layers.quantization.quantized_linear import dequantize_weights
+from folovllm.model_executor.layers.quantization.quantized_linear import dequantize_weights, settle_g_idx
 from folovllm.model_executor.layers.quantization.select import choose_kernel
+from folovllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from folovllm.model_executor.models.llama import LlamaForCausalLM
 from folovllm.model_executor.models.registry import get_model_class
-from folovllm.model_executor.weight_utils import WeightsError, iterate_weights, safetensors_files
+from folovllm.model_executor.weight_utils import WeightsError, iterate_weights, read_tensor, safetensors_files
+
+logger = logging.getLogger(__name__)
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_COMPARED_ROWS = 8192  # of head and embedding at once: two models' vocabularies side by side would take gigabytes
 
 
 def load_model(
@@ -33,23 +42,25 @@ def load_model(
     gptq_kernel: str = "auto",
     gptq_runtime: str = "auto",
     huge_pages: bool = False,
+    max_model_len: int | None = None,
 ) -> LlamaForCausalLM:
     """The model of `folder` with its weights, in `dtype` on `device`, as the model file says it: nothing is replaced
     yet (model_executor/cpu/accelerate.py). Raises WeightsError, which says what is wrong.
 
-    The other arguments matter to a GPTQ checkpoint. With `quantization="auto"` its weights stay packed if something
-    here can multiply with them; with "dequantize" plain ones are loaded. `gptq_kernel` and `gptq_runtime` say how
-    packed weights are multiplied and what is kept for that (config.py); `gptq_kernel="auto"` takes a fast kernel only
-    with `linear_backend="auto"`.
+    The next three matter to a GPTQ checkpoint. With `quantization="auto"` its weights stay packed if something here
+    can multiply with them; with "dequantize" plain ones are loaded. `gptq_kernel` and `gptq_runtime` say how packed
+    weights are multiplied and what is kept for that (config.py); `gptq_kernel="auto"` takes a fast kernel only with
+    `linear_backend="auto"`. The rotary table is built for `max_model_len` positions; with None it is built, whole, at
+    the first lookup.
     """
     files = safetensors_files(folder)  # before building: a wrong folder should fail at once
-    weights = iterate_weights(files)
+    arch, weights = settle_head(arch, files, dtype)
     if arch.quantization is not None:
         if quantization == "auto" and quant_config is None:
             options = KernelOptions(dtype, device.type, gptq_runtime, huge_pages)
             quant_config = gptq_quantization(arch.quantization, options, gptq_kernel, linear_backend)
-        if quant_config is None:
-            weights = dequantize_weights(weights, arch.quantization)
+        prepare = dequantize_weights if quant_config is None else settle_g_idx
+        weights = prepare(weights, arch.quantization)
     try:
         model = _build(arch, dtype, device, quant_config)
         if isinstance(quant_config, GPTQQuantization):
@@ -57,7 +68,41 @@ def load_model(
         model.load_weights(weights)
     except WeightsError as error:
         raise WeightsError(f"{folder}: {error}") from None
-    return _finish(model, quant_config)
+    return _finish(model, quant_config, max_model_len)
+
+
+def settle_head(
+    arch: ModelArchitecture, files: list[Path], dtype: torch.dtype
+) -> tuple[ModelArchitecture, Iterator[tuple[str, torch.Tensor]]]:
+    """What a checkpoint with tied embeddings really holds: the architecture to build, and the weights to load.
+
+    A head equal to the embedding is the embedding. A head of its own was trained, whatever config.json says, so it is
+    loaded and the model is built untied, as transformers 5 does. A head without an embedding is both.
+    """
+    weights = iterate_weights(files)
+    head = read_tensor(files, HEAD) if arch.tie_word_embeddings else None
+    if head is None:
+        return arch, weights
+    embedding = read_tensor(files, EMBEDDING)
+    if embedding is None:
+        return arch, ((EMBEDDING if name == HEAD else name, tensor) for name, tensor in weights)
+    if _same(head, embedding, dtype):
+        return arch, ((name, tensor) for name, tensor in weights if name != HEAD)
+    logger.warning(
+        "%s: config.json says tie_word_embeddings, but the %s in the checkpoint is not %s: loaded as its own head",
+        files[0].parent,
+        HEAD,
+        EMBEDDING,
+    )
+    return dataclasses.replace(arch, tie_word_embeddings=False), weights
+
+
+def _same(first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether two weights, both [vocab_size, hidden_size], are equal in the dtype that the model will have."""
+    if first.shape != second.shape:
+        return False
+    pairs = zip(first.split(_COMPARED_ROWS), second.split(_COMPARED_ROWS), strict=True)
+    return all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in pairs)
 
 
 def gptq_quantization(
@@ -74,6 +119,7 @@ def random_model(
     device: torch.device,
     seed: int = 0,
     quant_config: QuantizationConfig | None = None,
+    max_model_len: int | None = None,
 ) -> LlamaForCausalLM:
     """A model of this shape with random weights, the same for the same seed: its speed is real, its text is not.
 
@@ -86,7 +132,7 @@ def random_model(
             param.data.fill_(1.0)
         else:
             param.data.normal_(0.0, param.shape[-1] ** -0.5, generator=generator)
-    return _finish(model, quant_config)
+    return _finish(model, quant_config, max_model_len)
 
 
 def _build(
@@ -96,10 +142,15 @@ def _build(
         return get_model_class(arch.architecture)(arch, quant_config)
 
 
-def _finish(model: LlamaForCausalLM, quant_config: QuantizationConfig | None) -> LlamaForCausalLM:
+def _finish(
+    model: LlamaForCausalLM, quant_config: QuantizationConfig | None, max_model_len: int | None
+) -> LlamaForCausalLM:
+    embedding = model.model.embed_tokens.weight
     for module in model.modules():
         if isinstance(module, LinearBase):
             module.quant_method.process_weights_after_loading(module)
+        if isinstance(module, RotaryEmbedding) and max_model_len is not None:
+            module.build(max_model_len, embedding.dtype, embedding.device)
     if isinstance(quant_config, GPTQQuantization):
         quant_config.finish(model)
     return model.eval().requires_grad_(False)

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+# What a plain weight may be stored in. Smaller floats (fp8) need scales, for which a plain layer has no place.
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 # weight_loader(param, loaded_weight, shard_id): copy a checkpoint tensor into (its part of) param.
 WeightLoader = Callable[[nn.Parameter, torch.Tensor, Any], None]
 
@@ -49,9 +52,12 @@ def copy_shard(target: torch.Tensor, loaded_weight: torch.Tensor, dim: int, rank
     E.g. target [3, 8], loaded [6, 8], dim 0, rank 1 of 2 -> rows 3..5. Integers never become floats or the reverse:
     they would be packed weights in the place of plain ones.
     """
-    if target.is_floating_point() != loaded_weight.is_floating_point():
+    plain = loaded_weight.dtype in PLAIN_DTYPES
+    if target.is_floating_point() != plain or loaded_weight.is_floating_point() != plain:
         kind = "floating-point" if target.is_floating_point() else "integer"
-        raise TensorMismatchError(f"expected {kind} values; found {str(loaded_weight.dtype).removeprefix('torch.')}")
+        scaled = ", which needs scales" if loaded_weight.is_floating_point() and not plain else ""
+        found = str(loaded_weight.dtype).removeprefix("torch.") + scaled
+        raise TensorMismatchError(f"expected {kind} values; found {found}")
     size = target.shape[dim]
     expected = tuple(n * world if i == dim else n for i, n in enumerate(target.shape))
     if tuple(loaded_weight.shape) != expected:

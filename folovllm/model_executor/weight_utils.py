@@ -2,9 +2,12 @@
 
 Milestone: M0. vLLM counterpart: vllm/model_executor/model_loader/weight_utils.py and models/utils.py. Left out: pickled
 weights (never opened), downloading (folovllm.hub).
+
+Nothing is loaded or left out silently: a tensor without a place, a place without a tensor, a tensor in two files, and a
+tensor that its index looks for elsewhere are refused by name. Files beside the checkpoint are named in a warning.
 """
 
-import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,9 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from folovllm.checkpoint_files import INDEX, CheckpointFiles, describe_unread, find_checkpoint, listing
+from folovllm.hf_json import ConfigError
 from folovllm.model_executor.parameter import TensorMismatchError
 
-INDEX = "model.safetensors.index.json"
+logger = logging.getLogger(__name__)
+
 _PULL_AGAIN = "the file is corrupt or its download was cut short: fetch it again"
 _PICKLES = (".bin", ".pt", ".pth")
 
@@ -29,29 +35,37 @@ def refuse(expected: str, found: str, todo: str) -> NoReturn:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The files that make up the checkpoint: the shards its index names, or all there are."""
-    present = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
-    if (folder / INDEX).is_file():
-        return _indexed_files(folder)
-    if not present:
-        _refuse_without_safetensors(folder)
-    return present
-
-
-def _indexed_files(folder: Path) -> list[Path]:
+    """The files that make up the checkpoint. A warning names the safetensors files that are left unread."""
     try:
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        refuse(f"a weight_map in {folder / INDEX}", f"{type(error).__name__}: {error}", "download that file again")
-    absent = [name for name in names if not (folder / name).is_file()]
+        checkpoint = find_checkpoint(folder)
+    except ConfigError as error:
+        raise WeightsError(str(error)) from None
+    if not checkpoint.files:
+        _refuse_without_safetensors(folder)
+    if checkpoint.weight_map is not None:
+        _check_index(checkpoint, checkpoint.weight_map)
+    if checkpoint.unread:
+        read = listing([path.name for path in checkpoint.files])
+        logger.warning("%s: read %s; not read: %s", folder, read, describe_unread(checkpoint.unread))
+    return checkpoint.files
+
+
+def _check_index(checkpoint: CheckpointFiles, weight_map: Mapping[str, str]) -> None:
+    """Every tensor must be where the index says it is: readers that trust the index would miss it."""
+    held = {path.name: set(_tensor_names(path)) for path in checkpoint.files}
+    absent = [name for name, file in weight_map.items() if name not in held[file]]
     if absent:
-        found = f"{listing(absent)} missing in {folder}"
-        refuse(f"the {len(names)} files named in {INDEX}", found, "download the missing files")
-    return [folder / name for name in names]
+        file = checkpoint.files[0].parent / weight_map[absent[0]]
+        found = f"{file} without {listing([name for name in absent if weight_map[name] == file.name])}"
+        refuse(f"every tensor in the file that {INDEX} names", found, "download the index and the weights again")
 
 
 def _refuse_without_safetensors(folder: Path) -> NoReturn:
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        todo = "download the model's own safetensors files into the folder"
+        refuse(f"the weights of a model in {folder}", describe_unread(others), todo)
     if not pickles:
         refuse(f"*.safetensors in {folder}", "none", "download the model's weights into the folder")
     convert = (
@@ -62,14 +76,54 @@ def _refuse_without_safetensors(folder: Path) -> NoReturn:
 
 
 def iterate_weights(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every tensor. The files are memory-mapped: one tensor at a time is in memory twice, not all."""
+    """(name, tensor) of every tensor. The files are memory-mapped: one tensor at a time is in memory twice, not all.
+
+    WeightsError if two files hold a tensor of the same name, as there is no telling which of them is meant.
+    """
+    files = list(files)
+    locate_tensors(files)
     for path in files:
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no dict
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            refuse("a whole safetensors file", f"{path} of {path.stat().st_size:,} bytes ({error})", _PULL_AGAIN)
+        yield from _tensors(path)
+
+
+def locate_tensors(files: Iterable[Path]) -> dict[str, Path]:
+    """Which file holds each tensor; WeightsError if two files hold one of the same name."""
+    holder: dict[str, Path] = {}
+    for path in files:
+        for name in _tensor_names(path):
+            if name in holder:
+                found = f"it in {holder[name].name} and in {path.name}"
+                refuse(f"tensor {name!r} in one file of {path.parent}", found, "move the file that is too many away")
+            holder[name] = path
+    return holder
+
+
+def read_tensor(files: Iterable[Path], name: str) -> torch.Tensor | None:
+    """The tensor called `name`, or None if no file holds it."""
+    path = locate_tensors(files).get(name)
+    return None if path is None else next(tensor for _, tensor in _tensors(path, [name]))
+
+
+def _tensor_names(path: Path) -> list[str]:
+    """From the file's header alone."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        _refuse_file(path, error)
+
+
+def _tensors(path: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for name in file.keys() if names is None else names:
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        _refuse_file(path, error)
+
+
+def _refuse_file(path: Path, error: Exception) -> NoReturn:
+    refuse("a whole safetensors file", f"{path} of {path.stat().st_size:,} bytes ({error})", _PULL_AGAIN)
 
 
 Target = tuple[nn.Parameter, Any]  # a parameter, and which shard of it
@@ -92,7 +146,10 @@ def checkpoint_targets(model: nn.Module, packed: Mapping[str, Sequence[tuple[str
 def load_weights(
     model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], packed: Mapping[str, Sequence[tuple[str, Any]]]
 ) -> None:
-    """Give each checkpoint tensor to its parameter's `weight_loader`; WeightsError unless exactly all were loaded."""
+    """Give each checkpoint tensor to its parameter's `weight_loader`.
+
+    WeightsError if a tensor has no place in the model, or if a place stays empty.
+    """
     targets = checkpoint_targets(model, packed)
     missing, unexpected = dict.fromkeys(targets), []  # a dict, as a set that keeps the model's order
     for name, tensor in weights:
@@ -113,10 +170,14 @@ def _load_one(name: str, tensor: torch.Tensor, param: nn.Parameter, shard_id: An
 
 
 def _ignorable(name: str, tensor: torch.Tensor, targets: Mapping[str, Target]) -> bool:
-    """Harmless leftovers: the output head of a tied model (it is the embedding), old rotary tables, biases of zeros."""
-    if name.endswith(".bias"):  # early GPTQ tools gave one to every layer
+    """Leftovers that change nothing: rotary tables of old transformers versions, and biases of zeros.
+
+    Early GPTQ tools gave such a bias to every layer.
+    """
+    layer, _, leaf = name.rpartition(".")
+    if leaf == "bias" and (f"{layer}.weight" in targets or f"{layer}.qweight" in targets):
         return not tensor.any()
-    return (name == "lm_head.weight" and name not in targets) or name.endswith("rotary_emb.inv_freq")
+    return name.endswith(".rotary_emb.inv_freq")
 
 
 def _check_complete(missing: list[str], unexpected: list[str]) -> None:
@@ -128,15 +189,7 @@ def _check_complete(missing: list[str], unexpected: list[str]) -> None:
     if any(name.endswith(".qweight") for name in unexpected):
         todo = "these are GPTQ weights: give config.json back its 'quantization_config', or quantize_config.json"
     if missing and all(name.endswith(".g_idx") for name in missing):
-        todo = (
-            "without g_idx nobody knows which scale belongs to which input: write the checkpoint again with GPTQModel"
-        )
+        todo = "under desc_act g_idx alone says which scale an input has: write the checkpoint again with GPTQModel"
     if missing == ["lm_head.weight"]:
         todo = "download the weights again; if the model ties its embeddings, config.json needs tie_word_embeddings"
     refuse("the tensors config.json describes", " and ".join(found), todo)
-
-
-def listing(names: Sequence[str], limit: int = 4) -> str:
-    """E.g. 'a, b, c, d and 7 more'."""
-    shown = ", ".join(names[:limit])
-    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from folovllm.checkpoint_files import INDEX
 from folovllm.hf_config import DTYPES, load_hf_config
 from folovllm.model_executor.layers.quantization.quantized_linear import dequantize_weights
-from folovllm.model_executor.weight_utils import INDEX, iterate_weights, safetensors_files
+from folovllm.model_executor.weight_utils import iterate_weights, safetensors_files
 from folovllm.quantize.output import copy_chat_templates
 
 _NOT_COPIED = ("config.json", "quantize_config.json", "quantize_log.json", INDEX)

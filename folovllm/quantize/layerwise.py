@@ -23,7 +23,7 @@ from folovllm.model_executor.layers.linear import LinearBase
 from folovllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from folovllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer
 from folovllm.model_executor.models.registry import get_model_class
-from folovllm.model_executor.weight_utils import load_weights, refuse, safetensors_files
+from folovllm.model_executor.weight_utils import load_weights, locate_tensors, refuse, safetensors_files
 
 DOWNLOAD_AGAIN = "download the model again"
 EMBEDDING = "model.embed_tokens.weight"
@@ -33,10 +33,7 @@ class TensorFolder:
     """The tensors of a checkpoint by name. Each one is read when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self.files: dict[str, Path] = {}
-        for path in safetensors_files(folder):
-            with _opened(path) as file:
-                self.files |= dict.fromkeys(file.keys(), path)
+        self.files = locate_tensors(safetensors_files(folder))
 
     def get(self, name: str) -> torch.Tensor:
         if name not in self.files:
@@ -65,13 +62,21 @@ class LayerRunner:
     def __init__(self, tensors: TensorFolder, arch: ModelArchitecture) -> None:
         self.tensors, self.arch = tensors, arch
         self.model_class = get_model_class(arch.architecture)
-        self.rotary = RotaryEmbedding(arch.head_dim, arch.max_position_embeddings, arch.rope)
+        self.rotary = RotaryEmbedding(arch.head_dim, arch.max_context_len, arch.rope)
         self.packed_modules = self.model_class.packed_modules_mapping
 
     def embed(self, windows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """What enters the first layer: [length, hidden_size] fp32 of each sequence."""
+        if self.arch.rope.rope_type != "dynamic":  # whose angles depend on the longest text that the model can hold
+            self.rotary.build(max(map(len, windows)), torch.float32, torch.device("cpu"))
         table = self.tensors.get(EMBEDDING)  # [vocab_size, hidden_size]; dropped on return
         return [table[torch.tensor(window)].float() for window in windows]
+
+    def _cos_sin(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the positions of hidden [length, hidden_size], each [length, 1, head_size]."""
+        length = hidden.shape[0]
+        offset = self.arch.rope.position_offset(length, self.rotary.max_position)
+        return self.rotary.cos_sin_at(torch.arange(length) + offset, hidden.dtype)
 
     def load_layer(self, index: int) -> LlamaDecoderLayer:
         prefix = f"model.layers.{index}"
@@ -83,7 +88,7 @@ class LayerRunner:
     @torch.inference_mode()
     def run(self, layer: LlamaDecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [length, hidden_size], the residual added, -> the same after `layer`."""
-        cos_sin = self.rotary.cos_sin_at(torch.arange(hidden.shape[0]), hidden.dtype)
+        cos_sin = self._cos_sin(hidden)
         with set_forward_context(AttentionMetadata.single_sequence(hidden.shape[0])):
             # The layer's first norm adds its two inputs into the second, in place: hence a fresh tensor of zeros.
             out, residual = layer(hidden, torch.zeros_like(hidden), cos_sin)

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from folovllm.checkpoint_files import INDEX
 from folovllm.gptq_config import GPTQConfig
 from folovllm.hf_config import ModelArchitecture
-from folovllm.model_executor.weight_utils import INDEX
 from folovllm.quantize.clock import FILES, PartClock
 from folovllm.quantize.layerwise import TensorFolder
 from folovllm.utils import peak_memory_bytes

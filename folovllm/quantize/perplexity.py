@@ -75,8 +75,9 @@ def engine_scorer(folder: Path, dtype: torch.dtype = torch.float32, quantization
     @torch.inference_mode()
     def score(token_ids: Sequence[int], first: int) -> torch.Tensor:
         ids = torch.tensor(token_ids)
+        offset = arch.rope.position_offset(len(ids), arch.max_context_len)
         with set_forward_context(AttentionMetadata.single_sequence(len(ids))):
-            hidden = model(ids, torch.arange(len(ids)))  # [n, hidden_size]
+            hidden = model(ids, torch.arange(len(ids)) + offset)  # [n, hidden_size]
         rows = hidden[first - 1 : -1].split(_ROWS)
         targets = ids[first:].split(_ROWS)
         return torch.cat([target_logprobs(model.compute_logits(r), t) for r, t in zip(rows, targets, strict=True)])

@@ -38,6 +38,7 @@ class SamplingRow:
     eos_token_id: int | None
     seed: int  # always a number: a request without a seed was given one from the engine's generator
     bad_words_token_ids: list[list[int]]  # params.bad_words, tokenised
+    extra_eos_token_ids: tuple[int, ...] = ()  # further ids that end a text; only min_tokens asks for them
 
     @cached_property
     def is_plain(self) -> bool:
@@ -175,8 +176,8 @@ def _bad_words(row: SamplingRow) -> list[int]:
 
 
 def _too_early(row: SamplingRow) -> list[int]:
-    p = row.params
-    return stop_ids_before_min_tokens(p.min_tokens, len(row.output_token_ids), row.eos_token_id, p.stop_token_ids)
+    stop_ids = (*row.extra_eos_token_ids, *(row.params.stop_token_ids or ()))
+    return stop_ids_before_min_tokens(row.params.min_tokens, len(row.output_token_ids), row.eos_token_id, stop_ids)
 
 
 def _allowed_mask(rows: list[SamplingRow], vocab_size: int, device: torch.device | str) -> torch.Tensor | None:

@@ -44,6 +44,7 @@ class CachedRequestState:
             eos_token_id=self.data.eos_token_id,
             seed=self.data.seed,
             bad_words_token_ids=self.data.bad_words_token_ids,
+            extra_eos_token_ids=self.data.extra_eos_token_ids,
         )
 
 
@@ -59,6 +60,7 @@ class InputBatch:
         self.token_ids = np.zeros((max_num_reqs, max_model_len), dtype=np.int32)
         self.num_tokens = np.zeros(max_num_reqs, dtype=np.int64)
         self.num_computed_tokens = np.zeros(max_num_reqs, dtype=np.int64)
+        self.position_offset = np.zeros(max_num_reqs, dtype=np.int64)  # see Request
         self.block_table = BlockTable(max_num_reqs, max_num_blocks_per_req, block_size)
 
     @property
@@ -86,6 +88,7 @@ class InputBatch:
         self.token_ids[row, : len(tokens)] = tokens
         self.num_tokens[row] = len(tokens)
         self.num_computed_tokens[row] = request.num_computed_tokens
+        self.position_offset[row] = request.data.position_offset
         self.block_table.add_row(request.block_ids, row)
 
     def remove_request(self, request_id: str) -> None:
@@ -111,4 +114,5 @@ class InputBatch:
         self.token_ids[destination, :length] = self.token_ids[source, :length]
         self.num_tokens[destination] = length
         self.num_computed_tokens[destination] = self.num_computed_tokens[source]
+        self.position_offset[destination] = self.position_offset[source]
         self.block_table.move_row(source, destination)

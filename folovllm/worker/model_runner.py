@@ -156,7 +156,7 @@ class ModelRunner:
         computed = batch.num_computed_tokens[:num_reqs]  # [num_reqs]
         positions = np.arange(num_tokens) - query_start_loc[rows] + computed[rows]  # [num_tokens]
         self._fill(self.input_ids, batch.token_ids[rows, positions])
-        self._fill(self.positions, positions)
+        self._fill(self.positions, positions + batch.position_offset[rows])
         self._fill(self.slot_mapping, batch.block_table.slot_mapping(rows, positions))
         logits_indices, row_start_loc = self._select_rows(output, query_start_loc)
         metadata = AttentionMetadata(

@@ -15,7 +15,8 @@ from folovllm.core.kv_cache_utils import CPU_KV_CACHE_CEILING, GIB, KVCacheConfi
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.model_executor.cpu.accelerate import accelerate
 from folovllm.model_executor.cpu.huge_pages import keep_freed_memory
-from folovllm.model_executor.model_loader import load_model
+from folovllm.model_executor.model_loader import load_model, random_model
+from folovllm.model_executor.models.llama import LlamaForCausalLM
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.parts import load_part
 from folovllm.utils import available_memory_bytes
@@ -35,21 +36,28 @@ class Worker:
         self.keeps_freed_memory = kernels.keep_freed_memory and self.device.type == "cpu" and keep_freed_memory()
         arch = config.model_config.arch
         dtype: torch.dtype = getattr(torch, config.model_config.dtype)
-        quantization = dataclasses.asdict(config.quantization_config)
-        model = load_model(
+        model = self._load_model(model_path, dtype)
+        spec = AttentionSpec.from_arch(arch, dtype, self.device, config.block_size)
+        backend = get_attn_backend(config.attention_config.attention_backend, spec, config.parts)
+        sampler = load_part("sample.sampler", config.parts)()
+        self.replacements = accelerate(model, backend, kernels, sampler)
+        self.model_runner = ModelRunner(config, model, backend, self.device, sampler)
+
+    def _load_model(self, model_path: Path, dtype: torch.dtype) -> LlamaForCausalLM:
+        config, kernels = self.config, self.config.kernel_config
+        arch, length = config.model_config.arch, config.max_model_len
+        if config.model_config.load_format == "dummy":
+            return random_model(arch, dtype, self.device, config.model_config.seed, max_model_len=length)
+        return load_model(
             model_path,
             arch,
             dtype,
             self.device,
             linear_backend=kernels.linear_backend,
             huge_pages=kernels.huge_pages,
-            **quantization,
+            max_model_len=length,
+            **dataclasses.asdict(config.quantization_config),
         )
-        spec = AttentionSpec.from_arch(arch, dtype, self.device, config.block_size)
-        backend = get_attn_backend(config.attention_config.attention_backend, spec, config.parts)
-        sampler = load_part("sample.sampler", config.parts)()
-        self.replacements = accelerate(model, backend, kernels, sampler)
-        self.model_runner = ModelRunner(config, model, backend, self.device, sampler)
 
     def available_kv_cache_bytes(self) -> int:
         """What the KV cache may take: on a CPU half of the free memory, at most 4 GiB; on a GPU its share."""

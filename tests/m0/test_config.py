@@ -27,6 +27,7 @@ from folovllm.config import (
 )
 from folovllm.core.kv_cache_utils import KVCacheConfig, cdiv, make_kv_cache_config
 from folovllm.hf_config import ModelArchitecture
+from folovllm.vllm_args import NONE_MEANS_DEFAULT
 from tests.core_helpers import tiny_arch
 
 pytestmark = pytest.mark.m0
@@ -34,6 +35,12 @@ pytestmark = pytest.mark.m0
 PARTS = (ModelConfig, CacheConfig, SchedulerConfig, AttentionConfig, QuantizationConfig, EngineConfig)
 # vLLM's names for what vLLM has, with its defaults.
 VLLM_DEFAULTS: dict[str, Any] = {
+    "served_model_name": None,
+    "tokenizer": None,
+    "tokenizer_mode": "auto",
+    "skip_tokenizer_init": False,
+    "load_format": "auto",
+    "generation_config": "auto",
     "dtype": "auto",
     "max_model_len": None,
     "max_num_seqs": None,
@@ -49,6 +56,13 @@ VLLM_DEFAULTS: dict[str, Any] = {
 # One accepted value for every argument that no unbuilt rung switches, other than its default.
 OTHER_VALUES: dict[str, Any] = {
     "model": "somewhere/else",
+    "served_model_name": ["mine", "yours"],
+    "tokenizer": "another/model",
+    "skip_tokenizer_init": True,
+    "load_format": "dummy",
+    "hf_overrides": {"max_position_embeddings": 64},
+    "generation_config": "vllm",
+    "override_generation_config": {"temperature": 0.5},
     "dtype": "float16",
     "max_model_len": 2,
     "seed": -7,
@@ -110,6 +124,7 @@ def test_every_argument_is_tried() -> None:
     untried = set(engine_arg_names()) - set(OTHER_VALUES) - of_later_rungs
     # Of the last one the other value asks for a package that may not be installed: tests/m6/test_block_hash.py.
     exceptions = {"long_prefill_token_threshold", "linear_backend", "prefix_caching_hash_algo"}
+    exceptions |= {"tokenizer_mode"}  # it has one value
     assert untried <= exceptions | of_built_switches(), untried
 
 
@@ -175,7 +190,9 @@ def test_junk_is_refused_by_a_value_error_or_accepted(name: str, value: Any) -> 
     except ValueError as error:
         assert str(error)
     else:
-        if name not in ("preset", "without"):
+        if value is None and name in NONE_MEANS_DEFAULT:
+            assert flat(config) == flat(EngineConfig.from_args())
+        elif name not in ("preset", "without"):
             assert flat(config)[name] == value
 
 

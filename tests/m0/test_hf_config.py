@@ -155,7 +155,10 @@ REFUSED = [
     (llama(num_attention_heads=10, num_key_value_heads=5), "divisible by num_attention_heads; found 576 and 10"),
     (llama(head_dim=63), "even head_dim.*63"),
     (llama(hidden_act="gelu"), "hidden_act 'silu'; found 'gelu'"),
-    (llama(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_type of default, linear, llama3; found 'yarn'"),
+    (
+        llama(rope_scaling={"rope_type": "longrope", "factor": 4.0}),
+        "rope_type of default, linear, dynamic, yarn, llama3; found 'longrope'",
+    ),
     (llama(rope_scaling={"rope_type": "linear"}), "expected 'factor'"),
     (llama(rope_scaling=LLAMA3), "expected 'original_max_position_embeddings'"),
     (

@@ -193,7 +193,7 @@ class FakeHub:
     def __init__(self, cached: Path | None, online: Path | Exception) -> None:
         self.cached, self.online, self.calls = cached, online, []
 
-    def __call__(self, repo_id: str, download_dir: str | Path | None, offline: bool) -> Path:
+    def __call__(self, repo_id: str, download_dir: str | Path | None, offline: bool, weights: bool = True) -> Path:
         self.calls.append((repo_id, download_dir, offline))
         if offline:
             if self.cached is None:

@@ -93,9 +93,38 @@ def test_dtype_is_the_one_asked_for(dtype: torch.dtype, tiny_model_dir: Callable
 
 def test_tied_model_may_carry_its_head_twice(copy_of: Callable[[str], Path]) -> None:
     folder = copy_of("qwen3")
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    model = load(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.arch.tie_word_embeddings
+
+
+def test_a_tied_config_with_a_head_of_its_own(copy_of: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
+    """huggingface/transformers pull 42612, vllm pull 51665: the head was trained; the config is wrong about it."""
+    folder = copy_of("llama")
+    edit_config(folder, tie_word_embeddings=True)
+    model, trained = load(folder), load_file(folder / "model.safetensors")
+    assert torch.equal(model.lm_head.weight, trained["lm_head.weight"])
+    assert torch.equal(model.model.embed_tokens.weight, trained["model.embed_tokens.weight"])
+    assert "the lm_head.weight in the checkpoint is not model.embed_tokens.weight" in caplog.text
+
+
+def test_a_tied_checkpoint_may_name_its_embedding_after_the_head(copy_of: Callable[[str], Path]) -> None:
+    folder = copy_of("qwen3")
     reference = load(folder).lm_head.weight.clone()
-    rewrite(folder, lambda t: t.update({"lm_head.weight": torch.zeros(3, 3)}))
-    assert torch.equal(load(folder).lm_head.weight, reference)
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    model = load(folder)
+    assert torch.equal(model.model.embed_tokens.weight, reference)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_head_of_another_shape_is_refused(copy_of: Callable[[str], Path]) -> None:
+    folder = rewrite(copy_of("qwen3"), lambda t: t.update({"lm_head.weight": torch.zeros(3, 3)}))
+    refused(folder, r"tensor 'lm_head.weight': expected shape \[264, 56\]; found \[3, 3\]")
+
+
+def test_an_untied_config_without_a_head_is_refused(copy_of: Callable[[str], Path]) -> None:
+    """HuggingFace would draw a random head."""
+    refused(rewrite(copy_of("llama"), lambda t: t.pop("lm_head.weight")), r"1 missing \(lm_head.weight\)")
 
 
 def test_old_rotary_tables_are_ignored(copy_of: Callable[[str], Path]) -> None:
@@ -183,14 +212,24 @@ def test_index_promising_a_tensor_its_shard_lacks(copy_of: Callable[[str], Path]
     tensors = load_file(shard)
     del tensors[name]
     save_file(tensors, shard)
-    refused(folder, rf"1 missing \({name}\)")
+    refused(folder, rf"found .*{shard.name} without {name};")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"metadata": {}}', '{"weight_map": 3}'])
-def test_broken_index(text: str, copy_of: Callable[[str], Path]) -> None:
+BROKEN_INDEXES = [
+    ("{", r"valid JSON in model\.safetensors\.index\.json"),
+    ("[]", "a JSON object in model"),
+    ('{"metadata": {}}', r"a 'weight_map' in .*model\.safetensors\.index\.json"),
+    ('{"weight_map": 3}', "a 'weight_map' in"),
+    ('{"weight_map": {"a": "../other/model.safetensors"}}', "names of .*safetensors files in .*found '../other"),
+    ('{"weight_map": {"a": 3}}', "names of .*safetensors files in .*found 3"),
+]
+
+
+@pytest.mark.parametrize("text,message", BROKEN_INDEXES)
+def test_broken_index(text: str, message: str, copy_of: Callable[[str], Path]) -> None:
     folder = copy_of("llama_sharded")
     (folder / "model.safetensors.index.json").write_text(text)
-    refused(folder, r"a weight_map in .*model\.safetensors\.index\.json")
+    refused(folder, message)
 
 
 def test_pickles_are_never_opened(copy_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

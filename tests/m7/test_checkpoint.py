@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from folovllm.checkpoint_files import INDEX
 from folovllm.config import EngineConfig, KernelConfig, QuantizationConfig
 from folovllm.gptq_config import GPTQConfig
 from folovllm.hf_config import load_hf_config
@@ -20,7 +21,7 @@ from folovllm.model_executor.layers.linear import UnquantizedLinearMethod
 from folovllm.model_executor.layers.quantization.gptq import GPTQLinearMethod
 from folovllm.model_executor.model_loader import load_model
 from folovllm.model_executor.models.llama import LlamaForCausalLM
-from folovllm.model_executor.weight_utils import INDEX, WeightsError
+from folovllm.model_executor.weight_utils import WeightsError
 from tests.m7.quant_helpers import make_quantizable, quantize
 
 pytestmark = pytest.mark.m7
@@ -48,8 +49,11 @@ def load(folder: Path, quantization: str, dtype: torch.dtype = torch.float32) ->
 
 
 def rewrite(folder: Path, change: Callable[[Tensors], Any], name: str = LAYER0) -> None:
+    """Change the tensors of one shard; the index forgets those that are gone."""
     tensors = load_file(folder / name)
+    before = set(tensors)
     change(tensors)
+    edit_json(folder / INDEX, lambda index: [index["weight_map"].pop(gone) for gone in before - set(tensors)])
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
 
 
@@ -126,7 +130,7 @@ def put(name: str, tensor: torch.Tensor) -> Callable[[Tensors], Any]:
 
 
 DAMAGES = [
-    ("auto", drop(f"{DOWN}.g_idx"), r"1 missing \(.*down_proj.g_idx\).*without g_idx nobody knows"),
+    ("auto", drop(f"{DOWN}.g_idx"), r"1 missing \(.*down_proj.g_idx\).*under desc_act g_idx alone"),
     ("dequantize", drop(f"{DOWN}.g_idx"), "g_idx of .*down_proj; found no g_idx; to fix it"),
     ("auto", drop(f"{DOWN}.scales"), r"1 missing \(.*down_proj.scales\)"),
     ("dequantize", drop(f"{DOWN}.scales"), "found no scales"),
@@ -179,6 +183,8 @@ CONFIGS = [
     ({"checkpoint_format": "marlin"}, "checkpoint_format of gptq, gptq_v2; found 'marlin'"),
     ({"dynamic": {"-:.*down.*": {}}}, "one setting for all layers; found 'dynamic'"),
     ({"is_marlin_format": True}, "AutoGPTQ's layout; found Marlin's"),
+    ({"desc_act": "false"}, "true or false as 'desc_act'; found 'false'"),
+    ({"lm_head": 1}, "true or false as 'lm_head'; found 1"),
     ({"pack_dtype": "int8"}, "packed into int32; found pack_dtype 'int8'"),
     ({"modules_in_block_to_quantize": [["self_attn.q_proj"]]}, "every linear layer.*found only q_proj"),
     ({"quant_method": "awq"}, "GPTQ or unquantised weights; found quantization_config of 'awq'"),

@@ -314,7 +314,7 @@ def test_damaged_files(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     source = shutil.copytree(plain, tmp_path / "source")
     weights = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(ValueError, match=r"expected a whole safetensors file; found model.safetensors of .* download"):
+    with pytest.raises(ValueError, match=r"expected a whole safetensors file; found .*safetensors of .* download"):
         quantize(source, tmp_path / "gptq")
     monkeypatch.setattr(output.OutputFolder, "finish", lambda self, *args: None)
     quantize(plain, tmp_path / "log")

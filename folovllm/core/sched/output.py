@@ -29,6 +29,8 @@ class NewRequestData:
     block_ids: tuple[list[int], ...]  # one list per KV group; all blocks the request holds
     num_computed_tokens: int
     output_token_ids: list[int] = field(default_factory=list)
+    extra_eos_token_ids: tuple[int, ...] = ()
+    position_offset: int = 0
 
 
 @dataclass(frozen=True)

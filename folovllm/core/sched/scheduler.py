@@ -389,6 +389,8 @@ class Scheduler:
             block_ids=self.kv_cache_manager.get_block_ids(request.request_id),
             num_computed_tokens=request.num_computed_tokens,
             output_token_ids=list(request.output_token_ids),
+            extra_eos_token_ids=request.extra_eos_token_ids,
+            position_offset=request.position_offset,
         )
 
     def _cached_request_data(self, request: Request, step: _Step, resumed: bool) -> CachedRequestData:

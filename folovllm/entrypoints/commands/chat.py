@@ -44,10 +44,11 @@ def chat(
       folovllm chat --temperature 0 --system "You answer in one sentence."
       echo "What is the capital of France?" | folovllm chat
     """
-    params = sampling.sampling_params(**DEFAULTS)
-    conversation = Conversation(engine.load(), params, system)
+    sampling.sampling_params(**DEFAULTS)  # a wrong option is refused before the model is loaded
+    llm = engine.load()
+    conversation = Conversation(llm, sampling.sampling_params(**DEFAULTS | llm.sampling_defaults()), system)
     if sys.stdin.isatty():
-        _note(f"{conversation.llm.config.model_config.model}: type a message; /help lists commands, Ctrl-D leaves")
+        _note(f"{llm.config.model_config.shown_name}: type a message; /help lists commands, Ctrl-D leaves")
     for line in _lines():
         if not _handle(conversation, line.strip()):
             return

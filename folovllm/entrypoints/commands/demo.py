@@ -72,7 +72,7 @@ def _load(engine: EngineOptions) -> "tuple[LLM, Path]":
     EngineConfig.from_args(preset=engine.preset, without=engine.without or (), **args)
     folder = find_model(args["model"], args.get("download_dir"), pull=True)
     arch = load_hf_config(folder)
-    max_model_len = args.get("max_model_len") or min(MAX_MODEL_LEN, arch.max_position_embeddings)
+    max_model_len = args.get("max_model_len") or min(MAX_MODEL_LEN, arch.max_context_len)
     page = arch.kv_bytes_per_token(DTYPE_BYTES["float32"]) * max_model_len
     cache = (
         {} if args.get("num_kv_blocks") else {"kv_cache_memory": (len(PROMPTS) + 1) * page}

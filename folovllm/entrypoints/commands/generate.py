@@ -49,8 +49,9 @@ def generate(
     A line of a .jsonl file is {"prompt": "..."}, {"prompt_token_ids": [...]} or {"messages": [...]}.
     """
     found = read_prompts(prompts or [], prompts_file)
-    params = sampling.sampling_params(**DEFAULTS)
+    sampling.sampling_params(**DEFAULTS)  # a wrong option is refused before the model is loaded
     llm = engine.load()
+    params = sampling.sampling_params(**DEFAULTS | llm.sampling_defaults())
     found = _render_chats(llm, found)
     if len(found) == 1 and not json_lines:
         _stream(llm, found[0], params)

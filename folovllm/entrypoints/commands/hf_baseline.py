@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from folovllm.engine.tokenizer import Tokenizer
 from folovllm.hf_config import load_hf_config
 
 
@@ -55,7 +56,7 @@ def hf_greedy(
     """
     folder = Path(model_dir)
     model = load_hf(folder, dtype, device)
-    eos = [] if ignore_eos else list(load_hf_config(folder).eos_token_ids)
+    eos = [] if ignore_eos else _stop_ids(folder)
     if warm_up and prompts:
         _greedy(model, prompts[0], 2, [])
     result = HfGreedy([], [])
@@ -76,6 +77,13 @@ def hf_top_two_gap(model_dir: str | Path, token_ids: list[int], dtype: str = "fl
     logits = model(inputs, attention_mask=torch.ones_like(inputs)).logits[0, -1]  # [vocab_size]
     first, second = logits.float().topk(2).values.tolist()
     return float(first - second)
+
+
+def _stop_ids(folder: Path) -> list[int]:
+    """The ids that end a text: the tokenizer's EOS and those of the configs."""
+    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
+    own = [tokenizer.eos_token_id] if tokenizer is not None and tokenizer.eos_token_id is not None else []
+    return list(dict.fromkeys([*own, *load_hf_config(folder).eos_token_ids]))
 
 
 def _greedy(model: Any, prompt: list[int], count: int, eos: list[int]) -> list[int]:

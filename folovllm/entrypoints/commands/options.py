@@ -7,6 +7,7 @@ argument. `--engine-arg NAME=VALUE` sets those that have none.
 import dataclasses
 import functools
 import inspect
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -124,11 +125,18 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """The sampling options. They have the names of SamplingParams, except --sampling-seed (--seed is the engine's)."""
+    """The sampling options. They have the names of SamplingParams, except --sampling-seed (--seed is the engine's).
+
+    An option that is not given comes from the model's generation_config.json, as in vLLM's server, and only then from
+    the command's own defaults.
+    """
 
     temperature: Annotated[
         float | None,
-        typer.Option(help="0 takes the most likely token. Default: generate 0, chat 0.7.", rich_help_panel=SAMPLING),
+        typer.Option(
+            help="0 takes the most likely token. Default: the model's (generation_config.json), else 0, in a chat 0.7.",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None
     top_p: Annotated[
         float | None, typer.Option(help="Keep the likeliest tokens up to this mass.", rich_help_panel=SAMPLING)
@@ -229,12 +237,18 @@ def parse_parts(items: Iterable[str]) -> dict[str, str]:
 
 
 def parse_value(text: str) -> Any:
-    """Reads a value as Python would write it, e.g. `none`, `True`, `32` or `0.5`. Everything else is a string, e.g.
-    `max_model_len`.
+    """Reads a value as Python would write it, e.g. `none`, `True`, `32` or `0.5`, or a JSON object or list.
+
+    Everything else is a string, e.g. `max_model_len`.
     """
     words: dict[str, Any] = {"none": None, "true": True, "false": False}
     if text.lower() in words:
         return words[text.lower()]
+    if text.startswith(("{", "[")):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{text!r} looks like JSON and is none ({error}); quote it for the shell") from None
     for convert in (int, float):
         try:
             return convert(text)

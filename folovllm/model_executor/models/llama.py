@@ -113,7 +113,7 @@ class LlamaModel(nn.Module):
             layer_class(arch, quant_config, f"model.layers.{i}") for i in range(arch.num_hidden_layers)
         )
         self.norm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(arch.head_dim, arch.max_position_embeddings, arch.rope)
+        self.rotary_emb = RotaryEmbedding(arch.head_dim, arch.max_context_len, arch.rope)
         self.decoder_stack: RunLayers | None = None  # runs instead of `run_layers` (model_executor/cpu)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from folovllm.model_executor.weight_utils import WeightsError
 
 
 class GPTQQuantization:
-    """The `quant_config` of a model: every linear layer but the head, unless the checkpoint quantised that too."""
+    """The `quant_config` of a GPTQ model: all linear layers, and the head if the checkpoint quantised that too."""
 
     def __init__(self, config: GPTQConfig, kernel: str = "dequant", options: KernelOptions | None = None) -> None:
         self.config = config
@@ -32,13 +32,13 @@ class GPTQQuantization:
         return GPTQLinearMethod(self.config, self.kernel, prefix)
 
     def plan(self, model: nn.Module) -> None:
-        """Before `model` is loaded."""
+        """Tell the kernel how many weights are coming. Call it before `model` is loaded."""
         layers = (m for m in model.modules() if isinstance(m, LinearBase))
         quantized = [layer for layer in layers if isinstance(layer.quant_method, GPTQLinearMethod)]
         self.kernel.plan(sum(layer.input_size * layer.output_size for layer in quantized))
 
     def finish(self, model: nn.Module) -> None:
-        """After its layers were processed."""
+        """Let the kernel finish its packing. Call it after the layers of `model` were processed."""
         self.kernel.finish(model)
 
 
@@ -52,7 +52,8 @@ class GPTQLinearMethod(LinearMethodBase):
         assert layer.world == 1 or not isinstance(layer, RowParallelLinear), "g_idx over ranks: with tensor parallelism"
         parts = layer.output_parts()
         shapes = self._shapes(layer.input_size, list(parts.values()))
-        # The default loaders place a tensor by these two: outputs lie along axis 1, and in qzeros several in a word.
+        # The layers' loaders place a tensor by `output_dim` and `packed_factor`: outputs lie along axis 1, and in
+        # qzeros one 32-bit word holds several of them.
         for name, dtype, packed in (
             ("qweight", torch.int32, 1),
             ("qzeros", torch.int32, Fraction(WORD_BITS, self.config.bits)),
@@ -61,14 +62,14 @@ class GPTQLinearMethod(LinearMethodBase):
             param = new_parameter(*shapes[name], weight_loader=layer.weight_loader, dtype=dtype)
             param.output_dim, param.packed_factor = 1, packed  # type: ignore[attr-defined]
             setattr(layer, name, param)
-        # q, k and v were quantised apart: under act-order the inputs of each fell into groups of its own.
+        # q, k and v were quantised separately, so under act-order each has its own groups of inputs.
         g_idx = new_parameter(len(parts), layer.input_size, weight_loader=_g_idx_loader(layer), dtype=torch.int32)
         g_idx.num_groups = self.config.num_groups(layer.input_size)  # type: ignore[attr-defined]
         layer.g_idx = g_idx  # [parts, input_size]
 
     def _shapes(self, input_size: int, output_sizes: list[int]) -> dict[str, tuple[int, ...]]:
         try:
-            for size in output_sizes:  # each part is packed on its own
+            for size in output_sizes:  # each part is packed separately
                 tensor_layout(self.config, input_size, size)
         except TensorMismatchError as error:
             raise WeightsError(f"{self.prefix}: {error}; to fix it: correct bits in quantization_config") from None

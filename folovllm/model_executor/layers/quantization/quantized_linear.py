@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from folovllm.gptq_config import GPTQConfig
+from folovllm.gptq_config import WORD_BITS, GPTQConfig
 from folovllm.model_executor.layers.quantization.packing import (
     add_one_to_each,
     pack_columns,
@@ -23,7 +23,7 @@ from folovllm.model_executor.layers.quantization.packing import (
     unpack_columns,
     unpack_rows,
 )
-from folovllm.model_executor.parameter import ShapeMismatchError, TensorMismatchError
+from folovllm.model_executor.parameter import PLAIN_DTYPES, ShapeMismatchError, TensorMismatchError
 from folovllm.model_executor.weight_utils import WeightsError, refuse
 
 LEAVES = ("qweight", "qzeros", "scales", "g_idx")
@@ -32,7 +32,7 @@ _BOTH_AGAIN = "the weights and quantization_config belong to different models: d
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """Unpacked, so that it can be looked at and computed with."""
+    """One linear layer, unpacked: its tensors can be read and computed with."""
 
     levels: torch.Tensor  # [output_size, input_size] uint8
     scales: torch.Tensor  # [num_groups, output_size] fp32, values that fp16 can hold
@@ -48,12 +48,12 @@ class QuantizedLinear:
         return weight.t()
 
     def outputs(self, start: int, size: int) -> "QuantizedLinear":
-        """Only outputs start .. start + size: one layer of a fused one."""
+        """The outputs start .. start + size alone, e.g. k of a fused qkv."""
         columns = slice(start, start + size)
         return QuantizedLinear(self.levels[columns], self.scales[:, columns], self.zeros[:, columns], self.g_idx)
 
     def pack(self, config: GPTQConfig) -> dict[str, torch.Tensor]:
-        """Its four tensors, as they are written."""
+        """The four tensors of this layer in a checkpoint."""
         stored_zeros = self.zeros - config.zero_offset
         assert int(stored_zeros.min()) >= 0 and int(stored_zeros.max()) <= config.max_level
         return {
@@ -65,7 +65,7 @@ class QuantizedLinear:
 
 
 def unpack_linear(tensors: Mapping[str, torch.Tensor], config: GPTQConfig) -> QuantizedLinear:
-    """From the four tensors; TensorMismatchError if they do not fit each other."""
+    """The layer that four tensors of a checkpoint describe. TensorMismatchError if they do not fit each other."""
     output_size, input_size = tensors["scales"].shape[-1], tensors["g_idx"].numel()
     for leaf, (shape, floating) in tensor_layout(config, input_size, output_size).items():
         check_tensor(leaf, tensors[leaf], shape, floating)
@@ -76,15 +76,17 @@ def unpack_linear(tensors: Mapping[str, torch.Tensor], config: GPTQConfig) -> Qu
 def unpack_loaded(
     qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, config: GPTQConfig
 ) -> QuantizedLinear:
-    """From four tensors that were checked when they were loaded."""
+    """As `unpack_linear`, from tensors that were checked when they were loaded."""
     levels = unpack_rows(qweight, config.bits).t()  # [output_size, input_size]
     return QuantizedLinear(levels, scales.float(), _unpack_zeros(qzeros, config), g_idx)
 
 
 def _unpack_zeros(qzeros: torch.Tensor, config: GPTQConfig) -> torch.Tensor:
-    """[num_groups, output_size] int32. v1 has lost one of each; GPTQModel takes it from whole words, so 0 is no limit.
+    """[num_groups, output_size] int32.
 
-    Only 3 bits it takes value by value, modulo 8. AutoGPTQ's kernels read a stored 15 as 16, which nothing writes.
+    A v1 checkpoint stores every zero minus one. GPTQModel subtracts the ones from whole words, so that a zero of 0
+    borrows from its neighbour; adding them to whole words gives every value back. With 3 bits it subtracts value by
+    value, modulo 8. (AutoGPTQ's kernels read a stored 15 as 16, but no tool writes a zero of 16.)
     """
     if config.zero_offset and config.bits != 3:
         qzeros = add_one_to_each(qzeros, config.bits)
@@ -93,7 +95,10 @@ def _unpack_zeros(qzeros: torch.Tensor, config: GPTQConfig) -> torch.Tensor:
 
 
 def tensor_layout(config: GPTQConfig, input_size: int, output_size: int) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Each tensor's shape, and whether it is floating-point. TensorMismatchError for sizes that fill no whole words."""
+    """Each tensor's shape, and whether it is floating-point.
+
+    TensorMismatchError for sizes that do not fill whole words.
+    """
     unit = config.pack_unit
     if input_size % unit or output_size % unit:
         expected = f"inputs and outputs in multiples of {unit}, as {config.bits} bits are packed"
@@ -110,26 +115,70 @@ def tensor_layout(config: GPTQConfig, input_size: int, output_size: int) -> dict
 def check_tensor(leaf: str, tensor: torch.Tensor, shape: tuple[int, ...], floating: bool) -> None:
     if tuple(tensor.shape) != shape:
         raise TensorMismatchError(f"{leaf}: {ShapeMismatchError(shape, tuple(tensor.shape))}")
-    if tensor.is_floating_point() != floating or (leaf.startswith("q") and tensor.dtype != torch.int32):
+    integer = torch.int32 if leaf.startswith("q") else tensor.dtype
+    if tensor.dtype not in PLAIN_DTYPES if floating else tensor.is_floating_point() or tensor.dtype != integer:
         expected = "floating-point values" if floating else "int32 values"
         raise TensorMismatchError(f"{leaf}: expected {expected}; found {str(tensor.dtype).removeprefix('torch.')}")
 
 
 def check_g_idx(g_idx: torch.Tensor, num_groups: int) -> None:
+    """TensorMismatchError unless every group exists and has an input. All zeros, say, would be an unwritten g_idx."""
     low, high = int(g_idx.min()), int(g_idx.max())
     if low < 0 or high >= num_groups:
         raise TensorMismatchError(f"expected groups 0 .. {num_groups - 1} in g_idx; found {low} .. {high}")
+    empty = int((torch.bincount(g_idx.flatten().long(), minlength=num_groups) == 0).sum())
+    if empty:
+        raise TensorMismatchError(
+            f"expected inputs in each of the {num_groups} groups of g_idx; found {empty} groups without any: "
+            "if the checkpoint was quantised without act-order, quantization_config needs 'desc_act': false"
+        )
+
+
+def settle_g_idx(weights: Iterable[tuple[str, torch.Tensor]], config: GPTQConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same weights with a g_idx for every quantised layer.
+
+    Without act-order the group of input i is i // group_size, whatever tool wrote the checkpoint: some leave g_idx out
+    and some leave it zero. WeightsError if it says something else, for then either g_idx or `desc_act` is wrong.
+    """
+    if config.desc_act:
+        yield from weights
+        return
+    inputs: dict[str, int] = {}
+    stored: dict[str, int] = {}
+    for name, tensor in weights:
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "g_idx":
+            stored[layer] = tensor.numel()
+            if tensor.any() and not torch.equal(tensor.flatten().long(), _groups_in_order(tensor.numel(), config)):
+                expected = f"g_idx of {layer} to be i // group_size, as desc_act is false"
+                todo = "set 'desc_act': true in quantization_config if the checkpoint was quantised with act-order"
+                refuse(expected, "inputs in another order", todo)
+            continue
+        yield name, tensor
+        if leaf == "qweight":
+            inputs[layer] = tensor.shape[0] * WORD_BITS // config.bits
+            yield f"{layer}.g_idx", _groups_in_order(inputs[layer], config).int()
+    for layer, count in stored.items():
+        if inputs.get(layer) != count:
+            found = f"{inputs[layer]} in qweight" if layer in inputs else "no qweight"
+            refuse(f"the {count} inputs that g_idx of {layer} has", found, _BOTH_AGAIN)
+
+
+def _groups_in_order(num_inputs: int, config: GPTQConfig) -> torch.Tensor:
+    """[num_inputs] int64. E.g. 6 inputs in groups of 4 -> [0, 0, 0, 0, 1, 1]."""
+    return torch.arange(num_inputs) // max(config.group_length(num_inputs), 1)
 
 
 def dequantize_weights(
     weights: Iterable[tuple[str, torch.Tensor]], config: GPTQConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """A GPTQ checkpoint read as a plain one: each layer's four tensors become its "weight", in fp32.
+    """Reads a GPTQ checkpoint as a plain one: each layer's four tensors become its "weight", in fp32.
 
-    Four tensors of a layer may lie in different files, so incomplete layers wait; WeightsError if one stays so.
+    The tensors of a layer may lie in different files, so incomplete layers wait for the rest. WeightsError if a layer
+    is still incomplete at the end.
     """
     waiting: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in weights:
+    for name, tensor in settle_g_idx(weights, config):
         layer, _, leaf = name.rpartition(".")
         if leaf not in LEAVES:
             yield name, tensor
