@@ -279,7 +279,9 @@ def make_engine(task: ArmTask) -> "LLMEngine":
         "kv_cache_memory": task.kv_cache_memory,
     }
     config = EngineConfig.from_args(spec.preset, spec.without, **{**args, **spec.engine_args})
-    config = config.resolve(load_hf_config(folder), task.device, has_native_bf16(task.device))
+    config = config.resolve(
+        load_hf_config(folder, config.model_config.hf_overrides), task.device, has_native_bf16(task.device)
+    )
     return LLMEngine(config, UniProcExecutor(config, folder), tokenizer=None)
 
 

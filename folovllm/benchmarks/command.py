@@ -114,10 +114,10 @@ def make_plan(options: BenchOptions) -> Plan:
         folder, arch = checkpoint_folder(options.random_weights), shape_architecture(options.random_weights)
         check_room(options.random_weights, folder, device, options.dtype)
     workload = make_workload(options.workload, arch.vocab_size, options.num_requests, options.hit_rates)
-    if not workload.longest <= options.max_model_len <= arch.max_position_embeddings:
+    if not workload.longest <= options.max_model_len <= arch.max_context_len:
         raise ValueError(
             f"--max-model-len {options.max_model_len}: the longest request has {workload.longest} tokens and the model "
-            f"{arch.max_position_embeddings} positions; choose a length between them"
+            f"{arch.max_context_len} positions; choose a length between them"
         )
     shared = {field.name: getattr(options, field.name) for field in fields(ArmTask) if hasattr(options, field.name)}
     found = {"model_path": str(folder), "vocab_size": arch.vocab_size, "modes": workload.modes, "device": device}
