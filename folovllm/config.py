@@ -17,12 +17,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from folovllm import milestones
+from folovllm.checks import (
+    check_auto_or_bool,
+    check_bool,
+    check_choice,
+    check_int,
+    check_needs,
+    check_number,
+    check_optional_int,
+    check_type,
+)
 from folovllm.generation_config import check_override
 from folovllm.hf_config import ModelArchitecture
 from folovllm.hf_overrides import check_overrides
 from folovllm.parts import check_parts
-from folovllm.sampling_params import check_bool, check_int, check_number
-from folovllm.utils import did_you_mean
 from folovllm.vllm_args import without_vllms_own
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -44,17 +52,6 @@ DEFAULT_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
 # Buffers and block tables are allocated for these counts at start: a slip of the keyboard must not take all memory.
 LARGEST_NUM_SEQS = 2**16
 LARGEST_NUM_BATCHED_TOKENS = 2**24
-# What other programs call it; a comparison of letters would take "gpu" for a "cpu".
-OTHER_NAMES = {
-    "gpu": "cuda",
-    "half": "float16",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-    "float": "float32",
-    "fp32": "float32",
-    "gptq": "auto",
-    "gptq_marlin": "auto",
-}
 
 
 @dataclass(frozen=True)
@@ -78,25 +75,25 @@ class ModelConfig:
     architecture: ModelArchitecture | None = None  # filled by resolve
 
     def __post_init__(self) -> None:
-        _check_type("model", self.model, str)
+        check_type("model", self.model, str)
         if not self.model:
             raise ValueError("model must not be empty: give an alias ('smollm2-135m'), a folder or a HuggingFace id")
-        _check_choice("dtype", self.dtype, DTYPES)
+        check_choice("dtype", self.dtype, DTYPES)
         self._check_tokenizer()
         self._check_names()
-        _check_choice("load_format", self.load_format, ("auto", "safetensors", "dummy"))
+        check_choice("load_format", self.load_format, ("auto", "safetensors", "dummy"))
         check_overrides({} if self.hf_overrides is None else self.hf_overrides)
         check_override({} if self.override_generation_config is None else self.override_generation_config)
-        _check_type("generation_config", self.generation_config, str)
-        _check_optional_int("max_model_len", self.max_model_len, low=2)
+        check_type("generation_config", self.generation_config, str)
+        check_optional_int("max_model_len", self.max_model_len, low=2)
         check_int("seed", self.seed, low=-(2**63), high=2**63 - 1)
         check_int("max_logprobs", self.max_logprobs, low=-1, hint="-1 means the whole vocabulary")
         if self.download_dir is not None:
-            _check_type("download_dir", self.download_dir, str)
+            check_type("download_dir", self.download_dir, str)
 
     def _check_tokenizer(self) -> None:
         if self.tokenizer is not None:
-            _check_type("tokenizer", self.tokenizer, str)
+            check_type("tokenizer", self.tokenizer, str)
         check_bool("skip_tokenizer_init", self.skip_tokenizer_init)
         if self.tokenizer_mode != "auto":
             raise ValueError(
@@ -147,15 +144,15 @@ class CacheConfig:
             check_int("block_size", self.block_size, low=1, hint="tokens, or 'max_model_len'")
         self._check_prefix_caching()
         check_bool("free_uncached_first", self.free_uncached_first)
-        _check_optional_int("kv_cache_memory", self.kv_cache_memory, low=1, hint="bytes, such as 4 * 1024**3")
-        _check_optional_int("num_kv_blocks", self.num_kv_blocks, low=2, hint="one of them is the null block")
+        check_optional_int("kv_cache_memory", self.kv_cache_memory, low=1, hint="bytes, such as 4 * 1024**3")
+        check_optional_int("num_kv_blocks", self.num_kv_blocks, low=2, hint="one of them is the null block")
         check_number("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, low_open=True)
 
     def _check_prefix_caching(self) -> None:
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
-        _check_choice("prefix_index", self.prefix_index, ("hash", "trie"))
+        check_choice("prefix_index", self.prefix_index, ("hash", "trie"))
         check_bool("partial_block_hits", self.partial_block_hits)
-        _check_choice("prefix_caching_hash_algo", self.prefix_caching_hash_algo, ("sha256", "xxhash"))
+        check_choice("prefix_caching_hash_algo", self.prefix_caching_hash_algo, ("sha256", "xxhash"))
         check_int("prefix_caching_seed", self.prefix_caching_seed, low=0)
         if self.partial_block_hits and not self.enable_prefix_caching:
             raise ValueError(
@@ -180,10 +177,10 @@ class SchedulerConfig:
     reserve_full_sequence: bool = True
 
     def __post_init__(self) -> None:
-        _check_choice("batching", self.batching, ("static", "continuous"))
-        _check_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
-        _check_optional_int("max_num_seqs", self.max_num_seqs, low=1, high=LARGEST_NUM_SEQS)
-        _check_optional_int(
+        check_choice("batching", self.batching, ("static", "continuous"))
+        check_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
+        check_optional_int("max_num_seqs", self.max_num_seqs, low=1, high=LARGEST_NUM_SEQS)
+        check_optional_int(
             "max_num_batched_tokens", self.max_num_batched_tokens, low=1, high=LARGEST_NUM_BATCHED_TOKENS
         )
         check_bool("enable_chunked_prefill", self.enable_chunked_prefill)
@@ -202,7 +199,7 @@ class AttentionConfig:
     attention_backend: str = "torch_naive"
 
     def __post_init__(self) -> None:
-        _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
 
 
 @dataclass(frozen=True)
@@ -223,10 +220,10 @@ class KernelConfig:
     keep_freed_memory: bool = False  # malloc keeps what tensors free (glibc; from then on for the whole process)
 
     def __post_init__(self) -> None:
-        _check_choice("linear_backend", self.linear_backend, ("auto", "onednn", "torch"))
-        _check_choice("sampler_backend", self.sampler_backend, ("auto", "shortlist", "torch"))
+        check_choice("linear_backend", self.linear_backend, ("auto", "onednn", "torch"))
+        check_choice("sampler_backend", self.sampler_backend, ("auto", "shortlist", "torch"))
         for name in ("fused_ops", "fused_mlp", "decoder_stack"):
-            _check_auto_or_bool(name, getattr(self, name))
+            check_auto_or_bool(name, getattr(self, name))
         for name in ("huge_pages", "touch_kv_pages", "keep_freed_memory"):
             check_bool(name, getattr(self, name))
         self._check_demands()
@@ -234,9 +231,9 @@ class KernelConfig:
     def _check_demands(self) -> None:
         """Refuses a demand (True) for something whose ingredients are switched off."""
         needs = {"linear_backend='auto'": self.linear_backend == "auto"}
-        _check_needs("fused_mlp", self.fused_mlp, needs)
+        check_needs("fused_mlp", self.fused_mlp, needs)
         needs |= {"fused_ops='auto'": self.fused_ops is not False, "fused_mlp='auto'": self.fused_mlp is not False}
-        _check_needs("decoder_stack", self.decoder_stack, needs)
+        check_needs("decoder_stack", self.decoder_stack, needs)
 
 
 @dataclass(frozen=True)
@@ -248,9 +245,9 @@ class QuantizationConfig:
     gptq_runtime: str = "auto"  # cpu_int4: "memory" keeps 4 bits alone, "speed" also bf16 for large batches
 
     def __post_init__(self) -> None:
-        _check_choice("quantization", self.quantization, ("auto", "dequantize"))
-        _check_choice("gptq_kernel", self.gptq_kernel, ("auto", "dequant", "cpu_int4", "triton"))
-        _check_choice("gptq_runtime", self.gptq_runtime, ("auto", "memory", "speed"))
+        check_choice("quantization", self.quantization, ("auto", "dequantize"))
+        check_choice("gptq_kernel", self.gptq_kernel, ("auto", "dequant", "cpu_int4", "triton"))
+        check_choice("gptq_runtime", self.gptq_runtime, ("auto", "memory", "speed"))
         for name in ("gptq_kernel", "gptq_runtime"):
             if self.quantization == "dequantize" and getattr(self, name) != "auto":
                 raise ValueError(f"{name} needs packed weights: set quantization='auto', or leave it 'auto'")
@@ -274,15 +271,15 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name, part in _PARTS.items():
-            _check_type(name, getattr(self, name), part)
-        _check_choice("device", self.device, DEVICES)
+            check_type(name, getattr(self, name), part)
+        check_choice("device", self.device, DEVICES)
         check_bool("enforce_eager", self.enforce_eager)
         check_bool("disable_log_stats", self.disable_log_stats)
         backend = self.attention_config.attention_backend
         paged = {"attention_backend='cpu_paged' or 'auto'": backend in ("auto", "cpu_paged")}
-        _check_needs("decoder_stack", self.kernel_config.decoder_stack, paged)
+        check_needs("decoder_stack", self.kernel_config.decoder_stack, paged)
         if self.trace is not None:
-            _check_type("trace", self.trace, str)
+            check_type("trace", self.trace, str)
         if self.parts is not None:
             _check_parts(self.parts)
 
@@ -425,40 +422,6 @@ def _refuse_unbuilt_switches(flat: Mapping[str, Any]) -> None:
 
 def _switched_by_built_rungs() -> set[str]:
     return {name for rung in milestones.LADDER if rung.built for name in rung.on}
-
-
-def _check_type(name: str, value: Any, expected: type) -> None:
-    if not isinstance(value, expected):
-        raise ValueError(f"{name} must be a {expected.__name__}, got {type(value).__name__}: {value!r}")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{_did_you_mean(value, choices)}")
-
-
-def _check_auto_or_bool(name: str, value: Any) -> None:
-    if value is not True and value is not False and value != "auto":
-        raise ValueError(f"{name} must be 'auto', True or False, got {value!r}")
-
-
-def _check_needs(name: str, value: bool | str, needs: Mapping[str, bool]) -> None:
-    missing = [need for need, given in needs.items() if not given]
-    if value is True and missing:
-        raise ValueError(
-            f"{name}=True needs {', '.join(missing)}: set that too, or use {name}='auto', which does without"
-        )
-
-
-def _did_you_mean(value: Any, choices: tuple[str, ...]) -> str:
-    """E.g. for torch.float16, "fp16" or "flaot16": "; did you mean 'float16'?"."""
-    text = str(value).lower().removeprefix("torch.")
-    return did_you_mean(OTHER_NAMES.get(text, text), choices, cutoff=0.6)
-
-
-def _check_optional_int(name: str, value: Any, low: int, high: int | None = None, hint: str = "") -> None:
-    if value is not None:
-        check_int(name, value, low, high, hint)
 
 
 def _check_parts(parts: Any) -> None:

@@ -9,11 +9,11 @@ Row 0: plain data, no torch.
 import dataclasses
 import enum
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from folovllm.checks import check_bool, check_int, check_number
 from folovllm.utils import unknown_name_message
 
 GREEDY_EPSILON = 1e-5  # temperatures below this are greedy
@@ -145,48 +145,6 @@ class SamplingParams:
         if not isinstance(self.output_kind, RequestOutputKind):
             kinds = ", ".join(map(str, RequestOutputKind))
             raise ValueError(f"output_kind must be one of {kinds}; got {self.output_kind!r}")
-
-
-# Checks that EngineConfig uses, too. Each raises a ValueError that names the field, the value and what would be right.
-
-
-def check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-
-
-def check_int(name: str, value: Any, low: int, high: int | None = None, hint: str = "") -> None:
-    """Checks for an integer within `low`..`high`. A bool is refused: to Python True is 1, but it is never what was
-    meant.
-    """
-    more = f" ({hint})" if hint else ""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name} must be an integer, got {value!r}{_as_number(value, whole=True)}{more}")
-    if value < low or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"{name} must be {bounds}, got {value}{more}")
-
-
-def check_number(name: str, value: Any, low: float, high: float, low_open: bool = False) -> None:
-    """Checks for a finite number within `low`..`high`. With `low_open`, `low` itself is refused."""
-    largest = sys.float_info.max  # not math.isfinite: an integer of 400 digits overflows it
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not -largest <= value <= largest:
-        raise ValueError(f"{name} must be a finite number, got {value!r}{_as_number(value, whole=False)}")
-    if value < low or value > high or (low_open and value == low):
-        raise ValueError(f"{name} must be in {'(' if low_open else '['}{low:g}, {high:g}], got {value}")
-
-
-def _as_number(value: Any, whole: bool) -> str:
-    """Returns a hint what to write instead of a value of the wrong type. E.g. "16" or 16.0 -> "; write 16"; "many" ->
-    "".
-    """
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return ""
-    if isinstance(value, bool) or not math.isfinite(number) or (whole and not number.is_integer()):
-        return ""
-    return f"; write {int(number) if number.is_integer() else number}"
 
 
 def _refuse_unknown(names: Iterable[str]) -> None:

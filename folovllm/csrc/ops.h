@@ -1,4 +1,4 @@
-// The operators as C++ functions, for layer.cpp, which calls them one after another. Each is documented in its own
+// The operators as C++ functions, for decoder_stack.cpp, which calls them one after another. Each is documented in its own
 // file.
 //
 // Milestone: M4. vLLM counterpart: csrc/ops.h.

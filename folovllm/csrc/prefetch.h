@@ -102,6 +102,30 @@ class PrefetchQueue {
   std::vector<List> lists_;
 };
 
+constexpr int64_t kMaxPieceLines = 192;      // about one for each pair that a tile computes with (linear.cpp)
+constexpr int64_t kMaxPageLines = 4096;      // a larger page holds more unused slots than the batch has keys
+constexpr int64_t kMaxPrefetchTokens = 64;   // with more, each page is read for many rows, and waiting for it costs little
+
+// Fills `queue` with the pages from which attention will read the K and V of every sequence, each cut into equal pieces.
+// cos is [num_tokens, 1, head_size], and owner(sequence) the thread that computes the sequence.
+template <typename Owner>
+void list_pages(PrefetchQueue& queue, const at::Tensor& kv_cache, const at::Tensor& seq_lens, const at::Tensor& block_table,
+                const at::Tensor& cos, const Owner& owner) {
+  const int64_t page_bytes = kv_cache.stride(0) * kv_cache.element_size(), lines = page_bytes / 64;
+  const int64_t cuts = (lines + kMaxPieceLines - 1) / kMaxPieceLines, block_size = kv_cache.size(3) / cos.size(-1);
+  if (lines == 0 || lines > kMaxPageLines || cos.size(0) > kMaxPrefetchTokens) {
+    return;
+  }
+  for (int64_t s = 0; s < seq_lens.size(0); ++s) {
+    const int32_t* table = block_table.const_data_ptr<int32_t>() + s * block_table.stride(0);
+    const int64_t num_pages = (seq_lens.const_data_ptr<int32_t>()[s] + block_size - 1) / block_size;
+    for (int64_t i = 0; i < num_pages * cuts; ++i) {
+      const int64_t first = lines * (i % cuts) / cuts, end = lines * (i % cuts + 1) / cuts;
+      queue.add(owner(s), {table[i / cuts] * page_bytes + first * 64, end - first});
+    }
+  }
+}
+
 // What a linear layer should fetch for the operators after it. Null stands for nothing.
 struct UpcomingReads {
   PrefetchQueue* queue = nullptr;

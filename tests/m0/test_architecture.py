@@ -30,6 +30,7 @@ ROWS = {
     "folovllm.outputs": 0,
     "folovllm.parts": 0,
     "folovllm.utils": 0,
+    "folovllm.checks": 0,
     "folovllm.text_files": 0,
     "folovllm.interrupts": 0,
     "folovllm.core": 1,

@@ -40,7 +40,7 @@ def test_every_source_is_left_without_the_old_namespace(script: ModuleType) -> N
 
 def test_sources_come_from_a_folder_and_anything_else_is_refused(script: ModuleType, tmp_path: Path) -> None:
     sources = script.checkout(str(ROOT), tmp_path / "a")
-    assert (sources / "layer.cpp").read_text() == (ROOT / script.SOURCES / "layer.cpp").read_text()
+    assert (sources / "decoder_stack.cpp").read_text() == (ROOT / script.SOURCES / "decoder_stack.cpp").read_text()
     with pytest.raises(SystemExit, match="neither a folder"):
         script.checkout("no-such-commit", tmp_path)
 

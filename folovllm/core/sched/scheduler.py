@@ -9,8 +9,7 @@ Row 1: no torch. There are no phases: a step gives a request some tokens so that
 """
 
 import time
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 from folovllm.config import EngineConfig
 from folovllm.core.block_pool import BlockPool
@@ -18,49 +17,19 @@ from folovllm.core.kv_cache_manager import KVCacheManager
 from folovllm.core.kv_cache_utils import KVCacheBlock, KVCacheConfig
 from folovllm.core.prefix_index import make_prefix_index
 from folovllm.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from folovllm.core.sched.recovery import StepRecovery
 from folovllm.core.sched.request_queue import RequestQueue
+from folovllm.core.sched.step import Step
 from folovllm.outputs import EngineCoreOutput, EngineStats, ModelRunnerOutput
 from folovllm.parts import load_part
 from folovllm.request import Request, RequestStatus, check_stop
 
 
-@dataclass(eq=False)
-class _Step:
-    """What `schedule` has decided so far in this step, and what it takes to undo the step."""
+class Scheduler(StepRecovery):
+    """Owns every unfinished request: `waiting` in its queue's order, `running` in the order of admission.
 
-    token_budget: int
-    num_scheduled_tokens: dict[str, int] = field(default_factory=dict)  # in scheduling order
-    new_blocks: dict[str, list[KVCacheBlock]] = field(default_factory=dict)
-    admitted: list[Request] = field(default_factory=list)  # first time
-    resumed: list[Request] = field(default_factory=list)  # after a preemption
-    continued: list[Request] = field(default_factory=list)  # were running already
-    preempted: list[Request] = field(default_factory=list)
-    finished_req_ids: set[str] = field(default_factory=set)  # the worker hears of them in this step
-    output: SchedulerOutput | None = None  # set as the last act of `schedule`
-    # Set when `update_from_output` begins: how many output tokens each request had, and the two token counters.
-    num_outputs_before: dict[Request, int] | None = None
-    counters_before: tuple[int, int] = (0, 0)
-
-    @property
-    def requests(self) -> list[Request]:
-        """The scheduled requests themselves. An id may belong to another request by the time the step has run."""
-        return [*self.continued, *self.admitted, *self.resumed]
-
-    def record(self, request: Request, num_tokens: int, new_blocks: list[KVCacheBlock]) -> None:
-        self.num_scheduled_tokens[request.request_id] = num_tokens
-        self.new_blocks[request.request_id] = new_blocks
-        self.token_budget -= num_tokens
-
-    def undo(self, request: Request) -> None:
-        """Takes back a request scheduled earlier in this step: its tokens return to the budget."""
-        if request.request_id in self.num_scheduled_tokens:
-            self.token_budget += self.num_scheduled_tokens.pop(request.request_id)
-            del self.new_blocks[request.request_id]
-            self.continued.remove(request)
-
-
-class Scheduler:
-    """Owns every unfinished request: `waiting` in its queue's order, `running` in the order of admission."""
+    What ends or undoes a step in which something raised is inherited from StepRecovery (recovery.py).
+    """
 
     def __init__(self, config: EngineConfig, kv_cache_config: KVCacheConfig) -> None:
         scheduler_config = config.scheduler_config
@@ -80,8 +49,8 @@ class Scheduler:
         self.waiting = self._make_queue()
         self.running: list[Request] = []
         self.finished_req_ids: set[str] = set()  # since the last step: the worker has not heard of them yet
-        self._step: _Step | None = None  # the latest, until `commit_step`
-        self._in_flight: list[_Step] = []  # scheduled and not updated: one, or several in a pipelined engine
+        self._step: Step | None = None  # the latest, until `commit_step`
+        self._in_flight: list[Step] = []  # scheduled and not updated: one, or several in a pipelined engine
 
         self.num_steps = 0
         self.num_prompt_tokens = 0
@@ -158,98 +127,11 @@ class Scheduler:
         """Whether a step would do anything: run requests, or tell the worker which ones have finished."""
         return bool(self.requests or self.finished_req_ids)
 
-    # ---- after an exception
-
-    def fail_step(self, scheduler_output: SchedulerOutput, blamed: Collection[str] | None = None) -> list[Request]:
-        """Ends a step in which the executor raised, between `schedule` and `update_from_output`.
-
-        The requests of the step end with FINISHED_ERROR: all of them, or those whose ids are in `blamed`. The others
-        of the step wait again, ahead of the queue, with nothing computed. Requests that were not in the step notice
-        nothing, and neither does a new request under the id of one that was aborted. Returns the ended ones.
-        """
-        step = self._take_step(scheduler_output)
-        self.kv_cache_manager.end_step(has_run=False)  # what the step published may not have been computed
-        in_step = self._unfinished(step.requests)
-        failed = [request for request in in_step if blamed is None or request.request_id in blamed]
-        self._finish(failed, RequestStatus.FINISHED_ERROR)
-        self.finished_req_ids |= step.finished_req_ids  # the worker may not have heard of them
-        requeued = self._unfinished(in_step)
-        self.running = [request for request in self.running if request not in requeued]
-        for request in reversed(requeued):
-            self.kv_cache_manager.free(request)
-            self._rewind(request, request.num_output_tokens)
-            self.waiting.prepend_request(request)
-        self._step = None
-        return failed
-
-    def requests_under_way(self) -> list[Request]:
-        """The requests of the step that was interrupted. If `schedule` was, also the one it was looking at."""
-        step = self._step or _Step(0)
-        if step.num_outputs_before is not None:
-            return list(step.num_outputs_before)
-        in_step = self._unfinished(step.requests)
-        if step.output is None:
-            in_step += [request for request in [*self.running, *self.waiting] if request not in in_step][:1]
-        return in_step
-
-    def recover(self, ended: Iterable[Request], status: RequestStatus) -> None:
-        """Builds the state anew after an exception at an unknown line, from the requests alone.
-
-        `ended` leave with `status`. If a step was under way, it is undone: every other request has the outputs that it
-        had before, also one that the step had finished. All of them wait with nothing computed, those that ran in
-        front. All blocks are free and the prefix cache is empty, since what the blocks hold is unknown. If `recover`
-        itself is interrupted, it can be called again with the same arguments.
-        """
-        step = self._step or _Step(0)
-        before = step.num_outputs_before or {}
-        self.requests |= {request.request_id: request for request in before}
-        queued = self._unfinished(self.waiting)
-        ran = [request for request in dict.fromkeys([*self.running, *self.requests.values()]) if request not in queued]
-        ended = self._unfinished(ended)
-        survivors = [request for request in self._unfinished([*ran, *queued]) if request not in ended]
-
-        stats = self.kv_cache_manager.prefix_cache_stats
-        self.kv_cache_manager, self.waiting, self.running = self._make_kv_cache_manager(), self._make_queue(), []
-        self.kv_cache_manager.prefix_cache_stats = stats
-        for request in survivors:
-            self._rewind(request, before.get(request, request.num_output_tokens))
-            self.waiting.add_request(request)
-        for request in ended:
-            self._rewind(request, request.num_output_tokens)
-            request.set_status(status)
-        if step.num_outputs_before is not None:
-            self.num_prompt_tokens, self.num_generation_tokens = step.counters_before
-        self.finished_req_ids |= step.finished_req_ids | {request.request_id for request in ended}
-        self.requests = {request.request_id: request for request in survivors}
-        self._step, self._in_flight = None, []
-
-    def commit_step(self) -> None:
-        """The caller has what the step gave, so `recover` does not undo it any more."""
-        self._step = None
-
-    def _rewind(self, request: Request, num_output_tokens: int) -> None:
-        request.rewind(num_output_tokens)
-        self.kv_cache_manager.add_request(request)
-
-    def _unfinished(self, requests: Iterable[Request]) -> list[Request]:
-        """Those of `requests` that this scheduler still serves: the objects, not others with their ids."""
-        return [request for request in requests if self.requests.get(request.request_id) is request]
-
-    def _take_step(self, scheduler_output: SchedulerOutput) -> _Step:
-        """The record of the step in flight that `scheduler_output` belongs to."""
-        for i, step in enumerate(self._in_flight):
-            if step.output is scheduler_output:
-                return self._in_flight.pop(i)
-        # The `schedule` of a subclass keeps no record: the ids have to do.
-        known = [self.requests[i] for i in scheduler_output.num_scheduled_tokens if i in self.requests]
-        finished = set(scheduler_output.finished_req_ids)
-        return _Step(0, continued=known, finished_req_ids=finished, output=scheduler_output)
-
     # ---- one step
 
     def schedule(self) -> SchedulerOutput:
         """Chooses this step's tokens: running requests first, then waiting ones while budget, seats and blocks last."""
-        step = self._step = _Step(token_budget=self.max_num_batched_tokens)
+        step = self._step = Step(token_budget=self.max_num_batched_tokens)
         nothing_runs = not self.running
         self._schedule_running(step)
         # If a running request needed a preemption to continue, this step admits no new request. A static batch admits
@@ -263,7 +145,7 @@ class Scheduler:
         step.output = output
         return output
 
-    def _schedule_running(self, step: _Step) -> None:
+    def _schedule_running(self, step: Step) -> None:
         i = 0
         while i < len(self.running) and step.token_budget > 0:
             request = self.running[i]
@@ -279,7 +161,7 @@ class Scheduler:
             # A victim may have stood before this request and moved it forward.
             i = self.running.index(request) + 1 if step.preempted else i + 1
 
-    def _schedule_waiting(self, step: _Step) -> None:
+    def _schedule_waiting(self, step: Step) -> None:
         while self.waiting and step.token_budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting.peek_request()
             hit_blocks, num_hit_tokens = self.kv_cache_manager.get_computed_blocks(request)
@@ -310,7 +192,7 @@ class Scheduler:
         threshold = self.long_prefill_token_threshold
         return min(num_new_tokens, threshold) if threshold > 0 else num_new_tokens
 
-    def _admit(self, request: Request, num_hit_tokens: int, step: _Step) -> None:
+    def _admit(self, request: Request, num_hit_tokens: int, step: Step) -> None:
         self.kv_cache_manager.record_admission(request, num_hit_tokens)
         (step.resumed if request.status == RequestStatus.PREEMPTED else step.admitted).append(request)
         request.set_status(RequestStatus.RUNNING)
@@ -322,7 +204,7 @@ class Scheduler:
 
     # ---- preemption
 
-    def _allocate_or_preempt(self, request: Request, num_new_tokens: int, step: _Step) -> list[KVCacheBlock] | None:
+    def _allocate_or_preempt(self, request: Request, num_new_tokens: int, step: Step) -> list[KVCacheBlock] | None:
         """Blocks for `request`. Preempts others until they fit; returns None if `request` itself was preempted."""
         while True:
             new_blocks = self.kv_cache_manager.allocate_slots(request, num_new_tokens)
@@ -354,7 +236,7 @@ class Scheduler:
 
     # ---- the message down
 
-    def _make_output(self, step: _Step) -> SchedulerOutput:
+    def _make_output(self, step: Step) -> SchedulerOutput:
         scheduled = step.num_scheduled_tokens
         step.finished_req_ids, self.finished_req_ids = self.finished_req_ids, set()
         return SchedulerOutput(
@@ -393,7 +275,7 @@ class Scheduler:
             position_offset=request.position_offset,
         )
 
-    def _cached_request_data(self, request: Request, step: _Step, resumed: bool) -> CachedRequestData:
+    def _cached_request_data(self, request: Request, step: Step, resumed: bool) -> CachedRequestData:
         new_block_ids = ([block.block_id for block in step.new_blocks[request.request_id]],)
         return CachedRequestData(
             request_id=request.request_id,
@@ -402,14 +284,14 @@ class Scheduler:
             resumed=resumed,
         )
 
-    def _advance(self, step: _Step) -> None:
+    def _advance(self, step: Step) -> None:
         """Counts the tokens as computed at once: a pipelined engine can schedule the next step before this one ran."""
         for request_id, num_tokens in step.num_scheduled_tokens.items():
             self.requests[request_id].num_computed_tokens += num_tokens
         self.num_steps += 1
         self.num_last_scheduled_tokens = sum(step.num_scheduled_tokens.values())
 
-    def _assert_within_limits(self, step: _Step) -> None:
+    def _assert_within_limits(self, step: Step) -> None:
         assert step.token_budget >= 0
         assert sum(step.num_scheduled_tokens.values()) <= self.max_num_batched_tokens
         assert len(self.running) <= self.max_num_seqs

@@ -5,7 +5,8 @@ same end. Left out: plain fp32 layers, which run operator by operator.
 
 With one token per step the twelve modules, views and operator calls of a layer cost as much Python as a seventh of its
 arithmetic, and even one call per layer costs a tenth. The textbook loop stays in the model file: LlamaModel calls its
-`decoder_stack` instead of the loop if there is one. csrc/layer.cpp performs the same operations in the same order.
+`decoder_stack` instead of the loop if there is one. csrc/decoder_stack.cpp performs the same
+operations in the same order.
 """
 
 from collections.abc import Iterator
@@ -88,7 +89,7 @@ def stack_decoder_layers(
 
 
 def named_tensors(layer: LlamaDecoderLayer) -> dict[str, torch.Tensor]:
-    """The tensors of a layer under the names that csrc/layer.cpp asks for; what the model has not is left out."""
+    """The tensors of a layer under the names that csrc/decoder_stack.cpp asks for, without those the model lacks."""
     attention, mlp = layer.self_attn, layer.mlp
     norms = {
         "input_layernorm": layer.input_layernorm,
@@ -104,7 +105,7 @@ def named_tensors(layer: LlamaDecoderLayer) -> dict[str, torch.Tensor]:
 
 
 def linear_tensors(linear: LinearBase) -> dict[str, torch.Tensor]:
-    """The weight of a packed or an int4 layer by the names of csrc/layer.cpp's Linear."""
+    """The weight of a packed or an int4 layer by the names of csrc/decoder_stack.cpp's Linear."""
     part = single_int4_part(linear)
     if part is not None:
         return part.tensors
@@ -143,7 +144,7 @@ def _model_refusal(model: LlamaModel) -> str | None:
 
 
 def _layer_refusal(layer: nn.Module) -> str | None:
-    """None if `layer` computes what csrc/layer.cpp does: a subclass with a forward of its own may not."""
+    """None if `layer` computes what csrc/decoder_stack.cpp does: a subclass with a forward of its own may not."""
     if type(layer).forward is not LlamaDecoderLayer.forward:
         return f"{type(layer).__name__} computes something else than LlamaDecoderLayer"
     assert isinstance(layer, LlamaDecoderLayer)

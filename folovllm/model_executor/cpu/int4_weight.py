@@ -48,7 +48,7 @@ class Int4Part:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """By the names that csrc/layer.cpp has for them."""
+        """By the names that csrc/decoder_stack.cpp has for them."""
         weight = self.weight
         bits = {"levels": weight.levels, "scales": weight.scales, "zeros": weight.zeros, "perm": weight.perm}
         return bits | {"bias": self.bias, "packed": self.packed}

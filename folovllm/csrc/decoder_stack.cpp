@@ -92,14 +92,10 @@ class TensorReader {
   std::set<std::string> taken_;
 };
 
-constexpr int64_t kMaxPieceLines = 192;     // about one for each pair that a tile computes with (linear.cpp)
-constexpr int64_t kMaxPageLines = 4096;     // a larger page holds more unused places than the batch's keys
-constexpr int64_t kMaxAsideTokens = 64;     // with more, each page is read for many rows, and waiting for it is little
-
 // What all layers of a step share.
 struct Step {
   const at::Tensor &cos, &sin;  // [num_tokens, 1, head_size]
-  const at::Tensor &slot_mapping, &seq_lens, &block_table;
+  const at::Tensor &slot_mapping, &block_table;
   const AttentionPlan& plan;
 };
 
@@ -134,23 +130,6 @@ at::Tensor selected_start_loc(const at::Tensor& rows, const at::Tensor& query_st
   }
   TORCH_CHECK(next == num_rows, "logits_indices: row ", row[next], " is beyond the batch");
   return starts;
-}
-
-// Where in a layer's cache attention will find the K and V of every sequence: all pages, each cut into equal pieces.
-void list_pages(const Step& step, const at::Tensor& kv_cache, PrefetchQueue& queue) {
-  const int64_t page_bytes = kv_cache.stride(0) * kv_cache.element_size(), lines = page_bytes / 64;
-  const int64_t cuts = (lines + kMaxPieceLines - 1) / kMaxPieceLines, block_size = kv_cache.size(3) / step.cos.size(-1);
-  if (lines == 0 || lines > kMaxPageLines || step.cos.size(0) > kMaxAsideTokens) {
-    return;
-  }
-  for (int64_t s = 0; s < step.seq_lens.size(0); ++s) {
-    const int32_t* table = step.block_table.const_data_ptr<int32_t>() + s * step.block_table.stride(0);
-    const int64_t num_pages = (step.seq_lens.const_data_ptr<int32_t>()[s] + block_size - 1) / block_size;
-    for (int64_t i = 0; i < num_pages * cuts; ++i) {
-      const int64_t first = lines * (i % cuts) / cuts, end = lines * (i % cuts + 1) / cuts;
-      queue.add(step.plan.owner(s), {table[i / cuts] * page_bytes + first * 64, end - first});
-    }
-  }
 }
 
 }  // namespace
@@ -193,9 +172,9 @@ class DecoderStack : public torch::CustomClassHolder {
       const at::Tensor start_loc = selected_start_loc(*logits_indices, query_start_loc);
       selection.emplace(Selection{*logits_indices, start_loc, plan_for(start_loc)});
     }
-    const Step step{cos, sin, slot_mapping, seq_lens, block_table, plan};
+    const Step step{cos, sin, slot_mapping, block_table, plan};
     PrefetchQueue queue(plan.num_threads());
-    list_pages(step, kv_caches[0], queue);
+    list_pages(queue, kv_caches[0], seq_lens, block_table, cos, [&](int64_t sequence) { return plan.owner(sequence); });
     at::Tensor x = hidden;
     const size_t last = layers_.size() - 1;
     ThreadTeam::in_one_region([&] {
