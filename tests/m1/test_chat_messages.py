@@ -129,6 +129,7 @@ def test_arguments_reach_the_template_as_an_object(arguments: Any, expected: dic
     ("arguments", "message"),
     [
         ('{"a": ', r"messages\[1\].tool_calls\[0\]: the arguments are not valid JSON .*'\{\"a\": '"),
+        ("[" * 100_000, "the arguments are not valid JSON"),
         ("a=3", r"messages\[1\].tool_calls\[0\]: the arguments are not valid JSON"),
         ("[1, 2]", r"messages\[1\].tool_calls\[0\]: the arguments must be an object .*got \[1, 2\]"),
         ('"text"', "the arguments must be an object .*got 'text'"),

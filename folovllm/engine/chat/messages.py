@@ -104,7 +104,7 @@ def plain_data(what: str, value: Any) -> Any:
     """A copy that holds only what JSON holds: a template is code from the internet and gets no live objects."""
     try:
         return json.loads(json.dumps(value, default=_dumped))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{what} may hold only strings, numbers, lists and dicts: {error}") from None
 
 
@@ -181,7 +181,7 @@ def _arguments(where: str, arguments: Any) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments.strip() or "null")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: the arguments are not valid JSON ({error}): {arguments[:80]!r}") from None
     if arguments is None:
         return {}

@@ -6,7 +6,6 @@ Milestone: M1. vLLM counterpart: vllm/renderers/params.py (`ChatParams`, `merge_
 from dataclasses import dataclass, fields
 from typing import Any
 
-from folovllm.engine.chat.messages import plain_data
 from folovllm.sampling_params import SamplingParams
 from folovllm.utils import unknown_name_message
 
@@ -60,7 +59,7 @@ def sort_keywords(keywords: dict[str, Any]) -> tuple[ChatOptions, dict[str, Any]
     }
     merged = {**nested, **direct}
     options = {name: merged.pop(name) for name in OPTION_NAMES if name in merged}
-    return ChatOptions(**options), plain_data("template variables", merged)
+    return ChatOptions(**options), merged
 
 
 def _is_given(name: str, value: Any) -> bool:

@@ -48,7 +48,8 @@ def render_chat(
     options, variables = sort_keywords(keywords)
     template = compile_template(choose_template(templates, options.chat_template, options.tools is not None))
     check_variables(variables, template.variables)
-    variables = {**special_tokens, **_given_variables(options, template), **variables}
+    given = plain_data("template variables", variables)
+    variables = {**special_tokens, **_given_variables(options, template), **given}
     refusal: ValueError | None = None
     worst: Loss | None = None
     without_text: str | None = None  # a prompt that lacks only texts beside tool calls
