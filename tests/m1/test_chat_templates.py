@@ -441,3 +441,6 @@ def test_continuing_is_refused_where_it_cannot_be_done() -> None:
     with pytest.raises(ValueError, match=r"messages\[1\] has no text to continue"):
         nothing = [*USER, {"role": "assistant", "content": None}]
         render(nothing, CHATML_STRIP, continue_final_message=True, add_generation_prompt=False)
+    for field in ("reasoning_content", 1):  # transformers 5 takes the name of a field; vLLM does not
+        with pytest.raises(ValueError, match="continue_final_message must be True or False"):
+            render(messages, CHATML_STRIP, continue_final_message=field, add_generation_prompt=False)
