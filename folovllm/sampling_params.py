@@ -54,6 +54,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True  # changes nothing: a tokenizer.json's decoder puts no space there
     include_stop_str_in_output: bool = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     logit_bias: dict[int, float] | None = None
@@ -140,7 +141,13 @@ class SamplingParams:
             raise ValueError("stop strings need text: set detokenize=True, or stop on stop_token_ids instead")
 
     def _check_switches(self) -> None:
-        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+        for name in (
+            "ignore_eos",
+            "detokenize",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+            "include_stop_str_in_output",
+        ):
             check_bool(name, getattr(self, name))
         if not isinstance(self.output_kind, RequestOutputKind):
             kinds = ", ".join(map(str, RequestOutputKind))

@@ -1,7 +1,7 @@
 """IncrementalDetokenizer: token ids of one request, as they arrive, into text; and the search for stop strings.
 
 Milestone: M1. vLLM counterpart: vllm/v1/engine/detokenizer.py.
-Left out: slow tokenizers, `spaces_between_special_tokens`.
+Left out: slow tokenizers, and with them the effect of `spaces_between_special_tokens`.
 
     tokens    ... "Hi" | " " E4 | BD | A0 | "!"          a token may end inside a character
     window         [...............]                     decoded anew at each token; a few tokens long

@@ -77,6 +77,7 @@ def decoded_token(tokenizer: Tokenizer, token_id: int, context: list[int]) -> st
     text = tokenizer.token_text(token_id)
     if BROKEN not in text:
         return text
+    context = _shortest_whole(tokenizer, token_id, context)
     joined = tokenizer.decode([*context, token_id], skip_special_tokens=False)
     if joined.endswith(BROKEN):
         return ""
@@ -85,6 +86,16 @@ def decoded_token(tokenizer: Tokenizer, token_id: int, context: list[int]) -> st
         return joined.lstrip(BROKEN)  # the context begins inside a character that an earlier token has brought
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(finished, joined, strict=False))
     return joined[len(list(same)) :]
+
+
+def _shortest_whole(tokenizer: Tokenizer, token_id: int, context: list[int]) -> list[int]:
+    """The shortest end of `context` with which the token decodes to whole characters; `context` if there is none.
+
+    A byte-fallback decoder (Llama 2, Mistral) spoils all of a run of byte tokens if the run begins inside a character.
+    """
+    tails = (context[len(context) - count :] for count in range(1, len(context) + 1))
+    texts = ((tail, tokenizer.decode([*tail, token_id], skip_special_tokens=False)) for tail in tails)
+    return next((tail for tail, text in texts if BROKEN not in text), context)
 
 
 def _finished_text(tokenizer: Tokenizer, token_ids: list[int]) -> str:

@@ -14,7 +14,13 @@ from typing import Any
 import tokenizers
 
 from folovllm.engine.chat.render import render_chat
-from folovllm.engine.tokenizer_files import add_tokens, find_chat_templates, read_json, read_special_tokens
+from folovllm.engine.tokenizer_files import (
+    add_tokens,
+    find_chat_templates,
+    follow_llama_class,
+    read_json,
+    read_special_tokens,
+)
 
 
 class Tokenizer:
@@ -55,6 +61,7 @@ class Tokenizer:
         except Exception as error:  # the Rust side raises plain Exception
             raise ValueError(f"{file} is not a tokenizer ({error}): download it again") from None
         config = read_json(folder / "tokenizer_config.json")
+        follow_llama_class(backend, config, folder)
         return cls(backend, config, find_chat_templates(folder, config), folder)
 
     @property

@@ -7,6 +7,7 @@ and `add_eos_token` are left out because transformers ignores them too where the
     tokenizer_config.json      bos_token, eos_token, ...; added_tokens_decoder: {id: token with flags}
     special_tokens_map.json    the same names; read only if there is no added_tokens_decoder
     added_tokens.json          {token: id}; likewise
+    config.json                model_type, which decides whether a `tokenizer_class` counts
     chat_template.jinja, additional_chat_templates/NAME.jinja, chat_template.json
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,28 @@ def add_tokens(backend: tokenizers.Tokenizer, tokens: SpecialTokens, declared: b
     for token_id, token in wanted.items():
         if (given := backend.token_to_id(token.content)) != token_id:
             logger.warning("token %r has id %s, not the %d that the files name", token.content, given, token_id)
+
+
+def follow_llama_class(backend: tokenizers.Tokenizer, config: dict[str, Any], folder: Path) -> None:
+    """Replaces the pipeline of older sentencepiece files (Llama 2, TinyLlama) as transformers 5 does.
+
+    Those files put a space before the text after *every* special token. The class `LlamaTokenizer` of transformers 5
+    does so only at the start of the text, unless the config says `legacy`. Other classes and model types keep what
+    the file says, and so do byte-level files, which only bear the name of the class.
+
+    E.g. "</s>hi" -> "</s>", "hi" instead of "</s>", " hi".
+    """
+    named = str(config.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
+    model_type = read_json(folder / "config.json").get("model_type") or "llama"
+    byte_level = "ByteLevel" in f"{backend.pre_tokenizer!r}{backend.decoder!r}"
+    if not named or model_type != "llama" or byte_level or not isinstance(backend.model, models.BPE):
+        return
+    prefix = config.get("add_prefix_space") is not False
+    scheme = "never" if not prefix else "always" if config.get("legacy") else "first"
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefix else parts)
 
 
 def find_chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:

@@ -33,6 +33,7 @@ VLLM_DEFAULTS: dict[str, Any] = {
     "prompt_logprobs": None,
     "detokenize": True,
     "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
     "include_stop_str_in_output": False,
     "output_kind": RequestOutputKind.CUMULATIVE,
     "logit_bias": None,
@@ -64,7 +65,13 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "output_kind": (list(RequestOutputKind), [None, 0, "CUMULATIVE"]),
     **{
         name: ([True, False], [None, 0, 1, "yes"])
-        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output")
+        for name in (
+            "ignore_eos",
+            "detokenize",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+            "include_stop_str_in_output",
+        )
     },
 }
 INTEGERS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs")

@@ -117,10 +117,11 @@ def test_tool_results_are_text_for_either_template() -> None:
         ("", {}),
         (" ", {}),
         (None, {}),
+        ("null", {}),
     ],
 )
 def test_arguments_reach_the_template_as_an_object(arguments: Any, expected: dict[str, Any]) -> None:
-    """QwenLM/Qwen3-Coder issue 444: OpenAI's clients send them as JSON text."""
+    """QwenLM/Qwen3-Coder issue 444: OpenAI's clients send them as JSON text; vllm issue 43851: some send "null"."""
     assert render(calling(arguments), ARGUMENTS) == json.dumps(expected, ensure_ascii=False) + ";"
 
 
@@ -128,9 +129,9 @@ def test_arguments_reach_the_template_as_an_object(arguments: Any, expected: dic
     ("arguments", "message"),
     [
         ('{"a": ', r"messages\[1\].tool_calls\[0\]: the arguments are not valid JSON .*'\{\"a\": '"),
+        ("[" * 100_000, "the arguments are not valid JSON"),
         ("a=3", r"messages\[1\].tool_calls\[0\]: the arguments are not valid JSON"),
         ("[1, 2]", r"messages\[1\].tool_calls\[0\]: the arguments must be an object .*got \[1, 2\]"),
-        ("null", "the arguments must be an object .*got None"),
         ('"text"', "the arguments must be an object .*got 'text'"),
         ([1], r"the arguments must be an object .*got \[1\]"),
         (5, "the arguments must be an object .*got 5"),
@@ -196,6 +197,13 @@ def test_objects_of_the_openai_package() -> None:
     assert render([{"role": "assistant", "content": None, "tool_calls": [call]}], ARGUMENTS) == '{"a": 3};'
 
 
+def test_an_answer_without_text_may_lack_content() -> None:
+    """The openai package's `model_dump(exclude_none=True)` leaves a null content out, so vLLM takes such messages."""
+    answer = FromOpenAI(role="assistant", refusal=None, annotations=[])
+    for empty in ({"role": "assistant"}, {"role": "assistant", "name": "Bob"}, answer):
+        assert render([*user("x"), empty, *user("y")], SHOW) == "[user|x][assistant|][user|y]"
+
+
 def test_reasoning_may_stand_alone() -> None:
     """An answer that was cut off while the model was still thinking."""
     assert render([{"role": "assistant", "reasoning": "hm"}], "{{ messages[0].reasoning_content }}") == "hm"
@@ -220,7 +228,8 @@ REFUSED: list[tuple[Any, str]] = [
     ({"role": "user", "content": [5]}, "content parts must be"),
     ({"role": "user", "content": {"type": "text", "text": "a"}}, "needs a 'content' that is a string"),
     ({"role": "user", "contents": "a"}, r"messages\[0\] needs a 'content'"),
-    ({"role": "assistant"}, r"messages\[0\] needs a 'content'"),
+    ({"role": "system"}, r"messages\[0\] needs a 'content'"),
+    ({"role": "assistant", "contents": "a"}, r"messages\[0\] needs a 'content'"),
     ({"role": "assistant", "content": "a", "audio": {"id": "1"}}, r"messages\[0\].audio: .*text models only"),
     ({"role": "assistant", "content": "a", "tool_calls": "f()"}, r"messages\[0\].tool_calls must be a list"),
     ({"role": "assistant", "content": "a", "tool_calls": ["f()"]}, r"messages\[0\].tool_calls\[0\] must be like"),

@@ -44,6 +44,13 @@ def test_the_nearest_name_is_suggested(llm: LLM, method: str, name: str, near: s
 
 
 @pytest.mark.parametrize("method", ["generate", "stream", "chat", "chat_prompt"])
+def test_the_name_is_wrong_whatever_the_value_is(llm: LLM, method: str) -> None:
+    """A template variable can be no SamplingParams, but that is not what is wrong with `sampling_param=`."""
+    with pytest.raises(TypeError, match="unknown keyword 'sampling_param'; did you mean 'sampling_params'"):
+        call(llm, method, sampling_param=PARAMS)
+
+
+@pytest.mark.parametrize("method", ["generate", "stream", "chat", "chat_prompt"])
 def test_a_sampling_parameter_is_told_where_it_belongs(llm: LLM, method: str) -> None:
     with pytest.raises(
         TypeError, match=r"'max_tokens': it is a sampling parameter, so pass SamplingParams\(max_tokens=...\)"

@@ -80,3 +80,17 @@ def test_the_pieces_add_up_to_the_text() -> None:
             "".join(decoded_token(tokenizer, token_id, ids[max(0, i - 4) : i]) for i, token_id in enumerate(ids))
             == text
         )
+
+
+@pytest.mark.parametrize("text", ["ไทย", "the 好世界 dog", "👩‍👩‍👧 ü", "ééééé", "🇩🇪🇫🇷"])
+def test_a_run_of_byte_tokens_adds_up_to_the_text(text: str) -> None:
+    """vllm issue 27300 reports empty decoded tokens: a byte-fallback decoder spoils all of a run of byte
+    tokens that begins inside a character, so the context has to begin where a character does.
+    """
+    tokenizer = byte_fallback()
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    processor = LogprobsProcessor(tokenizer, SamplingParams(logprobs=0, max_tokens=99))
+    processor.add_sample([TokenLogprobs([token_id], [-1.0], 1) for token_id in ids])
+    assert processor.logprobs is not None
+    pieces = [str(position[token_id].decoded_token) for token_id, position in zip(ids, processor.logprobs, strict=True)]
+    assert "".join(pieces).removeprefix(" ") == text

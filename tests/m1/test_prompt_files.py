@@ -76,6 +76,7 @@ def test_a_jsonl_file_holds_texts_ids_and_conversations(tmp_path: Path) -> None:
 BAD_LINES: list[tuple[Any, str]] = [
     ("{", "not valid JSON"),
     ("plain text", "not valid JSON"),
+    ("[" * 100_000, "not valid JSON"),
     ('"text"', "must be one of"),
     ("[1, 2]", "must be one of"),
     ("5", "must be one of"),

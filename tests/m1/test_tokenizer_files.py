@@ -176,6 +176,33 @@ def test_a_byte_fallback_tokenizer(tmp_path: Path) -> None:
     assert_equals_transformers(tmp_path, [*TEXTS, "the é</s> 你<s> the"])
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "phi3", None])
+@pytest.mark.parametrize("legacy", [True, False, None])
+@pytest.mark.parametrize("prefix", [True, False, None])
+def test_the_class_of_llama_has_a_pipeline_of_its_own(
+    tmp_path: Path, model_type: str | None, legacy: bool | None, prefix: bool | None
+) -> None:
+    """huggingface/transformers issue 25716: whether text after "</s>" begins with a space depends on `legacy`."""
+    from transformers import AutoTokenizer
+
+    byte_fallback().backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_prefix_space": prefix, "eos_token": "</s>"}
+    write(tmp_path, "tokenizer_config.json", {key: value for key, value in config.items() if value is not None})
+    write(tmp_path, "config.json", {"model_type": model_type} if model_type else {})
+    ours, theirs = Tokenizer.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("the dog", "the</s>the </s> the", " <s> the", "  you 你", ""):
+        ids = ours.encode(text, add_special_tokens=False)
+        assert ids == theirs.encode(text, add_special_tokens=False), text
+        assert ours.decode(ids, False) == theirs.decode(ids), text
+
+
+def test_a_byte_level_file_keeps_its_pipeline_under_the_class_of_llama(folder: Path) -> None:
+    """DeepSeek's files say LlamaTokenizerFast, and transformers takes the pipeline of the file there."""
+    plain = Tokenizer.from_folder(folder).encode(TEXTS[0])
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizerFast"})
+    assert Tokenizer.from_folder(folder).encode(TEXTS[0]) == plain
+
+
 def test_an_id_that_the_vocabulary_cannot_have_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(folder, "added_tokens.json", {NEW: 1000})
     Tokenizer.from_folder(folder)

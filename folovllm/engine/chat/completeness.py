@@ -4,34 +4,66 @@ Milestone: M1. vLLM counterpart: none; vLLM and transformers render what the tem
 
 Searching the prompt for a message's text would not do: templates trim, escape and strip it, and a short text occurs in
 the prompt by chance. So the conversation is rendered once more with a mark at the end of every text and in every tool
-call, and a part whose mark does not come out is lost. If a mark is missing, marks at the beginning get a second chance:
-a template may cut off the end of a text. Earlier reasoning is not checked: models are trained without it.
+call, and a part whose mark does not come out is lost. Two more tries are for templates that show only some of a text:
+marks at the beginning, because a template may cut off the end; then two other texts in its place, because a template
+may break a mark in two (it wraps lines) or have no room for one (it truncates). If both give the same prompt, nothing
+of the text is shown. Earlier reasoning is not checked: models are trained without it.
 """
 
 import re
 import secrets
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from folovllm.engine.chat.messages import Message, map_arguments, map_text
 
 Unit = tuple[int, str, int]  # E.g. (2, "content", 0): the first part of messages[2]
+Render = Callable[[list[Message]], str]
 
 
-def first_lost(messages: list[Message], render: Callable[[list[Message]], str]) -> str | None:
-    """A sentence on the first part of the conversation that `render` drops. Returns None if nothing is lost."""
+class Loss(NamedTuple):
+    """What a template drops. `beside_calls`: only texts that stand beside tool calls, and the calls are rendered.
+
+    The templates of Llama 3.1, Mistral and gpt-oss do that on purpose: their models never saw such a text.
+    """
+
+    sentence: str
+    beside_calls: bool
+
+
+def find_loss(messages: list[Message], render: Render) -> Loss | None:
+    """The first part of the conversation that `render` drops, the worst kind first. None if nothing is lost."""
     lost = list(_units(messages))
     word = secrets.token_hex(8)  # as good as certain not to occur in the conversation
-    for at_end in (True, False):
-        try:
+    try:
+        for at_end in (True, False):
             prompt = render([_marked(message, index, word, at_end) for index, message in enumerate(messages)])
-        except ValueError:
-            return None  # the template checks what the texts say: no mark can be put in
-        found = set(re.findall(f"{word}x([0-9]+x[a-z]+x[0-9]+)x", prompt.lower()))
-        lost = [unit for unit in lost if _label(unit) not in found]
-        if not lost:
-            return None
-    return _describe(messages, lost[0])
+            found = set(re.findall(f"{word}x([0-9]+x[a-z]+x[0-9]+)x", prompt.lower()))
+            lost = [unit for unit in lost if _label(unit) not in found]
+            if not lost:
+                return None
+        lost = [unit for unit in lost if unit[1] == "calls" or _leaves_no_trace(messages, unit, render)]
+    except ValueError:
+        return None  # the template checks what the texts say: no mark can be put in
+    serious = [unit for unit in lost if not _stands_beside_calls(messages, unit, lost)]
+    return Loss(_describe(messages, (serious or lost)[0]), not serious) if lost else None
+
+
+def _leaves_no_trace(messages: list[Message], unit: Unit, render: Render) -> bool:
+    """Whether the prompt stays the same if another text of the same length takes the place of this one."""
+    index, _, number = unit
+
+    def prompt(letter: str) -> str:
+        other = map_text(messages[index], lambda j, text: letter * len(text) if j == number else text)
+        return render([*messages[:index], other, *messages[index + 1 :]])
+
+    return prompt("q") == prompt("z")
+
+
+def _stands_beside_calls(messages: list[Message], unit: Unit, lost: list[Unit]) -> bool:
+    index, field, _ = unit
+    calls_are_shown = not any((i, f) == (index, "calls") for i, f, _ in lost)
+    return field == "content" and bool(messages[index].get("tool_calls")) and calls_are_shown
 
 
 def _units(messages: list[Message]) -> Iterator[Unit]:

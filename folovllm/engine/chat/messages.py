@@ -21,6 +21,7 @@ TEXT_FIELDS = {  # type of a content part -> the field that holds its text
     "refusal": "refusal",
     "thinking": "thinking",
 }
+EMPTY_ANSWER = {"role", "name", "refusal", "annotations"}  # OpenAI's fields of an answer that says nothing
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -103,7 +104,7 @@ def plain_data(what: str, value: Any) -> Any:
     """A copy that holds only what JSON holds: a template is code from the internet and gets no live objects."""
     try:
         return json.loads(json.dumps(value, default=_dumped))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{what} may hold only strings, numbers, lists and dicts: {error}") from None
 
 
@@ -132,9 +133,15 @@ def _normalize(where: str, message: Message) -> Message:
         message = _normalize_assistant(message)
     if calls := message.pop("tool_calls", None):
         message["tool_calls"] = _tool_calls(f"{where}.tool_calls", calls)
-    if message.keys().isdisjoint({"content", "tool_calls", *REASONING_FIELDS}):
+    if not _may_lack_content(message):
         raise ValueError(f"{where} needs a 'content' that is a string, got None (or a list of text parts)")
     return {**message, "content": _content_parts(where, message.get("content"))}
+
+
+def _may_lack_content(message: Message) -> bool:
+    """An answer without text is dumped as {"role": "assistant"}; elsewhere the word "content" may be misspelled."""
+    empty_answer = message["role"] == "assistant" and message.keys() <= EMPTY_ANSWER
+    return empty_answer or not message.keys().isdisjoint({"content", "tool_calls", *REASONING_FIELDS})
 
 
 def _normalize_assistant(message: Message) -> Message:
@@ -169,14 +176,14 @@ def _tool_call(where: str, call: Any) -> dict[str, Any]:
 def _arguments(where: str, arguments: Any) -> dict[str, Any]:
     """OpenAI's clients send the arguments as JSON text, and templates count on an object; no text means no arguments.
 
-    E.g. '{"city": "Oslo"}' -> {"city": "Oslo"}; "" and None -> {}.
+    E.g. '{"city": "Oslo"}' -> {"city": "Oslo"}; "", None and "null" -> {}.
     """
-    if isinstance(arguments, str) and arguments.strip():
+    if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except ValueError as error:
+            arguments = json.loads(arguments.strip() or "null")
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: the arguments are not valid JSON ({error}): {arguments[:80]!r}") from None
-    elif arguments is None or isinstance(arguments, str):
+    if arguments is None:
         return {}
     if not isinstance(arguments, dict):
         raise ValueError(f"{where}: the arguments must be an object like {{'city': 'Oslo'}}, got {arguments!r}")

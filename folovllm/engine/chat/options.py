@@ -6,8 +6,7 @@ Milestone: M1. vLLM counterpart: vllm/renderers/params.py (`ChatParams`, `merge_
 from dataclasses import dataclass, fields
 from typing import Any
 
-from folovllm.engine.chat.messages import plain_data
-from folovllm.sampling_params import SamplingParams
+from folovllm.sampling_params import SamplingParams, check_bool
 from folovllm.utils import unknown_name_message
 
 FORMATS = ("auto", "string", "openai")
@@ -30,6 +29,8 @@ class ChatOptions:
             if not isinstance(getattr(self, name) or [], (list, tuple)):
                 kind = "functions or of JSON schemas" if name == "tools" else "dicts with 'title' and 'text'"
                 raise ValueError(f"{name} must be a list of {kind}, got {getattr(self, name)!r}")
+        for name in ("add_generation_prompt", "continue_final_message"):
+            check_bool(name, getattr(self, name))
         if self.chat_template_content_format not in FORMATS:
             given = self.chat_template_content_format
             raise ValueError(f"chat_template_content_format must be one of {', '.join(FORMATS)}; got {given!r}")
@@ -60,7 +61,7 @@ def sort_keywords(keywords: dict[str, Any]) -> tuple[ChatOptions, dict[str, Any]
     }
     merged = {**nested, **direct}
     options = {name: merged.pop(name) for name in OPTION_NAMES if name in merged}
-    return ChatOptions(**options), plain_data("template variables", merged)
+    return ChatOptions(**options), merged
 
 
 def _is_given(name: str, value: Any) -> bool:

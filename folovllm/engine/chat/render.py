@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from folovllm.engine.chat.completeness import first_lost
+from folovllm.engine.chat.completeness import Loss, find_loss
 from folovllm.engine.chat.messages import (
     ONE_PART,
     PARTS,
@@ -48,21 +48,36 @@ def render_chat(
     options, variables = sort_keywords(keywords)
     template = compile_template(choose_template(templates, options.chat_template, options.tools is not None))
     check_variables(variables, template.variables)
-    variables = {**special_tokens, **_given_variables(options, template), **variables}
-    problem: ValueError | None = None
+    given = plain_data("template variables", variables)
+    variables = {**special_tokens, **_given_variables(options, template), **given}
+    refusal: ValueError | None = None
+    worst: Loss | None = None
+    without_text: str | None = None  # a prompt that lacks only texts beside tool calls
     for dialect in _dialects(template, options.chat_template_content_format, conversation):
         render = partial(_render, template, variables, dialect)
         try:
             text = _continued(conversation, render) if options.continue_final_message else render(conversation)
         except ValueError as error:
-            problem = problem or error
+            refusal = refusal or error
             continue
-        lost = first_lost(conversation, render)
-        if lost is None or (allow_fixed_text and not template.mentions_content):
+        loss = find_loss(conversation, render)
+        if loss is None or (allow_fixed_text and not template.mentions_content):
             return text
-        problem = problem or ValueError(lost)
-    assert problem is not None
-    raise problem
+        worst = worst or loss
+        if loss.beside_calls and without_text is None:
+            worst, without_text = loss, text
+    return _incomplete(without_text, worst, refusal)
+
+
+def _incomplete(without_text: str | None, worst: Loss | None, refusal: ValueError | None) -> str:
+    """The prompt where every form of the messages loses something: a warning, or an error that says what is lost."""
+    if without_text is not None and worst is not None:
+        logger.warning("%s", worst.sentence)
+        return without_text
+    if worst is not None:
+        raise ValueError(worst.sentence)
+    assert refusal is not None
+    raise refusal
 
 
 def _render(template: ChatTemplate, variables: dict[str, Any], dialect: Dialect, conversation: list[Message]) -> str:

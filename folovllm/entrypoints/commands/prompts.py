@@ -59,7 +59,7 @@ def _prompt_of(where: str, line: str) -> Any:
     """The prompt of a JSONL line: a text, or a dict with `prompt_token_ids` or `messages`."""
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: brackets nested thousands deep
         raise ValueError(f"{where}: not valid JSON ({error}); each line must be like {FORMS}") from None
     kinds = [key for key in ("prompt", "prompt_token_ids", "messages") if isinstance(record, dict) and key in record]
     if len(kinds) != 1:
