@@ -44,7 +44,7 @@ function drawOverview(canvas, model, state, view) {
   const { context, width } = prepare(canvas, 44);
   const { records } = model;
   const perStep = width / records.length;
-  const budget = Math.max(...records.slice(0, 1).map((r) => r.budget.tokens), 1);
+  const budget = state.record.budget.tokens;
   const top = records.reduce((most, r) => Math.max(most, r.budget.used), 1);
   for (let x = 0; x < width; x++) {
     const from = Math.floor(x / perStep);
@@ -82,7 +82,7 @@ function drawGantt(canvas, model, state, view) {
   rows.forEach((life, i) => {
     const y = AXIS + i * ROW;
     drawName(context, life, y, width, view);
-    for (const run of runsInSight(life, first, end)) cells += drawRun(context, run, first, end, xOf, y, view);
+    for (const run of life.runs) cells += drawRun(context, run, first, end, xOf, y, view);
     cells += drawMarks(context, model, life, first, end, xOf, y, view);
   });
   const bottom = AXIS + rows.length * ROW;
@@ -109,16 +109,6 @@ function firstRowInSight(alive, maxRows, state, view) {
   return Math.max(Math.min(row, most), 0);
 }
 
-function* runsInSight(life, first, end) {
-  let low = 0;
-  for (let high = life.runs.length; low < high; ) { // the first run that ends in sight
-    const middle = (low + high) >> 1;
-    if (life.runs[middle].open || life.runs[middle].to >= first) high = middle;
-    else low = middle + 1;
-  }
-  for (let i = low; i < life.runs.length && life.runs[i].from < end; i++) yield life.runs[i];
-}
-
 function drawAxis(context, first, end, xOf, view) {
   const every = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000].find((n) => n * view.zoom >= 34) ?? 2000;
   context.fillStyle = view.colours.faint;
@@ -136,14 +126,7 @@ function drawName(context, life, y, width, view) {
   context.fillStyle = ownerColour(life, view);
   context.fillRect(2, y + 4, 10, ROW - 8);
   context.fillStyle = view.colours.text;
-  context.fillText(shorten(context, life.id, LABEL - 20), 16, y + ROW / 2);
-}
-
-function shorten(context, text, width) {
-  if (context.measureText(text).width <= width) return text;
-  let n = text.length;
-  while (n > 1 && context.measureText(`${text.slice(0, n)}…`).width > width) n--;
-  return `${text.slice(0, n)}…`;
+  context.fillText(life.id.length > 11 ? `${life.id.slice(0, 10)}…` : life.id, 16, y + ROW / 2);
 }
 
 function drawRun(context, run, first, end, xOf, y, view) {
@@ -203,7 +186,7 @@ function outline(context, x, y, width, height, colour) {
 
 function drawBlocks(canvas, model, state, view) {
   const width = canvas.clientWidth;
-  const shown = Math.min(model.usableBlocks, Math.max(model.maxBlock + 1, 32)); // the rest was never held
+  const shown = model.numShownBlocks;
   const fits = (size) => Math.ceil(shown / Math.max(Math.floor(width / size), 1)) * size <= MAX_GRID_HEIGHT;
   const cell = BLOCK_SIZES.find(fits) ?? BLOCK_SIZES.at(-1);
   const columns = Math.max(Math.floor(width / cell), 1);
@@ -214,7 +197,8 @@ function drawBlocks(canvas, model, state, view) {
     const [x, y] = [((block - 1) % columns) * cell, Math.floor((block - 1) / columns) * cell];
     const held = state.holders.get(block) ?? [];
     const size = cell - (cell > 6 ? 2 : 1);
-    if (held.length) drawHeld(context, x, y, size, held.map((id) => lives.get(id)), slotShare(model, state, block), view);
+    const share = (state.filled.get(block) ?? 0) / model.blockSize;
+    if (held.length) drawHeld(context, x, y, size, held.map((id) => lives.get(id)), share, view);
     else drawFree(context, x, y, size, cached.has(block), state.cachedIsProved, view);
     if (held.includes(view.chosen)) outline(context, x + 1, y + 1, size - 1, size - 2, view.colours.cursor);
     if (cell >= 22) drawBlockText(context, x, y, size, block, held, view);
@@ -222,10 +206,6 @@ function drawBlocks(canvas, model, state, view) {
   const sum = `${state.holders.size} blocks held, ${cached.size} free and cached, `;
   canvas.setAttribute("aria-label", `${sum}${model.usableBlocks - state.holders.size - cached.size} free.`);
   return { columns, cell, shown, cells: shown };
-}
-
-function slotShare(model, state, block) {
-  return (state.filled.get(block) ?? 0) / model.blockSize;
 }
 
 // A stripe per holder; the filled slots in full colour, from the bottom upwards.
@@ -256,13 +236,11 @@ function drawFree(context, x, y, size, isCached, isProved, view) {
 }
 
 function drawBlockText(context, x, y, size, block, held, view) {
+  const isShared = held.length > 1;
   context.fillStyle = held.length ? view.colours.onBlock : view.colours.faint;
   context.font = "10px system-ui, sans-serif";
   context.textAlign = "center";
-  const text = held.length > 1 && size >= 26 ? `${block}` : held.length > 1 ? `×${held.length}` : `${block}`;
-  context.fillText(text, x + size / 2, y + size / 2 - (held.length > 1 && size >= 26 ? 5 : 0));
-  if (held.length > 1 && size >= 26) {
-    context.font = "bold 10px system-ui, sans-serif";
-    context.fillText(`×${held.length}`, x + size / 2, y + size / 2 + 7);
-  }
+  context.fillText(block, x + size / 2, y + size / 2 - (isShared ? 5 : 0));
+  context.font = "bold 10px system-ui, sans-serif";
+  if (isShared) context.fillText(`×${held.length}`, x + size / 2, y + size / 2 + 6);
 }

@@ -84,8 +84,6 @@ class TraceModel {
     } else if (kind === "hit" || kind === "alloc") {
       if (kind === "alloc") for (const block of rest[0]) state.filled.set(block, 0);
       this.take(state, id, rest[0]);
-    } else if (kind === "copy") {
-      state.filled.set(rest[1], rest[2]);
     } else if (kind === "free") {
       release(state, id);
     } else if (kind === "sample") {
@@ -120,6 +118,11 @@ class TraceModel {
       state.holders.set(block, [...(state.holders.get(block) ?? []), id]);
       this.maxBlock = Math.max(this.maxBlock, block);
     }
+  }
+
+  // The others were never held. A real cache has thousands of them.
+  get numShownBlocks() {
+    return Math.min(this.usableBlocks, Math.max(this.maxBlock + 1, 32));
   }
 
   tableOf(state, id) {

@@ -22,7 +22,7 @@ function element(tag, className, text) {
 // ---- what changes the place
 
 function goTo(change) {
-  Object.assign(place, change);
+  Object.assign(place, { firstRow: null }, change);
   place.step = Math.max(0, Math.min(place.step, numSteps - 1));
   const request = place.chosen === null ? "" : `&request=${encodeURIComponent(place.chosen)}`;
   const theme = document.documentElement.dataset.theme;
@@ -58,7 +58,7 @@ function choose(by) {
   const ids = [...new Set(there.map((life) => life.id))];
   const at = ids.indexOf(place.chosen);
   const next = at < 0 ? (by > 0 ? 0 : ids.length - 1) : at + by;
-  if (ids.length) goTo({ chosen: ids[Math.max(0, Math.min(next, ids.length - 1))], firstRow: null });
+  if (ids.length) goTo({ chosen: ids[Math.max(0, Math.min(next, ids.length - 1))] });
 }
 
 // All steps of a short trace fit; of a long one, steps stay wide enough to see each.
@@ -69,11 +69,11 @@ function zoom() {
 
 // ---- panes
 
-function makePane(model) {
+function makePane(model, i) {
   const root = byId("pane").content.firstElementChild.cloneNode(true);
   const part = (name) => root.querySelector(`[data-part=${name}]`);
   byId("panes").append(root);
-  part("name").textContent = model.name;
+  part("name").textContent = data.traces.length > 1 ? `${"ab"[i]}: ${model.name}` : model.name;
   part("config").textContent = describeConfig(model);
   const canvases = { overview: part("overview"), gantt: part("gantt"), blocks: part("blocks") };
   const pane = { model, part, canvases, drawn: null };
@@ -85,7 +85,8 @@ function describeConfig({ config, blockSize, usableBlocks, records }) {
   const chunks = config.enable_chunked_prefill ? "chunked prefill" : "whole prompts";
   const cache = config.enable_prefix_caching ? "prefix caching" : "no prefix caching";
   const budget = `${config.max_num_batched_tokens} tokens and ${config.max_num_seqs} seats per step`;
-  return `${count(records.length, "step")} · ${config.batching} · ${budget} · ${usableBlocks} blocks of ${blockSize} · ${chunks} · ${cache}`;
+  const blocks = `${usableBlocks} blocks of ${blockSize}`;
+  return [count(records.length, "step"), config.batching, budget, blocks, chunks, cache].join(" · ");
 }
 
 function wireMouse(pane) {
@@ -111,7 +112,7 @@ function wireMouse(pane) {
   };
   blocks.onclick = (event) => {
     const held = pane.state?.holders.get(blockAt(event)) ?? [];
-    if (held.length) goTo({ chosen: held[(held.indexOf(place.chosen) + 1) % held.length], firstRow: null });
+    if (held.length) goTo({ chosen: held[(held.indexOf(place.chosen) + 1) % held.length] });
   };
   blocks.onpointermove = (event) => (blocks.title = pane.state ? describeBlock(pane.model, pane.state, blockAt(event)) : "");
 }
@@ -129,13 +130,9 @@ function describeBlock(model, state, block) {
 function render() {
   byId("slider").max = numSteps - 1;
   byId("slider").value = place.step;
-  byId("step").textContent = `step ${place.step} of 0..${numSteps - 1}`;
-  const style = getComputedStyle(byId("probe"));
-  const view = { colours: readColours(style), isDark: style.colorScheme === "dark" || isDark(), chosen: place.chosen };
-  Object.assign(view, { divergence, zoom: zoom(), firstRow: place.firstRow });
-  let cells = 0;
-  for (const pane of panes) cells += renderPane(pane, view);
-  document.body.dataset.cells = cells;
+  byId("step").textContent = numSteps ? `step ${place.step} of 0..${numSteps - 1}` : "no steps";
+  const view = { ...place, divergence, zoom: zoom(), colours: readColours(), isDark: isDark() };
+  document.body.dataset.cells = panes.reduce((cells, pane) => cells + renderPane(pane, view), 0);
 }
 
 function renderPane(pane, view) {
@@ -172,7 +169,7 @@ function readColours() {
 }
 
 function describeStep({ step, record }) {
-  const ms = (seconds) => `${(seconds * 1e3).toPrecision(3)} ms`;
+  const ms = (seconds) => `${Number((seconds * 1e3).toPrecision(3))} ms`;
   const spans = Object.entries(record.spans).map(([name, seconds]) => `${name} ${ms(seconds)}`).join(", ");
   const tokens = `${record.budget.used} of at most ${count(record.budget.tokens, "token")}`;
   return `Step ${step} computes ${tokens} for ${count(record.sched.length, "request")}. It takes ${ms(record.dur)} (${spans}).`;
@@ -183,7 +180,7 @@ function describePool(model, state) {
   const shared = [...state.holders.values()].filter((held) => held.length > 1).length;
   const free = model.usableBlocks - state.holders.size - cached;
   const guess = state.cachedIsProved ? "" : " (the trace counts another number: which ones are cached is a guess)";
-  const unseen = Math.max(model.usableBlocks - Math.max(model.maxBlock + 1, 32), 0);
+  const unseen = model.usableBlocks - model.numShownBlocks;
   return `${state.holders.size} held (${shared} shared), ${cached} free and cached, ${free} free${guess}.`
     + (unseen ? ` ${unseen} blocks that were never held are not drawn.` : "");
 }
@@ -195,7 +192,7 @@ function chips({ model }, ids, view) {
     const life = model.lifeOf(id, place.step);
     if (life) chip.style.setProperty("--owner", ownerColour(life, view));
     chip.setAttribute("aria-pressed", id === place.chosen);
-    chip.onclick = () => goTo({ chosen: id, firstRow: null });
+    chip.onclick = () => goTo({ chosen: id });
     return chip;
   });
 }
@@ -207,7 +204,7 @@ function waitingChips(pane, { record }, view) {
 
 function whyLine({ request, kind, text }) {
   const line = element("li", kind, text);
-  line.onclick = () => goTo({ chosen: request, firstRow: null });
+  line.onclick = () => goTo({ chosen: request });
   if (request === place.chosen) line.classList.add("chosen");
   return line;
 }
@@ -215,9 +212,11 @@ function whyLine({ request, kind, text }) {
 // The chosen request: its numbers, and its block table.
 function describeRequest(model, state) {
   const life = place.chosen === null ? undefined : model.lifeOf(place.chosen, state.step);
-  if (!life) return [element("p", "none", place.chosen === null ? "Choose a request: press j, or click one." : `${place.chosen} has not arrived.`)];
+  const note = (text) => [element("p", "none", text)];
+  if (place.chosen === null) return note("Choose a request: press j, or click one.");
+  if (!life) return note(`${place.chosen} has not arrived.`);
   const request = state.requests.get(life.id);
-  if (!request) return [element("p", "none", `${life.id} finished in step ${life.last} (${life.reason}).`)];
+  if (!request) return note(`${life.id} finished in step ${life.last} (${life.reason}).`);
   const entry = state.record.sched.find((e) => e.req === life.id);
   const sampled = state.record.events.filter((e) => e[0] === "sample" && e[1] === life.id).flatMap((e) => e[2]);
   const facts = {
@@ -238,24 +237,22 @@ function describeRequest(model, state) {
 }
 
 function blockTable(model, state, blocks) {
+  const size = model.blockSize;
+  const rows = blocks.map((block, i) => [`${i * size}..${(i + 1) * size - 1}`, block,
+    `${state.filled.get(block) ?? 0}/${size}`, state.holders.get(block).length]);
   const table = element("table");
-  const head = element("tr");
-  for (const name of ["tokens", "block", "filled", "ref"]) head.append(element("th", "", name));
-  table.append(head);
-  blocks.forEach((block, i) => {
-    const row = element("tr");
-    const cells = [`${i * model.blockSize}..${(i + 1) * model.blockSize - 1}`, block,
-      `${state.filled.get(block) ?? 0}/${model.blockSize}`, state.holders.get(block)?.length ?? 0];
-    for (const cell of cells) row.append(element("td", "", cell));
-    table.append(row);
-  });
+  for (const row of [["tokens", "block", "filled", "ref"], ...rows]) {
+    const line = element("tr");
+    line.append(...row.map((cell) => element("td", "", cell)));
+    table.append(line);
+  }
   return blocks.length ? table : element("p", "none", "It holds no blocks.");
 }
 
 // ---- start
 
 function describeDivergence({ step, a_only: a, b_only: b, sentence, config }) {
-  const sides = [["Only left", a], ["Only right", b]].filter(([, phrases]) => phrases.length);
+  const sides = [["Only in a", a], ["Only in b", b]].filter(([, phrases]) => phrases.length);
   return [
     `First divergence at step ${step}: ${sentence}.`,
     ...sides.map(([side, phrases]) => `${side}: ${phrases.join("; ")}.`),

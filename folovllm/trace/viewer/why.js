@@ -39,7 +39,7 @@ function eventSentences(events) {
     if (kind === "requeue")
       return { request, kind: "preempted", text: `${request} was preempted between two steps, to reset the prefix cache.` };
     if (kind !== "finish") return [];
-    const freed = blocksOf.has(request) ? ` and gives back ${count(blocksOf.get(request), "block")}` : "";
+    const freed = blocksOf.has(request) ? ` and releases ${count(blocksOf.get(request), "block")}` : "";
     return { request, kind, text: `${request} finishes (${value})${freed}.` };
   });
 }
@@ -51,7 +51,7 @@ function preemptionSentences(model, state) {
     const why = i === 0 && wanted > free
       ? ` The running requests need at least ${count(wanted, "more block")}; ${free} ${free === 1 ? "was" : "were"} free.`
       : "";
-    const text = `${request} is preempted and gives back ${count(freed.get(request) ?? 0, "block")}.${why}`;
+    const text = `${request} is preempted and releases ${count(freed.get(request) ?? 0, "block")}.${why}`;
     return { request, kind: "preempted", text };
   });
 }
@@ -98,9 +98,8 @@ function idleSentence(state) {
   const scheduled = new Set(record.sched.map((entry) => entry.req));
   const idle = state.runningBefore.filter((id) => !scheduled.has(id));
   if (!idle.length) return [];
-  const why = record.budget.used === record.budget.tokens
-    ? `the budget of ${record.budget.tokens} tokens is used up`
-    : "the record does not say why";
+  const isUsedUp = record.budget.used === record.budget.tokens;
+  const why = isUsedUp ? `the budget of ${record.budget.tokens} tokens is used up` : "the record does not say why";
   return [{ request: idle[0], kind: "idle", text: `${names(idle)} ${idle.length === 1 ? "gets" : "get"} no token: ${why}.` }];
 }
 
@@ -118,7 +117,8 @@ function reasonToWait(model, state, head) {
   const { config } = model;
   if (state.preempted.length) return "a step that preempts admits no request";
   if (config.batching === "static" && runningBefore.length) return "a static batch admits only when no request runs";
-  if (running.length >= record.budget.seqs) return `all ${record.budget.seqs} seats are taken`;
+  const { seqs } = record.budget;
+  if (running.length >= seqs) return seqs === 1 ? "the only seat is taken" : `all ${seqs} seats are taken`;
   const left = record.budget.tokens - record.budget.used;
   if (left <= 0) return `the budget of ${record.budget.tokens} tokens is used up`;
   const known = state.requests.get(head).known;
@@ -129,6 +129,7 @@ function reasonToWait(model, state, head) {
   const atOnce = config.reserve_full_sequence ? known : Math.min(known, left, limit);
   const needed = Math.ceil(atOnce / model.blockSize);
   const free = model.usableBlocks - state.holders.size;
-  if (needed > free) return `its next ${count(atOnce, "token")} need ${count(needed, "block")}, and ${free} are free${unless}`;
+  const needs = `its next ${count(atOnce, "token")} need ${count(needed, "block")}`;
+  if (needed > free) return `${needs}, and ${free} ${free === 1 ? "is" : "are"} free${unless}`;
   return "the record does not say why";
 }
