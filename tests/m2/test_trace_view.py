@@ -1,9 +1,13 @@
-"""The HTML viewer: what the page contains, and, in headless Chromium, what it shows."""
+"""The HTML viewer: what the page contains, and, in headless Chromium, what it shows.
+
+The picture in docs/learn is made again with: python -m tests.m2.test_trace_view
+"""
 
 import dataclasses
 import json
 import random
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -380,3 +384,17 @@ def test_a_long_trace_costs_no_more_to_draw(tmp_path: Path) -> None:
         print(f"\n{num_steps} steps: open after {body['data-opened-ms']} ms, {body['data-cells']} cells drawn")
         drawn.append(int(body["data-cells"] or 0))
     assert drawn[0] > 300 and abs(drawn[1] - drawn[0]) < 300
+
+
+def draw_picture(picture: Path, step: int = 5) -> None:
+    """Makes the picture of docs/learn/02: chunks, prefix hits and a preemption in a small pool."""
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "page.html"
+        trace = shared_prefix_run(Path(folder) / "run.jsonl")
+        page.write_text(render_view([trace], ["run.jsonl"]), encoding="utf-8")
+        place = f"{page.as_uri()}#step={step}&request=r1&theme=light"
+        chromium(Path(folder), "--window-size=1180,960", "--hide-scrollbars", f"--screenshot={picture}", place)
+
+
+if __name__ == "__main__":
+    draw_picture(Path(__file__).parents[2] / "docs/learn/img/02_trace_view.png")
