@@ -386,14 +386,14 @@ def test_a_long_trace_costs_no_more_to_draw(tmp_path: Path) -> None:
     assert drawn[0] > 300 and abs(drawn[1] - drawn[0]) < 300
 
 
-def draw_picture(picture: Path, step: int = 5) -> None:
+def draw_picture(picture: Path, step: int = 7) -> None:
     """Makes the picture of docs/learn/02: chunks, prefix hits and a preemption in a small pool."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "page.html"
         trace = shared_prefix_run(Path(folder) / "run.jsonl")
         page.write_text(render_view([trace], ["run.jsonl"]), encoding="utf-8")
-        place = f"{page.as_uri()}#step={step}&request=r1&theme=light"
-        chromium(Path(folder), "--window-size=1180,960", "--hide-scrollbars", f"--screenshot={picture}", place)
+        place = f"{page.as_uri()}#step={step}&request=r3&theme=light"
+        chromium(Path(folder), "--window-size=1180,860", "--hide-scrollbars", f"--screenshot={picture}", place)
 
 
 if __name__ == "__main__":

@@ -237,7 +237,13 @@ function drawFree(context, x, y, size, isCached, isProved, view) {
 
 function drawBlockText(context, x, y, size, block, held, view) {
   const isShared = held.length > 1;
-  context.fillStyle = held.length ? view.colours.onBlock : view.colours.faint;
+  if (isShared) {
+    context.globalAlpha = 0.7; // a ground that the stripes do not show through
+    context.fillStyle = view.colours.ground;
+    context.fillRect(x + 4, y + 4, size - 8, size - 8);
+    context.globalAlpha = 1;
+  }
+  context.fillStyle = view.colours[held.length ? "onBlock" : "faint"];
   context.font = "10px system-ui, sans-serif";
   context.textAlign = "center";
   context.fillText(block, x + size / 2, y + size / 2 - (isShared ? 5 : 0));

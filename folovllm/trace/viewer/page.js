@@ -158,7 +158,7 @@ function isDark() {
 
 // The colours stand in style.css only. A canvas needs them computed, so an invisible element is asked for each.
 function readColours() {
-  const names = "text faint line bar cursor chosen divergence waiting preempted idle prefill chunk decode hit cached onColour onBlock";
+  const names = "text faint line bar cursor chosen divergence waiting preempted idle prefill chunk decode hit cached onColour onBlock ground";
   const probe = byId("probe");
   const read = (name) => {
     probe.style.color = `var(--${name})`;
