@@ -241,6 +241,11 @@ REASONS: list[tuple[dict[str, Any], list[tuple[int, int]], str]] = [
     ),
     ({"num_kv_blocks": 5}, [(9, 2), (8, 2)], "b waits: its next 8 tokens need 2 blocks, and 1 is free."),
     (
+        {"num_kv_blocks": 5, "enable_prefix_caching": True},
+        [(9, 2), (8, 2)],
+        "b waits: without a prefix hit, its next 8 tokens need 2 blocks, and 1 is free.",
+    ),
+    (
         {**CHUNKED, "max_num_batched_tokens": 4},
         [(10, 3)],
         "a is admitted and computes tokens 0..3 of the 10 it knows, 6 remain: the budget of 4 tokens is used up.",

@@ -64,15 +64,17 @@ function drawOverview(canvas, model, state, view) {
   canvas.setAttribute("aria-label", `Tokens per step, at most ${top}, of a budget of ${budget}.`);
 }
 
-// Steps to the right, requests downwards: those that are there in the steps in sight.
+// Steps to the right, requests downwards: those of the steps in sight or, if they are too many, of this step.
 function drawGantt(canvas, model, state, view) {
   const maxRows = 16;
   const columns = Math.max(Math.floor((canvas.clientWidth - LABEL) / view.zoom), 1);
   const numSteps = model.records.length;
   const first = Math.max(Math.min(state.step - Math.floor(columns / 2), numSteps - columns), 0);
   const end = Math.min(first + columns, numSteps);
-  const alive = model.lives.filter((life) => life.first < end && life.last >= first);
-  const firstRow = firstRowInSight(alive, maxRows, state, view);
+  const inSight = model.lives.filter((life) => life.first < end && life.last >= first);
+  const isThere = (life) => life.first <= state.step && life.last >= state.step;
+  const alive = inSight.length > maxRows ? inSight.filter(isThere) : inSight;
+  const firstRow = firstRowInSight(alive, maxRows, view);
   const rows = alive.slice(firstRow, firstRow + maxRows);
   const { context, width } = prepare(canvas, AXIS + Math.max(rows.length, 1) * ROW + 16);
   const xOf = (step) => LABEL + (step - first) * view.zoom;
@@ -98,15 +100,11 @@ function drawGantt(canvas, model, state, view) {
   return { first, cell: view.zoom, rows, firstRow, cells, numRows: alive.length };
 }
 
-// Where the user scrolled to, or so that the chosen request and the running ones are in sight.
-function firstRowInSight(alive, maxRows, state, view) {
-  const most = Math.max(alive.length - maxRows, 0);
-  if (view.firstRow !== null) return Math.min(view.firstRow, most);
-  const isThere = (life) => life.first <= state.step && life.last >= state.step;
-  const chosen = alive.findIndex((life) => life.id === view.chosen && isThere(life));
-  const start = Math.max(alive.findIndex(isThere), 0);
-  const row = chosen >= 0 && (chosen < start || chosen >= start + maxRows) ? chosen - maxRows / 2 : start;
-  return Math.max(Math.min(row, most), 0);
+// Where the user scrolled to, or so that the chosen request is in sight.
+function firstRowInSight(alive, maxRows, view) {
+  const chosen = alive.findIndex((life) => life.id === view.chosen);
+  const row = view.firstRow ?? (chosen < maxRows ? 0 : chosen - maxRows / 2);
+  return Math.max(Math.min(row, alive.length - maxRows), 0);
 }
 
 function drawAxis(context, first, end, xOf, view) {

@@ -122,14 +122,14 @@ function reasonToWait(model, state, head) {
   const left = record.budget.tokens - record.budget.used;
   if (left <= 0) return `the budget of ${record.budget.tokens} tokens is used up`;
   const known = state.requests.get(head).known;
-  const unless = config.enable_prefix_caching ? ", unless the prefix cache has part of it" : "";
+  const unlessHit = config.enable_prefix_caching ? "without a prefix hit, " : ""; // the records do not say what it would hit
   if (!config.enable_chunked_prefill && known > left)
-    return `its ${count(known, "token")} must be computed whole, and the budget has ${left} left${unless}`;
+    return `${unlessHit}its ${count(known, "token")} must be computed whole, and the budget has ${left} left`;
   const limit = config.long_prefill_token_threshold > 0 ? config.long_prefill_token_threshold : Infinity;
   const atOnce = config.reserve_full_sequence ? known : Math.min(known, left, limit);
   const needed = Math.ceil(atOnce / model.blockSize);
   const free = model.usableBlocks - state.holders.size;
-  const needs = `its next ${count(atOnce, "token")} need ${count(needed, "block")}`;
-  if (needed > free) return `${needs}, and ${free} ${free === 1 ? "is" : "are"} free${unless}`;
+  const needs = `${unlessHit}its next ${count(atOnce, "token")} need ${count(needed, "block")}`;
+  if (needed > free) return `${needs}, and ${free} ${free === 1 ? "is" : "are"} free`;
   return "the record does not say why";
 }
