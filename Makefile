@@ -10,10 +10,10 @@ MODEL ?= smollm2-135m
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint notebooks clean
+.PHONY: help setup demo test test-browser bench lint notebooks clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "setup: a virtual environment in $(VENV) with the pinned dependencies (a few minutes the first time)"
@@ -36,6 +36,12 @@ test: $(STAMP)  ## every test but the slow, GPU and browser ones, with coverage
 	@$(BIN)/folovllm pull $(MODEL) --quiet
 	@$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not browser" \
 		--cov --cov-report=term:skip-covered --cov-fail-under=90
+
+test-browser: $(STAMP)  ## the tests of the trace viewer, in headless Chromium
+	@echo "test-browser: the tests marked browser"
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+		{ echo "test-browser needs Chromium. Try: apt-get install chromium"; exit 1; }
+	@$(BIN)/python -m pytest -n $(WORKERS) -m browser
 
 bench: $(STAMP)  ## throughput and latency beside HuggingFace, with a plot
 	@echo "bench: every milestone beside HuggingFace on workload A; writes JSON and PNG under bench_results/"

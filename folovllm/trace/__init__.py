@@ -1,7 +1,7 @@
 """What the engine did, step by step: records to look at, to check against the rules, and to compare with others.
 
 Milestone: M2. vLLM counterpart: none (its stats loggers keep sums, and its OpenTelemetry spans times, not decisions).
-Left out so far: export to Perfetto and the HTML viewer.
+Left out so far: a live view of a running engine.
 
     record.py   the schema, and the reader that fills in what the writer left out
     writer.py   TraceWriter, and NullTrace, which records nothing
@@ -9,6 +9,8 @@ Left out so far: export to Perfetto and the HTML viewer.
     lint.py     the rules of scheduling and paging, checked on a trace
     diff.py     the first step in which two traces differ, and why
     show.py     one step as text
+    view.py     all steps of one or two traces as an HTML page, made from viewer/
+    perfetto.py all steps as Chrome trace events, for ui.perfetto.dev
 
 Row 1: no torch.
 """

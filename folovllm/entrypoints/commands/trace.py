@@ -1,8 +1,9 @@
 """`folovllm trace`: checks, compares and shows traces (milestone M2).
 
-vLLM counterpart: none. The work is done in folovllm/trace, without torch. Left out: export to Perfetto, the viewer.
+vLLM counterpart: none. The work is done in folovllm/trace, without torch.
 """
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,9 @@ import typer
 from folovllm.trace import diff as trace_diff
 from folovllm.trace import lint as trace_lint
 from folovllm.trace import show as trace_show
+from folovllm.trace.perfetto import to_perfetto
 from folovllm.trace.record import read_trace
+from folovllm.trace.view import render_view
 
 EXIT_FOUND = 1  # violations, or a difference
 MAX_SHOWN = 20
@@ -74,3 +77,46 @@ def show(
       folovllm trace show run.jsonl --step 7
     """
     typer.echo(trace_show.show(read_trace(file), step))
+
+
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="The file to write; the default is beside FILE.")]
+
+
+@trace_app.command("view")
+def view(
+    file: TraceFile,
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[OTHER]", help="A second trace, shown beside the first.")
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Make an HTML page of FILE to step through in a browser. With OTHER, the first divergence is marked.
+
+    \b
+      folovllm trace view run.jsonl
+      folovllm trace view reference.jsonl mine.jsonl -o compared.html
+    """
+    files = [file] if other is None else [file, other]
+    page = render_view([read_trace(path) for path in files], [path.name for path in files])
+    _write(out or file.with_suffix(".html"), page, files)
+
+
+@trace_app.command("perfetto")
+def perfetto(file: TraceFile, out: Out = None) -> None:
+    """Write FILE as Chrome trace events, to open at https://ui.perfetto.dev.
+
+    \b
+      folovllm trace perfetto run.jsonl
+    """
+    trace_events = json.dumps(to_perfetto(read_trace(file)), separators=(",", ":"))
+    _write(out or file.with_suffix(".perfetto.json"), trace_events, [file])
+
+
+def _write(path: Path, text: str, sources: list[Path]) -> None:
+    if any(path.resolve() == source.resolve() for source in sources):
+        raise ValueError(f"{path} is the trace itself; choose another file with -o")
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}; choose another file with -o") from None
+    typer.echo(f"wrote {path} ({len(text.encode()) / 1e6:.1f} MB)")
