@@ -3,11 +3,16 @@
 Milestone: M1. vLLM counterpart: vllm/renderers/params.py (`ChatParams`, `merge_kwargs`).
 """
 
+import logging
+from collections.abc import Container
 from dataclasses import dataclass, fields
 from typing import Any
 
-from folovllm.sampling_params import SamplingParams, check_bool
+from folovllm.checks import check_bool
+from folovllm.sampling_params import SamplingParams
 from folovllm.utils import unknown_name_message
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("auto", "string", "openai")
 RESERVED = ("chat_template", "chat_template_content_format", "chat_template_kwargs", "messages", "tokenize")
@@ -68,13 +73,19 @@ def _is_given(name: str, value: Any) -> bool:
     return value is not None and (name not in OPTION_NAMES or value != getattr(DEFAULTS, name))
 
 
-def check_variables(variables: dict[str, Any], readable: frozenset[str]) -> None:
-    """Refuse a keyword that is no option and that the template does not read: it would change nothing."""
+def check_variables(variables: dict[str, Any], readable: frozenset[str], nested: Container[str]) -> None:
+    """Raises TypeError for a keyword that is no option and that the template does not read: it would change nothing.
+
+    Programs send the same `chat_template_kwargs` to every model, so a name in there (`nested`) only gives a warning.
+    """
     own = [*OPTION_NAMES, "chat_template_kwargs", "messages", "sampling_params", "use_tqdm"]
     known = [*own, *sorted(readable.difference(own))]
     for name in variables:
-        if name not in readable:
+        if name in readable:
+            continue
+        if name not in nested:
             raise TypeError(f"{unknown_keyword(name, known)} (the chat template does not read {name!r} either)")
+        logger.warning("chat_template_kwargs: the chat template does not read %r, so it changes nothing", name)
 
 
 def unknown_keyword(name: str, known: list[str]) -> str:

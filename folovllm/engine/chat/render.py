@@ -47,7 +47,7 @@ def render_chat(
     conversation = normalize_messages(messages)
     options, variables = sort_keywords(keywords)
     template = compile_template(choose_template(templates, options.chat_template, options.tools is not None))
-    check_variables(variables, template.variables)
+    check_variables(variables, template.variables, nested=keywords.get("chat_template_kwargs") or ())
     given = plain_data("template variables", variables)
     variables = {**special_tokens, **_given_variables(options, template), **given}
     refusal: ValueError | None = None
