@@ -24,5 +24,5 @@ def set_forward_context(attn_metadata: AttentionMetadata) -> Iterator[None]:
 
 
 def get_attn_metadata() -> AttentionMetadata:
-    """Metadata of the running step; calling it outside a forward pass is a bug of ours."""
+    """Metadata of the running step. Only code that runs inside a forward pass may call it."""
     return _attn_metadata.get()

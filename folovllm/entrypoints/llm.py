@@ -108,20 +108,20 @@ class LLM:
         return Tokenizer.from_folder(find_tokenizer(options.tokenizer, options.download_dir))
 
     def get_tokenizer(self) -> Tokenizer:
-        """The tokenizer; ValueError for an engine that was started without one."""
+        """The tokenizer. Raises ValueError if the engine was started without one."""
         if self.llm_engine.tokenizer is None:
             raise ValueError("this LLM has no tokenizer: start it without skip_tokenizer_init=True")
         return self.llm_engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What holds for requests without parameters: generation_config.json's, else SamplingParams' own defaults.
+        """The parameters of requests that give none: those of generation_config.json, and else SamplingParams' own.
 
         `generation_config="vllm"` leaves the file out; `override_generation_config` changes single values.
         """
         return SamplingParams(**self.sampling_defaults())
 
     def sampling_defaults(self) -> dict[str, Any]:
-        """Only what generation_config.json and `override_generation_config` say; a log line tells so the first time."""
+        """What generation_config.json and `override_generation_config` set. The first call logs it."""
         if self._default_sampling and not self._defaults_announced:
             self._defaults_announced = True
             logger.warning(
@@ -146,7 +146,7 @@ class LLM:
         use_tqdm: bool | Callable[..., tqdm] = True,
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """Complete `prompts`: text, token ids, {"prompt": ...} / {"prompt_token_ids": [...]}, or a list of those.
+        """Completes `prompts`: text, token ids, {"prompt": ...} / {"prompt_token_ids": [...]}, or a list of those.
 
         One SamplingParams for all or one for each. Results come in the order of the prompts. Everything is validated
         before anything runs. If anything raises, the requests of this call are withdrawn, and nothing else is.
@@ -166,7 +166,7 @@ class LLM:
         add_generation_prompt: bool = True,
         **chat_keywords: Any,
     ) -> list[RequestOutput]:
-        """Answer a conversation, or several: [{"role": "user", "content": "Hello"}, ...].
+        """Answers a conversation like [{"role": "user", "content": "Hello"}], or a list of conversations.
 
         The messages are OpenAI's; `chat_keywords` are those of `chat_prompt`.
         """
@@ -199,7 +199,7 @@ class LLM:
 
     @check_keywords
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Complete one prompt, yielding after every step what is new (or what `output_kind` says, if not CUMULATIVE).
+        """Completes one prompt, yielding after every step what is new (or what `output_kind` says, if not CUMULATIVE).
 
         Leaving the loop early aborts the request. Several streams may be read in turns.
         """
@@ -347,7 +347,7 @@ class LLM:
 
 
 def _as_prompt_list(prompts: Any) -> list[Any]:
-    """One prompt or many? A list of integers is one prompt of token ids."""
+    """The prompts as a list. A list of integers is one prompt of token ids."""
     if isinstance(prompts, (str, dict)) or (
         isinstance(prompts, Sequence) and len(prompts) > 0 and all(isinstance(p, int) for p in prompts)
     ):

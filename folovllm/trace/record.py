@@ -4,16 +4,22 @@ Milestone: M2. vLLM counterpart: none. Left out: draft tokens, several KV groups
 
 Row 1: no torch. A record says what the scheduler decided and how the step left the engine. E.g. (wrapped here)
 
-    {"v": 1, "step": 7, "t0": 1.203, "dur": 0.031,                          seconds since the trace began
-     "spans": {"schedule": 0.0004, "trace": 0.0001, "forward": 0.029, "sample": 0.001, "update": 0.0006},
-     "budget": {"tokens": 64, "used": 39, "seqs": 4},                       limit, scheduled, limit
-     "sched": [{"req": "r1", "kind": "decode", "start": 19, "n": 1},        in the order of the flat batch
-               {"req": "r4", "kind": "prefill", "start": 0, "n": 38, "table": [9, 11, 12]}],
+    {"v": 1, "step": 7,
+     "t0": 1.203, "dur": 0.031,                                             seconds since the trace began
+     "spans": {"schedule": 0.0004, ..., "update": 0.0006},
+     "budget": {"tokens": 64,                                               the limit, how much of it was scheduled,
+                "used": 39, "seqs": 4},                                     and the limit of requests
+     "sched": [{"req": "r1", ...},                                          in the order of the flat batch
+               {"req": "r4", "kind": "prefill",
+                "start": 0, "n": 38,
+                "table": [9, 11, 12]}],
      "events": [["add", "r5", 20, 8, 0], ["preempt", "r2"], ["free", "r2", [9, 5]], ["alloc", "r4", [9, 11, 12]],
                 ["sample", "r1", [417]], ["sample", "r4", [88]], ["finish", "r4", "stop"], ["free", "r4", [9, 11, 12]]],
      "planned": 4,                                                          so many events came before the forward pass
-     "queues": {"num_waiting": 2, "waiting": ["r2", "r5"], "running": ["r1"]},
-     "pool": {"free": 5, "cached": 0, "ref": {}}}
+     "queues": {"num_waiting": 2,
+                "waiting": ["r2", "r5"], "running": ["r1"]},
+     "pool": {"free": 5,
+              "cached": 0, "ref": {}}}
 
 `queues` and `pool` are as the step left them, and `table` is as the step used it. A file stays small because unchanged
 values are left out: `table` is written when it is new or has grown, the two queues when a request came, went or moved
