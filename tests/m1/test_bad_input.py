@@ -175,7 +175,9 @@ CONFIG = [
         "batching must be one of static, continuous; got 'continous'; did you mean 'conti",
         batching="continous",
     ),
-    config("queue order", "scheduling_policy must be one of fcfs, priority; got 'prio'; did", scheduling_policy="prio"),
+    config(
+        "queue order", "scheduling_policy must be one of fcfs, priority.*; got 'prio'; did", scheduling_policy="prio"
+    ),
     config(
         "linear backend",
         "linear_backend must be one of auto, onednn, torch; got 'tourch'; did you mean",
