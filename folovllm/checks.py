@@ -46,7 +46,8 @@ def check_number(name: str, value: Any, low: float, high: float, low_open: bool 
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not -largest <= value <= largest:
         raise ValueError(f"{name} must be a finite number, got {value!r}{_as_number(value, whole=False)}")
     if value < low or value > high or (low_open and value == low):
-        raise ValueError(f"{name} must be in {'(' if low_open else '['}{low:g}, {high:g}], got {value}")
+        bounds = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
+        raise ValueError(f"{name} must be in {bounds}, got {value}")
 
 
 def _as_number(value: Any, whole: bool) -> str:

@@ -30,7 +30,7 @@ from folovllm.checks import (
 from folovllm.generation_config import check_override
 from folovllm.hf_config import ModelArchitecture
 from folovllm.hf_overrides import check_overrides
-from folovllm.parts import check_parts
+from folovllm.parts import check_parts, variants
 from folovllm.vllm_args import without_vllms_own
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -150,7 +150,7 @@ class CacheConfig:
 
     def _check_prefix_caching(self) -> None:
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
-        check_choice("prefix_index", self.prefix_index, ("hash", "trie"))
+        check_choice("prefix_index", self.prefix_index, variants("core.prefix_index"))
         check_bool("partial_block_hits", self.partial_block_hits)
         check_choice("prefix_caching_hash_algo", self.prefix_caching_hash_algo, ("sha256", "xxhash"))
         check_int("prefix_caching_seed", self.prefix_caching_seed, low=0)
@@ -178,7 +178,7 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         check_choice("batching", self.batching, ("static", "continuous"))
-        check_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
+        check_choice("scheduling_policy", self.scheduling_policy, variants("core.request_queue"))
         check_optional_int("max_num_seqs", self.max_num_seqs, low=1, high=LARGEST_NUM_SEQS)
         check_optional_int(
             "max_num_batched_tokens", self.max_num_batched_tokens, low=1, high=LARGEST_NUM_BATCHED_TOKENS

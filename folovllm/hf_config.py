@@ -1,7 +1,7 @@
 """Reading a HuggingFace config.json: the one module that knows its key names.
 
 Milestone: M0. vLLM counterpart: vllm/transformers_utils/config.py and ModelConfig's getters. Left out: configs that
-need remote code, multimodal sub-configs, architectures other than the four families below.
+need remote code, multimodal sub-configs, architectures other than SUPPORTED_ARCHITECTURES.
 
 Row 0: plain data, no torch. transformers renames keys between its versions (`torch_dtype` became `dtype`; `rope_theta`
 and `rope_scaling` became `rope_parameters`), so nothing else in the engine looks into that dictionary. Rotary settings

@@ -27,6 +27,8 @@ class Part:
     methods: tuple[str, ...]
 
 
+_QUEUE = ("add_request", "prepend_request", "peek_request", "pop_request", "remove_requests", "__len__", "__iter__")
+_PREFIX_INDEX = ("hash_new_blocks", "match", "match_partial", "insert", "remove", "check_integrity")
 PARTS: dict[str, Part] = {
     part.name: part
     for part in (
@@ -40,12 +42,12 @@ PARTS: dict[str, Part] = {
         Part(
             "core.request_queue.fcfs",
             "folovllm.core.sched.request_queue:FCFSRequestQueue",
-            ("add_request", "prepend_request", "peek_request", "pop_request", "remove_requests", "__len__", "__iter__"),
+            _QUEUE,
         ),
         Part(
             "core.request_queue.priority",
             "folovllm.core.sched.request_queue:PriorityRequestQueue",
-            ("add_request", "prepend_request", "peek_request", "pop_request", "remove_requests", "__len__", "__iter__"),
+            _QUEUE,
         ),
         Part(
             "core.kv_cache_manager",
@@ -62,12 +64,12 @@ PARTS: dict[str, Part] = {
         Part(
             "core.prefix_index.hash",
             "folovllm.core.prefix_index:HashPrefixIndex",
-            ("hash_new_blocks", "match", "match_partial", "insert", "remove", "check_integrity"),
+            _PREFIX_INDEX,
         ),
         Part(
             "core.prefix_index.trie",
             "folovllm.core.prefix_trie:TriePrefixIndex",
-            ("hash_new_blocks", "match", "match_partial", "insert", "remove", "check_integrity"),
+            _PREFIX_INDEX,
         ),
         Part(
             "attention.backend",
@@ -81,6 +83,14 @@ PARTS: dict[str, Part] = {
         ),
     )
 }  # fmt: skip
+
+
+def variants(kind: str) -> tuple[str, ...]:
+    """Returns what may follow `kind` in the name of a part: the choices of an engine argument.
+
+    E.g. "core.request_queue" -> ("fcfs", "priority"), which are those of `scheduling_policy`.
+    """
+    return tuple(name.removeprefix(f"{kind}.") for name in PARTS if name.startswith(f"{kind}."))
 
 
 def load_part(name: str, parts: Mapping[str, str] | None = None) -> Any:

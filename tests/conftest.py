@@ -1,11 +1,18 @@
 """Fixtures for every milestone, and the rule that every test names its milestone."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 MILESTONE_MARKERS = {f"m{i}" for i in range(9)}
+
+
+def pytest_configure() -> None:
+    """A shell's background job ignores SIGINT, and so would the tests' children, which are to be interrupted."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

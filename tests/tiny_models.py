@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+# New names go to the end: the place of a name is the seed of its weights.
 TINY_MODELS = ("llama", "llama_rope", "llama_tied_bias", "qwen2", "qwen3", "mistral", "llama_sharded")
 
 VOCAB_SIZE = 264  # 3 special tokens, 256 bytes, 5 merges

@@ -188,6 +188,8 @@ def _check_complete(missing: list[str], unexpected: list[str]) -> None:
     todo = "the weights and config.json belong to different models, or a file is missing: download both again"
     if any(name.endswith(".qweight") for name in unexpected):
         todo = "these are GPTQ weights: give config.json back its 'quantization_config', or quantize_config.json"
+    if not missing and all(name.endswith(".bias") for name in unexpected):
+        todo = "set the bias in config.json (e.g. 'attention_bias': true); hf_config.parse_hf_config must read that key"
     if missing and all(name.endswith(".g_idx") for name in missing):
         todo = "under desc_act g_idx alone says which scale an input has: write the checkpoint again with GPTQModel"
     if missing == ["lm_head.weight"]:

@@ -10,10 +10,11 @@ violation it accepts the engine's report and goes on, so one bug gives one messa
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from folovllm.trace.lint_cache import CACHE_RULES, CacheLinter
 from folovllm.trace.record import Event, SchedEntry, StepRecord, Trace, read_trace
-from folovllm.trace.replay import Replay
+from folovllm.trace.replay import Replay, ReplayedRequest
 from folovllm.utils import cdiv
 
 RULES: dict[str, str] = {
@@ -44,6 +45,14 @@ RULES: dict[str, str] = {
     "kept-blocks": "who does not run holds no blocks",
     "conservation": "free + cached + held blocks are all there are",
 } | CACHE_RULES
+
+# scheduling_policy -> the rank of a waiting request. The smallest is admitted first; among equals it may be any, as a
+# trace does not say which arrived first. None: the order in which they came, preempted requests in front. A policy
+# without a line here and a queue that a learner replaced may admit in any order.
+RANKS: dict[str, Callable[[ReplayedRequest], int] | None] = {
+    "fcfs": None,
+    "priority": lambda request: request.priority,
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class _Linter:
         self.chunked: bool = config["enable_chunked_prefill"]
         self.threshold: int = config["long_prefill_token_threshold"]
         self.is_static: bool = config["batching"] == "static"
-        self.by_priority: bool = config["scheduling_policy"] == "priority"
+        self.rank = _rank_of_queue(config)
         self.block_size: int = trace.header["kv"]["block_size"]
         self.usable_blocks: int = trace.header["kv"]["usable_blocks"]
         self.violations: list[Violation] = []
@@ -204,13 +213,14 @@ class _Linter:
         for request_id in admitted:
             if request_id not in waiting:
                 return self.report("queue-order", f"{request_id} was admitted, but did not wait")
-            head = min(waiting, key=self._priority) if self.by_priority else waiting[0]
-            if self._priority(head) < self._priority(request_id) or (not self.by_priority and head != request_id):
+            head = waiting[0] if self.rank is None else min(waiting, key=self._rank_of)
+            if head != request_id and (self.rank is None or self._rank_of(head) < self._rank_of(request_id)):
                 return self.report("queue-order", f"{request_id} was admitted before {head}")
             waiting.remove(request_id)
 
-    def _priority(self, request_id: str) -> int:
-        return self.replay.requests[request_id].priority if self.by_priority else 0
+    def _rank_of(self, request_id: str) -> int:
+        assert self.rank is not None
+        return self.rank(self.replay.requests[request_id])
 
     def _check_entry(self, entry: SchedEntry) -> None:
         request = self.replay.requests.get(entry["req"])
@@ -291,7 +301,7 @@ class _Linter:
     def _check_queues(self, record: StepRecord) -> None:
         replay, queues = self.replay, record["queues"]
         running, waiting = queues["running"], queues.get("waiting")
-        order: Callable[[list[str]], list[str]] = sorted if self.by_priority else list
+        order: Callable[[list[str]], list[str]] = list if self.rank is None else sorted
         if running != replay.running:
             self.report("queues", f"the engine runs {_names(running)}; by the events {_names(replay.running)}")
             replay.running = list(running)
@@ -304,6 +314,13 @@ class _Linter:
                 replay.waiting = list(waiting)
         if both := set(running) & set(waiting or ()):
             self.report("queues", f"{_names(sorted(both))} both waits and runs")
+
+
+def _rank_of_queue(config: dict[str, Any]) -> Callable[[ReplayedRequest], int] | None:
+    """The rank that the queue of this run should admit by: a line of RANKS, or 0 for all if the queue is not known."""
+    policy: str = config["scheduling_policy"]
+    replaced = f"core.request_queue.{policy}" in (config.get("parts") or {})
+    return (lambda request: 0) if replaced or policy not in RANKS else RANKS[policy]
 
 
 def _names(request_ids: Iterable[str], limit: int = 8) -> str:

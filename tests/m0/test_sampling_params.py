@@ -39,6 +39,7 @@ VLLM_DEFAULTS: dict[str, Any] = {
     "logit_bias": None,
     "allowed_token_ids": None,
 }
+OWN_DEFAULTS: dict[str, Any] = {}  # of the fields that vLLM lacks
 FIELDS = [field.name for field in dataclasses.fields(SamplingParams)]
 NAN, INF = math.nan, math.inf
 
@@ -74,8 +75,9 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
         )
     },
 }
-INTEGERS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs")
-NUMBERS = ("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p")
+TYPES = {field.name: field.type for field in dataclasses.fields(SamplingParams)}
+INTEGERS = [name for name in FIELDS if TYPES[name] in (int, int | None)]
+NUMBERS = [name for name in FIELDS if TYPES[name] is float]
 LISTS = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids")
 
 
@@ -88,7 +90,7 @@ def cases(which: int) -> list[tuple[str, Any]]:
 
 def test_fields_and_defaults_are_vllms() -> None:
     params = SamplingParams()
-    assert {name: getattr(params, name) for name in FIELDS} == VLLM_DEFAULTS
+    assert {name: getattr(params, name) for name in FIELDS} == VLLM_DEFAULTS | OWN_DEFAULTS
 
 
 def test_every_field_has_a_range() -> None:

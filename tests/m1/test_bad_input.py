@@ -175,7 +175,9 @@ CONFIG = [
         "batching must be one of static, continuous; got 'continous'; did you mean 'conti",
         batching="continous",
     ),
-    config("queue order", "scheduling_policy must be one of fcfs, priority; got 'prio'; did", scheduling_policy="prio"),
+    config(
+        "queue order", "scheduling_policy must be one of fcfs, priority.*; got 'prio'; did", scheduling_policy="prio"
+    ),
     config(
         "linear backend",
         "linear_backend must be one of auto, onednn, torch; got 'tourch'; did you mean",
@@ -324,7 +326,7 @@ FOLDER = [
 ]
 
 PARAMS = [
-    params("temperature", r"temperature must be in \[0, inf\], got -1", temperature=-1),
+    params("temperature", r"temperature must be in \[0, inf\), got -1", temperature=-1),
     params("temperature is NaN", "temperature must be a finite number, got nan", temperature=float("nan")),
     params("temperature as text", r"temperature must be a finite number, got '0.7'; write 0\.7", temperature="0.7"),
     params("top_p", r"top_p must be in \(0, 1\], got 0", top_p=0),
@@ -332,7 +334,7 @@ PARAMS = [
     params("min_p", r"min_p must be in \[0, 1\], got 2", min_p=2),
     params("presence_penalty", r"presence_penalty must be in \[-2, 2\], got 3", presence_penalty=3),
     params("frequency_penalty", r"frequency_penalty must be in \[-2, 2\]", frequency_penalty=-2.5),
-    params("repetition_penalty", r"repetition_penalty must be in \(0, inf\], got 0", repetition_penalty=0),
+    params("repetition_penalty", r"repetition_penalty must be in \(0, inf\), got 0", repetition_penalty=0),
     params("no tokens", r"max_tokens must be at least 1, got 0 \(None means as many as fit\)", max_tokens=0),
     params("min over max", r"min_tokens \(20\) must not exceed max_tokens \(16\)", min_tokens=20),
     params("n", "n must be at least 1, got 0", n=0),

@@ -92,7 +92,7 @@ WRONG = [
     (["generate", "hi", "--engine-arg", "preset=m1"], "write --preset m1"),
     (["generate", "hi", "--engine-arg", "seed=1", "--seed", "2"], "seed is given twice"),
     (["generate", "hi", "--engine-arg", "seed=1", "--engine-arg", "seed=2"], "seed is given twice"),
-    (["generate", "hi", "--temperature", "-1"], "temperature must be in [0, inf]"),
+    (["generate", "hi", "--temperature", "-1"], "temperature must be in [0, inf)"),
     (["generate", "hi", "--top-p", "1.5"], "top_p must be in (0, 1]"),
     (["generate", "hi", "--max-tokens", "0"], "max_tokens must be at least 1"),
     (["generate", "hi", "--stop", ""], "stop must hold non-empty strings"),

@@ -202,7 +202,7 @@ def test_single_values_can_be_overridden(source: str, expected: tuple[float, int
 @pytest.mark.parametrize(
     "values,message",
     [
-        ({"temperature": -1.0}, r"temperature must be in \[0, inf\], got -1.0"),
+        ({"temperature": -1.0}, r"temperature must be in \[0, inf\), got -1.0"),
         ({"temperature": "0.7"}, "temperature must be a finite number, got '0.7'; write 0.7"),
         ({"top_p": 0}, r"top_p must be in \(0, 1\], got 0"),
         ({"top_k": 20.0}, "top_k must be an integer, got 20.0; write 20"),

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.engine.core import EngineCore
 from folovllm.outputs import EngineCoreOutput
+from folovllm.parts import variants
 from folovllm.request import Request, RequestStatus
 from tests import core_helpers as helpers
 from tests.core_helpers import make_core, make_request
@@ -66,7 +67,7 @@ def config_args(draw: st.DrawFn) -> dict[str, Any]:
         "enable_chunked_prefill": chunked,
         "long_prefill_token_threshold": draw(st.integers(0, 5)) if chunked else 0,
         "batching": draw(st.sampled_from(["continuous", "static"])),
-        "scheduling_policy": draw(st.sampled_from(["fcfs", "priority"])),
+        "scheduling_policy": draw(st.sampled_from(variants("core.request_queue"))),
         "reserve_full_sequence": draw(st.booleans()),
         "free_uncached_first": draw(st.booleans()),
         "enable_prefix_caching": cached,

@@ -20,6 +20,7 @@ import torch
 from folovllm import LLM, SamplingParams
 from folovllm.executor.fake import FakeExecutor, fake_tokens
 from folovllm.outputs import RequestOutput
+from folovllm.parts import variants
 from folovllm.request import RequestStatus
 from folovllm.trace.lint import lint
 from folovllm.trace.record import read_trace
@@ -137,7 +138,7 @@ def run_at(scenario: Scenario, moments: list[Moment], spared: str = "") -> None:
         scenario.interrupt(moment, Boom("at a line") if i % 2 else KeyboardInterrupt(), spared)
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize("policy", variants("core.request_queue"))
 def test_at_some_lines(make_llm: Callable[..., LLM], policy: str) -> None:
     scenario = Scenario(make_llm(scheduling_policy=policy))
     moments = moments_of(scenario.call)

@@ -15,8 +15,9 @@ from folovllm.core.sched.output import SchedulerOutput
 from folovllm.core.sched.request_queue import FCFSRequestQueue
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import fake_tokens
+from folovllm.parts import variants
 from folovllm.request import Request, RequestStatus
-from folovllm.trace.lint import RULES, lint
+from folovllm.trace.lint import RANKS, RULES, lint
 from folovllm.trace.lint_cache import CACHE_RULES
 from folovllm.trace.record import read_trace
 from tests.core_helpers import AttendingExecutor, make_request
@@ -36,7 +37,7 @@ def random_config(rng: random.Random) -> dict[str, Any]:
     args: dict[str, Any] = {
         "block_size": rng.choice([1, 3, 4, "max_model_len"]),
         "batching": rng.choice(["static", "continuous", "continuous"]),
-        "scheduling_policy": rng.choice(["fcfs", "priority"]),
+        "scheduling_policy": rng.choice(variants("core.request_queue")),
         "max_num_seqs": rng.choice([1, 3, 64]),
         "reserve_full_sequence": rng.random() < 0.5,
         "free_uncached_first": rng.random() < 0.5,
@@ -65,6 +66,17 @@ def test_silent_on_a_healthy_engine(seed: int, tmp_path: Path) -> None:
         core.step()
     core.shutdown()
     assert lint(tmp_path / "t.jsonl") == []
+
+
+def test_every_policy_has_a_rank() -> None:
+    assert set(RANKS) == set(variants("core.request_queue"))
+
+
+def test_a_learners_queue_may_admit_in_its_own_order(tmp_path: Path) -> None:
+    parts = {"core.request_queue.fcfs": f"{__name__}:LastComeQueue"}
+    core = traced_core(tmp_path / "t.jsonl", num_kv_blocks=7, parts=parts)
+    record_run(core, six_requests())
+    assert core.stats().num_preemptions > 0 and lint(tmp_path / "t.jsonl") == []
 
 
 def test_the_healthy_engines_of_these_tests_preempt(tmp_path: Path) -> None:

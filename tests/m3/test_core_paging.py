@@ -11,6 +11,7 @@ from folovllm.config import EngineConfig
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import fake_tokens
+from folovllm.parts import variants
 from folovllm.request import Request, RequestStatus, TokenLogprobs
 from tests import core_helpers as helpers
 from tests.core_helpers import block_ids, free_ids, make_core, make_request
@@ -181,7 +182,7 @@ def test_static_batch_with_a_preemption_ends_before_anybody_comes_back() -> None
 
 
 @pytest.mark.parametrize("reserve_full_sequence", [True, False])
-@pytest.mark.parametrize("scheduling_policy", ["fcfs", "priority"])
+@pytest.mark.parametrize("scheduling_policy", variants("core.request_queue"))
 @pytest.mark.parametrize("batching", ["static", "continuous"])
 @pytest.mark.parametrize("block_size", range(1, 17))
 def test_tokens_do_not_depend_on_block_size_or_batching(

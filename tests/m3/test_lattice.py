@@ -18,6 +18,7 @@ import pytest
 
 from folovllm.config import KernelConfig
 from folovllm.milestones import LADDER
+from folovllm.parts import variants
 from tests.m7.quant_helpers import make_quantizable, quantize
 from tests.pairwise import Case, pairwise, product
 from tests.parity_helpers import MIN_GAP, GapNaiveModel, Job, draw_prompt, make_engine, make_job, run_jobs
@@ -67,7 +68,7 @@ SWITCHES: dict[str, list[Any]] = {
     "max_num_seqs": [1, 3, 8],
     "block_size": [1, 5, 16, "max_model_len"],
     "num_kv_blocks": ["ample", *POOLS],
-    "scheduling_policy": ["fcfs", "priority"],
+    "scheduling_policy": list(variants("core.request_queue")),
     "free_uncached_first": [True, False],
     "reserve_full_sequence": [True, False],
     "linear_backend": ["onednn", "auto", "torch"],

@@ -19,7 +19,8 @@ from folovllm.sample.ops import fused
 from folovllm.sample.ops.noise import exponential_noise
 from folovllm.sample.sampler import Sampler
 from folovllm.sampling_params import SamplingParams
-from tests.m4.test_sampler_shortlist import KINDS, make_logits
+from tests.m0.test_sampling_params import cases
+from tests.m4.test_sampler_shortlist import KINDS, make_logits, shortlist_sampler
 from tests.m4.test_sampler_shortlist import check as check_sampler
 
 pytestmark = pytest.mark.m4
@@ -106,6 +107,17 @@ def test_tokens_and_logits_equal_the_definition(
 def test_a_real_vocabulary(kind: str, setting: dict[str, Any], in_torch: list[int]) -> None:
     check(make_logits(kind, 2, 49_152, 7), [SamplingParams(**{"temperature": 0.8, **setting})] * 2, 11)
     assert in_torch == []
+
+
+@pytest.mark.parametrize(("name", "value"), cases(0))
+def test_every_parameter_means_the_same_to_every_backend(name: str, value: Any) -> None:
+    """A parameter that only the torch path knows would be ignored here (ops/fused.py)."""
+    logits = make_logits("normal", 40, 1000, 0)
+    row = {"logprobs": 5} | {name: value}
+    metadata = metadata_of([SamplingParams(**row)] * 40, 1000)
+    samplers = (Sampler(), shortlist_sampler(), cpp_sampler())
+    torch_way, *others = (sampler.forward(logits, metadata) for sampler in samplers)
+    assert all(other == torch_way for other in others)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,6 +12,7 @@ import pytest
 
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import fake_tokens
+from folovllm.parts import variants
 from folovllm.request import Request
 from tests import core_helpers as helpers
 from tests.m6.cache_helpers import INDEXES, HitOracle, cached_core, weaken
@@ -72,7 +73,7 @@ def random_args(rng: random.Random) -> dict[str, Any]:
         "enable_chunked_prefill": chunked,
         "max_num_batched_tokens": rng.choice([1, 7, 16, 64]) if chunked else None,
         "long_prefill_token_threshold": rng.choice([0, 0, 5]) if chunked else 0,
-        "scheduling_policy": rng.choice(["fcfs", "priority"]),
+        "scheduling_policy": rng.choice(variants("core.request_queue")),
         "reserve_full_sequence": rng.random() < 0.7,
         "free_uncached_first": rng.random() < 0.7,
         "partial_block_hits": rng.random() < 0.5,

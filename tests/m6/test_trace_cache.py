@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from folovllm.engine.core import EngineCore
+from folovllm.parts import variants
 from folovllm.trace.diff import diff
 from folovllm.trace.lint import lint
 from folovllm.trace.lint_cache import CACHE_RULES
@@ -20,6 +21,7 @@ from tests.m6.test_faults import FaultyExecutor
 
 pytestmark = pytest.mark.m6
 
+POLICIES = variants("core.request_queue")
 P = list(range(100, 110))
 
 
@@ -77,7 +79,7 @@ def test_silent_on_a_healthy_engine(seed: int, tmp_path: Path) -> None:
     block_size, executor = rng.choice([1, 2, 3, 4]), FaultyExecutor()
     core = cached(
         tmp_path / "t.jsonl", INDEXES[seed % 2], executor, max_model_len=24, block_size=block_size,
-        num_kv_blocks=1 + -(-24 // block_size) + rng.randint(0, 8), scheduling_policy=rng.choice(["fcfs", "priority"]),
+        num_kv_blocks=1 + -(-24 // block_size) + rng.randint(0, 8), scheduling_policy=rng.choice(POLICIES),
         enable_chunked_prefill=True, max_num_batched_tokens=rng.choice([3, 8, 24]),
         reserve_full_sequence=rng.random() < 0.7, partial_block_hits=rng.random() < 0.7,
     )  # fmt: skip

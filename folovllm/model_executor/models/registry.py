@@ -1,7 +1,7 @@
 """Architecture name in config.json -> model class.
 
 Milestone: M0. vLLM counterpart: vllm/model_executor/models/registry.py. Left out: inspecting a model in a subprocess,
-out-of-tree plugins (a learner's model enters through `register_model`).
+out-of-tree plugins (a learner's class enters through `register_model`).
 
 Lazy: an entry is a function, so only the file of the model that runs is imported.
 """
@@ -55,5 +55,9 @@ def get_model_class(architecture: str) -> ModelClass:
 
 
 def register_model(architecture: str, model_class: ModelClass) -> None:
-    """Add or replace the class of an architecture, for one's own models."""
+    """Run `architecture` by one's own class instead of ours.
+
+    `parse_hf_config` refuses names that are not among its SUPPORTED_ARCHITECTURES before the registry is asked, since
+    it cannot know what their keys mean. A new name has to be added there, too.
+    """
     _MODELS[architecture] = lambda: model_class
