@@ -147,6 +147,16 @@ class SamplingParams:
             raise ValueError(f"output_kind must be one of {kinds}; got {self.output_kind!r}")
 
 
+def _refuse_assignment(params: SamplingParams, name: str, value: Any) -> None:
+    """vLLM's parameters can be changed, and its examples do that."""
+    raise dataclasses.FrozenInstanceError(
+        f"cannot assign to {name!r}, as requests may share these parameters: "
+        f"make new ones with params = params.replace({name}={value!r})"
+    )
+
+
+SamplingParams.__setattr__ = _refuse_assignment  # type: ignore[assignment, method-assign]
+
 # Checks that EngineConfig uses, too. Each raises a ValueError that names the field, the value and what would be right.
 
 
