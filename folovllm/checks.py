@@ -15,10 +15,8 @@ from folovllm.utils import did_you_mean
 # What other programs call it; a comparison of letters would take "gpu" for a "cpu".
 OTHER_NAMES = {
     "gpu": "cuda",
-    "half": "float16",
     "fp16": "float16",
     "bf16": "bfloat16",
-    "float": "float32",
     "fp32": "float32",
     "gptq": "auto",
     "gptq_marlin": "auto",

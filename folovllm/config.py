@@ -36,6 +36,7 @@ from folovllm.vllm_args import without_vllms_own
 DEFAULT_MODEL = "smollm2-135m"
 MAX_MODEL_LEN_BLOCK = "max_model_len"  # block_size of the contiguous cache: one page holds a whole request
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+VLLM_DTYPES = {"half": "float16", "float": "float32"}  # vLLM's other names of these
 DEVICES = ("auto", "cpu", "cuda")
 ATTENTION_BACKENDS = (  # only their names; attention/selector.py knows where they are and what they can run
     "auto",
@@ -47,6 +48,7 @@ ATTENTION_BACKENDS = (  # only their names; attention/selector.py knows where th
     "flash_attn",
 )
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+GPTQ_NAMES = ("gptq", "gptq_marlin")  # vLLM's values of `quantization` for a GPTQ checkpoint
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 DEFAULT_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
 # Buffers and block tables are allocated for these counts at start: a slip of the keyboard must not take all memory.
@@ -78,6 +80,9 @@ class ModelConfig:
         check_type("model", self.model, str)
         if not self.model:
             raise ValueError("model must not be empty: give an alias ('smollm2-135m'), a folder or a HuggingFace id")
+        dtype = str(self.dtype).removeprefix("torch.")  # torch.float16 is as good as "float16"
+        if dtype in (*DTYPES, *VLLM_DTYPES):
+            object.__setattr__(self, "dtype", VLLM_DTYPES.get(dtype, dtype))
         check_choice("dtype", self.dtype, DTYPES)
         self._check_tokenizer()
         self._check_names()
@@ -238,14 +243,17 @@ class KernelConfig:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """How a quantised checkpoint is run: as it is ("auto"), or turned into plain weights while it is loaded."""
+    """How a quantised checkpoint is run: as it is ("auto"), or turned into plain weights while it is loaded.
+
+    vLLM's "gptq" and "gptq_marlin" are "auto", and the model must be a GPTQ checkpoint.
+    """
 
     quantization: str = "dequantize"
     gptq_kernel: str = "auto"  # what multiplies with packed weights; "dequant" is the reference
     gptq_runtime: str = "auto"  # cpu_int4: "memory" keeps 4 bits alone, "speed" also bf16 for large batches
 
     def __post_init__(self) -> None:
-        check_choice("quantization", self.quantization, ("auto", "dequantize"))
+        check_choice("quantization", self.quantization, ("auto", "dequantize", *GPTQ_NAMES))
         check_choice("gptq_kernel", self.gptq_kernel, ("auto", "dequant", "cpu_int4", "triton"))
         check_choice("gptq_runtime", self.gptq_runtime, ("auto", "memory", "speed"))
         for name in ("gptq_kernel", "gptq_runtime"):
@@ -328,6 +336,7 @@ class EngineConfig:
                 max_num_seqs=self.scheduler_config.max_num_seqs or DEFAULT_MAX_NUM_SEQS[device],
                 max_num_batched_tokens=self._resolve_token_budget(max_model_len),
             ),
+            quantization_config=self._resolve_quantization(arch),
         )
 
     # What resolve() has filled in, with the type that it then has.
@@ -369,6 +378,16 @@ class EngineConfig:
         if self.model_config.dtype != "auto":
             return self.model_config.dtype
         return "float32" if arch.dtype == "bfloat16" and not native_bf16 else arch.dtype
+
+    def _resolve_quantization(self, arch: ModelArchitecture) -> QuantizationConfig:
+        asked = self.quantization_config
+        if asked.quantization not in GPTQ_NAMES:
+            return asked
+        if arch.quantization is None:
+            raise ValueError(
+                f"quantization={asked.quantization!r}, but the model's weights are not quantised: leave it out"
+            )
+        return dataclasses.replace(asked, quantization="auto")
 
     def _resolve_block_size(self, max_model_len: int) -> int:
         block_size = self.cache_config.block_size

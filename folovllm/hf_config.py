@@ -160,8 +160,7 @@ def _check_supported(config: Mapping[str, Any]) -> None:
             "use a model with full attention (e.g. Mistral-7B-v0.3), or, as the window changes nothing within itself, "
             f"set 'sliding_window': null and 'max_position_embeddings': {window} in config.json to run that far"
         )
-        positions = config.get("max_position_embeddings")
-        refuse("full attention", f"a sliding window of {window} tokens within {positions} positions", todo)
+        refuse("full attention", f"a sliding window of {window} tokens within {_context_len(config)} positions", todo)
 
 
 def _with_quantize_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -176,7 +175,7 @@ def _quantization(config: Mapping[str, Any]) -> GPTQConfig | None:
     if quantization is None:
         return None
     method = quantization.get("quant_method", "?") if isinstance(quantization, Mapping) else quantization
-    if method != "gptq":
+    if not isinstance(method, str) or method.lower() != "gptq":
         todo = "use the unquantised model, or a GPTQ version of it"
         refuse("GPTQ or unquantised weights", f"quantization_config of {method!r}", todo)
     try:
@@ -188,7 +187,7 @@ def _quantization(config: Mapping[str, Any]) -> GPTQConfig | None:
 def _active_sliding_window(config: Mapping[str, Any]) -> int | None:
     """Returns the window if a layer would use it, and None if it is absent, switched off or never reached."""
     window = config.get("sliding_window")
-    if window is None or window >= positive_int(config, "max_position_embeddings"):
+    if window is None or window >= _context_len(config):
         return None
     if config.get("layer_types") is not None:
         return window if "sliding_attention" in config["layer_types"] else None
@@ -197,6 +196,11 @@ def _active_sliding_window(config: Mapping[str, Any]) -> int | None:
     # Qwen: off by default, and only layers from max_window_layers on would slide.
     used = config.get("use_sliding_window", False) and config.get("max_window_layers", 0) < config["num_hidden_layers"]
     return int(window) if used else None
+
+
+def _context_len(config: Mapping[str, Any]) -> int:
+    """The positions that the model can reach: rope scaling may stretch them beyond the window."""
+    return parse_rope(config).max_model_len(positive_int(config, "max_position_embeddings"))
 
 
 def _kv_heads(config: Mapping[str, Any], num_heads: int, default: int | None) -> int:

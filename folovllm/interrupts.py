@@ -23,6 +23,8 @@ class HeldInterrupts:
     not come to its end. With `patience` None all are held. `count` is how many are held; `clear` drops them.
     """
 
+    _installed: Handler | None = None
+
     def __init__(self, patience: int | None = 1) -> None:
         self.patience = patience
         self._held: list[FrameType | None] = []
@@ -39,12 +41,12 @@ class HeldInterrupts:
         previous = signal.getsignal(signal.SIGINT)
         # SIG_IGN and SIG_DFL have nothing to call; None is a handler that is not Python's and could not be restored.
         if threading.current_thread() is threading.main_thread() and callable(previous):
-            self._previous = previous
+            self._previous, self._installed = previous, _handler(self, previous)
             try:
-                signal.signal(signal.SIGINT, _handler(self, previous))
+                signal.signal(signal.SIGINT, self._installed)
                 return self
             except BaseException:  # another signal's handler may raise just here
-                signal.signal(signal.SIGINT, previous)
+                self._restore()
                 raise
         return self
 
@@ -52,8 +54,22 @@ class HeldInterrupts:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+            try:
+                self._restore()
+            except BaseException:  # `signal.signal` runs the handlers of other signals first
+                self._restore()
+                raise
             self.deliver()
+
+    def __del__(self) -> None:
+        """Restores the caller's handler if an exception came before the first line of `__exit__`."""
+        if self._installed is not None and threading.current_thread() is threading.main_thread():
+            self._restore()
+
+    def _restore(self) -> None:
+        if signal.getsignal(signal.SIGINT) is self._installed:
+            signal.signal(signal.SIGINT, self._previous)
+        self._installed = None
 
     def _on_signal(self, frame: FrameType | None) -> None:
         self._held.append(frame)
@@ -71,8 +87,8 @@ class HeldInterrupts:
 def _handler(interrupts: HeldInterrupts, previous: Handler) -> Handler:
     """The handler to install. It does not keep `interrupts` alive.
 
-    If an exception hits `__exit__` before it has restored the handler, this one stays installed. `interrupts` is gone
-    by then, and every signal goes on to `previous`: nothing is lost.
+    If `__exit__` could not restore the handler, this one stays installed until `interrupts` is collected. If that
+    happens in another thread, it stays for good, and every signal goes on to `previous`: nothing is lost.
     """
     alive = weakref.ref(interrupts)
 

@@ -154,6 +154,18 @@ class SamplingParams:
             raise ValueError(f"output_kind must be one of {kinds}; got {self.output_kind!r}")
 
 
+def _refuse_assignment(params: SamplingParams, name: str, value: Any) -> None:
+    """vLLM's parameters can be changed, and its examples do that. Here the error says what to write instead."""
+    raise dataclasses.FrozenInstanceError(
+        f"cannot assign to {name!r}, as requests may share these parameters: "
+        f"make new ones with params = params.replace({name}={value!r})"
+    )
+
+
+# A frozen dataclass may not define this method in its body.
+SamplingParams.__setattr__ = _refuse_assignment  # type: ignore[assignment, method-assign]
+
+
 def _refuse_unknown(names: Iterable[str]) -> None:
     known = [f.name for f in dataclasses.fields(SamplingParams)]
     for name in names:

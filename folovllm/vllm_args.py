@@ -51,7 +51,7 @@ VLLM_ARGS: dict[str, Answer] = {
     # --- The model and its files
     "hf_config_path": Answer("put the config.json into the model's folder, or change values with hf_overrides"),
     "config_format": Answer("config.json is the one format that is read: remove it", ("auto", "hf")),
-    "trust_remote_code": Answer(_NO_REMOTE_CODE, (False,)),
+    "trust_remote_code": Answer(_NO_REMOTE_CODE, (False, True)),  # True permits what never happens here
     "model_impl": Answer("FoloVLLM has its own implementation of each model: remove it", ("auto", "vllm")),
     "revision": Answer(_NO_REVISION),
     "code_revision": Answer(_NO_REVISION),

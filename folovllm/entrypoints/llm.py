@@ -8,14 +8,14 @@ can use the engine: the child has none of torch's threads, so every call in it r
 """
 
 import collections
-import contextlib
+import functools
 import itertools
 import logging
 import os
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from tqdm import tqdm  # not tqdm.auto, which warns in notebooks without ipywidgets
 
@@ -37,6 +37,34 @@ from folovllm.sampling_params import RequestOutputKind, SamplingParams
 logger = logging.getLogger(__name__)
 
 Messages = list[dict[str, Any]]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _one_at_a_time(method: Callable[Concatenate["LLM", P], R]) -> Callable[Concatenate["LLM", P], R]:
+    """Decorator. While the method runs, its thread has the engine to itself.
+
+    This is no context manager made of a generator: an exception that comes while such a generator is entered leaves it
+    suspended, with the lock, for as long as the traceback lives.
+    """
+
+    @functools.wraps(method)
+    def alone(self: "LLM", *args: P.args, **keywords: P.kwargs) -> R:
+        me = threading.get_ident()
+        self._check_turn(me)
+        try:
+            with self._lock:
+                self._thread_at_work = me
+                self._end_abandoned()
+                result = method(self, *args, **keywords)
+                self._thread_at_work = None
+        finally:
+            if self._thread_at_work == me:
+                self._thread_at_work = None
+        self._end_abandoned_if_free()
+        return result
+
+    return alone
 
 
 class LLM:
@@ -133,10 +161,10 @@ class LLM:
     def stats(self) -> EngineStats:
         return self.llm_engine.stats()
 
+    @_one_at_a_time
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
         """Forgets all cached prefixes, e.g. before a measurement. Returns False, and does nothing, during a stream."""
-        with self._turn():
-            return self.llm_engine.reset_prefix_cache(reset_running_requests)
+        return self.llm_engine.reset_prefix_cache(reset_running_requests)
 
     @check_keywords
     def generate(
@@ -222,85 +250,82 @@ class LLM:
 
     # ---- one engine, several callers
 
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """The body has the engine to itself."""
+    def _check_turn(self, me: int) -> None:
+        """RuntimeError if the thread `me` cannot use the engine now, and waiting would not help."""
         if os.getpid() != self._process_id:
             raise RuntimeError(
                 "this LLM was made in another process, and a forked child has none of torch's threads. Start the child "
                 "with multiprocessing.get_context('spawn'), and make an LLM in it"
             )
-        me = threading.get_ident()
-        if self._thread_at_work == me:
+        if self._thread_at_work == me and self._lock.locked():
             raise RuntimeError(
                 "the engine was called from inside one of its own steps, by a signal handler or a callback"
             )
-        try:
-            with self._lock:
-                self._thread_at_work = me
-                self._end_abandoned()
-                yield
-                self._thread_at_work = None
-        finally:
-            if self._thread_at_work == me:
-                self._thread_at_work = None
-        self._end_abandoned_if_free()
 
+    @_one_at_a_time
     def _add(
         self, prompts: list[Any], params: list[Any], priorities: list[Any], own: list[str], final_only: bool = False
     ) -> None:
         """Validates all prompts, then queues them. `own` receives their ids, which the caller must `_release`."""
-        with self._turn():
-            requests = [
-                self._process(index, prompt, params, priority)
-                for index, (prompt, params, priority) in enumerate(zip(prompts, params, priorities, strict=True))
-            ]
-            own += [request.request_id for request in requests]
-            self._waited_for.update(own)
-            for request, prompt in zip(requests, prompts, strict=True):
-                if final_only:
-                    kind = RequestOutputKind.FINAL_ONLY
-                    request.sampling_params = request.sampling_params.replace(output_kind=kind)
-                self.llm_engine.add_processed(request, prompt)
+        requests = [
+            self._process(index, prompt, params, priority)
+            for index, (prompt, params, priority) in enumerate(zip(prompts, params, priorities, strict=True))
+        ]
+        own += [request.request_id for request in requests]
+        self._waited_for.update(own)
+        for request, prompt in zip(requests, prompts, strict=True):
+            if final_only:
+                kind = RequestOutputKind.FINAL_ONLY
+                request.sampling_params = request.sampling_params.replace(output_kind=kind)
+            self.llm_engine.add_processed(request, prompt)
 
+    @_one_at_a_time
     def _step(self, own: Collection[str]) -> bool:
         """Runs one step for all callers, unless the mail has something for this one already.
 
         Returns False if `own` have all ended. If the step fails, only `own` end: no other caller loses a request.
         """
-        with self._turn():
-            if any(output.request_id in own for output in self._mail):
-                return True
-            if not any(self.llm_engine.has_request(request_id) for request_id in own):
-                return False
-            try:
-                self.llm_engine.step_into(self._mail, own)
-            finally:
-                self._mail[:] = [output for output in self._mail if output.request_id in self._waited_for]
+        if any(output.request_id in own for output in self._mail):
             return True
+        if not any(self.llm_engine.has_request(request_id) for request_id in own):
+            return False
+        try:
+            self.llm_engine.step_into(self._mail, own)
+        finally:
+            self._mail[:] = [output for output in self._mail if output.request_id in self._waited_for]
+        return True
 
     def _fetch(self, own: Collection[str]) -> list[RequestOutput]:
         """Takes the outputs of `own` out of the mail."""
-        if not self._mail:
-            return []
-        with self._turn():
-            outputs = [output for output in self._mail if output.request_id in own]
-            self._mail[:] = [output for output in self._mail if output.request_id not in own]
-            return outputs
+        return self._fetch_from_mail(own) if self._mail else []
+
+    @_one_at_a_time
+    def _fetch_from_mail(self, own: Collection[str]) -> list[RequestOutput]:
+        outputs = [output for output in self._mail if output.request_id in own]
+        self._mail[:] = [output for output in self._mail if output.request_id not in own]
+        return outputs
 
     def _release(self, request_ids: Collection[str]) -> None:
         """Ends requests of which the caller wants nothing more: at once, or when the step under way is over.
 
         The garbage collector may close a half-read stream in any thread, also in the middle of a step. So this does not
-        wait for the lock.
+        wait for the lock. An exception goes on to the caller when the requests have ended.
         """
-        self._abandoned.extend(request_ids)
-        self._end_abandoned_if_free()
+        try:
+            self._abandoned.extend(request_ids)
+            self._end_abandoned_if_free()
+        except BaseException:
+            self._abandoned.extend(request_ids)  # twice does no harm
+            self._end_abandoned_if_free()
+            raise
 
     def _end_abandoned_if_free(self) -> None:
         while self._abandoned and not self._lock.locked() and os.getpid() == self._process_id:
-            with self._turn():  # which ends them
-                pass
+            self._wait_for_turn()  # which ends them
+
+    @_one_at_a_time
+    def _wait_for_turn(self) -> None:
+        """Does nothing itself: each turn begins by ending the abandoned requests."""
 
     def _end_abandoned(self) -> None:
         while self._abandoned:

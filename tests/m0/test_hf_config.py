@@ -139,6 +139,10 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 REFUSED = [
     (mistral(sliding_window=4096), r"sliding window of 4096 tokens.*Mistral-7B-v0\.3"),
+    (
+        mistral(sliding_window=32768, rope_scaling={"rope_type": "yarn", "factor": 4.0}),  # stretched beyond the window
+        "sliding window of 32768 tokens within 131072 positions",
+    ),
     (qwen2(use_sliding_window=True, sliding_window=4096), "sliding window of 4096 tokens within 32768 positions"),
     (qwen2(sliding_window=4096, layer_types=["full_attention", "sliding_attention"]), "sliding window of 4096"),
     (llama(architectures=["LlamaForCausualLM"]), "found LlamaForCausualLM;.*the nearest is LlamaForCausalLM"),

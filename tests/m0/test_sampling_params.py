@@ -208,7 +208,7 @@ def test_later_changes_of_what_was_passed_change_nothing() -> None:
 def test_frozen_keyword_only_and_hashable() -> None:
     params = SamplingParams(stop="x", logit_bias={1: 1.0})
     for name in FIELDS:
-        with pytest.raises(dataclasses.FrozenInstanceError):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=r"params = params.replace\("):
             setattr(params, name, getattr(params, name))
     with pytest.raises(TypeError):
         SamplingParams(2)  # type: ignore[misc]

@@ -1,6 +1,7 @@
 """Every engine argument of vLLM has an answer: FoloVLLM has it, it changes nothing, or it says what to do instead."""
 
 import ast
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 
 from folovllm.config import EngineConfig, engine_arg_names
+from folovllm.gptq_config import GPTQConfig
 from folovllm.vllm_args import ANYTHING, NONE_MEANS_DEFAULT, VLLM_ARGS
+from tests.core_helpers import tiny_arch
 
 pytestmark = pytest.mark.m0
 
@@ -70,7 +73,7 @@ def test_answers_say_what_to_do(name: str) -> None:
     "args",
     [
         # What scripts written for vLLM pass, at values that mean "off" or "as always".
-        {"tensor_parallel_size": 1, "trust_remote_code": False, "swap_space": 4, "disable_custom_all_reduce": True},
+        {"tensor_parallel_size": 1, "trust_remote_code": True, "swap_space": 4, "disable_custom_all_reduce": True},
         {"pipeline_parallel_size": 1, "distributed_executor_backend": "mp", "enable_lora": False, "cpu_offload_gb": 0},
         {"kv_cache_dtype": "auto", "revision": None, "tokenizer_revision": None, "speculative_config": None},
         {"limit_mm_per_prompt": {"image": 1}, "compilation_config": 0, "task": "generate", "runner": "auto"},
@@ -93,7 +96,6 @@ def test_none_means_not_given_where_it_does_in_vllm(name: str) -> None:
             {"tensor_parallel_size": 2},
             "tensor_parallel_size=2 is an engine argument of vLLM .*one process on one device",
         ),
-        ({"trust_remote_code": True}, "code from a model's repository is never run"),
         ({"kv_cache_memory_bytes": 2**30}, "use kv_cache_memory="),
         ({"num_gpu_blocks_override": 100}, "use num_kv_blocks="),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "use hf_overrides="),
@@ -103,7 +105,7 @@ def test_none_means_not_given_where_it_does_in_vllm(name: str) -> None:
         ({"enable_lora": True}, "merge the adapter into the weights"),
         ({"kv_cache_dtype": "fp8"}, "the KV cache has the model's dtype"),
         ({"swap_spaces": 4}, "unknown engine argument 'swap_spaces'"),
-        ({"quantization": "gptq"}, "quantization must be one of auto, dequantize; got 'gptq'; did you mean 'auto'"),
+        ({"quantization": "awq"}, "quantization must be one of auto, dequantize, gptq, gptq_marlin; got 'awq'"),
         ({"tokenizer_mode": "slow"}, "tokenizer_mode must be 'auto', got 'slow': .*save_pretrained"),
         ({"load_format": "gguf"}, "load_format must be one of auto, safetensors, dummy; got 'gguf'"),
         ({"served_model_name": [""]}, "served_model_name must be a name or a list of names"),
@@ -119,3 +121,26 @@ def test_other_values_are_refused_with_what_to_do(args: dict[str, Any], message:
 def test_no_other_value_slips_through(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}='something else' is an engine argument of vLLM"):
         EngineConfig.from_args(**{name: "something else"})
+
+
+class TorchDtype:
+    """Prints like torch.float16, which this row must not import."""
+
+    def __str__(self) -> str:
+        return "torch.float16"
+
+
+@pytest.mark.parametrize("given,dtype", [("half", "float16"), ("float", "float32"), (TorchDtype(), "float16")])
+def test_vllms_names_of_the_dtypes(given: Any, dtype: str) -> None:
+    assert EngineConfig.from_args(dtype=given) == EngineConfig.from_args(dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq_marlin"])
+def test_the_quantization_that_vllm_scripts_name(name: str) -> None:
+    """LLM(model="...-GPTQ", quantization="gptq"), as in vllm/examples/offline_inference/lora_with_quantization."""
+    config = EngineConfig.from_args(quantization=name)
+    plain = dataclasses.replace(tiny_arch(), quantization=None)
+    packed = dataclasses.replace(plain, quantization=GPTQConfig(bits=4))
+    assert config.resolve(packed, "cpu").quantization_config.quantization == "auto"
+    with pytest.raises(ValueError, match=f"quantization='{name}', but the model's weights are not quantised"):
+        config.resolve(plain, "cpu")

@@ -167,7 +167,6 @@ CONFIG = [
         "block size as text", "block_size must be a number of tokens, such as 16, or 'max_model_len'", block_size="16"
     ),
     config("short dtype", "dtype must be one of auto, .*; got 'bf16'; did you mean 'bfloat16'", dtype="bf16"),
-    config("half", "got 'half'; did you mean 'float16'", dtype="half"),
     config("int8", "dtype must be one of auto, float32, bfloat16, float16; got 'int8'", dtype="int8"),
     config("a GPU", "device must be one of auto, cpu, cuda; got 'gpu'; did you mean 'cuda'", device="gpu"),
     config(

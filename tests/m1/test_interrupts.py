@@ -4,7 +4,9 @@ Public reports: vLLM issue 17738 (Ctrl-C in generate() leaves an engine that han
 """
 
 import _signal
+import itertools
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -275,3 +277,77 @@ def test_an_interrupted_generate_leaves_an_open_stream_whole(llm: LLM, monkeypat
             with pytest.raises(KeyboardInterrupt):
                 llm.generate([[9, 8], PROMPT], GREEDY, use_tqdm=False)
         assert tokens + [t for output in stream for t in output.outputs[0].token_ids] == expected
+
+
+@pytest.mark.parametrize("method", ["withdraw", "abort_request"])
+def test_an_exception_while_requests_are_released_leaves_none(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    working, calls = getattr(llm.llm_engine, method), []
+
+    def fails_once(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 1:
+            raise OwnError
+        working(*args)
+
+    stream = llm.stream(PROMPT, GREEDY)
+    next(stream)
+    monkeypatch.setattr(llm.llm_engine, method, fails_once)
+    with pytest.raises(OwnError):
+        stream.close()
+    assert not llm._abandoned and not llm.llm_engine.has_unfinished_requests()
+
+
+def test_an_exception_at_any_call_leaves_the_lock_free_also_while_its_traceback_lives(llm: LLM) -> None:
+    """A lock taken by a half-entered context manager would stay with the traceback, e.g. in sys.last_value."""
+    params, kept = GREEDY.replace(max_tokens=1), []
+    expected = llm.generate([PROMPT], params, use_tqdm=False)[0].outputs[0].token_ids
+    for number in range(10_000):
+        events = itertools.count()
+
+        def raise_at(frame: FrameType, event: str, _: Any, events: Iterator[int] = events, number: int = number) -> Any:
+            if not frame.f_code.co_filename.endswith(("entrypoints/llm.py", "contextlib.py")):
+                return None
+            frame.f_trace_lines = False  # signals come where functions begin and end
+            if event != "exception" and next(events) == number:
+                sys.settrace(None)
+                raise OwnError
+            return raise_at
+
+        before = sys.gettrace()
+        try:
+            sys.settrace(raise_at)  # type: ignore[arg-type]
+            llm.reset_prefix_cache()
+            sys.settrace(before)
+            break
+        except OwnError as error:
+            kept.append(error)
+        finally:
+            sys.settrace(before)
+        assert not llm._lock.locked()
+        assert llm.generate([PROMPT], params, use_tqdm=False)[0].outputs[0].token_ids == expected
+    assert 5 < len(kept) < 9_999
+
+
+def test_the_callers_handler_is_back_if_the_end_of_the_block_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, working, calls = signal.getsignal(signal.SIGINT), signal.signal, []
+    with pytest.raises(OwnError), HeldInterrupts():
+
+        def interrupted(*args: Any) -> Any:  # signal.signal runs the handlers of pending signals first
+            calls.append(args)
+            if len(calls) == 1:
+                raise OwnError
+            return working(*args)
+
+        monkeypatch.setattr(signal, "signal", interrupted)
+    assert len(calls) == 2 and signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_callers_handler_is_back_if_the_block_was_never_left() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    held = HeldInterrupts()
+    held.__enter__()
+    assert signal.getsignal(signal.SIGINT) is not before
+    del held
+    assert signal.getsignal(signal.SIGINT) is before

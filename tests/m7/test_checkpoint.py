@@ -215,5 +215,5 @@ def test_all_linears_listed_is_fine() -> None:
 def test_the_switch() -> None:
     assert EngineConfig.from_args(quantization="dequantize").quantization_config.quantization == "dequantize"
     assert QuantizationConfig("auto").quantization == "auto"
-    with pytest.raises(ValueError, match="quantization must be one of auto, dequantize; got 'gptq'"):
-        QuantizationConfig("gptq")
+    with pytest.raises(ValueError, match="quantization must be one of auto, dequantize, gptq, gptq_marlin; got 'awq'"):
+        QuantizationConfig("awq")
