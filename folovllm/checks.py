@@ -18,8 +18,6 @@ OTHER_NAMES = {
     "fp16": "float16",
     "bf16": "bfloat16",
     "fp32": "float32",
-    "gptq": "auto",
-    "gptq_marlin": "auto",
 }
 
 
