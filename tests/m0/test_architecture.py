@@ -35,6 +35,7 @@ ROWS = {
     "folovllm.interrupts": 0,
     "folovllm.core": 1,
     "folovllm.trace": 1,
+    "folovllm.sim": 1,
     "folovllm.executor": 1,
     "folovllm.engine": 3,
     "folovllm.engine.core": 1,

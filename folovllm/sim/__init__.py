@@ -1,0 +1,1 @@
+"""The roofline model: what a machine could do at most, from its data sheet. No torch."""

@@ -1,0 +1,47 @@
+"""Peak rates of known machines: the one table that the number drills and the simulator read.
+
+Milestone: M4 (the roofline). vLLM counterpart: none. Left out: rates of other data types, sparsity, interconnects.
+
+Row 1: no torch. Figures are those of the data sheets, dense (without sparsity), in bf16 with fp32 accumulation. A data
+sheet counts in powers of ten: 1 GB = 10^9 bytes. No kernel reaches a peak; a good one reaches 70 to 90 % of it.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One machine. Its memory is all there is: weights, activations and the KV cache share it."""
+
+    name: str
+    flops: float  # FLOP/s, dense bf16
+    bandwidth: float  # bytes/s, reads of the memory that holds the weights
+    memory: float  # bytes
+    source: str
+
+    @property
+    def knee(self) -> float:
+        """FLOP per byte at which arithmetic and memory take equally long. Below it, memory is the limit."""
+        return self.flops / self.bandwidth
+
+    @property
+    def tflops(self) -> float:
+        return self.flops / 1e12
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.bandwidth / 1e9
+
+    @property
+    def gb(self) -> float:
+        return self.memory / 1e9
+
+
+HARDWARE: dict[str, Hardware] = {
+    "h100": Hardware("H100 SXM", 989e12, 3.35e12, 80e9, "https://www.nvidia.com/en-us/data-center/h100/"),
+    "h200": Hardware("H200 SXM", 989e12, 4.8e12, 141e9, "https://www.nvidia.com/en-us/data-center/h200/"),
+    "a100": Hardware("A100 SXM 80GB", 312e12, 2.039e12, 80e9, "https://www.nvidia.com/en-us/data-center/a100/"),
+    "rtx4090": Hardware("RTX 4090", 165e12, 1.008e12, 24e9, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
+    # Measured, not promised: a test compares the row with that file.
+    "cpu": Hardware("the reference CPU (2 cores)", 445e9, 34.6e9, 25.3e9, "milestones/m4/results/roofline_cpu.json"),
+}
