@@ -9,8 +9,10 @@ Row 0: plain data, no torch. `load_part` is the project's only dynamic import.
 """
 
 import importlib
-import importlib.util
 import inspect
+import os
+import sys
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +103,7 @@ def load_part(name: str, parts: Mapping[str, str] | None = None) -> Any:
     assert name in PARTS, f"our own code asks for a part that does not exist: {name}"
     check_parts(parts)
     spec = (parts or {}).get(name)
-    return _load_class(PARTS[name].default) if spec is None else _checked(PARTS[name], spec)
+    return load_class(PARTS[name].default) if spec is None else _checked(PARTS[name], spec)
 
 
 def check_parts(parts: Mapping[str, str] | None) -> None:
@@ -112,7 +114,7 @@ def check_parts(parts: Mapping[str, str] | None) -> None:
 
 
 def _checked(part: Part, spec: str) -> Any:
-    cls = _load_class(spec)
+    cls = load_class(spec)
     if not inspect.isclass(cls):
         raise ValueError(f"part {part.name}: {spec} is not a class")
     missing = [method for method in part.methods if not callable(getattr(cls, method, None))]
@@ -124,11 +126,12 @@ def _checked(part: Part, spec: str) -> Any:
     return cls
 
 
-def _load_class(spec: str) -> Any:
+def load_class(spec: str) -> Any:
+    """Returns the class that "path.py:Class" or "module:Class" names. Raises ValueError if there is none."""
     location, _, class_name = str(spec).rpartition(":")
     if not location or not class_name:
         raise ValueError(f"{spec!r} does not name a class; write 'path.py:Class' or 'module:Class'")
-    module = _load_file(Path(location)) if location.endswith(".py") else _import(location)
+    module = load_file(Path(location)) if location.endswith(".py") else _import(location)
     if not hasattr(module, class_name):
         raise ValueError(f"{location} has no class {class_name!r}")
     return getattr(module, class_name)
@@ -141,14 +144,25 @@ def _import(module_name: str) -> ModuleType:
         raise ValueError(f"cannot import {module_name!r}: {error}") from None
 
 
-def _load_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ValueError(f"no file {path}; the path is relative to the current folder, {Path.cwd()}")
-    spec = importlib.util.spec_from_file_location(f"folovllm_part_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+def load_file(path: Path) -> ModuleType:
+    """Runs a Python file afresh and returns it as a module. Raises ValueError with the line if it cannot be run.
+
+    No bytecode is read or written: a file that was saved twice within a second would come back as it was.
+    """
     try:
-        spec.loader.exec_module(module)
+        code = compile(path.read_bytes(), str(path), "exec")
+    except FileNotFoundError:
+        raise ValueError(f"no file {path}; the path is relative to the current folder, {Path.cwd()}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except SyntaxError as error:
-        raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise ValueError(f"{path}{line}: {error.msg}") from None
+    except ValueError as error:  # a null byte, in some versions of Python
+        raise ValueError(f"{path}: {error}") from None
+    # A name of its own for each path. dataclasses look the module of a class up by name.
+    module = ModuleType(f"folovllm_part_{path.stem}_{zlib.crc32(os.fsencode(path.absolute())):08x}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
+    exec(code, module.__dict__)
     return module

@@ -17,6 +17,7 @@ from folovllm.entrypoints.commands.chat import chat
 from folovllm.entrypoints.commands.demo import demo
 from folovllm.entrypoints.commands.generate import generate
 from folovllm.entrypoints.commands.info import info
+from folovllm.entrypoints.commands.learn import learn_app
 from folovllm.entrypoints.commands.options import DebugOption
 from folovllm.entrypoints.commands.pull import pull
 from folovllm.entrypoints.commands.quantize import quantize
@@ -89,6 +90,7 @@ app.command()(pull)
 app.command()(quantize)
 app.command()(info)
 app.add_typer(trace_app, name="trace")
+app.add_typer(learn_app, name="learn")
 # Everything after `bench` belongs to the benchmark, its --help included.
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command(context_settings=_PASS_ON, add_help_option=False)(bench)

@@ -17,7 +17,7 @@ from folovllm.executor.base import Executor
 from folovllm.outputs import ModelRunnerOutput
 
 _MASK = 2**64 - 1
-_ROOT = 0x9E3779B97F4A7C15
+ROOT = 0x9E3779B97F4A7C15
 
 
 def mix(previous: int, token_id: int) -> int:
@@ -30,7 +30,7 @@ def mix(previous: int, token_id: int) -> int:
 
 def fake_tokens(prompt_token_ids: Sequence[int], num_tokens: int, vocab_size: int = 1000) -> list[int]:
     """The oracle: what the fake model generates after a prompt, computed without any cache."""
-    digest = _ROOT
+    digest = ROOT
     for token_id in prompt_token_ids:
         digest = mix(digest, token_id)
     tokens = []
@@ -41,7 +41,7 @@ def fake_tokens(prompt_token_ids: Sequence[int], num_tokens: int, vocab_size: in
 
 
 @dataclass
-class _RequestState:
+class FakeRequest:
     """The worker's own copy of a request."""
 
     token_ids: list[int]
@@ -55,7 +55,7 @@ class FakeExecutor(Executor):
     def __init__(self, vocab_size: int = 1000, available_bytes: int = 2**40) -> None:
         self.vocab_size = vocab_size
         self.available_bytes = available_bytes
-        self.requests: dict[str, _RequestState] = {}
+        self.requests: dict[str, FakeRequest] = {}
         self.slots: list[int | None] = []
         self.block_size = 0
 
@@ -97,24 +97,24 @@ class FakeExecutor(Executor):
             state.num_computed_tokens = cached.num_computed_tokens
 
     @staticmethod
-    def _new_state(new: NewRequestData) -> _RequestState:
+    def _new_state(new: NewRequestData) -> FakeRequest:
         token_ids = new.prompt_token_ids + new.output_token_ids
-        return _RequestState(token_ids, list(new.block_ids[0]), new.num_computed_tokens)
+        return FakeRequest(token_ids, list(new.block_ids[0]), new.num_computed_tokens)
 
-    def _write(self, state: _RequestState, num_tokens: int) -> None:
+    def _write(self, state: FakeRequest, num_tokens: int) -> None:
         start = state.num_computed_tokens
         assert num_tokens > 0 and start + num_tokens <= len(state.token_ids), "more tokens scheduled than are known"
         for position in range(start, start + num_tokens):
-            previous = self._read(state, position - 1) if position > 0 else _ROOT
+            previous = self._read(state, position - 1) if position > 0 else ROOT
             self.slots[self._slot(state, position)] = mix(previous, state.token_ids[position])
         state.num_computed_tokens = start + num_tokens
 
-    def _read(self, state: _RequestState, position: int) -> int:
+    def _read(self, state: FakeRequest, position: int) -> int:
         digest = self.slots[self._slot(state, position)]
         assert digest is not None, f"read of position {position}, whose slot was never written"
         return digest
 
-    def _slot(self, state: _RequestState, position: int) -> int:
+    def _slot(self, state: FakeRequest, position: int) -> int:
         block_id = state.block_ids[position // self.block_size]
         assert block_id != 0, "the null block holds nobody's tokens"
         return block_id * self.block_size + position % self.block_size

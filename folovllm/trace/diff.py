@@ -22,33 +22,37 @@ class Divergence:
     b_only: tuple[str, ...]
     sentence: str
     config: tuple[str, ...] = ()  # engine arguments that differ, "batching: 'continuous' / 'static'"
+    names: tuple[str, str] = ("a", "b")  # what the two sides are called
 
     def __str__(self) -> str:
         sides = [f"{name}-only " + ", ".join(f"({phrase})" for phrase in phrases)
-                 for name, phrases in (("a", self.a_only), ("b", self.b_only)) if phrases]  # fmt: skip
+                 for name, phrases in zip(self.names, (self.a_only, self.b_only), strict=True) if phrases]  # fmt: skip
         lines = [f"first divergence at step {self.step}: {'; '.join(sides)}", self.sentence]
         return "\n".join(lines + [f"config differs in {difference}" for difference in self.config])
 
 
-View = tuple[Callable[[StepRecord], list[str]], Callable[[StepRecord, StepRecord], str]]
+Names = tuple[str, str]
+View = tuple[Callable[[StepRecord], list[str]], Callable[[StepRecord, StepRecord, Names], str]]
 
 
-def diff(a: Trace, b: Trace) -> Divergence | None:
+def diff(a: Trace, b: Trace, names: Names = ("a", "b")) -> Divergence | None:
     """Returns the first step that differs between `a` and `b`, or None if there is none.
 
-    Block ids are compared only between caches of the same shape.
+    Block ids are compared only between caches of the same shape. `names` is what the answer calls the two sides.
     """
     views, config = _views(with_blocks=a.header["kv"] == b.header["kv"]), _config_differences(a, b)
     for step_a, step_b in zip(a.steps, b.steps, strict=False):
         for phrases, explain in views:
             if phrases(step_a) != phrases(step_b):
                 sides = _only(phrases(step_a), phrases(step_b))
-                return Divergence(step_a["step"], *sides, explain(step_a, step_b), config)
+                return Divergence(step_a["step"], *sides, explain(step_a, step_b, names), config, names)
     common = min(len(a.steps), len(b.steps))
     if len(a.steps) > common:
-        return Divergence(common, _more(a.steps[common]), (), f"b ends after {common} steps, a goes on", config)
+        sentence = f"{names[1]} ends after {common} steps, {names[0]} goes on"
+        return Divergence(common, _more(a.steps[common]), (), sentence, config, names)
     if len(b.steps) > common:
-        return Divergence(common, (), _more(b.steps[common]), f"a ends after {common} steps, b goes on", config)
+        sentence = f"{names[0]} ends after {common} steps, {names[1]} goes on"
+        return Divergence(common, (), _more(b.steps[common]), sentence, config, names)
     return None
 
 
@@ -68,15 +72,15 @@ def _views(with_blocks: bool) -> list[View]:
     times and limits.
     """
     views: list[View] = [
-        (_arrivals, lambda a, b: "the engines were not given the same requests, or not at the same step"),
+        (_arrivals, lambda a, b, names: "the engines were not given the same requests, or not at the same step"),
         (_work, _policy_sentence),
         (_starts, _policy_sentence),
-        (_tokens, lambda a, b: "the same work, but other tokens came out"),
-        (_rest, lambda a, b: "the same work and tokens, but other requests wait, run or finish"),
+        (_tokens, lambda a, b, names: "the same work, but other tokens came out"),
+        (_rest, lambda a, b, names: "the same work and tokens, but other requests wait, run or finish"),
     ]
     if with_blocks:
-        views.insert(3, (_tables, lambda a, b: "the same work, in other blocks"))
-        views.append((_pool, lambda a, b: "the same work and tokens, but other blocks are free"))
+        views.insert(3, (_tables, lambda a, b, names: "the same work, in other blocks"))
+        views.append((_pool, lambda a, b, names: "the same work and tokens, but other blocks are free"))
     return views
 
 
@@ -131,9 +135,10 @@ def _phrase(event: list[object]) -> str:
 # ---- the sentence
 
 
-def _policy_sentence(a: StepRecord, b: StepRecord) -> str:
+def _policy_sentence(a: StepRecord, b: StepRecord, names: Names) -> str:
     """Returns a sentence on what the side that did less did not do. The first reason that applies is taken."""
-    for mine, other, name, others_name in ((a, b, "b", "a"), (b, a, "a", "b")):
+    name_a, name_b = names
+    for mine, other, name, others_name in ((a, b, name_b, name_a), (b, a, name_a, name_b)):
         lacking = [entry for entry in mine["sched"] if _entry_of(other, entry["req"]) is None]
         preempted = {event[1] for event in other["events"] if event[0] == "preempt"}
         if victims := [entry["req"] for entry in lacking if entry["req"] in preempted]:
@@ -146,9 +151,11 @@ def _policy_sentence(a: StepRecord, b: StepRecord) -> str:
         twin = _entry_of(b, entry["req"])
         assert twin is not None, "both sides computed the same requests"
         if twin["start"] != entry["start"]:
-            return f"{entry['req']} starts at token {entry['start']} in a, at {twin['start']} in b"
+            return f"{entry['req']} starts at token {entry['start']} in {name_a}, at {twin['start']} in {name_b}"
         if twin["n"] != entry["n"]:
-            return f"the same requests, but {entry['req']} got {entry['n']} tokens in a and {twin['n']} in b"
+            return (
+                f"the same requests, but {entry['req']} got {entry['n']} tokens in {name_a} and {twin['n']} in {name_b}"
+            )
     return "the same requests in another order"
 
 

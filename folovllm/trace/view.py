@@ -27,7 +27,7 @@ SCRIPTS = ("model.js", "why.js", "draw.js", "page.js")  # in this order: the las
 def render_view(traces: Sequence[Trace], names: Sequence[str]) -> str:
     """Returns the page for one trace, or for two side by side. `names` are their titles."""
     assert len(traces) == len(names) in (1, 2)
-    divergence = diff(*traces) if len(traces) == 2 else None
+    divergence = diff(traces[0], traces[1]) if len(traces) == 2 else None
     data = {
         "traces": [
             {"name": name, "header": trace.header, "steps": compact(trace)}

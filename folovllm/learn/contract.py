@@ -1,0 +1,161 @@
+"""The contract: the learner's file loads, its class fits the engine, and the methods are really the learner's own.
+
+Milestone: M0. vLLM counterpart: none.
+
+Without the last point, a file that re-exports the engine's class would pass every check: the engine would grade itself.
+"""
+
+import ast
+import inspect
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeGuard
+
+from folovllm.learn.exercise import Exercise
+from folovllm.parts import PARTS, load_file
+
+
+class ContractError(ValueError):
+    """What does not fit, with the fix. `line` is where in the learner's file, if it is one place."""
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def load_work(exercise: Exercise, path: Path) -> Any:
+    """Returns the class of a learner's file, held to the contract. Raises ContractError, or ValueError if the file
+    cannot be run.
+    """
+    module = load_file(path)
+    cls = vars(module).get(exercise.class_name)
+    if not inspect.isclass(cls):
+        raise ContractError(f"the file has no class {exercise.class_name}; give your class that name")
+    _check_parts_methods(exercise, cls)
+    for name in exercise.write:
+        _check_method(exercise, cls, name, path)
+    _check_calls(exercise, module, path)
+    return cls
+
+
+def _check_parts_methods(exercise: Exercise, cls: Any) -> None:
+    if issubclass(cls, exercise.reference_class):
+        return
+    missing = [name for name in PARTS[exercise.part].methods if not callable(getattr(cls, name, None))]
+    if missing:
+        raise ContractError(
+            f"{exercise.class_name} lacks {', '.join(missing)}, which the engine calls: write them too, or inherit "
+            f"from {_dotted(exercise.reference_class)}"
+        )
+
+
+# ---- whose method is it?
+
+
+def _check_method(exercise: Exercise, cls: Any, name: str, path: Path) -> None:
+    """Provenance and signature of one method."""
+    mine, reference = inspect.getattr_static(cls, name, None), inspect.getattr_static(exercise.reference_class, name)
+    function = plain_function(mine)
+    if function is None or not hasattr(function, "__code__"):
+        raise ContractError(f"{exercise.class_name} has no method {name}; it is one that you write")
+    if Path(function.__code__.co_filename).resolve() != path.resolve():
+        raise ContractError(
+            f"your file does not define {name}: it is still the engine's own, which would grade itself; write "
+            f"`def {name}` in {exercise.class_name}"
+        )
+    if type(mine) is not type(reference):
+        kinds = {staticmethod: "a @staticmethod", classmethod: "a @classmethod", property: "a @property"}
+        kind = kinds.get(type(reference), "a plain method")
+        raise ContractError(f"{name} must be {kind}, as in the engine", function.__code__.co_firstlineno)
+    if mismatch := signature_mismatch(function, plain_function(reference)):
+        raise ContractError(f"{name}: {mismatch}", function.__code__.co_firstlineno)
+
+
+def plain_function(member: Any) -> Any:
+    """The function inside a method, static method, class method or property."""
+    if isinstance(member, property):
+        member = member.fget
+    return inspect.unwrap(getattr(member, "__func__", member)) if member is not None else None
+
+
+def signature_mismatch(mine: Any, reference: Any) -> str | None:
+    """Returns how the parameters differ, or None if every call that the engine makes fits. Extra parameters with a
+    default are fine.
+    """
+    own = list(inspect.signature(mine).parameters.values())
+    wanted = list(inspect.signature(reference).parameters.values())
+    extra = own[len(wanted) :]
+    optional = all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in extra)
+    names = [(p.name, p.kind) for p in own[: len(wanted)]]
+    if names == [(p.name, p.kind) for p in wanted] and optional and _defaults_kept(own, wanted):
+        return None
+    return f"its parameters are ({_listed(own)}), and the engine calls it with ({_listed(wanted)})"
+
+
+def _defaults_kept(own: list[inspect.Parameter], wanted: list[inspect.Parameter]) -> bool:
+    """Whether a parameter that the engine may leave out can be left out."""
+    return all(
+        p.default is not p.empty or q.default is q.empty for p, q in zip(own, wanted, strict=False)
+    )  # values may differ: a learner's own default is the learner's business
+
+
+def _listed(parameters: list[inspect.Parameter]) -> str:
+    return ", ".join(str(p.replace(annotation=p.empty)) for p in parameters)
+
+
+# ---- does it let the engine do the work?
+
+
+def _check_calls(exercise: Exercise, module: ModuleType, path: Path) -> None:
+    """Refuses `super().method`, `BlockPool.method` and `BlockPool(...)` where these are the engine's own."""
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in exercise.write
+            and _is_engines(exercise, module, node.value)
+        ):
+            raise ContractError(
+                f"{ast.unparse(node)} is the engine's own {node.attr}, which would grade itself; write what it does",
+                node.lineno,
+            )
+        if isinstance(node, ast.Call) and _resolve(node.func, module) is exercise.reference_class:
+            raise ContractError(
+                f"{ast.unparse(node.func)}(...) makes an object of the engine's own class, which would do the work; "
+                f"inherit from it, and write {', '.join(exercise.write)}",
+                node.lineno,
+            )
+
+
+def _is_one_of(node: ast.AST, methods: Collection[str]) -> TypeGuard[ast.Attribute]:
+    return isinstance(node, ast.Attribute) and node.attr in methods
+
+
+def _is_engines(exercise: Exercise, module: ModuleType, node: ast.expr) -> bool:
+    """Whether the expression is `super()`, or names the reference or a class that the reference inherits from."""
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id == "super"
+    found = _resolve(node, module)
+    return inspect.isclass(found) and found is not object and issubclass(exercise.reference_class, found)
+
+
+def _resolve(node: ast.expr, module: ModuleType) -> Any:
+    """The value of a dotted name such as `BlockPool` or `block_pool.BlockPool` in a module, or None."""
+    names = list(_dotted_name(node))
+    value: Any = vars(module).get(names[0]) if names else None
+    for name in names[1:]:
+        value = getattr(value, name, None)
+    return value
+
+
+def _dotted_name(node: ast.expr) -> Iterator[str]:
+    if isinstance(node, ast.Attribute):
+        yield from _dotted_name(node.value)
+        yield node.attr
+    elif isinstance(node, ast.Name):
+        yield node.id
+
+
+def _dotted(cls: Any) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,109 @@
+"""The checks that every exercise gets: traces on the toy engine, and the tokens of a real one.
+
+Milestone: M1. vLLM counterpart: none. An exercise whose checks.py has checks of such a level brings its own instead.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from folovllm.config import CacheConfig, SchedulerConfig
+from folovllm.learn.check import Check, Mine
+from folovllm.learn.exercise import Exercise
+from folovllm.learn.toy_engine import Workload, random_workload, run_workload
+from folovllm.trace.diff import diff
+from folovllm.trace.record import Trace, read_trace
+
+NUM_WORKLOADS = 20
+NAMES = ("the reference", "yours")
+PROMPTS = ([11, 7, 23, 5], [3] * 9, list(range(40, 60)), [11, 7, 23, 5, 99])  # two share a beginning
+MAX_TOKENS = 12
+
+
+def default_checks(exercise: Exercise) -> list[Check]:
+    """The default check of each level that the exercise has one for."""
+
+    def same_trace_as_the_reference(mine: Mine) -> None:
+        """On random workloads, every step decides what it decides with the engine's own part."""
+        for seed in range(NUM_WORKLOADS):
+            workload = random_workload(seed, exercise.milestone, **toy_args(exercise.engine))
+            check_workload(workload, mine.parts, reference_parts(exercise))
+
+    def same_tokens_from_a_real_model(mine: Mine) -> None:
+        """A real engine (a tiny model of random weights) generates the tokens that it generates with its own part."""
+        of_reference, of_mine = real_tokens(exercise, reference_parts(exercise)), real_tokens(exercise, mine.parts)
+        for prompt, a, b in zip(PROMPTS, of_reference, of_mine, strict=True):
+            assert a == b, (
+                f"after the prompt {prompt} the engine generated {b} with your part, and {a} with its own: your part "
+                "changes what the model computes"
+            )
+
+    spec = exercise.spec[0]
+    engine = [Check("engine", same_tokens_from_a_real_model, spec, hint=3)]
+    return ([Check("trace", same_trace_as_the_reference, spec, hint=2)] if exercise.compares_traces else []) + engine
+
+
+def reference_parts(exercise: Exercise) -> dict[str, str]:
+    """What the learner's part is compared with, as the engine argument `parts`."""
+    return {exercise.part: exercise.reference} if exercise.reference else {}
+
+
+def toy_args(engine_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Those engine arguments that the toy engine has: of the cache and of the scheduler."""
+    known = {*CacheConfig.__dataclass_fields__, *SchedulerConfig.__dataclass_fields__, "max_model_len"}
+    return {name: value for name, value in engine_args.items() if name in known}
+
+
+def check_workload(workload: Workload, parts: Mapping[str, str], reference: Mapping[str, str] | None = None) -> None:
+    """Runs a workload twice. Raises AssertionError with the first step in which the two engines decide differently."""
+    with tempfile.TemporaryDirectory(prefix="folovllm-learn-") as folder:
+        theirs, mine = Path(folder, "reference.jsonl"), Path(folder, "mine.jsonl")
+        run_workload(workload, reference, theirs)
+        try:
+            run_workload(workload, parts, mine)
+        except Exception as error:
+            if isinstance(error, NotImplementedError):
+                raise
+            divergence = _explain(read_trace(theirs), read_trace(mine))
+            error.add_note(f"It happened on the workload {workload}.{divergence and f' {divergence}'}")
+            raise
+        divergence = _explain(read_trace(theirs), read_trace(mine))
+        assert not divergence, f"on the workload {workload}: {divergence}"
+
+
+def _explain(theirs: Trace, mine: Trace) -> str:
+    """The first divergence in sentences, or "" if there is none."""
+    mine.config["parts"] = theirs.config["parts"]  # that they differ is the point
+    found = diff(theirs, mine, NAMES)
+    if found is None:
+        return ""
+    sides = [f"only {name} did {', '.join(phrases)}"
+             for name, phrases in zip(NAMES, (found.a_only, found.b_only), strict=True) if phrases]  # fmt: skip
+    return f"the first divergence is at step {found.step}: {'; '.join(sides)} ({found.sentence})."
+
+
+# ---- the real engine
+
+
+def real_tokens(exercise: Exercise, parts: Mapping[str, str] | None) -> list[list[int]]:
+    """Greedy tokens of a tiny random model, all prompts together, in float32 on plain torch."""
+    from folovllm.entrypoints.llm import LLM
+    from folovllm.sampling_params import SamplingParams
+
+    milestone = "m1" if exercise.milestone == "m0" else exercise.milestone
+    without = ["m4"] if milestone >= "m4" else []  # its fast kernels change no token, and may have to be built first
+    args = {"dtype": "float32", "device": "cpu", "max_model_len": 64, "num_kv_blocks": 40} | exercise.engine
+    llm = LLM(tiny_model(), preset=milestone, without=without, skip_tokenizer_init=True, parts=parts, **args)
+    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False)
+    prompts: list[Any] = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def tiny_model() -> str:
+    """The folder of a tiny model of random weights, written once to the cache."""
+    from folovllm.benchmarks.random_model import checkpoint_folder, write_checkpoint
+
+    folder = checkpoint_folder("tiny")
+    write_checkpoint("tiny", folder)
+    return str(folder)

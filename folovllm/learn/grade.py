@@ -1,0 +1,170 @@
+"""Grading: runs the contract and the checks of an exercise, level by level. As a program, the worker process.
+
+Milestone: M0. vLLM counterpart: none.
+
+    python -m folovllm.learn.grade milestones/m3/exercises/block_pool work/m3/block_pool.py
+
+prints one line of JSON when a check begins, and one when it is done. What the learner's code prints goes to stderr. A
+level is skipped if an earlier one failed: its message would be about a consequence.
+"""
+
+import contextlib
+import json
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from folovllm.learn.check import LEVELS, Check, Mine, checks_of
+from folovllm.learn.contract import ContractError, load_work
+from folovllm.learn.defaults import default_checks
+from folovllm.learn.exercise import Exercise, load_exercise
+from folovllm.parts import load_file
+
+OK, FAILED, NOT_WRITTEN, SKIPPED = "ok", "failed", "not written", "skipped"
+SECONDS, ENGINE_SECONDS = 10.0, 120.0  # a check's time; the first real engine also writes its model
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a check. `where` is a line of the learner's file, "line 12, in free_blocks"."""
+
+    level: str
+    check: str
+    status: str
+    message: str = ""
+    doc: str = ""
+    spec: str = ""
+    hint: int = 1
+    where: str = ""
+    seconds: float = 0.0
+
+
+class TimeLimit(BaseException):
+    """The check took too long. Not an Exception, so that `except Exception` in the learner's loop does not stop it."""
+
+
+def seconds_for(level: str) -> float:
+    return ENGINE_SECONDS if level == "engine" else SECONDS
+
+
+def load_checks(exercise: Exercise) -> list[Check]:
+    """The exercise's own checks, and the defaults for the levels trace and engine if it has none of its own there.
+
+    Raises ValueError if checks.py has no check at all: an exercise that checks nothing must not pass.
+    """
+    own = checks_of(load_file(exercise.folder / "checks.py"))
+    if not own:
+        raise ValueError(f"{exercise.folder / 'checks.py'} has no checks")
+    levels = {check.level for check in own}
+    checks = own + [check for check in default_checks(exercise) if check.level not in levels]
+    return sorted(checks, key=lambda check: LEVELS.index(check.level))
+
+
+def mine_of(exercise: Exercise, path: Path, cls: Any) -> Mine:
+    parts = {exercise.part: f"{path}:{exercise.class_name}"}
+    return Mine(cls, parts, exercise.reference_class)
+
+
+def grade(exercise: Exercise, path: Path, begin: Callable[[str, str], None] = lambda *_: None) -> Iterator[Result]:
+    """Yields a result per check, the contract's first. `begin(level, check)` is called before each."""
+    begin("contract", "contract")
+    checks = load_checks(exercise)
+    contract, cls = check_contract(exercise, path)
+    yield contract
+    failed_level = "contract" if contract.status != OK else ""
+    for check in checks:
+        if failed_level and failed_level != check.level:
+            yield _result(check, SKIPPED)
+            continue
+        begin(check.level, check.name)
+        result = run_check(check, mine_of(exercise, path, cls), path)
+        failed_level = check.level if result.status != OK else failed_level
+        yield result
+
+
+def check_contract(exercise: Exercise, path: Path) -> tuple[Result, Any]:
+    """The result of the level "contract", and the learner's class if it keeps it."""
+    result = Result("contract", "contract", FAILED, doc="The class fits the engine, and its methods are your own.")
+    try:
+        cls = load_work(exercise, path)
+    except ContractError as error:
+        return replace(result, message=str(error), where=f"line {error.line}" if error.line else ""), None
+    except ValueError as error:
+        return replace(result, message=str(error)), None
+    except Exception as error:  # the file's own code, while it is loaded
+        return replace(result, message=_described(error), where=_where(error, path)), None
+    return replace(result, status=OK), cls
+
+
+def run_check(check: Check, mine: Mine, path: Path) -> Result:
+    """Runs one check on a class that keeps the contract."""
+    start = time.perf_counter()
+    status, message, where = OK, "", ""
+    try:
+        with time_limit(seconds_for(check.level)):
+            check.function(mine)
+    except NotImplementedError as error:
+        status, message, where = NOT_WRITTEN, str(error), _where(error, path)
+    except TimeLimit as error:
+        message = f"it was still running after {seconds_for(check.level):.0f} seconds: probably an endless loop"
+        status, where = FAILED, _where(error, path)
+    except (Exception, SystemExit) as error:
+        status, message, where = FAILED, _described(error), _where(error, path)
+    return replace(_result(check, status), message=message, where=where, seconds=time.perf_counter() - start)
+
+
+def _result(check: Check, status: str) -> Result:
+    return Result(check.level, check.name, status, doc=check.doc, spec=check.spec, hint=check.hint)
+
+
+def _described(error: BaseException) -> str:
+    """The message of an AssertionError; the kind of any other exception, too. Notes follow."""
+    text = str(error) if isinstance(error, AssertionError) and str(error) else f"{type(error).__name__}: {error}"
+    return " ".join([text, *getattr(error, "__notes__", ())])
+
+
+def _where(error: BaseException, path: Path) -> str:
+    """The innermost line of the learner's file that the exception came through. E.g. "line 12, in free_blocks"."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == path.resolve()]
+    return f"line {frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line}" if frames else ""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeLimit in the body if it runs longer; without signals (Windows), the parent's limit alone applies."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def on_alarm(signum: int, frame: FrameType | None) -> None:
+        raise TimeLimit
+
+    previous = signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def main() -> None:
+    """The worker process."""
+    folder, path = map(Path, sys.argv[1:])
+    lines, sys.stdout = sys.stdout, sys.stderr  # stdout belongs to the results
+
+    def emit(record: dict[str, Any]) -> None:
+        print(json.dumps(record), file=lines, flush=True)
+
+    for result in grade(load_exercise(folder), path, lambda level, check: emit({"begin": check, "level": level})):
+        emit(asdict(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The learner's record: work/.results.jsonl, one line per check, question for a hint, prediction or look at a solution.
+
+Milestone: M0. vLLM counterpart: none.
+
+Lines are only appended. There is no other state: a file counts as passed if the last check of its present content did.
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from folovllm.learn.exercise import Exercise
+from folovllm.learn.grade import OK, Result
+from folovllm.text_files import read_text_file, split_lines
+
+FILE = ".results.jsonl"
+
+
+def digest(path: Path) -> str:
+    """The hash of a file, which says whether it has changed since it was checked; "" if it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError:
+        return ""
+
+
+@dataclass
+class Record:
+    """The lines of work/.results.jsonl. `unreadable` counts those that are none."""
+
+    work: Path
+    lines: list[dict[str, Any]]
+    unreadable: int = 0
+
+    def of(self, exercise: Exercise, event: str) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line.get("exercise") == exercise.id and line.get("event") == event]
+
+    def add(self, event: str, exercise: str, **values: Any) -> None:
+        """Appends a line. Raises ValueError that names the fix if the folder cannot be written."""
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "event": event, "exercise": exercise, **values}
+        text = json.dumps(line, ensure_ascii=False) + "\n"
+        path = self.work / FILE
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            if path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
+                text = "\n" + text  # the line before was cut off; this one must not be lost with it
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise ValueError(
+                f"cannot write {path}: {error.strerror}; make the folder writable, or choose another with --work"
+            ) from None
+        self.lines.append(line)
+
+    def add_results(self, exercise: Exercise, path: Path, results: list[Result]) -> None:
+        levels: dict[str, str] = {}
+        for result in results:
+            if levels.get(result.level, OK) == OK:
+                levels[result.level] = result.status
+        passed = bool(results) and all(result.status == OK for result in results)
+        self.add("check", exercise.id, hash=digest(path), passed=passed, levels=levels)
+
+    # ---- what the lines say
+
+    def state(self, exercise: Exercise) -> str:
+        """One of "not begun", "begun", "failing", "changed", "passed" and "assisted" (passed after the solution)."""
+        path, checks = exercise.work_file(self.work), self.of(exercise, "check")
+        if not path.is_file():
+            return "not begun"
+        if not checks:
+            return "begun"
+        if checks[-1].get("hash") != digest(path):
+            return "changed"
+        if not checks[-1].get("passed"):
+            return "failing"
+        return "assisted" if self.of(exercise, "solution") else "passed"
+
+    def is_passed(self, exercise: Exercise) -> bool:
+        return self.state(exercise) in ("passed", "assisted")
+
+
+def read_record(work: Path) -> Record:
+    """Reads the record; a line that is not JSON, or a file that is not there, does no harm."""
+    path = work / FILE
+    try:
+        text = read_text_file(path) if path.is_file() else ""
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}; move it away to start a new record") from None
+    record = Record(work, [])
+    for line in split_lines(text):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            record.lines.append(value)
+        elif line.strip():
+            record.unreadable += 1
+    return record
