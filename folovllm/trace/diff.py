@@ -170,9 +170,9 @@ def _entry_of(record: StepRecord, request_id: str) -> SchedEntry | None:
 
 
 def _config_differences(a: Trace, b: Trace) -> tuple[str, ...]:
-    names = dict.fromkeys((*a.config, *b.config))
+    """Compares the engine arguments that both traces name: a trace of another engine does not have all of them."""
     return tuple(
-        f"{name}: {a.config.get(name)!r} / {b.config.get(name)!r}"
-        for name in names
-        if a.config.get(name) != b.config.get(name)
+        f"{name}: {value!r} / {b.config[name]!r}"
+        for name, value in a.config.items()
+        if name in b.config and b.config[name] != value
     )

@@ -47,6 +47,15 @@ def test_continuous_against_static(tmp_path: Path) -> None:
     ]
 
 
+def test_an_argument_that_one_side_does_not_know_is_no_difference(tmp_path: Path) -> None:
+    """A trace of another engine, such as vLLM, names only the arguments that both engines have."""
+    a, b = three_requests(tmp_path / "a"), three_requests(tmp_path / "b", batching="static")
+    kept = ("batching", "max_num_seqs", "max_num_batched_tokens")
+    b.header["config"] = {name: b.config[name] for name in kept}
+    divergence = diff(a, b)
+    assert divergence is not None and divergence.config == ("batching: 'continuous' / 'static'",)
+
+
 def test_a_skipped_decode_is_called_that(tmp_path: Path) -> None:
     """The broken one gives r0 no token while others wait."""
     a = record_run(traced_core(tmp_path / "a", CarelessExecutor(), max_num_seqs=3), six_requests())
