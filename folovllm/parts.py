@@ -74,6 +74,11 @@ PARTS: dict[str, Part] = {
             _PREFIX_INDEX,
         ),
         Part(
+            "worker.block_table",
+            "folovllm.worker.block_table:BlockTable",
+            ("add_row", "append_row", "move_row", "slot_mapping"),
+        ),
+        Part(
             "attention.backend",
             "folovllm.attention.backends.torch_naive:TorchNaiveBackend",
             ("kv_cache_shape", "write", "copy_blocks", "forward"),

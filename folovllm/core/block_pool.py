@@ -44,9 +44,7 @@ class BlockPool:
         """Takes `num_blocks` from the head of the free queue. Raises ValueError, with nothing taken, if there are
         fewer.
 
-        This is the only eviction: when a cached block at the head is taken, the prefix index forgets it. Cached blocks
-        are freed to the tail, the end of a sequence before its beginning. So the least recently used blocks are evicted
-        first, and of one sequence first the part that the fewest requests can share.
+        A cached block at the head is evicted before it is handed out. This is the only eviction there is.
         """
         if num_blocks > self.get_num_free_blocks():
             raise ValueError(f"Cannot get {num_blocks} free blocks from the pool, it has {self.get_num_free_blocks()}")
@@ -54,10 +52,14 @@ class BlockPool:
         for block in blocks:
             assert block.ref_cnt == 0, f"{block} was free and held"
             if block.block_hash is not None:
-                self._forget(block)
-                self.num_free_cached_blocks -= 1
+                self.evict(block)
             block.ref_cnt = 1
         return blocks
+
+    def evict(self, block: KVCacheBlock) -> None:
+        """Makes the prefix index forget a free cached block, because the block is about to hold other tokens."""
+        self._forget(block)
+        self.num_free_cached_blocks -= 1
 
     def _forget(self, block: KVCacheBlock) -> None:
         self.prefix_index.remove(block)
@@ -88,10 +90,9 @@ class BlockPool:
             block.ref_cnt += 1
 
     def free_blocks(self, ordered_blocks: Sequence[KVCacheBlock]) -> None:
-        """Drops a reference to each block. Blocks without references become free, and the first given is reused first.
+        """Drops a reference to each block. A block without references becomes free, and `enqueue` gives it its place.
 
-        A block without a hash can never be hit again. It goes to the head of the queue, because its memory is still in
-        the processor's cache. A block with a hash goes to the tail and remains a cache entry until it reaches the head.
+        The order is kept: of two blocks that are freed here, the first given is reused first.
         """
         freed = []
         for block in ordered_blocks:
@@ -101,10 +102,21 @@ class BlockPool:
             block.ref_cnt -= 1
             if block.ref_cnt == 0:
                 freed.append(block)
-                self.num_free_cached_blocks += block.block_hash is not None
+        self.enqueue(freed)
+
+    def enqueue(self, freed: Sequence[KVCacheBlock]) -> None:
+        """Puts blocks that have just become free into the queue, whose head is reused next.
+
+        A block without a hash can never be hit again. It goes to the head of the queue, because its memory is still in
+        the processor's cache. A block with a hash goes to the tail and remains a cache entry until it reaches the head.
+        Requests free the end of a sequence before its beginning. So the least recently used blocks are evicted first,
+        and of one sequence first the part that the fewest requests can share.
+        """
+        cached = [block for block in freed if block.block_hash is not None]
+        self.num_free_cached_blocks += len(cached)
         if self.free_uncached_first:
-            self.free_block_queue.prepend_n([b for b in freed if b.block_hash is None])
-            freed = [b for b in freed if b.block_hash is not None]
+            self.free_block_queue.prepend_n([block for block in freed if block.block_hash is None])
+            freed = cached
         self.free_block_queue.append_n(freed)
 
     def check_integrity(self, block_tables: Iterable[Sequence[KVCacheBlock]]) -> None:

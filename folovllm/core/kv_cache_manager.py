@@ -63,7 +63,7 @@ class KVCacheManager:
         source, length = self.block_pool.prefix_index.match_partial(request, hits, not_yet_computed)
         # The source is held in addition to the blocks that the request needs. If the pool has no block more than those,
         # a request that insisted on the hit would wait forever.
-        if source and not self._fits(request.num_tokens, len(hits), [*hits, source]):
+        if source and not self.fits(request.num_tokens, len(hits), [*hits, source]):
             return None, 0
         return source, length
 
@@ -106,28 +106,36 @@ class KVCacheManager:
         num_computed = request.num_computed_tokens + num_hit_tokens
         num_slots = min(num_computed + num_new_tokens, self.max_model_len)
         must_fit = max(num_slots, min(request.num_tokens, self.max_model_len)) if full_sequence_must_fit else num_slots
-        if not self._fits(must_fit, num_held, hits):
+        if not self.fits(must_fit, num_held, hits):
             return None
 
         table = self.req_to_blocks.setdefault(request.request_id, [])
         if hits:
-            self.block_pool.touch(hits)
-            table += hits[:num_held]
-            self._num_full[request.request_id] = num_held
-        new_blocks = self.block_pool.get_new_blocks(self._num_new_blocks(num_slots, num_held))
+            self._adopt(request, table, hits, num_held)
+        new_blocks = self.block_pool.get_new_blocks(self.num_new_blocks(num_slots, num_held))
         table += new_blocks
         self._copy(hits[num_held:], new_blocks)
         self._publish(request, table, min(num_computed + num_new_tokens, request.num_tokens) // self.block_size)
         return new_blocks
 
-    def _fits(self, num_slots: int, num_held: int, hits: Sequence[KVCacheBlock]) -> bool:
-        """Whether the pool has enough free blocks. A hit that no request holds is one of them until it is adopted."""
+    def fits(self, num_slots: int, num_held: int, hits: Sequence[KVCacheBlock]) -> bool:
+        """Whether the pool has enough free blocks for `num_slots` slots in all, of which `num_held` blocks are there.
+
+        A hit that no request holds is itself one of the free blocks, until it is adopted.
+        """
         num_evictable_hits = sum(block.ref_cnt == 0 for block in hits) if hits else 0
-        needed = self._num_new_blocks(num_slots, num_held) + num_evictable_hits
+        needed = self.num_new_blocks(num_slots, num_held) + num_evictable_hits
         return needed <= self.block_pool.get_num_free_blocks()
 
-    def _num_new_blocks(self, num_slots: int, num_held: int) -> int:
+    def num_new_blocks(self, num_slots: int, num_held: int) -> int:
+        """Returns how many blocks `num_slots` slots need beyond the `num_held` blocks that are there."""
         return max(cdiv(num_slots, self.block_size) - num_held, 0)
+
+    def _adopt(self, request: Request, table: list[KVCacheBlock], hits: Sequence[KVCacheBlock], num_held: int) -> None:
+        """Begins the table of `request` with the hits that it shares, and holds those too that it will only copy."""
+        self.block_pool.touch(hits)
+        table += hits[:num_held]
+        self._num_full[request.request_id] = num_held
 
     def _copy(self, sources: Sequence[KVCacheBlock], new_blocks: Sequence[KVCacheBlock]) -> None:
         """Copy on write: the request continues in its own copy of a block that others hold or may hit.

@@ -6,12 +6,14 @@ Rows are added, moved and dropped in place. A step only touches what changed, so
 of the prompts.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from folovllm.core.sched.output import NewRequestData
+from folovllm.parts import load_part
 from folovllm.sample.metadata import SamplingRow
 from folovllm.utils import cdiv
 from folovllm.worker.block_table import BlockTable
@@ -51,7 +53,9 @@ class CachedRequestState:
 class InputBatch:
     """Rows 0 .. num_reqs - 1 are the requests in the batch; there are no holes."""
 
-    def __init__(self, max_num_reqs: int, max_model_len: int, block_size: int) -> None:
+    def __init__(
+        self, max_num_reqs: int, max_model_len: int, block_size: int, parts: Mapping[str, str] | None = None
+    ) -> None:
         max_num_blocks_per_req = cdiv(max_model_len, block_size)
         self.req_ids: list[str] = []
         self.row_of: dict[str, int] = {}
@@ -61,7 +65,8 @@ class InputBatch:
         self.num_tokens = np.zeros(max_num_reqs, dtype=np.int64)
         self.num_computed_tokens = np.zeros(max_num_reqs, dtype=np.int64)
         self.position_offset = np.zeros(max_num_reqs, dtype=np.int64)  # see Request
-        self.block_table = BlockTable(max_num_reqs, max_num_blocks_per_req, block_size)
+        make_block_table = load_part("worker.block_table", parts)
+        self.block_table: BlockTable = make_block_table(max_num_reqs, max_num_blocks_per_req, block_size)
 
     @property
     def num_reqs(self) -> int:

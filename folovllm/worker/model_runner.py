@@ -55,7 +55,7 @@ class ModelRunner:
         self.sampler = sampler
         self.vocab_size = config.model_config.arch.vocab_size
         self.requests: dict[str, CachedRequestState] = {}
-        self.batch = InputBatch(config.max_num_seqs, config.max_model_len, config.block_size)
+        self.batch = InputBatch(config.max_num_seqs, config.max_model_len, config.block_size, config.parts)
         self.num_prompt_logprobs: dict[str, int] = {}  # of the requests that want them
         # Fixed addresses for the inputs of every step (CUDA graphs will replay on them).
         budget = config.max_num_batched_tokens

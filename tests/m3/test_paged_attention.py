@@ -312,6 +312,25 @@ def test_rows_changed_in_place_equal_a_batch_built_anew(operations: list[tuple[s
         assert_as_if_rebuilt(batch, states)
 
 
+DOUBLED_TABLE = """
+from folovllm.worker.block_table import BlockTable
+
+class Doubled(BlockTable):
+    def slot_mapping(self, rows, positions):
+        return 2 * super().slot_mapping(rows, positions)
+"""
+
+
+def test_a_learners_block_table_gives_the_slots(tiny_model_dir: MakeTiny, tmp_path: Path) -> None:
+    """The input batch builds its table as the part worker.block_table."""
+    (tmp_path / "mine.py").write_text(DOUBLED_TABLE)
+    parts = {"worker.block_table": f"{tmp_path}/mine.py:Doubled"}
+    engine = make_engine(tiny_model_dir("llama"), max_model_len=MAX_MODEL_LEN, block_size=4, parts=parts)
+    table = runner_of(engine).batch.block_table
+    table.add_row([7, 2], row=0)
+    assert table.slot_mapping(np.array([0, 0]), np.array([3, 4])).tolist() == [2 * 31, 2 * 8]
+
+
 def test_the_batch_equals_the_requests_at_every_step(
     tiny_model_dir: MakeTiny, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
