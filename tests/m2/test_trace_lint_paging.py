@@ -73,14 +73,14 @@ def tells_the_worker_of_other_blocks(core: EngineCore) -> None:
 
 def allocates_too_few(core: EngineCore) -> None:
     manager = core.scheduler.kv_cache_manager
-    num_new_blocks = manager._num_new_blocks
-    manager._num_new_blocks = lambda num_slots, num_held: num_new_blocks(max(num_slots - 1, 1), num_held)  # type: ignore[method-assign]
+    num_new_blocks = manager.num_new_blocks
+    manager.num_new_blocks = lambda num_slots, num_held: num_new_blocks(max(num_slots - 1, 1), num_held)  # type: ignore[method-assign]
 
 
 def allocates_too_many(core: EngineCore) -> None:
     manager = core.scheduler.kv_cache_manager
-    num_new_blocks = manager._num_new_blocks
-    manager._num_new_blocks = lambda num_slots, num_held: num_new_blocks(num_slots + 4, num_held)  # type: ignore[method-assign]
+    num_new_blocks = manager.num_new_blocks
+    manager.num_new_blocks = lambda num_slots, num_held: num_new_blocks(num_slots + 4, num_held)  # type: ignore[method-assign]
 
 
 def keeps_the_blocks_of_the_finished(core: EngineCore) -> None:
