@@ -39,14 +39,10 @@ class Step:
         backend.prepare(self.metadata)
         return backend.forward(self.query, self.kv_cache, self.metadata)
 
-    def explain(self) -> str:
-        starts = self.metadata.query_start_loc
-        return "; ".join(
-            f"request {i}: {starts[i + 1] - starts[i]} of {seq_len} tokens are new, blocks {tables}"
-            for i, (seq_len, tables) in enumerate(
-                zip(self.metadata.seq_lens, self.metadata.block_table.tolist(), strict=True)
-            )
-        )
+    def explain(self, i: int) -> str:
+        starts, seq_len, size = self.metadata.query_start_loc, self.metadata.seq_lens[i], self.metadata.block_size
+        blocks = self.metadata.block_table[i, : -(-seq_len // size)].tolist()
+        return f"request {i} ({starts[i + 1] - starts[i]} of {seq_len} tokens are new, in blocks {blocks} of {size})"
 
 
 def make_step(
@@ -93,37 +89,34 @@ def compare(step: Step, cls: Any, why: str) -> None:
     for i, seq_len in enumerate(step.metadata.seq_lens):
         rows = slice(step.metadata.query_start_loc[i], step.metadata.query_start_loc[i + 1])
         assert not got[rows].isnan().any(), (
-            f"{step.explain()}; blocks of {step.metadata.block_size}: the output of request {i} is NaN, so a slot was "
-            f"read that is not one of its {seq_len}. {why}"
+            f"the output of {step.explain(i)} is NaN: a slot was read that is not one of its {seq_len}. {why}"
         )
         error = (got[rows] - step.expected[rows]).abs().max().item()
-        assert error < 1e-4, (
-            f"{step.explain()}; blocks of {step.metadata.block_size}: the output of request {i} is off by {error:.2g}. "
-            f"{why}"
-        )
+        assert error < 1e-4, f"the output of {step.explain(i)} is off by {error:.2g}. {why}"
 
 
 @check("unit", spec="R3.14", hint=1)
 def one_new_token_sees_its_whole_sequence(mine: Mine) -> None:
     """In a decode step the query is one token, and the keys are all tokens of the sequence, from the cache."""
-    compare(
-        make_step([(1, 4)]), mine.cls, "The 3 tokens before the new one are in the cache, and are part of the answer."
-    )
-    compare(
-        make_step([(1, 9)]), mine.cls, "The 8 tokens before the new one are in the cache, and are part of the answer."
-    )
+    for seq_len in (4, 8):
+        step = make_step([(1, seq_len)], tables=[[1, 2]])
+        compare(step, mine.cls, f"The {seq_len - 1} tokens before the new one are in the cache, and it sees them all.")
 
 
 @check("unit", spec="R3.14", hint=2)
 def a_whole_prompt(mine: Mine) -> None:
     """If all tokens are new, each query sees itself and the tokens before it."""
-    compare(make_step([(8, 8)]), mine.cls, "Query i sees the keys 0 to i, and no later one.")
+    compare(make_step([(8, 8)], tables=[[1, 2]]), mine.cls, "Query i sees the keys 0 to i, and no later one.")
 
 
 @check("unit", spec="R3.14", hint=3)
 def new_tokens_behind_cached_ones(mine: Mine) -> None:
     """If the queries are fewer than the keys, they are the last positions: the mask is aligned at the end."""
-    compare(make_step([(4, 8)]), mine.cls, "Query i is at position seq_len - q_len + i, and sees the keys up to there.")
+    compare(
+        make_step([(4, 8)], tables=[[1, 2]]),
+        mine.cls,
+        "Query i is at position seq_len - q_len + i, and sees the keys up to there.",
+    )
 
 
 @check("unit", spec="R3.16", hint=2)

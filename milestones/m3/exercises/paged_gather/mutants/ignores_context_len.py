@@ -1,4 +1,4 @@
-# killed-by: one_new_token_sees_its_whole_sequence | are in the cache
+# killed-by: one_new_token_sees_its_whole_sequence | are in the cache, and it sees them all
 """Attends to the tokens of this step only. Right for whole prompts, and wrong as soon as something is cached.
 
 An engine with one path for prompts and one for single tokens invites it: the path for prompts needs no cache until a
