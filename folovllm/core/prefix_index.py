@@ -133,7 +133,7 @@ class HashPrefixIndex(PrefixIndex):
 
     def match(self, request: Request) -> list[KVCacheBlock]:
         hits: list[KVCacheBlock] = []
-        parent: BlockHash | Root = _root(request)
+        parent: BlockHash | Root = root_of(request)
         for i in range((request.num_tokens - 1) // self.block_size):
             block_hash = request.block_hashes[i]
             holders = self.blocks.get(block_hash)
@@ -146,13 +146,13 @@ class HashPrefixIndex(PrefixIndex):
     def match_partial(
         self, request: Request, hit_blocks: list[KVCacheBlock], not_yet_computed: Container[int] = ()
     ) -> tuple[KVCacheBlock | None, int]:
-        children = self.children.get(_last_hash(hit_blocks) or _root(request), {})
+        children = self.children.get(_last_hash(hit_blocks) or root_of(request), {})
         candidates = ((tokens, self.blocks.get(block_hash, {})) for tokens, block_hash in children.items())
         return longest_partial_hit(candidates, rest_of_block(request, hit_blocks, self.block_size), not_yet_computed)
 
     def insert(self, request: Request, blocks: list[KVCacheBlock], num_full_blocks: int) -> None:
         first = num_published(blocks, num_full_blocks)
-        parent: BlockHash | Root = _last_hash(blocks[:first]) or _root(request)
+        parent: BlockHash | Root = _last_hash(blocks[:first]) or root_of(request)
         for i in range(first, num_full_blocks):
             block, block_hash, tokens = blocks[i], request.block_hashes[i], request.block_tokens[i]
             meaning = (parent, tokens)
@@ -263,8 +263,11 @@ def common_length(packed: bytes, token_ids: list[int]) -> int:
     return len(token_ids)
 
 
-def _root(request: Request) -> Root:
-    """Requests with different extra keys (a salt, for example) start from different roots, so they never share."""
+def root_of(request: Request) -> Root:
+    """Returns the parent of the first block of `request`.
+
+    Requests with different extra keys (a salt, for example) start from different roots, so they never share.
+    """
     return (extra_keys(request),)
 
 

@@ -1,8 +1,8 @@
 # killed-by: new_tokens_behind_cached_ones | is at position seq_len - q_len + i
 """Aligns the causal mask at the beginning: query i sees the keys 0 to i, whatever is cached.
 
-torch's scaled_dot_product_attention documents is_causal=True as this upper left mask. flash-attention changed from it to
-the lower right one in version 2.1: with cached keys only that one is causal.
+torch's scaled_dot_product_attention documents is_causal=True as this upper left mask. flash-attention changed to the
+lower right one in version 2.1: with cached keys only that one is causal.
 """
 
 import torch

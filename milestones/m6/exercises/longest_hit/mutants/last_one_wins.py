@@ -1,0 +1,35 @@
+# killed-by: a_collision_is_no_hit | must not be published
+"""Lets a colliding block take over a name. The blocks behind the first prefix are then reached through the second.
+
+The same openvino.genai issue 3722 from the other side: what a name stands for must not change while it is in use.
+"""
+
+from folovllm.core.kv_cache_utils import KVCacheBlock
+from folovllm.core.prefix_index import HashPrefixIndex as Reference
+from folovllm.core.prefix_index import num_published, root_of
+from folovllm.request import Request
+
+
+class HashPrefixIndex(Reference):
+    def match(self, request: Request) -> list[KVCacheBlock]:
+        hits, parent = [], root_of(request)
+        for i in range((request.num_tokens - 1) // self.block_size):
+            name = request.block_hashes[i]
+            if name not in self.blocks or self.meaning[name] != (parent, request.block_tokens[i]):
+                break
+            hits.append(next(iter(self.blocks[name].values())))
+            parent = name
+        return hits
+
+    def insert(self, request: Request, blocks: list[KVCacheBlock], num_full_blocks: int) -> None:
+        first = num_published(blocks, num_full_blocks)
+        parent = blocks[first - 1].block_hash if first else root_of(request)
+        for i in range(first, num_full_blocks):
+            name, meaning = request.block_hashes[i], (parent, request.block_tokens[i])
+            if self.meaning.get(name, meaning) != meaning:
+                self.blocks[name] = {}
+            blocks[i].block_hash = name
+            self.meaning[name] = meaning
+            self.children.setdefault(parent, {})[request.block_tokens[i]] = name
+            self.blocks.setdefault(name, {})[blocks[i].block_id] = blocks[i]
+            parent = name
