@@ -28,7 +28,7 @@ class Shelf:
         self.index = cls(CacheConfig(block_size=4, enable_prefix_caching=True))
         if weak_hash:  # three names for everything
             self.index.hasher.hash_function = lambda data: bytes([sum(data) % 3])
-        self.blocks = [KVCacheBlock(i) for i in range(400)]
+        self.blocks = [KVCacheBlock(i) for i in range(120)]
         self.num_used = 1
 
     def request(self, tokens: Sequence[int], salt: str | None = None) -> Request:

@@ -1,0 +1,50 @@
+# killed-by: equal_blocks_are_all_kept | expected [1, 2]
+"""Makes a new node for each inserted block, also where there is one. What hung there can no longer be reached.
+
+A dictionary assignment where setdefault was meant; the second request with a prefix throws out the first.
+"""
+
+from folovllm.core.block_hash import extra_keys
+from folovllm.core.kv_cache_utils import KVCacheBlock
+from folovllm.core.prefix_index import num_published
+from folovllm.core.prefix_trie import Node
+from folovllm.core.prefix_trie import TriePrefixIndex as Reference
+from folovllm.request import Request
+
+
+class TriePrefixIndex(Reference):
+    def match(self, request: Request) -> list[KVCacheBlock]:
+        hits, node = [], self.roots.get(extra_keys(request))
+        for tokens in request.block_tokens[: (request.num_tokens - 1) // self.block_size]:
+            node = node.children.get(tokens) if node else None
+            if node is None or not node.blocks:
+                break
+            hits.append(next(iter(node.blocks.values())))
+        return hits
+
+    def insert(self, request: Request, blocks: list[KVCacheBlock], num_full_blocks: int) -> None:
+        first, extra = num_published(blocks, num_full_blocks), extra_keys(request)
+        if first == num_full_blocks:
+            return
+        if first:
+            node = self.node_of[blocks[first - 1].block_id]
+        else:
+            node = self.roots.setdefault(extra, Node(None, extra))
+        for i in range(first, num_full_blocks):
+            tokens = request.block_tokens[i]
+            child = Node(node, tokens)
+            node.children[tokens] = child
+            node = child
+            blocks[i].block_hash = tokens
+            node.blocks[blocks[i].block_id] = blocks[i]
+            self.node_of[blocks[i].block_id] = node
+
+    def remove(self, block: KVCacheBlock) -> None:
+        node = self.node_of.pop(block.block_id)
+        del node.blocks[block.block_id]
+        while not node.blocks and not node.children:
+            if node.parent is None:
+                del self.roots[node.tokens]
+                break
+            del node.parent.children[node.tokens]
+            node = node.parent
