@@ -1,6 +1,6 @@
 """Paged attention through the whole engine: who owns which slot, and that no request reads another's (R3.14 to R3.19).
 
-Milestone: M3. Slots that belong to nobody are NaN at every step: one that leaks into an output turns all of it to NaN.
+Milestone: M3. Slots that no request owns are NaN at every step: one that leaks into an output turns all of it to NaN.
 Blocks are handed out in random order: nothing may depend on which physical block holds what.
 """
 
@@ -42,7 +42,7 @@ def tokens_of(jobs: list[Job]) -> list[list[int]]:
     return [job.tokens for job in jobs]
 
 
-# --- nobody reads what is not theirs ----------------------------------------------------------------------------------
+# --- no request reads another's slots ---------------------------------------------------------------------------------
 
 
 def runner_of(engine: LLMEngine) -> ModelRunner:

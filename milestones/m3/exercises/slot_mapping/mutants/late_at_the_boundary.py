@@ -1,8 +1,8 @@
 # killed-by: the_next_block_begins_at_a_multiple | position 4
 """Looks for the block of the token before. At a multiple of the block size that is the wrong block.
 
-The first token of a new block is written over the first token of the old one. MinivLLM issue 75 and nano-vllm issues 150
-and 240 argue about this boundary: whether `len % block_size` must be compared with 0 or with 1.
+The first token of a new block is written over the first one of the old. MinivLLM issue 75 and nano-vllm issues 150 and
+240 argue about this boundary: whether `len % block_size` must be compared with 0 or with 1.
 """
 
 import numpy as np
