@@ -74,6 +74,21 @@ PARTS: dict[str, Part] = {
             _PREFIX_INDEX,
         ),
         Part(
+            "core.kv_cache_budget",
+            "folovllm.core.kv_cache_utils:KVCacheBudget",
+            ("bytes_per_token", "num_blocks"),
+        ),
+        Part(
+            "core.request",
+            "folovllm.request:Request",
+            ("set_status", "append_output_token_id", "attach_block_hasher", "rewind", "sort_key", "__lt__"),
+        ),
+        Part(
+            "engine.text_stream",
+            "folovllm.engine.detokenizer:TextStream",
+            ("step", "flush"),
+        ),
+        Part(
             "worker.block_table",
             "folovllm.worker.block_table:BlockTable",
             ("add_row", "append_row", "move_row", "slot_mapping"),

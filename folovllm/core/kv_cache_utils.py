@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from folovllm.config import DTYPE_BYTES, EngineConfig
+from folovllm.hf_config import ModelArchitecture
+from folovllm.parts import load_part
 from folovllm.utils import cdiv
 
 GIB = 1024**3
@@ -186,30 +188,40 @@ class KVCacheConfig:
         )
 
 
-def make_kv_cache_config(config: EngineConfig, available_bytes: int) -> KVCacheConfig:
-    """Decides the number of blocks from `num_kv_blocks`, or else `kv_cache_memory`, or else the available memory.
+class KVCacheBudget:
+    """The arithmetic of the cache's size: what one token takes, and how many blocks the memory holds."""
 
-    If neither is given, the cache never takes more than max_num_seqs requests of max_model_len could use. Raises
-    ValueError with the numbers if one request of max_model_len does not fit.
+    def bytes_per_token(self, arch: ModelArchitecture, dtype_bytes: int) -> int:
+        """Returns how many bytes of K and V one token adds to the cache, over all layers."""
+        return kv_bytes_per_token(arch.num_hidden_layers, arch.num_key_value_heads, arch.head_dim, dtype_bytes)
+
+    def num_blocks(self, config: EngineConfig, available_bytes: int, bytes_per_block: int) -> int:
+        """Decides the number of blocks, the null block included, of a resolved `config`.
+
+        `num_kv_blocks` decides if it is given, or else `kv_cache_memory` (bytes), or else `available_bytes`. In the
+        last case the cache never takes more than max_num_seqs requests of max_model_len could use.
+        """
+        cache = config.cache_config
+        if cache.num_kv_blocks is not None:
+            return cache.num_kv_blocks
+        if cache.kv_cache_memory is not None:
+            return cache.kv_cache_memory // bytes_per_block
+        most_useful = config.max_num_seqs * cdiv(config.max_model_len, config.block_size) + 1
+        return min(available_bytes // bytes_per_block, most_useful)
+
+
+def make_kv_cache_config(config: EngineConfig, available_bytes: int) -> KVCacheConfig:
+    """Divides the memory into blocks, as the part core.kv_cache_budget computes.
+
+    Raises ValueError with the numbers if one request of max_model_len does not fit.
     """
-    arch = config.model_config.arch
+    budget: KVCacheBudget = load_part("core.kv_cache_budget", config.parts)()
     dtype_bytes = DTYPE_BYTES[config.model_config.dtype]
-    per_token = kv_bytes_per_token(arch.num_hidden_layers, arch.num_key_value_heads, arch.head_dim, dtype_bytes)
-    bytes_per_block = per_token * config.block_size
-    num_blocks = _num_blocks(config, available_bytes, bytes_per_block)
+    bytes_per_block = budget.bytes_per_token(config.model_config.arch, dtype_bytes) * config.block_size
+    num_blocks = budget.num_blocks(config, available_bytes, bytes_per_block)
     kv_cache_config = KVCacheConfig(num_blocks, config.block_size, bytes_per_block)
     _check_one_request_fits(kv_cache_config, config.max_model_len)
     return kv_cache_config
-
-
-def _num_blocks(config: EngineConfig, available_bytes: int, bytes_per_block: int) -> int:
-    cache = config.cache_config
-    if cache.num_kv_blocks is not None:
-        return cache.num_kv_blocks
-    if cache.kv_cache_memory is not None:
-        return cache.kv_cache_memory // bytes_per_block
-    most_useful = config.max_num_seqs * cdiv(config.max_model_len, config.block_size) + 1
-    return min(available_bytes // bytes_per_block, most_useful)
 
 
 def _check_one_request_fits(kv: KVCacheConfig, max_model_len: int) -> None:

@@ -94,13 +94,20 @@ class TextStream:
 class IncrementalDetokenizer:
     """Text and token ids of one request so far; stops it at its stop strings.
 
-    With no tokenizer, or with `detokenize=False`, it only collects token ids.
+    With no tokenizer, or with `detokenize=False`, it only collects token ids. `text_stream` is the part
+    engine.text_stream.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, prompt_token_ids: list[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        params: SamplingParams,
+        prompt_token_ids: list[int],
+        text_stream: type[TextStream] = TextStream,
+    ) -> None:
         self._stream: TextStream | None = None
         if tokenizer is not None and params.detokenize:
-            self._stream = TextStream(tokenizer, prompt_token_ids, params.skip_special_tokens)
+            self._stream = text_stream(tokenizer, prompt_token_ids, params.skip_special_tokens)
         self._stop = params.stop_strings
         self._include_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens

@@ -28,6 +28,7 @@ class InputProcessor:
     `eos_token_id`, the tokenizer's, stops a request silently. `extra_eos_token_ids`, those that only config.json and
     generation_config.json name, are stop token ids and show up as `stop_reason`. `max_logprobs` -1 allows the whole
     vocabulary. `vocab_size` is the model's. `rope` says which angles a request needs for the length it may reach.
+    `request_class` is the part core.request.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class InputProcessor:
         extra_eos_token_ids: tuple[int, ...] = (),
         seed: int = 0,
         rope: RopeConfig | None = None,
+        request_class: type[Request] = Request,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -48,6 +50,7 @@ class InputProcessor:
         self.eos_token_id = eos_token_id
         self.extra_eos_token_ids = tuple(i for i in extra_eos_token_ids if i != eos_token_id)
         self.rope = rope or RopeConfig()
+        self._request_class = request_class
         self._seeds = random.Random(seed)
 
     def process(
@@ -70,7 +73,7 @@ class InputProcessor:
         self._check_length(len(token_ids))
         self._check_vocabulary("the prompt", token_ids)
         params = self._resolve(params, len(token_ids))
-        return Request(
+        return self._request_class(
             request_id,
             token_ids,
             params,

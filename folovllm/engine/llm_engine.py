@@ -20,6 +20,7 @@ from folovllm.engine.tokenizer import Tokenizer
 from folovllm.executor.base import Executor
 from folovllm.interrupts import HeldInterrupts
 from folovllm.outputs import EngineCoreOutput, EngineStats, RequestOutput
+from folovllm.parts import load_part
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
 
@@ -58,8 +59,9 @@ class LLMEngine:
             extra_eos_token_ids=tuple(i for i in arch.eos_token_ids if i < arch.vocab_size),
             seed=config.model_config.seed,
             rope=arch.rope,
+            request_class=load_part("core.request", config.parts),
         )
-        self.output_processor = OutputProcessor(tokenizer)
+        self.output_processor = OutputProcessor(tokenizer, text_stream=load_part("engine.text_stream", config.parts))
         # Outputs of requests that did not end in a step. The next step returns them.
         self._late_outputs: list[RequestOutput] = []
         self.engine_core = EngineCore(config, executor)  # last: it opens the trace

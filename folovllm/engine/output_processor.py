@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from folovllm.engine.detokenizer import IncrementalDetokenizer
+from folovllm.engine.detokenizer import IncrementalDetokenizer, TextStream
 from folovllm.engine.logprobs import LogprobsProcessor
 from folovllm.engine.parallel_sampling import ParentRequest, merge_metrics
 from folovllm.engine.tokenizer import Tokenizer
@@ -90,6 +90,7 @@ class RequestState:
         prompt: str | None,
         parent: ParentRequest | None = None,
         index: int = 0,
+        text_stream: type[TextStream] = TextStream,
     ) -> None:
         self.request = request
         self.request_id = request.request_id
@@ -98,7 +99,7 @@ class RequestState:
         self.parent = parent
         self.index = index
         self.output_kind = request.sampling_params.output_kind
-        self._tokenizer = tokenizer
+        self._tokenizer, self._text_stream = tokenizer, text_stream
         self.detokenizer = self._new_detokenizer()
         self.logprobs = LogprobsProcessor(tokenizer, request.sampling_params)
         self.timer = RequestTimer(request.arrival_time)
@@ -106,7 +107,8 @@ class RequestState:
         self._num_sent_tokens = 0
 
     def _new_detokenizer(self) -> IncrementalDetokenizer:
-        return IncrementalDetokenizer(self._tokenizer, self.request.sampling_params, self.prompt_token_ids)
+        params = self.request.sampling_params
+        return IncrementalDetokenizer(self._tokenizer, params, self.prompt_token_ids, self._text_stream)
 
     def mark(self) -> tuple[Any, ...]:
         """What `rewind` needs to come back to this moment: small, since it is taken in every step."""
@@ -169,11 +171,16 @@ class RequestState:
 
 
 class OutputProcessor:
-    """Keeps a RequestState per request of the engine core, and makes RequestOutputs from the core's outputs."""
+    """Keeps a RequestState per request of the engine core, and makes RequestOutputs from the core's outputs.
 
-    def __init__(self, tokenizer: Tokenizer | None, stream_interval: int = 1) -> None:
+    `text_stream` is the part engine.text_stream.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, stream_interval: int = 1, text_stream: type[TextStream] = TextStream
+    ) -> None:
         assert stream_interval >= 1
-        self.tokenizer = tokenizer
+        self.tokenizer, self._text_stream = tokenizer, text_stream
         self.stream_interval = stream_interval
         self.states: dict[str, RequestState] = {}
         self.parents: dict[str, ParentRequest] = {}
@@ -200,7 +207,8 @@ class OutputProcessor:
         for name in names:
             if name in self.states or name in self.parents:
                 raise ValueError(f"request id {name!r} is in use: wait until that request has finished, or rename this")
-        self.states[request.request_id] = RequestState(self.tokenizer, request, prompt, parent, index)
+        state = RequestState(self.tokenizer, request, prompt, parent, index, self._text_stream)
+        self.states[request.request_id] = state
         if parent is not None:
             self.parents[parent.request_id] = parent
 

@@ -79,7 +79,7 @@ class ParentRequest:
         if index > 0:
             # All children have the same prompt, and a request that wants its logprobs cannot use cached blocks.
             changes["prompt_logprobs"] = None
-        return Request(
+        return type(parent)(
             f"{index}_{parent.request_id}",
             parent.prompt_token_ids,
             params.replace(**changes),

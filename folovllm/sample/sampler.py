@@ -31,7 +31,7 @@ import torch
 
 from folovllm.outputs import TokenLogprobs
 from folovllm.sample.metadata import SamplingMetadata
-from folovllm.sample.ops import fused, masks, penalties, topk_topp
+from folovllm.sample.ops import fused, masks, noise, penalties, topk_topp
 from folovllm.sample.ops.select import first_argmax, largest
 from folovllm.sample.ops.shortlist import Shortlist
 from folovllm.sampling_params import GREEDY_EPSILON
@@ -39,6 +39,7 @@ from folovllm.sampling_params import GREEDY_EPSILON
 LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 SamplerBackend = Literal["torch", "shortlist", "cpp"]
 LOGPROBS_MODES: tuple[LogprobsMode, ...] = ("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits")
+_STEP_9 = ("apply_temperature_", "apply_min_p_", "apply_top_k_", "apply_top_p_", "exponential_noise", "random_sample")
 _GATHER_ROWS = 64  # rows ranked at a time: the scratch memory for a long prompt at once would take gigabytes
 _GROUP_ELEMENTS = 2**19  # 2 MB of float32
 _SPARE = 59  # how many more tokens than wanted are examined, for ties
@@ -61,10 +62,19 @@ class Sampler:
     `backend` decides how step 9 is computed; the tokens are the same, bit for bit. "torch" follows the definitions
     (ops/topk_topp.py), "shortlist" sorts only the largest logits (ops/shortlist.py), and "cpp" takes one pass in C++
     (ops/fused.py). M4 turns the latter two on, through `use_backend`.
+
+    Each part of step 9 is a method, so that a subclass can replace it (see `own_steps`). The methods are the functions
+    of ops/topk_topp.py and ops/noise.py, where each is documented.
     """
 
     backend: SamplerBackend = "torch"
     _ops: Any | None = None
+
+    apply_temperature_ = staticmethod(topk_topp.apply_temperature_)
+    apply_min_p_ = staticmethod(topk_topp.apply_min_p_)
+    apply_top_k_ = staticmethod(topk_topp.apply_top_k_)
+    apply_top_p_ = staticmethod(topk_topp.apply_top_p_)
+    exponential_noise = staticmethod(noise.exponential_noise)
 
     def __init__(self, logprobs_mode: LogprobsMode = "raw_logprobs") -> None:
         if logprobs_mode not in LOGPROBS_MODES:
@@ -75,6 +85,18 @@ class Sampler:
         """Computes step 9 and the argmax by `backend`; "cpp" needs our C++ operators, `ops`."""
         assert (backend == "cpp") == (ops is not None), backend
         self.backend, self._ops = backend, ops
+
+    @classmethod
+    def own_steps(cls) -> list[str]:
+        """Returns the methods of step 9 that this class does not have from `Sampler`.
+
+        The backends "shortlist" and "cpp" compute step 9 without these methods, so a class that replaces one of them
+        must run with "torch".
+        """
+        return [name for name in _STEP_9 if getattr(cls, name) is not getattr(Sampler, name)]
+
+    def __call__(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
+        return self.forward(logits, metadata)
 
     @torch.inference_mode()
     def forward(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
@@ -91,8 +113,6 @@ class Sampler:
         self.apply_logits_processors(processed, metadata)
         sampled = self.sample(processed, metadata)  # [R]
         return SamplerOutput(sampled.tolist(), self._collect_logprobs(logits, processed, sampled, metadata))
-
-    __call__ = forward
 
     def apply_logits_processors(self, logits: torch.Tensor, metadata: SamplingMetadata) -> None:
         """Applies steps 3-7, in place. These are the changes that greedy rows see, too.
@@ -134,21 +154,20 @@ class Sampler:
     def _sample_rows(self, logits: torch.Tensor, metadata: SamplingMetadata, rows: slice) -> torch.Tensor:
         """Runs step 9 in torch for a group of rows and returns `[n]`. `logits [n, V]` are edited."""
         assert metadata.temperature is not None
-        topk_topp.apply_temperature_(logits, metadata.temperature[rows])
-        keys = metadata.seeds[rows], metadata.output_indices[rows]
-        if not metadata.truncates:
-            return topk_topp.random_sample(logits.softmax(dim=-1), *keys)
-        if self.backend == "torch":
-            _truncate_(logits, metadata, rows)
-            return topk_topp.random_sample(logits.softmax(dim=-1), *keys)
-        shortlist = Shortlist.build(logits)
+        self.apply_temperature_(logits, metadata.temperature[rows])
+        uses_list = metadata.truncates and self.backend != "torch"
+        steps: Sampler | Shortlist = Shortlist.build(logits) if uses_list else self  # both have the same four methods
         if metadata.min_p is not None:
-            shortlist.apply_min_p_(logits, metadata.min_p[rows])
+            steps.apply_min_p_(logits, metadata.min_p[rows])
         if metadata.top_k is not None:
-            shortlist.apply_top_k_(logits, metadata.top_k[rows], metadata.max_top_k)
+            steps.apply_top_k_(logits, metadata.top_k[rows], metadata.max_top_k)
         if metadata.top_p is not None:
-            shortlist.apply_top_p_(logits, metadata.top_p[rows])
-        return shortlist.random_sample(logits.softmax(dim=-1), *keys)
+            steps.apply_top_p_(logits, metadata.top_p[rows])
+        return steps.random_sample(logits.softmax(dim=-1), metadata.seeds[rows], metadata.output_indices[rows])
+
+    def random_sample(self, probs: torch.Tensor, seeds: Sequence[int], output_indices: Sequence[int]) -> torch.Tensor:
+        """Draws one token per row of `probs [R, V]` by the exponential race of ops/noise.py. Returns `[R]`."""
+        return topk_topp.race(probs, self.exponential_noise(seeds, output_indices, probs.shape[-1], probs.device))
 
     def greedy_sample(self, logits: torch.Tensor) -> torch.Tensor:
         """Returns the most likely token of each row of `logits [R, V]`, the lowest id among equals, as `[R]`."""
@@ -205,16 +224,6 @@ class Sampler:
             for i, one in zip(wanted[g], self.gather_logprobs(values, sampled_ids[g], counts[g]), strict=True):
                 result[i] = one
         return result
-
-
-def _truncate_(logits: torch.Tensor, metadata: SamplingMetadata, rows: slice) -> None:
-    """min_p, top_k and top_p of a group of rows as ops/topk_topp.py defines them. `logits [n, V]` are edited."""
-    if metadata.min_p is not None:
-        topk_topp.apply_min_p_(logits, metadata.min_p[rows])
-    if metadata.top_k is not None:
-        topk_topp.apply_top_k_(logits, metadata.top_k[rows], metadata.max_top_k)
-    if metadata.top_p is not None:
-        topk_topp.apply_top_p_(logits, metadata.top_p[rows])
 
 
 def _row_groups(logits: torch.Tensor, num_rows: int | None = None) -> list[slice]:

@@ -1,10 +1,11 @@
-"""Parts: a learner's class takes the place of ours, and a wrong one is refused with the reason."""
+"""Parts: a learner's class takes the place of the default one, and a wrong one is refused with the reason."""
 
 import importlib
 
 import pytest
 from typer.testing import CliRunner
 
+from folovllm import LLM, SamplingParams
 from folovllm.entrypoints.cli import app
 from folovllm.parts import PARTS, load_part
 from folovllm.trace.record import read_trace
@@ -91,3 +92,73 @@ def test_the_command_line_replaces_parts_too(work_file, tiny_model_dir, tmp_path
     assert runner.invoke(app, ["trace", "show", str(trace), "--step", "0"]).exit_code == 0
     bad = runner.invoke(app, [*arguments, "--part", "core.scheduler"])
     assert bad.exit_code == 2 and "--part takes NAME=FILE.py:CLASS" in bad.output
+
+
+OWN_PARTS = """
+from folovllm.core.kv_cache_utils import KVCacheBudget
+from folovllm.engine.detokenizer import TextStream
+from folovllm.request import Request
+from folovllm.sample.sampler import Sampler
+
+class Budget(KVCacheBudget):
+    def num_blocks(self, config, available_bytes, bytes_per_block):
+        return 7
+
+class Numbers(TextStream):
+    def step(self, token_id):
+        return f"<{token_id}>"
+    def flush(self):
+        return "."
+
+class Logged(Request):
+    log = []
+    def set_status(self, status):
+        super().set_status(status)
+        self.log.append(f"{self.request_id} {status.name}")
+
+class OnlyTokenSeven(Sampler):
+    @staticmethod
+    def apply_top_p_(logits, top_p):
+        logits[:] = float("-inf")
+        logits[:, 7] = 0.0
+"""
+
+
+@pytest.fixture
+def own_parts(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(OWN_PARTS)
+    return path
+
+
+def test_a_learners_budget_decides_how_many_blocks_there_are(own_parts):
+    core = make_core(parts={"core.kv_cache_budget": f"{own_parts}:Budget"}, num_kv_blocks=5)
+    assert core.kv_cache_config.num_blocks == 7
+
+
+def test_every_request_is_of_the_learners_class(own_parts, tiny_model_dir):
+    llm = LLM(str(tiny_model_dir("llama")), parts={"core.request": f"{own_parts}:Logged"})
+    params = SamplingParams(temperature=1.0, max_tokens=2, n=2, ignore_eos=True)
+    llm.generate(["a b"], params, use_tqdm=False)
+    moves = type(llm.llm_engine.process("r", "a b", params)).log
+    assert sorted(move.split()[1] for move in moves) == ["FINISHED_LENGTH_CAPPED"] * 2 + ["RUNNING"] * 2, moves
+
+
+def test_a_learners_text_stream_writes_the_text(own_parts, tiny_model_dir):
+    llm = LLM(str(tiny_model_dir("llama")), parts={"engine.text_stream": f"{own_parts}:Numbers"})
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    (output,) = llm.generate(["a b"], params, use_tqdm=False)
+    assert output.outputs[0].text == "".join(f"<{token_id}>" for token_id in output.outputs[0].token_ids) + "."
+
+
+@pytest.mark.parametrize("backend", ["auto", "shortlist", "torch"])
+def test_no_fast_sampler_passes_by_a_learners_step(own_parts, tiny_model_dir, backend):
+    parts = {"sample.sampler": f"{own_parts}:OnlyTokenSeven"}
+    llm = LLM(str(tiny_model_dir("llama")), parts=parts, sampler_backend=backend)
+    params = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=4, ignore_eos=True)
+    (output,) = llm.generate(["a b"], params, use_tqdm=False)
+    assert output.outputs[0].token_ids == [7] * 4
+    replacements = llm.llm_engine.engine_core.executor.worker.replacements
+    said = [str(item) for item in replacements if item.switch == "sampler_backend"]
+    why = "sampler_backend: OnlyTokenSeven: stays as it is (it has apply_top_p_ of its own)"
+    assert said == ([] if backend == "torch" else [why])

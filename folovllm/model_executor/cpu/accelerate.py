@@ -88,6 +88,9 @@ def _accelerate_sampler(sampler: Any, kernels: KernelConfig, model: nn.Module) -
     if not isinstance(sampler, Sampler):
         yield Replacement("sampler_backend", type(sampler).__name__, None, "it is no Sampler of ours")
         return
+    if own := sampler.own_steps():
+        yield Replacement("sampler_backend", type(sampler).__name__, None, f"it has {', '.join(own)} of its own")
+        return
     on_cpu = next(model.parameters()).device.type == "cpu"
     ops = load_ops() if on_cpu and kernels.sampler_backend == "auto" else None
     before = sampler.backend

@@ -135,5 +135,12 @@ def random_sample(probs: torch.Tensor, seeds: Sequence[int], output_indices: Seq
 
     `probs` need not sum to 1: a common factor changes all times alike.
     """
-    noise = exponential_noise(seeds, output_indices, probs.shape[-1], probs.device)  # [R, V]
+    return race(probs, exponential_noise(seeds, output_indices, probs.shape[-1], probs.device))
+
+
+def race(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Returns the token of each row whose clock rings first, `[R]`. `probs` and `noise` are `[R, V]`.
+
+    `noise` is used up: it holds the quotients afterwards.
+    """
     return first_argmax(torch.div(probs, noise, out=noise))
