@@ -1,0 +1,24 @@
+# killed-by: four_real_models | bytes per token, expected
+"""num_attention_heads * head_dim in place of the KV heads.
+
+Unlike hidden_size it is wrong for Qwen3-0.6B too, whose query heads hold twice as many numbers as hidden_size.
+"""
+
+from folovllm.config import EngineConfig
+from folovllm.core.kv_cache_utils import KVCacheBudget as EngineKVCacheBudget
+from folovllm.hf_config import ModelArchitecture
+from folovllm.utils import cdiv
+
+
+class KVCacheBudget(EngineKVCacheBudget):
+    def bytes_per_token(self, arch: ModelArchitecture, dtype_bytes: int) -> int:
+        return 2 * arch.num_hidden_layers * arch.num_attention_heads * arch.head_dim * dtype_bytes
+
+    def num_blocks(self, config: EngineConfig, available_bytes: int, bytes_per_block: int) -> int:
+        cache = config.cache_config
+        if cache.num_kv_blocks is not None:
+            return cache.num_kv_blocks
+        if cache.kv_cache_memory is not None:
+            return cache.kv_cache_memory // bytes_per_block
+        most = config.max_num_seqs * cdiv(config.max_model_len, config.block_size) + 1
+        return min(available_bytes // bytes_per_block, most)
