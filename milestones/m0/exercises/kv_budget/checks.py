@@ -46,8 +46,8 @@ def four_real_models(mine: Mine) -> None:
         by_hidden_size = 2 * layers * hidden * BF16
         why = " (2 * layers * hidden_size counts query heads)" if got == by_hidden_size else ""
         assert got == expected, (
-            f"{name} in bf16: {got:,} bytes per token, expected {expected:,}{why}. It has {layers} layers and {kv_heads} "
-            f"KV heads of {head_dim} numbers. With a wrong figure the cache is too small or runs out of memory"
+            f"{name} in bf16: {got:,} bytes per token, expected {expected:,}{why}. It has {layers} layers and "
+            f"{kv_heads} KV heads of {head_dim} numbers. With a wrong figure the cache is too small or runs out of memory"
         )
 
 
@@ -97,7 +97,7 @@ def the_count_is_the_largest_that_fits(mine: Mine) -> None:
     """For any memory: the blocks fit, and one more either would not fit or could never be used."""
     rng = random.Random(0)
     for size in range(1, 60):
-        seqs, length, per_block = rng.randint(1, size), rng.randint(1, 16 * size), rng.randint(1, 1000)
+        seqs, length, per_block = rng.randint(1, size), rng.randint(16, 16 * size), rng.randint(1, 1000)
         available = rng.randint(0, per_block * 20 * size)
         config = make_config(max_num_seqs=seqs, max_model_len=length)
         got = mine.cls().num_blocks(config, available, per_block)

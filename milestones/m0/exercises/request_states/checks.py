@@ -76,8 +76,8 @@ def a_finished_request_never_moves_again(mine: Mine) -> None:
             request = make(mine.cls)
             request.status = before
             assert not moves(request, after), (
-                f"{before.name} -> {after.name} was allowed: the request has given its blocks back and its user has the "
-                "reason why it ended"
+                f"{before.name} -> {after.name} was allowed: the request has given its blocks back and its user has "
+                "the reason why it ended"
             )
 
 

@@ -9,6 +9,6 @@ LEGAL = {(S.WAITING, S.RUNNING), (S.RUNNING, S.PREEMPTED), (S.PREEMPTED, S.RUNNI
 
 class Request(EngineRequest):
     def set_status(self, status: S) -> None:
-        ok = status == self.status or (self.status, status) in LEGAL or S.is_finished(status)
+        ok = status == self.status == S.RUNNING or (self.status, status) in LEGAL or S.is_finished(status)
         assert ok and not S.is_finished(self.status), f"{self.request_id}: {self.status.name} -> {status.name}"
         self.status = status

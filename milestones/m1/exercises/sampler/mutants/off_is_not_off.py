@@ -1,7 +1,7 @@
-# killed-by: a_step_that_is_off_changes_no_bit | top_p=1 (off) removed
-"""Trusts the arithmetic to remove nothing for p = 1: in float32 the cumulative sum passes 1 before the row ends.
+# killed-by: a_step_that_is_off_changes_no_bit | top_p=1 (off) changed the row
+"""Trusts the arithmetic to remove nothing for p = 1. It removes tokens whose probability is 0 in float32 (0 <= 0).
 
-With the mask from the descending order, p = 1 drops tokens of a long flat row, which the user has not asked for.
+They would never be drawn, but the logprobs of the row show them as -inf, and only if another row uses top_p.
 """
 
 import torch
@@ -25,7 +25,7 @@ class Sampler(EngineSampler):
 
     @staticmethod
     def apply_top_p_(logits: torch.Tensor, top_p: torch.Tensor) -> None:
-        probs, ids = logits.softmax(dim=-1).sort(dim=-1, descending=True)  # [R, V], [R, V]
-        drop = probs.cumsum(dim=-1) - probs >= top_p.unsqueeze(1) - 1e-5  # [R, V]
-        drop[:, 0] = False
+        probs, ids = logits.softmax(dim=-1).sort(dim=-1)  # [R, V], [R, V]
+        drop = probs.cumsum(dim=-1) <= 1 - top_p.unsqueeze(1)  # [R, V]
+        drop[:, -1] = False
         logits.masked_fill_(torch.empty_like(drop).scatter_(1, ids, drop), -INF)
