@@ -47,7 +47,7 @@ def four_real_models(mine: Mine) -> None:
         why = " (2 * layers * hidden_size counts query heads)" if got == by_hidden_size else ""
         assert got == expected, (
             f"{name} in bf16: {got:,} bytes per token, expected {expected:,}{why}. It has {layers} layers and "
-            f"{kv_heads} KV heads of {head_dim} numbers. With a wrong figure the cache is too small or runs out of memory"
+            f"{kv_heads} KV heads of {head_dim} numbers. A wrong figure wastes memory or runs out of it"
         )
 
 

@@ -138,8 +138,8 @@ def a_row_does_not_depend_on_its_batch(mine: Mine) -> None:
             one = slice(row, row + 1)
             alone = truncate(mine.cls, logits[one].clone(), temperature[one], k[one], p[one])
             assert torch.equal(alone[0], together[row]), (
-                f"row {row} of {num_rows} (temperature {temperature[row]:.2f}, top_k {k[row]}, top_p {p[row]:.2f}) keeps"
-                f" {int((together[row] > -INF).sum())} tokens in the batch and {int((alone > -INF).sum())} alone"
+                f"row {row} of {num_rows} (temperature {temperature[row]:.2f}, top_k {k[row]}, top_p {p[row]:.2f})"
+                f" keeps {int((together[row] > -INF).sum())} tokens in the batch and {int((alone > -INF).sum())} alone"
             )
 
 

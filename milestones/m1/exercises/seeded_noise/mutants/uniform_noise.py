@@ -1,0 +1,23 @@
+# killed-by: the_noise_is_exponential | exponential numbers each hold
+"""Uniform noise in the race. Likely tokens still win more often, but not as often as their probabilities say."""
+
+from collections.abc import Sequence
+
+import torch
+
+from folovllm.sample.sampler import Sampler as EngineSampler
+
+
+class Sampler(EngineSampler):
+    @staticmethod
+    def exponential_noise(
+        seeds: Sequence[int], output_indices: Sequence[int], vocab_size: int, device: torch.device | str
+    ) -> torch.Tensor:
+        noise = torch.empty(len(seeds), vocab_size)  # [R, V]
+        for row, (seed, index) in enumerate(zip(seeds, output_indices, strict=True)):
+            noise[row].uniform_(generator=torch.Generator().manual_seed(hash((seed, index)) % 2**63))
+        return noise.clamp(min=1e-30).to(device)
+
+    def random_sample(self, probs: torch.Tensor, seeds: Sequence[int], output_indices: Sequence[int]) -> torch.Tensor:
+        noise = self.exponential_noise(seeds, output_indices, probs.shape[1], probs.device)  # [R, V]
+        return (probs / noise).argmax(dim=-1)
