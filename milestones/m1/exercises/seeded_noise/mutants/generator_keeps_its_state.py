@@ -1,8 +1,8 @@
 # killed-by: the_same_key_gives_the_same_noise_again | a generator has kept its state
 """A generator per seed that lives on between the steps, as in vLLM (`generators` in its SamplingMetadata).
 
-It is right only if every number that it gives is used. A draw that is thrown away has moved it, so vLLM moves it back by
-hand (`set_offset` in gpu_model_runner.py) when it ignores the token of a prompt that is not complete.
+It is right only if every number that it gives is used. A draw that is thrown away has moved it, so vLLM moves it back
+by hand (`set_offset` in gpu_model_runner.py) when it ignores the token of a prompt that is not complete.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,38 @@
+# killed-by: later_queries_see_the_cache | a triangle that starts top left
+"""The causal triangle starts top left, as `is_causal=True` of scaled_dot_product_attention has it.
+
+It is right for a prompt and wrong whenever there are more keys than queries.
+"""
+
+import torch
+
+from folovllm.attention.backend import AttentionMetadata
+from folovllm.attention.backends.torch_naive import TorchNaiveBackend
+
+
+class Backend(TorchNaiveBackend):
+    def write(
+        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
+    ) -> None:
+        start = metadata.query_start_loc
+        for i, seq_len in enumerate(metadata.seq_lens):
+            rows, page = slice(start[i], start[i + 1]), int(metadata.block_table[i, 0])
+            first = seq_len - (start[i + 1] - start[i])
+            kv_cache[0, page, first:seq_len] = key[rows]
+            kv_cache[1, page, first:seq_len] = value[rows]
+
+    def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        out, start = torch.empty_like(query), metadata.query_start_loc
+        for i, seq_len in enumerate(metadata.seq_lens):
+            rows, page = slice(start[i], start[i + 1]), int(metadata.block_table[i, 0])
+            q_len = start[i + 1] - start[i]
+            q = query[rows].transpose(0, 1).float()  # [heads, q_len, size]
+            k, v = kv_cache[:, page, :seq_len].float()  # each [seq_len, kv heads, size]
+            group = self.spec.num_queries_per_kv
+            k = k.transpose(0, 1).repeat_interleave(group, dim=0)  # [heads, seq_len, size]
+            v = v.transpose(0, 1).repeat_interleave(group, dim=0)  # [heads, seq_len, size]
+            scores = q @ k.transpose(1, 2) * self.spec.scale  # [heads, q_len, seq_len]
+            sees = torch.ones(q_len, seq_len, dtype=torch.bool).tril()  # [q_len, seq_len]
+            scores.masked_fill_(~sees, float("-inf"))
+            out[rows] = (scores.softmax(dim=-1) @ v).transpose(0, 1).to(out.dtype)
+        return out
