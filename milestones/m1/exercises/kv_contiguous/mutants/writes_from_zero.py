@@ -20,7 +20,7 @@ class Backend(TorchNaiveBackend):
 
     def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         out, start = torch.empty_like(query), metadata.query_start_loc
-        for i in range(metadata.num_reqs):
+        for i, seq_len in enumerate(metadata.seq_lens):
             rows, page = slice(start[i], start[i + 1]), int(metadata.block_table[i, 0])
             q_len = start[i + 1] - start[i]
             q = query[rows].transpose(0, 1).float()  # [heads, q_len, size]
