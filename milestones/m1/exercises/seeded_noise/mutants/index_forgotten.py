@@ -1,5 +1,5 @@
 # killed-by: neighbours_are_not_related | have the same noise
-"""Depends on the seed alone, so every token of a request is drawn with the same noise, and texts run in circles."""
+"""Ignores the index, so every token of a request is drawn with the same noise, and texts run in circles."""
 
 from collections.abc import Sequence
 

@@ -1,5 +1,5 @@
 # killed-by: neighbours_are_not_related | repeat each other's draws
-"""Seeds a generator with seed + index. Completion 1 of a request has the seed s + 1 and draws the same, shifted."""
+"""Seeds a generator with seed + index. Completion 1 of a request has seed s + 1 and draws the same, shifted."""
 
 from collections.abc import Sequence
 
