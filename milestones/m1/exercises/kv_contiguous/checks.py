@@ -97,6 +97,26 @@ def a_token_goes_to_its_position(mine: Mine) -> None:
         )
 
 
+@check("unit", spec="R1.11", hint=2)
+def more_than_one_page_is_right_or_refused(mine: Mine) -> None:
+    """With m3's small pages, write goes by slots and is right. forward is right, too, or it says what is wrong."""
+    page = Page(mine.cls, size=4)
+    qkv, table = page.tensors(6, seed=5), torch.tensor([[3, 1]], dtype=torch.int32)  # [1, 2]
+    slots = torch.tensor([12, 13, 14, 15, 4, 5])
+    metadata = AttentionMetadata([0, 6], [6], table, slots, block_size=4)
+    page.backend.prepare(metadata)
+    page.backend.write(qkv[1], qkv[2], page.cache, metadata)
+    off = error(page.cache.flatten(1, 2)[:, slots], torch.stack(qkv[1:]))
+    assert off == 0, "6 tokens with the slots 12 to 15, 4 and 5 (pages 3 and 1 of 4 tokens) are not in their slots"
+    try:
+        got = page.backend.forward(qkv[0], page.cache, metadata)
+    except ValueError:
+        return
+    assert error(got, formula(qkv)) < 1e-5, (
+        "a request of 6 tokens on two pages of 4 got a wrong answer: raise ValueError if seq_lens[i] > block_size"
+    )
+
+
 @check("unit", spec="R1.16", hint=2)
 def a_prompt_gives_the_formula(mine: Mine) -> None:
     """A prompt in an empty page gets softmax(q k / sqrt(d)) v over the keys up to each token's own."""

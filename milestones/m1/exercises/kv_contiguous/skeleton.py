@@ -16,9 +16,15 @@ class Backend(TorchNaiveBackend):
     def write(
         self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
     ) -> None:
-        """Stores the new tokens' `key` and `value` [num_tokens, num_kv_heads, head_size], in place."""
+        """Stores the new tokens' `key` and `value` [num_tokens, num_kv_heads, head_size], in place.
+
+        Row r belongs to slot metadata.slot_mapping[r] = page * block_size + position.
+        """
         raise NotImplementedError("m1/kv_contiguous: write")
 
     def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-        """Returns the causal attention of `query` [num_tokens, num_heads, head_size], in the same shape and dtype."""
+        """Returns the causal attention of `query` [num_tokens, num_heads, head_size], in the same shape and dtype.
+
+        Raises ValueError if a request is longer than its page.
+        """
         raise NotImplementedError("m1/kv_contiguous: forward")

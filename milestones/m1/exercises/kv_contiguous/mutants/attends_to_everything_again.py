@@ -11,16 +11,15 @@ class Backend(TorchNaiveBackend):
     def write(
         self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
     ) -> None:
-        start = metadata.query_start_loc
-        for i, seq_len in enumerate(metadata.seq_lens):
-            rows, page = slice(start[i], start[i + 1]), int(metadata.block_table[i, 0])
-            first = seq_len - (start[i + 1] - start[i])
-            kv_cache[0, page, first:seq_len] = key[rows]
-            kv_cache[1, page, first:seq_len] = value[rows]
+        by_slot = kv_cache.flatten(1, 2)  # [2, num_slots, kv heads, size]
+        by_slot[0, metadata.slot_mapping] = key
+        by_slot[1, metadata.slot_mapping] = value
 
     def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         out, start = torch.empty_like(query), metadata.query_start_loc
         for i, seq_len in enumerate(metadata.seq_lens):
+            if seq_len > metadata.block_size:
+                raise ValueError("a request is longer than its page; use preset='m1' or 'm2'")
             rows, page = slice(start[i], start[i + 1]), int(metadata.block_table[i, 0])
             q_len = start[i + 1] - start[i]
             q = torch.zeros(query.shape[1], seq_len, query.shape[2])  # [heads, seq_len, size]

@@ -21,6 +21,8 @@ class Backend(TorchNaiveBackend):
     def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         out, start = torch.empty_like(query), metadata.query_start_loc
         for i, seq_len in enumerate(metadata.seq_lens):
+            if seq_len > metadata.block_size:
+                raise ValueError("a request is longer than its page; use preset='m1' or 'm2'")
             rows, page = slice(start[i], start[i + 1]), int(metadata.block_table[i, 0])
             q_len = start[i + 1] - start[i]
             q = query[rows].transpose(0, 1).float()  # [heads, q_len, size]

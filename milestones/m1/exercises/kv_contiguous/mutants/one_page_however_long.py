@@ -1,0 +1,33 @@
+# killed-by: more_than_one_page_is_right_or_refused | raise ValueError if seq_lens[i] > block_size
+"""Reads the first page of a request even where it has more: with m3's pages the text is wrong, and nothing says so."""
+
+import torch
+
+from folovllm.attention.backend import AttentionMetadata
+from folovllm.attention.backends.torch_naive import TorchNaiveBackend
+
+
+class Backend(TorchNaiveBackend):
+    def write(
+        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
+    ) -> None:
+        by_slot = kv_cache.flatten(1, 2)  # [2, num_slots, kv heads, size]
+        by_slot[0, metadata.slot_mapping] = key
+        by_slot[1, metadata.slot_mapping] = value
+
+    def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        out, start = torch.empty_like(query), metadata.query_start_loc
+        for i, length in enumerate(metadata.seq_lens):
+            seq_len = min(length, metadata.block_size)
+            rows, page = slice(start[i], start[i + 1]), int(metadata.block_table[i, 0])
+            q_len = start[i + 1] - start[i]
+            q = query[rows].transpose(0, 1).float()  # [heads, q_len, size]
+            k, v = kv_cache[:, page, :seq_len].float()  # each [seq_len, kv heads, size]
+            group = self.spec.num_queries_per_kv
+            k = k.transpose(0, 1).repeat_interleave(group, dim=0)  # [heads, seq_len, size]
+            v = v.transpose(0, 1).repeat_interleave(group, dim=0)  # [heads, seq_len, size]
+            scores = q @ k.transpose(1, 2) * self.spec.scale  # [heads, q_len, seq_len]
+            sees = torch.ones(q_len, seq_len, dtype=torch.bool).tril(seq_len - q_len)  # [q_len, seq_len]
+            scores.masked_fill_(~sees, float("-inf"))
+            out[rows] = (scores.softmax(dim=-1) @ v).transpose(0, 1).to(out.dtype)
+        return out
