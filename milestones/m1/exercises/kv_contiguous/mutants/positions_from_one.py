@@ -1,7 +1,8 @@
 # killed-by: a_token_goes_to_its_position | (3, 3): 10.0, (3, 4): 11.0
 """Positions counted from 1, as the length of a sequence suggests: the last token stands at seq_len - 1.
 
-nano-vllm had it in its decode step (commit f5b4840, and issue 67): the position of the new token was its length.
+nano-vllm had it in its decode step, where the position of the new token was the length of the sequence:
+https://github.com/GeeeekExplorer/nano-vllm/pull/67 (commit f5b4840).
 """
 
 import torch

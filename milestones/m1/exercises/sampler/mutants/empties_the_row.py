@@ -1,7 +1,7 @@
 # killed-by: top_p_always_keeps_the_likeliest | an empty row becomes NaN
 """Nothing protects the likeliest token: for a tiny p, 1 - p rounds to 1 and the whole row goes.
 
-vLLM's apply_top_k_top_p has the line `top_p_mask[:, -1] = False  # at least one` for this.
+vLLM's apply_top_k_top_p sets `top_p_mask[:, -1] = False` for this.
 """
 
 import torch

@@ -1,7 +1,8 @@
 # killed-by: a_row_is_the_same_in_every_batch | whenever the server is busy
 """Draws from torch's global generator, so a seed does nothing.
 
-mini-sglang mended a kin of it in commit 690f55a: sampling ran with a random seed that nothing had initialised.
+mini-sglang drew from it without having seeded it:
+https://github.com/sgl-project/mini-sglang/pull/88 (commit 690f55a).
 """
 
 from collections.abc import Sequence
