@@ -3,6 +3,7 @@
 The limits of the statistical checks are those that a right solution exceeds once in a million seeds.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,12 +103,15 @@ def neighbours_are_not_related(mine: Mine) -> None:
 @check("unit", spec="R1.26", hint=3)
 def every_integer_is_a_seed(mine: Mine) -> None:
     """Seeds are 64-bit integers of either sign, as users and ParentRequest make them."""
-    seeds = [0, -1, 2**63 - 1, -(2**63), 2**64 - 1]
+    seeds = [0, 3, 3 + 2**32, -2, 2**63 - 1, -(2**63), 2**64 - 1]
     try:
         got = noise(mine, seeds, [0] * len(seeds))
     except (RuntimeError, OverflowError, ValueError, TypeError) as error:
         raise AssertionError(f"the seeds {seeds} raised {type(error).__name__}: {error}") from error
-    assert not torch.equal(got[0], got[2]), "the seeds 0 and 2**63 - 1 have the same noise"
+    for i, j in itertools.combinations(range(5), 2):
+        assert not torch.equal(got[i], got[j]), (
+            f"the seeds {seeds[i]} and {seeds[j]} have the same noise: some bits of a seed have no influence on it"
+        )
 
 
 @check("unit", spec="R1.20", hint=2)
