@@ -6,6 +6,7 @@ Row 0: no torch.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,16 @@ def cdiv(a: int, b: int) -> int:
 def round_up(number: int, multiple: int) -> int:
     """Returns the smallest multiple of `multiple` that is at least `number`."""
     return cdiv(number, multiple) * multiple
+
+
+def percentile(values: Iterable[float], q: float) -> float | None:
+    """The q-th percentile (0..100), linear between neighbours; None of nothing. E.g. [1, 2, 3, 4] at 50 -> 2.5."""
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    place = (len(ordered) - 1) * q / 100
+    low, high = math.floor(place), math.ceil(place)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 # ---- suggestions

@@ -13,12 +13,13 @@ from folovllm.benchmarks import metrics, report
 from folovllm.benchmarks.arms import BANDWIDTH, WEIGHTS, ArmTask
 from folovllm.benchmarks.machine import command_line, machine_header, without_folders
 from folovllm.benchmarks.options import BenchOptions, parse_options
-from folovllm.benchmarks.random_model import check_room, checkpoint_folder, is_written, shape_architecture
+from folovllm.benchmarks.random_model import check_room, checkpoint_folder, is_written
 from folovllm.benchmarks.runner import run_rounds, run_task, say
 from folovllm.benchmarks.workloads import WORKLOADS, make_workload
 from folovllm.config import DTYPE_BYTES
 from folovllm.hf_config import ModelArchitecture, load_hf_config
 from folovllm.hub import find_model
+from folovllm.model_shapes import shape_architecture
 
 SCRIPT = "scripts/compare_perf.py"
 SCHEMA = "folovllm.compare_perf/1"

@@ -20,21 +20,12 @@ from typing import Any
 from folovllm import milestones
 from folovllm.benchmarks.arms import BASELINE, RequestTiming, StepSample
 from folovllm.hf_config import ModelArchitecture
+from folovllm.utils import percentile
 
 MAX_SERIES_POINTS = 200  # of a curve kept in the JSON
 LATENCIES = (("ttft_ms", "p50"), ("ttft_ms", "p99"), ("itl_ms", "p50"), ("itl_ms", "p99"))
 
 Tokens = list[list[int]]  # per request
-
-
-def percentile(values: Iterable[float], q: float) -> float | None:
-    """The q-th percentile (0..100), linear between neighbours; None of nothing. E.g. [1, 2, 3, 4] at 50 -> 2.5."""
-    ordered = sorted(values)
-    if not ordered:
-        return None
-    place = (len(ordered) - 1) * q / 100
-    low, high = math.floor(place), math.ceil(place)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def latency_summary(seconds: Sequence[float]) -> dict[str, float | None]:

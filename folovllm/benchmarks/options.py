@@ -13,10 +13,10 @@ from pathlib import Path
 
 from folovllm.benchmarks.arms import BASELINE, ablation_arms, default_arms, parse_arm
 from folovllm.benchmarks.machine import usable_cores
-from folovllm.benchmarks.random_model import SHAPES, shape_config
 from folovllm.benchmarks.workloads import WORKLOADS, make_workload
 from folovllm.config import DEFAULT_MODEL, DEVICES, DTYPE_BYTES
 from folovllm.core.kv_cache_utils import GIB
+from folovllm.model_shapes import SHAPES, shape_config
 
 DEFAULT_MAX_MODEL_LEN = 2048  # and more where the workload needs it
 DEFAULT_FIT_PAGES = 2

@@ -30,11 +30,11 @@ from typing import Any
 
 from folovllm.benchmarks.machine import machine_header
 from folovllm.benchmarks.options import numbers
-from folovllm.benchmarks.random_model import shape_architecture
 from folovllm.benchmarks.report import write_json
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import FakeExecutor
+from folovllm.model_shapes import shape_architecture
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
 

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from folovllm.benchmarks.machine import command_line, machine_header
-from folovllm.benchmarks.random_model import shape_architecture
 from folovllm.benchmarks.report import write_json
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import FakeExecutor
+from folovllm.model_shapes import shape_architecture
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
 

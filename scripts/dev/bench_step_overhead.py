@@ -28,7 +28,6 @@ from folovllm.attention.backends.torch_naive import TorchNaiveBackend
 from folovllm.attention.layer import Attention
 from folovllm.benchmarks.machine import machine_header
 from folovllm.benchmarks.options import numbers
-from folovllm.benchmarks.random_model import shape_architecture
 from folovllm.benchmarks.report import write_json
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from folovllm.core.kv_cache_utils import KVCacheConfig
@@ -36,6 +35,7 @@ from folovllm.core.sched.output import SchedulerOutput
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.executor.base import Executor
 from folovllm.forward_context import get_attn_metadata
+from folovllm.model_shapes import shape_architecture
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sample.sampler import Sampler, SamplerOutput

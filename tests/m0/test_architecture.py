@@ -29,6 +29,7 @@ ROWS = {
     "folovllm.request": 0,
     "folovllm.outputs": 0,
     "folovllm.parts": 0,
+    "folovllm.model_shapes": 0,
     "folovllm.utils": 0,
     "folovllm.checks": 0,
     "folovllm.text_files": 0,

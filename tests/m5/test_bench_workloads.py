@@ -18,11 +18,11 @@ from folovllm.benchmarks.command import main
 from folovllm.benchmarks.metrics import ablation_rows, group_figures
 from folovllm.benchmarks.options import parse_options
 from folovllm.benchmarks.plot import draw_groups, hit_rate_curves
-from folovllm.benchmarks.random_model import SHAPES, shape_architecture, shape_config
 from folovllm.benchmarks.report import group_rows, make_table, name_arms, page_rows
 from folovllm.benchmarks.runner import run_child, run_one_by_one
 from folovllm.benchmarks.workloads import WORKLOADS, BenchRequest, Feed, make_workload
 from folovllm.hf_config import parse_hf_config
+from folovllm.model_shapes import SHAPES, shape_architecture, shape_config
 from tests.script_loader import load_script
 
 pytestmark = pytest.mark.m5
@@ -196,7 +196,7 @@ def test_shapes_are_those_of_the_public_configs(name):
 def test_parameters_of_shapes_without_a_config_here():
     billions = {name: round(shape_architecture(name).num_parameters() / 1e9, 2) for name in SHAPES}
     assert billions["qwen3-8b"] == 8.19 and billions["qwen3-4b"] == 4.02 and billions["qwen3-1.7b"] == 1.72
-    assert billions["llama-3.2-3b"] == 3.21
+    assert billions["llama-3.2-3b"] == 3.21 and billions["llama-3.1-70b"] == 70.55
 
 
 def test_an_unknown_shape_names_the_nearest(capsys):

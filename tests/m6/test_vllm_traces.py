@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from folovllm.benchmarks.random_model import shape_architecture
 from folovllm.config import EngineConfig
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.engine.core import EngineCore
 from folovllm.entrypoints.commands.trace import trace_app
 from folovllm.executor.fake import FakeExecutor
+from folovllm.model_shapes import shape_architecture
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
