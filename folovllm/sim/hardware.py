@@ -41,6 +41,7 @@ HARDWARE: dict[str, Hardware] = {
     "h100": Hardware("H100 SXM", 989e12, 3.35e12, 80e9, "https://www.nvidia.com/en-us/data-center/h100/"),
     "h200": Hardware("H200 SXM", 989e12, 4.8e12, 141e9, "https://www.nvidia.com/en-us/data-center/h200/"),
     "a100": Hardware("A100 SXM 80GB", 312e12, 2.039e12, 80e9, "https://www.nvidia.com/en-us/data-center/a100/"),
+    "l4": Hardware("L4", 121e12, 300e9, 24e9, "https://www.nvidia.com/en-us/data-center/l4/"),
     "rtx4090": Hardware("RTX 4090", 165e12, 1.008e12, 24e9, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
     # Measured, not promised: a test compares the row with that file.
     "cpu": Hardware("the reference CPU (2 cores)", 445e9, 34.6e9, 25.3e9, "milestones/m4/results/roofline_cpu.json"),

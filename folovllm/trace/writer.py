@@ -136,15 +136,17 @@ class TraceWriter(NullTrace):
 
     Raises ValueError if the file cannot be opened. If it cannot be written later (a full disk), or if an exception hits
     the writer in the middle of its own work, the trace ends there, with a warning: the engine goes on, and the file is
-    that of a run that was cut.
+    that of a run that was cut. `clock` tells the time in seconds; a simulator has a clock of its own.
     """
 
-    def __init__(self, path: str | Path, header: dict[str, Any]) -> None:
+    def __init__(
+        self, path: str | Path, header: dict[str, Any], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         try:
             self._file = open(path, "w", buffering=2**20, encoding="utf-8")  # noqa: SIM115 - lives as long as the engine
         except OSError as error:
             raise ValueError(f"cannot write the trace to {path}: {error.strerror}; choose another file") from None
-        self._origin = time.perf_counter()
+        self._clock, self._origin = clock, clock()
         self._limits = (header["config"]["max_num_batched_tokens"], header["config"]["max_num_seqs"])
         self._seen: dict[str, _Seen] = {}
         self._shared: set[int] = set()  # blocks that were hit: only they can have several holders
@@ -225,7 +227,7 @@ class TraceWriter(NullTrace):
     # ---- in a step
 
     def begin(self, span: str) -> None:
-        self._marks.append((span, time.perf_counter()))
+        self._marks.append((span, self._clock()))
 
     @_noting
     def scheduled(self, scheduler: Scheduler, output: SchedulerOutput) -> None:

@@ -1,0 +1,129 @@
+"""`folovllm sim`: a workload on the real scheduler and a modelled machine, without a GPU and without weights.
+
+Milestone: M5. vLLM counterpart: none. The work is done in folovllm/sim, without torch.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from folovllm import milestones
+from folovllm.entrypoints.commands.options import parse_engine_args, parse_parts
+from folovllm.sim.hardware import HARDWARE
+from folovllm.sim.metrics import SLO
+from folovllm.sim.simulate import simulate
+from folovllm.sim.workloads import SIM_WORKLOADS, make_sim_workload
+
+# Text of a line -> where its number is in the metrics, and how it is written.
+LINES: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("output tokens per second", ("output_tok_per_s",), ",.0f"),
+    ("all tokens per second", ("total_tok_per_s",), ",.0f"),
+    ("TTFT p50, ms", ("ttft_ms", "p50"), ",.1f"),
+    ("TTFT p99, ms", ("ttft_ms", "p99"), ",.1f"),
+    ("ITL p50, ms", ("itl_ms", "p50"), ",.1f"),
+    ("ITL p99, ms", ("itl_ms", "p99"), ",.1f"),
+    ("E2E p50, ms", ("e2e_ms", "p50"), ",.0f"),
+    ("E2E p99, ms", ("e2e_ms", "p99"), ",.0f"),
+    ("goodput, requests per second", ("goodput",), ".2f"),
+    ("requests within the SLO", ("good_share",), ".0%"),
+    ("steps", ("num_steps",), ",d"),
+    ("preemptions", ("preemptions",), ",d"),
+    ("tokens hit in the prefix cache", ("prefix_hit_share",), ".0%"),
+    ("KV blocks held, mean", ("kv_held_mean",), ".1%"),
+    ("KV blocks held, peak", ("kv_held_peak",), ".1%"),
+    ("held KV slots in use", ("kv_filled",), ".0%"),
+    ("time bound by computing", ("bound_share", "compute"), ".0%"),
+    ("time bound by memory reads", ("bound_share", "memory"), ".0%"),
+    ("time bound by the overhead", ("bound_share", "overhead"), ".0%"),
+)
+
+
+def sim(
+    workload: Annotated[str, typer.Option(help=f"What users send: {', '.join(SIM_WORKLOADS)}.")] = "chat",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A shape, e.g. qwen3-0.6b or llama-3.1-70b.")
+    ] = "qwen3-8b",
+    gpu: Annotated[str, typer.Option(help=f"The machine: {', '.join(HARDWARE)}.")] = "h100",
+    num_gpus: Annotated[int, typer.Option(help="How many of them share every step, without loss.")] = 1,
+    weight_bits: Annotated[int, typer.Option(help="Bits per weight; the arithmetic stays bf16.")] = 16,
+    preset: Annotated[
+        str | None, typer.Option(help="The engine as of a milestone, e.g. m5. Default: the newest.")
+    ] = None,
+    without: Annotated[list[str] | None, typer.Option(metavar="MILESTONE", help="Leave one out. Repeatable.")] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="m1,m2,...", help="A column for each of these presets.")
+    ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE.py:CLASS", help="Replace a part, e.g. core.scheduler=mine.py:Scheduler."),
+    ] = None,
+    engine_arg: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any engine argument, e.g. max_num_seqs=32.")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Users per second, as a Poisson process; 0: all at once.")] = None,
+    num_requests: Annotated[int, typer.Option(help="Requests in all.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the workload.")] = 0,
+    slo_ttft: Annotated[float, typer.Option(help="Milliseconds until the first token that a user accepts.")] = 1_000.0,
+    slo_itl: Annotated[float, typer.Option(help="Milliseconds between two tokens that a user accepts.")] = 100.0,
+    trace: Annotated[str | None, typer.Option(metavar="FILE", help="Write every step; see folovllm trace.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+) -> None:
+    """Simulate a workload: the scheduler and the KV cache are real, the time of a step is a roofline.
+
+    \b
+      folovllm sim --workload long-prompts --compare m4,m5
+      folovllm sim --model llama-3.1-70b --gpu h100 --num-gpus 4 --rate 4
+      folovllm sim --workload memory-pressure --part core.scheduler=mine.py:Scheduler --trace run.jsonl
+    """
+    presets = _presets(preset, compare)
+    if trace is not None and len(presets) > 1:
+        raise ValueError("--trace writes one run: leave out --compare, and name the milestone with --preset")
+    requests = make_sim_workload(workload, num_requests, rate, seed)
+    results = {
+        name: simulate(
+            requests, model, gpu, num_gpus=num_gpus, weight_bits=weight_bits, preset=name, without=without or (),
+            parts=parse_parts(part or ()), slo=SLO(slo_ttft / 1e3, slo_itl / 1e3), trace=trace,
+            **parse_engine_args(engine_arg or ()),
+        )
+        for name in presets
+    }  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(results if compare else results[presets[0]], indent=1))
+        return
+    used_rate = SIM_WORKLOADS[workload].rate if rate is None else rate
+    come = f"{used_rate:g} users per second" if used_rate else "all at once"
+    typer.echo(
+        f"{model} on {num_gpus} x {HARDWARE[gpu].name}; {workload}: {num_requests} requests, {come}, seed {seed}"
+    )
+    typer.echo(f"SLO: first token within {slo_ttft:g} ms, no gap over {slo_itl:g} ms. Times are modelled.\n")
+    typer.echo(table(results))
+
+
+def _presets(preset: str | None, compare: str | None) -> list[str]:
+    if compare is None:
+        return [preset or milestones.top_rung().id]
+    if preset is not None:
+        raise ValueError("--preset and --compare both choose the milestone: keep one")
+    return list(dict.fromkeys(name.strip() for name in compare.split(",") if name.strip()))
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The figures as text: a line per figure, a column per run."""
+    columns = [[name, *(_number(metrics, path, form) for _, path, form in LINES)] for name, metrics in results.items()]
+    names = ["", *(text for text, _, _ in LINES)]
+    widths = [max(map(len, column)) for column in (names, *columns)]
+    return "\n".join(_row(cells, widths) for cells in zip(names, *columns, strict=True))
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *rest = cells
+    return first.ljust(widths[0]) + "".join(cell.rjust(width + 2) for cell, width in zip(rest, widths[1:], strict=True))
+
+
+def _number(metrics: dict[str, Any], path: tuple[str, ...], form: str) -> str:
+    value: Any = metrics
+    for name in path:
+        value = value[name]
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,71 @@
+"""SimExecutor: an executor that computes nothing, and lets the simulated time pass that the step would take.
+
+Milestone: M5. vLLM counterpart: none. It keeps of each request what the cost of a step depends on: how many tokens it
+has. Row 1: no torch.
+"""
+
+import zlib
+
+from folovllm.core.kv_cache_utils import KVCacheConfig
+from folovllm.core.sched.output import SchedulerOutput
+from folovllm.executor.base import Executor
+from folovllm.outputs import ModelRunnerOutput
+from folovllm.sim.cost import CostModel, StepCost
+
+WEIGHTS_AND_CACHE = 0.9  # share of the memory; the rest is for activations
+
+
+class Clock:
+    """The simulated time, in seconds."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class SimExecutor(Executor):
+    """Advances `clock` by the cost of every step. Answers with tokens that depend on the request alone."""
+
+    def __init__(self, cost_model: CostModel, clock: Clock) -> None:
+        self.cost_model = cost_model
+        self.clock = clock
+        self.costs: list[StepCost] = []
+        self._num_outputs: dict[str, int] = {}
+
+    def available_kv_cache_bytes(self) -> int:
+        """Raises ValueError if the weights alone do not fit."""
+        model = self.cost_model
+        room = WEIGHTS_AND_CACHE * model.memory - model.weight_bytes
+        if room <= 0:
+            raise ValueError(
+                f"the weights take {model.weight_bytes / 1e9:.0f} GB, and {WEIGHTS_AND_CACHE:.0%} of "
+                f"{model.num_gpus} x {model.hardware.name} are {WEIGHTS_AND_CACHE * model.memory / 1e9:.0f} GB: take "
+                f"more GPUs (num_gpus), fewer bits per weight (weight_bits) or a smaller model"
+            )
+        return int(room)
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
+        """Nothing is stored."""
+
+    def execute(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
+        for request_id in scheduler_output.finished_req_ids:
+            self._num_outputs.pop(request_id, None)
+        computed = {new.request_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+        computed |= {cached.request_id: cached.num_computed_tokens for cached in scheduler_output.scheduled_cached_reqs}
+        work = [(computed[request_id], n) for request_id, n in scheduler_output.num_scheduled_tokens.items()]
+        cost = self.cost_model.step(work, len(scheduler_output.sampling_req_ids))
+        self.costs.append(cost)
+        self.clock.now += cost.seconds
+        return scheduler_output
+
+    def sample(self, handle: SchedulerOutput) -> ModelRunnerOutput:
+        sampled = {
+            r: [self._next_token(r)] if r in handle.sampling_req_ids else [] for r in handle.num_scheduled_tokens
+        }
+        return ModelRunnerOutput(sampled)
+
+    def _next_token(self, request_id: str) -> int:
+        count = self._num_outputs[request_id] = self._num_outputs.get(request_id, 0) + 1
+        return zlib.crc32(f"{request_id} {count}".encode()) % 30_000
