@@ -198,7 +198,7 @@ def test_the_page_states_the_error_of_today() -> None:
 def test_the_error_is_small_where_the_page_says_so() -> None:
     for rung, mode, speed, predicted, itl, predicted_itl in load_script("compare_sim").rows():
         if rung in ("m4", "m5", "m6"):
-            assert 0 < predicted / speed - 1 < 0.11 and abs(predicted_itl / itl - 1) < 0.16, (rung, mode)
+            assert 0 < predicted / speed - 1 < 0.11 and abs(predicted_itl / itl - 1) < 0.165, (rung, mode)
         elif mode == "batch" and rung != "m1":
             assert 1.7 < predicted / speed < 2.0, (rung, mode)
 
