@@ -8,6 +8,7 @@ Milestone: M5. vLLM counterpart: none. No torch. Prints the table of docs/learn/
 import argparse
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def predict(result: dict[str, Any], rung: str, mode: str) -> dict[str, Any]:
     return simulate(workload_of(result, mode), run["model"], "cpu", preset=rung, **args)
 
 
+@cache
 def rows() -> list[tuple[str, str, float, float, float, float]]:
     """(rung, mode, measured tok/s, predicted, measured median ITL in ms, predicted) for every rung and mode."""
     result, found = measured(), []
