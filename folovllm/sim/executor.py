@@ -15,22 +15,12 @@ from folovllm.sim.cost import CostModel, StepCost
 WEIGHTS_AND_CACHE = 0.9  # share of the memory; the rest is for activations
 
 
-class Clock:
-    """The simulated time, in seconds."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class SimExecutor(Executor):
-    """Advances `clock` by the cost of every step. Answers with tokens that depend on the request alone."""
+    """Advances `now` (seconds) by the cost of every step. The tokens that it returns depend on the request alone."""
 
-    def __init__(self, cost_model: CostModel, clock: Clock) -> None:
+    def __init__(self, cost_model: CostModel) -> None:
         self.cost_model = cost_model
-        self.clock = clock
+        self.now = 0.0
         self.costs: list[StepCost] = []
         self._num_outputs: dict[str, int] = {}
 
@@ -57,7 +47,7 @@ class SimExecutor(Executor):
         work = [(computed[request_id], n) for request_id, n in scheduler_output.num_scheduled_tokens.items()]
         cost = self.cost_model.step(work, len(scheduler_output.sampling_req_ids))
         self.costs.append(cost)
-        self.clock.now += cost.seconds
+        self.now += cost.seconds
         return scheduler_output
 
     def sample(self, handle: SchedulerOutput) -> ModelRunnerOutput:

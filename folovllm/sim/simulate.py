@@ -20,7 +20,7 @@ from folovllm.model_shapes import shape_architecture
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
 from folovllm.sim.cost import CostModel, calibration_of
-from folovllm.sim.executor import Clock, SimExecutor
+from folovllm.sim.executor import SimExecutor
 from folovllm.sim.hardware import HARDWARE
 from folovllm.sim.metrics import SLO, Served, make_metrics
 from folovllm.sim.workloads import SimWorkload
@@ -89,8 +89,7 @@ class Simulation:
     """One run. Time passes in the executor, and jumps to the next arrival when nothing runs."""
 
     def __init__(self, config: EngineConfig, cost_model: CostModel, workload: SimWorkload) -> None:
-        self.clock = Clock()
-        self.executor = SimExecutor(cost_model, self.clock)
+        self.executor = SimExecutor(cost_model)
         self.core = EngineCore(config, self.executor)
         self.workload = workload
         self.arrivals = {i: r.arrival for i, r in enumerate(workload.requests) if r.follows is None}  # index -> when
@@ -103,14 +102,14 @@ class Simulation:
         """Records every step, at the simulated time."""
         header = make_header(self.core.config, self.core.kv_cache_config)
         header |= {"machine": {"simulated": self.executor.cost_model.hardware.name}}
-        self.core.trace = TraceWriter(path, header, self.clock)
+        self.core.trace = TraceWriter(path, header, clock=lambda: self.executor.now)
 
     def run(self, slo: SLO) -> dict[str, Any]:
         idle_steps = 0
         try:
             while self.arrivals or self.core.has_unfinished_requests():
                 if not self.core.has_unfinished_requests():
-                    self.clock.now = max(self.clock.now, min(self.arrivals.values()))
+                    self.executor.now = max(self.executor.now, min(self.arrivals.values()))
                 self._add_arrivals()
                 idle_steps = 0 if self._step() else idle_steps + 1
                 if idle_steps > MAX_IDLE_STEPS:
@@ -137,7 +136,7 @@ class Simulation:
                 raise ValueError(f"request {index} got {got} of {request.output_len} tokens: the scheduler lost it")
 
     def _add_arrivals(self) -> None:
-        for arrival, index in sorted((when, i) for i, when in self.arrivals.items() if when <= self.clock.now):
+        for arrival, index in sorted((when, i) for i, when in self.arrivals.items() if when <= self.executor.now):
             del self.arrivals[index]
             request, name = self.workload.requests[index], str(index)
             before = [] if request.follows is None else self.texts[request.follows]
@@ -148,18 +147,19 @@ class Simulation:
 
     def _step(self) -> bool:
         """Runs one step. Returns whether it computed anything."""
+        num_steps = len(self.executor.costs)
         outputs = self.core.step()
         for output in outputs:
-            self.served[output.request_id].token_times += [self.clock.now] * len(output.new_token_ids)
+            self.served[output.request_id].token_times += [self.executor.now] * len(output.new_token_ids)
             if output.finished:
                 self._finish(int(output.request_id))
         stats = self.core.stats()
         filled = stats.num_used_slots / stats.num_reserved_slots if stats.num_reserved_slots else 1.0
         self.kv.append((stats.kv_cache_usage, filled))
-        return bool(outputs) or self.executor.costs[-1].flops > 0
+        return any(cost.flops for cost in self.executor.costs[num_steps:])
 
     def _finish(self, index: int) -> None:
         self.texts[index] = list(self.requests.pop(str(index)).all_token_ids)
         for follower, request in enumerate(self.workload.requests):
             if request.follows == index:
-                self.arrivals[follower] = self.clock.now + request.arrival
+                self.arrivals[follower] = self.executor.now + request.arrival
