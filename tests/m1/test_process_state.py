@@ -132,13 +132,13 @@ def test_a_stream_that_the_collector_closes_in_the_middle_of_a_step(llm: LLM, mo
     expected = generate(llm, PROMPTS)
     holder = {"stream": llm.stream(PROMPTS[0], GREEDY.replace(max_tokens=40))}
     next(holder["stream"])
-    schedule = llm.llm_engine.engine_core.scheduler._schedule_waiting
+    schedule = llm.llm_engine.engine_core.scheduler.schedule_waiting
 
     def collect_first(step: Any) -> None:
         holder.clear()  # the last reference: the generator is closed here, inside `schedule`
         schedule(step)
 
-    monkeypatch.setattr(llm.llm_engine.engine_core.scheduler, "_schedule_waiting", collect_first)
+    monkeypatch.setattr(llm.llm_engine.engine_core.scheduler, "schedule_waiting", collect_first)
     assert generate(llm, PROMPTS) == expected and not holder
 
 

@@ -109,23 +109,25 @@ def too_many_seats(core: EngineCore) -> None:
 
 def skips_a_decode(core: EngineCore) -> None:
     """r0 gets no token as long as others wait."""
-    tokens = core.scheduler._num_tokens_to_compute
+    tokens = core.scheduler.num_tokens_to_compute
 
-    def skip(request: Request, token_budget: int) -> int:
-        return 0 if request.request_id == "r0" and len(core.scheduler.waiting) else tokens(request, token_budget)
+    def skip(request: Request, num_computed_tokens: int, token_budget: int) -> int:
+        if request.request_id == "r0" and request in core.scheduler.running and len(core.scheduler.waiting):
+            return 0
+        return tokens(request, num_computed_tokens, token_budget)
 
-    core.scheduler._num_tokens_to_compute = skip  # type: ignore[method-assign]
+    core.scheduler.num_tokens_to_compute = skip  # type: ignore[method-assign]
 
 
 def newest_first(core: EngineCore) -> None:
-    schedule_running = core.scheduler._schedule_running
+    schedule_running = core.scheduler.schedule_running
 
     def reversed_order(step: Any) -> None:
         core.scheduler.running.reverse()
         schedule_running(step)
         core.scheduler.running.reverse()
 
-    core.scheduler._schedule_running = reversed_order  # type: ignore[method-assign]
+    core.scheduler.schedule_running = reversed_order  # type: ignore[method-assign]
 
 
 class LastComeQueue(FCFSRequestQueue):
@@ -149,24 +151,24 @@ def not_static(core: EngineCore) -> None:
 
 
 def admits_after_a_preemption(core: EngineCore) -> None:
-    schedule_running = core.scheduler._schedule_running
+    schedule_running = core.scheduler.schedule_running
 
     def then_admit(step: Any) -> None:
         schedule_running(step)
         if step.preempted:
-            core.scheduler._schedule_waiting(step)
+            core.scheduler.schedule_waiting(step)
 
-    core.scheduler._schedule_running = then_admit  # type: ignore[method-assign]
+    core.scheduler.schedule_running = then_admit  # type: ignore[method-assign]
 
 
 def dozes(core: EngineCore) -> None:
-    schedule_waiting = core.scheduler._schedule_waiting
+    schedule_waiting = core.scheduler.schedule_waiting
 
     def not_in_the_first_step(step: Any) -> None:
         if core.scheduler.num_steps > 0:
             schedule_waiting(step)
 
-    core.scheduler._schedule_waiting = not_in_the_first_step  # type: ignore[method-assign]
+    core.scheduler.schedule_waiting = not_in_the_first_step  # type: ignore[method-assign]
 
 
 def forgets_the_preempted(core: EngineCore) -> None:
@@ -192,31 +194,31 @@ def gives_up(core: EngineCore) -> None:
 
 
 def advances_too_little(core: EngineCore) -> None:
-    advance = core.scheduler._advance
+    advance = core.scheduler.advance
 
     def one_less(step: Any) -> None:
         advance(step)
         for request in core.scheduler.running:
             request.num_computed_tokens -= 1
 
-    core.scheduler._advance = one_less  # type: ignore[method-assign]
+    core.scheduler.advance = one_less  # type: ignore[method-assign]
 
 
 def forgets_to_start_again(core: EngineCore) -> None:
     """A resumed request goes on where it was, though its blocks are gone."""
-    admit = core.scheduler._admit
+    admit = core.scheduler.admit
 
     def go_on(request: Request, num_hit_tokens: int, step: Any) -> None:
         resumed = request.status == RequestStatus.PREEMPTED
         admit(request, num_hit_tokens, step)
         request.num_computed_tokens = 2 if resumed else num_hit_tokens
 
-    core.scheduler._admit = go_on  # type: ignore[method-assign]
+    core.scheduler.admit = go_on  # type: ignore[method-assign]
 
 
 def computes_too_far(core: EngineCore) -> None:
-    tokens = core.scheduler._num_tokens_to_compute
-    core.scheduler._num_tokens_to_compute = lambda request, token_budget: tokens(request, token_budget) + 1  # type: ignore[method-assign]
+    tokens = core.scheduler.num_tokens_to_compute
+    core.scheduler.num_tokens_to_compute = lambda *args: tokens(*args) + 1  # type: ignore[method-assign]
 
 
 def cuts_prompts(core: EngineCore) -> None:

@@ -91,14 +91,14 @@ def keeps_the_blocks_of_the_finished(core: EngineCore) -> None:
 def keeps_the_blocks_of_the_preempted(core: EngineCore) -> None:
     """Only while it waits, or nothing would ever fit again."""
     manager = core.scheduler.kv_cache_manager
-    preempt = core.scheduler._preempt
+    preempt = core.scheduler.preempt
 
     def and_take_again(request: Request) -> None:
         held = manager.req_to_blocks[request.request_id][:1]
         preempt(request)
         manager.req_to_blocks[request.request_id] = held
 
-    core.scheduler._preempt = and_take_again  # type: ignore[method-assign]
+    core.scheduler.preempt = and_take_again  # type: ignore[method-assign]
 
 
 def leaks_a_block(core: EngineCore) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from folovllm.core.sched.scheduler import Scheduler
+from folovllm.core.sched.step import Step
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import FakeExecutor, fake_tokens
-from folovllm.request import Request, RequestStatus
+from folovllm.request import RequestStatus
 from tests import core_helpers as helpers
 from tests.core_helpers import block_ids, caching_core, make_core, make_request
 
@@ -119,9 +120,8 @@ def test_a_resume_is_cut_like_a_prompt(threshold: int, parts: list[int]) -> None
 class SamplesInMidPrompt(Scheduler):
     """Takes every request of a step for complete."""
 
-    @staticmethod
-    def _completes(request: Request, num_new_tokens: int) -> bool:
-        return True
+    def choose_sampling(self, step: Step) -> frozenset[str]:
+        return frozenset(step.num_scheduled_tokens)
 
 
 def test_a_sample_in_mid_prompt_would_be_seen() -> None:

@@ -116,7 +116,7 @@ class Scheduler(StepRecovery):
         """
         if reset_running:
             for request in reversed(self.running):  # each goes to the front of the queue, so that their order stays
-                self._preempt(request)
+                self.preempt(request)
             self.running = []
         return self.kv_cache_manager.reset_prefix_cache()
 
@@ -133,43 +133,54 @@ class Scheduler(StepRecovery):
         """Chooses this step's tokens: running requests first, then waiting ones while budget, seats and blocks last."""
         step = self._step = Step(token_budget=self.max_num_batched_tokens)
         nothing_runs = not self.running
-        self._schedule_running(step)
+        self.schedule_running(step)
         # If a running request needed a preemption to continue, this step admits no new request. A static batch admits
         # requests only when the last batch is over. That condition alone separates it from continuous batching.
         if not step.preempted and (self.batching == "continuous" or nothing_runs):
-            self._schedule_waiting(step)
+            self.schedule_waiting(step)
         self._assert_within_limits(step)
         output = self._make_output(step)
-        self._advance(step)
+        self.advance(step)
+        self.num_steps += 1
+        self.num_last_scheduled_tokens = output.total_num_scheduled_tokens
         self._in_flight.append(step)
         step.output = output
         return output
 
-    def _schedule_running(self, step: Step) -> None:
+    def schedule_running(self, step: Step) -> None:
+        """Pass 1: gives the running requests the tokens that they lack, in order of admission, while budget is left.
+
+        Each request that gets tokens is recorded in `step` and listed in `step.continued`. A request that lacks no
+        token is passed over. If a request had to preempt itself to make room, the pass ends: the ones behind it were
+        admitted later, and do not fit either.
+        """
         i = 0
         while i < len(self.running) and step.token_budget > 0:
             request = self.running[i]
-            num_new_tokens = self._num_tokens_to_compute(request, step.token_budget)
+            num_new_tokens = self.num_tokens_to_compute(request, request.num_computed_tokens, step.token_budget)
             if num_new_tokens == 0:
                 i += 1
                 continue
-            new_blocks = self._allocate_or_preempt(request, num_new_tokens, step)
+            new_blocks = self.allocate_or_preempt(request, num_new_tokens, step)
             if new_blocks is None:
-                break  # the request preempted itself, so the ones behind it do not fit either
+                break
             step.record(request, num_new_tokens, new_blocks)
             step.continued.append(request)
             # A victim may have stood before this request and moved it forward.
             i = self.running.index(request) + 1 if step.preempted else i + 1
 
-    def _schedule_waiting(self, step: Step) -> None:
+    def schedule_waiting(self, step: Step) -> None:
+        """Pass 2: admits requests from the head of the queue while budget, seats (`max_num_seqs`) and blocks last.
+
+        What the prefix cache holds of a request need not be computed. If the head does not fit the budget or the
+        blocks, the pass ends with the queue unchanged: if others could overtake the head, it might wait forever.
+        """
         while self.waiting and step.token_budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting.peek_request()
             hit_blocks, num_hit_tokens = self.kv_cache_manager.get_computed_blocks(request)
-            # num_tokens, not num_prompt_tokens: a resumed request computes its earlier output again.
-            num_new_tokens = self._limit_prefill(request.num_tokens - num_hit_tokens)
-            if num_new_tokens > step.token_budget and not self.enable_chunked_prefill:
-                break  # whole prompts only; if others could overtake the head, it might wait forever
-            num_new_tokens = min(num_new_tokens, step.token_budget)
+            num_new_tokens = self.num_tokens_to_compute(request, num_hit_tokens, step.token_budget)
+            if num_new_tokens == 0:
+                break
             new_blocks = self.kv_cache_manager.allocate_slots(
                 request,
                 num_new_tokens,
@@ -180,19 +191,26 @@ class Scheduler(StepRecovery):
             if new_blocks is None:
                 break
             self.waiting.pop_request()
-            self._admit(request, num_hit_tokens, step)
+            self.admit(request, num_hit_tokens, step)
             step.record(request, num_new_tokens, new_blocks)
 
-    def _num_tokens_to_compute(self, request: Request, token_budget: int) -> int:
-        """The tokens that a running request lacks, within the limits: 1 for a decode, more for a partial prompt."""
-        missing = self._limit_prefill(request.num_tokens - request.num_computed_tokens)
-        return min(missing, token_budget, self.max_model_len - 1 - request.num_computed_tokens)
+    def num_tokens_to_compute(self, request: Request, num_computed_tokens: int, token_budget: int) -> int:
+        """Returns how many tokens of `request` this step computes, if the first `num_computed_tokens` are in the cache.
 
-    def _limit_prefill(self, num_new_tokens: int) -> int:
-        threshold = self.long_prefill_token_threshold
-        return min(num_new_tokens, threshold) if threshold > 0 else num_new_tokens
+        That is what it lacks of its known tokens, prompt and output alike: 1 for a decode, more for a prompt or a
+        resumed request. It is cut to `long_prefill_token_threshold` (0: no threshold) and to `token_budget`. If
+        chunked prefill is off, a request that exceeds the budget gets 0 instead of a part.
+        """
+        # num_tokens, not num_prompt_tokens: a resumed request computes its earlier output again.
+        missing = min(request.num_tokens, self.max_model_len - 1) - num_computed_tokens
+        if self.long_prefill_token_threshold > 0:
+            missing = min(missing, self.long_prefill_token_threshold)
+        if missing > token_budget:
+            return token_budget if self.enable_chunked_prefill else 0
+        return missing
 
-    def _admit(self, request: Request, num_hit_tokens: int, step: Step) -> None:
+    def admit(self, request: Request, num_hit_tokens: int, step: Step) -> None:
+        """Makes `request` the last of the running ones, with `num_hit_tokens` computed, and notes it in `step`."""
         self.kv_cache_manager.record_admission(request, num_hit_tokens)
         (step.resumed if request.status == RequestStatus.PREEMPTED else step.admitted).append(request)
         request.set_status(RequestStatus.RUNNING)
@@ -204,28 +222,35 @@ class Scheduler(StepRecovery):
 
     # ---- preemption
 
-    def _allocate_or_preempt(self, request: Request, num_new_tokens: int, step: Step) -> list[KVCacheBlock] | None:
-        """Blocks for `request`. Preempts others until they fit; returns None if `request` itself was preempted."""
+    def allocate_or_preempt(self, request: Request, num_new_tokens: int, step: Step) -> list[KVCacheBlock] | None:
+        """Returns new blocks for `request`, which runs. Preempts victims, one at a time, until they fit.
+
+        Every victim leaves `running`, is listed in `step.preempted`, and what this step had granted it returns to the
+        budget (`step.undo`). Returns None if the last victim was `request` itself.
+        """
         while True:
             new_blocks = self.kv_cache_manager.allocate_slots(request, num_new_tokens)
             if new_blocks is not None:
                 return new_blocks
-            victim = self._choose_victim()
+            victim = self.choose_victim()
             self.running.remove(victim)
             step.undo(victim)
-            self._preempt(victim)
+            self.preempt(victim)
             step.preempted.append(victim)
             if victim is request:
                 return None
 
-    def _choose_victim(self) -> Request:
-        """The running request that loses its blocks: the latest admitted, or under priority the least urgent one."""
+    def choose_victim(self) -> Request:
+        """Returns the running request that loses its blocks: the latest admitted, or by priority the least urgent."""
         if self.scheduling_policy == "priority":
             return max(self.running, key=Request.sort_key)
         return self.running[-1]
 
-    def _preempt(self, request: Request) -> None:
-        """Frees all blocks of `request`. It keeps its tokens, and computes their K/V again once it is admitted."""
+    def preempt(self, request: Request) -> None:
+        """Frees all blocks of `request` and puts it back into the queue, ahead of the requests of its rank.
+
+        It keeps its tokens, and computes their K/V again once it is admitted. The caller takes it out of `running`.
+        """
         self.kv_cache_manager.preempt(request)
         request.set_status(RequestStatus.PREEMPTED)
         request.num_computed_tokens = 0
@@ -247,18 +272,22 @@ class Scheduler(StepRecovery):
             ],
             num_scheduled_tokens=scheduled,
             total_num_scheduled_tokens=sum(scheduled.values()),
-            sampling_req_ids=frozenset(
-                request_id for request_id, k in scheduled.items() if self._completes(self.requests[request_id], k)
-            ),
+            sampling_req_ids=self.choose_sampling(step),
             finished_req_ids=frozenset(step.finished_req_ids),
             preempted_req_ids=frozenset(request.request_id for request in step.preempted),
             block_copies=self.kv_cache_manager.take_block_copies(),
         )
 
-    @staticmethod
-    def _completes(request: Request, num_new_tokens: int) -> bool:
-        """Whether all known tokens are computed after this step, so that the next one can be sampled."""
-        return request.num_computed_tokens + num_new_tokens >= request.num_tokens
+    def choose_sampling(self, step: Step) -> frozenset[str]:
+        """Returns the ids of the requests that sample: those whose known tokens are all computed after this step.
+
+        Called before `advance`. A request in mid-prompt does not sample: the token that follows is known already.
+        """
+        return frozenset(
+            request_id
+            for request_id, num_tokens in step.num_scheduled_tokens.items()
+            if self.requests[request_id].num_computed_tokens + num_tokens >= self.requests[request_id].num_tokens
+        )
 
     def _new_request_data(self, request: Request) -> NewRequestData:
         return NewRequestData(
@@ -284,12 +313,10 @@ class Scheduler(StepRecovery):
             resumed=resumed,
         )
 
-    def _advance(self, step: Step) -> None:
-        """Counts the tokens as computed at once: a pipelined engine can schedule the next step before this one ran."""
+    def advance(self, step: Step) -> None:
+        """Counts the step's tokens as computed, before it has run: a pipelined engine can schedule the next one now."""
         for request_id, num_tokens in step.num_scheduled_tokens.items():
             self.requests[request_id].num_computed_tokens += num_tokens
-        self.num_steps += 1
-        self.num_last_scheduled_tokens = sum(step.num_scheduled_tokens.values())
 
     def _assert_within_limits(self, step: Step) -> None:
         assert step.token_budget >= 0
@@ -338,12 +365,7 @@ class Scheduler(StepRecovery):
         request.times.last_token = now
         self.num_generation_tokens += len(new_token_ids)
         if stopped:
-            # If the request was preempted meanwhile, it is in the queue and not among the running.
-            if request in self.running:
-                self.running.remove(request)
-            else:
-                self.waiting.remove_requests([request])
-            self._free(request)
+            self.retire(request)
         logprobs = runner_output.logprobs.get(request.request_id)
         wants_prompt_logprobs = is_first and request.sampling_params.prompt_logprobs is not None
         return EngineCoreOutput(
@@ -356,6 +378,17 @@ class Scheduler(StepRecovery):
             num_cached_tokens=max(request.num_cached_tokens, 0),
             times=request.times,
         )
+
+    def retire(self, request: Request) -> None:
+        """Takes out a request that has stopped with the token just appended. Its seat and its blocks are free at once.
+
+        If the request was preempted while its token was on the way, it is in the queue and not among the running.
+        """
+        if request in self.running:
+            self.running.remove(request)
+        else:
+            self.waiting.remove_requests([request])
+        self._free(request)
 
     def _free(self, request: Request) -> None:
         """Frees the blocks of a finished request at once. The worker drops its state with the next step."""
