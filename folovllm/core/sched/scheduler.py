@@ -202,7 +202,7 @@ class Scheduler(StepRecovery):
         chunked prefill is off, a request that exceeds the budget gets 0 instead of a part.
         """
         # num_tokens, not num_prompt_tokens: a resumed request computes its earlier output again.
-        missing = min(request.num_tokens, self.max_model_len - 1) - num_computed_tokens
+        missing = request.num_tokens - num_computed_tokens
         if self.long_prefill_token_threshold > 0:
             missing = min(missing, self.long_prefill_token_threshold)
         if missing > token_budget:

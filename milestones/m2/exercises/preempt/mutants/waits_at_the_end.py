@@ -1,0 +1,38 @@
+# killed-by: a_victim_waits_in_front | b could wait
+"""The victim goes to the end of the queue.
+
+Under load, every later arrival goes before it, and its user, who has seen half an answer, waits longest. vllm-project/vllm
+issue 41951 is about the same loss of rank in the priority queue.
+"""
+
+from folovllm.core.kv_cache_utils import KVCacheBlock
+from folovllm.core.sched.scheduler import Scheduler as ReferenceScheduler
+from folovllm.core.sched.step import Step
+from folovllm.request import Request, RequestStatus
+
+
+class Scheduler(ReferenceScheduler):
+    def allocate_or_preempt(self, request: Request, num_new_tokens: int, step: Step) -> list[KVCacheBlock] | None:
+        while (blocks := self.kv_cache_manager.allocate_slots(request, num_new_tokens)) is None:
+            victim = self.choose_victim()
+            self.running.remove(victim)
+            step.undo(victim)
+            self.preempt(victim)
+            step.preempted.append(victim)
+            if victim is request:
+                return None
+        return blocks
+
+    def choose_victim(self) -> Request:
+        if self.scheduling_policy == "priority":
+            return max(self.running, key=lambda request: request.sort_key())
+        return self.running[-1]
+
+    def preempt(self, request: Request) -> None:
+        self.kv_cache_manager.preempt(request)
+        request.set_status(RequestStatus.PREEMPTED)
+        request.num_computed_tokens = 0
+        request.prompt_logprobs = []
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.add_request(request)
