@@ -196,11 +196,13 @@ def assert_nothing_leaked(core: EngineCore) -> None:
 class Workload:
     """Requests, the step before which each arrives, and the engine arguments that they run with.
 
-    `arrivals` holds (step, arguments of make_request), sorted by step.
+    `arrivals` holds (step, arguments of make_request), sorted by step. `aborts` holds (step, request id): the request
+    is aborted before that step, wherever it is by then.
     """
 
     config_args: dict[str, Any]
     arrivals: tuple[tuple[int, dict[str, Any]], ...]
+    aborts: tuple[tuple[int, str], ...] = ()
 
     def __str__(self) -> str:
         requests = ", ".join(
@@ -208,13 +210,15 @@ class Workload:
             + (f" at step {step}" if step else "")
             for step, args in self.arrivals
         )
+        requests += "".join(f", {request_id} aborted at step {step}" for step, request_id in self.aborts)
         return f"{requests}; {', '.join(f'{name}={value!r}' for name, value in self.config_args.items())}"
 
 
-def random_workload(seed: int, milestone: str = "m3", **config_args: Any) -> Workload:
+def random_workload(seed: int, milestone: str = "m3", *, with_aborts: bool = False, **config_args: Any) -> Workload:
     """Returns a workload of the engine as of `milestone`, the same for the same seed. Small seeds are small workloads.
 
     The cache is tight: from M3 on, requests that grow are preempted. `config_args` take the place of drawn arguments.
+    If `with_aborts`, about one request in four is aborted some steps after it arrived.
     """
     rng = random.Random(seed)
     config = toy_config_args(milestone, rng) | config_args
@@ -231,7 +235,10 @@ def random_workload(seed: int, milestone: str = "m3", **config_args: Any) -> Wor
             args["priority"] = rng.randint(0, 2)
         arrivals.append((step, args))
         step += rng.choice((0, 0, 1, 3))
-    return Workload(config, tuple(arrivals))
+    aborts = [
+        (step + rng.randint(0, 8), args["request_id"]) for step, args in arrivals if with_aborts and rng.random() < 0.25
+    ]
+    return Workload(config, tuple(arrivals), tuple(sorted(aborts)))
 
 
 def toy_config_args(milestone: str, rng: random.Random) -> dict[str, Any]:
@@ -254,10 +261,11 @@ def run_workload(
 ) -> dict[str, list[int]]:
     """Runs a workload to its end, with the integrity check after every step. Returns the tokens of each request.
 
-    Raises AssertionError if the tokens are not those that each request gets alone, or if a block is left over.
+    Raises AssertionError if the tokens are not those that each request gets alone (an aborted one: not the first of
+    them), or if a block is left over.
     """
     core = make_core(**workload.config_args, parts=parts, trace=None if trace is None else str(trace))
-    waiting = list(workload.arrivals)
+    waiting, aborts = list(workload.arrivals), list(workload.aborts)
     outputs: dict[str, list[int]] = {}
     expected: dict[str, list[int]] = {}
     try:
@@ -266,6 +274,8 @@ def run_workload(
                 request = make_request(**waiting.pop(0)[1])
                 expected[request.request_id] = expected_tokens(request, workload.config_args["max_model_len"])
                 core.add_request(request)
+            while aborts and aborts[0][0] <= step:
+                core.abort_requests([aborts.pop(0)[1]])
             if not waiting and not core.has_unfinished_requests():
                 break
             for output in core.step():
@@ -276,7 +286,8 @@ def run_workload(
     finally:
         core.shutdown()
     for request_id, tokens in expected.items():
-        got = outputs.get(request_id, [])
-        assert got == tokens, f"{request_id} generated {got}, but alone it generates {tokens}"
+        got, is_aborted = outputs.get(request_id, []), request_id in {name for _, name in workload.aborts}
+        expected_now = tokens[: len(got)] if is_aborted else tokens
+        assert got == expected_now, f"{request_id} generated {got}, but alone it generates {expected_now}"
     assert_nothing_leaked(core)
     return outputs

@@ -1,4 +1,6 @@
-"""Exercise m2/priority_queue: the waiting requests in order of urgency. `prepend_request`, inherited, calls your `add_request`."""
+"""Exercise m2/priority_queue: the waiting requests in order of urgency. `prepend_request`, inherited, calls your
+`add_request`.
+"""
 
 from collections.abc import Iterable, Iterator
 

@@ -7,6 +7,7 @@ from folovllm.core.sched.step import Step
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import fake_tokens
 from folovllm.learn.check import Mine, check
+from folovllm.learn.defaults import check_workload
 from folovllm.learn.toy_engine import add_all, make_core, make_request, random_workload, run_workload, schedule_and_run
 from folovllm.request import Request
 
@@ -51,7 +52,8 @@ def running_requests_come_before_new_prompts(mine: Mine) -> None:
     got = steps(core, 2)
     expected = [{"a": 1, "b": 15}, {"a": 1, "c": 15}]
     assert got == expected, (
-        f"a was generating when the prompts b and c of 15 tokens arrived; the next steps were {got}, expected {expected} "
+        f"a was generating when the prompts b and c of 15 tokens arrived; the next steps were {got}, expected "
+        f"{expected} "
         "with a budget of 16: new prompts must not take the running requests' tokens, or a stream of prompts stops them"
     )
 
@@ -67,11 +69,16 @@ def running_requests_keep_the_order_of_admission(mine: Mine) -> None:
 @check("unit", spec="R2.2")
 def a_seat_that_falls_free_is_taken_in_the_next_step(mine: Mine) -> None:
     """When a request finishes, the next one starts in the very next step."""
-    requests = make_request("a", 4, max_tokens=3), make_request("b", 6, max_tokens=1), make_request("c", 2, max_tokens=2)
+    requests = (
+        make_request("a", 4, max_tokens=3),
+        make_request("b", 6, max_tokens=1),
+        make_request("c", 2, max_tokens=2),
+    )
     got = steps(engine(mine, *requests, max_num_seqs=2), 3)
     expected = [{"a": 4, "b": 6}, {"a": 1, "c": 2}, {"a": 1, "c": 1}]
     assert got == expected, (
-        f"with two seats the steps were {got}, expected {expected}: b has finished in step 1, so c takes its seat in step 2"
+        f"with two seats the steps were {got}, expected {expected}: b has finished in step 1, so c takes its seat in "
+        "step 2"
     )
 
 
@@ -100,21 +107,25 @@ def no_request_overtakes_a_head_that_exceeds_the_budget(mine: Mine) -> None:
     core = engine(mine, *(make_request(name, prompt, max_tokens=1) for name, prompt in (("a", 6), ("b", 12), ("c", 1))))
     got = steps(core, 2)
     assert got == [{"a": 6}, {"b": 12, "c": 1}], (
-        f"prompts a 6, b 12, c 1 with a budget of 16 gave {got}, expected a alone in step 1: b does not fit behind a, and if "
-        "c may overtake b, a stream of small requests makes b wait for ever"
+        f"prompts a 6, b 12, c 1 with a budget of 16 gave {got}, expected a alone in step 1: b does not fit behind "
+        "a, and if c may overtake b, a stream of small requests makes b wait for ever"
     )
 
 
 @check("unit", spec="R2.6")
 def no_request_overtakes_a_head_without_blocks(mine: Mine) -> None:
     """If there are too few blocks for the head of the queue, it stays the head, and the requests behind it wait too."""
-    requests = make_request("a", 7, max_tokens=2), make_request("b", 9, max_tokens=2), make_request("c", 1, max_tokens=2)
+    requests = (
+        make_request("a", 7, max_tokens=2),
+        make_request("b", 9, max_tokens=2),
+        make_request("c", 1, max_tokens=2),
+    )
     core = engine(mine, *requests, num_kv_blocks=5, max_num_batched_tokens=32)
     got = steps(core, 1)
     queue = [request.request_id for request in core.scheduler.waiting]
     assert (got, queue) == ([{"a": 7}], ["b", "c"]), (
-        f"4 blocks of 4 tokens, prompts a 7, b 9, c 1: step 1 was {got} and left the queue {queue}, expected a alone and the "
-        "queue b, c: b lacks a block, so the pass ends and nothing has left the queue"
+        f"4 blocks of 4 tokens, prompts a 7, b 9, c 1: step 1 was {got} and left the queue {queue}, expected a alone "
+        "and the queue b, c: b lacks a block, so the pass ends and nothing has left the queue"
     )
     got = steps(core, 2)
     assert got == [{"a": 1}, {"b": 9, "c": 1}], f"the steps after that were {got}, expected a 1, then b 9 and c 1"
@@ -131,9 +142,13 @@ def a_finished_request_leaves_nothing_behind(mine: Mine) -> None:
     assert running == [], f"a has generated its only token and {running} still run: a finished request is kept"
     free = pool.get_num_free_blocks()
     assert free == free_before, f"{free} of {free_before} blocks are free after a finished: its blocks have leaked"
-    assert core.scheduler.requests == {}, "a has finished and is still in scheduler.requests, so its id cannot be used again"
+    assert core.scheduler.requests == {}, (
+        "a has finished and is still in scheduler.requests, so its id cannot be used again"
+    )
     told = core.scheduler.schedule().finished_req_ids
-    assert told == {"a"}, f"the next message told the worker that {set(told)} have finished, expected {{'a'}}: it keeps a's row"
+    assert told == {"a"}, (
+        f"the next message told the worker that {set(told)} have finished, expected {{'a'}}: it keeps a's row"
+    )
 
 
 def _run(core: EngineCore, *outputs: SchedulerOutput) -> None:
@@ -153,8 +168,8 @@ def a_preempted_request_can_finish_with_the_token_on_its_way(mine: Mine) -> None
     _run(core, core.scheduler.schedule(), core.scheduler.schedule())
     queue = [request.request_id for request in core.scheduler.waiting]
     assert b.is_finished and queue == [], (
-        f"b was preempted after its last step was scheduled, and stopped with that token, but the queue is {queue}, expected "
-        "empty: a request that stops may be in the queue"
+        f"b was preempted after its last step was scheduled, and stopped with that token, but the queue is {queue}, "
+        "expected empty: a request that stops may be in the queue"
     )
     core.scheduler.check_integrity()
 
@@ -168,8 +183,8 @@ def a_victim_does_not_compute_in_that_step(mine: Mine) -> None:
     core.scheduler.schedule_running(step)
     got, victims = step.num_scheduled_tokens, [request.request_id for request in step.preempted]
     assert (got, victims) == ({"a": 1}, ["b"]), (
-        f"a needs a block of b in step 2, whose pass 1 granted {got} and preempted {victims}, expected a 1 and b preempted: "
-        "allocate_or_preempt takes victims out of self.running while you walk over it"
+        f"a needs a block of b in step 2, whose pass 1 granted {got} and preempted {victims}, expected a 1 and b "
+        "preempted: allocate_or_preempt takes victims out of self.running while you walk over it"
     )
 
 
@@ -182,8 +197,8 @@ def a_resumed_request_computes_prompt_and_output(mine: Mine) -> None:
     output = core.scheduler.schedule()
     got = dict(output.num_scheduled_tokens)
     assert got == {"b": 7}, (
-        f"b (6 prompt tokens) was preempted with one token generated, and came back with {got}, expected 7 tokens: b knows 7 "
-        "and nothing of it is computed, so no rule may ask whether it 'is in prefill'"
+        f"b (6 prompt tokens) was preempted with one token generated, and came back with {got}, expected 7 tokens: b "
+        "knows 7 and nothing of it is computed, so no rule may ask whether it 'is in prefill'"
     )
     _run(core, output)
     steps(core, 1)
@@ -200,8 +215,8 @@ def a_cached_prefix_is_not_computed(mine: Mine) -> None:
     add_all(core, [b])
     got = steps(core, 1)
     assert got == [{"b": 2}], (
-        f"b repeats a prompt of 10 tokens, of which 2 blocks of 4 are cached; it computed {got}, expected 2 tokens: ask "
-        "get_computed_blocks, count from the end of the hit, and hand the hit to allocate_slots and admit"
+        f"b repeats a prompt of 10 tokens, of which 2 blocks of 4 are cached; it computed {got}, expected 2 tokens: "
+        "ask get_computed_blocks, count from the end of the hit, and hand the hit to allocate_slots and admit"
     )
 
 
@@ -214,3 +229,14 @@ def no_request_starves(mine: Mine) -> None:
             run_workload(workload, mine.parts)
         except AssertionError as error:
             raise AssertionError(f"{workload}: {error}") from error
+
+
+@check("trace", spec="R2.22", hint=2)
+def same_decisions_as_the_reference(mine: Mine) -> None:
+    """On 24 random workloads with preemptions and aborts, every step decides what it decides with the engine's
+    scheduler.
+    """
+    for seed in range(24):
+        policy = ("fcfs", "priority")[seed % 2]
+        milestone = ("m2", "m3", "m3", "m5", "m5", "m6")[seed % 6]
+        check_workload(random_workload(seed, milestone, with_aborts=True, scheduling_policy=policy), mine.parts)

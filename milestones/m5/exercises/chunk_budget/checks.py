@@ -6,7 +6,8 @@ from typing import Any
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.engine.core import EngineCore
 from folovllm.learn.check import Mine, check
-from folovllm.learn.toy_engine import add_all, make_core, make_request, schedule_and_run
+from folovllm.learn.defaults import check_workload
+from folovllm.learn.toy_engine import add_all, make_core, make_request, random_workload, schedule_and_run
 from folovllm.request import Request
 from folovllm.utils import cdiv
 
@@ -30,7 +31,9 @@ def steps(core: EngineCore, limit: int = 200) -> list[dict[str, int]]:
     done: list[dict[str, int]] = []
     while core.has_unfinished_requests():
         done.append(dict(schedule_and_run(core).num_scheduled_tokens))
-        assert len(done) < limit, f"not done after {limit} steps, the last of which computed {done[-3:]}: a request is stuck"
+        assert len(done) < limit, (
+            f"not done after {limit} steps, the last of which computed {done[-3:]}: a request is stuck"
+        )
     return done
 
 
@@ -54,7 +57,9 @@ def a_request_gets_what_it_lacks(mine: Mine) -> None:
     request = make_request("a", 20)
     for computed, expected in ((0, 20), (7, 13), (19, 1), (20, 0)):
         got = ask(mine, request, computed, 64)
-        assert got == expected, f"20 known tokens, {computed} computed, budget 64: you returned {got}, expected {expected}"
+        assert got == expected, (
+            f"20 known tokens, {computed} computed, budget 64: you returned {got}, expected {expected}"
+        )
 
 
 @check("unit", spec="R5.2")
@@ -76,20 +81,22 @@ def without_chunks_it_is_the_whole_or_nothing(mine: Mine) -> None:
     for computed, budget, expected in ((0, 20, 20), (0, 19, 0), (19, 1, 1)):
         got = ask(mine, request, computed, budget, **off)
         assert got == expected, (
-            f"chunks off, 20 known tokens, {computed} computed, budget {budget}: you returned {got}, expected {expected}: a "
-            "prompt is computed whole or not at all"
+            f"chunks off, 20 known tokens, {computed} computed, budget {budget}: you returned {got}, expected "
+            f"{expected}: a prompt is computed whole or not at all"
         )
 
 
 @check("unit", spec="R5.3")
 def the_threshold_cuts_a_prompt_too(mine: Mine) -> None:
-    """A step computes at most `long_prefill_token_threshold` tokens of one request; 0 means that there is no threshold."""
+    """A step computes at most `long_prefill_token_threshold` tokens of one request; 0 means that there is no
+    threshold.
+    """
     request = make_request("a", 20)
     for threshold, budget, expected in ((4, 64, 4), (4, 3, 3), (30, 64, 20), (0, 64, 20)):
         got = ask(mine, request, 0, budget, long_prefill_token_threshold=threshold)
         assert got == expected, (
-            f"20 tokens are missing, threshold {threshold}, budget {budget}: you returned {got}, expected {expected}: the "
-            "smallest of the three, and a threshold of 0 is none"
+            f"20 tokens are missing, threshold {threshold}, budget {budget}: you returned {got}, expected "
+            f"{expected}: the smallest of the three, and a threshold of 0 is none"
         )
 
 
@@ -106,8 +113,8 @@ def tokens_are_counted_from_the_end_of_the_hit(mine: Mine) -> None:
     request = make_request("c", 21)
     lengths = [ask(mine, request, hit, 64) for hit in (12, 20)]
     assert lengths == [9, 1], (
-        f"21 known tokens with 12 and 20 of them cached: you returned {lengths}, expected [9, 1]: count from num_computed_tokens, "
-        "for request.num_computed_tokens is 0 until the request is admitted"
+        f"21 known tokens with 12 and 20 of them cached: you returned {lengths}, expected [9, 1]: count from "
+        "num_computed_tokens, for request.num_computed_tokens is 0 until the request is admitted"
     )
 
 
@@ -119,7 +126,8 @@ def a_resumed_request_computes_its_output_again(mine: Mine) -> None:
         request.append_output_token_id(token_id)
     got = [ask(mine, request, computed, budget) for computed, budget in ((0, 64), (0, 9), (9, 64), (10, 64))]
     assert got == [11, 9, 2, 1], (
-        f"8 prompt tokens and 3 generated ones, (computed, budget) = (0, 64), (0, 9), (9, 64), (10, 64): you returned {got}, "
+        "8 prompt tokens and 3 generated ones, (computed, budget) = (0, 64), (0, 9), (9, 64), (10, 64): you "
+        f"returned {got}, "
         "expected [11, 9, 2, 1]: the known tokens are request.num_tokens, and no rule asks whether this 'is a prompt'"
     )
 
@@ -130,7 +138,8 @@ def a_lone_prompt_takes_its_length_over_the_budget(mine: Mine) -> None:
     for prompt, budget in ((20, 8), (16, 8), (1, 8), (33, 5)):
         got = steps(engine(mine, make_request("a", prompt, max_tokens=1), max_num_batched_tokens=budget))
         assert len(got) == cdiv(prompt, budget), (
-            f"a prompt of {prompt} with a budget of {budget} took {len(got)} steps {got}, expected {cdiv(prompt, budget)}"
+            f"a prompt of {prompt} with a budget of {budget} took {len(got)} steps {got}, expected "
+            f"{cdiv(prompt, budget)}"
         )
 
 
@@ -166,3 +175,14 @@ def _check_step(case: str, budget: int, threshold: int, generating: list[Request
     assert not threshold or max(scheduled.values()) <= threshold, f"{case}: {scheduled} exceeds the threshold"
     late = [r.request_id for r in generating if scheduled.get(r.request_id) != 1]
     assert not late, f"{case}: {late} were generating and got no token in a step that computed {scheduled}"
+
+
+@check("trace", spec="R5.3", hint=2)
+def same_decisions_as_the_reference(mine: Mine) -> None:
+    """On 24 random workloads with preemptions and aborts, every step decides what it decides with the engine's
+    scheduler.
+    """
+    for seed in range(24):
+        policy = ("fcfs", "priority")[seed % 2]
+        milestone = ("m2", "m5", "m6")[seed % 3]
+        check_workload(random_workload(seed, milestone, with_aborts=True, scheduling_policy=policy), mine.parts)

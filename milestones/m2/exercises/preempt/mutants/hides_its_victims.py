@@ -1,5 +1,6 @@
 # killed-by: a_step_that_preempted_admits_no_request | append every victim to step.preempted
-"""The step does not hear of the victims, so it admits a new request with the blocks that were just taken from another one.
+"""The step does not hear of the victims, so it admits a new request with the blocks that were just taken from another
+one.
 
 The worker is not told either.
 """

@@ -1,8 +1,8 @@
 # killed-by: a_victim_scheduled_earlier_in_the_step_is_taken_back | returns to the budget
 """What this step had granted the victim is not taken back.
 
-The worker is told to compute tokens of a request without blocks, and the budget is short by as many. vLLM's V1 scheduler had
-this under priority scheduling in 2025.
+The worker is told to compute tokens of a request without blocks, and the budget is short by as many. vLLM's V1
+scheduler had this under priority scheduling in 2025.
 """
 
 from folovllm.core.kv_cache_utils import KVCacheBlock

@@ -1,8 +1,8 @@
 # killed-by: the_latest_admitted_request_is_the_victim | the oldest has computed most
 """The first of the running requests gives way.
 
-It loses the most work, and comes back to the end of the list only to push out the next oldest: the requests take the blocks
-from each other in turn. vLLM takes the last (or, by priority, the least urgent) for this reason.
+It loses the most work, and comes back to the end of the list only to push out the next oldest: the requests take the
+blocks from each other in turn. vLLM takes the last (or, by priority, the least urgent) for this reason.
 """
 
 from folovllm.core.kv_cache_utils import KVCacheBlock

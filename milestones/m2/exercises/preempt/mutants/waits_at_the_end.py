@@ -1,8 +1,8 @@
 # killed-by: a_victim_waits_in_front | b could wait
 """The victim goes to the end of the queue.
 
-Under load, every later arrival goes before it, and its user, who has seen half an answer, waits longest. vllm-project/vllm
-issue 41951 is about the same loss of rank in the priority queue.
+Under load, every later arrival goes before it, and its user, who has seen half an answer, waits longest.
+vllm-project/vllm issue 41951 is about the same loss of rank in the priority queue.
 """
 
 from folovllm.core.kv_cache_utils import KVCacheBlock

@@ -1,8 +1,8 @@
 # killed-by: removal_keeps_the_order_of_the_rest | a heap with a hole in it is no heap any more
 """A request is taken out by putting the last one into its place, and the heap is not mended.
 
-Every queue that is emptied from the middle invites it; vLLM's calls heapify after list.remove, and pull 39495 is about what
-that costs under many aborts.
+Every queue that is emptied from the middle invites it; vLLM's calls heapify after list.remove, and pull 39495 is
+about what that costs under many aborts.
 """
 
 import heapq

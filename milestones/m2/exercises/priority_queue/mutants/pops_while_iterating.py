@@ -1,6 +1,5 @@
 # killed-by: iterating_yields_the_order_and_changes_nothing | must take nothing out
-"""Iterating pops the requests, so every look at the queue empties it.
-"""
+"""Iterating pops the requests, so every look at the queue empties it."""
 
 import heapq
 from collections.abc import Iterable, Iterator

@@ -1,6 +1,5 @@
 # killed-by: iterating_yields_the_order_and_changes_nothing | the list of a heap is not sorted
-"""Iterating yields the list that the heap is kept in, whose order is not the order of popping.
-"""
+"""Iterating yields the list that the heap is kept in, whose order is not the order of popping."""
 
 import heapq
 from collections.abc import Iterable, Iterator

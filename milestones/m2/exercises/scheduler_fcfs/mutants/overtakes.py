@@ -2,7 +2,8 @@
 """A head of the queue that does not fit is skipped, and a smaller request behind it runs.
 
 Throughput rises and the large request waits as long as small ones keep coming: head-of-line blocking is the price of no
-starvation. vLLM's first scheduler rejected the reordering for this reason, and its V1 scheduler stops at the head as well.
+starvation. vLLM's first scheduler rejected the reordering for this reason, and its V1 scheduler stops at the head as
+well.
 """
 
 from folovllm.core.sched.scheduler import Scheduler as ReferenceScheduler

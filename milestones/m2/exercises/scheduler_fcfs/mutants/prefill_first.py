@@ -1,8 +1,8 @@
 # killed-by: running_requests_come_before_new_prompts | new prompts must not take the running requests' tokens
 """New prompts run first, and the running requests get no token in such a step.
 
-A steady stream of prompts stops every running request: sgl-project/sglang issue 32549 measured it on a production load, and
-nano-vllm issue 73 asks about the same rule.
+A steady stream of prompts stops every running request: sgl-project/sglang issue 32549 measured it on a production
+load, and nano-vllm issue 73 asks about the same rule.
 """
 
 from folovllm.core.sched.scheduler import Scheduler as ReferenceScheduler

@@ -7,7 +7,7 @@ scheduling in 2025.
 
 from folovllm.core.sched.scheduler import Scheduler as ReferenceScheduler
 from folovllm.core.sched.step import Step
-from folovllm.request import Request, RequestStatus
+from folovllm.request import Request
 
 
 class Scheduler(ReferenceScheduler):

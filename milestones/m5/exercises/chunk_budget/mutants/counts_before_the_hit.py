@@ -1,8 +1,8 @@
 # killed-by: tokens_are_counted_from_the_end_of_the_hit | count from num_computed_tokens
 """The missing tokens are counted from what the request itself says, which is 0 before it is admitted.
 
-nano-vllm counted before the prefix cache was asked (pull requests 207, 210, 211): the first chunk was too long by the hit,
-and ran past the block table.
+nano-vllm counted before the prefix cache was asked (pull requests 207, 210, 211): the first chunk was too long by the
+hit, and ran past the block table.
 """
 
 from folovllm.core.sched.scheduler import Scheduler as ReferenceScheduler

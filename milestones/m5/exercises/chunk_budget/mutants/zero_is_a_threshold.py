@@ -1,6 +1,5 @@
 # killed-by: the_threshold_cuts_a_prompt_too | a threshold of 0 is none
-"""The threshold is applied when it is 0, which means that there is none: no request ever gets a token.
-"""
+"""The threshold is applied when it is 0, which means that there is none: no request ever gets a token."""
 
 from folovllm.core.sched.scheduler import Scheduler as ReferenceScheduler
 from folovllm.request import Request
