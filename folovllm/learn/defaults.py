@@ -13,6 +13,7 @@ from folovllm.learn.check import Check, Mine
 from folovllm.learn.exercise import Exercise
 from folovllm.learn.toy_engine import Workload, random_workload, run_workload
 from folovllm.trace.diff import diff
+from folovllm.trace.lint import RULES, lint
 from folovllm.trace.record import Trace, read_trace
 
 NUM_WORKLOADS = 20
@@ -70,6 +71,19 @@ def check_workload(workload: Workload, parts: Mapping[str, str], reference: Mapp
             raise
         divergence = _explain(read_trace(theirs), read_trace(mine))
         assert not divergence, f"on the workload {workload}: {divergence}"
+
+
+def lint_workload(workload: Workload, parts: Mapping[str, str]) -> None:
+    """Runs a workload. Raises AssertionError with the first rule of trace/lint.py that it breaks."""
+    with tempfile.TemporaryDirectory(prefix="folovllm-learn-") as folder:
+        path = Path(folder, "mine.jsonl")
+        try:
+            run_workload(workload, parts, path)
+        except Exception as error:
+            error.add_note(f"It happened on the workload {workload}.")
+            raise
+        violations = lint(path)
+    assert not violations, f"on the workload {workload}: {violations[0]} (the rule: {RULES[violations[0].rule]})"
 
 
 def _explain(theirs: Trace, mine: Trace) -> str:

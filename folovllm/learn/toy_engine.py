@@ -222,7 +222,7 @@ def random_workload(seed: int, milestone: str = "m3", *, with_aborts: bool = Fal
     """
     rng = random.Random(seed)
     config = toy_config_args(milestone, rng) | config_args
-    step, arrivals = 0, []
+    step, arrivals = 0, list[tuple[int, dict[str, Any]]]()
     prefix = [rng.randrange(1000) for _ in range(config["max_model_len"])]
     for i in range(2 + seed // 3):
         prompt = [rng.randrange(1000) for _ in range(rng.randint(1, config["max_model_len"] // 2))]

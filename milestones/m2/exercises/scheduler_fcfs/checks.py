@@ -7,7 +7,7 @@ from folovllm.core.sched.step import Step
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import fake_tokens
 from folovllm.learn.check import Mine, check
-from folovllm.learn.defaults import check_workload
+from folovllm.learn.defaults import check_workload, lint_workload
 from folovllm.learn.toy_engine import add_all, make_core, make_request, random_workload, run_workload, schedule_and_run
 from folovllm.request import Request
 
@@ -108,7 +108,7 @@ def no_request_overtakes_a_head_that_exceeds_the_budget(mine: Mine) -> None:
     got = steps(core, 2)
     assert got == [{"a": 6}, {"b": 12, "c": 1}], (
         f"prompts a 6, b 12, c 1 with a budget of 16 gave {got}, expected a alone in step 1: b does not fit behind "
-        "a, and if c may overtake b, a stream of small requests makes b wait for ever"
+        "a, and if c may overtake b, a stream of small requests makes b wait forever"
     )
 
 
@@ -222,13 +222,20 @@ def a_cached_prefix_is_not_computed(mine: Mine) -> None:
 
 @check("property", spec="R2.22")
 def no_request_starves(mine: Mine) -> None:
-    """In 200 random workloads, every request finishes with the tokens it gets alone, and no step exceeds a limit."""
+    """In 200 random workloads with preemptions and aborts, every request finishes with the tokens it gets alone."""
     for seed in range(200):
-        workload = random_workload(seed % 40, ("m2", "m3", "m5", "m6")[seed // 50])
+        workload = random_workload(seed // 8, ("m2", "m3", "m5", "m6")[seed % 4], with_aborts=seed % 3 == 0)
         try:
             run_workload(workload, mine.parts)
         except AssertionError as error:
-            raise AssertionError(f"{workload}: {error}") from error
+            raise AssertionError(f"on the workload {workload}: {error}") from error
+
+
+@check("property", spec="R2.1", hint=2)
+def no_rule_of_scheduling_is_broken(mine: Mine) -> None:
+    """In 40 random workloads, the trace keeps the rules: budget, seats, running requests first, no overtaking."""
+    for seed in range(40):
+        lint_workload(random_workload(seed // 2, ("m2", "m3", "m5", "m6")[seed % 4]), mine.parts)
 
 
 @check("trace", spec="R2.22", hint=2)

@@ -1,7 +1,7 @@
 # killed-by: a_victim_gives_back_its_blocks_and_starts_again | its K/V are gone with its blocks
 """The victim keeps its num_computed_tokens, though its blocks are gone.
 
-It goes on where it was and reads what other requests wrote. vllm-project/vllm pull 5349 mended a state of this kind
+It goes on where it was and reads what other requests wrote. vllm-project/vllm pull 5349 is about a state of this kind
 after a recompute; vllm-gaudi pull 541 lists what its tokens looked like.
 """
 

@@ -1,4 +1,4 @@
-# killed-by: the_request_that_needs_a_block_may_be_the_victim | expected a to compute 1 token and b to give way itself
+# killed-by: the_request_that_needs_a_block_may_be_the_victim | expected a to compute 1 token and b to preempt itself
 """The request that needs blocks is never its own victim, so the latest one takes the blocks of an older one.
 
 Two requests that do not fit together take the blocks from each other in every step.

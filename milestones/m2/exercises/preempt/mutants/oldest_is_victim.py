@@ -1,5 +1,5 @@
 # killed-by: the_latest_admitted_request_is_the_victim | the oldest has computed most
-"""The first of the running requests gives way.
+"""The first of the running requests is preempted.
 
 It loses the most work, and comes back to the end of the list only to push out the next oldest: the requests take the
 blocks from each other in turn. vLLM takes the last (or, by priority, the least urgent) for this reason.

@@ -1,4 +1,4 @@
-# killed-by: ties_go_by_arrival_and_then_by_id | an early request can wait for ever behind its equals
+# killed-by: ties_go_by_arrival_and_then_by_id | an early request can wait forever behind its equals
 """Only the number and the id are compared, so among equals the id decides and not the arrival."""
 
 import heapq

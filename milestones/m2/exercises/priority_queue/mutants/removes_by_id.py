@@ -1,4 +1,4 @@
-# killed-by: removal_goes_by_object_not_by_id | its client would wait for ever
+# killed-by: removal_goes_by_object_not_by_id | its client would wait forever
 """Requests are removed by their ids. A client that aborts a request and sends another one under the same id loses
 both.
 """

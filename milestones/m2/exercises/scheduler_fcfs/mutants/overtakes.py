@@ -1,9 +1,8 @@
-# killed-by: no_request_overtakes_a_head_that_exceeds_the_budget | makes b wait for ever
+# killed-by: no_request_overtakes_a_head_that_exceeds_the_budget | makes b wait forever
 """A head of the queue that does not fit is skipped, and a smaller request behind it runs.
 
-Throughput rises and the large request waits as long as small ones keep coming: head-of-line blocking is the price of no
-starvation. vLLM's first scheduler rejected the reordering for this reason, and its V1 scheduler stops at the head as
-well.
+Throughput rises, and the large request waits as long as small ones keep coming. Head-of-line blocking is the price of
+no starvation, which vLLM's V1 scheduler pays as well.
 """
 
 from folovllm.core.sched.scheduler import Scheduler as ReferenceScheduler

@@ -2,7 +2,7 @@
 """After its first chunk, a request counts as computed to the end of its prompt.
 
 The rest is never computed, and attention reads slots that were never written. nano-vllm passed the length of the whole
-sequence instead of the chunk's end to attention (pull request 212).
+sequence instead of the chunk's end to attention (issue 212).
 """
 
 from folovllm.core.sched.scheduler import Scheduler as ReferenceScheduler
@@ -18,5 +18,5 @@ class Scheduler(ReferenceScheduler):
         return request.num_computed_tokens + n >= request.num_tokens
 
     def advance(self, step: Step) -> None:
-        for request_id, n in step.num_scheduled_tokens.items():
+        for request_id in step.num_scheduled_tokens:
             self.requests[request_id].num_computed_tokens = self.requests[request_id].num_tokens

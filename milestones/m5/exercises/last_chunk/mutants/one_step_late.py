@@ -1,7 +1,7 @@
 # killed-by: the_last_chunk_and_a_decode_sample | samples in that very step
 """The comparison is strict, so that a request whose last token is being computed does not sample.
 
-In the next step it lacks nothing and gets no tokens: it waits for ever.
+In the next step it lacks nothing and gets no tokens: it waits forever.
 """
 
 from folovllm.core.sched.scheduler import Scheduler as ReferenceScheduler
