@@ -102,6 +102,18 @@ def the_budget_is_used_up_exactly(mine: Mine) -> None:
 
 
 @check("unit", spec="R2.5")
+def the_last_token_of_the_budget_goes_to_a_running_request(mine: Mine) -> None:
+    """With a budget of 2 and two running requests, both compute in every step, and a third one waits."""
+    requests = [make_request(name, 1, max_tokens=3) for name in "abc"]
+    got = steps(engine(mine, *requests, enable_chunked_prefill=True, max_num_batched_tokens=2), 3)
+    expected = [{"a": 1, "b": 1}] * 3
+    assert got == expected, (
+        f"budget 2, a and b run and c waits: the steps were {got}, expected {expected}: pass 1 goes on while budget is "
+        "left, to the last token"
+    )
+
+
+@check("unit", spec="R2.5")
 def no_request_overtakes_a_head_that_exceeds_the_budget(mine: Mine) -> None:
     """If the head of the queue does not fit the budget, the requests behind it wait too."""
     core = engine(mine, *(make_request(name, prompt, max_tokens=1) for name, prompt in (("a", 6), ("b", 12), ("c", 1))))
