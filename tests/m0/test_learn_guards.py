@@ -65,3 +65,14 @@ def test_the_mutant_is_killed_by_the_check_that_it_names(exercise, mutant):
 def test_a_milestone_has_at_most_one_exercise_on_the_fast_track():
     fast = [exercise.milestone for exercise in EXERCISES if exercise.fast]
     assert len(fast) == len(set(fast))
+
+
+@pytest.mark.m0
+def test_exercises_on_one_part_write_disjoint_methods() -> None:
+    """So that the classes of a learner can become one, with several bases."""
+    written: dict[tuple[str, str], str] = {}
+    for exercise in EXERCISES:
+        for method in exercise.write:
+            key = (exercise.part, method)
+            assert key not in written, f"{exercise.id} and {written[key]} both write {method} of {exercise.part}"
+            written[key] = exercise.id
