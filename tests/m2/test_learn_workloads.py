@@ -1,4 +1,4 @@
-"""Random workloads of the exercises: they preempt and abort, and the rule that a scheduler breaks is named (R2.27)."""
+"""Random workloads of the exercises: they preempt and abort, and the rule that a scheduler breaks is named (R2.44)."""
 
 from typing import Any
 
