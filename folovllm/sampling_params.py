@@ -113,8 +113,6 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), low=-1, hint="-1 means the whole vocabulary")
-        if self.n > 1 and self.is_greedy:
-            raise ValueError(f"n must be 1 with greedy sampling (temperature 0), got n={self.n}: all would be equal")
 
     def _check_numbers(self) -> None:
         check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
@@ -123,6 +121,8 @@ class SamplingParams:
         check_number("temperature", self.temperature, 0.0, math.inf)
         check_number("top_p", self.top_p, 0.0, 1.0, low_open=True)
         check_number("min_p", self.min_p, 0.0, 1.0)
+        if self.n > 1 and self.is_greedy:
+            raise ValueError(f"n must be 1 with greedy sampling (temperature 0), got n={self.n}: all would be equal")
         for token_id, bias in (self.logit_bias or {}).items():
             check_int("a key of logit_bias", token_id, low=0)
             check_number(f"logit_bias[{token_id}]", bias, -100.0, 100.0)

@@ -138,6 +138,7 @@ def test_lists_are_lists(name: str, value: Any) -> None:
         ({"min_tokens": 9, "max_tokens": 8}, r"min_tokens \(9\) must not exceed max_tokens \(8\)"),
         ({"min_tokens": 17}, r"min_tokens \(17\) must not exceed max_tokens \(16\)"),
         ({"n": 2, "temperature": 0}, "n must be 1 with greedy sampling"),
+        ({"n": 2, "temperature": None}, "temperature must be"),
         ({"n": 2, "temperature": 1e-6}, "n must be 1 with greedy sampling"),
         ({"stop": "x", "detokenize": False}, "set detokenize=True, or stop on stop_token_ids"),
     ],
