@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from folovllm.entrypoints.commands.learn_race import race
 from folovllm.learn.exercise import Exercise, find_exercises, get_exercise
 from folovllm.learn.grade import OK, Result
 from folovllm.learn.record import read_record
@@ -42,6 +43,8 @@ def milestone_app(rung: Rung) -> typer.Typer:
         passed = [check_one(e, why) for e in chosen if exercise or e.work_file(WORK).is_file()]
         raise typer.Exit(not (passed and all(passed)))
 
+    if rung.id == "m2":
+        app.command("race")(race)
     return app
 
 

@@ -27,7 +27,7 @@ def race(
       folovllm learn m2 race                              creates work/m2/race.py the first time
       folovllm learn m2 race --file work/m2/preempt.py    a file with a scheduler or a queue
     """
-    work: Path = ctx.obj
+    work: Path = ctx.obj or Path("work")  # what `folovllm learn --work` says
     path = file or work / "m2" / "race.py"
     if file is None and begin(path):
         typer.echo(f"created {path}: it admits in order of arrival. Change `rank` in it, and race again.\n")
