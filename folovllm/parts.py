@@ -176,6 +176,8 @@ def load_file(path: Path) -> ModuleType:
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except SyntaxError as error:
+        if "codec can't decode" in str(error):
+            raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8") from None
         line = f", line {error.lineno}" if error.lineno else ""
         raise ValueError(f"{path}{line}: {error.msg}") from None
     except ValueError as error:  # a null byte, in some versions of Python

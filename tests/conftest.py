@@ -1,18 +1,46 @@
-"""Fixtures for every milestone, and the rule that every test names its milestone."""
+"""Fixtures for every milestone, the rule that every test names its milestone, and --part and --mine for learners.
 
+pytest -m m3 --part core.block_pool=work/m3/block_pool.py:BlockPool
+pytest -m m3 --mine
+"""
+
+import dataclasses
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from folovllm.entrypoints.commands.options import parse_parts
+from folovllm.learn.mine import my_parts
+from folovllm.learn.workspace import find_work
+from folovllm.parts import PARTS, load_part
+
 MILESTONE_MARKERS = {f"m{i}" for i in range(9)}
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("folovllm")
+    group.addoption("--part", action="append", default=[], metavar="NAME=FILE.py:CLASS", help="test this part instead")
+    group.addoption("--mine", action="store_true", help="test the parts that you have written in work/")
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """A shell's background job ignores SIGINT, and so would the tests' children, which are to be interrupted."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        mine = my_parts(find_work()) if config.getoption("--mine") else {}
+        replace_parts(mine | parse_parts(config.getoption("--part")))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def replace_parts(parts: dict[str, str]) -> None:
+    """Makes the given classes the defaults, so that every engine of every test is built with them."""
+    for name, spec in parts.items():
+        load_part(name, {name: spec})  # raises ValueError if the class does not fit
+        PARTS[name] = dataclasses.replace(PARTS[name], default=spec)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

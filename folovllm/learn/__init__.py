@@ -10,8 +10,12 @@ imports it.
     grade.py       runs the checks of an exercise in this process; as a program, the worker
     worker.py      starts the worker, and ends a check that takes too long
     story.py       results as text
+    ask.py         hints, predictions, solutions
     record.py      work/.results.jsonl: everything that was checked, asked and answered
+    workspace.py   the folder work/: created, found, reset
+    mine.py        the engine made of the parts that passed
     toy_engine.py  the real scheduler and KV cache on a fake model
     questions.py   the records of the interview questions
-    guard.py       holds an exercise to its own promises: the reference passes, every mutant is caught
+
+tests/learn_guards.py holds every exercise to its promises: the reference passes, every mutant is caught.
 """

@@ -7,12 +7,13 @@ Without the last point, a file that re-exports the engine's class would pass eve
 
 import ast
 import inspect
-from collections.abc import Collection, Iterator
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeGuard
+from typing import Any
 
-from folovllm.learn.exercise import Exercise
+from folovllm.learn.exercise import ALL_PARTS, Exercise
 from folovllm.parts import PARTS, load_file
 
 
@@ -26,8 +27,10 @@ class ContractError(ValueError):
 
 def load_work(exercise: Exercise, path: Path) -> Any:
     """Returns the class of a learner's file, held to the contract. Raises ContractError, or ValueError if the file
-    cannot be run.
+    cannot be run. For the capstone, returns the parts of its engine.
     """
+    if exercise.part == ALL_PARTS:
+        return _load_engine(path)
     module = load_file(path)
     cls = vars(module).get(exercise.class_name)
     if not inspect.isclass(cls):
@@ -37,6 +40,15 @@ def load_work(exercise: Exercise, path: Path) -> Any:
         _check_method(exercise, cls, name, path)
     _check_calls(exercise, module, path)
     return cls
+
+
+def _load_engine(path: Path) -> dict[str, str]:
+    """The parts that `mine.write_engine` has listed, if none is missing."""
+    engine = json.loads(path.read_text(encoding="utf-8"))
+    if engine["missing"]:
+        raise ContractError(f"your engine still runs on borrowed parts; pass {', '.join(engine['missing'])} first")
+    parts: dict[str, str] = engine["parts"]
+    return parts
 
 
 def _check_parts_methods(exercise: Exercise, cls: Any) -> None:
@@ -80,28 +92,19 @@ def plain_function(member: Any) -> Any:
 
 
 def signature_mismatch(mine: Any, reference: Any) -> str | None:
-    """Returns how the parameters differ, or None if every call that the engine makes fits. Extra parameters with a
-    default are fine.
+    """Returns how the parameters differ, or None if every call that the engine makes fits.
+
+    Extra parameters with a default are fine, and so is another default.
     """
-    own = list(inspect.signature(mine).parameters.values())
-    wanted = list(inspect.signature(reference).parameters.values())
-    extra = own[len(wanted) :]
-    optional = all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in extra)
-    names = [(p.name, p.kind) for p in own[: len(wanted)]]
-    if names == [(p.name, p.kind) for p in wanted] and optional and _defaults_kept(own, wanted):
+    own, wanted = (list(inspect.signature(f).parameters.values()) for f in (mine, reference))
+    same = [(p.name, p.kind) for p in own[: len(wanted)]] == [(p.name, p.kind) for p in wanted]
+    can_be_left_out = all(p.default is not p.empty or q.default is q.empty for p, q in zip(own, wanted, strict=False))
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    extra_is_optional = all(p.default is not p.empty or p.kind in variadic for p in own[len(wanted) :])
+    if same and can_be_left_out and extra_is_optional:
         return None
-    return f"its parameters are ({_listed(own)}), and the engine calls it with ({_listed(wanted)})"
-
-
-def _defaults_kept(own: list[inspect.Parameter], wanted: list[inspect.Parameter]) -> bool:
-    """Whether a parameter that the engine may leave out can be left out."""
-    return all(
-        p.default is not p.empty or q.default is q.empty for p, q in zip(own, wanted, strict=False)
-    )  # values may differ: a learner's own default is the learner's business
-
-
-def _listed(parameters: list[inspect.Parameter]) -> str:
-    return ", ".join(str(p.replace(annotation=p.empty)) for p in parameters)
+    shown = [", ".join(str(p.replace(annotation=p.empty)) for p in side) for side in (own, wanted)]
+    return f"its parameters are ({shown[0]}), and the engine calls it with ({shown[1]})"
 
 
 # ---- does it let the engine do the work?
@@ -128,16 +131,12 @@ def _check_calls(exercise: Exercise, module: ModuleType, path: Path) -> None:
             )
 
 
-def _is_one_of(node: ast.AST, methods: Collection[str]) -> TypeGuard[ast.Attribute]:
-    return isinstance(node, ast.Attribute) and node.attr in methods
-
-
 def _is_engines(exercise: Exercise, module: ModuleType, node: ast.expr) -> bool:
     """Whether the expression is `super()`, or names the reference or a class that the reference inherits from."""
     if isinstance(node, ast.Call):
         return isinstance(node.func, ast.Name) and node.func.id == "super"
     found = _resolve(node, module)
-    return inspect.isclass(found) and found is not object and issubclass(exercise.reference_class, found)
+    return found is not object and found in exercise.reference_class.__mro__
 
 
 def _resolve(node: ast.expr, module: ModuleType) -> Any:

@@ -3,8 +3,9 @@
 Milestone: M1. vLLM counterpart: none. An exercise whose checks.py has checks of such a level brings its own instead.
 """
 
+import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from folovllm.learn.exercise import Exercise
 from folovllm.learn.toy_engine import Workload, random_workload, run_workload
 from folovllm.trace.diff import diff
 from folovllm.trace.lint import RULES, lint
-from folovllm.trace.record import Trace, read_trace
+from folovllm.trace.record import read_trace
 
 NUM_WORKLOADS = 20
 NAMES = ("the reference", "yours")
@@ -33,12 +34,7 @@ def default_checks(exercise: Exercise) -> list[Check]:
 
     def same_tokens_from_a_real_model(mine: Mine) -> None:
         """A real engine (a tiny model of random weights) generates the tokens that it generates with its own part."""
-        of_reference, of_mine = real_tokens(exercise, reference_parts(exercise)), real_tokens(exercise, mine.parts)
-        for prompt, a, b in zip(PROMPTS, of_reference, of_mine, strict=True):
-            assert a == b, (
-                f"after the prompt {prompt} the engine generated {b} with your part, and {a} with its own: your part "
-                "changes what the model computes"
-            )
+        check_tokens(exercise, mine.parts)
 
     spec = exercise.spec[0]
     engine = [Check("engine", same_tokens_from_a_real_model, spec, hint=3)]
@@ -64,13 +60,11 @@ def check_workload(workload: Workload, parts: Mapping[str, str], reference: Mapp
         try:
             run_workload(workload, parts, mine)
         except Exception as error:
-            if isinstance(error, NotImplementedError):
-                raise
-            divergence = _explain(read_trace(theirs), read_trace(mine))
-            error.add_note(f"It happened on the workload {workload}.{divergence and f' {divergence}'}")
+            if not isinstance(error, NotImplementedError):
+                error.add_note("\n".join([*_explain(theirs, mine), f"The workload: {workload}."]))
             raise
-        divergence = _explain(read_trace(theirs), read_trace(mine))
-        assert not divergence, f"on the workload {workload}: {divergence}"
+        difference = _explain(theirs, mine)
+        assert not difference, "\n".join([*difference, f"The workload: {workload}."])
 
 
 def lint_workload(workload: Workload, parts: Mapping[str, str]) -> None:
@@ -80,24 +74,51 @@ def lint_workload(workload: Workload, parts: Mapping[str, str]) -> None:
         try:
             run_workload(workload, parts, path)
         except Exception as error:
-            error.add_note(f"It happened on the workload {workload}.")
+            error.add_note(f"The workload: {workload}.")
             raise
         violations = lint(path)
-    assert not violations, f"on the workload {workload}: {violations[0]} (the rule: {RULES[violations[0].rule]})"
+    assert not violations, f"{violations[0]} (the rule: {RULES[violations[0].rule]})\nThe workload: {workload}."
 
 
-def _explain(theirs: Trace, mine: Trace) -> str:
-    """The first divergence in sentences, or "" if there is none."""
+def _explain(reference_file: Path, my_file: Path) -> list[str]:
+    """The first difference between two traces in sentences; an empty list if there is none."""
+    theirs, mine = read_trace(reference_file), read_trace(my_file)
     mine.config["parts"] = theirs.config["parts"]  # that they differ is the point
     found = diff(theirs, mine, NAMES)
     if found is None:
-        return ""
-    sides = [f"only {name} did {', '.join(phrases)}"
+        return []
+    sides = [f"In {name}: {', '.join(phrases)}."
              for name, phrases in zip(NAMES, (found.a_only, found.b_only), strict=True) if phrases]  # fmt: skip
-    return f"the first divergence is at step {found.step}: {'; '.join(sides)} ({found.sentence})."
+    return [f"The first difference is at step {found.step}: {found.sentence}.", *sides]
 
 
 # ---- the real engine
+
+
+def check_tokens(exercise: Exercise, parts: Mapping[str, str]) -> None:
+    """Raises AssertionError unless a real engine generates the same tokens with `parts` and with the reference."""
+    of_reference, of_mine = real_tokens(exercise, reference_parts(exercise)), real_tokens(exercise, parts)
+    for prompt, a, b in zip(PROMPTS, of_reference, of_mine, strict=True):
+        assert a == b, (
+            f"after the prompt {prompt} the engine generated {b} with your part, and {a} with its own: your part "
+            "changes what the model computes"
+        )
+
+
+@contextlib.contextmanager
+def with_attributes(parts: Mapping[str, str], **attributes: Any) -> Iterator[dict[str, str]]:
+    """`parts` whose classes have other class attributes, for engines that would never reach a case otherwise.
+
+    E.g. with BLOCK_KV=8 the attention of a short prompt has several tiles.
+    """
+    with tempfile.TemporaryDirectory(prefix="folovllm-learn-") as folder:
+        changed = {}
+        for number, (name, spec) in enumerate(parts.items()):
+            file = Path(folder, f"changed_{number}.py")
+            made = f"type('Changed', (load_class({spec!r}),), {attributes!r})"
+            file.write_text(f"from folovllm.parts import load_class\n\nChanged = {made}\n", encoding="utf-8")
+            changed[name] = f"{file}:Changed"
+        yield changed
 
 
 def real_tokens(exercise: Exercise, parts: Mapping[str, str] | None) -> list[list[int]]:

@@ -78,8 +78,8 @@ class Exercise:
         return load_class(self.reference or PARTS[self.part].default)
 
     def work_file(self, work: Path) -> Path:
-        """The learner's file. E.g. work/m3/block_pool.py."""
-        return work / self.milestone / f"{self.name}.py"
+        """The learner's file, e.g. work/m3/block_pool.py. That of the capstone lists the parts it is made of."""
+        return work / self.milestone / f"{self.name}{'.json' if self.part == ALL_PARTS else '.py'}"
 
     def command(self, verb: str) -> str:
         """What the learner types. E.g. "folovllm learn m3 hint block_pool"."""

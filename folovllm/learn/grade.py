@@ -4,11 +4,12 @@ Milestone: M0. vLLM counterpart: none.
 
     python -m folovllm.learn.grade milestones/m3/exercises/block_pool work/m3/block_pool.py
 
-prints one line of JSON when a check begins, and one when it is done. What the learner's code prints goes to stderr. A
-level is skipped if an earlier one failed: its message would be about a consequence.
+prints one line of JSON when a check begins, one when it is done, and one at the end. A level is skipped if an earlier
+one failed, because its message would be about a consequence.
 """
 
 import contextlib
+import io
 import json
 import signal
 import sys
@@ -23,16 +24,18 @@ from typing import Any
 from folovllm.learn.check import LEVELS, Check, Mine, checks_of
 from folovllm.learn.contract import ContractError, load_work
 from folovllm.learn.defaults import default_checks
-from folovllm.learn.exercise import Exercise, load_exercise
+from folovllm.learn.exercise import ALL_PARTS, Exercise, load_exercise
 from folovllm.parts import load_file
 
 OK, FAILED, NOT_WRITTEN, SKIPPED = "ok", "failed", "not written", "skipped"
-SECONDS, ENGINE_SECONDS = 10.0, 120.0  # a check's time; the first real engine also writes its model
+MAX_PRINTED = 2000  # characters: the last that a check printed
+SECONDS = {"contract": 30.0, "engine": 120.0}  # time for a check: torch is imported first, a model is written once
+OTHER_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a check. `where` is a line of the learner's file, "line 12, in free_blocks"."""
+    """What became of a check. `where` is a line of the learner's file, "line 12, in free_blocks: ..."."""
 
     level: str
     check: str
@@ -42,7 +45,12 @@ class Result:
     spec: str = ""
     hint: int = 1
     where: str = ""
+    printed: str = ""  # by the learner's code
     seconds: float = 0.0
+
+
+CONTRACT = Result("contract", "contract", FAILED, doc="The class fits the engine, and its methods are your own.")
+TOO_LONG = "It was still running after {:.0f} seconds: probably an endless loop."
 
 
 class TimeLimit(BaseException):
@@ -50,7 +58,7 @@ class TimeLimit(BaseException):
 
 
 def seconds_for(level: str) -> float:
-    return ENGINE_SECONDS if level == "engine" else SECONDS
+    return SECONDS.get(level, OTHER_SECONDS)
 
 
 def load_checks(exercise: Exercise) -> list[Check]:
@@ -67,13 +75,15 @@ def load_checks(exercise: Exercise) -> list[Check]:
 
 
 def mine_of(exercise: Exercise, path: Path, cls: Any) -> Mine:
-    parts = {exercise.part: f"{path}:{exercise.class_name}"}
-    return Mine(cls, parts, exercise.reference_class)
+    """What the checks are given. Of the capstone, `cls` is the dict of its parts, and there is no class."""
+    if exercise.part == ALL_PARTS:
+        return Mine(None, cls, None)
+    return Mine(cls, {exercise.part: f"{path}:{exercise.class_name}"}, exercise.reference_class)
 
 
-def grade(exercise: Exercise, path: Path, begin: Callable[[str, str], None] = lambda *_: None) -> Iterator[Result]:
-    """Yields a result per check, the contract's first. `begin(level, check)` is called before each."""
-    begin("contract", "contract")
+def grade(exercise: Exercise, path: Path, begin: Callable[[Result], object] = lambda _: None) -> Iterator[Result]:
+    """Yields a result per check, the contract's first. `begin` is told of each before it runs, as if it had failed."""
+    begin(CONTRACT)
     checks = load_checks(exercise)
     contract, cls = check_contract(exercise, path)
     yield contract
@@ -82,7 +92,7 @@ def grade(exercise: Exercise, path: Path, begin: Callable[[str, str], None] = la
         if failed_level and failed_level != check.level:
             yield _result(check, SKIPPED)
             continue
-        begin(check.level, check.name)
+        begin(_result(check, FAILED))
         result = run_check(check, mine_of(exercise, path, cls), path)
         failed_level = check.level if result.status != OK else failed_level
         yield result
@@ -90,33 +100,36 @@ def grade(exercise: Exercise, path: Path, begin: Callable[[str, str], None] = la
 
 def check_contract(exercise: Exercise, path: Path) -> tuple[Result, Any]:
     """The result of the level "contract", and the learner's class if it keeps it."""
-    result = Result("contract", "contract", FAILED, doc="The class fits the engine, and its methods are your own.")
+    result = CONTRACT
     try:
-        cls = load_work(exercise, path)
+        with contextlib.redirect_stdout(sys.stderr), time_limit(seconds_for("contract")):
+            cls = load_work(exercise, path)
     except ContractError as error:
         return replace(result, message=str(error), where=f"line {error.line}" if error.line else ""), None
     except ValueError as error:
         return replace(result, message=str(error)), None
-    except Exception as error:  # the file's own code, while it is loaded
+    except TimeLimit as error:
+        return replace(result, message=TOO_LONG.format(seconds_for("contract")), where=_where(error, path)), None
+    except (Exception, SystemExit) as error:  # the file's own code, while it is loaded
         return replace(result, message=_described(error), where=_where(error, path)), None
     return replace(result, status=OK), cls
 
 
 def run_check(check: Check, mine: Mine, path: Path) -> Result:
     """Runs one check on a class that keeps the contract."""
-    start = time.perf_counter()
+    start, printed = time.perf_counter(), io.StringIO()
     status, message, where = OK, "", ""
     try:
-        with time_limit(seconds_for(check.level)):
+        with contextlib.redirect_stdout(printed), time_limit(seconds_for(check.level)):
             check.function(mine)
     except NotImplementedError as error:
         status, message, where = NOT_WRITTEN, str(error), _where(error, path)
     except TimeLimit as error:
-        message = f"it was still running after {seconds_for(check.level):.0f} seconds: probably an endless loop"
-        status, where = FAILED, _where(error, path)
+        status, message, where = FAILED, TOO_LONG.format(seconds_for(check.level)), _where(error, path)
     except (Exception, SystemExit) as error:
         status, message, where = FAILED, _described(error), _where(error, path)
-    return replace(_result(check, status), message=message, where=where, seconds=time.perf_counter() - start)
+    result = replace(_result(check, status), message=message, where=where, printed=printed.getvalue()[-MAX_PRINTED:])
+    return replace(result, seconds=time.perf_counter() - start)
 
 
 def _result(check: Check, status: str) -> Result:
@@ -126,7 +139,7 @@ def _result(check: Check, status: str) -> Result:
 def _described(error: BaseException) -> str:
     """The message of an AssertionError; the kind of any other exception, too. Notes follow."""
     text = str(error) if isinstance(error, AssertionError) and str(error) else f"{type(error).__name__}: {error}"
-    return " ".join([text, *getattr(error, "__notes__", ())])
+    return "\n".join([text, *getattr(error, "__notes__", ())])
 
 
 def _where(error: BaseException, path: Path) -> str:
@@ -162,8 +175,9 @@ def main() -> None:
     def emit(record: dict[str, Any]) -> None:
         print(json.dumps(record), file=lines, flush=True)
 
-    for result in grade(load_exercise(folder), path, lambda level, check: emit({"begin": check, "level": level})):
+    for result in grade(load_exercise(folder), path, lambda begun: emit({"begin": asdict(begun)})):
         emit(asdict(result))
+    emit({"end": True})
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from folovllm.core.kv_cache_utils import kv_bytes_per_token
+from folovllm.learn.exercise import milestones_dir
 from folovllm.sim.hardware import HARDWARE
 from folovllm.utils import cdiv, did_you_mean
 
@@ -113,13 +114,6 @@ def _namespace(question: Question, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # ---- loading
-
-
-def milestones_dir() -> Path:
-    """Returns the folder of the teaching material: the checkout's, or the one packaged in the wheel."""
-    package = Path(__file__).parents[1]
-    checkout = package.parent / "milestones"
-    return checkout if checkout.is_dir() else package / "_milestones"
 
 
 def question_files(root: Path | None = None) -> list[Path]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from folovllm.learn.exercise import Exercise
-from folovllm.learn.grade import OK, Result
-from folovllm.text_files import read_text_file, split_lines
+from folovllm.learn.grade import FAILED, OK, Result
+from folovllm.text_files import split_lines
 
 FILE = ".results.jsonl"
 
@@ -73,9 +73,9 @@ class Record:
         if not checks:
             return "begun"
         if checks[-1].get("hash") != digest(path):
-            return "changed"
+            return "begun" if digest(path) == digest(exercise.skeleton) else "changed"
         if not checks[-1].get("passed"):
-            return "failing"
+            return "failing" if FAILED in checks[-1].get("levels", {}).values() else "begun"
         return "assisted" if self.of(exercise, "solution") else "passed"
 
     def is_passed(self, exercise: Exercise) -> bool:
@@ -86,9 +86,9 @@ def read_record(work: Path) -> Record:
     """Reads the record; a line that is not JSON, or a file that is not there, does no harm."""
     path = work / FILE
     try:
-        text = read_text_file(path) if path.is_file() else ""
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}; move it away to start a new record") from None
+        text = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; make it readable, or move it away") from None
     record = Record(work, [])
     for line in split_lines(text):
         try:

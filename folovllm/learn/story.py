@@ -1,86 +1,99 @@
 """Results as a story: a line per level, and for the first failure what was done, what came out, and what to ask next.
 
-Milestone: M0. vLLM counterpart: none (its tests print tracebacks). Plain text here; the command adds the colours.
+Milestone: M0. vLLM counterpart: none (its tests print tracebacks). Plain text; the command adds the colours.
 """
 
-import inspect
 import textwrap
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
-from folovllm.learn.check import LEVELS
-from folovllm.learn.exercise import Exercise, spec_line
-from folovllm.learn.grade import FAILED, NOT_WRITTEN, OK, SKIPPED, Result, load_checks
+from folovllm.learn.ask import check_source
+from folovllm.learn.exercise import ALL_PARTS, Exercise, spec_line
+from folovllm.learn.grade import FAILED, NOT_WRITTEN, OK, Result
 
 WIDTH = 110
+MAX_PRINTED_LINES = 20
 MEANING = {
-    "contract": "the class fits the engine, and its methods are yours",
+    "contract": "your class fits the engine, and the methods are your own",
     "unit": "small cases",
     "property": "long random sequences",
-    "trace": "the same decisions as the engine's own part",
+    "trace": "the toy engine decides as with its own part",
     "engine": "a real engine runs on it",
-    "counters": "resources that it uses",
+    "counters": "it uses no more than it should",
 }
 
 
 def heading(exercise: Exercise, path: Path) -> str:
-    written = f"yours: {', '.join(exercise.write)}" if exercise.write else exercise.title
-    return f"{exercise.id}   {path}   {written}"
+    """E.g. "m3/block_pool   work/m3/block_pool.py   yours: get_new_blocks (the engine's own class does the rest)"."""
+    if exercise.part == ALL_PARTS:
+        return f"{exercise.id}   every part is yours"
+    return f"{exercise.id}   {path}   yours: {', '.join(exercise.write)} (the engine's own class does the rest)"
 
 
 def story(exercise: Exercise, path: Path, results: Iterable[Result], why: bool = False) -> Iterator[str]:
     """Yields lines as results come in: a level is told when it is complete."""
-    told_failure = False
-    for level, group in groupby(results, key=lambda result: result.level):
+    failed_level = 0
+    for number, (level, group) in enumerate(groupby(results, key=lambda result: result.level), start=1):
         of_level = list(group)
-        yield _level_line(level, of_level)
-        first = next((r for r in of_level if r.status in (FAILED, NOT_WRITTEN)), None)
-        if first is not None and not told_failure:
-            told_failure = True
-            yield from _failure(exercise, path, first)
-            if why:
-                yield from source_of(exercise, first.check)
-            others = [r.check for r in of_level if r.status == FAILED and r is not first]
-            if others:
-                yield _indented(f"Also failing: {', '.join(others)}. They may have the same cause.")
+        if failed_level:
+            yield _line(number, level, f"skipped until {failed_level} passes")
+            continue
+        yield _line(number, level, _verdict(level, of_level))
+        bad = [result for result in of_level if result.status in (FAILED, NOT_WRITTEN)]
+        if bad:
+            failed_level = number
+            yield from _failure(exercise, path, bad[0])
+            yield from textwrap.indent(check_source(exercise, bad[0].check) if why else "", "     | ").splitlines()
+        if others := [result.check for result in bad[1:] if result.status == FAILED]:
+            yield _indented(f"Also failing: {', '.join(others)}. One fault often fails several checks.")
 
 
-def _level_line(level: str, results: list[Result]) -> str:
+def _line(number: int, level: str, verdict: str) -> str:
+    return f" {number} {level:9} {verdict}"
+
+
+def _verdict(level: str, results: list[Result]) -> str:
+    """E.g. "ok      small cases", "5/6     small cases", "to do"."""
     passed = sum(result.status == OK for result in results)
-    if all(result.status == SKIPPED for result in results):
-        verdict = "skipped until the levels above pass"
-    elif passed == len(results):
-        verdict = f"{'ok' if len(results) == 1 else f'{passed}/{passed} ok':8} {MEANING[level]}"
-    elif any(result.status == FAILED for result in results):
-        verdict = f"{'failed' if len(results) == 1 else f'{passed}/{len(results)}':8} {MEANING[level]}"
-    else:
-        verdict = f"{'to do':8} not written yet"
-    return f" {LEVELS.index(level)} {level:9} {verdict}"
+    if passed == len(results):
+        return f"{'ok':7} {MEANING[level]}"
+    if all(result.status in (NOT_WRITTEN, OK) for result in results):
+        return "to do"
+    return f"{'failed' if len(results) == 1 else f'{passed}/{len(results)}':7} {MEANING[level]}"
 
 
 def _failure(exercise: Exercise, path: Path, result: Result) -> Iterator[str]:
+    """The first failure of a level: the rule, what happened, where, the requirement, and what can be asked."""
     if result.status == NOT_WRITTEN:
-        yield _indented(f"Not written yet: {result.message.removeprefix(f'{exercise.id}: ')}. ({result.where})")
+        method = result.message.removeprefix(f"{exercise.id}: ")
+        yield _indented(f"Not written yet: {method}. {path}, {result.where.partition(',')[0]}")
         return
     if result.level != "contract":
         yield _indented(f"{result.check}: {result.doc}")
     yield _indented(result.message)
     if result.where:
-        yield _indented(f"In {path}, {result.where}")
+        yield _indented(f"{path}, {result.where}")
+    yield from _printed(result.printed)
     if requirement := result.spec and spec_line(result.spec, exercise.folder.parents[2]):
         yield _indented(f"SPEC {result.spec}: {requirement}")
     if result.level != "contract":
-        yield _indented(f"Hint {result.hint} of 3: {exercise.command('hint')}")
-        yield _indented(f"The check itself: {exercise.command('check')} --why")
+        yield _indented(f"Stuck? {exercise.command('hint')} (hint {result.hint} of 3 is about this)")
+        yield _indented(f"The check's source: {exercise.command('check')} --why")
 
 
-def source_of(exercise: Exercise, name: str) -> Iterator[str]:
-    """The source of a check, as it is in checks.py."""
-    for check in load_checks(exercise):
-        if check.name == name:
-            yield textwrap.indent(inspect.getsource(check.function).rstrip(), "     | ")
+def _printed(printed: str) -> Iterator[str]:
+    """The last lines that the learner's code printed in the check that failed."""
+    if lines := printed.splitlines()[-MAX_PRINTED_LINES:]:
+        yield _indented("Your code printed, at the end:")
+        yield from (f"     > {line}" for line in lines)
+
+
+def wrapped(text: str, indent: str = "") -> str:
+    """Lines of at most WIDTH characters; the line ends of the text are kept."""
+    wrap = textwrap.TextWrapper(WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return "\n".join(wrap.fill(line) for line in text.splitlines())
 
 
 def _indented(text: str) -> str:
-    return textwrap.fill(text, WIDTH, initial_indent="     ", subsequent_indent="     ", break_on_hyphens=False)
+    return wrapped(text, indent="     ")

@@ -211,7 +211,8 @@ class Workload:
             for step, args in self.arrivals
         )
         requests += "".join(f", {request_id} aborted at step {step}" for step, request_id in self.aborts)
-        return f"{requests}; {', '.join(f'{name}={value!r}' for name, value in self.config_args.items())}"
+        switched_on = {name: value for name, value in self.config_args.items() if value is not False}
+        return f"{requests}; {', '.join(f'{name}={value!r}' for name, value in switched_on.items())}"
 
 
 def random_workload(seed: int, milestone: str = "m3", *, with_aborts: bool = False, **config_args: Any) -> Workload:

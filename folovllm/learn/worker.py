@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -21,37 +22,43 @@ from folovllm.learn.grade import FAILED, Result, seconds_for
 
 GRACE = 5.0  # seconds that the worker gets to interrupt the check itself
 START_SECONDS = 60.0  # until the first line: Python and the imports on a busy machine
+CAUSES = {signal.SIGSEGV: "a crash in C code", getattr(signal, "SIGKILL", None): "probably there was no memory left"}
+
+Lines = queue.Queue[str | None]  # of a pipe as they come in, and None at its end
 
 
 def grade_in_worker(exercise: Exercise, path: Path) -> Iterator[Result]:
     """Yields the results of `grade` as they come. The last one tells of a hang or a crash, if there was one."""
     command = [sys.executable, "-m", "folovllm.learn.grade", str(exercise.folder), str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stderr is not None
-        lines, errors = _read(process.stdout), _read(process.stderr)
-        level, check, seconds, ended = "contract", "contract", START_SECONDS, False
         try:
-            while (line := lines.get(timeout=seconds)) is not None:
-                record = json.loads(line)
-                if "begin" in record:
-                    level, check = record["level"], record["begin"]
-                    seconds = seconds_for(level) + GRACE
-                else:
-                    yield Result(**record)
-            ended = True
-        except queue.Empty:
-            yield Result(level, check, FAILED, f"it did not end within {seconds:.0f} seconds, and was stopped")
-            return
+            yield from _results(process)
         finally:
-            if not ended:
-                process.kill()
-        if process.wait():
-            yield Result(level, check, FAILED, _crash(process.returncode, _rest(errors)))
+            process.kill()  # if it has not ended
 
 
-def _read(stream: IO[bytes]) -> "queue.Queue[str | None]":
-    """The lines of a pipe as they come in, and None at its end."""
-    lines: queue.Queue[str | None] = queue.Queue()
+def _results(process: subprocess.Popen[bytes]) -> Iterator[Result]:
+    assert process.stdout is not None and process.stderr is not None
+    lines, errors = _read(process.stdout), _read(process.stderr)
+    running, seconds = Result("contract", "contract", FAILED), START_SECONDS
+    try:
+        while (line := lines.get(timeout=seconds)) is not None:
+            record = json.loads(line)
+            if "end" in record:
+                return
+            if "begin" in record:
+                running = Result(**record["begin"])
+                seconds = seconds_for(running.level) + GRACE
+            else:
+                yield Result(**record)
+        yield replace(running, message=_crash(process.wait(), errors))
+    except queue.Empty:
+        yield replace(running, message=f"The check did not end within {seconds:.0f} seconds, and was stopped.")
+
+
+def _read(stream: IO[bytes]) -> Lines:
+    """Reads a pipe in a thread of its own, so that no pipe fills up and every wait can have an end."""
+    lines: Lines = queue.Queue()
 
     def run() -> None:
         for line in stream:
@@ -62,17 +69,12 @@ def _read(stream: IO[bytes]) -> "queue.Queue[str | None]":
     return lines
 
 
-def _rest(lines: "queue.Queue[str | None]") -> list[str]:
-    found = []
-    while (line := lines.get()) is not None:
-        found.append(line.rstrip())
-    return found
-
-
-def _crash(returncode: int, errors: list[str]) -> str:
-    """How the worker ended. A negative exit code is that of a signal: a crash in C code, or no memory left."""
+def _crash(returncode: int, errors: Lines) -> str:
+    """How the worker ended. A negative exit code is that of a signal."""
     if returncode < 0:
-        return f"the process that runs your code was ended by {signal.Signals(-returncode).name}"
-    return (
-        f"the process that runs your code ended with exit code {returncode}: {errors[-1] if errors else 'no message'}"
-    )
+        name = signal.Signals(-returncode)
+        return f"The process that runs your code was ended by {name.name} ({CAUSES.get(name, 'a signal')})."
+    last = ""
+    while (line := errors.get()) is not None:
+        last = line.strip() or last
+    return f"The process that runs your code ended here with exit code {returncode}. {last}".rstrip()

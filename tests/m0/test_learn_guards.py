@@ -1,15 +1,15 @@
 """Every exercise keeps its promises: the reference passes, the skeleton does not, and each mutant is caught by name.
 
 A test of an exercise carries the marker of its milestone. For one exercise: `pytest tests/m0/test_learn_guards.py -k
-block_pool`, or, for an author at work, `python -m folovllm.learn.guard m3/block_pool`.
+block_pool`, or, for an author at work, `python -m tests.learn_guards m3/block_pool`.
 """
 
 from pathlib import Path
 
 import pytest
 
-from folovllm.learn import guard
 from folovllm.learn.exercise import ALL_PARTS, find_exercises
+from tests import learn_guards as guard
 
 EXERCISES = find_exercises()
 WRITTEN = [exercise for exercise in EXERCISES if exercise.part != ALL_PARTS]

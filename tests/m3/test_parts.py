@@ -39,6 +39,8 @@ def work_file(tmp_path):
 @pytest.mark.parametrize("part", PARTS.values(), ids=lambda part: part.name)
 def test_our_own_class_is_every_part(part):
     module, _, name = part.default.partition(":")
+    if module.endswith(".py"):
+        pytest.skip("replaced with --part or --mine")
     assert load_part(part.name) is getattr(importlib.import_module(module), name)
     assert not [method for method in part.methods if not callable(getattr(load_part(part.name), method, None))]
 

@@ -42,6 +42,7 @@ def chat(
     \b
       folovllm chat
       folovllm chat --temperature 0 --system "You answer in one sentence."
+      folovllm chat --mine
       echo "What is the capital of France?" | folovllm chat
     """
     sampling.sampling_params(**DEFAULTS)  # a wrong option is refused before the model is loaded

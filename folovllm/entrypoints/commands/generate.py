@@ -42,6 +42,7 @@ def generate(
     \b
       folovllm generate "The capital of France is"
       folovllm generate "One, two," "Red, green," --max-tokens 20
+      folovllm generate --mine "Once upon a time"
       echo "Once upon a time" | folovllm generate - --temperature 0.8
       folovllm generate --prompts-file prompts.txt --json > answers.jsonl
 

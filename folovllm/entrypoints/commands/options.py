@@ -85,6 +85,12 @@ class EngineOptions:
             rich_help_panel=ENGINE,
         ),
     ] = None
+    mine: Annotated[
+        bool | None,
+        typer.Option(
+            "--mine", help="Run on the parts that you have written; see folovllm learn.", rich_help_panel=ENGINE
+        ),
+    ] = None
     trace: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Write a record of every step; see folovllm trace.", rich_help_panel=ENGINE),
@@ -103,9 +109,9 @@ class EngineOptions:
         is not given.
         """
         own = {name: value for name, value in vars(self).items() if value is not None}
-        own = {name: own[name] for name in own if name not in ("preset", "without", "part", "engine_arg")}
-        if self.part:
-            own["parts"] = parse_parts(self.part)
+        own = {name: own[name] for name in own if name not in ("preset", "without", "part", "mine", "engine_arg")}
+        if self.part or self.mine:
+            own["parts"] = (my_own_parts() if self.mine else {}) | parse_parts(self.part or ())
         extra = parse_engine_args(self.engine_arg or ())
         for name in own.keys() & extra.keys():
             raise ValueError(
@@ -233,6 +239,16 @@ def parse_parts(items: Iterable[str]) -> dict[str, str]:
             raise ValueError(f"--part takes NAME=FILE.py:CLASS, e.g. core.scheduler=mine.py:Scheduler; got {item!r}")
         parts[name] = spec
     check_parts(parts)
+    return parts
+
+
+def my_own_parts() -> dict[str, str]:
+    """The parts that the learner has written in ./work, with a note of what they are on stderr."""
+    from folovllm.learn.mine import my_parts
+    from folovllm.learn.workspace import find_work
+
+    parts = my_parts(find_work())
+    typer.secho("your parts: " + ", ".join(f"{name} ({spec})" for name, spec in parts.items()), dim=True, err=True)
     return parts
 
 

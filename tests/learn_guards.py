@@ -2,7 +2,7 @@
 
 Milestone: M0. vLLM counterpart: none.
 
-    python -m folovllm.learn.guard m3/block_pool
+    python -m tests.learn_guards m3/block_pool
 
 Each guard returns what is wrong, in sentences; an empty list is good.
 """

@@ -1,0 +1,99 @@
+"""What a learner may ask for: a hint, a layer at a time, a verdict on a prediction, and the engine's own source.
+
+Milestone: M0. vLLM counterpart: none. Every answer is recorded. Nothing is forbidden, but an exercise that is passed
+after a look at the solution counts as assisted.
+"""
+
+import ast
+import difflib
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from folovllm.learn.contract import plain_function
+from folovllm.learn.exercise import ALL_PARTS, Exercise
+from folovllm.learn.record import Record
+from folovllm.parts import load_file
+
+
+def next_hint(exercise: Exercise, record: Record) -> tuple[int, str]:
+    """Returns the number and the text of the next layer. After the last one, it is the last one again."""
+    layer = min(len(record.of(exercise, "hint")), len(exercise.hints) - 1)
+    record.add("hint", exercise.id, layer=layer + 1)
+    return layer + 1, exercise.hints[layer]
+
+
+# ---- predictions
+
+
+def check_prediction(exercise: Exercise, record: Record, answer: str) -> tuple[bool, str]:
+    """Returns whether the answer is that of the engine, and the engine's own, which is computed now."""
+    computed: str = load_file(exercise.folder / "checks.py").prediction()
+    is_right = normal_form(answer) == normal_form(computed)
+    record.add("predict", exercise.id, answer=answer, right=is_right)
+    return is_right, computed
+
+
+def normal_form(answer: str) -> list[str]:
+    """What two answers are compared by: their numbers, if there are any, and otherwise their words.
+
+    E.g. "Blocks 1 and 2." and "[1, 2]" are equal, and so are "It waits" and "it waits!".
+    """
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3}\b)", "", answer))
+    return [f"{float(number):g}" for number in numbers] or re.findall(r"\w+", answer.casefold())
+
+
+# ---- solutions
+
+
+def solution(exercise: Exercise, record: Record, path: Path) -> Iterator[str]:
+    """Yields, for each method that the learner writes, the engine's source and how the learner's differs from it."""
+    if exercise.part == ALL_PARTS:
+        raise ValueError(f"{exercise.id} is made of your other exercises; it has no solution of its own")
+    record.add("solution", exercise.id)
+    written = _methods_in(path, exercise.class_name)
+    for name in exercise.write:
+        function = plain_function(inspect.getattr_static(exercise.reference_class, name))
+        source = textwrap.dedent(inspect.getsource(function)).strip() + "\n"
+        yield f"# {function.__module__}: {function.__qualname__}\n{source}"
+        if mine := written.get(name):
+            yield _difference(mine, source)
+
+
+def _methods_in(path: Path, class_name: str) -> dict[str, str]:
+    """The source of each method of a class in a file; empty if the file cannot be parsed."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+    except (OSError, ValueError, SyntaxError):
+        return {}
+    found: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            for item in node.body:
+                if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    found[item.name] = textwrap.dedent(_source_lines(text, item))
+    return found
+
+
+def _source_lines(text: str, node: Any) -> str:
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    return "\n".join(text.split("\n")[first - 1 : node.end_lineno]) + "\n"
+
+
+def _difference(mine: str, source: str) -> str:
+    lines = difflib.unified_diff(mine.splitlines(), source.splitlines(), "yours", "the engine's", lineterm="", n=2)
+    return "\n".join(lines) + "\n"
+
+
+def check_source(exercise: Exercise, name: str) -> str:
+    """The source of a check by its name, from checks.py or from the default checks; nothing is imported."""
+    for path in (exercise.folder / "checks.py", Path(__file__).with_name("defaults.py")):
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                return textwrap.dedent(_source_lines(text, node))
+    return ""
