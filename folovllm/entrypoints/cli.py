@@ -21,6 +21,7 @@ from folovllm.entrypoints.commands.learn import learn_app
 from folovllm.entrypoints.commands.options import DebugOption
 from folovllm.entrypoints.commands.pull import pull
 from folovllm.entrypoints.commands.quantize import quantize
+from folovllm.entrypoints.commands.quiz import quiz
 from folovllm.entrypoints.commands.sim import sim
 from folovllm.entrypoints.commands.trace import trace_app
 
@@ -80,6 +81,7 @@ def folovllm(
       folovllm info smollm2-135m                  its shape, its KV cache
       folovllm learn                              write parts of the engine yourself
       folovllm trace lint run.jsonl               check what an engine did
+      folovllm quiz m3                            interview questions on M3
       folovllm sim --gpu h100 --compare m1,m5     a machine that you do not have
 
     The default model is pulled once (93 MB). Every command explains itself: folovllm generate --help
@@ -92,6 +94,7 @@ app.command()(demo)
 app.command()(pull)
 app.command()(quantize)
 app.command()(info)
+app.command()(quiz)
 app.command()(sim)
 app.add_typer(trace_app, name="trace")
 app.add_typer(learn_app, name="learn")
