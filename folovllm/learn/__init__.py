@@ -16,6 +16,7 @@ imports it.
     mine.py        the engine made of the parts that passed
     toy_engine.py  the real scheduler and KV cache on a fake model
     questions.py   the records of the interview questions
+    quiz.py        asks questions, grades answers and remembers them; mock.py: a mock interview; cards.py: flash cards
 
 tests/learn_guards.py holds every exercise to its promises: the reference passes, every mutant is caught.
 """

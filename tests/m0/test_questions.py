@@ -14,11 +14,20 @@ from typing import Any
 
 import pytest
 
+from folovllm.hf_config import parse_hf_config
 from folovllm.learn.questions import Question, load_file, load_questions, question_files
 from folovllm.sim.hardware import HARDWARE
 from tests.m0.test_docs import PIN, ROOT, problem_of_anchor
 
 QUESTIONS = load_questions()
+SHAPES = {
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "hidden": "hidden_size",
+    "vocab": "vocab_size",
+}
 
 
 def marked(question: Question) -> Any:
@@ -69,7 +78,7 @@ def problem_of_source(source: str) -> str | None:
         return (
             None if re.fullmatch(rf"vllm@{re.escape(PIN)}:[\w/.-]+(#[\w.]+)?", source) else f"must be vllm@{PIN}:path"
         )
-    if re.fullmatch(r"arxiv:\d{4}\.\d{5}", source) or re.fullmatch(r"https://[\w./#?=&-]+", source):
+    if re.fullmatch(r"arxiv:\d{4}\.\d{5}", source) or re.fullmatch(r"https://[\w./#?=&%-]+", source):
         return None
     return problem_of_anchor(source)
 
@@ -113,6 +122,18 @@ def test_numbers_of_the_text_are_checked(question: Question) -> None:
 @pytest.mark.parametrize("file", question_files(), ids=lambda file: str(file.relative_to(ROOT / "milestones")))
 def test_files_load_alone(file: Path) -> None:
     assert load_file(file)
+
+
+@each(lambda question: "model" in question.vars)
+def test_shapes_of_models_are_those_of_their_config_files(question: Question) -> None:
+    for model in question.vars["model"]:
+        for file in (ROOT / "tests/data/configs").glob(f"{model['name']}*.json"):
+            arch = parse_hf_config(json.loads(file.read_text(encoding="utf-8")))
+            for name, field in SHAPES.items():
+                if name in model and file.stem.removesuffix("-Instruct") == model["name"]:
+                    assert model[name] == getattr(arch, field), f"{model['name']}: {name}"
+            if "params" in model:
+                assert model["params"] == pytest.approx(arch.num_parameters(), rel=0.005), model["name"]
 
 
 @pytest.mark.m0
