@@ -12,6 +12,7 @@ from folovllm.learn.quiz import Graded
 
 # The parts of an interview with their shares of the time, and which questions fit a part.
 PARTS = (("screen", 4), ("explain", 9), ("explain", 9), ("number", 4), ("debug", 7), ("design", 12))
+MIN_MINUTES = 20
 _FITS: dict[str, Callable[[Question], bool]] = {
     "screen": lambda q: q.level == "screen" and q.kind not in ("number", "design"),
     "explain": lambda q: q.kind == "explain" and q.level != "screen",
@@ -24,8 +25,8 @@ _FITS: dict[str, Callable[[Question], bool]] = {
 def plan_mock(questions: Sequence[Question], minutes: int, rng: random.Random) -> list[tuple[Question, int]]:
     """Returns the questions of a mock interview with their minutes, which add up to `minutes`."""
     total = sum(share for _, share in PARTS)
-    if minutes < len(PARTS):
-        raise ValueError(f"a mock interview has {len(PARTS)} questions; give it at least as many minutes, like 45")
+    if minutes < MIN_MINUTES:
+        raise ValueError(f"{minutes} minutes are too few for {len(PARTS)} questions; give it {MIN_MINUTES} or more")
     plan: list[tuple[Question, int]] = []
     spent = 0
     for i, (part, _) in enumerate(PARTS):

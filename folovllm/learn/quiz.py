@@ -147,7 +147,7 @@ class Quiz:
             off = "" if given is None or passed else f" You said {given:,.4g}, which is {given / right:.3g} times that."
             self._say(f"{'Right' if passed else 'No'}: {shown} {question.unit}.{off}")
         else:
-            passed = same_answer(self._line("your answer (? to give up): "), right)
+            passed = same_answer(self._words(), right)
             self._say(f"{'Right' if passed else 'No'}: {right}")
         self._show_answer(question, values)
         points = [question.text(point.text, values, self.lang) for point in question.points]
@@ -161,6 +161,11 @@ class Quiz:
             if (value := parse_value(text)) is not None:
                 return value
             self._say(f"{text!r} is not a number; write one like 114688, 112 KiB or 1.5e9")
+
+    def _words(self) -> str:
+        while not (text := self._line("your answer (? to give up): ")):
+            pass  # Enter alone is no answer
+        return text
 
     def _grade_rubric(self, question: Question, values: dict[str, Any]) -> tuple[bool, float, tuple[str, ...]]:
         """Shows a good answer and lets the learner mark the points that their own one had."""

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from folovllm.hf_config import parse_hf_config
-from folovllm.learn.questions import Question, load_file, load_questions, question_files
+from folovllm.learn.mock import plan_mock
+from folovllm.learn.questions import LEVELS, Question, load_file, load_questions, question_files
+from folovllm.milestones import RUNG_IDS
 from folovllm.sim.hardware import HARDWARE
 from tests.m0.test_docs import PIN, ROOT, problem_of_anchor
 
@@ -147,6 +149,29 @@ def test_hardware_is_what_was_measured() -> None:
     cpu = HARDWARE["cpu"]
     assert [float(f"{rate:.3g}") for rate in rates] == [cpu.flops, cpu.bandwidth, cpu.memory]
     assert all(machine.source and machine.knee > 1 for machine in HARDWARE.values())
+
+
+@pytest.mark.m0
+@pytest.mark.parametrize(
+    ("chapter", "least"), [*((rung_id, 12) for rung_id in RUNG_IDS), ("design", 20), ("drill", 20)]
+)
+def test_every_chapter_has_enough_questions(chapter: str, least: int) -> None:
+    chosen = [question for question in QUESTIONS.values() if question.chapter == chapter]
+    assert len(chosen) >= least
+    if chapter in RUNG_IDS:
+        assert {question.level for question in chosen} == set(LEVELS)
+        assert {"number", "explain"} <= {question.kind for question in chosen}
+
+
+@pytest.mark.m0
+def test_every_wrong_public_claim_is_corrected() -> None:
+    assert {question.fact for question in QUESTIONS.values() if question.fact} == set(range(1, 15))
+
+
+@pytest.mark.m0
+def test_a_mock_interview_can_be_held() -> None:
+    for seed in range(20):
+        plan_mock(list(QUESTIONS.values()), 45, random.Random(seed))
 
 
 # ---- a record that is wrong says where and what to do
