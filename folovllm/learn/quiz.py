@@ -114,10 +114,11 @@ class Quiz:
     ) -> None:
         self._say, self._ask_line, self.boxes, self.rng, self.lang = say, ask, boxes, rng, lang
 
-    def run(self, questions: Sequence[Question]) -> Iterator[Graded]:
-        """Asks one question after the other and yields each answer when it is kept."""
+    def run(self, questions: Sequence[Question], minutes: Sequence[int] = ()) -> Iterator[Graded]:
+        """Asks one question after the other and yields each answer when it is kept. A mock interview has `minutes`."""
         for number, question in enumerate(questions, 1):
-            graded = self.pose(question, f"{number}/{len(questions)}")
+            time_limit = f" ({minutes[number - 1]} min)" if minutes else ""
+            graded = self.pose(question, f"{number}/{len(questions)}{time_limit}")
             self.boxes.keep(graded)
             yield graded
 

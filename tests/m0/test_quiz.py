@@ -237,6 +237,7 @@ def test_a_mock_interview_is_graded_and_reported(monkeypatch: pytest.MonkeyPatch
     use(monkeypatch, *interview_bank())
     result = quiz("--mock", "45", "--seed", "1", answers="a\nall\na\nall\na\n1 2\n114688\na\n3\na\nall\n")
     assert result.exit_code == 0, result.output
+    assert "6/6 (12 min)  design-x" in result.output
     (report,) = Path("work").glob("mock-*.md")
     text = report.read_text(encoding="utf-8")
     assert text in result.output and "6 of 6 questions answered; score 79 %: **would pass**" in text

@@ -81,10 +81,10 @@ def _ask(prompt: str) -> str | None:
         return None
 
 
-def _collect(session: Quiz, questions: list[Question], answers: list[Graded]) -> bool:
+def _collect(session: Quiz, questions: list[Question], answers: list[Graded], minutes: list[int] | None = None) -> bool:
     """Asks until the questions or the input end. Returns True if Ctrl-C ended it."""
     try:
-        for graded in session.run(questions):
+        for graded in session.run(questions, minutes or ()):
             answers.append(graded)  # one by one: what was answered before Ctrl-C counts
     except QuizEnded:
         typer.echo()
@@ -107,7 +107,7 @@ def _mock(session: Quiz, plan: list[tuple[Question, int]]) -> None:
     for question, minutes in plan:
         typer.echo(f"  {minutes:2} min  {question.kind}")
     answers: list[Graded] = []
-    interrupted = _collect(session, [question for question, _ in plan], answers)
+    interrupted = _collect(session, [q for q, _ in plan], answers, [minutes for _, minutes in plan])
     now = datetime.now().astimezone()
     report = mock_report(plan, answers, now)
     file = ANSWERS.parent / f"mock-{now:%Y%m%d-%H%M%S}.md"
