@@ -31,8 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from folovllm import viz
 from folovllm.attention.backend import AttentionMetadata, AttentionSpec, sequence_slots
-from folovllm.attention.backends import torch_flash
-from folovllm.attention.backends.torch_flash import attend_tiles, group_queries, merge_partials, ungroup_queries
+from folovllm.attention.backends.torch_flash import TorchFlashBackend, group_queries, ungroup_queries
 from folovllm.attention.selector import load_backend, refusal
 from folovllm.csrc.build import load_ops
 
@@ -146,8 +145,9 @@ right.legend();
 class Cached:
     """A backend, and one sequence of `length` tokens in its cache, in blocks that lie anywhere."""
 
-    def __init__(self, name, length, dtype=torch.float32, num_seqs=1, seed=0):
-        self.backend = load_backend(name)(AttentionSpec(HEADS, KV_HEADS, SIZE, dtype, CPU, BLOCK))
+    def __init__(self, backend, length, dtype=torch.float32, num_seqs=1, seed=0):
+        backend = load_backend(backend) if isinstance(backend, str) else backend
+        self.backend = backend(AttentionSpec(HEADS, KV_HEADS, SIZE, dtype, CPU, BLOCK))
         generator = torch.Generator().manual_seed(seed)
         each = -(-length // BLOCK)
         order = 1 + torch.randperm(num_seqs * each, generator=generator)
@@ -173,18 +173,17 @@ class Cached:
 
 def visited(length, new, tile=4):
     """(first query, first key, keys, masked) of every tile that torch_flash computes."""
-    seen, original, sizes = [], torch_flash.mask_future, (torch_flash.BLOCK_Q, torch_flash.BLOCK_KV)
+    seen = []
 
-    def note(scores, first_key, position, num_rows):
-        keys = scores.shape[-1]
-        seen.append((position, num_rows, first_key, keys, first_key + keys - 1 > position))
-        original(scores, first_key, position, num_rows)
+    class Noting(TorchFlashBackend):
+        BLOCK_Q = BLOCK_KV = tile
 
-    torch_flash.mask_future, torch_flash.BLOCK_Q, torch_flash.BLOCK_KV = note, tile, tile
-    try:
-        Cached("torch_flash", length).attend(new)
-    finally:
-        torch_flash.mask_future, (torch_flash.BLOCK_Q, torch_flash.BLOCK_KV) = original, sizes
+        def mask_future(self, scores, first_key, position, num_rows):
+            keys = scores.shape[-1]
+            seen.append((position, num_rows, first_key, keys, first_key + keys - 1 > position))
+            super().mask_future(scores, first_key, position, num_rows)
+
+    Cached(Noting, length).attend(new)
     return seen
 
 
@@ -279,7 +278,7 @@ oracle = Cached("torch_naive", 200).attend(200)  # [200, heads, size]
 by_slot = cached.backend.by_slot(cached.cache)  # [2, slots, kv_heads, size]
 slots = sequence_slots(cached.table[0], 200, BLOCK)  # [200]
 q = group_queries(cached.query * SIZE**-0.5, KV_HEADS)  # [kv_heads, group * 200, size]
-out, lse = attend_tiles(q, by_slot, slots, position=0, num_rows=200)
+out, lse = cached.backend.attend_tiles(q, by_slot, slots, position=0, num_rows=200)
 paged = ungroup_queries(out, 200)
 print("blocks", cached.table[0].tolist(), "| largest difference to torch_naive:", f"{(paged - oracle).abs().max():.1e}")
 
@@ -294,8 +293,8 @@ print("blocks", cached.table[0].tolist(), "| largest difference to torch_naive:"
 position = 199  # the last token decodes
 one = group_queries(cached.query[-1:] * SIZE**-0.5, KV_HEADS)  # [kv_heads, group, size]
 cuts = [round(i * 200 / PARTS) for i in range(PARTS + 1)]
-parts = [attend_tiles(one, by_slot, slots[a:b], position, 1, first_key=a) for a, b in zip(cuts, cuts[1:])]
-merged, total = merge_partials([o for o, _ in parts], [e for _, e in parts])
+parts = [cached.backend.attend_tiles(one, by_slot, slots[a:b], position, 1, first_key=a) for a, b in zip(cuts, cuts[1:])]
+merged, total = cached.backend.merge_partials([o for o, _ in parts], [e for _, e in parts])
 plain_mean = torch.stack([o for o, _ in parts]).mean(0)
 shares = torch.stack([(e - total).exp()[0, 0] for _, e in parts])  # of KV head 0's first query head
 wanted = group_queries(oracle[-1:], KV_HEADS)

@@ -21,7 +21,8 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
-from folovllm.attention.backends import torch_flash
+from folovllm.attention.backend import AttentionSpec
+from folovllm.attention.backends.torch_flash import TorchFlashBackend
 from folovllm.benchmarks.machine import machine_header, measure_bandwidth
 from folovllm.benchmarks.report import write_json
 from folovllm.hf_config import ModelArchitecture, parse_hf_config
@@ -49,28 +50,27 @@ class Tile:
 def visited(seq_len: int, q_len: int, size: int) -> list[Tile]:
     """The tiles, of `size` x `size`, that torch_flash computes for the last q_len tokens of a sequence."""
     tiles: list[Tile] = []
-    mask_future, sizes = torch_flash.mask_future, (torch_flash.BLOCK_Q, torch_flash.BLOCK_KV)
 
-    def note(scores: torch.Tensor, first_key: int, position: int, num_rows: int) -> None:
-        masked = first_key + scores.shape[-1] - 1 > position
-        tiles.append(Tile(position, num_rows, first_key, scores.shape[-1], masked))
-        mask_future(scores, first_key, position, num_rows)
+    class Noting(TorchFlashBackend):
+        BLOCK_Q = BLOCK_KV = size
 
-    torch_flash.mask_future, torch_flash.BLOCK_Q, torch_flash.BLOCK_KV = note, size, size
-    try:
-        run_one_head(seq_len, q_len, size)
-    finally:
-        torch_flash.mask_future, (torch_flash.BLOCK_Q, torch_flash.BLOCK_KV) = mask_future, sizes
+        def mask_future(self, scores: torch.Tensor, first_key: int, position: int, num_rows: int) -> None:
+            masked = first_key + scores.shape[-1] - 1 > position
+            tiles.append(Tile(position, num_rows, first_key, scores.shape[-1], masked))
+            super().mask_future(scores, first_key, position, num_rows)
+
+    spec = AttentionSpec(1, 1, 4, torch.float32, torch.device("cpu"), block_size=1)
+    run_one_head(Noting(spec), seq_len, q_len)
     return tiles
 
 
-def run_one_head(seq_len: int, q_len: int, size: int) -> None:
+def run_one_head(backend: TorchFlashBackend, seq_len: int, q_len: int) -> None:
     """What TorchFlashBackend.forward does for one sequence of one head."""
     by_slot = torch.randn(2, seq_len, 1, 4)  # [2, num_slots, num_kv_heads, head_size]
-    for first in range(seq_len - q_len, seq_len, size):
-        num_rows = min(size, seq_len - first)
+    for first in range(seq_len - q_len, seq_len, backend.BLOCK_Q):
+        num_rows = min(backend.BLOCK_Q, seq_len - first)
         q = torch.randn(1, num_rows, 4)  # [num_kv_heads, num_rows, head_size]
-        torch_flash.attend_tiles(q, by_slot, torch.arange(first + num_rows), first, num_rows)
+        backend.attend_tiles(q, by_slot, torch.arange(first + num_rows), first, num_rows)
 
 
 def draw_tiles(path: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from folovllm.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec, sequence_slots
-from folovllm.attention.backends import torch_flash
 from folovllm.attention.backends.torch_flash import TorchFlashBackend
 from folovllm.attention.backends.torch_naive import TorchNaiveBackend, causal_mask
 from folovllm.attention.backends.torch_sdpa import TorchSdpaBackend
@@ -274,7 +273,7 @@ class NoCorrection(TorchFlashBackend):
 
     def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch_flash, "BLOCK_KV", 8)
+            patch.setattr(TorchFlashBackend, "BLOCK_KV", 8)
             exp = torch.exp
             patch.setattr(torch, "exp", lambda x: torch.ones_like(exp(x)))
             return super().forward(query, kv_cache, metadata)

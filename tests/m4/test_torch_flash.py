@@ -11,22 +11,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from folovllm.attention.backend import AttentionSpec
 from folovllm.attention.backends import torch_flash
-from folovllm.attention.backends.torch_flash import (
-    BLOCK_KV,
-    BLOCK_Q,
-    TorchFlashBackend,
-    attend_tiles,
-    group_queries,
-    merge_partials,
-    ungroup_queries,
-)
+from folovllm.attention.backends.torch_flash import TorchFlashBackend, group_queries, ungroup_queries
 from folovllm.attention.backends.torch_naive import TorchNaiveBackend
 from tests.m4.conformance import Batch, make_batch, run
 
 pytestmark = pytest.mark.m4
 
 INF = float("inf")
+# The arithmetic of its methods does not depend on the spec.
+BACKEND = TorchFlashBackend(AttentionSpec(1, 1, 1, torch.float32, torch.device("cpu"), block_size=1))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -88,11 +83,12 @@ def test_its_largest_tensor_does_not_grow_with_the_context() -> None:
 
 def test_tiles_in_the_future_are_never_computed() -> None:
     """Of a prompt of 4 x BLOCK_KV tokens about half of the score tiles lie behind the diagonal."""
-    n = 4 * BLOCK_KV
+    n = 4 * TorchFlashBackend.BLOCK_KV
     scores = watch(TorchFlashBackend, make_batch(np.random.default_rng(0), [("prefill", 0, n)], group=1)).num_scores
     # Each query tile reaches to its own last query, exactly: BLOCK_Q, 2 BLOCK_Q, ... keys.
-    tiles = n // BLOCK_Q
-    assert scores == BLOCK_Q * BLOCK_Q * tiles * (tiles + 1) // 2
+    size = TorchFlashBackend.BLOCK_Q
+    tiles = n // size
+    assert scores == size * size * tiles * (tiles + 1) // 2
     assert scores < 0.6 * n * n
 
 
@@ -101,8 +97,8 @@ def test_tiles_in_the_future_are_never_computed() -> None:
 def test_any_tile_size_gives_the_same_answer(block_q: int, block_kv: int, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = make_batch(np.random.default_rng(1), [("prefill", 0, 33), ("chunk", 20, 11), ("decode", 40, 1)], group=3)
     expected = run(TorchFlashBackend(batch.spec), batch)
-    monkeypatch.setattr(torch_flash, "BLOCK_Q", block_q)
-    monkeypatch.setattr(torch_flash, "BLOCK_KV", block_kv)
+    monkeypatch.setattr(TorchFlashBackend, "BLOCK_Q", block_q)
+    monkeypatch.setattr(TorchFlashBackend, "BLOCK_KV", block_kv)
     torch.testing.assert_close(run(TorchFlashBackend(batch.spec), batch), expected, rtol=0, atol=1e-5)
 
 
@@ -112,13 +108,13 @@ def test_any_tile_size_gives_the_same_answer(block_q: int, block_kv: int, monkey
 def attend(scores: list[float], values: list[float], position: int = 10**6) -> tuple[float, float]:
     """One query of head size 1 with query 1, so that a key is its score."""
     by_slot = torch.tensor([scores, values]).view(2, -1, 1, 1)  # [2, num_slots, 1, 1]
-    out, lse = attend_tiles(torch.ones(1, 1, 1), by_slot, torch.arange(len(scores)), position, num_rows=1)
+    out, lse = BACKEND.attend_tiles(torch.ones(1, 1, 1), by_slot, torch.arange(len(scores)), position, num_rows=1)
     return out.item(), lse.item()
 
 
 def test_the_worked_example(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores [1, 3] then [5]: the numbers in the head of torch_flash.py."""
-    monkeypatch.setattr(torch_flash, "BLOCK_KV", 2)
+    monkeypatch.setattr(TorchFlashBackend, "BLOCK_KV", 2)
     out, lse = attend([1.0, 3.0, 5.0], [10.0, 20.0, 30.0])
     assert out == pytest.approx(28.509, abs=5e-4)
     assert lse == pytest.approx(5 + np.log(1.154), abs=5e-4)
@@ -151,18 +147,18 @@ def test_parts_merge_into_the_whole(cuts: list[int], scale: float) -> None:
     by_slot = torch.randn(2, 300, 2, 16, generator=generator)
     q = torch.randn(2, 3, 16, generator=generator) * scale  # one decode token: 3 query heads on each of 2 KV heads
     slots = torch.randperm(300, generator=generator)
-    whole = attend_tiles(q, by_slot, slots, position=299, num_rows=1)
+    whole = BACKEND.attend_tiles(q, by_slot, slots, position=299, num_rows=1)
     edges = [0, *cuts, 300]
     parts = [
-        attend_tiles(q, by_slot, slots[a:b], position=299, num_rows=1, first_key=a)
+        BACKEND.attend_tiles(q, by_slot, slots[a:b], position=299, num_rows=1, first_key=a)
         for a, b in itertools.pairwise(edges)
     ]
-    merged = merge_partials(*zip(*parts, strict=True))
+    merged = BACKEND.merge_partials(*zip(*parts, strict=True))
     torch.testing.assert_close(merged, whole, rtol=1e-5, atol=1e-5)
     half = len(parts) // 2
     if half:
-        again = [merge_partials(*zip(*some, strict=True)) for some in (parts[:half], parts[half:])]
-        torch.testing.assert_close(merge_partials(*zip(*again, strict=True)), whole, rtol=1e-5, atol=1e-5)
+        again = [BACKEND.merge_partials(*zip(*some, strict=True)) for some in (parts[:half], parts[half:])]
+        torch.testing.assert_close(BACKEND.merge_partials(*zip(*again, strict=True)), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_a_causal_chunk_can_be_split_too() -> None:
@@ -170,21 +166,41 @@ def test_a_causal_chunk_can_be_split_too() -> None:
     generator = torch.Generator().manual_seed(1)
     by_slot, q = torch.randn(2, 50, 1, 8, generator=generator), torch.randn(1, 20, 8, generator=generator)
     slots = torch.randperm(50, generator=generator)
-    whole = attend_tiles(q, by_slot, slots, position=30, num_rows=20)
+    whole = BACKEND.attend_tiles(q, by_slot, slots, position=30, num_rows=20)
     edges = [0, 25, 40, 50]
     parts = [
-        attend_tiles(q, by_slot, slots[a:b], position=30, num_rows=20, first_key=a)
+        BACKEND.attend_tiles(q, by_slot, slots[a:b], position=30, num_rows=20, first_key=a)
         for a, b in itertools.pairwise(edges)
     ]
     assert parts[2][1].isneginf().sum() == 10, "queries 30 .. 39 see none of keys 40 .. 49"
-    torch.testing.assert_close(merge_partials(*zip(*parts, strict=True)), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(BACKEND.merge_partials(*zip(*parts, strict=True)), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_splits", [2, 3, 7, 1000])
+def test_any_number_of_splits_gives_the_same_answer(num_splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole backend with its keys cut: prompts and chunks, whose first queries see nothing of the last parts, and a
+    decode. With 1,000 splits every key is a part of its own.
+    """
+    batch = make_batch(np.random.default_rng(2), [("prefill", 0, 33), ("chunk", 20, 11), ("decode", 40, 1)], group=3)
+    expected = run(TorchFlashBackend(batch.spec), batch)
+    merged: list[int] = []
+
+    def counted(self: TorchFlashBackend, outs: Any, lses: Any) -> Any:
+        merged.append(len(outs))
+        return merge(self, outs, lses)
+
+    merge = TorchFlashBackend.merge_partials
+    monkeypatch.setattr(TorchFlashBackend, "NUM_SPLITS", num_splits)
+    monkeypatch.setattr(TorchFlashBackend, "merge_partials", counted)
+    torch.testing.assert_close(run(TorchFlashBackend(batch.spec), batch), expected, rtol=0, atol=1e-5)
+    assert sorted(merged) == [min(num_splits, seq_len) for seq_len in (31, 33, 41)], "each query tile merges its parts once"
 
 
 def test_merging_by_hand() -> None:
     """Weights 1 and 3: a quarter of one, three quarters of the other. A part that saw nothing does not count."""
     outs = [torch.tensor([[8.0]]), torch.tensor([[4.0]]), torch.tensor([[0.0]])]
     lses = [torch.tensor([np.log(1.0)]), torch.tensor([np.log(3.0)]), torch.tensor([-INF])]
-    out, lse = merge_partials(outs, lses)
+    out, lse = BACKEND.merge_partials(outs, lses)
     assert out.item() == pytest.approx(5.0) and lse.item() == pytest.approx(np.log(4.0))
-    nothing, no_weight = merge_partials([torch.zeros(1, 1)] * 2, [torch.tensor([-INF])] * 2)
+    nothing, no_weight = BACKEND.merge_partials([torch.zeros(1, 1)] * 2, [torch.tensor([-INF])] * 2)
     assert nothing.item() == 0.0 and no_weight.item() == -INF
