@@ -103,6 +103,21 @@ PARTS: dict[str, Part] = {
             "folovllm.sample.sampler:Sampler",
             ("__call__", "gather_logprobs"),
         ),
+        Part(
+            "quantize.grid",
+            "folovllm.quantize.grid:Grid",
+            ("find", "levels", "values"),
+        ),
+        Part(
+            "quantize.packing",
+            "folovllm.model_executor.layers.quantization.packing:Packing",
+            ("pack_rows", "unpack_rows", "pack_zeros", "unpack_zeros"),
+        ),
+        Part(
+            "quantize.gptq",
+            "folovllm.quantize.gptq:GPTQ",
+            ("quantize",),
+        ),
     )
 }  # fmt: skip
 

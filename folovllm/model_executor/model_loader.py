@@ -6,7 +6,7 @@ formats and loaders (GGUF is converted by `folovllm pull`), loading a shard per 
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,12 +17,14 @@ from folovllm.hf_config import ModelArchitecture
 from folovllm.model_executor.layers.linear import LinearBase, QuantizationConfig
 from folovllm.model_executor.layers.quantization.gptq import GPTQQuantization
 from folovllm.model_executor.layers.quantization.kernels import KernelOptions
+from folovllm.model_executor.layers.quantization.packing import Packing
 from folovllm.model_executor.layers.quantization.quantized_linear import dequantize_weights, settle_g_idx
 from folovllm.model_executor.layers.quantization.select import choose_kernel
 from folovllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from folovllm.model_executor.models.llama import LlamaForCausalLM
 from folovllm.model_executor.models.registry import get_model_class
 from folovllm.model_executor.weight_utils import WeightsError, iterate_weights, read_tensor, safetensors_files
+from folovllm.parts import load_part
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ def load_model(
     gptq_runtime: str = "auto",
     huge_pages: bool = False,
     max_model_len: int | None = None,
+    parts: Mapping[str, str] | None = None,
 ) -> LlamaForCausalLM:
     """The model of `folder` with its weights, in `dtype` on `device`, as the model file says it: nothing is replaced
     yet (model_executor/cpu/accelerate.py). Raises WeightsError, which says what is wrong.
@@ -51,16 +54,19 @@ def load_model(
     can multiply with them; with "dequantize" plain ones are loaded. `gptq_kernel` and `gptq_runtime` say how packed
     weights are multiplied and what is kept for that (config.py); `gptq_kernel="auto"` takes a fast kernel only with
     `linear_backend="auto"`. The rotary table is built for `max_model_len` positions; with None it is built, whole, at
-    the first lookup.
+    the first lookup. Of `parts` (parts.py) it uses quantize.packing.
     """
     files = safetensors_files(folder)  # before building: a wrong folder should fail at once
     arch, weights = settle_head(arch, files, dtype)
     if arch.quantization is not None:
+        packing: type[Packing] = load_part("quantize.packing", parts)
         if quantization == "auto" and quant_config is None:
-            options = KernelOptions(dtype, device.type, gptq_runtime, huge_pages)
+            options = KernelOptions(dtype, device.type, gptq_runtime, huge_pages, packing)
             quant_config = gptq_quantization(arch.quantization, options, gptq_kernel, linear_backend)
-        prepare = dequantize_weights if quant_config is None else settle_g_idx
-        weights = prepare(weights, arch.quantization)
+        if quant_config is None:
+            weights = dequantize_weights(weights, arch.quantization, packing)
+        else:
+            weights = settle_g_idx(weights, arch.quantization)
     try:
         model = _build(arch, dtype, device, quant_config)
         if isinstance(quant_config, GPTQQuantization):

@@ -20,7 +20,7 @@ import torch
 from folovllm.gptq_config import PER_CHANNEL, GPTQConfig
 from folovllm.model_executor.layers.quantization.quantized_linear import QuantizedLinear
 from folovllm.quantize.clock import COLUMNS, INVERSE, PartClock
-from folovllm.quantize.grid import Grid, find_grid
+from folovllm.quantize.grid import Grid
 
 BLOCK_SIZE = 128  # columns whose effect on the rest is applied in one matmul
 _DAMP_STEPS = 6  # how often damping is raised tenfold before the quantiser gives up
@@ -40,16 +40,8 @@ class Hessian:
         self.num_tokens += x.shape[0]
 
 
-def gptq_quantize(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    config: GPTQConfig,
-    damp: float = 0.01,
-    block_size: int = BLOCK_SIZE,
-    static_groups: bool = False,
-    clock: PartClock | None = None,
-) -> QuantizedLinear:
-    """Quantises `weight` [output_size, input_size] for inputs with `hessian` [input_size, input_size].
+class GPTQ:
+    """Quantises layers, each by its weight and its Hessian.
 
     `damp` times the mean of H's diagonal is added to the diagonal. With `config.desc_act` the columns are taken in the
     order of falling H_ii, so that those that matter most are rounded while most others can still compensate.
@@ -60,105 +52,130 @@ def gptq_quantize(
     so act-order costs nothing when the model runs. But if few inputs are far stronger than the rest, the compensating
     weights must leave their old range, and with static grids they cannot.
     """
-    clock = clock or PartClock()
-    work, hessian = weight.float().clone(), hessian.float().clone()
-    _silence_dead_inputs(work, hessian)
-    groups = torch.arange(weight.shape[1], device=weight.device) // config.group_length(weight.shape[1])
-    grids = _grids_of(work, config) if static_groups else None
-    order = _column_order(hessian, config.desc_act)  # [input_size]
-    back = torch.argsort(order)  # the columns' first places
-    g_idx = groups if static_groups else groups[back]
-    work, hessian = work[:, order], hessian[order][:, order]
-    with clock.part(INVERSE):
-        root = inverse_root(hessian, damp)
-    with clock.part(COLUMNS):
-        steps = g_idx[order].tolist()  # the group of each step's column
-        levels, grids = _quantize_columns(work, root, config, _aligned(block_size, config), steps, grids)
-    scales, zeros = _stack(grids)
-    return QuantizedLinear(levels[:, back], scales, zeros, g_idx.to(torch.int32))
+
+    def __init__(
+        self,
+        config: GPTQConfig,
+        damp: float = 0.01,
+        block_size: int = BLOCK_SIZE,
+        static_groups: bool = False,
+        grid: type[Grid] = Grid,
+        clock: PartClock | None = None,
+    ) -> None:
+        self.config, self.damp, self.static_groups, self.grid = config, damp, static_groups, grid
+        self.block_size, self.clock = _aligned(block_size, config), clock or PartClock()
+
+    def quantize(self, weight: torch.Tensor, hessian: torch.Tensor) -> QuantizedLinear:
+        """Quantises `weight` [output_size, input_size] for inputs with `hessian` [input_size, input_size]."""
+        work, hessian = weight.float().clone(), hessian.float().clone()
+        _silence_dead_inputs(work, hessian)
+        length = self.config.group_length(weight.shape[1])
+        groups = torch.arange(weight.shape[1], device=weight.device) // length  # [input_size]
+        grids = _grids_of(work, self.config, self.grid) if self.static_groups else None
+        order = self.column_order(hessian)  # [input_size]
+        back = torch.argsort(order)  # the columns' first places
+        g_idx = groups if self.static_groups else groups[back]
+        work, hessian = work[:, order], hessian[order][:, order]
+        with self.clock.part(INVERSE):
+            root = self.damped_root(hessian)
+        with self.clock.part(COLUMNS):
+            levels, grids = self._quantize_columns(work, root, g_idx[order].tolist(), grids)
+        scales, zeros = _stack(grids)
+        return QuantizedLinear(levels[:, back], scales, zeros, g_idx.to(torch.int32))
+
+    def column_order(self, hessian: torch.Tensor) -> torch.Tensor:
+        """Returns the order in which the columns are rounded [input_size]: the k-th step takes column order[k].
+
+        With act-order (`config.desc_act`) the strongest inputs come first; of equal ones, the first. Without it the
+        columns are taken as they come.
+        """
+        if self.config.desc_act:
+            return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        return torch.arange(hessian.shape[0], device=hessian.device)
+
+    def damped_root(self, hessian: torch.Tensor) -> torch.Tensor:
+        """Returns `inverse_root` of H with damping, fp32 [input_size, input_size].
+
+        While H is not positive definite, as with fewer tokens than inputs, the damping is raised.
+        """
+        damp, mean = self.damp, float(hessian.diagonal().mean())
+        eye = torch.eye(hessian.shape[0], dtype=torch.float64, device=hessian.device)
+        for raised in range(_DAMP_STEPS):
+            root = self.inverse_root(hessian.double() + eye * (damp * 10**raised * mean))
+            if root is not None:
+                return root.float()
+            damp = max(damp, 1e-6)  # zero would stay zero
+        raise ValueError("the inputs of a layer hold NaN or infinity: check the model and the calibration text")
+
+    def inverse_root(self, hessian: torch.Tensor) -> torch.Tensor | None:
+        """Returns U, upper triangular with U^T U = H^-1, for H in fp64 [input_size, input_size].
+
+        Returns None if H is not positive definite.
+        """
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        if failed:
+            return None
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        return None if failed else upper
+
+    def step(self, weight: torch.Tensor, column: int, rounded: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+        """Fixes `column` of `weight` at `rounded` [output_size] and updates the later columns, in place.
+
+        weight [output_size, n] and root [n, n] (the same rows and columns of U). Returns the error in units of U's
+        diagonal [output_size], which the columns outside of these n will need.
+        """
+        error = (weight[:, column] - rounded) / root[column, column]  # [output_size]
+        # At `column` itself this subtracts the error whole.
+        weight[:, column:] -= torch.outer(error, root[column, column:])
+        return error
+
+    def _quantize_columns(
+        self, work: torch.Tensor, root: torch.Tensor, group_of_step: list[int], static: list[Grid] | None
+    ) -> tuple[torch.Tensor, list[Grid]]:
+        """Quantises all columns in blocks. Each step updates only its block; the rest follows in one matmul per block.
+
+        Nothing is approximated: a column is first read when its own block begins, and by then it has received all
+        updates.
+        """
+        input_size, length = work.shape[1], self.config.group_length(work.shape[1])
+        levels = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+        grids = [] if static is None else static
+        for start in range(0, input_size, self.block_size):
+            end = min(start + self.block_size, input_size)
+            block, block_root = work[:, start:end].contiguous(), root[start:end, start:end]
+            errors = torch.empty_like(block)  # [output_size, columns of the block]
+            for i in range(end - start):
+                if static is None and (start + i) % length == 0:
+                    # As a group begins, its grid is fixed, from the weights as they are now.
+                    group = block[:, i : i + length] if length <= self.block_size else work[:, start : start + length]
+                    grids.append(self.grid.find(group, self.config))
+                grid = grids[group_of_step[start + i]]
+                level = grid.levels(block[:, i])  # [output_size]
+                levels[:, start + i] = level.to(torch.uint8)
+                errors[:, i] = self.step(block, i, grid.values(level), block_root)
+            work[:, end:] -= errors @ root[start:end, end:]
+        return levels, grids
 
 
-def rtn_quantize(weight: torch.Tensor, config: GPTQConfig) -> QuantizedLinear:
+def rtn_quantize(weight: torch.Tensor, config: GPTQConfig, grid: type[Grid] = Grid) -> QuantizedLinear:
     """Rounds to nearest, group by group. This is the baseline: no column compensates for the error of another."""
     input_size = weight.shape[1]
     length = config.group_length(input_size)
-    grids, groups = _grids_of(weight.float(), config), weight.float().split(length, dim=1)
-    levels = torch.cat([grid.levels(group) for grid, group in zip(grids, groups, strict=True)], dim=1)
+    grids, groups = _grids_of(weight.float(), config, grid), weight.float().split(length, dim=1)
+    levels = torch.cat([found.levels(group) for found, group in zip(grids, groups, strict=True)], dim=1)
     scales, zeros = _stack(grids)
     g_idx = (torch.arange(input_size, device=weight.device) // length).to(torch.int32)
     return QuantizedLinear(levels.to(torch.uint8), scales, zeros, g_idx)
 
 
-def gptq_step(weight: torch.Tensor, column: int, rounded: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
-    """Performs one step: fixes `column` of `weight` at `rounded` [output_size] and updates the later columns in place.
-
-    weight [output_size, n] and root [n, n] (the same rows and columns of U). Returns the error in units of U's diagonal
-    [output_size], which the columns outside of these n will need.
-    """
-    error = (weight[:, column] - rounded) / root[column, column]
-    weight[:, column:] -= torch.outer(error, root[column, column:])  # at `column` itself this subtracts the error whole
-    return error
-
-
-def _quantize_columns(
-    work: torch.Tensor,
-    root: torch.Tensor,
-    config: GPTQConfig,
-    block_size: int,
-    group_of_step: list[int],
-    static: list[Grid] | None,
-) -> tuple[torch.Tensor, list[Grid]]:
-    """Quantises all columns in blocks. Each step updates only its block; the rest follows in one matmul per block.
-
-    Nothing is approximated: a column is first read when its own block begins, and by then it has received all updates.
-    """
-    input_size, length = work.shape[1], config.group_length(work.shape[1])
-    levels = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-    grids = [] if static is None else static
-    for start in range(0, input_size, block_size):
-        end = min(start + block_size, input_size)
-        block, block_root = work[:, start:end].contiguous(), root[start:end, start:end]
-        errors = torch.empty_like(block)  # [output_size, columns of the block]
-        for i in range(end - start):
-            if (
-                static is None and (start + i) % length == 0
-            ):  # as a group begins its grid is fixed, from the weights as they are now
-                group = block[:, i : i + length] if length <= block_size else work[:, start : start + length]
-                grids.append(find_grid(group, config))
-            grid = grids[group_of_step[start + i]]
-            level = grid.levels(block[:, i])
-            levels[:, start + i] = level.to(torch.uint8)
-            errors[:, i] = gptq_step(block, i, grid.values(level), block_root)
-        work[:, end:] -= errors @ root[start:end, end:]
-    return levels, grids
-
-
-def _grids_of(weight: torch.Tensor, config: GPTQConfig) -> list[Grid]:
+def _grids_of(weight: torch.Tensor, config: GPTQConfig, grid: type[Grid]) -> list[Grid]:
     """Returns the grid of each group for the present weights."""
-    return [find_grid(group, config) for group in weight.split(config.group_length(weight.shape[1]), dim=1)]
+    return [grid.find(group, config) for group in weight.split(config.group_length(weight.shape[1]), dim=1)]
 
 
 def _stack(grids: list[Grid]) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (scales fp32, zeros int32), each [num_groups, output_size]."""
     return torch.stack([grid.scale for grid in grids]), torch.stack([grid.zero for grid in grids]).to(torch.int32)
-
-
-def inverse_root(hessian: torch.Tensor, damp: float) -> torch.Tensor:
-    """Returns U, upper triangular with U^T U = (H + damping)^-1, as fp32 [input_size, input_size].
-
-    Computed in fp64. While H is not positive definite, as with fewer tokens than inputs, the damping is raised.
-    """
-    size, mean = hessian.shape[0], float(hessian.diagonal().mean())
-    eye = torch.eye(size, dtype=torch.float64, device=hessian.device)
-    for raised in range(_DAMP_STEPS):
-        lower, failed = torch.linalg.cholesky_ex(hessian.double() + eye * (damp * 10**raised * mean))
-        if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                return upper.float()
-        damp = max(damp, 1e-6)  # zero would stay zero
-    raise ValueError("the inputs of a layer hold NaN or infinity: check the model and the calibration text")
 
 
 def output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
@@ -176,12 +193,6 @@ def _silence_dead_inputs(weight: torch.Tensor, hessian: torch.Tensor) -> None:
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1.0
     weight[:, dead] = 0.0
-
-
-def _column_order(hessian: torch.Tensor, desc_act: bool) -> torch.Tensor:
-    if desc_act:
-        return torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    return torch.arange(hessian.shape[0], device=hessian.device)
 
 
 def _aligned(block_size: int, config: GPTQConfig) -> int:

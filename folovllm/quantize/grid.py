@@ -9,12 +9,13 @@ Source: Frantar et al. 2022, "GPTQ", section 4: asymmetric min-max grids; the sy
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
 from folovllm.gptq_config import GPTQConfig
 
-_SMALLEST_SCALE = 2.0**-24  # the smallest number that fp16 has
+SMALLEST_SCALE = 2.0**-24  # the smallest number that fp16 has
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,25 @@ class Grid:
     scale: torch.Tensor  # [output_size] fp32
     zero: torch.Tensor  # [output_size] fp32, whole numbers
     max_level: int
+
+    @classmethod
+    def find(cls, weight: torch.Tensor, config: GPTQConfig) -> Self:
+        """Returns the grid of one group's weights [output_size, group_length]: the smallest that covers them and
+        zero.
+        """
+        low, high = weight.amin(1).clamp(max=0.0), weight.amax(1).clamp(min=0.0)  # [output_size]
+        if config.sym:
+            low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
+        span = torch.where(high > low, high - low, 1.0)  # for a group of zeros any scale will do
+        # The scale is rounded to fp16, as in the checkpoint, before it is used: GPTQ then compensates for the final
+        # error.
+        scale = (span / config.max_level).clamp(SMALLEST_SCALE).to(torch.float16).float()
+        if config.sym:
+            return cls(scale, torch.full_like(scale, 2 ** (config.bits - 1)), config.max_level)
+        # v1 stores zero - 1, and readers differ on what -1 means. So a group without negative weights gives up one
+        # level.
+        zero = torch.round(-low / scale).clamp(config.zero_offset, config.max_level)
+        return cls(scale, zero, config.max_level)
 
     def levels(self, weight: torch.Tensor) -> torch.Tensor:
         """Returns the nearest level of each weight [output_size, n] or [output_size], as whole numbers in fp32."""
@@ -37,18 +57,3 @@ class Grid:
 
     def _like(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return (self.scale, self.zero) if x.dim() == 1 else (self.scale[:, None], self.zero[:, None])
-
-
-def find_grid(weight: torch.Tensor, config: GPTQConfig) -> Grid:
-    """Returns the grid of one group's weights [output_size, group_length]: the smallest that covers them and zero."""
-    low, high = weight.amin(1).clamp(max=0.0), weight.amax(1).clamp(min=0.0)  # [output_size]
-    if config.sym:
-        low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
-    span = torch.where(high > low, high - low, 1.0)  # for a group of zeros any scale will do
-    # The scale is rounded to fp16, as in the checkpoint, before it is used: GPTQ then compensates for the final error.
-    scale = (span / config.max_level).clamp(_SMALLEST_SCALE).to(torch.float16).float()
-    if config.sym:
-        return Grid(scale, torch.full_like(scale, 2 ** (config.bits - 1)), config.max_level)
-    # v1 stores zero - 1, and readers differ on what -1 means. So a group without negative weights gives up one level.
-    zero = torch.round(-low / scale).clamp(config.zero_offset, config.max_level)
-    return Grid(scale, zero, config.max_level)

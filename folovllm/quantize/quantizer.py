@@ -9,8 +9,8 @@ continues after them.
 """
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,14 @@ from tqdm import tqdm
 from folovllm.gptq_config import GPTQConfig
 from folovllm.hf_config import ModelArchitecture, load_hf_config
 from folovllm.model_executor.layers.linear import LinearBase
+from folovllm.model_executor.layers.quantization.packing import Packing
 from folovllm.model_executor.layers.quantization.quantized_linear import LEAVES, QuantizedLinear, dequantize_weights
 from folovllm.model_executor.models.llama import LlamaDecoderLayer
 from folovllm.model_executor.weight_utils import load_weights
+from folovllm.parts import check_parts, load_part
 from folovllm.quantize.clock import ERRORS, FILES, FORWARD, HESSIAN
-from folovllm.quantize.gptq import Hessian, gptq_quantize, output_error, rtn_quantize
+from folovllm.quantize.gptq import GPTQ, Hessian, output_error, rtn_quantize
+from folovllm.quantize.grid import Grid
 from folovllm.quantize.layerwise import LayerRunner, TensorFolder
 from folovllm.quantize.output import LayerErrors, OutputFolder, digest_of
 
@@ -35,14 +38,20 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """The settings of a job. `damp` is the share of the Hessian's mean diagonal that is added to its diagonal."""
+    """The settings of a job.
+
+    `damp` is the share of the Hessian's mean diagonal that is added to its diagonal. `parts` are classes of one's own
+    for quantize.grid, quantize.gptq and quantize.packing (parts.py).
+    """
 
     config: GPTQConfig
     method: str = "gptq"
     damp: float = 0.01
     static_groups: bool = False
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_parts(self.parts)
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
         if not 0.0 <= self.damp <= 1.0:
@@ -92,6 +101,11 @@ class QuantizeJob:
         self.num_layers = arch.num_hidden_layers
         self.runner, self.clock = LayerRunner(tensors, arch), output.clock
         self.packed_modules = self.runner.packed_modules
+        self.grid: type[Grid] = load_part("quantize.grid", settings.parts)
+        self.packing: type[Packing] = load_part("quantize.packing", settings.parts)
+        self.gptq: GPTQ = load_part("quantize.gptq", settings.parts)(
+            self.config, settings.damp, static_groups=settings.static_groups, grid=self.grid, clock=self.clock
+        )
 
     @torch.inference_mode()
     def run(self, windows: Sequence[Sequence[int]], progress: bool) -> list[LayerErrors]:
@@ -121,7 +135,9 @@ class QuantizeJob:
         """Fills `layer` with what an earlier call made of it."""
         prefix = f"model.layers.{index}."
         stored = self.output.layer_tensors(index)
-        plain = dequantize_weights(((name.removeprefix(prefix), t) for name, t in stored.items()), self.config)
+        plain = dequantize_weights(
+            ((name.removeprefix(prefix), t) for name, t in stored.items()), self.config, self.packing
+        )
         load_weights(layer, plain, self.packed_modules)
 
     def _quantize_layer(
@@ -148,21 +164,14 @@ class QuantizeJob:
         """Quantises a fused layer at once: its parts share their inputs, and rows do not depend on each other."""
         weight = linear.weight.detach().clone()  # type: ignore[operator]
         if self.settings.method == "rtn":
-            return rtn_quantize(weight, self.config), None, None
+            return rtn_quantize(weight, self.config, self.grid), None, None
         hessian = Hessian(linear.input_size)
         for x in self.clock.each(FORWARD, inputs):
             with self.clock.part(HESSIAN):
                 hessian.add(x)
-        quantized = gptq_quantize(
-            weight,
-            hessian.matrix,
-            self.config,
-            self.settings.damp,
-            static_groups=self.settings.static_groups,
-            clock=self.clock,
-        )
+        quantized = self.gptq.quantize(weight, hessian.matrix)
         with self.clock.part(ERRORS):
-            nearest = rtn_quantize(weight, self.config)
+            nearest = rtn_quantize(weight, self.config, self.grid)
             errors = [output_error(weight, q.dequantize(), hessian.matrix) for q in (quantized, nearest)]
         return quantized, errors[0], errors[1]
 
@@ -177,7 +186,7 @@ class QuantizeJob:
         for shard_id, size in linear.output_parts().items():
             full = f"{parent}.{names[shard_id]}"
             del tensors[f"{full}.weight"]
-            leaves = quantized.outputs(start, size).pack(self.config)
+            leaves = quantized.outputs(start, size).pack(self.config, self.packing)
             packed |= {f"{full}.{leaf}": leaves[leaf] for leaf in LEAVES}
             start += size
         return packed

@@ -56,6 +56,7 @@ class Worker:
             linear_backend=kernels.linear_backend,
             huge_pages=kernels.huge_pages,
             max_model_len=length,
+            parts=config.parts,
             **dataclasses.asdict(config.quantization_config),
         )
 

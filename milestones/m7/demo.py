@@ -10,7 +10,7 @@ from folovllm.gptq_config import GPTQConfig
 from folovllm.model_executor.layers.linear import ColumnParallelLinear
 from folovllm.model_executor.layers.quantization.gptq import GPTQQuantization
 from folovllm.model_executor.layers.quantization.quantized_linear import unpack_linear
-from folovllm.quantize.gptq import Hessian, gptq_quantize, output_error, rtn_quantize
+from folovllm.quantize.gptq import GPTQ, Hessian, output_error, rtn_quantize
 
 INPUTS, OUTPUTS, TOKENS = 256, 64, 2000
 generator = torch.Generator().manual_seed(0)
@@ -33,12 +33,12 @@ print("bits   nearest    GPTQ   GPTQ, act-order")
 lost = {}
 for bits in (8, 4, 3, 2):
     plain, ordered = GPTQConfig(bits, 64), GPTQConfig(bits, 64, desc_act=True)
-    found = [rtn_quantize(weight, plain)] + [gptq_quantize(weight, hessian.matrix, c) for c in (plain, ordered)]
+    found = [rtn_quantize(weight, plain)] + [GPTQ(c).quantize(weight, hessian.matrix) for c in (plain, ordered)]
     lost[bits] = [100 * output_error(weight, quantized.dequantize(), hessian.matrix) for quantized in found]
     print(f"{bits:4}" + "".join(f"{percent:10.4f}" for percent in lost[bits]))
 
 config = GPTQConfig(4, 64, desc_act=True)
-quantized = gptq_quantize(weight, hessian.matrix, config)
+quantized = GPTQ(config).quantize(weight, hessian.matrix)
 tensors = quantized.pack(config)
 size = sum(tensor.nbytes for tensor in tensors.values())
 print(f"\nfour tensors, {size:,} bytes, not {2 * weight.numel():,}; {8 * size / weight.numel():.2f} bits per weight:")

@@ -29,8 +29,8 @@ from matplotlib import pyplot as plt
 from folovllm import viz
 from folovllm.csrc.build import load_ops
 from folovllm.gptq_config import GPTQConfig
-from folovllm.quantize.gptq import Hessian, gptq_quantize, gptq_step, inverse_root, output_error, rtn_quantize
-from folovllm.quantize.grid import find_grid
+from folovllm.quantize.gptq import GPTQ, Hessian, output_error, rtn_quantize
+from folovllm.quantize.grid import Grid
 from tests.m7.example_layer import example_layer
 
 viz.style()
@@ -59,13 +59,13 @@ weights = torch.randn(1, 64, generator=torch.Generator().manual_seed(2))
 
 
 def rounding_error(bits, sym=True):
-    grid = find_grid(weights, GPTQConfig(bits, sym=sym))
+    grid = Grid.find(weights, GPTQConfig(bits, sym=sym))
     return float(((weights - grid.values(grid.levels(weights))) ** 2).mean())
 
 
 figure, axes = plt.subplots(1, 3, figsize=(10, 1.6), sharey=True)
 for ax, bits in zip(axes, (2, 3, 4), strict=True):
-    grid = find_grid(weights, GPTQConfig(bits))
+    grid = Grid.find(weights, GPTQConfig(bits))
     values = grid.values(torch.arange(2**bits).float()[None])[0].tolist()
     ax.vlines(values, 0, 1, color=viz.NOBODY)
     ax.plot(weights[0], [0.5] * 64, "|", ms=18, color=viz.PALETTE[0])
@@ -125,10 +125,11 @@ figure.colorbar(image, ax=axes);
 # %%
 weight, hessian = example_layer()
 config = GPTQConfig(3)
-grid, root, work, plain = find_grid(weight, config), inverse_root(hessian, 0.01), weight.clone(), weight.clone()
+gptq = GPTQ(config)
+grid, root, work, plain = Grid.find(weight, config), gptq.damped_root(hessian), weight.clone(), weight.clone()
 rows, lost = [], {"nearest": [0.0], "GPTQ": [0.0]}
 for i in range(8):
-    gptq_step(work, i, grid.values(grid.levels(work[:, i])), root)
+    gptq.step(work, i, grid.values(grid.levels(work[:, i])), root)
     plain[:, i] = grid.values(grid.levels(weight[:, i]))
     lost["GPTQ"].append(100 * output_error(weight, work, hessian))
     lost["nearest"].append(100 * output_error(weight, plain, hessian))
@@ -161,7 +162,7 @@ def relative_errors(correlation, seed, bits=BITS, group=GROUP):
     weight, h = make_weight(seed), hessian_of(make_inputs(correlation, seed))
     nearest = output_error(weight, rtn_quantize(weight, GPTQConfig(bits, group)).dequantize(), h)
     configs = [GPTQConfig(bits, group, desc_act=order) for order in (False, True)]
-    return [output_error(weight, gptq_quantize(weight, h, c).dequantize(), h) / nearest for c in configs]
+    return [output_error(weight, GPTQ(c).quantize(weight, h).dequantize(), h) / nearest for c in configs]
 
 
 def mean_over_seeds(correlation, **settings):
@@ -181,7 +182,7 @@ ax.legend();
 # %%
 independent = torch.diag(torch.linspace(1, 5, INPUTS))  # H of inputs that have nothing to do with each other
 same = torch.equal(
-    gptq_quantize(make_weight(), independent, GPTQConfig(BITS, GROUP)).levels,
+    GPTQ(GPTQConfig(BITS, GROUP)).quantize(make_weight(), independent).levels,
     rtn_quantize(make_weight(), GPTQConfig(BITS, GROUP)).levels,
 )
 viz.predict(
@@ -200,7 +201,7 @@ viz.predict(
 # %%
 def with_order(weight, h, order, bits=BITS):
     """GPTQ with one group per output, its columns in `order`."""
-    ordered = gptq_quantize(weight[:, order], h[order][:, order], GPTQConfig(bits)).dequantize()
+    ordered = GPTQ(GPTQConfig(bits)).quantize(weight[:, order], h[order][:, order]).dequantize()
     return output_error(weight[:, order], ordered, h[order][:, order])
 
 
@@ -236,7 +237,7 @@ points = {}
 for bits in (2, 3, 4):
     for group in (-1, 96, 48, 32, 16, 8):
         w, h = make_weight(), hessian_of(make_inputs())
-        points[bits, group] = 100 * output_error(w, gptq_quantize(w, h, GPTQConfig(bits, group)).dequantize(), h)
+        points[bits, group] = 100 * output_error(w, GPTQ(GPTQConfig(bits, group)).quantize(w, h).dequantize(), h)
 figure, ax = plt.subplots(figsize=(7, 2.8))
 for bits, colour in zip((2, 3, 4), viz.PALETTE, strict=False):
     chosen = [group for b, group in points if b == bits]
@@ -271,7 +272,7 @@ for damp in (0.0001, 0.01, 0.1):
     learnt[damp] = []
     for count in counts:
         h = hessian_of(make_inputs(tokens=6000)[:count])
-        quantized = gptq_quantize(w, h, GPTQConfig(BITS, GROUP), damp)
+        quantized = GPTQ(GPTQConfig(BITS, GROUP), damp).quantize(w, h)
         learnt[damp].append(output_error(w, quantized.dequantize(), held_out) / nearest)
 figure, ax = plt.subplots(figsize=(7, 2.6))
 for (damp, values), colour in zip(learnt.items(), viz.PALETTE, strict=False):
@@ -296,7 +297,7 @@ viz.predict(
 
 # %%
 config = GPTQConfig(4, 8)
-quantized = gptq_quantize(*example_layer(), config)
+quantized = GPTQ(config).quantize(*example_layer())
 tensors = quantized.pack(config)
 words = [f"{word % 2**32:08X}" for word in tensors["qweight"].flatten().tolist()]
 viz.table(

@@ -20,9 +20,9 @@ from matplotlib.patches import Rectangle
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for tests.m7.example_layer
 
 from folovllm.gptq_config import GPTQConfig
-from folovllm.model_executor.layers.quantization.packing import pack_columns, pack_rows, packing_period
-from folovllm.quantize.gptq import gptq_step, inverse_root, output_error, rtn_quantize
-from folovllm.quantize.grid import find_grid
+from folovllm.model_executor.layers.quantization.packing import packing_for
+from folovllm.quantize.gptq import GPTQ, output_error, rtn_quantize
+from folovllm.quantize.grid import Grid
 from tests.m7.example_layer import example_layer
 
 INK, DONE, RAISED, LOWERED, PLAIN = "#333333", "#9fcbbb", "#fdc086", "#a6cee3", "#ffffff"
@@ -31,7 +31,7 @@ SPLIT = "#e78ac3"  # a value that lies across two words
 SHOWN = (0, 1, 2, 4, 6, 8)  # after so many columns
 TRACED = 2  # the output that the page follows
 CONFIG = GPTQConfig(bits=3)  # one group per output
-NEAREST, GPTQ = 2.90, 1.35  # percent of |W X|^2, as the page says
+NEAREST, FITTED = 2.90, 1.35  # percent of |W X|^2, as the page says
 
 # The roofline: SmolLM2-135M's linear layers on the development machine, as in docs/learn/06.
 WEIGHTS = 30 * (576 * (576 + 2 * 192) + 576 * 576 + 3 * 576 * 1536)
@@ -50,14 +50,15 @@ INT4_PER_TILE, INT4_TILE_ROWS, INT4_PER_ROW = 4, 6, 4 + 10 / 16
 def columns() -> list[torch.Tensor]:
     """The weights after 0, 1, ... 8 columns: [8, 8] each."""
     weight, hessian = example_layer()
-    grid, root = find_grid(weight, CONFIG), inverse_root(hessian, damp=0.01)
+    gptq = GPTQ(CONFIG)
+    grid, root = Grid.find(weight, CONFIG), gptq.damped_root(hessian)
     states, work = [weight.clone()], weight.clone()
     for i in range(8):
-        gptq_step(work, i, grid.values(grid.levels(work[:, i])), root)
+        gptq.step(work, i, grid.values(grid.levels(work[:, i])), root)
         states.append(work.clone())
     nearest = rtn_quantize(weight, CONFIG).dequantize()
     errors = [100 * output_error(weight, quantized, hessian) for quantized in (nearest, work)]
-    assert [round(error, 2) for error in errors] == [NEAREST, GPTQ]
+    assert [round(error, 2) for error in errors] == [NEAREST, FITTED]
     return states
 
 
@@ -96,12 +97,13 @@ def _cell(ax: Axes, row: int, column: int, value: float, colour: str) -> None:
 
 def owner_of_bits(bits: int) -> list[list[int]]:
     """Per word of the period, the value that each of its 32 bits belongs to, found by packing one value at a time."""
-    num_values, num_words = packing_period(bits)
-    owner = [[-1] * 32 for _ in range(num_words)]
+    config = GPTQConfig(bits)
+    num_values = config.pack_unit
+    owner = [[-1] * 32 for _ in range(config.num_words(num_values))]
     for value in range(num_values):
         alone = torch.zeros(num_values, 1, dtype=torch.int64)
         alone[value] = 2**bits - 1
-        for word, content in enumerate(pack_rows(alone, bits).flatten().tolist()):
+        for word, content in enumerate(packing_for(config).pack_rows(alone).flatten().tolist()):
             for bit in range(32):
                 if content >> bit & 1:
                     assert owner[word][bit] == -1, "two values share a bit"
@@ -113,14 +115,15 @@ def owner_of_bits(bits: int) -> list[list[int]]:
 def draw_words(path: Path) -> None:
     """A word of qweight, one of qzeros, and three words of 3 bits."""
     levels4 = torch.tensor([6, 2, 3, 6, 1, 4, 2, 15])
-    zeros = torch.full((1, 8), 8) - 1  # symmetric, as v1 stores them
+    zeros = torch.full((1, 8), 8)  # symmetric; v1 stores sevens
     levels3 = torch.arange(32) % 8
+    four, three = packing_for(GPTQConfig(4)), packing_for(GPTQConfig(3))
     rows = [
-        ("qweight, 4 bits:\ninputs 0 to 7 of one output", int(pack_rows(levels4[:, None], 4)), owner_of_bits(4)[0]),
-        ("qzeros, 4 bits, v1:\noutputs 0 to 7 of one group", int(pack_columns(zeros, 4)), owner_of_bits(4)[0]),
+        ("qweight, 4 bits:\ninputs 0 to 7 of one output", int(four.pack_rows(levels4[:, None])), owner_of_bits(4)[0]),
+        ("qzeros, 4 bits, v1:\noutputs 0 to 7 of one group", int(four.pack_zeros(zeros)), owner_of_bits(4)[0]),
     ]
-    three = pack_rows(levels3[:, None], 3).flatten().tolist()
-    for word, (content, owner) in enumerate(zip(three, owner_of_bits(3), strict=True)):
+    words = three.pack_rows(levels3[:, None]).flatten().tolist()
+    for word, (content, owner) in enumerate(zip(words, owner_of_bits(3), strict=True)):
         rows.append((f"qweight, 3 bits, word {word}:\ninputs 0 to 31 in three", content, owner))
     figure, ax = plt.subplots(figsize=(10, 3.9), layout="constrained")
     for row, (name, content, owner) in enumerate(rows):

@@ -193,7 +193,9 @@ def test_any_number_of_splits_gives_the_same_answer(num_splits: int, monkeypatch
     monkeypatch.setattr(TorchFlashBackend, "NUM_SPLITS", num_splits)
     monkeypatch.setattr(TorchFlashBackend, "merge_partials", counted)
     torch.testing.assert_close(run(TorchFlashBackend(batch.spec), batch), expected, rtol=0, atol=1e-5)
-    assert sorted(merged) == [min(num_splits, seq_len) for seq_len in (31, 33, 41)], "each query tile merges its parts once"
+    assert sorted(merged) == [min(num_splits, seq_len) for seq_len in (31, 33, 41)], (
+        "each query tile merges its parts once"
+    )
 
 
 def test_merging_by_hand() -> None:

@@ -17,7 +17,6 @@ from folovllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from folovllm.model_executor.layers.quantization.gptq import GPTQLinearMethod, GPTQQuantization
-from folovllm.model_executor.layers.quantization.kernels import layer_parts
 from folovllm.model_executor.layers.quantization.quantized_linear import QuantizedLinear
 from folovllm.model_executor.layers.quantization.select import get_kernel
 from folovllm.model_executor.layers.vocab_embedding import ParallelLMHead
@@ -79,7 +78,7 @@ def test_in_bf16_too() -> None:
 def test_parts_come_back_as_they_were_loaded() -> None:
     config = GPTQConfig(3, 32, sym=False, desc_act=True)
     layer, parts = loaded("qkv", config)
-    for got, part in zip(layer_parts(layer, config), parts, strict=True):
+    for got, part in zip(layer.quant_method.kernel.layer_parts(layer), parts, strict=True):
         for name in ("levels", "scales", "zeros", "g_idx"):
             assert torch.equal(getattr(got, name), getattr(part, name)), name
 
@@ -105,7 +104,9 @@ def test_column_parallel_ranks_hold_their_outputs() -> None:
         for name, tensor in part.pack(config).items():
             param = getattr(layer, name)
             param.weight_loader(param, tensor)
-        assert torch.equal(layer_parts(layer, config)[0].dequantize(), part.dequantize()[rank * 32 : rank * 32 + 32])
+        assert torch.equal(
+            layer.quant_method.kernel.layer_parts(layer)[0].dequantize(), part.dequantize()[rank * 32 : rank * 32 + 32]
+        )
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,9 @@ from hypothesis import strategies as st
 
 from folovllm.gptq_config import BITS, GPTQConfig
 from folovllm.model_executor.layers.quantization.packing import (
-    pack_columns,
-    pack_rows,
-    packing_period,
-    unpack_columns,
-    unpack_rows,
+    Packing,
+    ThreeBitPacking,
+    packing_for,
 )
 from folovllm.model_executor.layers.quantization.quantized_linear import unpack_linear
 from tests.m7.quant_helpers import pack_by_hand, random_layer
@@ -23,7 +21,7 @@ pytestmark = pytest.mark.m7
 def matrices(draw: st.DrawFn) -> tuple[int, torch.Tensor]:
     """bits, and a matrix of levels whose rows fill whole words."""
     bits = draw(st.sampled_from(BITS))
-    unit, _ = packing_period(bits)
+    unit = GPTQConfig(bits).pack_unit
     rows, columns = unit * draw(st.integers(1, 3)), draw(st.integers(1, 4))
     flat = draw(st.lists(st.integers(0, 2**bits - 1), min_size=rows * columns, max_size=rows * columns))
     return bits, torch.tensor(flat).view(rows, columns)
@@ -33,18 +31,19 @@ def matrices(draw: st.DrawFn) -> tuple[int, torch.Tensor]:
 @given(matrices())
 def test_round_trip_and_the_bits_themselves(case: tuple[int, torch.Tensor]) -> None:
     bits, levels = case
-    packed = pack_rows(levels, bits)
+    packing = packing_for(GPTQConfig(bits, checkpoint_format="gptq_v2"))
+    packed = packing.pack_rows(levels)
     assert packed.dtype == torch.int32 and packed.shape[0] * 32 == levels.shape[0] * bits
-    assert torch.equal(unpack_rows(packed, bits).long(), levels)
+    assert torch.equal(packing.unpack_rows(packed).long(), levels)
     for column in range(levels.shape[1]):
         assert packed[:, column].tolist() == pack_by_hand(levels[:, column].tolist(), bits)
-    assert torch.equal(pack_columns(levels.t(), bits), packed.t())
-    assert torch.equal(unpack_columns(packed.t().contiguous(), bits).long(), levels.t())
+    assert torch.equal(packing.pack_zeros(levels.t()), packed.t())
+    assert torch.equal(packing.unpack_zeros(packed.t().contiguous()).long(), levels.t())
 
 
 def test_nibbles_lowest_first() -> None:
-    assert pack_rows(torch.arange(8)[:, None], 4).item() == 0x76543210
-    assert pack_rows(torch.full((8, 1), 15), 4).item() == -1
+    assert Packing(4).pack_rows(torch.arange(8)[:, None]).item() == 0x76543210
+    assert Packing(4).pack_rows(torch.full((8, 1), 15)).item() == -1
 
 
 def test_three_bits_lie_across_words() -> None:
@@ -52,11 +51,15 @@ def test_three_bits_lie_across_words() -> None:
     for value, words in ((10, [0b11 << 30, 0b1, 0]), (21, [0, 0b1 << 31, 0b11])):
         levels = torch.zeros(32, 1, dtype=torch.int64)
         levels[value] = 7
-        assert [word % 2**32 for word in pack_rows(levels, 3).flatten().tolist()] == words
+        assert [word % 2**32 for word in ThreeBitPacking(3).pack_rows(levels).flatten().tolist()] == words
 
 
-def test_periods() -> None:
-    assert {bits: packing_period(bits) for bits in BITS} == {2: (16, 1), 3: (32, 3), 4: (8, 1), 8: (4, 1)}
+def test_a_checkpoint_gets_the_packing_of_its_width() -> None:
+    class Mine(Packing):
+        pass
+
+    found = {bits: type(packing_for(GPTQConfig(bits), Mine)) for bits in BITS}
+    assert found == {2: Mine, 3: ThreeBitPacking, 4: Mine, 8: Mine}
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -102,7 +105,7 @@ def test_zeros_of_zero_in_three_bits_of_v1() -> None:
     layer = random_layer(config, 32, 32)
     tensors = layer.pack(config)
     layer.zeros[:, ::3] = 0
-    tensors["qzeros"] = pack_columns((layer.zeros - 1) % 8, 3)
+    tensors["qzeros"] = ThreeBitPacking(3).pack_zeros((layer.zeros - 1) % 8)
     assert torch.equal(unpack_linear(tensors, config).zeros, layer.zeros)
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from folovllm import parts as parts_module
 from folovllm.attention.backend import AttentionMetadata, AttentionSpec
 from folovllm.attention.backends.no_cache import NoCacheBackend
 from folovllm.entrypoints.cli import app
@@ -22,7 +23,7 @@ from folovllm.model_executor.model_loader import load_model
 from folovllm.model_executor.models.llama import LlamaForCausalLM
 from folovllm.quantize import output
 from folovllm.quantize.dequantized import write_dequantized
-from folovllm.quantize.gptq import Hessian, gptq_quantize, output_error
+from folovllm.quantize.gptq import GPTQ, Hessian, output_error
 from folovllm.quantize.layerwise import (
     LayerRunner,
     TensorFolder,
@@ -43,6 +44,8 @@ from scripts.dev.compare_gptqmodel import (
 from tests.m7.quant_helpers import FAMILIES, make_quantizable, quantize, random_windows
 
 pytestmark = pytest.mark.m7
+
+PARTS_OF_QUANTIZE = {"grid": "Grid", "packing": "Packing", "gptq": "GPTQ"}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,62 @@ def greedy(model: LlamaForCausalLM, prompt: list[int], count: int = 12) -> tuple
 
 
 # --- End to end -------------------------------------------------------------------------------------------------------
+
+
+OWN_PARTS = """
+from folovllm.model_executor.layers.quantization.packing import Packing as _Packing
+from folovllm.quantize.gptq import GPTQ as _GPTQ
+from folovllm.quantize.grid import Grid as _Grid
+
+calls = set()
+
+
+class Grid(_Grid):
+    @classmethod
+    def find(cls, weight, config):
+        calls.add("find")
+        return super().find(weight, config)
+
+
+class GPTQ(_GPTQ):
+    def quantize(self, weight, hessian):
+        calls.add("quantize")
+        assert self.grid.__name__ == "Grid" and self.grid.__module__ == __name__, "the grid is the learner's, too"
+        return super().quantize(weight, hessian)
+
+
+class Packing(_Packing):
+    def pack_rows(self, values):
+        calls.add("pack_rows")
+        return super().pack_rows(values)
+
+    def unpack_rows(self, packed):
+        calls.add("unpack_rows")
+        return super().unpack_rows(packed)
+"""
+
+
+def test_parts_of_ones_own_quantise_and_load(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three parts in one file, for the job and then for the engine, packed and dequantised."""
+    file = tmp_path / "own_parts.py"
+    file.write_text(OWN_PARTS)
+    parts = {f"quantize.{name}": f"{file}:{cls}" for name, cls in PARTS_OF_QUANTIZE.items()}
+    loaded: list[Any] = []
+    load_file_once = parts_module._load_file
+    monkeypatch.setattr(parts_module, "_load_file", lambda path: loaded.append(load_file_once(path)) or loaded[-1])
+    settings = QuantizeSettings(GPTQConfig(4, 32), parts=parts)
+    quantize_checkpoint(plain, tmp_path / "mine", settings, random_windows(), progress=False)
+    assert set.union(*(module.calls for module in loaded)) == {"find", "quantize", "pack_rows"}
+    expected = quantize(plain, tmp_path / "ours")
+    for name, tensor in all_tensors(expected).items():
+        assert torch.equal(all_tensors(tmp_path / "mine")[name], tensor), name
+    for quantization in ("auto", "dequantize"):
+        loaded.clear()
+        arch, cpu = load_hf_config(expected), torch.device("cpu")
+        options = {"quantization": quantization, "gptq_kernel": "dequant", "parts": parts}
+        model = load_model(expected, arch, torch.float32, cpu, **options)
+        model.model.layers[0].mlp.down_proj(torch.ones(1, arch.intermediate_size))
+        assert [module.calls for module in loaded] == [{"unpack_rows"}], quantization
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -147,7 +206,7 @@ def test_later_layers_are_fitted_to_quantised_inputs(plain: Path, tmp_path: Path
     for window in windows:
         greedy(quantised, window, count=1)
     weight = all_tensors(plain)["model.layers.1.mlp.down_proj.weight"]
-    expected = gptq_quantize(weight, inputs.matrix, config)
+    expected = GPTQ(config).quantize(weight, inputs.matrix)
     prefix = "model.layers.1.mlp.down_proj."
     got = unpack_linear({name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}, config)
     assert (got.levels != expected.levels).float().mean() < 0.02  # sums in another order
@@ -156,7 +215,7 @@ def test_later_layers_are_fitted_to_quantised_inputs(plain: Path, tmp_path: Path
     other.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, args: hooked.add(args[0]))
     for window in windows:
         greedy(other, window, count=1)
-    assert (gptq_quantize(weight, hooked.matrix, config).levels != got.levels).float().mean() > 0.05
+    assert (GPTQ(config).quantize(weight, hooked.matrix).levels != got.levels).float().mean() > 0.05
 
 
 @pytest.mark.parametrize("family", FAMILIES)

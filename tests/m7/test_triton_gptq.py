@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from folovllm.gptq_config import BITS, GPTQConfig
 from folovllm.model_executor.layers.quantization.gptq import GPTQQuantization
 from folovllm.model_executor.layers.quantization.kernels import KernelOptions
-from folovllm.model_executor.layers.quantization.packing import unpack_rows
+from folovllm.model_executor.layers.quantization.packing import Packing
 from folovllm.model_executor.layers.quantization.quantized_linear import QuantizedLinear
 from folovllm.model_executor.layers.quantization.select import get_kernel
 
@@ -303,7 +303,7 @@ def test_groups_are_filled_up_with_zeros() -> None:
     weight = pack_weight(linear, 4)
     assert weight.group_size == 32 and weight.num_inputs == 64 and weight.order is not None
     assert weight.order[[0, 1, 32]].tolist() == [1, 2, 0]
-    levels = unpack_rows(weight.words, weight.bits)
+    levels = Packing(weight.bits).unpack_rows(weight.words)
     assert torch.equal(levels[:2], linear.levels.t()[[1, 2]]) and torch.equal(levels[32], linear.levels[:, 0])
     assert torch.equal(levels[2:32].int(), linear.zeros[:1].expand(30, -1))
     assert torch.equal(levels[33:].int(), linear.zeros[1:].expand(31, -1))
@@ -312,7 +312,7 @@ def test_groups_are_filled_up_with_zeros() -> None:
 def test_three_bits_are_kept_in_four() -> None:
     linear = random_layer(GPTQConfig(3, 32), 64, 32)
     weight = pack_weight(linear, 3)
-    assert weight.bits == 4 and torch.equal(unpack_rows(weight.words, weight.bits), linear.levels.t())
+    assert weight.bits == 4 and torch.equal(Packing(weight.bits).unpack_rows(weight.words), linear.levels.t())
 
 
 def test_scales_beyond_fp16_stay_fp32() -> None:

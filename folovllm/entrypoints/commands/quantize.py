@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from folovllm.entrypoints.commands.options import DebugOption, DownloadDirOption
+from folovllm.entrypoints.commands.options import DebugOption, DownloadDirOption, parse_parts
 
 if TYPE_CHECKING:
     from folovllm.quantize.output import LayerErrors
@@ -34,6 +34,13 @@ def quantize(
     checkpoint_format: Annotated[
         str | None, typer.Option(help="gptq or gptq_v2. Default: gptq if symmetric, else gptq_v2.")
     ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE.py:CLASS",
+            help="Replace a part of the quantiser by a class of yours, e.g. quantize.gptq=mine.py:GPTQ. Repeatable.",
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: as many as torch chooses.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing unless it fails.")] = False,
     download_dir: DownloadDirOption = None,
@@ -57,7 +64,7 @@ def quantize(
     if group_size not in GROUP_SIZES:
         raise ValueError(f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}; got {group_size}")
     config = GPTQConfig(bits, group_size, sym, desc_act, checkpoint_format or ("gptq" if sym else "gptq_v2"))
-    settings = QuantizeSettings(config, method, damp, static_groups)
+    settings = QuantizeSettings(config, method, damp, static_groups, parse_parts(part or ()))
     if threads is not None:
         torch.set_num_threads(threads)
     source = find_model(model, download_dir)

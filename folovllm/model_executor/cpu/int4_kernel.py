@@ -28,7 +28,7 @@ from folovllm.model_executor.cpu.int4_weight import (
     pack_int4,
 )
 from folovllm.model_executor.layers.linear import LinearBase, LinearMethodBase
-from folovllm.model_executor.layers.quantization.kernels import GPTQKernel, KernelOptions, merged_parts
+from folovllm.model_executor.layers.quantization.kernels import GPTQKernel, KernelOptions
 from folovllm.model_executor.layers.quantization.quantized_linear import LEAVES, QuantizedLinear
 from folovllm.utils import available_memory_bytes
 
@@ -84,7 +84,7 @@ class CpuInt4Kernel(GPTQKernel):
     def process(self, layer: LinearBase) -> None:
         bias = None if layer.bias is None else layer.bias.detach().float()
         parts, start = [], 0
-        for linear in merged_parts(layer, self.config):
+        for linear in self.merged_parts(layer):
             size = linear.levels.shape[0]
             parts.append(self._store(linear, None if bias is None else bias[start : start + size]))
             start += size

@@ -16,6 +16,7 @@ from torch import nn
 
 from folovllm.gptq_config import GPTQConfig
 from folovllm.model_executor.layers.linear import LinearBase
+from folovllm.model_executor.layers.quantization.packing import Packing, packing_for
 from folovllm.model_executor.layers.quantization.quantized_linear import QuantizedLinear, unpack_loaded
 
 
@@ -27,6 +28,7 @@ class KernelOptions:
     device: str = "cpu"
     runtime: str = "auto"  # gptq_runtime; only cpu_int4 has a choice
     huge_pages: bool = False  # for the weights of cpu_int4
+    packing: type[Packing] = Packing  # the part quantize.packing
 
 
 class GPTQKernel(ABC):
@@ -34,6 +36,7 @@ class GPTQKernel(ABC):
 
     def __init__(self, config: GPTQConfig, options: KernelOptions) -> None:
         self.config, self.options = config, options
+        self.words = packing_for(config, options.packing)
 
     def plan(self, num_weights: int) -> None:  # noqa: B027 - optional
         """How many weights are coming, before they are loaded."""
@@ -48,30 +51,30 @@ class GPTQKernel(ABC):
     def apply(self, layer: LinearBase, x: torch.Tensor) -> torch.Tensor:
         """x [num_tokens, input_size] -> [num_tokens, output_size], bias included."""
 
+    def merged_parts(self, layer: LinearBase) -> list[QuantizedLinear]:
+        """As layer_parts, but in one piece if the inputs of all fall into the same groups."""
+        g_idx: Any = layer.g_idx  # [parts, input_size]
+        if not torch.equal(g_idx, g_idx[:1].expand_as(g_idx)):
+            return self.layer_parts(layer)
+        qweight, qzeros, scales = (getattr(layer, name) for name in ("qweight", "qzeros", "scales"))
+        return [unpack_loaded(qweight, qzeros, scales, g_idx[0], self.words)]
+
+    def layer_parts(self, layer: LinearBase) -> list[QuantizedLinear]:
+        """The checkpoint's layers in `layer`, in output order. Under act-order each has groups of its own."""
+        parts, start, num_words = [], 0, self.config.num_words
+        qweight, qzeros, scales, g_idx = (getattr(layer, name) for name in ("qweight", "qzeros", "scales", "g_idx"))
+        for row, size in enumerate(layer.output_parts().values()):
+            columns, words = slice(start, start + size), slice(num_words(start), num_words(start + size))
+            parts.append(
+                unpack_loaded(qweight[:, columns], qzeros[:, words], scales[:, columns], g_idx[row], self.words)
+            )
+            start += size
+        return parts
+
 
 class DequantKernel(GPTQKernel):
     """The reference: the whole weight is dequantised for every call and dropped again. Exact, small and slow."""
 
     def apply(self, layer: LinearBase, x: torch.Tensor) -> torch.Tensor:
-        weight = torch.cat([part.dequantize() for part in layer_parts(layer, self.config)])  # [output_size, input_size]
+        weight = torch.cat([part.dequantize() for part in self.layer_parts(layer)])  # [output_size, input_size]
         return F.linear(x, weight.to(x.dtype), layer.bias)
-
-
-def merged_parts(layer: LinearBase, config: GPTQConfig) -> list[QuantizedLinear]:
-    """As layer_parts, but in one piece if the inputs of all fall into the same groups."""
-    g_idx: Any = layer.g_idx  # [parts, input_size]
-    if not torch.equal(g_idx, g_idx[:1].expand_as(g_idx)):
-        return layer_parts(layer, config)
-    qweight, qzeros, scales = (getattr(layer, name) for name in ("qweight", "qzeros", "scales"))
-    return [unpack_loaded(qweight, qzeros, scales, g_idx[0], config)]
-
-
-def layer_parts(layer: LinearBase, config: GPTQConfig) -> list[QuantizedLinear]:
-    """The checkpoint's layers in `layer`, in output order. Under act-order each has groups of its own."""
-    parts, start = [], 0
-    qweight, qzeros, scales, g_idx = (getattr(layer, name) for name in ("qweight", "qzeros", "scales", "g_idx"))
-    for row, size in enumerate(layer.output_parts().values()):
-        columns, words = slice(start, start + size), slice(config.num_words(start), config.num_words(start + size))
-        parts.append(unpack_loaded(qweight[:, columns], qzeros[:, words], scales[:, columns], g_idx[row], config))
-        start += size
-    return parts

@@ -16,13 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from folovllm.gptq_config import WORD_BITS, GPTQConfig
-from folovllm.model_executor.layers.quantization.packing import (
-    add_one_to_each,
-    pack_columns,
-    pack_rows,
-    unpack_columns,
-    unpack_rows,
-)
+from folovllm.model_executor.layers.quantization.packing import Packing, packing_for
 from folovllm.model_executor.parameter import PLAIN_DTYPES, ShapeMismatchError, TensorMismatchError
 from folovllm.model_executor.weight_utils import WeightsError, refuse
 
@@ -52,46 +46,37 @@ class QuantizedLinear:
         columns = slice(start, start + size)
         return QuantizedLinear(self.levels[columns], self.scales[:, columns], self.zeros[:, columns], self.g_idx)
 
-    def pack(self, config: GPTQConfig) -> dict[str, torch.Tensor]:
+    def pack(self, config: GPTQConfig, packing: type[Packing] = Packing) -> dict[str, torch.Tensor]:
         """The four tensors of this layer in a checkpoint."""
         stored_zeros = self.zeros - config.zero_offset
         assert int(stored_zeros.min()) >= 0 and int(stored_zeros.max()) <= config.max_level
+        words = packing_for(config, packing)
         return {
-            "qweight": pack_rows(self.levels.t(), config.bits),
-            "qzeros": pack_columns(stored_zeros, config.bits),
+            "qweight": words.pack_rows(self.levels.t()),
+            "qzeros": words.pack_zeros(self.zeros),
             "scales": self.scales.to(torch.float16).contiguous(),
             "g_idx": self.g_idx.to(torch.int32).clone(),  # parts share it, and safetensors writes no tensor twice
         }
 
 
-def unpack_linear(tensors: Mapping[str, torch.Tensor], config: GPTQConfig) -> QuantizedLinear:
+def unpack_linear(
+    tensors: Mapping[str, torch.Tensor], config: GPTQConfig, packing: type[Packing] = Packing
+) -> QuantizedLinear:
     """The layer that four tensors of a checkpoint describe. TensorMismatchError if they do not fit each other."""
     output_size, input_size = tensors["scales"].shape[-1], tensors["g_idx"].numel()
     for leaf, (shape, floating) in tensor_layout(config, input_size, output_size).items():
         check_tensor(leaf, tensors[leaf], shape, floating)
     check_g_idx(tensors["g_idx"], config.num_groups(input_size))
-    return unpack_loaded(tensors["qweight"], tensors["qzeros"], tensors["scales"], tensors["g_idx"], config)
+    words = packing_for(config, packing)
+    return unpack_loaded(tensors["qweight"], tensors["qzeros"], tensors["scales"], tensors["g_idx"], words)
 
 
 def unpack_loaded(
-    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, config: GPTQConfig
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, words: Packing
 ) -> QuantizedLinear:
     """As `unpack_linear`, from tensors that were checked when they were loaded."""
-    levels = unpack_rows(qweight, config.bits).t()  # [output_size, input_size]
-    return QuantizedLinear(levels, scales.float(), _unpack_zeros(qzeros, config), g_idx)
-
-
-def _unpack_zeros(qzeros: torch.Tensor, config: GPTQConfig) -> torch.Tensor:
-    """[num_groups, output_size] int32.
-
-    A v1 checkpoint stores every zero minus one. GPTQModel subtracts the ones from whole words, so that a zero of 0
-    borrows from its neighbour; adding them to whole words gives every value back. With 3 bits it subtracts value by
-    value, modulo 8. (AutoGPTQ's kernels read a stored 15 as 16, but no tool writes a zero of 16.)
-    """
-    if config.zero_offset and config.bits != 3:
-        qzeros = add_one_to_each(qzeros, config.bits)
-    zeros = unpack_columns(qzeros, config.bits).to(torch.int32)
-    return (zeros + config.zero_offset) % 8 if config.bits == 3 else zeros
+    levels = words.unpack_rows(qweight).t()  # [output_size, input_size]
+    return QuantizedLinear(levels, scales.float(), words.unpack_zeros(qzeros), g_idx)
 
 
 def tensor_layout(config: GPTQConfig, input_size: int, output_size: int) -> dict[str, tuple[tuple[int, ...], bool]]:
@@ -170,7 +155,7 @@ def _groups_in_order(num_inputs: int, config: GPTQConfig) -> torch.Tensor:
 
 
 def dequantize_weights(
-    weights: Iterable[tuple[str, torch.Tensor]], config: GPTQConfig
+    weights: Iterable[tuple[str, torch.Tensor]], config: GPTQConfig, packing: type[Packing] = Packing
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Reads a GPTQ checkpoint as a plain one: each layer's four tensors become its "weight", in fp32.
 
@@ -186,14 +171,16 @@ def dequantize_weights(
         parts = waiting.setdefault(layer, {})
         parts[leaf] = tensor
         if len(parts) == len(LEAVES):
-            yield f"{layer}.weight", _dequantize_one(layer, waiting.pop(layer), config)
+            yield f"{layer}.weight", _dequantize_one(layer, waiting.pop(layer), config, packing)
     for layer, parts in waiting.items():
         missing = ", ".join(leaf for leaf in LEAVES if leaf not in parts)
         refuse(f"{', '.join(LEAVES)} of {layer}", f"no {missing}", "write the checkpoint again with GPTQModel")
 
 
-def _dequantize_one(layer: str, tensors: Mapping[str, torch.Tensor], config: GPTQConfig) -> torch.Tensor:
+def _dequantize_one(
+    layer: str, tensors: Mapping[str, torch.Tensor], config: GPTQConfig, packing: type[Packing]
+) -> torch.Tensor:
     try:
-        return unpack_linear(tensors, config).dequantize()
+        return unpack_linear(tensors, config, packing).dequantize()
     except TensorMismatchError as error:
         raise WeightsError(f"layer {layer!r}: {error}; to fix it: {_BOTH_AGAIN}") from None

@@ -43,8 +43,8 @@ import torch.nn.functional as F
 from folovllm.gptq_config import GPTQConfig
 from folovllm.model_executor.cpu.int4_weight import input_order
 from folovllm.model_executor.layers.linear import LinearBase
-from folovllm.model_executor.layers.quantization.kernels import GPTQKernel, KernelOptions, merged_parts
-from folovllm.model_executor.layers.quantization.packing import pack_rows
+from folovllm.model_executor.layers.quantization.kernels import GPTQKernel, KernelOptions
+from folovllm.model_executor.layers.quantization.packing import Packing
 from folovllm.model_executor.layers.quantization.quantized_linear import LEAVES, QuantizedLinear
 from folovllm.platforms import refusal_of_gpu
 from folovllm.utils import cdiv
@@ -251,7 +251,7 @@ def pack_weight(linear: QuantizedLinear, bits: int) -> TritonWeight:
     scales = linear.scales.contiguous()
     half = scales.half()
     return TritonWeight(
-        words=pack_rows(levels.flatten(0, 1), stored_bits),
+        words=Packing(stored_bits).pack_rows(levels.flatten(0, 1)),
         scales=half if torch.equal(half.float(), scales) else scales,
         zeros=zeros,
         order=None if in_order else order.flatten().clamp(min=0),
@@ -337,7 +337,7 @@ class TritonGPTQKernel(GPTQKernel):
             self.num_programs = PROGRAMS_PER_PROCESSOR * processors
 
     def process(self, layer: LinearBase) -> None:
-        merged = merged_parts(layer, self.config)
+        merged = self.merged_parts(layer)
         layer.triton_parts = [pack_weight(part, self.config.bits) for part in merged]  # type: ignore[assignment]
         for name in LEAVES:
             layer.register_parameter(name, None)
