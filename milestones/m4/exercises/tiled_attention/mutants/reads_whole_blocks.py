@@ -1,0 +1,33 @@
+# killed-by: a_whole_prompt | the answer has NaN
+"""Reads as many slots as a full tile has, beginning at the first one: neighbours in the cache are taken for neighbours
+in the sequence. It is right for a single request in a fresh cache, where the blocks happen to lie in order.
+"""
+
+import torch
+
+from folovllm.attention.backends.torch_flash import TorchFlashBackend
+
+
+class TiledAttentionBackend(TorchFlashBackend):
+    def mask_future(self, scores: torch.Tensor, first_key: int, position: int, num_rows: int) -> None:
+        keys = first_key + torch.arange(scores.shape[-1])
+        queries = position + torch.arange(num_rows)[:, None]
+        scores.view(scores.shape[0], -1, num_rows, scores.shape[-1]).masked_fill_(keys > queries, float("-inf"))
+
+    def attend_tiles(
+        self,
+        q: torch.Tensor,
+        by_slot: torch.Tensor,
+        slots: torch.Tensor,
+        position: int,
+        num_rows: int,
+        first_key: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        state = self.start_softmax(q)
+        for start in range(0, slots.shape[0], self.BLOCK_KV):
+            size, first_slot = min(self.BLOCK_KV, slots.shape[0] - start), int(slots[start])
+            key, value = by_slot[:, first_slot : first_slot + size].float()
+            scores = torch.bmm(q, key.permute(1, 2, 0))
+            self.mask_future(scores, first_key + start, position, num_rows)
+            state = self.update_softmax(state, scores, value.transpose(0, 1))
+        return self.finish_softmax(state)
