@@ -22,9 +22,8 @@ class Int4Packing(Packing):
         return values.flatten(0, 1).to(torch.uint8)
 
     def pack_zeros(self, zeros: torch.Tensor) -> torch.Tensor:
-        return self.pack_rows(
-            torch.nn.functional.pad(zeros - self.zero_offset, (0, 0, 0, -len(zeros) % (32 // self.bits)))
-        )
+        filled = torch.zeros(-len(zeros) % (32 // self.bits), zeros.shape[1], dtype=zeros.dtype)
+        return self.pack_rows(torch.cat([zeros - self.zero_offset, filled]))
 
     def unpack_zeros(self, packed: torch.Tensor) -> torch.Tensor:
         ones = sum(self.zero_offset << shift for shift in range(0, 32, self.bits))
