@@ -177,9 +177,9 @@ class LargestTensor(TorchDispatchMode):
 def largest(cls: Any, num_rows: int, num_keys: int) -> int:
     """The largest tensor that attend_tiles makes for the last `num_rows` of `num_keys` tokens, in tiles of 32 keys."""
     mine = backend(cls, size=16, block_kv=32)
-    by_slot, q = torch.zeros(2, num_keys, 1, 16), torch.zeros(1, num_rows, 16)
+    by_slot, q, slots = torch.zeros(2, num_keys, 1, 16), torch.zeros(1, num_rows, 16), torch.arange(num_keys)
     with LargestTensor() as watcher:
-        mine.attend_tiles(q, by_slot, torch.arange(num_keys), num_keys - num_rows, num_rows)
+        mine.attend_tiles(q, by_slot, slots, num_keys - num_rows, num_rows)
     return watcher.numel
 
 
