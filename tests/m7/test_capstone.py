@@ -54,7 +54,7 @@ GREEDY_TAKES_THE_WORST = """    def __call__(self, logits, metadata):
 
 def test_a_fault_is_found_and_named(tmp_path: Path) -> None:
     """A queue that serves the last first decides otherwise; a sampler of the worst token says something else."""
-    with pytest.raises(AssertionError, match=r"on the workload .*first divergence is at step"):
+    with pytest.raises(AssertionError, match=r"The first difference is at step"):
         CHECKS.the_same_decisions(write_parts(tmp_path, {"core.request_queue.priority": LAST_IN_FIRST_OUT}))
     with pytest.raises(AssertionError, match=r"your engine generated \[.*\], and ours \["):
         CHECKS.the_same_tokens_on_a_lattice(write_parts(tmp_path, {"sample.sampler": GREEDY_TAKES_THE_WORST}))

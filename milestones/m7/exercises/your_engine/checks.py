@@ -34,6 +34,7 @@ CORE_TESTS = (
     "tests/m6/test_hits.py", "tests/m6/test_public_bugs.py",
 )  # fmt: skip
 MODEL_TESTS = ("tests/m5/test_chunk_tokens.py", "tests/m6/test_llm_cache.py", "tests/m7/test_checkpoint.py")
+ATTENTION_TESTS = ("tests/m4/test_backends.py", "-k", "torch_flash")
 LATTICE_TESTS = ("tests/m3/test_lattice.py",)
 
 
@@ -113,19 +114,25 @@ def the_tests_of_the_model(mine: Mine) -> None:
 
 
 @check("engine", spec="R7.30", hint=2)
+def the_tests_of_attention(mine: Mine) -> None:
+    """In a clone: your attention is as near to the formula in fp64 as every backend must be."""
+    run_tests(mine, ATTENTION_TESTS)
+
+
+@check("engine", spec="R7.30", hint=2)
 def the_lattice_of_the_project(mine: Mine) -> None:
     """In a clone: every pair of features together gives the tokens of plain generation, with your parts."""
     run_tests(mine, LATTICE_TESTS)
 
 
-def run_tests(mine: Mine, files: tuple[str, ...]) -> None:
+def run_tests(mine: Mine, arguments: tuple[str, ...]) -> None:
     """Runs the engine's own tests on the learner's parts. An installed package has no tests: nothing is run there."""
     if not mine.parts or not (CLONE / "tests").is_dir():
         return
     parts = [text for name, spec in mine.parts.items() for text in ("--part", f"{name}={spec}")]
     marks = " or ".join(f"m{i}" for i in range(1, 8))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider",
-               "-m", f"({marks}) and not weights and not slow", *parts, *files]  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "auto", "-p", "no:cacheprovider",
+               "-m", f"({marks}) and not weights and not slow", *parts, *arguments]  # fmt: skip
     done = subprocess.run(command, cwd=CLONE, capture_output=True, text=True)
     failed = re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, re.MULTILINE)
     summary = failed or (done.stdout + done.stderr).splitlines()[-3:]
