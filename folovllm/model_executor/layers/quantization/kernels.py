@@ -39,20 +39,20 @@ class GPTQKernel(ABC):
         self.words = packing_for(config, options.packing)
 
     def plan(self, num_weights: int) -> None:  # noqa: B027 - optional
-        """How many weights are coming, before they are loaded."""
+        """Is told how many weights are coming, before they are loaded."""
 
     def finish(self, model: nn.Module) -> None:  # noqa: B027 - optional
-        """All layers of `model` are processed."""
+        """Is called when all layers of `model` are processed."""
 
     def process(self, layer: LinearBase) -> None:  # noqa: B027 - optional
-        """Repack `layer`, once its tensors are loaded."""
+        """Repacks `layer` once its tensors are loaded."""
 
     @abstractmethod
     def apply(self, layer: LinearBase, x: torch.Tensor) -> torch.Tensor:
-        """x [num_tokens, input_size] -> [num_tokens, output_size], bias included."""
+        """Returns the outputs [num_tokens, output_size] for x [num_tokens, input_size], bias included."""
 
     def merged_parts(self, layer: LinearBase) -> list[QuantizedLinear]:
-        """As layer_parts, but in one piece if the inputs of all fall into the same groups."""
+        """Returns the layers of `layer_parts`, or all in one piece if their inputs fall into the same groups."""
         g_idx: Any = layer.g_idx  # [parts, input_size]
         if not torch.equal(g_idx, g_idx[:1].expand_as(g_idx)):
             return self.layer_parts(layer)
@@ -60,7 +60,7 @@ class GPTQKernel(ABC):
         return [unpack_loaded(qweight, qzeros, scales, g_idx[0], self.words)]
 
     def layer_parts(self, layer: LinearBase) -> list[QuantizedLinear]:
-        """The checkpoint's layers in `layer`, in output order. Under act-order each has groups of its own."""
+        """Returns the checkpoint's layers that `layer` holds, in output order. Under act-order each has groups of its own."""
         parts, start, num_words = [], 0, self.config.num_words
         qweight, qzeros, scales, g_idx = (getattr(layer, name) for name in ("qweight", "qzeros", "scales", "g_idx"))
         for row, size in enumerate(layer.output_parts().values()):

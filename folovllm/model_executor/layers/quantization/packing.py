@@ -28,7 +28,7 @@ class Packing:
         self.bits, self.zero_offset = bits, zero_offset
 
     def pack_rows(self, values: torch.Tensor) -> torch.Tensor:
-        """Integers [n, columns] in 0 .. 2**bits - 1 -> int32 [n * bits / 32, columns]; n fills whole words."""
+        """Packs integers [n, columns] in 0 .. 2**bits - 1 into int32 [n * bits / 32, columns]; n fills whole words."""
         values = values.to(torch.int64).unflatten(0, (-1, WORD_BITS // self.bits))  # [words, values of one, columns]
         words = torch.zeros_like(values[:, 0])  # [words, columns] int64: the top bit of a word is no sign yet
         for i, shift in enumerate(range(0, WORD_BITS, self.bits)):
@@ -36,7 +36,7 @@ class Packing:
         return to_int32(words)
 
     def unpack_rows(self, packed: torch.Tensor) -> torch.Tensor:
-        """The inverse: int32 [n * bits / 32, columns] -> uint8 [n, columns].
+        """Unpacks int32 [n * bits / 32, columns] into uint8 [n, columns].
 
         No value lies across two bytes, so it is done byte by byte. That is several times as fast as with words in
         int64, and models are loaded often.
@@ -47,14 +47,14 @@ class Packing:
         return values.permute(0, 3, 1, 2).flatten(0, 2)  # [words, 4 bytes, values of a byte, columns] -> [n, columns]
 
     def pack_zeros(self, zeros: torch.Tensor) -> torch.Tensor:
-        """Zero points [num_groups, n] in zero_offset .. 2**bits - 1 + zero_offset -> int32 [num_groups, n * bits / 32].
+        """Packs zero points [num_groups, n] into int32 [num_groups, n * bits / 32].
 
         Each is stored minus `zero_offset`, and packed along the row.
         """
         return self.pack_rows((zeros - self.zero_offset).t()).t().contiguous()
 
     def unpack_zeros(self, packed: torch.Tensor) -> torch.Tensor:
-        """int32 [num_groups, n * bits / 32] -> zero points [num_groups, n] int32.
+        """Unpacks int32 [num_groups, n * bits / 32] into zero points [num_groups, n] int32.
 
         GPTQModel subtracts the ones of v1 from whole words, so that a zero of 0 borrows from its neighbour. Adding them
         to whole words gives every value back. E.g. 4 bits: the zeros (3, 0) are the word 0x03, less 0x11 is -0x0E, and
@@ -101,6 +101,6 @@ def packing_for(config: GPTQConfig, packing: type[Packing] = Packing) -> Packing
 
 
 def to_int32(words: torch.Tensor) -> torch.Tensor:
-    """The low 32 bits of each, as the signed number with these bits. E.g. 0xFFFFFFFF -> -1."""
+    """Returns the low 32 bits of each word as the signed number with these bits. E.g. 0xFFFFFFFF -> -1."""
     low = words & _WORD_MASK
     return torch.where(low >= 2 ** (WORD_BITS - 1), low - 2**WORD_BITS, low).to(torch.int32)

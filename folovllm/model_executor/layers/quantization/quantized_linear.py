@@ -34,7 +34,7 @@ class QuantizedLinear:
     g_idx: torch.Tensor  # [input_size] int32
 
     def dequantize(self) -> torch.Tensor:
-        """The weight it stands for: [output_size, input_size] fp32."""
+        """Returns the weight that it stands for, [output_size, input_size] fp32."""
         group = self.g_idx.long()
         weight = self.levels.t().float()  # [input_size, output_size], as tables by group lie, too
         weight -= self.zeros.float()[group]
@@ -42,12 +42,12 @@ class QuantizedLinear:
         return weight.t()
 
     def outputs(self, start: int, size: int) -> "QuantizedLinear":
-        """The outputs start .. start + size alone, e.g. k of a fused qkv."""
+        """Returns the layer of the outputs start .. start + size alone, e.g. k of a fused qkv."""
         columns = slice(start, start + size)
         return QuantizedLinear(self.levels[columns], self.scales[:, columns], self.zeros[:, columns], self.g_idx)
 
     def pack(self, config: GPTQConfig, packing: type[Packing] = Packing) -> dict[str, torch.Tensor]:
-        """The four tensors of this layer in a checkpoint."""
+        """Returns the four tensors of this layer in a checkpoint."""
         stored_zeros = self.zeros - config.zero_offset
         assert int(stored_zeros.min()) >= 0 and int(stored_zeros.max()) <= config.max_level
         words = packing_for(config, packing)
@@ -62,7 +62,10 @@ class QuantizedLinear:
 def unpack_linear(
     tensors: Mapping[str, torch.Tensor], config: GPTQConfig, packing: type[Packing] = Packing
 ) -> QuantizedLinear:
-    """The layer that four tensors of a checkpoint describe. TensorMismatchError if they do not fit each other."""
+    """Returns the layer that four tensors of a checkpoint describe.
+
+    Raises TensorMismatchError if they do not fit each other.
+    """
     output_size, input_size = tensors["scales"].shape[-1], tensors["g_idx"].numel()
     for leaf, (shape, floating) in tensor_layout(config, input_size, output_size).items():
         check_tensor(leaf, tensors[leaf], shape, floating)
@@ -74,15 +77,15 @@ def unpack_linear(
 def unpack_loaded(
     qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, words: Packing
 ) -> QuantizedLinear:
-    """As `unpack_linear`, from tensors that were checked when they were loaded."""
+    """Returns what `unpack_linear` returns, from tensors that were checked when they were loaded."""
     levels = words.unpack_rows(qweight).t()  # [output_size, input_size]
     return QuantizedLinear(levels, scales.float(), words.unpack_zeros(qzeros), g_idx)
 
 
 def tensor_layout(config: GPTQConfig, input_size: int, output_size: int) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Each tensor's shape, and whether it is floating-point.
+    """Returns each tensor's shape, and whether it is floating-point.
 
-    TensorMismatchError for sizes that do not fill whole words.
+    Raises TensorMismatchError for sizes that do not fill whole words.
     """
     unit = config.pack_unit
     if input_size % unit or output_size % unit:
@@ -107,7 +110,7 @@ def check_tensor(leaf: str, tensor: torch.Tensor, shape: tuple[int, ...], floati
 
 
 def check_g_idx(g_idx: torch.Tensor, num_groups: int) -> None:
-    """TensorMismatchError unless every group exists and has an input. All zeros, say, would be an unwritten g_idx."""
+    """Raises TensorMismatchError unless every group exists and has an input. All zeros, say, are an unwritten g_idx."""
     low, high = int(g_idx.min()), int(g_idx.max())
     if low < 0 or high >= num_groups:
         raise TensorMismatchError(f"expected groups 0 .. {num_groups - 1} in g_idx; found {low} .. {high}")
@@ -120,10 +123,10 @@ def check_g_idx(g_idx: torch.Tensor, num_groups: int) -> None:
 
 
 def settle_g_idx(weights: Iterable[tuple[str, torch.Tensor]], config: GPTQConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same weights with a g_idx for every quantised layer.
+    """Yields the same weights with a g_idx for every quantised layer.
 
     Without act-order the group of input i is i // group_size, whatever tool wrote the checkpoint: some leave g_idx out
-    and some leave it zero. WeightsError if it says something else, for then either g_idx or `desc_act` is wrong.
+    and some leave it zero. Raises WeightsError if it says something else, for then either g_idx or `desc_act` is wrong.
     """
     if config.desc_act:
         yield from weights
@@ -150,7 +153,7 @@ def settle_g_idx(weights: Iterable[tuple[str, torch.Tensor]], config: GPTQConfig
 
 
 def _groups_in_order(num_inputs: int, config: GPTQConfig) -> torch.Tensor:
-    """[num_inputs] int64. E.g. 6 inputs in groups of 4 -> [0, 0, 0, 0, 1, 1]."""
+    """Returns the group of each input [num_inputs] int64. E.g. 6 inputs in groups of 4 -> [0, 0, 0, 0, 1, 1]."""
     return torch.arange(num_inputs) // max(config.group_length(num_inputs), 1)
 
 
@@ -159,8 +162,8 @@ def dequantize_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Reads a GPTQ checkpoint as a plain one: each layer's four tensors become its "weight", in fp32.
 
-    The tensors of a layer may lie in different files, so incomplete layers wait for the rest. WeightsError if a layer
-    is still incomplete at the end.
+    The tensors of a layer may lie in different files, so incomplete layers wait for the rest. Raises WeightsError if a
+    layer is still incomplete at the end.
     """
     waiting: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in settle_g_idx(weights, config):
