@@ -120,8 +120,8 @@ def test_parts_of_ones_own_quantise_and_load(plain: Path, tmp_path: Path, monkey
     file.write_text(OWN_PARTS)
     parts = {f"quantize.{name}": f"{file}:{cls}" for name, cls in PARTS_OF_QUANTIZE.items()}
     loaded: list[Any] = []
-    load_file_once = parts_module._load_file
-    monkeypatch.setattr(parts_module, "_load_file", lambda path: loaded.append(load_file_once(path)) or loaded[-1])
+    load_file_once = parts_module.load_file
+    monkeypatch.setattr(parts_module, "load_file", lambda path: loaded.append(load_file_once(path)) or loaded[-1])
     settings = QuantizeSettings(GPTQConfig(4, 32), parts=parts)
     quantize_checkpoint(plain, tmp_path / "mine", settings, random_windows(), progress=False)
     assert set.union(*(module.calls for module in loaded)) == {"find", "quantize", "pack_rows"}

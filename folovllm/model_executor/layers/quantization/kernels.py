@@ -60,7 +60,10 @@ class GPTQKernel(ABC):
         return [unpack_loaded(qweight, qzeros, scales, g_idx[0], self.words)]
 
     def layer_parts(self, layer: LinearBase) -> list[QuantizedLinear]:
-        """Returns the checkpoint's layers that `layer` holds, in output order. Under act-order each has groups of its own."""
+        """Returns the checkpoint's layers that `layer` holds, in output order.
+
+        Under act-order each of them has groups of its own.
+        """
         parts, start, num_words = [], 0, self.config.num_words
         qweight, qzeros, scales, g_idx = (getattr(layer, name) for name in ("qweight", "qzeros", "scales", "g_idx"))
         for row, size in enumerate(layer.output_parts().values()):
