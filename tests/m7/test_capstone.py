@@ -66,3 +66,22 @@ def test_the_engines_own_tests_run_on_the_parts(tmp_path: Path) -> None:
     CHECKS.run_tests(write_parts(tmp_path), files)
     with pytest.raises(AssertionError, match=r"fails a test of its own: FAILED tests/m2/test_core_queues.py::\w+"):
         CHECKS.run_tests(write_parts(tmp_path, {"core.request_queue.priority": LAST_IN_FIRST_OUT}), files)
+
+
+BLIND = """    def mask_future(self, scores, first_key, position, num_rows):
+        pass"""
+
+
+def test_tests_of_a_backend_run_on_the_learners_class(tmp_path: Path) -> None:
+    """Those tests name their backend, so the class must take the place of the one that it inherits from."""
+    home = "folovllm.attention.backends.torch_flash"
+    for body, passes in (("    pass", True), (BLIND, False)):
+        file = tmp_path / f"attention_{passes}.py"
+        file.write_text(f"from {home} import TorchFlashBackend\n\n\nclass Part(TorchFlashBackend):\n{body}\n")
+        mine = Mine(None, {"attention.backend": f"{file}:Part"}, None)
+        arguments = ("tests/m4/test_backends.py", "-k", "torch_flash and (one_token or block_boundaries)")
+        if passes:
+            CHECKS.run_tests(mine, arguments)
+        else:
+            with pytest.raises(AssertionError, match="fails a test of its own: FAILED tests/m4/test_backends.py"):
+                CHECKS.run_tests(mine, arguments)
