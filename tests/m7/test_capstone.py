@@ -64,7 +64,7 @@ def test_the_engines_own_tests_run_on_the_parts(tmp_path: Path) -> None:
     """With good parts they pass; with a fault, the message names the test that fails."""
     files = ("tests/m2/test_core_queues.py",)
     CHECKS.run_tests(write_parts(tmp_path), files)
-    with pytest.raises(AssertionError, match=r"fails a test of its own: FAILED tests/m2/test_core_queues.py::\w+"):
+    with pytest.raises(AssertionError, match=r"fails a test of its own: FAILED tests/m2/test_core_queues\.py::\w+"):
         CHECKS.run_tests(write_parts(tmp_path, {"core.request_queue.priority": LAST_IN_FIRST_OUT}), files)
 
 
@@ -83,5 +83,5 @@ def test_tests_of_a_backend_run_on_the_learners_class(tmp_path: Path) -> None:
         if passes:
             CHECKS.run_tests(mine, arguments)
         else:
-            with pytest.raises(AssertionError, match="fails a test of its own: FAILED tests/m4/test_backends.py"):
+            with pytest.raises(AssertionError, match=r"fails a test of its own: FAILED tests/m4/test_backends\.py"):
                 CHECKS.run_tests(mine, arguments)
