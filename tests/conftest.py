@@ -14,7 +14,7 @@ import pytest
 from folovllm.entrypoints.commands.options import parse_parts
 from folovllm.learn.mine import my_parts
 from folovllm.learn.workspace import find_work
-from folovllm.parts import PARTS, load_part
+from folovllm.parts import PARTS, load_class, load_part
 
 MILESTONE_MARKERS = {f"m{i}" for i in range(9)}
 
@@ -41,6 +41,18 @@ def replace_parts(parts: dict[str, str]) -> None:
     for name, spec in parts.items():
         load_part(name, {name: spec})  # raises ValueError if the class does not fit
         PARTS[name] = dataclasses.replace(PARTS[name], default=spec)
+        if name == "attention.backend":
+            replace_backends(spec)
+
+
+def replace_backends(spec: str) -> None:
+    """Tests name the backend that they run, so the class takes the place of those that it inherits from."""
+    from folovllm.attention.selector import BACKENDS
+
+    bases = {f"{base.__module__}:{base.__name__}" for base in load_class(spec).__mro__}
+    for name, default in BACKENDS.items():
+        if default in bases:
+            BACKENDS[name] = spec
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
