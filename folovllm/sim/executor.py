@@ -42,9 +42,7 @@ class SimExecutor(Executor):
     def execute(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
         for request_id in scheduler_output.finished_req_ids:
             self._num_outputs.pop(request_id, None)
-        computed = {new.request_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
-        computed |= {cached.request_id: cached.num_computed_tokens for cached in scheduler_output.scheduled_cached_reqs}
-        work = [(computed[request_id], n) for request_id, n in scheduler_output.num_scheduled_tokens.items()]
+        work = work_of(scheduler_output).values()
         cost = self.cost_model.step(work, len(scheduler_output.sampling_req_ids))
         self.costs.append(cost)
         self.now += cost.seconds
@@ -59,3 +57,10 @@ class SimExecutor(Executor):
     def _next_token(self, request_id: str) -> int:
         count = self._num_outputs[request_id] = self._num_outputs.get(request_id, 0) + 1
         return zlib.crc32(f"{request_id} {count}".encode()) % 30_000
+
+
+def work_of(scheduler_output: SchedulerOutput) -> dict[str, tuple[int, int]]:
+    """What a step computes: request id -> (tokens in the cache, new tokens)."""
+    computed = {new.request_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+    computed |= {cached.request_id: cached.num_computed_tokens for cached in scheduler_output.scheduled_cached_reqs}
+    return {request_id: (computed[request_id], n) for request_id, n in scheduler_output.num_scheduled_tokens.items()}

@@ -50,6 +50,29 @@ def simulate(
     `preset`, `without`, `parts` and `engine_args` are those of `LLM`. Raises ValueError for names that do not exist, if
     the model does not fit, and if the scheduler stops computing.
     """
+    simulation = make_simulation(
+        workload, model, gpu, num_gpus=num_gpus, weight_bits=weight_bits, preset=preset, without=without, parts=parts,
+        **engine_args,
+    )  # fmt: skip
+    if trace is not None:
+        simulation.write_trace(trace)
+    return simulation.run(slo or SLO())
+
+
+def make_simulation(
+    workload: SimWorkload,
+    model: str = "qwen3-8b",
+    gpu: str = "h100",
+    *,
+    num_gpus: int = 1,
+    weight_bits: int = 16,
+    preset: str | None = None,
+    without: Iterable[str] = (),
+    parts: Mapping[str, str] | None = None,
+    executor_class: type[SimExecutor] = SimExecutor,
+    **engine_args: Any,
+) -> "Simulation":
+    """A run that has not begun, for callers that also want its executor and its texts. Arguments: see `simulate`."""
     if gpu not in HARDWARE:
         raise ValueError(unknown_name_message("machine", gpu, HARDWARE))
     if num_gpus < 1 or not 1 <= weight_bits <= 16:
@@ -61,10 +84,7 @@ def simulate(
     ).resolve(arch, "cpu" if gpu == "cpu" else "cuda")
     calibration = calibration_of(gpu, config.attention_config.attention_backend == "torch_naive")
     cost_model = CostModel(arch, HARDWARE[gpu], calibration, num_gpus, DTYPE_BYTES[DTYPE], weight_bits)
-    simulation = Simulation(config, cost_model, workload)
-    if trace is not None:
-        simulation.write_trace(trace)
-    return simulation.run(slo or SLO())
+    return Simulation(config, workload, executor_class(cost_model))
 
 
 def _engine_args(
@@ -88,8 +108,8 @@ def _engine_args(
 class Simulation:
     """One run. Time passes in the executor, and jumps to the next arrival when nothing runs."""
 
-    def __init__(self, config: EngineConfig, cost_model: CostModel, workload: SimWorkload) -> None:
-        self.executor = SimExecutor(cost_model)
+    def __init__(self, config: EngineConfig, workload: SimWorkload, executor: SimExecutor) -> None:
+        self.executor = executor
         self.core = EngineCore(config, self.executor)
         self.workload = workload
         self.arrivals = {i: r.arrival for i, r in enumerate(workload.requests) if r.follows is None}  # index -> when

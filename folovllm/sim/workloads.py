@@ -7,7 +7,7 @@ Row 1: no torch. Prompts are random token ids: a scheduler sees only how long th
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from folovllm.utils import unknown_name_message
 
@@ -74,10 +74,17 @@ def make_sim_workload(name: str, num_requests: int = 64, rate: float | None = No
     """The workload called `name`, the same for the same seed. Raises ValueError for a name or number that is wrong."""
     if name not in SIM_WORKLOADS:
         raise ValueError(unknown_name_message("workload", name, SIM_WORKLOADS))
-    if num_requests < 1 or (rate or 0.0) < 0:
-        raise ValueError(f"num_requests={num_requests} and rate={rate}: at least 1, and at least 0 (0: all at once)")
-    recipe, rng = SIM_WORKLOADS[name], random.Random(f"{name} {seed}")
-    rate = recipe.rate if rate is None else rate
+    recipe = SIM_WORKLOADS[name]
+    return follow_recipe(replace(recipe, rate=recipe.rate if rate is None else rate), name, num_requests, seed)
+
+
+def follow_recipe(recipe: Recipe, name: str, num_requests: int, seed: int = 0) -> SimWorkload:
+    """A workload made as `recipe` says. E.g. follow_recipe(Recipe("two at once", 0.0, (5, 9), (3, 3)), "two", 2)."""
+    if num_requests < 1 or recipe.rate < 0:
+        raise ValueError(
+            f"num_requests={num_requests} and rate={recipe.rate}: at least 1, and at least 0 (0: all at once)"
+        )
+    rng, rate = random.Random(f"{name} {seed}"), recipe.rate
     systems = [_ids(rng, recipe.system_prompt, recipe.system_prompt) for _ in range(NUM_SERVICES)]
     requests: list[SimRequest] = []
     now, user = 0.0, 0
