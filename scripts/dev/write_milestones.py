@@ -75,10 +75,8 @@ def status_row(rung: Rung) -> str:
     manifest = tomllib.loads((MILESTONES / "manifest.toml").read_text(encoding="utf-8"))[rung.id]
     exercises, bench = find_exercises(rung.id), load_bench(MILESTONES / rung.id / "bench.toml")
     switches = [f"`{name}`" for name in rung.on]
-    pages = [
-        f"[learn](../{manifest['learn']})", f"[requirements](../{manifest['spec']})", f"[dev log](../{manifest['dev']})",
-    ]  # fmt: skip
-    pages += [f"[notebook](../{manifest['notebook']})"] if "notebook" in manifest else []
+    kinds = {"learn": "learn", "spec": "requirements", "dev": "dev log", "notebook": "notebook"}
+    pages = [f"[{text}](../{manifest[kind]})" for kind, text in kinds.items() if kind in manifest]
     cells = (
         f"[{rung.id.upper()} {rung.title}]({rung.id}/README.md)",
         ", ".join(switches[:2] + ["..."] * (len(switches) > 2)) or "-",

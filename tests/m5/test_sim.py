@@ -143,7 +143,7 @@ STUCK = """
 from folovllm.core.sched.scheduler import Scheduler
 
 class Stuck(Scheduler):
-    def _schedule_waiting(self, step): pass
+    def schedule_waiting(self, step): pass
 """
 FORGETFUL = """
 from folovllm.core.sched.scheduler import Scheduler

@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from folovllm.entrypoints.commands import learn_progress as progress
+from folovllm.entrypoints.commands.learn_bench import show_bench
 from folovllm.entrypoints.commands.learn_race import race
 from folovllm.learn import ask, workspace
 from folovllm.learn.exercise import ALL_PARTS, Exercise, find_exercises, get_exercise
@@ -37,6 +38,7 @@ HELP = """{title}: {adds}.
   folovllm learn {id}                    goals and exercises; creates work/{id}/*.py, overwrites nothing
   folovllm learn {id} check              check all that you have begun
   folovllm learn {id} check EXERCISE     check one; then hint, predict, solution or reset EXERCISE
+  folovllm learn {id} bench              this milestone beside the one before it, in simulated time
 """
 
 
@@ -160,6 +162,15 @@ def milestone_app(rung: Rung) -> typer.Typer:
         chosen = get_exercise(rung.id, exercise)
         backup = workspace.reset(chosen, read_record(ctx.obj))
         typer.echo(f"{chosen.work_file(ctx.obj)} is the skeleton again; your file is now {backup}")
+
+    @app.command("bench")
+    def bench() -> None:
+        """Compare this milestone with the one before it in simulated time, and test what it claims. No GPU, no weights.
+
+        \b
+          folovllm learn m3 bench
+        """
+        raise typer.Exit(0 if show_bench(rung) else EXIT_FAILED)
 
     if rung.id == "m2":
         app.command("race")(race)
