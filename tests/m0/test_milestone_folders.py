@@ -146,6 +146,14 @@ def test_a_wrong_prefix_index_gives_other_tokens() -> None:
     assert not holds("tokens(wrong) == tokens(m5)", arms)
 
 
+@pytest.mark.m4
+def test_the_tile_of_the_bench_is_that_of_torch_flash() -> None:
+    from folovllm.attention.backends import torch_flash
+
+    tiles = [tuple(arm["tile"]) for arm in bench_of("m4").arms.values() if "tile" in arm]
+    assert tiles == [(torch_flash.BLOCK_Q, torch_flash.BLOCK_KV)] * 2
+
+
 @pytest.mark.m1
 def test_without_a_cache_every_token_computes_all_before_it() -> None:
     """By hand: a prompt of 3 and an answer of 2. With a cache 3 + 1 tokens are computed, without it 3 + 4."""

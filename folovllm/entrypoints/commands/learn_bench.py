@@ -39,11 +39,12 @@ def show_bench(rung: Rung) -> bool:
 
 
 def _about(bench: Bench) -> list[str]:
-    """The ledger, a paragraph each."""
-    indent = " " * 12
+    """What is run, and the ledger, a paragraph each."""
+    common = "".join(f", {name}={value!r}" for name, value in bench.engine.items())
+    workload = f"{bench.workload['about']} ({bench.workload['num_requests']} requests){common}"
     return [
-        textwrap.fill(text, WIDTH, initial_indent=f"{name + ':':12}", subsequent_indent=indent)
-        for name, text in bench.ledger.items()
+        textwrap.fill(text, WIDTH, initial_indent=f"{name + ':':12}", subsequent_indent=" " * 12)
+        for name, text in {**bench.ledger, "workload": workload}.items()
     ]
 
 
