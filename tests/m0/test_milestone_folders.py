@@ -148,10 +148,10 @@ def test_a_wrong_prefix_index_gives_other_tokens() -> None:
 
 @pytest.mark.m4
 def test_the_tile_of_the_bench_is_that_of_torch_flash() -> None:
-    from folovllm.attention.backends import torch_flash
+    from folovllm.attention.backends.torch_flash import TorchFlashBackend
 
     tiles = [tuple(arm["tile"]) for arm in bench_of("m4").arms.values() if "tile" in arm]
-    assert tiles == [(torch_flash.BLOCK_Q, torch_flash.BLOCK_KV)] * 2
+    assert tiles == [(TorchFlashBackend.BLOCK_Q, TorchFlashBackend.BLOCK_KV)] * 2
 
 
 @pytest.mark.m1
