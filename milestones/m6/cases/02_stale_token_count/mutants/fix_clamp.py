@@ -1,0 +1,31 @@
+# refused-by: the_budget_is_charged_with_what_is_computed | 10 more
+"""Clamps the count where it is recorded. The budget of the step still pays for the tokens that were hit (as nano-vllm #233)."""
+
+from folovllm.core.sched.scheduler import Scheduler as EngineScheduler
+from folovllm.core.sched.step import Step
+
+
+class Scheduler(EngineScheduler):
+    def _schedule_waiting(self, step: Step) -> None:
+        """Admits requests from the queue while budget, seats and blocks last."""
+        while self.waiting and step.token_budget > 0 and len(self.running) < self.max_num_seqs:
+            request = self.waiting.peek_request()
+            num_new_tokens = self._limit_prefill(request.num_tokens - request.num_computed_tokens)
+            if num_new_tokens > step.token_budget and not self.enable_chunked_prefill:
+                break
+            num_new_tokens = min(num_new_tokens, step.token_budget)
+            hit_blocks, num_hit_tokens = self.kv_cache_manager.get_computed_blocks(request)
+            new_blocks = self.kv_cache_manager.allocate_slots(
+                request,
+                num_new_tokens,
+                hit_blocks,
+                full_sequence_must_fit=self.reserve_full_sequence,
+                num_new_computed_tokens=num_hit_tokens,
+            )
+            if new_blocks is None:
+                break
+            self.waiting.pop_request()
+            self._admit(request, num_hit_tokens, step)
+            num_to_compute = min(num_new_tokens, request.num_tokens - num_hit_tokens)
+            step.record(request, num_to_compute, new_blocks)
+            step.token_budget -= num_new_tokens - num_to_compute
