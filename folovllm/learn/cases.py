@@ -85,6 +85,7 @@ class Case:
     hints: tuple[str, ...]
     lesson: str
     reference: str = ""  # "module:Class"; the default is the part's own
+    without_fault: str = ""  # "checks.py:Class": what the faulty class is compared with, if that is not the reference
     crash: bool = False  # the fault raises an error; otherwise it gives a wrong result in silence
     spec: str = ""  # the requirement that the fault breaks
     random: dict[str, Any] = field(default_factory=dict)  # arguments for the random workloads of the fix
@@ -106,7 +107,8 @@ class Case:
     @cached_property
     def good(self) -> dict[str, str]:
         """The engine without the fault."""
-        return {self.part: self.reference} if self.reference else {}
+        place = self.without_fault.replace("checks.py:", f"{self.folder / 'checks.py'}:") or self.reference
+        return {self.part: place} if place else {}
 
     def parts_of(self, path: Path) -> dict[str, str]:
         return {self.part: f"{path}:{self.class_name}"}
