@@ -22,7 +22,7 @@ from folovllm.learn.cases import QUESTIONS, Case, load_case, record_trace, reque
 from folovllm.learn.check import Check, Mine, checks_of
 from folovllm.learn.defaults import NAMES
 from folovllm.learn.grade import FAILED, OK, SKIPPED, Result, check_contract, mine_of, run_check
-from folovllm.learn.toy_engine import make_request, random_workload
+from folovllm.learn.toy_engine import random_workload
 from folovllm.learn.worker import results_of
 from folovllm.parts import load_file
 from folovllm.text_files import read_text_file
@@ -109,7 +109,7 @@ def check_test(case: Case, path: Path) -> None:
     )
     if not case.crash:
         assert isinstance(error, AssertionError), (
-            f"On the faulty engine your test ends with {_short(error)}. This fault raises nothing: assert what is wrong."
+            f"On the faulty engine your test ends with {_short(error)}. The fault raises nothing: assert what is wrong."
         )
         assert not _is_of_engine(error), (
             f"On the faulty engine not your test fails, but a check of the engine itself: {_short(error)}. Assert what "
@@ -200,12 +200,12 @@ def _compare(case: Case, mine: Mine, engine: dict[str, Any], requests: tuple[dic
         got, tokens = run.tokens[request_id], good.tokens[request_id]
         assert got == tokens, f"With {what}, {request_id} gets {got}, and without the fault {tokens}."
     assert run.num_computed_tokens <= good.num_computed_tokens, (
-        f"With {what}, the engine computes {run.num_computed_tokens} tokens where {good.num_computed_tokens} are enough: "
-        "the fix avoids the symptom at the cost of work."
+        f"With {what}, the engine computes {run.num_computed_tokens} tokens where {good.num_computed_tokens} are "
+        "enough: the fix avoids the symptom at the cost of work."
     )
     assert run.num_steps <= good.num_steps, (
-        f"With {what}, the engine takes {run.num_steps} steps where {good.num_steps} are enough: requests wait that could "
-        "run."
+        f"With {what}, the engine takes {run.num_steps} steps where {good.num_steps} are enough: requests wait that "
+        "could run."
     )
 
 

@@ -28,7 +28,7 @@ from folovllm.utils import did_you_mean
 QUESTIONS = ("step", "cause", "test", "fix")
 MAX_STEPS = 300  # of the run of the report: a faulty engine may wait forever
 
-ANSWER = '''\
+ANSWER = """\
 # Case {number}: {title}
 # Read the report (folovllm learn case {number}), then look at the trace:
 #   folovllm trace show {trace} --step 0
@@ -42,7 +42,7 @@ wrong_step = -1
 cause = ""
 
 # (c) The test: {test}.   (d) The fix: {fix}.   Then: folovllm learn case {number} check
-'''
+"""
 
 TEST = '''\
 """Case {number}, your test. It must fail on the faulty engine, and pass on an engine without the fault.
@@ -190,6 +190,16 @@ def requests_of(case: Case) -> tuple[list[Request], list[int]]:
     args = [dict(request) for request in case.requests]
     steps = [request.pop("step", 0) for request in args]
     return [make_request(**request) for request in args], steps
+
+
+def described(case: Case) -> list[str]:
+    """The run of the report in lines: the engine arguments, then the requests."""
+    lines = [", ".join(f"{name}={value!r}" for name, value in case.engine.items())]
+    for request in case.requests:
+        rest = {name: value for name, value in request.items() if name not in ("request_id", "prompt", "step")}
+        listed = ", ".join(f"{name}={value!r}" for name, value in rest.items())
+        lines.append(f"{request['request_id']}, before step {request.get('step', 0)}: {request['prompt']}, {listed}")
+    return lines
 
 
 @dataclass

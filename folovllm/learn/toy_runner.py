@@ -4,7 +4,7 @@ Milestone: M1. vLLM counterpart: vllm/v1/worker/gpu_model_runner.py. Left out: e
 
 `ToyRunner` turns the scheduler's message into a flat batch, writes K/V through a slot mapping and lets every query read
 all slots of its sequence through the block table. The position of a token changes its number. Unlike AttendingExecutor,
-it notices nothing: whoever gives it a wrong table, position or length gets wrong tokens, as from a real model.
+it notices nothing: if a table, a position or a length is wrong, it gives wrong tokens, as a real model does.
 
     core = make_engine(parts, block_size=4, num_kv_blocks=9)
     tokens = generate(core, [make_request("r1", prompt=[5, 9, 2], max_tokens=4)])
@@ -32,7 +32,7 @@ VOCAB_SIZE = 1000
 
 @dataclass
 class FlatBatch:
-    """The tokens of a step, request by request. E.g. r1 decodes position 5, r2 computes its first 3 tokens; blocks of 4:
+    """The tokens of a step, request by request. E.g. r1 decodes position 5, r2 begins with 3 tokens; blocks of 4:
 
     token_ids        [417,  5,  9,  2]
     positions        [  5,  0,  1,  2]
@@ -142,7 +142,7 @@ class ToyRunner(FakeExecutor):
 
 
 class TwoRankRunner(ToyRunner):
-    """Tensor parallelism: two ranks, each a process with half of the heads, its own K/V and its own copy of the requests.
+    """Tensor parallelism: two ranks, each a process with half of the heads, its own K/V and its own list of tokens.
 
     What the two compute is added up, so both have the same logits. Then each samples for itself, with random numbers of
     its own, and the scheduler is told what rank 0 has sampled.
@@ -184,7 +184,7 @@ class TwoRankRunner(ToyRunner):
 
 
 def make_engine(parts: Mapping[str, str], **config_args: Any) -> EngineCore:
-    """Returns an engine on the toy runner, with `parts` in it. E.g. make_engine(parts, block_size=4, num_kv_blocks=9)."""
+    """Returns an engine on the toy runner, with `parts` in it. `config_args` are those of make_core."""
     runner = load_class(parts[RUNNER]) if RUNNER in parts else ToyRunner
     of_engine = {name: place for name, place in parts.items() if name != RUNNER}
     return make_core(runner(), parts=of_engine, **config_args)

@@ -57,9 +57,8 @@ def case(
 def show_list(record: Record) -> None:
     for chosen in find_cases():
         now = cases.state(chosen, record)
-        typer.echo(
-            f"{MARKS.get(now, '[ ]')} {chosen.number:2}  {chosen.title:58} {chosen.milestone} {chosen.minutes:3} min  {now}"
-        )
+        about = f"{chosen.number:2}  {chosen.title:58} {chosen.milestone} {chosen.minutes:3} min"
+        typer.echo(f"{MARKS.get(now, '[ ]')} {about}  {now}")
     typer.secho("Open one: folovllm learn case 1", dim=True)
 
 
@@ -67,9 +66,14 @@ def show_report(chosen: Case, record: Record) -> None:
     """The report, the learner's files, and how to look at the trace."""
     new = cases.open_case(chosen, record)
     trace = chosen.file(record.work, "trace.jsonl")
-    typer.secho(f"Case {chosen.number}: {chosen.title}   ({chosen.milestone}, about {chosen.minutes} minutes)", bold=True)
+    typer.secho(
+        f"Case {chosen.number}: {chosen.title}   ({chosen.milestone}, about {chosen.minutes} minutes)", bold=True
+    )
     typer.echo(f"\n{_wrapped(chosen.report)}\n")
-    typer.echo("Your files:")
+    typer.echo("The run:")
+    for line in cases.described(chosen):
+        typer.echo(_wrapped(line, "  "))
+    typer.echo("\nYour files:")
     for name, what in (
         ("trace.jsonl", "what the engine did"),
         ("answer.toml", "(a) the first wrong step, and (b) the root cause"),
@@ -100,9 +104,7 @@ def check(chosen: Case, record: Record) -> bool:
         first = next((r for r in results if r.level == question and r.status in (FAILED, NOT_WRITTEN)), None)
         if first is not None:
             _show_failure(chosen, first)
-    record.add(
-        "check", chosen.id, hash=cases.digest_of(chosen, record.work), right=[q for q in QUESTIONS if right[q]]
-    )
+    record.add("check", chosen.id, hash=cases.digest_of(chosen, record.work), right=[q for q in QUESTIONS if right[q]])
     if all(right.values()):
         typer.secho(f"Solved. What there is to learn from it: {chosen.command('lesson')}", fg="green")
     else:
@@ -122,8 +124,9 @@ def _show_failure(chosen: Case, result: Result) -> None:
         typer.echo(_indented(f"In your file, {result.where}"))
 
 
-def _wrapped(text: str) -> str:
-    return textwrap.fill(" ".join(text.split()), WIDTH, break_on_hyphens=False)
+def _wrapped(text: str, indent: str = "") -> str:
+    text = " ".join(text.split())
+    return textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=2 * indent, break_on_hyphens=False)
 
 
 def _indented(text: str) -> str:

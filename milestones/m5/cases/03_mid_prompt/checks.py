@@ -37,7 +37,7 @@ def seq_lens_end_with_the_chunk(mine: Mine) -> None:
     tokens = generate(core, [make_request("r", prompt, max_tokens=1)])["r"]
     seq_lens = [batch.seq_lens[0] for batch in core.executor.batches]  # type: ignore[attr-defined]
     assert seq_lens == [5, 10, 11], (
-        f"a prompt of 11 tokens in chunks of 5 was read with lengths {seq_lens}; the chunks end at 5, 10 and 11, and what "
-        "lies behind them is not written"
+        f"a prompt of 11 tokens in chunks of 5 was read with lengths {seq_lens}; the chunks end at 5, 10 and 11, and "
+        "what lies behind them is not written"
     )
     assert tokens == alone(prompt, 1), f"it was answered with {tokens}, and without chunks with {alone(prompt, 1)}"

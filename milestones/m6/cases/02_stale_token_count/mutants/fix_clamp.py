@@ -1,5 +1,5 @@
 # refused-by: the_budget_is_charged_with_what_is_computed | 10 more
-"""Clamps the count where it is recorded. The budget of the step still pays for the tokens that were hit (as nano-vllm #233)."""
+"""Clamps the count where it is recorded. The budget still pays for tokens that were hit (nano-vllm 233)."""
 
 from folovllm.core.sched.scheduler import Scheduler as EngineScheduler
 from folovllm.core.sched.step import Step
