@@ -26,7 +26,8 @@ from folovllm.request import Request
 from folovllm.utils import did_you_mean
 
 QUESTIONS = ("step", "cause", "test", "fix")
-MAX_STEPS = 300  # of the run of the report: a faulty engine may wait forever
+MAX_STEPS = 300  # of a run
+MAX_IDLE_STEPS = 5  # in a row, with requests to serve: a faulty engine may wait forever
 
 ANSWER = """\
 # Case {number}: {title}
@@ -222,13 +223,13 @@ def run_requests(
     trace: str = "",
     check_integrity: bool = False,
 ) -> Run:
-    """Runs requests to their end, past steps that raise. Stops after MAX_STEPS steps.
+    """Runs requests to their end, past steps that raise. Gives up after MAX_STEPS steps, or MAX_IDLE_STEPS in a row.
 
     `check_integrity`: a step that leaves blocks and tables at odds counts as one that raised.
     """
     core = make_engine(parts, **engine, **({"trace": trace} if trace else {}))
     waiting = sorted(zip(steps, range(len(steps)), requests, strict=True))
-    run = Run({request.request_id: [] for request in requests}, [])
+    run, num_idle = Run({request.request_id: [] for request in requests}, []), 0
     try:
         for step in range(MAX_STEPS):
             while waiting and waiting[0][0] <= step:
@@ -244,7 +245,11 @@ def run_requests(
             except Exception as error:
                 run.errors.append((step, error))
             run.num_steps += 1
-            run.num_computed_tokens += core.stats().num_scheduled_tokens
+            computed = core.stats().num_scheduled_tokens
+            run.num_computed_tokens += computed
+            num_idle = num_idle + 1 if core.has_unfinished_requests() and not computed else 0
+            if num_idle == MAX_IDLE_STEPS and not waiting:
+                break
     finally:
         core.shutdown()
     run.batches = getattr(core.executor, "batches", [])

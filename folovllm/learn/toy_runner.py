@@ -20,7 +20,7 @@ from folovllm.core.kv_cache_utils import KVCacheConfig
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import ROOT, FakeExecutor, FakeRequest, mix
-from folovllm.learn.toy_engine import MAX_STEPS, make_core
+from folovllm.learn.toy_engine import make_core
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.parts import load_class
 from folovllm.request import Request
@@ -28,6 +28,7 @@ from folovllm.request import Request
 RUNNER = "toy.runner"  # stands beside the names of PARTS in the `parts` of a case
 NUM_LAYERS = 2
 VOCAB_SIZE = 1000
+MAX_STEPS = 1000
 
 
 @dataclass

@@ -1,5 +1,5 @@
 # refused-by: every_length_around_a_block | took 4 tokens from the cache
-"""Drops the last block of every hit. The crash is gone, and so are hits that were fine."""
+"""Drops the last block of every hit. Nothing waits any more, and so are hits that were fine."""
 
 from folovllm.core.kv_cache_utils import KVCacheBlock
 from folovllm.core.prefix_index import HashPrefixIndex as EngineHashPrefixIndex

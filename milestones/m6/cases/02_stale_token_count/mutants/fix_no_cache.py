@@ -6,14 +6,13 @@ from folovllm.core.sched.step import Step
 
 
 class Scheduler(EngineScheduler):
-    def _schedule_waiting(self, step: Step) -> None:
-        """Admits requests from the queue while budget, seats and blocks last."""
+    def schedule_waiting(self, step: Step) -> None:
+        """Admits requests from the head of the queue while budget, seats and blocks last."""
         while self.waiting and step.token_budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting.peek_request()
-            num_new_tokens = self._limit_prefill(request.num_tokens - request.num_computed_tokens)
-            if num_new_tokens > step.token_budget and not self.enable_chunked_prefill:
+            num_new_tokens = self.num_tokens_to_compute(request, request.num_computed_tokens, step.token_budget)
+            if num_new_tokens == 0:
                 break
-            num_new_tokens = min(num_new_tokens, step.token_budget)
             hit_blocks, num_hit_tokens = [], 0
             new_blocks = self.kv_cache_manager.allocate_slots(
                 request,
@@ -25,5 +24,5 @@ class Scheduler(EngineScheduler):
             if new_blocks is None:
                 break
             self.waiting.pop_request()
-            self._admit(request, num_hit_tokens, step)
+            self.admit(request, num_hit_tokens, step)
             step.record(request, num_new_tokens, new_blocks)
