@@ -297,7 +297,8 @@ def _answer(case: Case, work: Path) -> str:
 
 
 def _arguments(case: Case) -> str:
-    return ", ".join(["parts", *(f"{name}={value!r}" for name, value in case.engine.items())])
+    lines = ["parts", *(f"{name}={value!r}" for name, value in case.engine.items())]
+    return "".join(f"\n        {line}," for line in lines) + "\n    "
 
 
 def next_hint(case: Case, record: Record) -> tuple[int, str]:

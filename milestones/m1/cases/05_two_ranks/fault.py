@@ -1,4 +1,7 @@
-"""Case 5: the two-rank model runner that the engine of the report ran with. Mend `make_random`."""
+"""Case 5: the two-rank model runner that the engine of the report ran with. Mend `make_random`.
+
+`core.executor.ranks[0].requests["r1"].token_ids` is what rank 0 takes the tokens of r1 to be.
+"""
 
 import random
 

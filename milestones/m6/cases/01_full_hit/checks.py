@@ -16,6 +16,9 @@ def every_length_around_a_block(mine: Mine) -> None:
             request = make_request(request_id, prompt, max_tokens=1)
             add_all(core, [request])
             schedule_and_run(core)
+        assert request.num_output_tokens == 1, (
+            f"a prompt of {length} tokens (blocks of 4), sent a second time, got no token: it was not started"
+        )
         hit, most = request.num_cached_tokens, (length - 1) // 4 * 4
         assert hit == most, (
             f"a prompt of {length} tokens, sent a second time, took {hit} tokens from the cache (blocks of 4); {most} "
