@@ -54,7 +54,8 @@ def _load_engine(path: Path) -> dict[str, str]:
 def _check_parts_methods(exercise: Exercise, cls: Any) -> None:
     if issubclass(cls, exercise.reference_class):
         return
-    missing = [name for name in PARTS[exercise.part].methods if not callable(getattr(cls, name, None))]
+    methods = PARTS[exercise.part].methods if exercise.part in PARTS else exercise.write
+    missing = [name for name in methods if not callable(getattr(cls, name, None))]
     if missing:
         raise ContractError(
             f"{exercise.class_name} lacks {', '.join(missing)}, which the engine calls: write them too, or inherit "

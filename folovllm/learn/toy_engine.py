@@ -110,7 +110,7 @@ def make_core(executor: FakeExecutor | None = None, **config_args: Any) -> Engin
 
 
 def make_request(request_id: str, prompt: int | Sequence[int], max_tokens: int = 100, **args: Any) -> Request:
-    """A greedy request; `prompt` is the token ids or only how many.
+    """A request, greedy unless a temperature is given; `prompt` is the token ids or only how many.
 
     `args` go to SamplingParams where it knows them, else to Request. EOS is ignored unless eos_token_id is given.
     """
@@ -119,7 +119,8 @@ def make_request(request_id: str, prompt: int | Sequence[int], max_tokens: int =
     names = SamplingParams.__dataclass_fields__
     params = {name: args.pop(name) for name in list(args) if name in names}
     params.setdefault("ignore_eos", "eos_token_id" not in args)
-    sampling_params = SamplingParams(temperature=0.0, max_tokens=max_tokens, **params)
+    params.setdefault("temperature", 0.0)
+    sampling_params = SamplingParams(max_tokens=max_tokens, **params)
     return Request(request_id, list(prompt), sampling_params, **args)
 
 

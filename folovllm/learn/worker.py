@@ -29,7 +29,11 @@ Lines = queue.Queue[str | None]  # of a pipe as they come in, and None at its en
 
 def grade_in_worker(exercise: Exercise, path: Path) -> Iterator[Result]:
     """Yields the results of `grade` as they come. The last one tells of a hang or a crash, if there was one."""
-    command = [sys.executable, "-m", "folovllm.learn.grade", str(exercise.folder), str(path)]
+    yield from results_of([sys.executable, "-m", "folovllm.learn.grade", str(exercise.folder), str(path)])
+
+
+def results_of(command: list[str]) -> Iterator[Result]:
+    """Runs a worker process that prints results as `folovllm.learn.grade` does, and yields them."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             yield from _results(process)

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from folovllm.entrypoints.commands import learn_progress as progress
 from folovllm.entrypoints.commands.learn_bench import show_bench
+from folovllm.entrypoints.commands.learn_case import case
 from folovllm.entrypoints.commands.learn_race import race
 from folovllm.learn import ask, workspace
 from folovllm.learn.exercise import ALL_PARTS, Exercise, find_exercises, get_exercise
@@ -75,6 +76,7 @@ def learn(
       folovllm learn m3 read block_pool     what to write, with an example
       folovllm learn m3 check block_pool    check your file; --watch checks at every save
       folovllm learn m3 hint block_pool     a hint; the next call gives the next one
+      folovllm learn case                   real faults to find, to test for and to mend
       folovllm learn status                 all exercises, one per line
       folovllm chat --mine                  talk to an engine made of your parts
     """
@@ -184,6 +186,7 @@ learn_app.command("status")(progress.status)
 learn_app.command("log")(progress.log)
 learn_app.command("report")(progress.report)
 learn_app.command("diff")(progress.diff)
+learn_app.command("case")(case)
 
 
 # ---- checking

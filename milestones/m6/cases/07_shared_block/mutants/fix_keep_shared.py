@@ -1,0 +1,19 @@
+# refused-by: the_last_holder_frees_a_block | 2 free
+"""Leaves a shared block alone. Its count never comes down again, and the block is lost."""
+
+from collections.abc import Sequence
+
+from folovllm.core.block_pool import BlockPool as EngineBlockPool
+from folovllm.core.kv_cache_utils import KVCacheBlock
+
+
+class BlockPool(EngineBlockPool):
+    def free_blocks(self, ordered_blocks: Sequence[KVCacheBlock]) -> None:
+        """Takes blocks back from a request. `enqueue` gives the free ones their place in the queue."""
+        freed = []
+        for block in ordered_blocks:
+            if block.is_null or block.ref_cnt != 1:
+                continue
+            block.ref_cnt = 0
+            freed.append(block)
+        self.enqueue(freed)

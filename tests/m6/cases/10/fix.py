@@ -1,0 +1,31 @@
+"""Case 10, solved: a hit must stand for the request's own tokens, behind the parent that was checked before."""
+
+from folovllm.config import CacheConfig
+from folovllm.core.block_hash import BlockHasher, root_hash
+from folovllm.core.kv_cache_utils import KVCacheBlock
+from folovllm.core.prefix_index import HashPrefixIndex as EngineHashPrefixIndex
+from folovllm.core.prefix_index import root_of
+from folovllm.request import Request
+
+
+def one_byte(data: bytes) -> bytes:
+    return bytes([sum(data) % 256])
+
+
+class HashPrefixIndex(EngineHashPrefixIndex):
+    def __init__(self, config: CacheConfig) -> None:
+        super().__init__(config)
+        self.hasher = BlockHasher(self.block_size, one_byte, root_hash(config.prefix_caching_seed, one_byte))
+
+    def match(self, request: Request) -> list[KVCacheBlock]:
+        """Returns the blocks of the longest cached prefix of `request`, which covers at most num_tokens - 1 tokens."""
+        hits: list[KVCacheBlock] = []
+        parent: bytes | tuple[bytes] = root_of(request)
+        for i in range((request.num_tokens - 1) // self.block_size):
+            block_hash = request.block_hashes[i]
+            holders = self.blocks.get(block_hash)
+            if holders is None or self.meaning[block_hash] != (parent, request.block_tokens[i]):
+                break
+            hits.append(next(iter(holders.values())))
+            parent = block_hash
+        return hits
