@@ -215,8 +215,8 @@ def a_victim_that_stood_earlier_makes_no_request_miss_the_step(mine: Mine) -> No
     got, victims = step.num_scheduled_tokens, [request.request_id for request in step.preempted]
     assert (got, victims) == ({"b": 1, "c": 1}, ["a"]), (
         f"a, b and c run, b needs a block of a, and pass 1 granted {got} and preempted {victims}, expected b 1, c 1 "
-        "and a preempted: when a leaves self.running, the requests behind it move forward, and a walk over the list itself "
-        "passes over one of them"
+        "and a preempted: when a leaves self.running, the requests behind it move forward, and a walk over the list "
+        "itself passes over one of them"
     )
 
 
