@@ -30,9 +30,12 @@ def next_hint(exercise: Exercise, record: Record) -> tuple[int, str]:
 
 
 def check_prediction(exercise: Exercise, record: Record, answer: str) -> tuple[bool, str]:
-    """Returns whether the answer is that of the engine, and the engine's own, which is computed now."""
+    """Returns whether the answer is that of the engine, and the engine's own, which is computed now.
+
+    Only the first line of the engine's answer is compared. The lines after it explain it, and may hold other numbers.
+    """
     computed: str = load_file(exercise.folder / "checks.py").prediction()
-    is_right = normal_form(answer) == normal_form(computed)
+    is_right = normal_form(answer) == normal_form(computed.split("\n", 1)[0])
     record.add("predict", exercise.id, answer=answer, right=is_right)
     return is_right, computed
 

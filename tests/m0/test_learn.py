@@ -186,6 +186,15 @@ def test_an_endless_loop_is_a_result(exercise, work_file, monkeypatch):
     assert result.status == FAILED and "endless loop" in result.message and "while True" in result.where
 
 
+def test_after_an_endless_loop_the_other_checks_are_not_waited_for(exercise, work_file, monkeypatch):
+    """A learner waited 63 seconds for six checks of one level that all ran into the same loop."""
+    monkeypatch.setattr(grading, "OTHER_SECONDS", 0.3)
+    looping = SOLVED.replace("return self", "while True: pass\n        return self")
+    results = graded(exercise, work_file, looping)
+    assert results["the_first_one_leaves_first"].status == FAILED
+    assert results["the_queue_has_a_length"].status == SKIPPED  # of the same level
+
+
 def test_a_loop_that_cannot_be_interrupted_is_ended_from_outside(exercise, work_file, monkeypatch):
     monkeypatch.setattr(working, "seconds_for", lambda level: 1.5)
     monkeypatch.setattr(working, "GRACE", 0.5)

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from folovllm.entrypoints.cli import app
 from folovllm.entrypoints.commands import learn as learn_command
 from folovllm.entrypoints.commands import learn_progress
+from folovllm.learn import ask, workspace
 from folovllm.learn import exercise as exercise_module
-from folovllm.learn import workspace
 from folovllm.learn.mine import my_parts
 from folovllm.learn.record import read_record
 from folovllm.milestones import RUNG_IDS
@@ -134,6 +134,18 @@ def test_a_prediction_is_compared_with_what_the_engine_computes(here, answer, ri
     output = learn("m2", "predict", "queue", answer)
     assert "which is popped first?" in output and "The engine: a" in output and ("Right." in output) is right
     assert recorded(here)[-1]["right"] is right and recorded(here)[-1]["answer"] == answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"), [("31 8", True), ("[31, 8]", True), ("31, 8, 7, 4", False), ("8 31", False)]
+)
+def test_only_the_first_line_of_the_engines_answer_is_compared(here, monkeypatch, answer, right):
+    """Learners who answered [31, 8, 36] were told that they were wrong, because the explanation has numbers too."""
+    checks = type("Checks", (), {"prediction": staticmethod(lambda: "[31, 8]\nThat is 7 * 4 + 3 and 2 * 4 + 0.")})
+    monkeypatch.setattr(ask, "load_file", lambda path: checks)
+    learn("m2")
+    output = learn("m2", "predict", "queue", answer)
+    assert "That is 7 * 4 + 3" in output and ("Right." in output) is right
 
 
 def test_a_prediction_can_be_typed_in_and_must_be_given(here):

@@ -52,6 +52,18 @@ def prediction() -> str:
     return str(total)
 
 
+@check("unit", spec="R2.15", hint=2)
+def no_blocks_needed_is_not_no_blocks_free(mine: Mine) -> None:
+    """A request whose last block has room gets an empty list, and no request is preempted."""
+    core = engine(mine, make_request("a", 5, max_tokens=4), make_request("b", 5, max_tokens=4))
+    core.step()
+    got = [run(core) for _ in range(2)]
+    assert got == [({"a": 1, "b": 1}, [])] * 2, (
+        f"a and b have room in their last blocks, and the steps were {got}, expected one token for each and no "
+        "preemption: allocate_slots returns [] when no new block is needed, and None when there is none"
+    )
+
+
 @check("unit", spec="R2.14")
 def the_latest_admitted_request_is_the_victim(mine: Mine) -> None:
     """Under "fcfs" the last of `running` is preempted, and choosing it changes nothing."""
@@ -135,18 +147,6 @@ def the_request_that_needs_a_block_may_be_the_victim(mine: Mine) -> None:
         "expected a to compute 1 token and b to preempt itself"
     )
     core.scheduler.check_integrity()
-
-
-@check("unit", spec="R2.15", hint=2)
-def no_blocks_needed_is_not_no_blocks_free(mine: Mine) -> None:
-    """A request whose last block has room gets an empty list, and no request is preempted."""
-    core = engine(mine, make_request("a", 5, max_tokens=4), make_request("b", 5, max_tokens=4))
-    core.step()
-    got = [run(core) for _ in range(2)]
-    assert got == [({"a": 1, "b": 1}, [])] * 2, (
-        f"a and b have room in their last blocks, and the steps were {got}, expected one token for each and no "
-        "preemption: allocate_slots returns [] when no new block is needed, and None when there is none"
-    )
 
 
 @check("unit", spec="R2.14", hint=2)

@@ -39,7 +39,8 @@ def a_prompt_is_computed_whole_and_then_token_by_token(mine: Mine) -> None:
     expected = [{"a": 5}, {"a": 1}, {"a": 1}]
     assert got == expected, (
         f"a prompt of 5 that generates 3 tokens computed {got}, expected {expected}: a request computes what it lacks, "
-        "num_tokens - num_computed_tokens"
+        "num_tokens - num_computed_tokens. If a step after the first is empty: allocate_or_preempt answers [] when the "
+        "last block of a request has room, and only None means that the request gets nothing"
     )
 
 
@@ -197,6 +198,25 @@ def a_victim_does_not_compute_in_that_step(mine: Mine) -> None:
     assert (got, victims) == ({"a": 1}, ["b"]), (
         f"a needs a block of b in step 2, whose pass 1 granted {got} and preempted {victims}, expected a 1 and b "
         "preempted: allocate_or_preempt takes victims out of self.running while you walk over it"
+    )
+
+
+@check("unit", spec="R2.17", hint=2)
+def a_victim_that_stood_earlier_makes_no_request_miss_the_step(mine: Mine) -> None:
+    """Under "priority" a victim may stand before the request that needs its blocks. Those behind it all compute."""
+    core = engine(
+        mine, make_request("a", 5, priority=9), scheduling_policy="priority", num_kv_blocks=7, max_num_batched_tokens=32
+    )
+    steps(core, 1)
+    add_all(core, [make_request("b", 8, priority=0), make_request("c", 5, priority=1)])
+    steps(core, 1)  # a, b and c run in this order, and all 6 blocks are taken
+    step = Step(token_budget=16)
+    core.scheduler.schedule_running(step)
+    got, victims = step.num_scheduled_tokens, [request.request_id for request in step.preempted]
+    assert (got, victims) == ({"b": 1, "c": 1}, ["a"]), (
+        f"a, b and c run, b needs a block of a, and pass 1 granted {got} and preempted {victims}, expected b 1, c 1 "
+        "and a preempted: when a leaves self.running, the requests behind it move forward, and a walk over the list "
+        "itself passes over one of them"
     )
 
 

@@ -20,7 +20,10 @@ def prediction() -> str:
         new.append(len(grow(manager, r, num_new_tokens) or []))
         if len(new) == 1:
             answer = manager.allocate_slots(make_request("s", 9), 9)
-    return f"r gets {new} new blocks, an empty list where its last block has room; s gets {answer}: 3 > 2 free"
+    return (
+        f"r gets {new} new blocks\nWhere its last block has room, the answer is an empty list. Request s, which wants "
+        f"9 tokens after step 1, gets {answer}: it needs 3 blocks, and 2 are free."
+    )
 
 
 class Index(NullPrefixIndex):

@@ -15,7 +15,7 @@ def prediction() -> str:
     for num_tokens in (5, 9):
         pool.free_blocks(pool.get_new_blocks(-(-num_tokens // 4))[::-1])
     return (
-        f"{ids(pool.get_new_blocks(1))}: the end of the second request's table was freed first, so it is reused first"
+        f"{ids(pool.get_new_blocks(1))}\nThe end of the second request's table was freed first, so it is reused first."
     )
 
 

@@ -18,11 +18,11 @@ def prediction() -> str:
     metadata = AttentionMetadata.single_sequence(6, [7, 2], block_size=4, num_computed_tokens=4)
     TorchNaiveBackend(make_spec(4)).prepare(metadata)
     ((slots, mask),) = metadata.prepared
-    return f"slots {slots.tolist()}; the mask hides {int(mask.sum())} of {mask.numel()} scores"
+    return f"slots {slots.tolist()}; the mask hides {int(mask.sum())}\nThe mask has {mask.numel()} scores in all."
 
 
-def make_spec(block_size: int) -> AttentionSpec:
-    return AttentionSpec(NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, torch.float32, torch.device("cpu"), block_size)
+def make_spec(block_size: int, dtype: torch.dtype = torch.float32) -> AttentionSpec:
+    return AttentionSpec(NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, dtype, torch.device("cpu"), block_size)
 
 
 @dataclass
@@ -163,6 +163,23 @@ def row(metadata: AttentionMetadata, i: int) -> AttentionMetadata:
     return AttentionMetadata(
         [0, 1], [metadata.seq_lens[i]], metadata.block_table[i : i + 1], metadata.slot_mapping, metadata.block_size
     )
+
+
+@check("unit", spec="R3.14", hint=2)
+def a_cache_in_bf16(mine: Mine) -> None:
+    """Real models keep K and V in bf16: they are made float32 for `_attend`, and the output is bf16 again."""
+    step = make_step([(2, 6), (1, 5)])
+    backend = mine.cls(make_spec(4, torch.bfloat16))
+    backend.prepare(step.metadata)
+    try:
+        got = backend.forward(step.query.bfloat16(), step.kv_cache.bfloat16(), step.metadata)
+    except RuntimeError as error:
+        raise AssertionError(
+            f"with a bf16 cache forward raised '{error}': self._attend wants K and V in float32"
+        ) from None
+    assert got.dtype == torch.bfloat16, f"the queries are bf16 and the output is {got.dtype}, expected bf16"
+    error = (got.float() - step.expected).abs().max().item()
+    assert error < 0.05, f"with a bf16 cache the output is off by {error:.2g}, and rounding explains less than 0.05"
 
 
 @check("property", spec="R3.15", hint=1)

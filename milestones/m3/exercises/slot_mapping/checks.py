@@ -12,7 +12,7 @@ from folovllm.worker.block_table import BlockTable
 def prediction() -> str:
     table = BlockTable(1, 4, block_size=4)
     table.add_row([7, 2, 9], 0)
-    return f"{slots_of(table, 0, [3, 4, 8])}: 7 * 4 + 3, 2 * 4 + 0 and 9 * 4 + 0"
+    return f"{slots_of(table, 0, [3, 4, 8])}\nThat is 7 * 4 + 3, 2 * 4 + 0 and 9 * 4 + 0."
 
 
 def slots_of(table: Any, row: int, positions: list[int]) -> list[int]:

@@ -1,8 +1,7 @@
 # killed-by: a_victim_does_not_compute_in_that_step | while you walk over it
 """Pass 1 walks over a copy of the running requests and serves those that were preempted a moment ago.
 
-In the other form of the fault, the list shrinks under the index and a request is skipped: vLLM had that under priority
-scheduling in 2025.
+walks_over_the_list.py is the other form of the fault.
 """
 
 from folovllm.core.sched.scheduler import Scheduler as ReferenceScheduler

@@ -1,0 +1,48 @@
+# killed-by: a_prompt_is_computed_whole_and_then_token_by_token | only None means
+"""Pass 1 takes an empty list of new blocks for a failure, so a request stops whenever its last block has room."""
+
+from folovllm.core.sched.scheduler import Scheduler as ReferenceScheduler
+from folovllm.core.sched.step import Step
+from folovllm.request import Request, RequestStatus
+
+
+class Scheduler(ReferenceScheduler):
+    def schedule_running(self, step: Step) -> None:
+        for request in list(self.running):
+            if step.token_budget == 0:
+                return
+            n = self.num_tokens_to_compute(request, request.num_computed_tokens, step.token_budget)
+            if n == 0:
+                continue
+            if request.status != RequestStatus.RUNNING:
+                continue
+            blocks = self.allocate_or_preempt(request, n, step)
+            if not blocks:
+                return
+            step.record(request, n, blocks)
+            step.continued.append(request)
+
+    def schedule_waiting(self, step: Step) -> None:
+        while self.waiting and step.token_budget > 0 and len(self.running) < self.max_num_seqs:
+            request = self.waiting.peek_request()
+            hits, num_hits = self.kv_cache_manager.get_computed_blocks(request)
+            n = self.num_tokens_to_compute(request, num_hits, step.token_budget)
+            if n == 0:
+                return
+            blocks = self.kv_cache_manager.allocate_slots(
+                request, n, hits, full_sequence_must_fit=self.reserve_full_sequence, num_new_computed_tokens=num_hits
+            )
+            if blocks is None:
+                return
+            self.waiting.pop_request()
+            self.admit(request, num_hits, step)
+            step.record(request, n, blocks)
+
+    def retire(self, request: Request) -> None:
+        if request in self.running:
+            self.running.remove(request)
+        else:
+            self.waiting.remove_requests([request])
+        self.kv_cache_manager.free(request)
+        self.finished_req_ids.add(request.request_id)
+        del self.requests[request.request_id]
