@@ -35,18 +35,32 @@ def check_prediction(exercise: Exercise, record: Record, answer: str) -> tuple[b
     Only the first line of the engine's answer is compared. The lines after it explain it, and may hold other numbers.
     """
     computed: str = load_file(exercise.folder / "checks.py").prediction()
-    is_right = normal_form(answer) == normal_form(computed.split("\n", 1)[0])
+    is_right = is_same_answer(answer, computed.split("\n", 1)[0])
     record.add("predict", exercise.id, answer=answer, right=is_right)
     return is_right, computed
 
 
-def normal_form(answer: str) -> list[str]:
-    """What two answers are compared by: their numbers, if there are any, and otherwise their words.
+def is_same_answer(answer: str, computed: str) -> bool:
+    """Compares the numbers of two answers if the computed one has any. Otherwise its words must occur, in their order.
 
-    E.g. "Blocks 1 and 2." and "[1, 2]" are equal, and so are "It waits" and "it waits!".
+    E.g. "Blocks 1 and 2." is the same as "[1, 2]", and "It waits, I think" the same as "waits".
     """
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3}\b)", "", answer))
-    return [f"{float(number):g}" for number in numbers] or re.findall(r"\w+", answer.casefold())
+    if numbers := numbers_of(computed):
+        return numbers_of(answer) == numbers
+    said = iter(_words(answer))
+    return all(word in said for word in _words(computed))
+
+
+def numbers_of(text: str) -> list[str]:
+    """E.g. "1,365 blocks of 16.0" -> ["1365", "16"]. A comma between digits separates thousands only in front of
+    three of them. The 4 of "float4" and the 2 of "m2" belong to names.
+    """
+    numbers = re.findall(r"(?<![\w.])-?(?:\d+\.?\d*|\.\d+)", re.sub(r"(?<=\d),(?=\d{3}\b)", "", text))
+    return [f"{float(number):.15g}" for number in numbers]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
 
 
 # ---- solutions

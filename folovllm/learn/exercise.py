@@ -48,6 +48,7 @@ class Exercise:
     torch: bool = False
     trace: bool | None = None  # compare traces on the toy engine; None: if the exercise is not about tensors
     engine: dict[str, Any] = field(default_factory=dict)
+    mine: dict[str, Any] = field(default_factory=dict)  # engine arguments without which --mine cannot run on the class
 
     @property
     def milestone(self) -> str:

@@ -40,6 +40,15 @@ def my_parts(work: Path) -> dict[str, str]:
     return {part: _combine(part, list(group), work) for part, group in groupby(passed, key=lambda e: e.part)}
 
 
+def my_engine_args(work: Path) -> dict[str, Any]:
+    """Returns the engine arguments that the learner's parts need.
+
+    E.g. the attention of m1/kv_contiguous knows only pages as long as a request, until m3/paged_gather takes its place.
+    """
+    latest = {exercise.part: exercise.mine for exercise in passed_exercises(work)}  # sorted by milestone
+    return {name: value for args in latest.values() for name, value in args.items()}
+
+
 def _combine(part: str, exercises: list[Exercise], work: Path) -> str:
     """The file of one exercise, or a new one that puts several together."""
     chosen = _with_one_reference(exercises, work)

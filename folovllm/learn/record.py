@@ -72,11 +72,19 @@ class Record:
             return "not begun"
         if not checks:
             return "begun"
-        if checks[-1].get("hash") != digest(path):
+        last = next((line for line in reversed(checks) if line.get("hash") == digest(path)), None)
+        if last is None:
             return "begun" if digest(path) == digest(exercise.skeleton) else "changed"
-        if not checks[-1].get("passed"):
-            return "failing" if FAILED in checks[-1].get("levels", {}).values() else "begun"
-        return "assisted" if self.of(exercise, "solution") else "passed"
+        if not last.get("passed"):
+            return "failing" if FAILED in last.get("levels", {}).values() else "begun"
+        return "assisted" if self._is_assisted(exercise) else "passed"
+
+    def _is_assisted(self, exercise: Exercise) -> bool:
+        """Whether the learner looked at the solution before the exercise first passed. Afterwards a look is no help."""
+        for line in self.lines:
+            if line.get("exercise") == exercise.id and (line.get("event") == "solution" or line.get("passed")):
+                return line.get("event") == "solution"
+        return False
 
     def is_passed(self, exercise: Exercise) -> bool:
         return self.state(exercise) in ("passed", "assisted")

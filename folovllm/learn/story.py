@@ -43,9 +43,12 @@ def story(exercise: Exercise, path: Path, results: Iterable[Result], why: bool =
         bad = [result for result in of_level if result.status in (FAILED, NOT_WRITTEN)]
         if bad:
             failed_level = number
-            yield from _failure(exercise, path, bad[0])
-            yield from textwrap.indent(check_source(exercise, bad[0].check) if why else "", "     | ").splitlines()
-        if others := [result.check for result in bad[1:] if result.status == FAILED]:
+            told = next((result for result in bad if result.status == FAILED), bad[0])  # a fault in what is written
+            yield from _failure(exercise, path, told)
+            yield from textwrap.indent(check_source(exercise, told.check) if why else "", "     | ").splitlines()
+            if missing := dict.fromkeys(_method(exercise, r) for r in bad if FAILED == told.status != r.status):
+                yield _indented(f"Not written yet: {', '.join(missing)}.")
+        if others := [result.check for result in bad if result.status == FAILED and result is not told]:
             yield _indented(f"Also failing: {', '.join(others)}. One fault often fails several checks.")
 
 
@@ -66,8 +69,7 @@ def _verdict(level: str, results: list[Result]) -> str:
 def _failure(exercise: Exercise, path: Path, result: Result) -> Iterator[str]:
     """The first failure of a level: the rule, what happened, where, the requirement, and what can be asked."""
     if result.status == NOT_WRITTEN:
-        method = result.message.removeprefix(f"{exercise.id}: ")
-        yield _indented(f"Not written yet: {method}. {path}, {result.where.partition(',')[0]}")
+        yield _indented(f"Not written yet: {_method(exercise, result)}. {path}, {result.where.partition(',')[0]}")
         return
     if result.level != "contract":
         yield _indented(f"{result.check}: {result.doc}")
@@ -80,6 +82,11 @@ def _failure(exercise: Exercise, path: Path, result: Result) -> Iterator[str]:
     if result.level != "contract":
         yield _indented(f"Stuck? {exercise.command('hint')} (hint {result.hint} of 3 is about this)")
         yield _indented(f"The check's source: {exercise.command('check')} --why")
+
+
+def _method(exercise: Exercise, result: Result) -> str:
+    """The method of which the skeleton's NotImplementedError says that it is not written yet."""
+    return result.message.removeprefix(f"{exercise.id}: ")
 
 
 def _printed(printed: str) -> Iterator[str]:

@@ -182,8 +182,11 @@ def in_worker(exercise, path, source):
 def test_an_endless_loop_is_a_result(exercise, work_file, monkeypatch):
     monkeypatch.setattr(grading, "OTHER_SECONDS", 0.3)
     work_file.write_text(SOLVED.replace("return self", "while True: pass\n        return self"))
-    result = {r.check: r for r in grade(exercise, work_file)}["the_first_one_leaves_first"]
+    results = {r.check: r for r in grade(exercise, work_file)}
+    result = results["the_first_one_leaves_first"]
     assert result.status == FAILED and "endless loop" in result.message and "while True" in result.where
+    # The others of the level would run into it, too, and each would take its 10 seconds.
+    assert results["the_queue_has_a_length"].status == SKIPPED
 
 
 def test_after_an_endless_loop_the_other_checks_are_not_waited_for(exercise, work_file, monkeypatch):

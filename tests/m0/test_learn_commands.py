@@ -16,8 +16,12 @@ from folovllm.entrypoints.commands import learn as learn_command
 from folovllm.entrypoints.commands import learn_progress
 from folovllm.learn import ask, workspace
 from folovllm.learn import exercise as exercise_module
-from folovllm.learn.mine import my_parts
+from folovllm.learn.ask import is_same_answer
+from folovllm.learn.exercise import get_exercise
+from folovllm.learn.grade import FAILED, NOT_WRITTEN, Result
+from folovllm.learn.mine import my_engine_args, my_parts
 from folovllm.learn.record import read_record
+from folovllm.learn.story import story
 from folovllm.milestones import RUNG_IDS
 from folovllm.parts import load_part
 from tests.learn_exercises import SOLVED, SOLVED_SECOND, make_milestones
@@ -148,6 +152,20 @@ def test_only_the_first_line_of_the_engines_answer_is_compared(here, monkeypatch
     assert "That is 7 * 4 + 3" in output and ("Right." in output) is right
 
 
+@pytest.mark.parametrize(
+    ("answer", "computed", "right"),
+    [
+        ("12288 and 1365", "12,288 bytes per token, and 1,365 blocks", True),
+        ("12288", "12,288 bytes per token, and 1,365 blocks", False),
+        (".5", "0.50 of float4", True),
+        ("waiting, RUNNING and then it is refused", "WAITING -> RUNNING; refused", True),
+        ("running, waiting, refused", "WAITING -> RUNNING; refused", False),
+    ],
+)
+def test_answers_are_the_same_if_their_numbers_or_else_their_words_are(answer, computed, right):
+    assert is_same_answer(answer, computed) is right
+
+
 def test_a_prediction_can_be_typed_in_and_must_be_given(here):
     assert "Right." in learn("m2", "predict", "queue", stdin="a\n")
     assert "no answer: give it as an argument" in learn("m2", "predict", "queue", code=2, stdin="")
@@ -160,6 +178,41 @@ def test_the_solution_is_the_engines_source_with_a_diff_and_counts_as_help(here)
     solve(here)
     assert "Passed (assisted" in learn("m2", "check", "queue")
     assert "assisted" in learn("status")
+
+
+def test_a_look_at_the_solution_after_passing_is_no_help(here):
+    solve(here)
+    learn("m2", "check", "queue")
+    learn("m2", "solution", "queue")
+    assert "m2/queue                 passed     1 check, solution seen" in learn("status")
+
+
+def test_a_file_that_is_put_back_to_what_passed_counts_as_passed(here):
+    solve(here)
+    learn("m2", "check", "queue")
+    solve(here, SOLVED.replace("popleft", "pop"))
+    learn("m2", "check", "queue", code=1)
+    solve(here)
+    assert "[x] queue" in learn()
+
+
+def test_the_last_hint_read_again_is_not_one_more(here):
+    for _ in range(5):
+        learn("m2", "hint", "queue")
+    assert "3 hints" in learn("status")
+
+
+def test_a_fault_is_told_before_what_is_not_written_yet(here, root, monkeypatch):
+    """Who writes one method after the other must see what is wrong with the first one."""
+    exercise = get_exercise("m2", "queue", root)
+    results = [
+        Result("unit", "later", NOT_WRITTEN, "m2/queue: pop_request", where="line 11, in pop_request"),
+        Result("unit", "first", FAILED, "the first one is wrong", doc="It is right."),
+        Result("unit", "second", FAILED, "the second one is wrong"),
+    ]
+    lines = "\n".join(story(exercise, Path("work/m2/queue.py"), results))
+    assert "the first one is wrong" in lines and "Not written yet: pop_request." in lines
+    assert "Also failing: second." in lines and "the second one is wrong" not in lines
 
 
 def test_the_solution_is_shown_for_a_file_that_cannot_be_parsed(here):
@@ -178,6 +231,20 @@ def test_reset_keeps_what_was_there(here):
 
 def test_read_shows_what_to_write(here):
     assert "What to write." in learn("m2", "read", "queue")
+
+
+def test_read_names_pages_from_where_the_learner_stands(here, monkeypatch):
+    readme = exercise_module.get_exercise("m2", "queue").folder / "README.md"
+    monkeypatch.setattr(Path, "read_text", read_text_of(readme, "[a page](../../../../docs/learn/02.md#a)"))
+    assert f"[a page]({exercise_module.PACKAGE.parent}/docs/learn/02.md#a)" in learn("m2", "read", "queue")
+    monkeypatch.setattr(learn_progress, "PACKAGE", here / "installed/folovllm")
+    assert "[a page](https://github.com/folovllm/folovllm/blob/main/docs/learn/02.md#a)" in learn("m2", "read", "queue")
+
+
+def read_text_of(path: Path, text: str):
+    """Path.read_text, which finds `text` in one file."""
+    original = Path.read_text
+    return lambda self, **options: text if self == path else original(self, **options)
 
 
 def test_status_log_and_report(here):
@@ -450,3 +517,24 @@ def test_the_tests_run_on_a_part(here, args, code, words):
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == code and words in done.stdout + done.stderr, done.stdout + done.stderr
+
+
+def test_mine_adds_the_engine_arguments_that_a_part_needs(here, root, monkeypatch, capsys):
+    """A learner passed m1/kv_contiguous, which knows one page per request, and `chat --mine` failed at once."""
+    from folovllm.entrypoints.commands.options import EngineOptions
+
+    path = root / "m2/exercises/queue/exercise.toml"
+    text = path.read_text()
+    try:
+        path.write_text(text + 'mine = { block_size = "max_model_len" }\n')
+        solve(here)
+        learn("m2", "check", "queue")
+        assert my_engine_args(Path("work")) == {"block_size": "max_model_len"}
+        assert EngineOptions(mine=True).engine_args()["block_size"] == "max_model_len"
+        assert "they need: block_size=max_model_len" in capsys.readouterr().err
+        assert EngineOptions(mine=True, engine_arg=["block_size=32"]).engine_args()["block_size"] == 32
+        solve(here, SOLVED_SECOND, "preempted")  # a later exercise on the part, which needs nothing
+        learn("m2", "check", "preempted")
+        assert my_engine_args(Path("work")) == {}
+    finally:
+        path.write_text(text)

@@ -100,7 +100,8 @@ def milestone_app(rung: Rung) -> typer.Typer:
     @app.command("read")
     def read(exercise: NameArgument) -> None:
         """Show what to write, with an example in numbers."""
-        typer.echo((get_exercise(rung.id, exercise).folder / "README.md").read_text(encoding="utf-8").rstrip())
+        text = (get_exercise(rung.id, exercise).folder / "README.md").read_text(encoding="utf-8").rstrip()
+        typer.echo(text.replace("](../../../../", f"]({progress.pages_base()}"))
 
     @app.command("check")
     def check(
@@ -153,7 +154,7 @@ def milestone_app(rung: Rung) -> typer.Typer:
 
     @app.command("solution")
     def solution(ctx: typer.Context, exercise: NameArgument) -> None:
-        """Show the engine's own source of your methods, and how yours differs. The exercise then counts as assisted."""
+        """Show the engine's own source of your methods, and how yours differs. Before it passed, that counts as help."""
         chosen = get_exercise(rung.id, exercise)
         for text in ask.solution(chosen, read_record(ctx.obj), chosen.work_file(ctx.obj)):
             typer.echo(text)

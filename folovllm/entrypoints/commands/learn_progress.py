@@ -44,10 +44,10 @@ def show_next(record: Record, track: str = "all") -> None:
 def _show_how_to_go_on(exercise: Exercise, record: Record) -> None:
     typer.echo(f"  {exercise.id}: {exercise.title} (about {exercise.minutes} minutes, level {exercise.level} of 3)")
     if record.state(exercise) == "not begun" and exercise.part != ALL_PARTS:
-        typer.echo(f"  folovllm learn {exercise.milestone:<24} creates {exercise.work_file(record.work)}")
-    typer.echo(f"  {exercise.command('read'):<39} what to write")
-    typer.echo(f"  {exercise.command('predict'):<39} first say what the engine does")
-    typer.echo(f"  {exercise.command('check'):<39} check it")
+        typer.echo(f"  folovllm learn {exercise.milestone:<28} creates {exercise.work_file(record.work)}")
+    typer.echo(f"  {exercise.command('read'):<43} what to write")
+    typer.echo(f"  {exercise.command('predict'):<43} first say what the engine does")
+    typer.echo(f"  {exercise.command('check'):<43} check it")
 
 
 def show_milestone(rung: Rung, record: Record, new: list[Exercise]) -> None:
@@ -76,9 +76,15 @@ def _goals(milestone: str) -> str:
     found = re.search(r"\*\*Goals\.\*\*.*?(?=\n\n)", text, re.DOTALL)
     goals = found[0].replace("**Goals.** ", "").replace("**", "").replace("`", "") if found else ""
     page = tomllib.loads((milestones_dir() / "manifest.toml").read_text(encoding="utf-8"))[milestone]["learn"]
-    is_clone = (PACKAGE.parent / page).is_file()
-    where = page if is_clone else f"https://github.com/folovllm/folovllm/blob/main/{page}"
-    return f"{goals}\nRead first: {where}"
+    return f"{goals}\nRead first: {pages_base()}{page}"
+
+
+def pages_base() -> str:
+    """What stands before docs/learn/...: the folder of the clone, as seen from here, or else the public address."""
+    root = PACKAGE.parent
+    if not (root / "docs/learn").is_dir():
+        return "https://github.com/folovllm/folovllm/blob/main/"
+    return "" if root == Path.cwd() else f"{root}/"
 
 
 def show_passed(exercise: Exercise, record: Record) -> None:
@@ -115,8 +121,9 @@ def status(ctx: typer.Context) -> None:
 def _counts(record: Record, exercise: Exercise) -> str:
     """E.g. "4 checks, 1 hint, prediction right, solution seen"."""
     words = []
-    for event, word in (("check", "check"), ("hint", "hint")):
-        if number := len(record.of(exercise, event)):
+    layers = {line.get("layer") for line in record.of(exercise, "hint")}  # the last one may be read again
+    for number, word in ((len(record.of(exercise, "check")), "check"), (len(layers), "hint")):
+        if number:
             words.append(f"{number} {word}{'s' if number > 1 else ''}")
     if predictions := record.of(exercise, "predict"):
         words.append("prediction right" if predictions[0].get("right") else "prediction wrong")

@@ -111,7 +111,8 @@ class EngineOptions:
         own = {name: value for name, value in vars(self).items() if value is not None}
         own = {name: own[name] for name in own if name not in ("preset", "without", "part", "mine", "engine_arg")}
         if self.part or self.mine:
-            own["parts"] = (my_own_parts() if self.mine else {}) | parse_parts(self.part or ())
+            mine, needed = my_own_parts() if self.mine else ({}, {})
+            own["parts"], defaults = mine | parse_parts(self.part or ()), defaults | needed
         extra = parse_engine_args(self.engine_arg or ())
         for name in own.keys() & extra.keys():
             raise ValueError(
@@ -242,14 +243,16 @@ def parse_parts(items: Iterable[str]) -> dict[str, str]:
     return parts
 
 
-def my_own_parts() -> dict[str, str]:
-    """The parts that the learner has written in ./work, with a note of what they are on stderr."""
-    from folovllm.learn.mine import my_parts
+def my_own_parts() -> tuple[dict[str, str], dict[str, Any]]:
+    """The parts that the learner has written in ./work and the engine arguments that they need; notes both on stderr."""
+    from folovllm.learn.mine import my_engine_args, my_parts
     from folovllm.learn.workspace import find_work
 
-    parts = my_parts(find_work())
+    parts, args = my_parts(find_work()), my_engine_args(find_work())
     typer.secho("your parts: " + ", ".join(f"{name} ({spec})" for name, spec in parts.items()), dim=True, err=True)
-    return parts
+    if args:
+        typer.secho("they need: " + ", ".join(f"{name}={value}" for name, value in args.items()), dim=True, err=True)
+    return parts, args
 
 
 def parse_value(text: str) -> Any:
