@@ -154,7 +154,7 @@ def milestone_app(rung: Rung) -> typer.Typer:
 
     @app.command("solution")
     def solution(ctx: typer.Context, exercise: NameArgument) -> None:
-        """Show the engine's own source of your methods, and how yours differs. Before it passed, that counts as help."""
+        """Show the engine's own source of your methods, and how yours differs. Before you pass, this counts as help."""
         chosen = get_exercise(rung.id, exercise)
         for text in ask.solution(chosen, read_record(ctx.obj), chosen.work_file(ctx.obj)):
             typer.echo(text)

@@ -244,7 +244,7 @@ def parse_parts(items: Iterable[str]) -> dict[str, str]:
 
 
 def my_own_parts() -> tuple[dict[str, str], dict[str, Any]]:
-    """The parts that the learner has written in ./work and the engine arguments that they need; notes both on stderr."""
+    """The parts that the learner has written in ./work, and the engine arguments that they need; both go to stderr."""
     from folovllm.learn.mine import my_engine_args, my_parts
     from folovllm.learn.workspace import find_work
 

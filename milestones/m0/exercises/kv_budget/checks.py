@@ -41,10 +41,14 @@ def prediction() -> str:
 @check("unit", spec="R0.5", hint=1)
 def four_real_models(mine: Mine) -> None:
     """A token adds K and V in every layer: one vector of head_dim numbers per KV head, not per query head."""
-    for name, (layers, hidden, _, kv_heads, head_dim, expected) in MODELS.items():
+    for name, (layers, hidden, heads, kv_heads, head_dim, expected) in MODELS.items():
         got = mine.cls().bytes_per_token(make_arch(name), BF16)
         by_hidden_size = 2 * layers * hidden * BF16
+        by_quotient = 2 * layers * kv_heads * (hidden // heads) * BF16
         why = " (2 * layers * hidden_size counts query heads)" if got == by_hidden_size else ""
+        why = (
+            " (hidden_size // query heads is not always the head_dim; use arch.head_dim)" if got == by_quotient else why
+        )
         assert got == expected, (
             f"{name} in bf16: {got:,} bytes per token, expected {expected:,}{why}. It has {layers} layers and "
             f"{kv_heads} KV heads of {head_dim} numbers. A wrong figure wastes memory or runs out of it"
@@ -87,8 +91,9 @@ def no_more_than_can_be_used(mine: Mine) -> None:
     config = make_config(max_model_len=100, max_num_seqs=3)
     got = mine.cls().num_blocks(config, available_bytes=10**12, bytes_per_block=1000)
     assert got == 22, (
-        f"3 requests of at most 100 tokens in blocks of 16 use 3 * 7 = 21 blocks; with plenty of memory the count is "
-        f"{got}, expected 22 (with the null block). More is wasted memory, less makes the last request wait"
+        f"100 tokens in blocks of 16 fill 6 blocks and a part of the 7th, so 3 requests of this length use 3 * 7 = 21 "
+        f"blocks; with plenty of memory the count is {got}, expected 22 (with the null block). More is wasted memory, "
+        "less makes the last request wait"
     )
 
 

@@ -42,7 +42,7 @@ def prediction() -> str:
         request.set_status(status)
         passed.append(request.status.name)
     refused = not moves(request, S.FINISHED_LENGTH_CAPPED)
-    return f"{' -> '.join(passed)}; the last report is {'refused with AssertionError' if refused else 'accepted'}"
+    return f"{' -> '.join(passed)}; {'refused (with AssertionError)' if refused else 'accepted'}"
 
 
 @check("unit", spec="R0.28", hint=1)
@@ -63,7 +63,8 @@ def a_request_can_finish_from_every_living_state(mine: Mine) -> None:
             request = make(mine.cls)
             request.status = before
             assert moves(request, after), (
-                f"{before.name} -> {after.name} was refused, and it is legal: an abort or an error may come at any time"
+                f"{before.name} -> {after.name} was refused, and it is legal: an abort or an error may come at any time, "
+                "and set_status does not ask which reasons fit a state"
             )
             assert request.status == after, f"after {before.name} -> {after.name} the status is {request.status.name}"
 

@@ -51,17 +51,21 @@ class ToyTokenizer:
         return ids
 
 
-def stream(cls: Any, ids: list[int], prompt: str = "", skip: bool = True, strips: bool = False) -> list[str]:
+def stream(
+    cls: Any, ids: list[int], prompt: str | list[int] = "", skip: bool = True, strips: bool = False
+) -> list[str]:
     """What each call of step returns, and then flush."""
     tokenizer = ToyTokenizer(strips)
-    decoder = cls(tokenizer, tokenizer.encode(prompt), skip)
+    decoder = cls(tokenizer, tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, skip)
     return [*(decoder.step(token_id) for token_id in ids), decoder.flush()]
 
 
 def prediction() -> str:
     ids = ToyTokenizer.encode("é你!")
+    pieces, early = stream(TextStream, ids), stream(TextStream, ids[:4])
+    calls = [str(pieces.index(character) + 1) for character in "é你!"]
     return (
-        f"step returns {stream(TextStream, ids)[:-1]}; if it ends early, {stream(TextStream, ids[:4])} with flush last"
+        f"calls {', '.join(calls)}; flush returns {len(early[-1])} (step returned {pieces[:-1]}; flush: {early[-1]!r})"
     )
 
 
@@ -115,6 +119,12 @@ def special_tokens_are_skipped_or_written(mine: Mine) -> None:
     assert got == " the caté", f"with skip_special_tokens the text is {got!r}, expected ' the caté'"
     got = "".join(stream(mine.cls, [256, END, 257], skip=False))
     assert got == " the<|end|> cat", f"without skip_special_tokens it is {got!r}, expected ' the<|end|> cat'"
+    for prompt, ids in (([258], [256, END, 257]), ([258, USER], [256, 257])):  # the prompt is "hello"
+        got = "".join(stream(mine.cls, ids, prompt, strips=True))
+        assert got == " the cat", (
+            f"the prompt {prompt} and the tokens {ids} (258 is 'hello', 256 ' the', 257 ' cat', and {END} and {USER} "
+            f"are skipped) gave {got!r}, expected ' the cat': a skipped token has no text to show or to lean on"
+        )
 
 
 @check("property", spec="R1.28", hint=2)

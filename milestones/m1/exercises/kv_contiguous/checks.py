@@ -16,10 +16,13 @@ NAN = float("nan")
 class Page:
     """A backend with a cache of a few pages, all NaN, and batches on it."""
 
-    def __init__(self, cls: Any, num_heads: int = 4, num_kv_heads: int = 2, head_size: int = 8, size: int = 16) -> None:
-        self.spec = AttentionSpec(num_heads, num_kv_heads, head_size, torch.float32, torch.device("cpu"), size)
+    def __init__(self, cls: Any, num_heads: int = 4, num_kv_heads: int = 2, head_size: int = 8, size: int = 16,
+                 dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
+        self.spec = AttentionSpec(num_heads, num_kv_heads, head_size, dtype, torch.device("cpu"), size)
         self.backend = cls(self.spec)
-        self.cache = torch.full((2, 5, size, num_kv_heads, head_size), NAN)  # [2, 5 pages, size, kv heads, head_size]
+        self.cache = torch.full(
+            (2, 5, size, num_kv_heads, head_size), NAN, dtype=dtype
+        )  # [2, 5 pages, size, kv heads, head_size]
 
     def batch(self, *requests: tuple[int, int, int]) -> AttentionMetadata:
         """A batch of requests, each (page, tokens that are in the cache, new tokens)."""
@@ -97,26 +100,6 @@ def a_token_goes_to_its_position(mine: Mine) -> None:
         )
 
 
-@check("unit", spec="R1.11", hint=2)
-def more_than_one_page_is_right_or_refused(mine: Mine) -> None:
-    """With m3's small pages, write goes by slots and is right. forward is right, too, or it says what is wrong."""
-    page = Page(mine.cls, size=4)
-    qkv, table = page.tensors(6, seed=5), torch.tensor([[3, 1]], dtype=torch.int32)  # [1, 2]
-    slots = torch.tensor([12, 13, 14, 15, 4, 5])
-    metadata = AttentionMetadata([0, 6], [6], table, slots, block_size=4)
-    page.backend.prepare(metadata)
-    page.backend.write(qkv[1], qkv[2], page.cache, metadata)
-    off = error(page.cache.flatten(1, 2)[:, slots], torch.stack(qkv[1:]))
-    assert off == 0, "6 tokens with the slots 12 to 15, 4 and 5 (pages 3 and 1 of 4 tokens) are not in their slots"
-    try:
-        got = page.backend.forward(qkv[0], page.cache, metadata)
-    except ValueError:
-        return
-    assert error(got, formula(qkv)) < 1e-5, (
-        "a request of 6 tokens on two pages of 4 got a wrong answer: raise ValueError if seq_lens[i] > block_size"
-    )
-
-
 @check("unit", spec="R1.16", hint=2)
 def a_prompt_gives_the_formula(mine: Mine) -> None:
     """A prompt in an empty page gets softmax(q k / sqrt(d)) v over the keys up to each token's own."""
@@ -144,6 +127,41 @@ def later_queries_see_the_cache(mine: Mine) -> None:
     assert not wrong, (
         f"3 queries on 7 keys: the rows {wrong} are off by up to {error(got, expected):.3g}. Row 0 is at position 4 "
         "and sees 5 keys; a triangle that starts top left gives it only 1"
+    )
+
+
+@check("unit", spec="R1.11", hint=2)
+def more_than_one_page_is_right_or_refused(mine: Mine) -> None:
+    """With m3's small pages, write goes by slots and is right. forward is right, too, or it says what is wrong."""
+    page = Page(mine.cls, size=4)
+    qkv, table = page.tensors(6, seed=5), torch.tensor([[3, 1]], dtype=torch.int32)  # [1, 2]
+    slots = torch.tensor([12, 13, 14, 15, 4, 5])
+    metadata = AttentionMetadata([0, 6], [6], table, slots, block_size=4)
+    page.backend.prepare(metadata)
+    page.backend.write(qkv[1], qkv[2], page.cache, metadata)
+    off = error(page.cache.flatten(1, 2)[:, slots], torch.stack(qkv[1:]))
+    assert off == 0, "6 tokens with the slots 12 to 15, 4 and 5 (pages 3 and 1 of 4 tokens) are not in their slots"
+    try:
+        got = page.backend.forward(qkv[0], page.cache, metadata)
+    except ValueError:
+        return
+    assert error(got, formula(qkv)) < 1e-5, (
+        "a request of 6 tokens on two pages of 4 got a wrong answer: raise ValueError if seq_lens[i] > block_size"
+    )
+
+
+@check("unit", spec="R1.16", hint=2)
+def a_cache_in_bf16_is_computed_in_float32(mine: Mine) -> None:
+    """A bf16 number has 8 bits: if every sum is rounded to it, the errors add up. Only the result is rounded."""
+    page = Page(mine.cls, size=64, dtype=torch.bfloat16)
+    qkv = tuple(x.bfloat16() for x in page.tensors(64, seed=6))
+    got, exact = page.run(qkv, page.batch((2, 0, 64))), formula(qkv)
+    assert got.dtype == torch.bfloat16, f"the query is torch.bfloat16 and the output {got.dtype}, expected the same"
+    once = float((exact.bfloat16().float() - exact).abs().mean())
+    mean = float((got.float() - exact).abs().mean())
+    assert mean <= 1.2 * once, (
+        f"64 tokens in bf16: the numbers are off by {mean:.2g} on average, and rounding once costs {once:.2g}: the "
+        "scores or the weights were rounded to bf16 on the way"
     )
 
 

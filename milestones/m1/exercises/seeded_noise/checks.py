@@ -36,7 +36,7 @@ def with_noise(cls: Any, values: list[list[float]]) -> Any:
 def prediction() -> str:
     probs, values = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.0, 0.2]]), [[1.0, 0.3, 0.5]] * 2
     first, second = with_noise(Sampler, values).random_sample(probs, [0, 0], [0, 0]).tolist()
-    return f"token {first} (the clocks ring at 2.0, 1.0 and 2.5), and token {second} with the second one masked"
+    return f"token {first} (the clocks ring at 2.0, 1.0 and 2.5), and token {second} (with the second one masked)"
 
 
 @check("unit", spec="R1.26", hint=1)
@@ -98,11 +98,16 @@ def neighbours_are_not_related(mine: Mine) -> None:
             "the seeds s, s + 1, s + 2, and would repeat each other's draws"
         )
         seen[values] = key
+    for one, other in (((1, 23), (12, 3)), ((1, 10), (11, 0)), ((2, 1), (1, 2))):
+        assert not torch.equal(noise(mine, [one[0]], [one[1]]), noise(mine, [other[0]], [other[1]])), (
+            f"(seed, index) {one} and {other} have the same noise: the two numbers must be told apart before they are "
+            "mixed, e.g. by a comma between them"
+        )
 
 
 @check("unit", spec="R1.26", hint=3)
 def every_integer_is_a_seed(mine: Mine) -> None:
-    """Seeds are 64-bit integers of either sign, as users and ParentRequest make them."""
+    """A user may give any 64-bit integer of either sign as a seed, and n = 3 counts up from it."""
     seeds = [0, 3, 3 + 2**32, -2, 2**63 - 1, -(2**63), 2**64 - 1]
     try:
         got = noise(mine, seeds, [0] * len(seeds))
