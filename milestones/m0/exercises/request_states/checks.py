@@ -63,8 +63,8 @@ def a_request_can_finish_from_every_living_state(mine: Mine) -> None:
             request = make(mine.cls)
             request.status = before
             assert moves(request, after), (
-                f"{before.name} -> {after.name} was refused, and it is legal: an abort or an error may come at any time, "
-                "and set_status does not ask which reasons fit a state"
+                f"{before.name} -> {after.name} was refused, and it is legal: an abort or an error may come at any "
+                "time, and set_status does not ask which reasons fit a state"
             )
             assert request.status == after, f"after {before.name} -> {after.name} the status is {request.status.name}"
 

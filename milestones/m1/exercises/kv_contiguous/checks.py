@@ -16,8 +16,15 @@ NAN = float("nan")
 class Page:
     """A backend with a cache of a few pages, all NaN, and batches on it."""
 
-    def __init__(self, cls: Any, num_heads: int = 4, num_kv_heads: int = 2, head_size: int = 8, size: int = 16,
-                 dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
+    def __init__(
+        self,
+        cls: Any,
+        num_heads: int = 4,
+        num_kv_heads: int = 2,
+        head_size: int = 8,
+        size: int = 16,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.spec = AttentionSpec(num_heads, num_kv_heads, head_size, dtype, torch.device("cpu"), size)
         self.backend = cls(self.spec)
         self.cache = torch.full(

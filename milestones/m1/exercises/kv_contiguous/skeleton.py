@@ -12,8 +12,8 @@ class Backend(TorchNaiveBackend):
     kv_cache is [2, num_blocks, block_size, num_kv_heads, head_size], where 0 holds the keys and 1 the values. Request i
     has one block, `metadata.block_table[i, 0]`: its token at position p (from 0) is entry p of that block.
 
-    Of `metadata` you need query_start_loc (list of int, [num_reqs + 1]), seq_lens (list of int, [num_reqs]), block_table
-    (int32 tensor, [num_reqs, n]), slot_mapping (int64 tensor, [num_tokens]), block_size and num_reqs.
+    Of `metadata` you need query_start_loc (a list of num_reqs + 1 integers), seq_lens (a list of num_reqs integers),
+    block_table (int32 tensor, [num_reqs, n]), slot_mapping (int64 tensor, [num_tokens]), block_size and num_reqs.
     """
 
     def write(

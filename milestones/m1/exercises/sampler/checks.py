@@ -41,9 +41,7 @@ def prediction() -> str:
     logits = log(PROBS)
     Sampler.apply_top_k_(logits, torch.tensor([2]), 2)
     Sampler.apply_top_p_(logits, torch.tensor([0.7]))
-    return (
-        f"{alone[0]}, {alone[1]} and {len(kept(logits))} (after top_k = 2 the 0.5 and 0.3 have become 0.625 and 0.375)"
-    )
+    return f"{alone[0]}, {alone[1]} and {len(kept(logits))} (0.5 and 0.3 have become 0.625 and 0.375)"
 
 
 @check("unit", spec="R1.18", hint=3)
@@ -103,8 +101,8 @@ def a_step_that_is_off_changes_no_bit(mine: Mine) -> None:
     mine.cls.apply_top_p_(logits, torch.tensor([1.0, 0.5]).repeat(8))
     lost = int((logits[::2] != rows[::2]).sum())
     assert lost == 0, (
-        f"top_p=1 (off) changed {lost} logits of 8 rows of 300: the cumulative sum of the likeliest may reach 1, or pass "
-        "it, before the last token"
+        f"top_p=1 (off) changed {lost} logits of 8 rows of 300: the cumulative sum of the likeliest may reach 1, or "
+        "pass it, before the last token"
     )
 
 

@@ -1,5 +1,5 @@
 # killed-by: neighbours_are_not_related | (1, 23) and (12, 3) have the same noise
-"""Hashes the digits of the seed and of the index without anything between them: 1 and 23 read like 12 and 3.
+"""Hashes the digits of both numbers without anything between them: 1 and 23 read like 12 and 3.
 
 A learner of this exercise passed all checks with it.
 """
