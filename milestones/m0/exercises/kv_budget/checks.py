@@ -35,7 +35,8 @@ def prediction() -> str:
     budget = KVCacheBudget()
     per_token = budget.bytes_per_token(make_arch("Qwen2.5-0.5B"), BF16)
     blocks = budget.num_blocks(make_config(kv_cache_memory=256 * 2**20), 0, 16 * per_token)
-    return f"{per_token:,} bytes per token (2 * 24 * 2 * 64 * 2), and {blocks:,} blocks"
+    sums = "2 (K and V) * 24 layers * 2 heads * 64 numbers * 2 bytes, and 16 tokens to a block."
+    return f"{per_token:,} bytes per token, and {blocks:,} blocks\n{sums}"
 
 
 @check("unit", spec="R0.5", hint=1)

@@ -42,7 +42,9 @@ def prediction() -> str:
         request.set_status(status)
         passed.append(request.status.name)
     refused = not moves(request, S.FINISHED_LENGTH_CAPPED)
-    return f"{' -> '.join(passed)}; {'refused (with AssertionError)' if refused else 'accepted'}"
+    return (
+        f"{' -> '.join(passed)}; {'refused' if refused else 'accepted'}\nset_status refuses a move with AssertionError."
+    )
 
 
 @check("unit", spec="R0.28", hint=1)

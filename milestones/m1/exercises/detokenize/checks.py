@@ -64,9 +64,7 @@ def prediction() -> str:
     ids = ToyTokenizer.encode("é你!")
     pieces, early = stream(TextStream, ids), stream(TextStream, ids[:4])
     calls = [str(pieces.index(character) + 1) for character in "é你!"]
-    return (
-        f"calls {', '.join(calls)}; flush returns {len(early[-1])} (step returned {pieces[:-1]}; flush: {early[-1]!r})"
-    )
+    return f"calls {', '.join(calls)}; flush returns {len(early[-1])}\nstep returns {pieces[:-1]}; flush: {early[-1]!r}"
 
 
 @check("unit", spec="R1.29", hint=1)

@@ -41,7 +41,9 @@ def prediction() -> str:
     logits = log(PROBS)
     Sampler.apply_top_k_(logits, torch.tensor([2]), 2)
     Sampler.apply_top_p_(logits, torch.tensor([0.7]))
-    return f"{alone[0]}, {alone[1]} and {len(kept(logits))} (0.5 and 0.3 have become 0.625 and 0.375)"
+    return (
+        f"{alone[0]}, {alone[1]} and {len(kept(logits))}\nAfter top_k = 2 the 0.5 and 0.3 have become 0.625 and 0.375."
+    )
 
 
 @check("unit", spec="R1.18", hint=3)

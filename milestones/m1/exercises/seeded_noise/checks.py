@@ -36,7 +36,7 @@ def with_noise(cls: Any, values: list[list[float]]) -> Any:
 def prediction() -> str:
     probs, values = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.0, 0.2]]), [[1.0, 0.3, 0.5]] * 2
     first, second = with_noise(Sampler, values).random_sample(probs, [0, 0], [0, 0]).tolist()
-    return f"token {first} (the clocks ring at 2.0, 1.0 and 2.5), and token {second} (with the second one masked)"
+    return f"tokens {first} and {second}\nThe clocks ring at 2.0, 1.0 and 2.5; the one in the middle is masked then."
 
 
 @check("unit", spec="R1.26", hint=1)
