@@ -76,7 +76,14 @@ class Record:
             return "begun" if digest(path) == digest(exercise.skeleton) else "changed"
         if not checks[-1].get("passed"):
             return "failing" if FAILED in checks[-1].get("levels", {}).values() else "begun"
-        return "assisted" if self.of(exercise, "solution") else "passed"
+        return "assisted" if self.was_helped(exercise) else "passed"
+
+    def was_helped(self, exercise: Exercise) -> bool:
+        """Whether the solution was shown before the exercise passed for the first time."""
+        for line in self.lines:
+            if line.get("exercise") == exercise.id and (line.get("event") == "solution" or line.get("passed")):
+                return line.get("event") == "solution"
+        return False
 
     def is_passed(self, exercise: Exercise) -> bool:
         return self.state(exercise) in ("passed", "assisted")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from folovllm.learn.ask import check_source
 from folovllm.learn.exercise import ALL_PARTS, Exercise, spec_line
-from folovllm.learn.grade import FAILED, NOT_WRITTEN, OK, Result
+from folovllm.learn.grade import FAILED, NOT_WRITTEN, OK, SKIPPED, Result
 
 WIDTH = 110
 MAX_PRINTED_LINES = 20
@@ -47,6 +47,8 @@ def story(exercise: Exercise, path: Path, results: Iterable[Result], why: bool =
             yield from textwrap.indent(check_source(exercise, bad[0].check) if why else "", "     | ").splitlines()
         if others := [result.check for result in bad[1:] if result.status == FAILED]:
             yield _indented(f"Also failing: {', '.join(others)}. One fault often fails several checks.")
+        if bad and (num_left := sum(result.status == SKIPPED for result in of_level)):
+            yield _indented(f"Not run after it: {num_left} check{'s' if num_left > 1 else ''} of this level.")
 
 
 def _line(number: int, level: str, verdict: str) -> str:

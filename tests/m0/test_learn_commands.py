@@ -126,6 +126,7 @@ def test_hints_come_one_layer_at_a_time(here):
     ]  # fmt: skip
     assert "solution queue" in texts[2] and texts[3] == texts[2]
     assert [line["layer"] for line in recorded(here) if line["event"] == "hint"] == [1, 2, 3, 3]
+    assert "3 hints" in learn("status")
 
 
 @pytest.mark.parametrize(("answer", "right"), [("a", True), ("  A! ", True), ("b", False)])
@@ -160,6 +161,13 @@ def test_the_solution_is_the_engines_source_with_a_diff_and_counts_as_help(here)
     solve(here)
     assert "Passed (assisted" in learn("m2", "check", "queue")
     assert "assisted" in learn("status")
+
+
+def test_a_look_at_the_solution_after_passing_is_no_help(here):
+    solve(here)
+    assert "Passed. " in learn("m2", "check", "queue")
+    learn("m2", "solution", "queue")
+    assert "Passed. " in learn("m2", "check", "queue") and "assisted" not in learn("status")
 
 
 def test_the_solution_is_shown_for_a_file_that_cannot_be_parsed(here):

@@ -153,7 +153,10 @@ def milestone_app(rung: Rung) -> typer.Typer:
 
     @app.command("solution")
     def solution(ctx: typer.Context, exercise: NameArgument) -> None:
-        """Show the engine's own source of your methods, and how yours differs. The exercise then counts as assisted."""
+        """Show the engine's own source of your methods, and how yours differs.
+
+        An exercise that has not passed before counts as assisted from then on.
+        """
         chosen = get_exercise(rung.id, exercise)
         for text in ask.solution(chosen, read_record(ctx.obj), chosen.work_file(ctx.obj)):
             typer.echo(text)

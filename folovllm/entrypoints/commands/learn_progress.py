@@ -115,8 +115,9 @@ def status(ctx: typer.Context) -> None:
 def _counts(record: Record, exercise: Exercise) -> str:
     """E.g. "4 checks, 1 hint, prediction right, solution seen"."""
     words = []
-    for event, word in (("check", "check"), ("hint", "hint")):
-        if number := len(record.of(exercise, event)):
+    layers = {line.get("layer") for line in record.of(exercise, "hint")}  # the last one can be asked for again
+    for number, word in ((len(record.of(exercise, "check")), "check"), (len(layers), "hint")):
+        if number:
             words.append(f"{number} {word}{'s' if number > 1 else ''}")
     if predictions := record.of(exercise, "predict"):
         words.append("prediction right" if predictions[0].get("right") else "prediction wrong")
