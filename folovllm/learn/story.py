@@ -10,7 +10,7 @@ from pathlib import Path
 
 from folovllm.learn.ask import check_source
 from folovllm.learn.exercise import ALL_PARTS, Exercise, spec_line
-from folovllm.learn.grade import FAILED, NOT_WRITTEN, OK, Result
+from folovllm.learn.grade import FAILED, NOT_WRITTEN, OK, SKIPPED, Result
 
 WIDTH = 110
 MAX_PRINTED_LINES = 20
@@ -50,6 +50,8 @@ def story(exercise: Exercise, path: Path, results: Iterable[Result], why: bool =
                 yield _indented(f"Not written yet: {', '.join(missing)}.")
         if others := [result.check for result in bad if result.status == FAILED and result is not told]:
             yield _indented(f"Also failing: {', '.join(others)}. One fault often fails several checks.")
+        if bad and (num_left := sum(result.status == SKIPPED for result in of_level)):
+            yield _indented(f"Not run after it: {num_left} check{'s' if num_left > 1 else ''} of this level.")
 
 
 def _line(number: int, level: str, verdict: str) -> str:

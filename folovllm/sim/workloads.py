@@ -80,10 +80,10 @@ def make_sim_workload(name: str, num_requests: int = 64, rate: float | None = No
 
 def follow_recipe(recipe: Recipe, name: str, num_requests: int, seed: int = 0) -> SimWorkload:
     """A workload made as `recipe` says. E.g. follow_recipe(Recipe("two at once", 0.0, (5, 9), (3, 3)), "two", 2)."""
-    if num_requests < 1 or recipe.rate < 0:
-        raise ValueError(
-            f"num_requests={num_requests} and rate={recipe.rate}: at least 1, and at least 0 (0: all at once)"
-        )
+    if num_requests < 1:
+        raise ValueError(f"num_requests must be at least 1; got {num_requests}")
+    if recipe.rate < 0:
+        raise ValueError(f"rate must be at least 0 (0: all at once); got {recipe.rate:g}")
     rng, rate = random.Random(f"{name} {seed}"), recipe.rate
     systems = [_ids(rng, recipe.system_prompt, recipe.system_prompt) for _ in range(NUM_SERVICES)]
     requests: list[SimRequest] = []

@@ -196,6 +196,7 @@ def test_after_an_endless_loop_the_other_checks_are_not_waited_for(exercise, wor
     results = graded(exercise, work_file, looping)
     assert results["the_first_one_leaves_first"].status == FAILED
     assert results["the_queue_has_a_length"].status == SKIPPED  # of the same level
+    assert "Not run after it: 1 check of this level." in "\n".join(story(exercise, work_file, results.values()))
 
 
 def test_a_loop_that_cannot_be_interrupted_is_ended_from_outside(exercise, work_file, monkeypatch):

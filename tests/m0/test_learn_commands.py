@@ -130,6 +130,7 @@ def test_hints_come_one_layer_at_a_time(here):
     ]  # fmt: skip
     assert "solution queue" in texts[2] and texts[3] == texts[2]
     assert [line["layer"] for line in recorded(here) if line["event"] == "hint"] == [1, 2, 3, 3]
+    assert "3 hints" in learn("status")
 
 
 @pytest.mark.parametrize(("answer", "right"), [("a", True), ("  A! ", True), ("b", False)])

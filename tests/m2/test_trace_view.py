@@ -214,6 +214,8 @@ def test_a_preemption_on_the_page(tmp_path: Path) -> None:
     assert "state waiting, preempted" in request and "computed 0 of 9 known tokens" in request
     assert "It holds no blocks." in request
     assert page.attributes["blocks"][0]["aria-label"] == "2 blocks held, 0 free and cached, 2 free."
+    counted = "After the step, the trace counts 0 free and cached, 2 free."
+    assert page.lines("pool") == [f"2 held (0 shared), 0 free and cached, 2 free. {counted}"]
 
 
 @in_browser

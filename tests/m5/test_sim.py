@@ -229,6 +229,12 @@ def test_the_command_prints_a_column_for_each_preset() -> None:
     )
 
 
+def test_the_command_names_the_parts_that_it_runs(tmp_path: Path) -> None:
+    named = f"core.request_queue.fcfs={part(tmp_path, LIFO, 'LIFO', '')['']}"
+    result = run("--workload", "offline", "-m", "qwen3-0.6b", "--num-requests", "6", "--part", named)
+    assert result.exit_code == 0 and f"\nwith {named}\n" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -238,7 +244,8 @@ def test_the_command_prints_a_column_for_each_preset() -> None:
         (["--model", "llama-3.1-70b"], "take more GPUs"),
         (["--compare", "m1,m2", "--trace", "x.jsonl"], "leave out --compare"),
         (["--compare", "m1", "--preset", "m1"], "keep one"),
-        (["--num-requests", "0"], "at least 1"),
+        (["--num-requests", "0"], "num_requests must be at least 1; got 0"),
+        (["--rate", "-1"], "rate must be at least 0 (0: all at once); got -1"),
         (
             ["--workload", "long-prompts", "--gpu", "cpu", "-m", "smollm2-135m", "--engine-arg", "max_model_len=100"],
             "leave it out",

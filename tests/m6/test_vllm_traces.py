@@ -21,6 +21,7 @@ from folovllm.trace.diff import diff
 from folovllm.trace.lint import lint
 from folovllm.trace.record import Trace, read_trace
 from folovllm.trace.view import render_view
+from tests.m2.browser_helpers import CHROMIUM, open_view
 from tests.script_loader import load_script
 
 pytestmark = pytest.mark.m6
@@ -59,6 +60,15 @@ def test_where_the_engines_part(name: str) -> None:
     first = diff(ours, vllms)
     assert (first and first.step) == DIFFERENCES.get(name, (None, []))[0]
     assert first is None or first.config == (), "the settings that both name are equal"
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+def test_the_page_shows_the_counts_that_differ(tmp_path: Path) -> None:
+    page = open_view(tmp_path, [recorded("urgent", "folovllm"), recorded("urgent", "vllm")], "step=4")
+    for pane, (cached, free) in enumerate([(8, 1), (9, 0)]):
+        counted = f"After the step, the trace counts {cached} free and cached, {free} free."
+        assert page.lines("pool", pane)[0].endswith(counted)
 
 
 @pytest.mark.parametrize("name", NAMES)

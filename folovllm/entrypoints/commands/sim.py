@@ -62,7 +62,10 @@ def sim(
     engine_arg: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any engine argument, e.g. max_num_seqs=32.")
     ] = None,
-    rate: Annotated[float | None, typer.Option(help="Users per second, as a Poisson process; 0: all at once.")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Users per second, as a Poisson process; 0: all at once. Default: the workload's."),
+    ] = None,
     num_requests: Annotated[int, typer.Option(help="Requests in all.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the workload.")] = 0,
     slo_ttft: Annotated[float, typer.Option(help="Milliseconds until the first token that a user accepts.")] = 1_000.0,
@@ -97,6 +100,8 @@ def sim(
     typer.echo(
         f"{model} on {num_gpus} x {HARDWARE[gpu].name}; {workload}: {num_requests} requests, {come}, seed {seed}"
     )
+    if part:
+        typer.echo(f"with {', '.join(part)}")
     typer.echo(f"SLO: first token within {slo_ttft:g} ms, no gap over {slo_itl:g} ms. Times are modelled.\n")
     typer.echo(table(results))
 

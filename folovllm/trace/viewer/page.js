@@ -180,7 +180,9 @@ function describePool(model, state) {
   const free = model.usableBlocks - state.holders.size - cached;
   const guess = state.cachedIsProved ? "" : " (the trace counts another number: which ones are cached is a guess)";
   const unseen = model.usableBlocks - model.numShownBlocks;
-  return `${state.holders.size} held (${shared} shared), ${cached} free and cached, ${free} free${guess}.`
+  const { free: freeAfter, cached: cachedAfter } = state.record.pool;
+  const counted = ` After the step, the trace counts ${cachedAfter} free and cached, ${freeAfter} free.`;
+  return `${state.holders.size} held (${shared} shared), ${cached} free and cached, ${free} free${guess}.${counted}`
     + (unseen ? ` ${unseen} blocks that were never held are not drawn.` : "");
 }
 

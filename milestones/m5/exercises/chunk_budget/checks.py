@@ -46,23 +46,26 @@ def long_prompt_among_decodes(core: EngineCore) -> list[dict[str, int]]:
 
 
 def prediction() -> str:
-    core = make_core(**CHUNKS, max_num_batched_tokens=8)
-    chunks = [step["b"] for step in long_prompt_among_decodes(core) if "b" in step]
-    return ", ".join(map(str, chunks[:-1]))  # the last one is b's second output token
+    core = make_core(**CHUNKS, max_num_batched_tokens=16, long_prefill_token_threshold=12)
+    add_all(core, [make_request(name, 3, max_tokens=20) for name in ("a1", "a2")])
+    schedule_and_run(core)
+    add_all(core, [make_request("b", 25, max_tokens=1)])
+    return ", ".join(str(step["b"]) for step in steps(core) if "b" in step)
 
 
-@check("unit", spec="R5.2")
+@check("unit", spec="R5.2", hint=3)
 def a_request_gets_what_it_lacks(mine: Mine) -> None:
     """If the budget allows, a request computes all that it knows and has not computed."""
     request = make_request("a", 20)
     for computed, expected in ((0, 20), (7, 13), (19, 1), (20, 0)):
         got = ask(mine, request, computed, 64)
         assert got == expected, (
-            f"20 known tokens, {computed} computed, budget 64: you returned {got}, expected {expected}"
+            f"num_tokens_to_compute(request, {computed}, 64) for a request of 20 known tokens: you returned {got}, "
+            f"expected {expected}: the second argument says how many of them need not be computed"
         )
 
 
-@check("unit", spec="R5.2")
+@check("unit", spec="R5.2", hint=2)
 def the_budget_cuts_a_prompt(mine: Mine) -> None:
     """With chunks, a request that exceeds the budget gets just the budget."""
     request = make_request("a", 20)
@@ -73,7 +76,7 @@ def the_budget_cuts_a_prompt(mine: Mine) -> None:
         )
 
 
-@check("unit", spec="R5.7")
+@check("unit", spec="R5.7", hint=3)
 def without_chunks_it_is_the_whole_or_nothing(mine: Mine) -> None:
     """With chunked prefill off, a request that exceeds the budget gets 0, and not a part."""
     off = {"enable_chunked_prefill": False, "max_num_batched_tokens": 64}
@@ -86,7 +89,7 @@ def without_chunks_it_is_the_whole_or_nothing(mine: Mine) -> None:
         )
 
 
-@check("unit", spec="R5.3")
+@check("unit", spec="R5.3", hint=2)
 def the_threshold_cuts_a_prompt_too(mine: Mine) -> None:
     """A step computes at most `long_prefill_token_threshold` tokens of one request; 0 means that there is no
     threshold.
@@ -98,6 +101,13 @@ def the_threshold_cuts_a_prompt_too(mine: Mine) -> None:
             f"20 tokens are missing, threshold {threshold}, budget {budget}: you returned {got}, expected "
             f"{expected}: the smallest of the three, and a threshold of 0 is none"
         )
+    for token_id in (5, 6, 7):
+        request.append_output_token_id(token_id)
+    got = ask(mine, request, 0, 64, long_prefill_token_threshold=4)
+    assert got == 4, (
+        f"a request that was preempted lacks 20 prompt and 3 output tokens, threshold 4, budget 64: you returned "
+        f"{got}, expected 4: the threshold is for every request, also for one that has output"
+    )
 
 
 @check("unit", spec="R5.15", hint=3)
@@ -132,7 +142,7 @@ def a_resumed_request_computes_its_output_again(mine: Mine) -> None:
     )
 
 
-@check("unit", spec="R5.2")
+@check("unit", spec="R5.2", hint=2)
 def a_lone_prompt_takes_its_length_over_the_budget(mine: Mine) -> None:
     """In the engine, a prompt of P tokens takes ceil(P / budget) steps."""
     for prompt, budget in ((20, 8), (16, 8), (1, 8), (33, 5)):
@@ -143,7 +153,7 @@ def a_lone_prompt_takes_its_length_over_the_budget(mine: Mine) -> None:
         )
 
 
-@check("unit", spec="R5.4")
+@check("unit", spec="R5.4", hint=2)
 def a_long_prompt_takes_what_the_decodes_leave(mine: Mine) -> None:
     """The worked example: every step computes a token of a, and of b what is left."""
     got = long_prompt_among_decodes(engine(mine, max_num_batched_tokens=8))

@@ -35,16 +35,16 @@ def request_with(request_id: str, prompt: int, output: int = 0, computed: int = 
     return request
 
 
-def sampling_steps(core: EngineCore) -> list[list[str]]:
-    """Who samples in each step, from the arrival of b (prompt 12) on; a is generating. Budget 6."""
+def sampling_steps(core: EngineCore, prompt: int = 12) -> list[list[str]]:
+    """Who samples in each step, from the arrival of b on; a is generating. Budget 6."""
     add_all(core, [make_request("a", 3, max_tokens=6)])
     schedule_and_run(core)
-    add_all(core, [make_request("b", 12, max_tokens=2)])
+    add_all(core, [make_request("b", prompt, max_tokens=2)])
     return [sorted(schedule_and_run(core).sampling_req_ids) for _ in range(4)]
 
 
 def prediction() -> str:
-    steps = sampling_steps(make_core(**CHUNKS, max_num_batched_tokens=6))
+    steps = sampling_steps(make_core(**CHUNKS, max_num_batched_tokens=6), prompt=15)
     return str(1 + next(i for i, sampling in enumerate(steps) if "b" in sampling))
 
 

@@ -55,7 +55,7 @@ def the_worthless_first_the_cached_last(mine: Mine) -> None:
     queue = free_ids(pool)
     assert queue == [5, 4, 3, 6, 7, 8, 2, 1], (
         f"1 and 2 have hashes, and 5, 4, 3, 2, 1 were freed: the queue is {queue}, expected [5, 4, 3, 6, 7, 8, 2, 1]: "
-        "what can be hit is reused last"
+        "what can be hit is reused last, and of each kind the first given is the first to be used again"
     )
 
 

@@ -22,7 +22,8 @@ def prediction() -> str:
     before = shelf.hits([*A, *B, *C, 0])
     shelf.compute(A + B, hits=[1])
     after = shelf.hits([*A, *B, *C, 0])
-    return f"{len(before)}, the block {before}; then {len(after)}, the blocks {after}: what lies behind came back"
+    assert (before, after) == ([1], [1, 4, 3]), "the example of the page"
+    return f"{len(before)} and then {len(after)}: what lies behind the gap came back"
 
 
 class Shelf:
@@ -124,6 +125,10 @@ def equal_blocks_are_all_kept(mine: Mine) -> None:
     shelf.evict(1)
     got = shelf.hits([*A, *B, 0])
     assert got == [3, 2], f"block 1 was evicted, block 3 holds the same; the hit is {got}, expected [3, 2]"
+    shelf.index.insert(shelf.request(C), [shelf.blocks[9]], 1)
+    shelf.index.insert(shelf.request(C), [shelf.blocks[8]], 1)
+    got = shelf.hits([*C, 0])
+    assert got == [9], f"{C} was published in block 9 and then in block 8; the hit is {got}, expected [9], the first"
 
 
 @check("unit", spec="R6.6", hint=1)
@@ -151,6 +156,17 @@ def publishing_goes_on_where_it_ended(mine: Mine) -> None:
         shelf.check_integrity(f"insert of the first {n} blocks")
     got = shelf.hits([*A, *B, *C, 0])
     assert got == [1, 2, 3], f"blocks 1, then 2 and 3 were published; the hit is {got}, expected [1, 2, 3]"
+
+
+@check("unit", spec="R6.6", hint=3)
+def a_root_comes_with_its_first_child(mine: Mine) -> None:
+    """If a request has no full block to publish, the tree does not change."""
+    shelf = Shelf(mine.cls)
+    shelf.index.insert(shelf.request([*A, 0]), shelf.blocks[1:3], 0)
+    assert not shelf.index.roots, (
+        f"insert of 0 blocks made {len(shelf.index.roots)} root, expected none: a root without a child leads nowhere, "
+        "no eviction removes it, and with a salt per user there is one more for every user"
+    )
 
 
 @check("unit", spec="R6.6", hint=3)
