@@ -18,16 +18,17 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from folovllm.learn.questions import Question
+from folovllm.learn.questions import KINDS, Question
 from folovllm.utils import unknown_name_message
 
 INTERVALS = (0, 1, 2, 4, 8, 16)  # days, by box; box 0: never asked
 WIDTH = 100
 GIVE_UP = ("?", "skip")
+END = ("q", "quit", "exit")
 
 
 class QuizEnded(Exception):
-    """The input ended. What was answered is kept."""
+    """The input ended, or the learner asked for the end. What was answered is kept."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,23 @@ class Boxes:
 
 
 def select(questions: Iterable[Question], chapter: str | None, kind: str | None) -> list[Question]:
-    """Returns the questions of a chapter and a kind. Raises ValueError with what there is if there are none."""
+    """Returns the questions of a kind and of a chapter, or the one with that id. Raises ValueError if there are none."""
     questions = list(questions)
-    chapters = list(dict.fromkeys(question.chapter for question in questions))
-    if chapter is not None and chapter not in chapters:
-        raise ValueError(unknown_name_message("chapter", chapter, chapters))
-    questions = [question for question in questions if chapter in (None, question.chapter)]
-    kinds = sorted({question.kind for question in questions})
-    if kind is not None and kind not in kinds:
-        raise ValueError(f"{unknown_name_message('kind', kind, kinds)}; there is: {', '.join(kinds)}")
-    return [question for question in questions if kind in (None, question.kind)]
+    if chapter is not None:
+        chapter = chapter.lower()
+        known = list(dict.fromkeys(question.chapter for question in questions))
+        if "-" in chapter:
+            known = [question.id for question in questions]
+        if chapter not in known:
+            raise ValueError(unknown_name_message("question" if "-" in chapter else "chapter", chapter, known))
+        questions = [question for question in questions if chapter in (question.chapter, question.id)]
+    if kind is not None and kind not in KINDS:
+        raise ValueError(unknown_name_message("kind", kind, KINDS))
+    chosen = [question for question in questions if kind in (None, question.kind)]
+    if not chosen:
+        kinds = ", ".join(sorted({question.kind for question in questions}))
+        raise ValueError(f"{chapter} has no questions of the kind {kind}; it has: {kinds}")
+    return chosen
 
 
 def in_order(questions: Sequence[Question], boxes: Boxes, rng: random.Random) -> list[Question]:
@@ -116,6 +124,7 @@ class Quiz:
 
     def run(self, questions: Sequence[Question], minutes: Sequence[int] = ()) -> Iterator[Graded]:
         """Asks one question after the other and yields each answer when it is kept. A mock interview has `minutes`."""
+        self._say("Type ? to see the answer, q to end; what you have answered is kept.")
         for number, question in enumerate(questions, 1):
             time_limit = f" ({minutes[number - 1]} min)" if minutes else ""
             graded = self.pose(question, f"{number}/{len(questions)}{time_limit}")
@@ -133,7 +142,7 @@ class Quiz:
 
     def _line(self, prompt: str) -> str:
         line = self._ask_line(prompt)
-        if line is None:
+        if line is None or line.strip().lower() in END:
             raise QuizEnded
         return line.strip()
 
@@ -156,26 +165,26 @@ class Quiz:
 
     def _value(self, unit: str) -> float | None:
         while True:
-            text = self._line(f"your answer in {unit}, like 1.5e9, 24 Gi or 350 (? to give up): ")
+            text = self._line(f"your answer in {unit}: ")
             if text in GIVE_UP:
                 return None
-            if (value := parse_value(text)) is not None:
+            if (value := parse_value(text, unit)) is not None:
                 return value
-            self._say(f"{text!r} is not a number; write one like 114688, 112 KiB or 1.5e9")
+            self._say(f"{text!r} is not a number; write one like 350, 114,688, 112 KiB or 1.5e9")
 
     def _words(self) -> str:
-        while not (text := self._line("your answer (? to give up): ")):
+        while not (text := self._line("your answer: ")):
             pass  # Enter alone is no answer
         return text
 
     def _grade_rubric(self, question: Question, values: dict[str, Any]) -> tuple[bool, float, tuple[str, ...]]:
         """Shows a good answer and lets the learner mark the points that their own one had."""
-        self._line("\nAnswer aloud, or in a line here; then press Enter: ")
+        given = self._line("\nAnswer aloud, or in a line here; then press Enter: ")
         self._show_answer(question, values)
         points = [question.text(point.text, values, self.lang) for point in question.points]
         for number, point in enumerate(question.points, 1):
             self._say(wrapped(f"  {number}. {points[number - 1]}{' (a must)' if point.must else ''}", "     "))
-        met = self._marks(len(points))
+        met = set() if given in GIVE_UP else self._marks(len(points))
         passed = all(number in met for number, point in enumerate(question.points, 1) if point.must)
         missed = tuple(text for number, text in enumerate(points, 1) if number not in met)
         return passed, len(met) / len(points), missed
@@ -183,19 +192,22 @@ class Quiz:
     def _marks(self, num_points: int) -> set[int]:
         while True:
             text = self._line("Which of these points did you make? (numbers, all or none): ").lower()
-            if text in ("all", "none", "", *GIVE_UP):
+            if text in ("all", "none", *GIVE_UP):
                 return set(range(1, num_points + 1)) if text == "all" else set()
             marks = re.findall(r"\d+", text)
             if re.fullmatch(r"[\d\s,]+", text) and all(1 <= int(mark) <= num_points for mark in marks):
                 return {int(mark) for mark in marks}
-            self._say(f"{text!r} names no points; write numbers from 1 to {num_points} like '1 3', all or none")
+            self._say(f"{text or 'Enter'!r} names no points; write numbers from 1 to {num_points} like '1 3', all or none")
 
     def _show_answer(self, question: Question, values: dict[str, Any]) -> None:
         self._say("\n" + wrapped(question.text(question.say30, values, self.lang)))
         if question.say3min:
             self._say("\nIn three minutes:\n" + wrapped(question.text(question.say3min, values, self.lang)))
-        self._say("\nTrap: " + wrapped(question.text(question.trap, values, self.lang)))
-        self._say(f"Read: {', '.join(question.code)}\n")
+        self._say("\n" + wrapped("Trap: " + question.text(question.trap, values, self.lang)))
+        self._say(wrapped(f"Read: {', '.join(question.code)}"))
+        if question.follow:
+            self._say(wrapped(f"Follow-up questions (folovllm quiz ID asks one): {', '.join(question.follow)}"))
+        self._say("")
 
 
 def wrapped(text: str, indent: str = "") -> str:
@@ -206,19 +218,31 @@ def wrapped(text: str, indent: str = "") -> str:
 
 _SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 _SCALES |= {f"{prefix}i": 1024.0**power for power, prefix in enumerate("kmgt", 1)}
+_TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 
 
-def parse_value(text: str) -> float | None:
-    """Returns the number in "114,688", "112 KiB", "3.2 GB", "1.5e9" or "7 ms", or None if there is none.
+def parse_value(text: str, unit: str = "") -> float | None:
+    """Returns the number in "114,688", "112 KiB", "~3.2 GB", "1.5e9" or "7 ms" in `unit`, or None if there is none.
 
-    A prefix scales bytes, FLOP, tokens or a bare number. Other units, like the ms of "7 ms", are the question's own.
+    A number without a unit is in `unit`. Bytes, FLOP, tokens and times are converted: "16 GB" is 16 if the question
+    asks for GB, and 16e9 if it asks for bytes. Any other word behind the number is taken as the question's own unit.
     """
-    match = re.fullmatch(r"([-+]?[\d,_]*\.?\d+(?:e[-+]?\d+)?)\s*([a-z%/ ]*)", text.strip().lower())
+    number = r"([-+]?(?:[\d,_]*\.?\d+|\d[\d,_]*\.)(?:e[-+]?\d+)?)"
+    match = re.fullmatch(rf"~?\s*{number}\s*([a-z%/ ]*)", text.strip().lower())
     if match is None:
         return None
-    unit = re.fullmatch(r"([kmgtp]?i?)(?:b|bytes?|flops?|flop/s|b/s|bytes/s|tokens?)?", match[2].strip())
-    scale = _SCALES.get(unit[1], 1.0) if unit else 1.0
-    return float(match[1].replace(",", "").replace("_", "")) * scale
+    value, given, wanted = float(match[1].replace(",", "").replace("_", "")), match[2].strip(), unit.lower()
+    if given in ("", wanted):
+        return value
+    if given in _TIMES and wanted in _TIMES:
+        return value * _TIMES[given] / _TIMES[wanted]
+    return value * _scale(given) / _scale(wanted)
+
+
+def _scale(unit: str) -> float:
+    """Returns 1e9 for "gb", "gflop/s" or "g", 1024 for "kib", and 1 for a unit without a prefix."""
+    match = re.fullmatch(r"([kmgtp]?i?)(?:b|bytes?|flops?|flop/s|b/s|bytes/s|tokens?)?", unit)
+    return _SCALES.get(match[1], 1.0) if match else 1.0
 
 
 def same_answer(given: str, right: Any) -> bool:

@@ -70,6 +70,19 @@ def test_values_are_read(text: str, value: float | None) -> None:
     assert parse_value(text) == value
 
 
+@pytest.mark.parametrize(
+    ("text", "unit", "value"),
+    [
+        ("16 GB", "GB", 16), ("16", "GB", 16), ("16GB", "bytes", 16e9), ("16 GiB", "GB", 16 * 1.024**3),
+        ("3350 GB/s", "GB/s", 3350), ("3.35 TB/s", "GB/s", 3350), ("989 TFLOP/s", "TFLOP/s", 989), ("0.6 s", "ms", 600),
+        ("600 ms", "s", 0.6), ("12 %", "%", 12), ("2k", "tokens", 2_000), ("~16.", "GB", 16), ("3 times", "times", 3),
+    ],
+)  # fmt: skip
+def test_values_come_in_the_unit_of_the_question(text: str, unit: str, value: float) -> None:
+    """An interviewee writes "16 GB" where the question asks for GB; that is 16 and not 16e9."""
+    assert parse_value(text, unit) == pytest.approx(value)
+
+
 def test_answers_are_compared_by_words_and_numbers() -> None:
     assert same_answer("0, 1,1 1 0", "0 1 1 1 0") and same_answer("A:1", "a 1")
     assert not same_answer("1 0", "0 1") and not same_answer("?", "0")
@@ -119,7 +132,34 @@ def test_marks_that_name_no_point_are_asked_again(monkeypatch: pytest.MonkeyPatc
     assert result.output.count("names no points; write numbers from 1 to 4") == 2 and kept()[0]["score"] == 1.0
 
 
+def test_enter_alone_marks_nothing_and_giving_up_marks_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second Enter after the answer is a slip of the finger and does not fail the question."""
+    use(monkeypatch, EXPLAIN)
+    assert "names no points" in quiz(answers="my answer\n\nall\n").output and kept()[0]["score"] == 1.0
+    assert "Which of these points" not in quiz(answers="?\n").output and kept()[1]["score"] == 0.0
+
+
 # ---- what is kept
+
+
+@pytest.mark.parametrize("word", ["q", "Quit", "exit"])
+def test_q_ends_the_quiz_and_keeps_what_was_answered(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, number_question(), dataclasses.replace(number_question(), id="m3-other"))
+    result = quiz(answers=f"114688\n{word}\n")
+    assert result.exit_code == 0 and "1 of 1 passed" in result.output and len(kept()) == 1
+
+
+def test_a_question_is_asked_by_its_id_and_names_its_follow_ups(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, number_question(), EXPLAIN)
+    result = quiz("M3-zero-waste", answers="my answer\nall\n")
+    assert [entry["id"] for entry in kept()] == ["m3-zero-waste"]
+    assert all(name in result.output for name in EXPLAIN.follow)
+    assert "did you mean 'm3-zero-waste'" in quiz("m3-zero-wate").output
+
+
+def test_a_mock_interview_without_an_answer_writes_no_report() -> None:
+    result = quiz("--mock", "45", "--seed", "1", answers="q\n")
+    assert "nothing was answered" in result.output and not list(Path("work").glob("mock-*"))
 
 
 def test_input_that_ends_keeps_what_was_answered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,10 @@ EXIT_INTERRUPTED = 130
 
 def quiz(
     chapter: Annotated[
-        str | None, typer.Argument(metavar="[CHAPTER|export]", help="m0 to m7, design or drill; the default is all.")
+        str | None,
+        typer.Argument(
+            metavar="[CHAPTER|ID|export]", help="m0 to m7, design or drill, or the id of one question; default: all."
+        ),
     ] = None,
     kind: Annotated[
         str | None, typer.Option(help="Only number, predict, explain, code, debug or design questions.")
@@ -39,6 +42,7 @@ def quiz(
 
     \b
       folovllm quiz m3                            ten questions on M3
+      folovllm quiz m3-kv-bytes                   this question
       folovllm quiz --kind number --n 5           values to compute, with new numbers each time
       folovllm quiz --due                         what is to be repeated today
       folovllm quiz --mock 45                     a mock interview with a report
@@ -48,6 +52,8 @@ def quiz(
         raise ValueError(unknown_name_message("language", lang, LANGS))
     questions = list(load_questions().values())
     if chapter == "export":
+        if kind is not None or due or mock is not None:
+            raise ValueError("export writes all questions; leave --kind, --due and --mock out")
         _export(questions, anki, tsv, lang)
         return
     if anki is not None or tsv is not None:
@@ -58,6 +64,8 @@ def quiz(
         typer.echo(f"{ANSWERS}: {boxes.num_unreadable} lines cannot be read and do not count", err=True)
     session = Quiz(typer.echo, _ask, boxes, rng, lang)
     if mock is not None:
+        if due:
+            raise ValueError("a mock interview draws from all questions; leave --due or --mock out")
         _mock(session, plan_mock(chosen, mock, rng))
         return
     now = datetime.now().astimezone()
@@ -108,6 +116,9 @@ def _mock(session: Quiz, plan: list[tuple[Question, int]]) -> None:
         typer.echo(f"  {minutes:2} min  {question.kind}")
     answers: list[Graded] = []
     interrupted = _collect(session, [q for q, _ in plan], answers, [minutes for _, minutes in plan])
+    if not answers:
+        typer.echo("\nnothing was answered, so there is no report")
+        raise typer.Exit(EXIT_INTERRUPTED if interrupted else 0)
     now = datetime.now().astimezone()
     report = mock_report(plan, answers, now)
     file = ANSWERS.parent / f"mock-{now:%Y%m%d-%H%M%S}.md"
