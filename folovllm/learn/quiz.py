@@ -85,7 +85,7 @@ class Boxes:
 
 
 def select(questions: Iterable[Question], chapter: str | None, kind: str | None) -> list[Question]:
-    """Returns the questions of a kind and of a chapter, or the one with that id. Raises ValueError if there are none."""
+    """Returns the questions of a kind and a chapter, or the one with that id. Raises ValueError if there are none."""
     questions = list(questions)
     if chapter is not None:
         chapter = chapter.lower()
@@ -197,7 +197,9 @@ class Quiz:
             marks = re.findall(r"\d+", text)
             if re.fullmatch(r"[\d\s,]+", text) and all(1 <= int(mark) <= num_points for mark in marks):
                 return {int(mark) for mark in marks}
-            self._say(f"{text or 'Enter'!r} names no points; write numbers from 1 to {num_points} like '1 3', all or none")
+            self._say(
+                f"{text or 'Enter'!r} names no points; write numbers from 1 to {num_points} like '1 3', all or none"
+            )
 
     def _show_answer(self, question: Question, values: dict[str, Any]) -> None:
         self._say("\n" + wrapped(question.text(question.say30, values, self.lang)))
