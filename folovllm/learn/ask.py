@@ -43,20 +43,27 @@ def check_prediction(exercise: Exercise, record: Record, answer: str) -> tuple[b
 def is_same_answer(answer: str, computed: str) -> bool:
     """Compares the numbers of two answers if the computed one has any. Otherwise its words must occur, in their order.
 
-    E.g. "Blocks 1 and 2." is the same as "[1, 2]", and "It waits, I think" the same as "waits".
+    E.g. "Blocks 1 and 2." is the same as "[1, 2]", and "It waits, I think" the same as "waits". A computed number with
+    decimals is a rounded one, so 0.1353 is the same as 0.135.
     """
-    if numbers := numbers_of(computed):
-        return numbers_of(answer) == numbers
+    if wanted := numbers_of(computed):
+        found = numbers_of(answer)
+        return len(found) == len(wanted) and all(map(_rounds_to, found, wanted))
     said = iter(_words(answer))
     return all(word in said for word in _words(computed))
 
 
 def numbers_of(text: str) -> list[str]:
-    """E.g. "1,365 blocks of 16.0" -> ["1365", "16"]. A comma between digits separates thousands only in front of
-    three of them. The 4 of "float4" and the 2 of "m2" belong to names.
+    """E.g. "1,365 blocks of 16.0" -> ["1365", "16.0"]. A comma between digits separates thousands only in front of
+    three of them. The 4 of "float4" and the 2 of "m2" belong to names, and the 0x of "0x21" belongs to no number.
     """
-    numbers = re.findall(r"(?<![\w.])-?(?:\d+\.?\d*|\.\d+)", re.sub(r"(?<=\d),(?=\d{3}\b)", "", text))
-    return [f"{float(number):.15g}" for number in numbers]
+    return re.findall(r"(?<![\w.])-?(?:\d+\.?\d*|\.\d+)", re.sub(r"(?<=\d),(?=\d{3}\b)|\b0x(?=\d)", "", text))
+
+
+def _rounds_to(number: str, computed: str) -> bool:
+    decimals = len(computed.partition(".")[2])
+    tolerance = 0.5001 * 10**-decimals if decimals else 0.0
+    return abs(float(number) - float(computed)) <= tolerance
 
 
 def _words(text: str) -> list[str]:

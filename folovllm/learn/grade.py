@@ -129,6 +129,8 @@ def run_check(check: Check, mine: Mine, path: Path) -> Result:
         status, message, where = FAILED, TOO_LONG.format(seconds_for(check.level)), _where(error, path)
     except (Exception, SystemExit) as error:
         status, message, where = FAILED, _described(error), _where(error, path)
+        if not where and not isinstance(error, AssertionError):
+            message += _while_checking(error, check)
     result = replace(_result(check, status), message=message, where=where, printed=printed.getvalue()[-MAX_PRINTED:])
     return replace(result, seconds=time.perf_counter() - start)
 
@@ -141,6 +143,17 @@ def _described(error: BaseException) -> str:
     """The message of an AssertionError; the kind of any other exception, too. Notes follow."""
     text = str(error) if isinstance(error, AssertionError) and str(error) else f"{type(error).__name__}: {error}"
     return "\n".join([text, *getattr(error, "__notes__", ())])
+
+
+def _while_checking(error: BaseException, check: Check) -> str:
+    """The line of the check, for an exception that no line of the learner's file raised, e.g. if None was returned."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == check.function.__code__.co_filename]
+    if not frames:
+        return ""
+    return (
+        f"\nNo line of your file raised this. The check was at: {frames[-1].line}\n"
+        "Perhaps a method of yours returns something else than its docstring says."
+    )
 
 
 def _where(error: BaseException, path: Path) -> str:

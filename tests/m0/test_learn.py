@@ -76,6 +76,20 @@ def test_an_exception_in_the_learners_code_names_its_line(exercise, work_file):
     )
 
 
+def test_an_exception_that_no_line_of_the_learner_raised_names_the_line_of_the_check(exercise):
+    """A method that returned None was told "cannot unpack non-iterable NoneType object", and no place."""
+
+    @check("unit", spec="R2.1")
+    def a_pair_comes_back(mine) -> None:
+        """Two values."""
+        assert sum(mine.cls().pair()) == 3, "1 and 2"
+
+    cls = type("Queue", (), {"pair": lambda self: None})
+    result = grading.run_check(a_pair_comes_back.__folovllm_check__, grading.Mine(cls, {}, cls), Path("queue.py"))
+    assert result.status == FAILED and result.where == ""
+    assert "NoneType" in result.message and "sum(mine.cls().pair())" in result.message
+
+
 def test_what_the_learner_prints_is_kept_for_the_story(exercise, work_file):
     source = SOLVED.replace("return self._requests.popleft()", "print('here'); return self._requests.pop()")
     path = work_file

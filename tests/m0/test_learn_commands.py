@@ -159,6 +159,10 @@ def test_only_the_first_line_of_the_engines_answer_is_compared(here, monkeypatch
         ("12288 and 1365", "12,288 bytes per token, and 1,365 blocks", True),
         ("12288", "12,288 bytes per token, and 1,365 blocks", False),
         (".5", "0.50 of float4", True),
+        ("0.1353 and 1.1536", "0.135, 1.154", True),  # a rounded number may be given with more digits
+        ("0.12 and 1.154", "0.135, 1.154", False),
+        ("1.4", "1", False),
+        ("0x63402715", "63402715", True),
         ("waiting, RUNNING and then it is refused", "WAITING -> RUNNING; refused", True),
         ("running, waiting, refused", "WAITING -> RUNNING; refused", False),
     ],

@@ -15,8 +15,8 @@ INF = float("inf")
 
 
 def prediction() -> str:
-    out, lse = merge(TorchFlashBackend, [4.8, 2.8], [math.log(10), math.log(20)])
-    return f"(4.8 * 10 + 2.8 * 20) / 30 = {out:.4f}, and its lse is log 30 = {lse:.4f}"
+    out, _ = merge(TorchFlashBackend, [6.0, 2.0, 0.0], [math.log(3), math.log(1), -INF])
+    return f"{out:.2f}\nThe sums of exp(score) are 3, 1 and 0, so the answer is (6.0 * 3 + 2.0 * 1) / 4."
 
 
 def backend(cls: Any, **attributes: Any) -> Any:
@@ -28,7 +28,13 @@ def backend(cls: Any, **attributes: Any) -> Any:
 
 def merge(cls: Any, outs: list[float], lses: list[float]) -> tuple[float, float]:
     """Merges parts whose answers are single numbers."""
-    out, lse = backend(cls).merge_partials([torch.tensor([x]) for x in outs], [torch.tensor(x) for x in lses])
+    answer = backend(cls).merge_partials([torch.tensor([x]) for x in outs], [torch.tensor(x) for x in lses])
+    assert isinstance(answer, tuple) and len(answer) == 2, f"merge_partials returned {answer}, expected (out, lse)"
+    out, lse = answer
+    assert list(out.shape) == [1] and list(lse.shape) == [], (
+        f"outs of shape [1] and lses of shape [] gave out {list(out.shape)} and lse {list(lse.shape)}: the result has "
+        "the shapes of a part"
+    )
     return out.item(), lse.item()
 
 
@@ -56,24 +62,6 @@ def merged_parts_can_be_merged_again(mine: Mine) -> None:
     )
 
 
-@check("unit", spec="R4.14", hint=3)
-def a_part_that_saw_nothing_has_no_weight(mine: Mine) -> None:
-    """Its lse is -inf. Where no part saw any key, the answer is 0 and not NaN."""
-    out, lse = merge(mine.cls, [5.0, 0.0], [1.5, -INF])
-    assert abs(out - 5.0) < 1e-5 and abs(lse - 1.5) < 1e-5, f"a part of lse -inf changed 5.0, 1.5 to {out}, {lse}"
-    out, lse = merge(mine.cls, [0.0, 0.0], [-INF, -INF])
-    assert (out, lse) == (0.0, -INF), f"two parts that saw nothing gave out {out}, lse {lse}; expected 0 and -inf"
-
-
-@check("unit", spec="R4.13", hint=3)
-def large_scores_do_not_overflow(mine: Mine) -> None:
-    """exp(lse) overflows in fp32 from 89 on, and differences of lse do not."""
-    for shift in (1000.0, -1000.0):
-        out, lse = merge(mine.cls, [4.8, 2.8], [math.log(10) + shift, math.log(20) + shift])
-        assert abs(out - 104 / 30) < 1e-2, f"with lse around {shift:.0f} the answer is {out}, expected {104 / 30:.4f}"
-        assert abs(lse - shift - math.log(30)) < 1e-2, f"with lse around {shift:.0f} the lse of both is {lse}"
-
-
 def spied(cls: Any, num_keys: int, num_splits: int) -> list[tuple[int, list[int]]]:
     """(first_key, slots) of each call of attend_tiles that attend_split makes."""
     calls: list[tuple[int, list[int]]] = []
@@ -99,7 +87,10 @@ def every_key_is_in_one_part(mine: Mine) -> None:
         case, sizes = f"{num_keys} keys in {num_splits} parts", [len(slots) for _, slots in calls]
         read = [slot - 100 for _, slots in calls for slot in slots]
         assert sorted(read) == list(range(num_keys)), f"{case}: attend_tiles read the keys {read}, expected each once"
-        assert len(calls) <= num_splits and 0 not in sizes, f"{case}: the parts have {sizes} keys"
+        assert len(calls) <= num_splits and 0 not in sizes, (
+            f"{case}: the parts have {sizes} keys, expected at most {num_splits} parts, none of them empty: to attend "
+            "to no key is a call for nothing"
+        )
         limit = -(-num_keys // num_splits)
         assert max(sizes) <= limit, (
             f"{case}: the parts have {sizes} keys, expected at most {limit} in each: a step waits for its largest part"
@@ -109,6 +100,40 @@ def every_key_is_in_one_part(mine: Mine) -> None:
             f"{case}: first_key was {starts}, and the parts begin at {[slots[0] - 100 for _, slots in calls]}: the "
             "causal mask is taken from it"
         )
+
+
+@check("unit", spec="R4.13", hint=2)
+def every_row_has_its_own_shares(mine: Mine) -> None:
+    """A part has an lse per row and KV head, and one share of it counts for all numbers of a row's answer."""
+    outs = [torch.tensor([[[1.0, 2.0, 3.0, 4.0]] * 3] * 2), torch.zeros(2, 3, 4)]  # [2 KV heads, 3 rows, head size 4]
+    lses = [torch.zeros(2, 3), torch.tensor([[0.0, math.log(3), math.log(7)]] * 2)]
+    out, lse = backend(mine.cls).merge_partials(outs, lses)
+    assert list(out.shape) == [2, 3, 4] and list(lse.shape) == [2, 3], (
+        f"outs of shape [2, 3, 4] and lses of shape [2, 3] gave out {list(out.shape)} and lse {list(lse.shape)}: the "
+        "result has the shapes of a part"
+    )
+    found, wanted = out[1, :, 3].tolist(), [2.0, 1.0, 0.5]  # 4.0 times the shares 1/2, 1/4 and 1/8
+    assert all(abs(a - b) < 1e-4 for a, b in zip(found, wanted, strict=True)), (
+        f"part 0 holds 1/2, 1/4 and 1/8 of the weight of three rows; its number 4.0 became {found}, expected {wanted}"
+    )
+
+
+@check("unit", spec="R4.14", hint=3)
+def a_part_that_saw_nothing_has_no_weight(mine: Mine) -> None:
+    """Its lse is -inf. Where no part saw any key, the answer is 0 and not NaN."""
+    out, lse = merge(mine.cls, [5.0, 0.0], [1.5, -INF])
+    assert abs(out - 5.0) < 1e-5 and abs(lse - 1.5) < 1e-5, f"a part of lse -inf changed 5.0, 1.5 to {out}, {lse}"
+    out, lse = merge(mine.cls, [0.0, 0.0], [-INF, -INF])
+    assert (out, lse) == (0.0, -INF), f"two parts that saw nothing gave out {out}, lse {lse}; expected 0 and -inf"
+
+
+@check("unit", spec="R4.13", hint=3)
+def large_scores_do_not_overflow(mine: Mine) -> None:
+    """exp(lse) overflows in fp32 from 89 on, and differences of lse do not."""
+    for shift in (1000.0, -1000.0):
+        out, lse = merge(mine.cls, [4.8, 2.8], [math.log(10) + shift, math.log(20) + shift])
+        assert abs(out - 104 / 30) < 1e-2, f"with lse around {shift:.0f} the answer is {out}, expected {104 / 30:.4f}"
+        assert abs(lse - shift - math.log(30)) < 1e-2, f"with lse around {shift:.0f} the lse of both is {lse}"
 
 
 @check("property", spec="R4.13", hint=2)

@@ -16,9 +16,13 @@ INF = float("inf")
 
 
 def prediction() -> str:
-    state = run(TorchFlashBackend, [[1.0, 3.0], [5.0]], [[10.0, 20.0], [30.0]])
-    factor = math.exp(3.0 - 5.0)
-    return f"l and O are multiplied by exp(3 - 5) = {factor:.3f}; then l is {state.row_sum.item():.3f}"
+    tiles = [[2.0, 4.0], [7.0, 1.0], [5.0, 6.0]]
+    values = [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]  # later tiles add nothing to O: what changes is the factor
+    acc = [run(TorchFlashBackend, tiles[:n], values[:n]).acc.item() for n in (1, 2, 3)]
+    return (
+        f"{acc[1] / acc[0]:.3f}, {acc[2] / acc[1]:.3f}\nThe factor is exp(m - m'): exp(4 - 7), because 7 is a larger "
+        "maximum, and then exp(7 - 7), because neither 5 nor 6 is."
+    )
 
 
 def backend(cls: Any) -> Any:
@@ -54,6 +58,32 @@ def one_tile_is_softmax(mine: Mine) -> None:
     )
     wanted = math.log(math.exp(1.0) + math.exp(3.0))
     assert near(lse, wanted), f"their lse is {lse:.4f}, expected log(e^1 + e^3) = {wanted:.4f}: lse is m + log(l)"
+
+
+@check("unit", spec="R4.14", hint=2)
+def every_row_has_its_own_numbers(mine: Mine) -> None:
+    """A tile holds many queries: every row of every KV head has a maximum and sums of its own."""
+    softmax, scores = backend(mine.cls), torch.tensor([[[1.0, 3.0], [0.0, 9.0], [4.0, 4.0]], [[5.0, 2.0]] * 3])
+    value = torch.tensor([[[10.0] * 4, [20.0] * 4], [[1.0] * 4, [2.0] * 4]])  # [2 KV heads, 2 keys, head size 4]
+    shapes = [list(tensor.shape) for tensor in softmax.start_softmax(torch.zeros(2, 3, 4))]
+    wanted = [[2, 3, 1], [2, 3, 1], [2, 3, 4]]
+    assert shapes == wanted, (
+        f"for q [2, 3, 4] start_softmax returned row_max, row_sum and acc of the shapes {shapes}, expected {wanted}"
+    )
+    state = softmax.update_softmax(softmax.start_softmax(torch.zeros(2, 3, 4)), scores.clone(), value)
+    shapes = [list(tensor.shape) for tensor in state]
+    assert shapes == wanted, (
+        f"for scores [2, 3, 2] update_softmax returned row_max, row_sum and acc of the shapes {shapes}, expected "
+        f"{wanted}: a reduction over the keys drops a dimension unless it has keepdim=True, and broadcasting then "
+        "mixes rows"
+    )
+    out, lse = softmax.finish_softmax(state)
+    assert list(out.shape) == [2, 3, 4] and list(lse.shape) == [2, 3], (
+        f"finish_softmax returned out {list(out.shape)} and lse {list(lse.shape)}, expected [2, 3, 4] and [2, 3]"
+    )
+    exact = scores.softmax(-1) @ value
+    error = (out - exact).abs().max().item()
+    assert error < 1e-4, f"two KV heads of three rows: out is {error:.3g} away from softmax(scores) @ value, expected 0"
 
 
 @check("unit", spec="R4.14", hint=1)
@@ -133,7 +163,10 @@ def any_cut_into_tiles_gives_the_same_answer(mine: Mine) -> None:
             "expected less than 1e-4"
         )
         exact = torch.logsumexp(scores.double(), 2)
-        torch.testing.assert_close(lse.double(), exact, rtol=1e-4, atol=1e-4, msg=f"lse of tiles {sizes} is {lse}")
+        assert torch.allclose(lse.double(), exact, rtol=1e-4, atol=1e-4), (
+            f"{num_keys} keys in tiles of {sizes}: lse is {lse.tolist()}, expected {exact.tolist()}, the log of the "
+            "sum of exp(score) over all keys"
+        )
 
 
 @check("engine", spec="R4.12", hint=3)

@@ -16,14 +16,15 @@ INF, NAN = float("inf"), float("nan")
 
 
 def prediction() -> str:
-    masked = masked_pairs(TorchFlashBackend, position=6, num_rows=2, first_key=4, tile=4)
-    assert not masked_pairs(TorchFlashBackend, position=6, num_rows=2, first_key=0, tile=4), "all of it is in the past"
-    pairs = ", ".join(f"the query at {query} does not see the key at {key}" for query, key in masked)
-    return f"the tile of keys 0 to 3 needs no mask; in the tile of keys 4 to 7, {pairs}"
+    masked = [masked_pairs(TorchFlashBackend, position=5, num_rows=3, first_key=first, tile=4) for first in (0, 4)]
+    pairs = ", ".join(f"the query at {query} does not see the key at {key}" for query, key in masked[1])
+    return f"{len(masked[0])}, {len(masked[1])}\nAll of keys 0 to 3 is in the past. In the second tile {pairs}."
 
 
-def backend(cls: Any, heads: int = 1, kv_heads: int = 1, size: int = 4, block_kv: int = 4) -> Any:
-    made = cls(AttentionSpec(heads, kv_heads, size, torch.float32, torch.device("cpu"), block_size=4))
+def backend(
+    cls: Any, heads: int = 1, kv_heads: int = 1, size: int = 4, block_kv: int = 4, dtype: torch.dtype = torch.float32
+) -> Any:
+    made = cls(AttentionSpec(heads, kv_heads, size, dtype, torch.device("cpu"), block_size=4))
     made.BLOCK_Q = made.BLOCK_KV = block_kv
     return made
 
@@ -53,26 +54,37 @@ def check_against_formula(
     kv_heads: int = 2,
     group: int = 1,
     tile: int = 4,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     generator = torch.Generator().manual_seed(num_keys)
     q = torch.randn(kv_heads, group * num_rows, 4, generator=generator)
-    by_slot = torch.full((2, 3 * num_keys + 1, kv_heads, 4), NAN)
+    by_slot = torch.full((2, 3 * num_keys + 1, kv_heads, 4), NAN, dtype=dtype)
     slots = torch.randperm(3 * num_keys + 1, generator=generator)[:num_keys]
-    by_slot[:, slots] = torch.randn(2, num_keys, kv_heads, 4, generator=generator)
-    mine = backend(cls, kv_heads * group, kv_heads, block_kv=tile)
-    out, lse = mine.attend_tiles(q, by_slot, slots, position, num_rows, first)
+    by_slot[:, slots] = torch.randn(2, num_keys, kv_heads, 4, generator=generator).to(dtype)
+    mine = backend(cls, kv_heads * group, kv_heads, block_kv=tile, dtype=dtype)
+    answer = mine.attend_tiles(q, by_slot, slots, position, num_rows, first)
+    assert isinstance(answer, tuple) and len(answer) == 2, f"attend_tiles returned {answer}, expected (out, lse)"
+    out, lse = answer
     wanted, wanted_lse = formula(q, by_slot[0, slots], by_slot[1, slots], position, num_rows, first)
     case = (
         f"{num_rows} queries at positions {position} to {position + num_rows - 1}, keys {first} to "
-        f"{first + num_keys - 1} in tiles of {tile}, {kv_heads} KV heads of {group} query heads"
+        f"{first + num_keys - 1} in tiles of {tile}, {kv_heads} KV heads with {group} query heads each"
     )
-    assert out.shape == q.shape and lse.shape == q.shape[:2], f"{case}: out is {list(out.shape)}, lse {list(lse.shape)}"
-    assert not out.isnan().any(), f"{case}: the answer has NaN: a slot of somebody else was read, or nothing was seen"
+    assert out.shape == q.shape and lse.shape == q.shape[:2], (
+        f"{case}: out is {list(out.shape)} and lse {list(lse.shape)}, expected {list(q.shape)} and {list(q.shape[:2])}"
+    )
+    assert out.dtype == lse.dtype == torch.float32, f"{case}: out is {out.dtype} and lse {lse.dtype}, expected fp32"
+    assert not out.isnan().any(), (
+        f"{case}: the answer has NaN: a slot outside of `slots` was read, where this cache holds NaN, or a row that "
+        "sees no key was divided by 0"
+    )
     for row in range(q.shape[1]):
         error = (out[:, row] - wanted[:, row]).abs().max().item()
+        query = position + row % num_rows
+        seen = f"keys {first} to {min(query, first + num_keys - 1)}" if query >= first else "none of these keys"
         assert error < 1e-4, (
-            f"{case}: row {row} (position {position + row % num_rows}) is {error:.3g} away from the formula: it sees "
-            "keys of the future, misses some of the past, or meets the wrong values"
+            f"{case}: row {row} (position {query}) sees {seen}, and its answer is {error:.3g} away from the formula: "
+            "it sees keys of the future, misses some of the past, or meets the wrong values"
         )
     torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-4, atol=1e-4, msg=f"{case}: lse is not the formula's")
 
@@ -90,6 +102,7 @@ def the_mask_by_hand(mine: Mine) -> None:
         assert found == wanted, (
             f"queries from position {position} on, {rows} of them, and keys {first} to {first + 3}: the masked pairs "
             f"(query, key) are {found}, expected {wanted}"
+            + ("" if found else ". The tensor `scores` itself must change: masked_fill and where return a new one")
         )
 
 
@@ -121,6 +134,12 @@ def a_chunk_behind_a_cached_prefix(mine: Mine) -> None:
 def a_part_of_the_keys(mine: Mine) -> None:
     """With `first_key`, the slots are those of later keys; some queries may see none of them."""
     check_against_formula(mine.cls, num_keys=6, position=3, num_rows=5, first=5)
+
+
+@check("unit", spec="R4.1", hint=2)
+def a_cache_in_bf16(mine: Mine) -> None:
+    """The cache is bf16 in most engines. Scores and sums are fp32 all the same: only K and V are rounded."""
+    check_against_formula(mine.cls, num_keys=10, position=6, num_rows=4, dtype=torch.bfloat16)
 
 
 @check("property", spec="R4.1", hint=2)

@@ -18,7 +18,14 @@ H = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
 
 
 def prediction() -> str:
-    return f"1.0 + 0.3 / 2 = {two_by_two(GPTQ)[0][1]:.2f}: half of the error goes over"
+    gptq, weight = GPTQ(GPTQConfig(4)), torch.tensor([[0.3, 1.0]])
+    root = gptq.inverse_root(torch.tensor([[4.0, -2.0], [-2.0, 4.0]], dtype=torch.float64))
+    assert root is not None, "this H is positive definite"
+    gptq.step(weight, 0, torch.tensor([0.5]), root.float())
+    return (
+        f"{weight[0, 1].item():.2f}\nThe first weight gained 0.2, and the second gains half of it: the inputs are half "
+        "alike with opposite signs, so what the first adds to the output the second takes away."
+    )
 
 
 def two_by_two(cls: Any) -> tuple[list[float], float]:
@@ -26,6 +33,8 @@ def two_by_two(cls: Any) -> tuple[list[float], float]:
     root = torch.tensor([[(2 / 3) ** 0.5, -((1 / 6) ** 0.5)], [0.0, 0.5**0.5]])
     weight = torch.tensor([[0.3, 1.0]])
     error = cls(GPTQConfig(4)).step(weight, 0, torch.tensor([0.0]), root)
+    kind = f"a tensor {list(error.shape)}" if isinstance(error, torch.Tensor) else f"{error!r}"
+    assert kind == "a tensor [1]", f"for one output step returned {kind}, expected the error, a tensor [1]"
     return weight.tolist()[0], error.item()
 
 
@@ -79,6 +88,7 @@ def the_root_of_the_inverse(mine: Mine) -> None:
     """U is upper triangular with U^T U = H^-1: row i says how the free columns answer to column i."""
     root = mine.cls(GPTQConfig(4)).inverse_root(H)
     assert root is not None, "inverse_root([[2, 1], [1, 2]]) is None, and the matrix is positive definite"
+    assert root.dtype == torch.float64, f"U is {root.dtype}, expected fp64 as H is: H of real layers is ill-conditioned"
     wanted = [[0.8165, -0.4082], [0.0, 0.7071]]
     found = [[round(x, 4) + 0.0 for x in row] for row in root.tolist()]
     assert found == wanted, f"the U of [[2, 1], [1, 2]] is {found}, expected {wanted}"
@@ -102,6 +112,7 @@ def the_strongest_inputs_first(mine: Mine) -> None:
     """Act-order goes by falling diagonal of H, and equal ones keep their order; without it nothing moves."""
     diagonal = torch.tensor([1.0, 9.0, 4.0, 9.0, 0.5, 4.0])
     order = mine.cls(GPTQConfig(4, desc_act=True)).column_order(torch.diag(diagonal))
+    assert isinstance(order, torch.Tensor), f"column_order returned {type(order).__name__}, expected a tensor"
     assert order.tolist() == [1, 3, 2, 5, 0, 4], (
         f"the diagonal {diagonal.tolist()} gives the order {order.tolist()}, expected [1, 3, 2, 5, 0, 4]: the "
         "strongest first, while most others can still make up for them"
@@ -152,7 +163,7 @@ def without_correlation_it_is_rounding(mine: Mine) -> None:
     assert different == 0, f"with a diagonal H {different} of {levels.numel()} levels differ from rounding to nearest"
 
 
-@check("engine", spec="R7.9", hint=3)
+@check("engine", spec="R7.2", hint=3)
 def a_whole_model(mine: Mine) -> None:
     """The quantiser, with your step, loses no more of any layer's outputs than with its own."""
     windows = [[(7 * i + 11 * j * j) % 500 for i in range(1, 33)] for j in range(8)]

@@ -13,7 +13,7 @@ class StepGPTQ(GPTQ):
         raise NotImplementedError("m7/gptq_step: column_order")
 
     def inverse_root(self, hessian: torch.Tensor) -> torch.Tensor | None:
-        """Returns U, upper triangular with U^T U = H^-1, for H in fp64. Returns None if H is not positive definite."""
+        """Returns U (fp64, as H is), upper triangular with U^T U = H^-1, or None if H is not positive definite."""
         raise NotImplementedError("m7/gptq_step: inverse_root")
 
     def step(self, weight: torch.Tensor, column: int, rounded: torch.Tensor, root: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,8 @@ LEVELS = [6, 2, 3, 6, 1, 4, 2, 15]
 
 
 def prediction() -> str:
-    word = Packing(4).pack_rows(torch.tensor(LEVELS)[:, None]).item()
-    return f"0x{unsigned(word):08X} (read it from the right), which is {word} as an int32"
+    word = Packing(4).pack_rows(torch.tensor([5, 1, 7, 2, 0, 4, 3, 6])[:, None]).item()
+    return f"{unsigned(word):08X}\nThe first level lies in the lowest four bits, which are the last hexadecimal digit."
 
 
 def unsigned(word: float) -> int:
@@ -81,10 +81,11 @@ def zero_points_of_v1_lack_one(mine: Mine) -> None:
         )
         assert packed.is_contiguous(), "the packed zeros are not contiguous, and safetensors will not write them"
         back = packing.unpack_zeros(packed)
-        assert back.dtype == torch.int32 and torch.equal(back, zeros), (
-            f"{digits} with zero_offset {offset} was read as {back.tolist()[0]} ({back.dtype}), expected int32 eights: "
-            "one off in the zero is one scale off in every weight"
+        assert torch.equal(back.int(), zeros), (
+            f"{digits} with zero_offset {offset} was read as {back.tolist()}, expected {zeros.tolist()}: one off in "
+            "the zero is one scale off in every weight"
         )
+        assert back.dtype == torch.int32, f"unpacked zero points have the dtype {back.dtype}, expected int32"
 
 
 @check("unit", spec="R7.14", hint=3)
@@ -145,13 +146,28 @@ def everything_comes_back(mine: Mine) -> None:
         generator, bits, offset = torch.Generator().manual_seed(seed), (4, 2, 8)[seed % 3], seed // 3 % 2
         packing, rows, columns = mine.cls(bits, offset), 32 // bits * (1 + seed % 5), 1 + seed // 4
         levels = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
-        packed, case = packing.pack_rows(levels), f"{bits} bits, [{rows}, {columns}]"
-        assert torch.equal(packed, Packing(bits).pack_rows(levels)), f"{case}: the words differ from the format's"
-        assert torch.equal(packing.unpack_rows(packed), levels), f"{case}: other levels came back"
+        packed, case = packing.pack_rows(levels), f"{bits} bits, uint8 levels [{rows}, {columns}]"
+        wanted = Packing(bits).pack_rows(levels)
+        kind = f"{packed.dtype} {list(packed.shape)}"
+        assert kind == f"torch.int32 {list(wanted.shape)}", (
+            f"{case}: the words are {kind}, expected torch.int32 {list(wanted.shape)}"
+        )
+        assert torch.equal(packed, wanted), (
+            f"{case}: the first column {levels[:, 0].tolist()} became {hexadecimal(packed[:, 0])}, expected "
+            f"{hexadecimal(wanted[:, 0])}: a shift of a uint8 loses all bits above its eight"
+        )
+        back = packing.unpack_rows(packed)
+        assert torch.equal(back, levels), (
+            f"{case}: the first column was {levels[:, 0].tolist()}, and {back[:, 0].tolist()} came back"
+        )
         zeros = torch.randint(offset, 2**bits + offset, (columns, rows), generator=generator, dtype=torch.int32)
         if offset:
             zeros = zeros.clamp(max=2**bits - 1)  # no tool writes a zero of 16
-        assert torch.equal(packing.unpack_zeros(packing.pack_zeros(zeros)), zeros), f"{case}: other zeros came back"
+        read = packing.unpack_zeros(packing.pack_zeros(zeros))
+        assert torch.equal(read, zeros), (
+            f"{bits} bits, zero_offset {offset}: the zero points were {zeros[0].tolist()}, and {read[0].tolist()} came "
+            "back"
+        )
 
 
 @check("engine", spec="R7.15", hint=3)

@@ -17,9 +17,13 @@ WEIGHTS = [-0.3, 0.1, 0.9]
 
 
 def prediction() -> str:
-    grid = Grid.find(torch.tensor([WEIGHTS]), asym(2))
-    levels = [int(level) for level in grid.levels(torch.tensor([WEIGHTS]))[0]]
-    return f"scale {grid.scale.item():.2f}, zero {int(grid.zero)}, levels {levels}"
+    weights = torch.tensor([[-0.3, -0.6, -0.9]])
+    grid = Grid.find(weights, asym(2))
+    levels = ", ".join(f"{level:.0f}" for level in grid.levels(weights)[0])
+    return (
+        f"{grid.scale.item():.2f}, {grid.zero.item():.0f}, {levels}\nThe grid reaches from -0.9 to 0, which every grid "
+        "must reach, in 3 steps; the zero point is the level of 0."
+    )
 
 
 def asym(bits: int) -> GPTQConfig:
@@ -28,7 +32,12 @@ def asym(bits: int) -> GPTQConfig:
 
 def found(cls: Any, weights: list[float], config: GPTQConfig) -> Any:
     """The grid of one output with these weights."""
-    return cls.find(torch.tensor([weights]), config)
+    grid = cls.find(torch.tensor([weights]), config)
+    for name in ("scale", "zero"):
+        field = getattr(grid, name, None)
+        kind = f"{field.dtype} {list(field.shape)}" if isinstance(field, torch.Tensor) else f"{field!r}"
+        assert kind == "torch.float32 [1]", f"the grid of one output has the {name} {kind}, expected torch.float32 [1]"
+    return grid
 
 
 @check("unit", spec="R7.6", hint=2)
@@ -119,8 +128,30 @@ def a_single_column_is_taken_too(mine: Mine) -> None:
     assert whole.dtype == torch.float32, f"levels have the dtype {whole.dtype}, expected fp32"
     for i in range(8):
         column = grid.levels(weight[:, i])
-        assert torch.equal(column, whole[:, i]), f"column {i} alone has other levels: {column.tolist()}"
-        assert torch.equal(grid.values(column), grid.values(whole)[:, i]), f"column {i} alone stands for other values"
+        assert list(column.shape) == [5], (
+            f"levels of a column [5] have the shape {list(column.shape)}, expected [5]: scale is [5] too, and only for "
+            "weights [5, n] does it need a dimension more"
+        )
+        assert torch.equal(column, whole[:, i]), (
+            f"column {i} alone has the levels {column.tolist()}, and {whole[:, i].tolist()} as a part of the group"
+        )
+        alone, together = grid.values(column), grid.values(whole)[:, i]
+        assert torch.equal(alone, together), (
+            f"the levels of column {i} alone stand for {alone.tolist()}, and for {together.tolist()} in the group"
+        )
+
+
+@check("unit", spec="R7.6", hint=2)
+def a_tie_does_not_depend_on_the_zero_point(mine: Mine) -> None:
+    """torch.round takes a half to the even number, so it matters that the zero is added after rounding."""
+    weights = torch.tensor([[0.25, 0.75, 1.25]])  # with a scale of 0.5: 0.5, 1.5 and 2.5 steps
+    for zero in (1.0, 2.0):
+        levels = mine.cls(torch.tensor([0.5]), torch.tensor([zero]), 15).levels(weights).tolist()[0]
+        wanted = [zero, zero + 2, zero + 2]
+        assert levels == wanted, (
+            f"scale 0.5, zero {zero:.0f}: the weights 0.25, 0.75 and 1.25 got the levels {levels}, expected {wanted}: "
+            "round first, then add the zero"
+        )
 
 
 @check("property", spec="R7.6", hint=2)
@@ -140,7 +171,7 @@ def no_weight_moves_more_than_half_a_step(mine: Mine) -> None:
         assert torch.equal(again, levels), f"{case}: rounding the rounded weights again gives other levels"
 
 
-@check("engine", spec="R7.9", hint=3)
+@check("engine", spec="R7.6", hint=3)
 def the_same_checkpoint(mine: Mine) -> None:
     """The quantiser, with your grid, writes the checkpoint that it writes with its own."""
     for config in (GPTQConfig(4, 32), GPTQConfig(4, 32, sym=False)):
@@ -151,8 +182,10 @@ def the_same_checkpoint(mine: Mine) -> None:
                 quantize_checkpoint(Path(tiny_model()), out, settings, progress=False)
             for file in sorted(theirs.glob("*.safetensors")):
                 own_tensors = load_file(own / file.name)
-                different = [name for name, t in load_file(file).items() if not torch.equal(own_tensors[name], t)]
-                assert not different, (
-                    f"{'symmetric' if config.sym else 'asymmetric'}, 4 bits, groups of 32: {different[0]} is not what "
-                    "the engine's own grid gives"
-                )
+                for name, wanted in load_file(file).items():
+                    different = int((own_tensors[name] != wanted).sum())
+                    assert different == 0, (
+                        f"{'symmetric' if config.sym else 'asymmetric'}, 4 bits, groups of 32: {different:,} of "
+                        f"{wanted.numel():,} numbers of {name} are not what the engine's own grid gives (qweight holds "
+                        "levels, eight in a number; qzeros zero points; scales the scales)"
+                    )
