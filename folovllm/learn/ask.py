@@ -84,7 +84,7 @@ def solution(exercise: Exercise, record: Record, path: Path) -> Iterator[str]:
         source = textwrap.dedent(inspect.getsource(function)).strip() + "\n"
         yield f"# {function.__module__}: {function.__qualname__}\n{source}"
         if mine := written.get(name):
-            yield _difference(mine, source)
+            yield _difference(_without_docstring(mine), _without_docstring(source))
 
 
 def _methods_in(path: Path, class_name: str) -> dict[str, str]:
@@ -106,6 +106,16 @@ def _methods_in(path: Path, class_name: str) -> dict[str, str]:
 def _source_lines(text: str, node: Any) -> str:
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     return "\n".join(text.split("\n")[first - 1 : node.end_lineno]) + "\n"
+
+
+def _without_docstring(source: str) -> str:
+    """The source of a function as it is, but for the lines of its docstring, which is no difference in what it does."""
+    function = ast.parse(source).body[0]
+    assert isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+    if ast.get_docstring(function) is None:
+        return source
+    lines, docstring = source.splitlines(keepends=True), function.body[0]
+    return "".join(lines[: docstring.lineno - 1] + lines[docstring.end_lineno :])
 
 
 def _difference(mine: str, source: str) -> str:

@@ -20,7 +20,7 @@ from folovllm.learn.ask import is_same_answer
 from folovllm.learn.exercise import get_exercise
 from folovllm.learn.grade import FAILED, NOT_WRITTEN, Result
 from folovllm.learn.mine import my_engine_args, my_parts
-from folovllm.learn.record import read_record
+from folovllm.learn.record import Record, read_record
 from folovllm.learn.story import story
 from folovllm.milestones import RUNG_IDS
 from folovllm.parts import load_part
@@ -177,9 +177,10 @@ def test_a_prediction_can_be_typed_in_and_must_be_given(here):
 
 
 def test_the_solution_is_the_engines_source_with_a_diff_and_counts_as_help(here):
-    solve(here, SOLVED.replace("popleft", "pop"))
+    solve(here, SOLVED.replace("return self._requests.popleft()", "'Mine.'\n        return self._requests.pop()"))
     output = learn("m2", "solution", "queue")
     assert "return self._requests.popleft()" in output and "-    return self._requests.pop()" in output
+    assert "Mine." not in output, "the diff is about the code"
     solve(here)
     assert "Passed (assisted" in learn("m2", "check", "queue")
     assert "assisted" in learn("status")
@@ -218,6 +219,13 @@ def test_a_fault_is_told_before_what_is_not_written_yet(here, root, monkeypatch)
     lines = "\n".join(story(exercise, Path("work/m2/queue.py"), results))
     assert "the first one is wrong" in lines and "Not written yet: pop_request." in lines
     assert "Also failing: second." in lines and "the second one is wrong" not in lines
+
+
+def test_the_next_exercise_is_a_later_one_even_if_earlier_ones_were_left_out(tmp_path, monkeypatch, capsys):
+    """Learners who began with m4 were sent to m0 when they had finished it."""
+    monkeypatch.setattr(Record, "is_passed", lambda self, exercise: exercise.milestone == "m4")
+    learn_progress.show_passed(get_exercise("m4", "merge_lse"), Record(tmp_path, []))
+    assert "Next: m5/" in capsys.readouterr().out
 
 
 def test_the_solution_is_shown_for_a_file_that_cannot_be_parsed(here):

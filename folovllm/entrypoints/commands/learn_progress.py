@@ -92,7 +92,8 @@ def show_passed(exercise: Exercise, record: Record) -> None:
     assisted = " (assisted: you have seen the solution)" if record.state(exercise) == "assisted" else ""
     typer.secho(wrapped(f"Passed{assisted}. Think about this: {exercise.after}"), fg="green")
     left = [e for e in find_exercises() if not record.is_passed(e)]
-    following = next((e for e in left if e.milestone == exercise.milestone), left[0] if left else None)
+    here = exercise.milestone  # its other exercises come first, then those of later milestones, then what was left out
+    following = min(left, key=lambda e: (e.milestone != here, e.milestone < here), default=None)
     if following is None:
         typer.echo("That was the last exercise. Talk to your engine: folovllm chat --mine")
     else:

@@ -1,6 +1,6 @@
 # killed-by: every_row_has_its_own_numbers | at non-singleton dimension
 """Takes the maximum of a tile without keepdim=True. With one row and one KV head broadcasting
-hides it; with as many rows as KV heads it silently subtracts the maxima of other rows.
+hides it; a decode step, which has one row and several KV heads, gets a state of another shape, and no error here.
 """
 
 import torch
