@@ -92,6 +92,27 @@ def test_a_page_without_the_place_for_a_block_is_named() -> None:
         fill("nothing here", "work", "new\n")
 
 
+@pytest.mark.m0
+def test_the_page_of_the_exercises_shows_what_its_commands_print() -> None:
+    """The way of a newcomer, from `folovllm learn m0` to a passed exercise, run in an empty folder."""
+    script = load_script("write_exercises_page")
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert script.written_page(text) == text, "run python scripts/dev/write_exercises_page.py"
+    for words in ("skipped until 2 passes", "Hint 1 of 3", "Passed. Think about this"):
+        assert words in text
+
+
+@pytest.mark.m0
+def test_every_exercise_is_in_the_table_with_its_minutes() -> None:
+    exercises = find_exercises()
+    rows = load_script("write_exercises_page").table().splitlines()[2:-2]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [int(minutes) for _, _, minutes, _ in cells] == [exercise.minutes for exercise in exercises]
+    bold = [name.startswith("**") for name, *_ in cells]
+    assert bold == [exercise.fast for exercise in exercises] and sum(bold) == len(LADDER)
+    assert all(f"[{exercise.id}](" in name for exercise, (name, *_) in zip(exercises, cells, strict=True))
+
+
 # ---- benches
 
 
