@@ -80,7 +80,7 @@ def folovllm(
       folovllm chat -m ./my-model --preset m1     as of milestone M1
       folovllm info smollm2-135m                  its shape, its KV cache
       folovllm learn                              write parts of the engine yourself
-      folovllm trace lint run.jsonl               check what an engine did
+      folovllm trace view run.jsonl               look at what an engine did
       folovllm quiz m3                            interview questions on M3
       folovllm sim --gpu h100 --compare m1,m5     a machine that you do not have
 

@@ -20,7 +20,16 @@ from folovllm.trace.view import render_view
 EXIT_FOUND = 1  # violations, or a difference
 MAX_SHOWN = 20
 
-trace_app = typer.Typer(no_args_is_help=True, help="Check, compare and look at traces (LLM(..., trace='file.jsonl')).")
+HELP = """Check, compare and look at traces (LLM(..., trace='file.jsonl')).
+
+\b
+  folovllm generate "The sky is" --trace run.jsonl   record every step
+  folovllm trace view run.jsonl                      a page to step through
+  folovllm trace show run.jsonl --step 7             one step, in the terminal
+  folovllm trace lint run.jsonl                      are the rules kept?
+  folovllm trace diff a.jsonl b.jsonl                where do two runs differ?
+"""
+trace_app = typer.Typer(no_args_is_help=True, help=HELP)
 
 TraceFile = Annotated[Path, typer.Argument(metavar="FILE", help="A trace: what trace='file.jsonl' wrote.")]
 

@@ -83,7 +83,7 @@ function makePane(model, i) {
 function describeConfig({ config, blockSize, usableBlocks, records }) {
   const chunks = config.enable_chunked_prefill ? "chunked prefill" : "whole prompts";
   const cache = config.enable_prefix_caching ? "prefix caching" : "no prefix caching";
-  const budget = `${config.max_num_batched_tokens} tokens and ${config.max_num_seqs} seats per step`;
+  const budget = `${config.max_num_batched_tokens} tokens and ${config.max_num_seqs} requests (seats) per step`;
   const blocks = `${usableBlocks} blocks of ${blockSize}`;
   return [count(records.length, "step"), config.batching, budget, blocks, chunks, cache].join(" · ");
 }
