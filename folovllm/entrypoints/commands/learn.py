@@ -72,13 +72,13 @@ def learn(
 
     \b
       folovllm learn                        where you are, and what comes next
-      folovllm learn m3                     goals and exercises of M3; creates work/m3/*.py
+      folovllm learn m3                     goals and exercises; creates the files
       folovllm learn m3 read block_pool     what to write, with an example
-      folovllm learn m3 predict block_pool  say what the engine does, before you write it
-      folovllm learn m3 check block_pool    check your file; --watch checks at every save
+      folovllm learn m3 predict block_pool  first say what the engine does
+      folovllm learn m3 check block_pool    check your file; --watch: at every save
       folovllm learn m3 hint block_pool     a hint; the next call gives the next one
-      folovllm learn case                   real faults to find, to test for and to mend
-      folovllm learn m2 race                your scheduling policy against four others
+      folovllm learn case                   real faults to find, test for and mend
+      folovllm learn m2 race                your scheduling policy against others
       folovllm learn status                 all exercises, one per line
       folovllm chat --mine                  talk to an engine made of your parts
     """

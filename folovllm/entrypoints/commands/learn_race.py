@@ -45,7 +45,8 @@ def race(
 
 
 def _show_rules(mine: Policy) -> None:
-    typer.echo("Goodput: requests per second that were served within the SLO. Score: the same over all workloads.")
+    typer.echo("Goodput: requests per second that were served within the SLO (the limits that users accept).")
+    typer.echo("Score: all requests served within it, divided by the time of all workloads together.")
     typer.echo(f"SLO: the first token after at most {RACE_SLO.ttft:g} s, no gap above {RACE_SLO.itl * 1e3:g} ms.")
     typer.echo(f"Simulated: {MODEL} on one {GPU}.\n")
     for policy in (mine, *OTHERS):
