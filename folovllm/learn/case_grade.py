@@ -8,77 +8,96 @@ prints a line of JSON per check, as grade.py does. The four are graded independe
 what the right answer is.
 """
 
-import json
+import inspect
 import sys
 import tempfile
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from folovllm.learn.cases import QUESTIONS, Case, load_case, record_trace, requests_of, run_requests
+from folovllm.learn.cases import GRADED, QUESTIONS, Case, load_case, record_trace, run_requests
 from folovllm.learn.check import Check, Mine, checks_of
-from folovllm.learn.defaults import NAMES
-from folovllm.learn.grade import FAILED, OK, SKIPPED, Result, check_contract, mine_of, run_check
-from folovllm.learn.toy_engine import random_workload
+from folovllm.learn.defaults import NAMES, with_attributes
+from folovllm.learn.grade import FAILED, NOT_WRITTEN, OK, Begin, Result, TimeLimit, result_of, run_check, work
+from folovllm.learn.grade import grade as grade_exercise
+from folovllm.learn.toy_engine import Workload, random_workload
 from folovllm.learn.worker import results_of
 from folovllm.parts import load_file
 from folovllm.text_files import read_text_file
 from folovllm.trace.diff import diff
 from folovllm.trace.record import read_trace
+from folovllm.utils import did_you_mean
 
 NUM_WORKLOADS = 15
 ENGINE_CORE = Path("folovllm", "engine", "core.py").parts
+ANSWERS = {"wrong_step": (int, "a number, e.g. wrong_step = 7"), "cause": (str, 'a letter in quotes, e.g. cause = "x"')}
 
 
-def grade_case(case: Case, work: Path) -> Iterator[Result]:
-    """Grades the learner's files in a worker process. Yields a result per check; the level is the question."""
-    command = [sys.executable, "-m", "folovllm.learn.case_grade", str(case.folder), str(case.file(work, ""))]
+def grade_case(case: Case, folder: Path) -> Iterator[Result]:
+    """Grades the learner's files in a worker process. Yields a result per check."""
+    command = [sys.executable, "-m", "folovllm.learn.case_grade", str(case.folder), str(case.file(folder, ""))]
     yield from results_of(command)
 
 
-def grade(case: Case, files: dict[str, Path], begin: Callable[[Result], object] = lambda _: None) -> Iterator[Result]:
+def grade(case: Case, files: dict[str, Path], begin: Begin = lambda _: None) -> Iterator[Result]:
     """Yields the results of all four questions. `begin` is told of each check before it runs."""
-    for check in _answer_checks(case, files["answer"]):
-        begin(_begun(check))
-        yield run_check(check, Mine(None, {}, None), files["answer"])
-    test = Check("test", lambda _: check_test(case, files["test"]))
-    begin(_begun(test))
-    yield run_check(test, Mine(None, {}, None), files["test"])
-    yield from grade_fix(case, files["fix"], begin)
+    for check, path in (
+        (Check("step", lambda _: check_step(case, files["answer"])), files["answer"]),
+        (Check("cause", lambda _: check_cause(case, files["answer"])), files["answer"]),
+        (Check("test", lambda _: check_test(case, files["test"])), files["test"]),
+    ):
+        begin(result_of(check, FAILED))
+        yield run_check(check, Mine(None, {}, None), path)
+    if case.is_untouched(files["fix"]):  # its first failing check would tell the cause
+        to_do = f"mend {', '.join(case.write)} in {files['fix'].name}, which is still the part with the fault"
+        yield Result("fix", "fix", NOT_WRITTEN, to_do)
+        return
+    yield from grade_exercise(case.exercise, files["fix"], begin, fix_checks(case))
 
 
-def _begun(check: Check) -> Result:
-    return Result(check.level, check.name, FAILED, doc=check.doc)
+def question_of(result: Result) -> str:
+    """One of QUESTIONS. The levels of a fix are those of an exercise."""
+    return result.level if result.level in QUESTIONS else "fix"
+
+
+def answered(results: list[Result]) -> dict[str, bool]:
+    """Question -> whether it is answered rightly."""
+    of = {question: [r.status == OK for r in results if question_of(r) == question] for question in QUESTIONS}
+    return {question: bool(statuses) and all(statuses) for question, statuses in of.items()}
 
 
 # ---- (a) and (b): the answer
 
 
-def _answer_checks(case: Case, path: Path) -> list[Check]:
-    def step(_: Mine) -> None:
-        answer = _read_answer(path, "wrong_step", -1)
-        if answer == -1:
-            raise NotImplementedError(f"write the number of the step into {path.name}: wrong_step")
-        assert answer == first_wrong_step(case), "Not this step: either it is right, or an earlier one is wrong."
-
-    def cause(_: Mine) -> None:
-        answer = str(_read_answer(path, "cause", "")).strip().lower()
-        if not answer:
-            raise NotImplementedError(f"write the letter of the cause into {path.name}: cause")
-        assert answer in case.causes, f"{answer!r} is none of the letters {', '.join(case.causes)}."
-        assert answer == case.cause, "Not this cause: it would have left other marks in the trace."
-
-    return [Check("step", step), Check("cause", cause)]
+def check_step(case: Case, path: Path) -> None:
+    answer = _read_answer(path, "wrong_step", -1)
+    last = len(read_trace(case.folder / "trace.jsonl").steps) - 1
+    assert 0 <= answer <= last, f"There is no step {answer}: the trace has the steps 0 to {last}."
+    assert answer == first_wrong_step(case), "Not this step: either it is right, or an earlier one is wrong."
 
 
-def _read_answer(path: Path, name: str, default: Any) -> Any:
+def check_cause(case: Case, path: Path) -> None:
+    answer = _read_answer(path, "cause", "").strip(" )").lower()
+    assert answer in case.causes, f"{answer!r} is none of the letters {', '.join(case.causes)}."
+    assert answer == case.cause, "Not this cause: it would have left other marks in the trace."
+
+
+def _read_answer(path: Path, name: str, unanswered: Any) -> Any:
+    """Raises NotImplementedError if the file has no answer yet, and AssertionError for what is no answer."""
+    kind, form = ANSWERS[name]
     try:
-        return tomllib.loads(read_text_file(path)).get(name, default)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: {error}") from None
+        values = tomllib.loads(read_text_file(path))
+    except ValueError as error:
+        raise AssertionError(f"{path.name} cannot be read: {error}. Write {name} as {form}.") from None
+    for other in values.keys() - ANSWERS:
+        raise AssertionError(f"{path.name} has an unknown name {other!r}{did_you_mean(other, ANSWERS)}")
+    answer = values.get(name, unanswered)
+    if answer == unanswered:
+        raise NotImplementedError(f"write {form}, into {path.name}")
+    assert type(answer) is kind, f"{name} is {answer!r}; write {form}."
+    return answer
 
 
 def first_wrong_step(case: Case) -> int:
@@ -102,39 +121,49 @@ def first_wrong_step(case: Case) -> int:
 def check_test(case: Case, path: Path) -> None:
     """Raises AssertionError if the learner's test misses the fault, or sees it where it is not."""
     test = getattr(load_file(path), "test", None)
-    assert callable(test), f"{path.name} has no function `test`: write `def test(parts)`."
-    error = _failure(test, case.fault)
+    assert callable(test) and len(inspect.signature(test).parameters) == 1, (
+        f"{path.name} has no function `test` with one argument: write `def test(parts)`."
+    )
+    error = _failure(case, test, case.fault)
     assert error is not None, (
         "Your test passes on the faulty engine. Let it run into what the report tells, and assert what should come out."
     )
-    if not case.crash:
-        assert isinstance(error, AssertionError), (
+    if not case.crash and not _is_assert(error):
+        raise AssertionError(
             f"On the faulty engine your test ends with {_short(error)}. The fault raises nothing: assert what is wrong."
-        )
-        assert not _is_of_engine(error), (
+        ) from error
+    if not case.crash and _is_of_engine(error):
+        raise AssertionError(
             f"On the faulty engine not your test fails, but a check of the engine itself: {_short(error)}. Assert what "
             "the user sees."
-        )
+        ) from error
     for name, parts in [("an engine without the fault", case.good), *variants(case)]:
-        error = _failure(test, parts)
-        assert error is None, f"Your test fails on {name}, too: {_short(error)}"
+        if error := _failure(case, test, parts):
+            raise AssertionError(f"Your test fails on {name}, too: {_short(error)}") from error
 
 
-def _failure(test: Callable[[dict[str, str]], object], parts: dict[str, str]) -> Exception | None:
-    try:
-        test(dict(parts))
-    except NotImplementedError:
-        raise
-    except Exception as error:
-        return error
+def _failure(case: Case, test: Callable[[dict[str, str]], object], parts: dict[str, str]) -> BaseException | None:
+    """What the test raises. It is given the same names for every engine, so that it cannot tell them apart by these."""
+    with with_attributes({case.part: case.exercise.reference} | parts) as hidden:
+        try:
+            test(hidden)
+        except (NotImplementedError, TimeLimit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            return error
     return None
 
 
-def _short(error: BaseException | None) -> str:
+def _is_assert(error: BaseException) -> bool:
+    """Whether a test says so itself. What pytest.fail and pytest.raises raise is no Exception."""
+    return isinstance(error, AssertionError) or not isinstance(error, (Exception, SystemExit))
+
+
+def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".removeprefix("AssertionError: ") or "an assert without a message"
 
 
-def _is_of_engine(error: Exception) -> bool:
+def _is_of_engine(error: BaseException) -> bool:
     """Whether the exception came out of a step, and not from an assert of the test."""
     frames = traceback.extract_tb(error.__traceback__)
     return any(Path(frame.filename).parts[-len(ENGINE_CORE) :] == ENGINE_CORE for frame in frames)
@@ -153,50 +182,32 @@ def variants(case: Case) -> list[tuple[str, dict[str, str]]]:
 # ---- (d): the fix
 
 
-def grade_fix(case: Case, path: Path, begin: Callable[[Result], object] = lambda _: None) -> Iterator[Result]:
-    contract, cls = check_contract(case.exercise, path)
-    yield replace(contract, level="fix")
-    failed = contract.status != OK
-    for check in fix_checks(case):
-        begin(_begun(check))
-        if failed:
-            yield replace(_begun(check), level="fix", status=SKIPPED)
-            continue
-        result = run_check(check, mine_of(case.exercise, path, cls), path)
-        failed = result.status != OK
-        yield replace(result, level="fix")
-
-
 def fix_checks(case: Case) -> list[Check]:
     """The case's own checks, then the run of the report and random workloads."""
 
     def run_of_the_report(mine: Mine) -> None:
         """The requests of the report get what an engine without the fault gives them, with no more work."""
-        _compare(case, mine, case.engine, case.requests, "the requests of the report")
+        _compare(case, mine, case.workload, "the requests of the report")
 
     def random_workloads(mine: Mine) -> None:
         """On other workloads, too, the engine gives the right tokens with no more work than one without the fault."""
         for seed in range(NUM_WORKLOADS):
             workload = random_workload(seed, case.milestone, **case.random)
-            requests = tuple(args | {"step": step} for step, args in workload.arrivals)
-            _compare(case, mine, workload.config_args, requests, f"the workload {workload}")
+            _compare(case, mine, workload, f"the workload {workload}")
 
     own = checks_of(load_file(case.folder / "checks.py"))
     return [*own, Check("unit", run_of_the_report), Check("property", random_workloads)]
 
 
-def _compare(case: Case, mine: Mine, engine: dict[str, Any], requests: tuple[dict[str, Any], ...], what: str) -> None:
+def _compare(case: Case, mine: Mine, workload: Workload, what: str) -> None:
     """Runs requests with the fix and with a good engine. Raises AssertionError with the first thing that differs."""
-    same = replace(case, engine=engine, requests=requests)
-    good = run_requests(case.good, engine, *requests_of(same))
-    run = run_requests(mine.parts, engine, *requests_of(same), check_integrity=True)
+    good, run = run_requests(case.good, workload), run_requests(mine.parts, workload, check_integrity=True)
     if run.errors:
         step, error = run.errors[0]
         error.add_note(f"It was raised in step {step} of {what}.")
         raise error
     assert run.is_done, f"With {what}, the engine never finishes: requests wait that nothing will wake up."
-    greedy = [request.request_id for request in requests_of(same)[0] if request.sampling_params.temperature == 0]
-    for request_id in greedy:
+    for request_id in (args["request_id"] for _, args in workload.arrivals if not args.get("temperature")):
         got, tokens = run.tokens[request_id], good.tokens[request_id]
         assert got == tokens, f"With {what}, {request_id} gets {got}, and without the fault {tokens}."
     assert run.num_computed_tokens <= good.num_computed_tokens, (
@@ -209,27 +220,11 @@ def _compare(case: Case, mine: Mine, engine: dict[str, Any], requests: tuple[dic
     )
 
 
-# ---- the result
-
-
-def answered(results: list[Result]) -> dict[str, bool]:
-    """Question -> whether it is answered rightly."""
-    of = {question: [r.status == OK for r in results if r.level == question] for question in QUESTIONS}
-    return {question: bool(statuses) and all(statuses) for question, statuses in of.items()}
-
-
 def main() -> None:
     """The worker process."""
     case, prefix = load_case(Path(sys.argv[1])), sys.argv[2]
-    files = {name.split(".")[0]: Path(prefix + name) for name in ("answer.toml", "test.py", "fix.py")}
-    lines, sys.stdout = sys.stdout, sys.stderr  # stdout belongs to the results
-
-    def emit(record: dict[str, Any]) -> None:
-        print(json.dumps(record), file=lines, flush=True)
-
-    for result in grade(case, files, lambda begun: emit({"begin": asdict(begun)})):
-        emit(asdict(result))
-    emit({"end": True})
+    files = {name.split(".")[0]: Path(prefix + name) for name in GRADED}
+    work(lambda begin: grade(case, files, begin))
 
 
 if __name__ == "__main__":

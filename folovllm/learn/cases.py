@@ -9,23 +9,21 @@ engine did with it), checks.py (what a fix must do) and mutants/ (wrong fixes an
 
 import json
 import re
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from folovllm.learn.exercise import Exercise, milestones_dir
+from folovllm.learn.exercise import Exercise, milestones_dir, read_fields
 from folovllm.learn.record import Record, digest
-from folovllm.learn.toy_engine import make_request
+from folovllm.learn.toy_engine import Workload, make_request, steps_of
 from folovllm.learn.toy_runner import RUNNER, FlatBatch, ToyRunner, make_engine
 from folovllm.learn.workspace import friendly_os_errors
 from folovllm.parts import PARTS
-from folovllm.request import Request
-from folovllm.utils import did_you_mean
 
 QUESTIONS = ("step", "cause", "test", "fix")
+GRADED = ("answer.toml", "test.py", "fix.py")  # the files that the learner writes
 MAX_STEPS = 300  # of a run
 MAX_IDLE_STEPS = 5  # in a row, with requests to serve: a faulty engine may wait forever
 
@@ -35,7 +33,8 @@ ANSWER = """\
 #   folovllm trace show {trace} --step 0
 #   folovllm trace view {trace}
 
-# (a) The first step in which the engine does something wrong. The symptom may come later than the mistake.
+# (a) The first step in which the engine does something else than an engine without the fault: what it schedules, which
+# blocks it gives or frees, or what it computes. A trace does not show all of that, and the symptom may come later.
 wrong_step = -1
 
 # (b) The root cause: one letter.
@@ -49,8 +48,10 @@ TEST = '''\
 """Case {number}, your test. It must fail on the faulty engine, and pass on an engine without the fault.
 
 `parts` is the engine to test: give it to make_engine. The engine arguments below are those of the report; change them,
-and the request, as you like. `generate` runs the requests (see folovllm/learn/toy_runner.py), and `alone` is what the
-model answers a prompt without a cache, a batch or a scheduler.
+and the requests, as you like. `generate` runs requests to their end; with `at=[0, 3]`, the second one arrives before
+step 3. `alone` is what the model answers a prompt without a cache, a batch or a scheduler. Both are in
+folovllm/learn/toy_runner.py. To look at single steps, call `core.add_request(request)` and `core.step()`;
+`core.scheduler.waiting` and `core.scheduler.running` are the requests.
 """
 
 from collections.abc import Mapping
@@ -92,6 +93,12 @@ class Case:
     random: dict[str, Any] = field(default_factory=dict)  # arguments for the random workloads of the fix
 
     @property
+    def workload(self) -> Workload:
+        """The run of the report."""
+        args = [dict(request) for request in self.requests]
+        return Workload(self.engine, tuple((request.pop("step", 0), request) for request in args))
+
+    @property
     def milestone(self) -> str:
         return self.folder.parents[1].name
 
@@ -110,6 +117,9 @@ class Case:
         """The engine without the fault."""
         place = self.without_fault.replace("checks.py:", f"{self.folder / 'checks.py'}:") or self.reference
         return {self.part: place} if place else {}
+
+    def is_untouched(self, fix: Path) -> bool:
+        return fix.read_bytes() == (self.folder / "fault.py").read_bytes()
 
     def parts_of(self, path: Path) -> dict[str, str]:
         return {self.part: f"{path}:{self.class_name}"}
@@ -149,22 +159,7 @@ def get_case(number: int, root: Path | None = None) -> Case:
 
 def load_case(folder: Path) -> Case:
     """Reads case.toml. Raises ValueError that names the file and the field for anything wrong in it."""
-    path = folder / "case.toml"
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    values["class_name"] = values.pop("class", "")
-    known = {f.name for f in fields(Case)} - {"folder"}
-    for name in values.keys() - known:
-        raise ValueError(f"{path}: unknown field {name!r}{did_you_mean(name, known)}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    try:
-        case = Case(folder, **values)
-    except TypeError as error:
-        raise ValueError(f"{path}: {str(error).removeprefix('Case.__init__() ')}") from None
-    if problems := lint(case):
-        raise ValueError(f"{path}: {problems[0]}")
+    case: Case = read_fields(folder / "case.toml", Case, lint)
     return case
 
 
@@ -184,13 +179,6 @@ def lint(case: Case) -> list[str]:
 
 
 # ---- the run of the report
-
-
-def requests_of(case: Case) -> tuple[list[Request], list[int]]:
-    """The requests of the report, and the step before which each arrives."""
-    args = [dict(request) for request in case.requests]
-    steps = [request.pop("step", 0) for request in args]
-    return [make_request(**request) for request in args], steps
 
 
 def described(case: Case) -> list[str]:
@@ -216,27 +204,17 @@ class Run:
 
 
 def run_requests(
-    parts: Mapping[str, str],
-    engine: Mapping[str, Any],
-    requests: list[Request],
-    steps: list[int],
-    trace: str = "",
-    check_integrity: bool = False,
+    parts: Mapping[str, str], workload: Workload, trace: str | None = None, check_integrity: bool = False
 ) -> Run:
     """Runs requests to their end, past steps that raise. Gives up after MAX_STEPS steps, or MAX_IDLE_STEPS in a row.
 
     `check_integrity`: a step that leaves blocks and tables at odds counts as one that raised.
     """
-    core = make_engine(parts, **engine, **({"trace": trace} if trace else {}))
-    waiting = sorted(zip(steps, range(len(steps)), requests, strict=True))
-    run, num_idle = Run({request.request_id: [] for request in requests}, []), 0
+    core = make_engine(parts, **workload.config_args, trace=trace)
+    arrivals = [(step, make_request(**args)) for step, args in workload.arrivals]
+    run, num_idle = Run({request.request_id: [] for _, request in arrivals}, []), 0
     try:
-        for step in range(MAX_STEPS):
-            while waiting and waiting[0][0] <= step:
-                core.add_request(waiting.pop(0)[2])
-            if not waiting and not core.has_unfinished_requests():
-                run.is_done = True
-                break
+        for step in steps_of(core, arrivals, MAX_STEPS):
             try:
                 for output in core.step():
                     run.tokens[output.request_id] += output.new_token_ids
@@ -248,8 +226,9 @@ def run_requests(
             computed = core.stats().num_scheduled_tokens
             run.num_computed_tokens += computed
             num_idle = num_idle + 1 if core.has_unfinished_requests() and not computed else 0
-            if num_idle == MAX_IDLE_STEPS and not waiting:
+            if num_idle == MAX_IDLE_STEPS:
                 break
+        run.is_done = not core.has_unfinished_requests()
     finally:
         core.shutdown()
     run.batches = getattr(core.executor, "batches", [])
@@ -258,7 +237,7 @@ def run_requests(
 
 def record_trace(case: Case, parts: Mapping[str, str], path: Path) -> Run:
     """Runs the case and writes its trace. The header names the part by its file alone."""
-    run = run_requests(parts, case.engine, *requests_of(case), trace=str(path))
+    run = run_requests(parts, case.workload, trace=str(path))
     header, *steps = path.read_text(encoding="utf-8").splitlines()
     values = json.loads(header)
     places = values["config"]["parts"] or {}
@@ -274,17 +253,17 @@ def record_trace(case: Case, parts: Mapping[str, str], path: Path) -> Run:
 def open_case(case: Case, record: Record) -> list[Path]:
     """Writes the files that are not there yet to work/cases. Returns those."""
     contents = {
-        "answer.toml": _answer(case, record.work),
-        "test.py": TEST.format(number=case.number, arguments=_arguments(case)),
-        "fix.py": (case.folder / "fault.py").read_text(encoding="utf-8"),
-        "trace.jsonl": (case.folder / "trace.jsonl").read_text(encoding="utf-8"),
+        "answer.toml": _answer(case, record.work).encode(),
+        "test.py": TEST.format(number=case.number, arguments=_arguments(case)).encode(),
+        "fix.py": (case.folder / "fault.py").read_bytes(),
+        "trace.jsonl": (case.folder / "trace.jsonl").read_bytes(),
     }
     new = [name for name in contents if not case.file(record.work, name).exists()]
     with friendly_os_errors():
         for name in new:
             path = case.file(record.work, name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(contents[name], encoding="utf-8")
+            path.write_bytes(contents[name])
     if new:
         record.add("begin", case.id)
     return [case.file(record.work, name) for name in new]
@@ -303,39 +282,39 @@ def _arguments(case: Case) -> str:
 
 def next_hint(case: Case, record: Record) -> tuple[int, str]:
     """Returns the number and the text of the next hint. After the last one, it is the last one again."""
-    layer = min(len(_lines(record, case, "hint")), len(case.hints) - 1)
+    layer = min(len(record.of(case, "hint")), len(case.hints) - 1)
     record.add("hint", case.id, layer=layer + 1)
     return layer + 1, case.hints[layer]
 
 
 def lesson(case: Case, record: Record) -> tuple[str, list[str]]:
-    """What is to be learned, and where the fault was reported. An unsolved case counts as assisted from now on."""
-    if state(case, record) != "solved":
-        record.add("lesson", case.id)
+    """What is to be learned, and where the fault was reported. Before the case is solved for the first time: a help."""
+    record.add("lesson", case.id)
     return case.lesson, [
         f"https://github.com/{source.replace('#', '/issues/').replace('@', '/commit/')}" for source in case.source
     ]
 
 
+def add_check(case: Case, record: Record, right: list[str]) -> None:
+    """Records which questions were answered rightly."""
+    contents = digest_of(case, record.work)
+    record.add("check", case.id, hash=contents, right=right, passed=len(right) == len(QUESTIONS))
+
+
 def state(case: Case, record: Record) -> str:
     """One of "not begun", "begun", "2 of 4", "changed", "solved" and "assisted" (solved after the lesson)."""
-    checks = _lines(record, case, "check")
     if not case.file(record.work, "answer.toml").is_file():
         return "not begun"
-    if not checks:
+    if not record.of(case, "check"):
         return "begun"
-    if checks[-1].get("hash") != digest_of(case, record.work):
+    last = record.last_check(case, digest_of(case, record.work))
+    if last is None:
         return "changed"
-    right = checks[-1].get("right", [])
-    if len(right) < len(QUESTIONS):
-        return f"{len(right)} of {len(QUESTIONS)}"
-    return "assisted" if _lines(record, case, "lesson") else "solved"
+    if not last.get("passed"):
+        return f"{len(last.get('right', []))} of {len(QUESTIONS)}"
+    return "assisted" if record.is_assisted(case, "lesson") else "solved"
 
 
 def digest_of(case: Case, work: Path) -> str:
     """The hashes of the three files that are graded."""
-    return "".join(digest(case.file(work, name)) for name in ("answer.toml", "test.py", "fix.py"))
-
-
-def _lines(record: Record, case: Case, event: str) -> list[dict[str, Any]]:
-    return [line for line in record.lines if line.get("exercise") == case.id and line.get("event") == event]
+    return "".join(digest(case.file(work, name)) for name in GRADED)

@@ -8,6 +8,7 @@ from the repository if the package runs from a clone, and otherwise from the cop
 
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -120,23 +121,31 @@ def get_exercise(milestone: str, name: str, root: Path | None = None) -> Exercis
 
 def load_exercise(folder: Path) -> Exercise:
     """Reads exercise.toml. Raises ValueError that names the file and the field for anything wrong in it."""
-    path = folder / "exercise.toml"
+    exercise: Exercise = read_fields(folder / "exercise.toml", Exercise, lint)
+    return exercise
+
+
+def read_fields(path: Path, made: Any, lint: Callable[[Any], list[str]]) -> Any:
+    """Returns the dataclass `made` with the file's folder and the fields of the file, in which `class` is `class_name`.
+
+    Raises ValueError that names the file and the field for anything wrong, `lint` included.
+    """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     values["class_name"] = values.pop("class", "")
-    known = {f.name: f for f in fields(Exercise) if f.name != "folder"}
-    for name in values.keys() - known.keys():
+    known = {f.name for f in fields(made)} - {"folder"}
+    for name in values.keys() - known:
         raise ValueError(f"{path}: unknown field {name!r}{did_you_mean(name, known)}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     try:
-        exercise = Exercise(folder, **values)
+        read = made(path.parent, **values)
     except TypeError as error:
-        raise ValueError(f"{path}: {str(error).removeprefix('Exercise.__init__() ')}") from None
-    if problems := lint(exercise):
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{made.__name__}.__init__() ')}") from None
+    if problems := lint(read):
         raise ValueError(f"{path}: {problems[0]}")
-    return exercise
+    return read
 
 
 def lint(exercise: Exercise) -> list[str]:

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -49,6 +49,7 @@ class Result:
     seconds: float = 0.0
 
 
+Begin = Callable[[Result], object]  # is told of a check before it runs
 CONTRACT = Result("contract", "contract", FAILED, doc="The class fits the engine, and its methods are your own.")
 TOO_LONG = "It was still running after {:.0f} seconds: probably an endless loop."
 
@@ -81,18 +82,23 @@ def mine_of(exercise: Exercise, path: Path, cls: Any) -> Mine:
     return Mine(cls, {exercise.part: f"{path}:{exercise.class_name}"}, exercise.reference_class)
 
 
-def grade(exercise: Exercise, path: Path, begin: Callable[[Result], object] = lambda _: None) -> Iterator[Result]:
-    """Yields a result per check, the contract's first. `begin` is told of each before it runs, as if it had failed."""
+def grade(
+    exercise: Exercise, path: Path, begin: Begin = lambda _: None, checks: Sequence[Check] = ()
+) -> Iterator[Result]:
+    """Yields a result per check, the contract's first. `begin` is told of each before it runs, as if it had failed.
+
+    `checks` replace those of the exercise's folder.
+    """
     begin(CONTRACT)
-    checks = load_checks(exercise)
+    checks = checks or load_checks(exercise)
     contract, cls = check_contract(exercise, path)
     yield contract
     failed_level, hung = "contract" if contract.status != OK else "", False
     for check in checks:
         if hung or (failed_level and failed_level != check.level):
-            yield _result(check, SKIPPED)
+            yield result_of(check, SKIPPED)
             continue
-        begin(_result(check, FAILED))
+        begin(result_of(check, FAILED))
         result = run_check(check, mine_of(exercise, path, cls), path)
         failed_level = check.level if result.status != OK else failed_level
         hung = result.seconds >= seconds_for(check.level)  # the next check would most likely hang too
@@ -111,7 +117,9 @@ def check_contract(exercise: Exercise, path: Path) -> tuple[Result, Any]:
         return replace(result, message=str(error)), None
     except TimeLimit as error:
         return replace(result, message=TOO_LONG.format(seconds_for("contract")), where=_where(error, path)), None
-    except (Exception, SystemExit) as error:  # the file's own code, while it is loaded
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the file's own code, while it is loaded
         return replace(result, message=_described(error), where=_where(error, path)), None
     return replace(result, status=OK), cls
 
@@ -127,15 +135,17 @@ def run_check(check: Check, mine: Mine, path: Path) -> Result:
         status, message, where = NOT_WRITTEN, str(error), _where(error, path)
     except TimeLimit as error:
         status, message, where = FAILED, TOO_LONG.format(seconds_for(check.level)), _where(error, path)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also those of sys.exit and pytest.fail, which are no Exception
         status, message, where = FAILED, _described(error), _where(error, path)
         if not where and not isinstance(error, AssertionError):
             message += _while_checking(error, check)
-    result = replace(_result(check, status), message=message, where=where, printed=printed.getvalue()[-MAX_PRINTED:])
+    result = replace(result_of(check, status), message=message, where=where, printed=printed.getvalue()[-MAX_PRINTED:])
     return replace(result, seconds=time.perf_counter() - start)
 
 
-def _result(check: Check, status: str) -> Result:
+def result_of(check: Check, status: str) -> Result:
     return Result(check.level, check.name, status, doc=check.doc, spec=check.spec, hint=check.hint)
 
 
@@ -157,9 +167,14 @@ def _while_checking(error: BaseException, check: Check) -> str:
 
 
 def _where(error: BaseException, path: Path) -> str:
-    """The innermost line of the learner's file that the exception came through. E.g. "line 12, in free_blocks"."""
+    """The innermost line of the learner's file that the exception came through. E.g. "line 12, in free_blocks".
+
+    If it did not come through the file, its cause may have: `raise AssertionError(...) from error`.
+    """
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == path.resolve()]
-    return f"line {frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line}" if frames else ""
+    if frames:
+        return f"line {frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line}"
+    return _where(error.__cause__, path) if error.__cause__ else ""
 
 
 @contextlib.contextmanager
@@ -182,14 +197,18 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def main() -> None:
-    """The worker process."""
     folder, path = map(Path, sys.argv[1:])
+    work(lambda begin: grade(load_exercise(folder), path, begin))
+
+
+def work(results: Callable[[Begin], Iterator[Result]]) -> None:
+    """The worker process: prints the lines that worker.py reads."""
     lines, sys.stdout = sys.stdout, sys.stderr  # stdout belongs to the results
 
     def emit(record: dict[str, Any]) -> None:
         print(json.dumps(record), file=lines, flush=True)
 
-    for result in grade(load_exercise(folder), path, lambda begun: emit({"begin": asdict(begun)})):
+    for result in results(lambda begun: emit({"begin": asdict(begun)})):
         emit(asdict(result))
     emit({"end": True})
 

@@ -10,7 +10,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from folovllm.learn.exercise import Exercise
 from folovllm.learn.grade import FAILED, OK, Result
@@ -27,6 +27,13 @@ def digest(path: Path) -> str:
         return ""
 
 
+class Named(Protocol):
+    """What lines of the record are about: an exercise or a case."""
+
+    @property
+    def id(self) -> str: ...
+
+
 @dataclass
 class Record:
     """The lines of work/.results.jsonl. `unreadable` counts those that are none."""
@@ -35,7 +42,7 @@ class Record:
     lines: list[dict[str, Any]]
     unreadable: int = 0
 
-    def of(self, exercise: Exercise, event: str) -> list[dict[str, Any]]:
+    def of(self, exercise: Named, event: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line.get("exercise") == exercise.id and line.get("event") == event]
 
     def add(self, event: str, exercise: str, **values: Any) -> None:
@@ -72,18 +79,22 @@ class Record:
             return "not begun"
         if not checks:
             return "begun"
-        last = next((line for line in reversed(checks) if line.get("hash") == digest(path)), None)
+        last = self.last_check(exercise, digest(path))
         if last is None:
             return "begun" if digest(path) == digest(exercise.skeleton) else "changed"
         if not last.get("passed"):
             return "failing" if FAILED in last.get("levels", {}).values() else "begun"
-        return "assisted" if self._is_assisted(exercise) else "passed"
+        return "assisted" if self.is_assisted(exercise, "solution") else "passed"
 
-    def _is_assisted(self, exercise: Exercise) -> bool:
-        """Whether the learner looked at the solution before the exercise first passed. Afterwards a look is no help."""
+    def last_check(self, exercise: Named, content: str) -> dict[str, Any] | None:
+        """The last check of files with these digests; None if they were never checked as they are."""
+        return next((line for line in reversed(self.of(exercise, "check")) if line.get("hash") == content), None)
+
+    def is_assisted(self, exercise: Named, help_event: str) -> bool:
+        """Whether the learner took this help before the first pass. Afterwards it is no help."""
         for line in self.lines:
-            if line.get("exercise") == exercise.id and (line.get("event") == "solution" or line.get("passed")):
-                return line.get("event") == "solution"
+            if line.get("exercise") == exercise.id and (line.get("event") == help_event or line.get("passed")):
+                return line.get("event") == help_event
         return False
 
     def is_passed(self, exercise: Exercise) -> bool:

@@ -12,7 +12,7 @@ was computed twice raises an error or changes the tokens.
 """
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,20 @@ def expected_tokens(request: Request, max_model_len: int, vocab_size: int = 1000
 def add_all(core: EngineCore, requests: Iterable[Request]) -> None:
     for request in requests:
         core.add_request(request)
+
+
+def steps_of(core: EngineCore, arrivals: Iterable[tuple[int, Request]], max_steps: int = MAX_STEPS) -> Iterator[int]:
+    """Yields the number of each step that the caller is to run, until no request is left or after `max_steps`.
+
+    `arrivals` are requests with the step before which each arrives.
+    """
+    waiting = sorted(arrivals, key=lambda arrival: arrival[0])
+    for step in range(max_steps):
+        while waiting and waiting[0][0] <= step:
+            core.add_request(waiting.pop(0)[1])
+        if not waiting and not core.has_unfinished_requests():
+            return
+        yield step
 
 
 def drive(core: EngineCore, max_steps: int = MAX_STEPS) -> dict[str, list[EngineCoreOutput]]:

@@ -20,7 +20,7 @@ from folovllm.core.kv_cache_utils import KVCacheConfig
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import ROOT, FakeExecutor, FakeRequest, mix
-from folovllm.learn.toy_engine import make_core
+from folovllm.learn.toy_engine import make_core, steps_of
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.parts import load_class
 from folovllm.request import Request
@@ -193,16 +193,13 @@ def make_engine(parts: Mapping[str, str], **config_args: Any) -> EngineCore:
 
 def generate(core: EngineCore, requests: Sequence[Request], at: Sequence[int] = ()) -> dict[str, list[int]]:
     """Runs the engine until it is idle. Returns the tokens of each request. Request i arrives before step `at[i]`."""
-    waiting = sorted(zip([*at, *[0] * (len(requests) - len(at))], range(len(requests)), requests, strict=True))
+    arrivals = zip([*at, *[0] * (len(requests) - len(at))], requests, strict=True)
     tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
-    for step in range(MAX_STEPS):
-        while waiting and waiting[0][0] <= step:
-            core.add_request(waiting.pop(0)[2])
-        if not waiting and not core.has_unfinished_requests():
-            return tokens
+    for _ in steps_of(core, arrivals, MAX_STEPS):
         for output in core.step():
             tokens[output.request_id] += output.new_token_ids
-    raise AssertionError(f"not done after {MAX_STEPS} steps: {core.stats()}")
+    assert not core.has_unfinished_requests(), f"requests are left after {MAX_STEPS} steps: {core.stats()}"
+    return tokens
 
 
 def alone(prompt: Sequence[int], num_tokens: int) -> list[int]:

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from folovllm.entrypoints.cli import app
 from folovllm.learn import case_grade, cases, worker
-from folovllm.learn.case_grade import first_wrong_step, grade_case
+from folovllm.learn.case_grade import answered, first_wrong_step, grade_case, question_of
+from folovllm.learn.grade import grade as grade_exercise
 from folovllm.learn.toy_engine import make_request, random_workload
 from folovllm.learn.toy_runner import alone, generate, make_engine
 from tests.m0.test_cases import solution
@@ -73,7 +74,7 @@ def test_unanswered_then_solved(here):
     learn_case("2")
     assert "begun" in state(2)
     output = learn_case("2", "check", code=1)
-    assert output.count("not yet") == 4 and output.count("To do:") == 3 and "In your file" not in output
+    assert output.count("not yet") == 4 and output.count("To do:") == 4 and "In your file" not in output
     assert "0 of 4" in state(2)
     solve(here)
     assert "changed" in state(2)
@@ -101,16 +102,41 @@ def test_hints_one_at_a_time(here):
     assert f"Hint {len(CASE.hints)} of" in learn_case("2", "hint")
 
 
-def test_the_lesson_before_the_case_is_solved_counts_as_help(here):
+def test_the_lesson_after_the_case_is_solved_is_no_help(here):
     solve(here)
     learn_case("2", "check")
     assert "https://github.com/GeeeekExplorer/nano-vllm/issues/207" in learn_case("2", "lesson")
-    assert "solved" in state(2)
-    (here / "work/cases/02_test.py").write_text("x")
+    path = here / "work/cases/02_test.py"
+    path.write_text(path.read_text() + "\n# edited\n")
+    learn_case("2", "lesson")
+    learn_case("2", "check")
+    assert "solved" in state(2), "after the first pass, a look at the lesson is no help"
+    path.write_text("x")
+    assert "changed" in state(2)
+    solve(here)
+    assert "solved" in state(2), "these contents have passed"
+
+
+def test_the_lesson_before_the_first_pass_counts_as_help(here):
     learn_case("2", "lesson")
     solve(here)
     learn_case("2", "check")
     assert "assisted" in state(2)
+
+
+def test_status_log_and_report_list_cases(here):
+    learn_case("2")
+    learn_case("2", "check", code=1)
+    learn_case("2", "hint")
+    run = CliRunner().invoke
+    assert "[-] case/02                  0 of 4     1 check, 1 hint" in run(app, ["learn", "status"]).output
+    assert "check: 0 of 4 right" in run(app, ["learn", "log"]).output
+    assert "0 of 10 cases solved" in run(app, ["learn"]).output
+    solve(here)
+    learn_case("2", "check")
+    assert run(app, ["learn", "report"]).exit_code == 0
+    assert f"| {CASE.title} (`case/02`) | solved |" in (here / "work/report.md").read_text()
+    assert "1 of 10 cases solved" in run(app, ["learn"]).output
 
 
 # ---- mistakes and bad files
@@ -133,8 +159,15 @@ def test_a_mistake_is_one_line_with_the_fix(here, args, words):
     [
         ("answer.toml", "wrong_step = four", "step", "Invalid value"),
         ("answer.toml", 'wrong_step = 1\ncause = "z"', "cause", "none of the letters a, b, c, d, e"),
+        ("answer.toml", 'wrong_step = "4"', "step", "wrong_step is '4'; write a number"),
+        ("answer.toml", "wrong_step = true", "step", "wrong_step is True; write a number"),
+        ("answer.toml", "wrong_step = 99", "step", "the trace has the steps 0 to"),
+        ("answer.toml", 'wrong_stp = 4\ncause = "a"', "step", "did you mean 'wrong_step'"),
+        ("answer.toml", "cause = 2", "cause", "write a letter in quotes"),
+        ("answer.toml", "cause = a", "cause", "Write cause as a letter in quotes"),
         ("test.py", "def test(parts) -> None\n", "test", "line 1"),
         ("test.py", "x = 1\n", "test", "no function `test`"),
+        ("test.py", "def test():\n    assert False\n", "test", "with one argument"),
         ("test.py", "def test(parts):\n    assert False\n", "test", "fails on an engine without the fault, too"),
         ("fix.py", "class Scheduler", "fix", "line 1"),
         ("fix.py", "from folovllm.core.sched.scheduler import Scheduler\n", "fix", "would grade itself"),
@@ -146,8 +179,8 @@ def test_a_bad_file_is_a_result(here, name, text, question, words):
     (here / f"work/cases/02_{name}").write_text(text)
     results = list(grade_case(CASE, here / "work"))
     failed = [result for result in results if result.status == "failed"]
-    assert words in next(result.message for result in failed if result.level == question)
-    others = {result.level for result in failed} - {question}
+    assert words in next(result.message for result in failed if question_of(result) == question)
+    others = {question_of(result) for result in failed} - {question}
     assert others <= ({"step", "cause"} if name == "answer.toml" else set())
 
 
@@ -162,7 +195,39 @@ def test_a_loop_and_a_crash_are_results(here, monkeypatch):
     start = time.monotonic()
     results = list(grade_case(CASE, here / "work"))
     assert any(r.level == "test" and "still running" in r.message for r in results), results
-    assert time.monotonic() - start < 60 and any(r.level == "fix" and r.status == "ok" for r in results)
+    assert time.monotonic() - start < 60 and answered(results)["fix"]
+
+
+def test_a_fix_that_ends_the_process_while_it_is_loaded_is_told_of_the_fix(here):
+    """The result must not be that of the test, which was graded before. It also says what was not graded."""
+    solve(here)
+    (here / "work/cases/02_fix.py").write_text("import os\n\nos._exit(3)\n")
+    assert answered(list(grade_case(CASE, here / "work"))) == {"step": True, "cause": True, "test": True, "fix": False}
+    (here / "work/cases/02_test.py").write_text("import os\n\nos._exit(3)\n")
+    output = learn_case("2", "check", code=1)
+    assert output.count("exit code 3") == 1 and "Not checked: the process" in output
+
+
+def test_pytest_functions_may_be_used(here):
+    """What pytest.raises and pytest.fail raise is no Exception: it must not end the worker."""
+    case = cases.get_case(4)
+    path = here / "test.py"
+    path.write_text(
+        "import pytest\nfrom folovllm.learn.toy_engine import make_request\n"
+        "from folovllm.learn.toy_runner import alone, generate, make_engine\n\n"
+        "def test(parts):\n    core = make_engine(parts, block_size=4, num_kv_blocks=9)\n"
+        "    if generate(core, [make_request('r', [1, 2], 4)])['r'] != alone([1, 2], 4):\n        pytest.fail('no')\n"
+    )
+    case_grade.check_test(case, path)
+
+
+def test_a_test_cannot_tell_the_engines_apart_by_their_names(here):
+    path = here / "test.py"
+    for words in ("'fault' not in str(parts)", "'.py' not in str(parts)", "not parts", "len(str(parts)) < 60"):
+        path.write_text(f"def test(parts):\n    assert {words}\n")
+        for number in (1, 4, 5, 7):
+            with pytest.raises(AssertionError, match=r"Your test (passes on the faulty engine|fails on an? )"):
+                case_grade.check_test(cases.get_case(number), path)
 
 
 def test_a_test_that_only_runs_the_engine_is_refused(tmp_path):
@@ -199,10 +264,10 @@ def test_a_case_file_with_a_fault_is_named(tmp_path):
 def test_the_fix_is_run_to_its_end_if_requests_wait_forever(tmp_path):
     """A case whose fault makes requests wait forever ends after a few idle steps, and says so."""
     case = cases.get_case(1)
-    run = cases.run_requests(case.fault, case.engine, *cases.requests_of(case))
+    run = cases.run_requests(case.fault, case.workload)
     assert not run.is_done and run.num_steps < 30
-    fault = case.folder / "fault.py"
-    messages = [result.message for result in case_grade.grade_fix(case, fault) if result.status == "failed"]
+    results = grade_exercise(case.exercise, case.folder / "fault.py", checks=case_grade.fix_checks(case))
+    messages = [result.message for result in results if result.status == "failed"]
     assert messages and "it was not started" in messages[0]
 
 

@@ -81,7 +81,8 @@ def test_wrong_answers_and_the_untouched_files_are_refused(case, tmp_path):
     }
     results = list(grade(case, files))
     assert answered(results) == dict.fromkeys(cases.QUESTIONS, False)
-    assert [r.level for r in results if r.status == "not written"] == ["step", "cause", "test"]
+    assert [r.level for r in results if r.status != "ok"] == ["step", "cause", "test", "fix"]
+    assert {r.status for r in results} == {"not written"}, "the first failing check of an untouched fix tells the cause"
 
 
 @pytest.mark.parametrize(("case", "mutant"), params("fix"))

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from folovllm.entrypoints.commands.learn_progress import mark
 from folovllm.learn import cases
-from folovllm.learn.case_grade import answered, grade_case
-from folovllm.learn.cases import QUESTIONS, Case, find_cases, get_case
+from folovllm.learn.case_grade import answered, grade_case, question_of
+from folovllm.learn.cases import GRADED, QUESTIONS, Case, find_cases, get_case
 from folovllm.learn.grade import FAILED, NOT_WRITTEN, Result
 from folovllm.learn.record import Record, read_record
 
@@ -18,7 +19,6 @@ EXIT_FAILED = 1
 WIDTH = 110
 VERBS = ("check", "hint", "lesson")
 WHAT = {"step": "the first wrong step", "cause": "the root cause", "test": "your test", "fix": "your fix"}
-MARKS = {"solved": "[x]", "assisted": "[x]"}
 
 
 def case(
@@ -47,6 +47,8 @@ def case(
     elif verb == "hint":
         layer, text = cases.next_hint(chosen, record)
         typer.echo(_wrapped(f"Hint {layer} of {len(chosen.hints)}: {text}"))
+        if layer == len(chosen.hints):
+            typer.echo(f"That was the last one. The whole story: {chosen.command('lesson')}")
     elif verb == "lesson":
         text, sources = cases.lesson(chosen, record)
         typer.echo("\n".join([_wrapped(text), "Where it was reported:", *(f"  {source}" for source in sources)]))
@@ -58,7 +60,7 @@ def show_list(record: Record) -> None:
     for chosen in find_cases():
         now = cases.state(chosen, record)
         about = f"{chosen.number:2}  {chosen.title:58} {chosen.milestone} {chosen.minutes:3} min"
-        typer.echo(f"{MARKS.get(now, '[ ]')} {about}  {now}")
+        typer.echo(f"{mark(now)} {about}  {now}")
     typer.secho("Open one: folovllm learn case 1", dim=True)
 
 
@@ -78,7 +80,7 @@ def show_report(chosen: Case, record: Record) -> None:
         ("trace.jsonl", "what the engine did"),
         ("answer.toml", "(a) the first wrong step, and (b) the root cause"),
         ("test.py", "(c) a test that fails because of the fault"),
-        ("fix.py", f"(d) the faulty {chosen.part}, to be mended"),
+        ("fix.py", f"(d) the part with the fault, {chosen.part}, to be mended"),
     ):
         path = chosen.file(record.work, name)
         typer.echo(f"  {path!s:32} {what}{' (new)' if path in new else ''}")
@@ -91,7 +93,7 @@ def show_report(chosen: Case, record: Record) -> None:
 
 def check(chosen: Case, record: Record) -> bool:
     """Grades the four, prints which are right, and records it. Returns whether all are."""
-    missing = [name for name in ("answer.toml", "test.py", "fix.py") if not chosen.file(record.work, name).is_file()]
+    missing = [name for name in GRADED if not chosen.file(record.work, name).is_file()]
     if missing:
         raise ValueError(
             f"no file {chosen.file(record.work, missing[0])}; `folovllm learn case {chosen.number}` creates it"
@@ -101,10 +103,12 @@ def check(chosen: Case, record: Record) -> bool:
     right = answered(results)
     for question in QUESTIONS:
         typer.echo(f" {question:6} {'right' if right[question] else 'not yet':8} {WHAT[question]}")
-        first = next((r for r in results if r.level == question and r.status in (FAILED, NOT_WRITTEN)), None)
-        if first is not None:
-            _show_failure(chosen, first)
-    record.add("check", chosen.id, hash=cases.digest_of(chosen, record.work), right=[q for q in QUESTIONS if right[q]])
+        of_question = [result for result in results if question_of(result) == question]
+        if first := next((result for result in of_question if result.status in (FAILED, NOT_WRITTEN)), None):
+            _show_failure(first)
+        elif not of_question:
+            typer.echo(_indented("Not checked: the process that runs your code had ended by then. See above."))
+    cases.add_check(chosen, record, [question for question in QUESTIONS if right[question]])
     if all(right.values()):
         typer.secho(f"Solved. What there is to learn from it: {chosen.command('lesson')}", fg="green")
     else:
@@ -112,11 +116,11 @@ def check(chosen: Case, record: Record) -> bool:
     return all(right.values())
 
 
-def _show_failure(chosen: Case, result: Result) -> None:
+def _show_failure(result: Result) -> None:
     if result.status == NOT_WRITTEN:
         typer.echo(_indented(f"To do: {result.message}."))
         return
-    if result.doc and result.level == "fix":
+    if result.doc and question_of(result) == "fix":
         typer.echo(_indented(f"{result.check}: {result.doc}"))
     for line in result.message.split("\n"):
         typer.echo(_indented(line))

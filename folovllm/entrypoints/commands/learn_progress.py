@@ -6,20 +6,28 @@ Milestone: M0. vLLM counterpart: none.
 import re
 import tomllib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from folovllm.learn import cases
 from folovllm.learn.exercise import ALL_PARTS, PACKAGE, Exercise, find_exercises, milestones_dir
-from folovllm.learn.record import FILE, Record, read_record
+from folovllm.learn.record import FILE, Named, Record, read_record
 from folovllm.learn.story import wrapped
 from folovllm.learn.workspace import friendly_os_errors
 from folovllm.milestones import LADDER, Rung, fold, get_rung
 
 TRACKS = ("all", "fast")
 MARKS = {"passed": "[x]", "assisted": "[x]", "failing": "[-]", "changed": "[?]", "begun": "[ ]", "not begun": "[ ]"}
+MARKS["solved"] = "[x]"  # a case
 LEGEND = "[x] passed   [?] changed since it was checked   [-] failing   [ ] to do"
+
+
+def mark(state: str) -> str:
+    """The box before an exercise or a case. E.g. "2 of 4" of the questions of a case are right: failing."""
+    return MARKS.get(state, MARKS["failing"])
 
 
 def show_next(record: Record, track: str = "all") -> None:
@@ -38,6 +46,9 @@ def show_next(record: Record, track: str = "all") -> None:
     else:
         typer.echo("\nNext:")
         _show_how_to_go_on(following, record)
+    if found := cases.find_cases():
+        num_solved = sum(mark(cases.state(case, record)) == "[x]" for case in found)
+        typer.echo(f"\nFaults to find and to mend: {num_solved} of {len(found)} cases solved. folovllm learn case")
     _show_unreadable(record)
 
 
@@ -110,16 +121,22 @@ def _show_unreadable(record: Record) -> None:
 
 
 def status(ctx: typer.Context) -> None:
-    """List all exercises: state, checks, hints, and whether the prediction was right."""
+    """List all exercises and cases: state, checks, hints, and whether the prediction was right."""
     record = read_record(ctx.obj)
-    for exercise in find_exercises():
-        typer.echo(
-            f" {MARKS[record.state(exercise)]} {exercise.id:24} {record.state(exercise):10} {_counts(record, exercise)}"
-        )
+    for of, state in _states(record):
+        typer.echo(f" {mark(state)} {of.id:24} {state:10} {_counts(record, of)}")
     _show_unreadable(record)
 
 
-def _counts(record: Record, exercise: Exercise) -> str:
+def _states(record: Record) -> list[tuple[Exercise | cases.Case, str]]:
+    """All exercises and cases, and the state of each."""
+    return [
+        *((exercise, record.state(exercise)) for exercise in find_exercises()),
+        *((case, cases.state(case, record)) for case in cases.find_cases()),
+    ]
+
+
+def _counts(record: Record, exercise: Named) -> str:
     """E.g. "4 checks, 1 hint, prediction right, solution seen"."""
     words = []
     layers = {line.get("layer") for line in record.of(exercise, "hint")}  # the last one may be read again
@@ -128,7 +145,8 @@ def _counts(record: Record, exercise: Exercise) -> str:
             words.append(f"{number} {word}{'s' if number > 1 else ''}")
     if predictions := record.of(exercise, "predict"):
         words.append("prediction right" if predictions[0].get("right") else "prediction wrong")
-    return ", ".join([*words, *(["solution seen"] if record.of(exercise, "solution") else [])])
+    seen = [f"{event} seen" for event in ("solution", "lesson") if record.of(exercise, event)]
+    return ", ".join([*words, *seen])
 
 
 def log(ctx: typer.Context) -> None:
@@ -143,12 +161,14 @@ def log(ctx: typer.Context) -> None:
 
 def _described(line: dict[str, object]) -> str:
     """E.g. "check: failed at property", "hint 2", "predict: '1, 2' (right)"."""
-    event, levels = line.get("event"), line.get("levels")
+    event, levels, right = line.get("event"), line.get("levels"), line.get("right")
     if event == "check" and isinstance(levels, dict):
         bad = next(
             (f"{status} at {level}" for level, status in levels.items() if status != "ok"), "nothing was checked"
         )
         return "check: " + ("passed" if line.get("passed") else bad)
+    if isinstance(right, list):  # of a case
+        return f"check: {len(right)} of {len(cases.QUESTIONS)} right"
     if event == "hint":
         return f"hint {line.get('layer')}"
     if event == "predict":
@@ -182,20 +202,18 @@ def _report(record: Record) -> str:
     for rung in LADDER:
         of_rung = [e for e in exercises if e.milestone == rung.id]
         if of_rung:
-            lines += [
-                "",
-                f"## {rung.id}: {rung.title}",
-                "",
-                "| exercise | state | first passed | |",
-                "|---|---|---|---|",
-            ]
-            lines += [_row(record, e) for e in of_rung]
+            lines += _table(record, f"{rung.id}: {rung.title}", [(e, record.state(e)) for e in of_rung])
+    if of_cases := [(case, cases.state(case, record)) for case in cases.find_cases()]:
+        lines += _table(record, "Cases", of_cases)
     return "\n".join(lines) + "\n"
 
 
-def _row(record: Record, exercise: Exercise) -> str:
-    first = next((line["time"] for line in record.of(exercise, "check") if line.get("passed")), "")
-    return f"| {exercise.title} (`{exercise.id}`) | {record.state(exercise)} | {first} | {_counts(record, exercise)} |"
+def _table(record: Record, title: str, states: Sequence[tuple[Exercise | cases.Case, str]]) -> list[str]:
+    lines = ["", f"## {title}", "", "| | state | first passed | |", "|---|---|---|---|"]
+    for of, state in states:
+        first = next((line["time"] for line in record.of(of, "check") if line.get("passed")), "")
+        lines.append(f"| {of.title} (`{of.id}`) | {state} | {first} | {_counts(record, of)} |")
+    return lines
 
 
 def diff(

@@ -4,9 +4,9 @@ import random
 from pathlib import Path
 
 from folovllm.engine.core import EngineCore
-from folovllm.learn.cases import load_case, requests_of
+from folovllm.learn.cases import load_case
 from folovllm.learn.check import Mine, check
-from folovllm.learn.toy_engine import add_all, make_request
+from folovllm.learn.toy_engine import add_all, make_request, steps_of
 from folovllm.learn.toy_runner import TwoRankRunner, make_engine
 
 VARIANTS = {"an engine with another seed": {"toy.runner": "checks.py:OtherSeed"}}
@@ -28,9 +28,7 @@ def first_wrong_step() -> int:
     """The first step after which the ranks have different tokens. The trace shows those of the first rank only."""
     case = load_case(Path(__file__).parent)
     core = make_engine(case.fault, **case.engine)
-    requests, steps = requests_of(case)
-    for step in range(20):
-        add_all(core, [request for request, at in zip(requests, steps, strict=True) if at == step])
+    for step in steps_of(core, [(at, make_request(**args)) for at, args in case.workload.arrivals]):
         core.step()
         first, second = tokens_of_ranks(core)
         if first != second:

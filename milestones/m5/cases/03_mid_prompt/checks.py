@@ -4,7 +4,7 @@ from pathlib import Path
 
 from folovllm.core.block_pool import BlockPool
 from folovllm.core.kv_cache_utils import KVCacheBlock
-from folovllm.learn.cases import load_case, requests_of, run_requests
+from folovllm.learn.cases import load_case, run_requests
 from folovllm.learn.check import Mine, check
 from folovllm.learn.toy_engine import make_request
 from folovllm.learn.toy_runner import alone, generate, make_engine
@@ -24,7 +24,7 @@ class Backwards(BlockPool):
 def first_wrong_step() -> int:
     """The step in which the attention is first told another length. The token that is wrong comes later."""
     case = load_case(Path(__file__).parent)
-    good, faulty = (run_requests(parts, case.engine, *requests_of(case)).batches for parts in (case.good, case.fault))
+    good, faulty = (run_requests(parts, case.workload).batches for parts in (case.good, case.fault))
     return next(i for i, (a, b) in enumerate(zip(good, faulty, strict=True)) if a.seq_lens != b.seq_lens)
 
 

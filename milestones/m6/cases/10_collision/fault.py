@@ -1,6 +1,6 @@
-"""Case 10: the prefix index that the engine of the report ran with. Mend `match`, and leave the weak hash as it is.
+"""Case 10: the prefix index that the engine of the report ran with. Mend `match`, and leave the rest as it is.
 
-The engine of the report had a hash of 64 bits. This one has 8, so that two prefixes with one hash fit into a short run.
+The server of the report names a block with 64 bits, this test build with 8.
 """
 
 from folovllm.config import CacheConfig
