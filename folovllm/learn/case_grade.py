@@ -43,11 +43,13 @@ def grade_case(case: Case, folder: Path) -> Iterator[Result]:
 
 def grade(case: Case, files: dict[str, Path], begin: Begin = lambda _: None) -> Iterator[Result]:
     """Yields the results of all four questions. `begin` is told of each check before it runs."""
-    for check, path in (
-        (Check("step", lambda _: check_step(case, files["answer"])), files["answer"]),
-        (Check("cause", lambda _: check_cause(case, files["answer"])), files["answer"]),
-        (Check("test", lambda _: check_test(case, files["test"])), files["test"]),
+    for question, file, function in (
+        ("step", "answer", check_step),
+        ("cause", "answer", check_cause),
+        ("test", "test", check_test),
     ):
+        path = files[file]
+        check = Check(question, lambda _, function=function, path=path: function(case, path))  # type: ignore[misc]
         begin(result_of(check, FAILED))
         yield run_check(check, Mine(None, {}, None), path)
     if case.is_untouched(files["fix"]):  # its first failing check would tell the cause
