@@ -87,7 +87,7 @@ class Record:
         return "assisted" if self.is_assisted(exercise, "solution") else "passed"
 
     def last_check(self, exercise: Named, content: str) -> dict[str, Any] | None:
-        """The last check of files with these digests; None if they were never checked as they are."""
+        """Returns the last check of files with these digests, or None if they were never checked as they are."""
         return next((line for line in reversed(self.of(exercise, "check")) if line.get("hash") == content), None)
 
     def is_assisted(self, exercise: Named, help_event: str) -> bool:

@@ -20,8 +20,10 @@ from folovllm.learn.workspace import friendly_os_errors
 from folovllm.milestones import LADDER, Rung, fold, get_rung
 
 TRACKS = ("all", "fast")
-MARKS = {"passed": "[x]", "assisted": "[x]", "failing": "[-]", "changed": "[?]", "begun": "[ ]", "not begun": "[ ]"}
-MARKS["solved"] = "[x]"  # a case
+MARKS = {
+    **{"passed": "[x]", "assisted": "[x]", "failing": "[-]", "changed": "[?]", "begun": "[ ]", "not begun": "[ ]"},
+    "solved": "[x]",  # a case
+}
 LEGEND = "[x] passed   [?] changed since it was checked   [-] failing   [ ] to do"
 
 
