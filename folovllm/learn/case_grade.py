@@ -122,7 +122,10 @@ def first_wrong_step(case: Case) -> int:
 
 def check_test(case: Case, path: Path) -> None:
     """Raises AssertionError if the learner's test misses the fault, or sees it where it is not."""
-    test = getattr(load_file(path), "test", None)
+    try:
+        test = getattr(load_file(path), "test", None)
+    except ValueError as unreadable:  # e.g. a syntax error
+        raise AssertionError(str(unreadable)) from unreadable
     assert callable(test) and len(inspect.signature(test).parameters) == 1, (
         f"{path.name} has no function `test` with one argument: write `def test(parts)`."
     )
@@ -206,8 +209,7 @@ def _compare(case: Case, mine: Mine, workload: Workload, what: str) -> None:
     good, run = run_requests(case.good, workload), run_requests(mine.parts, workload, check_integrity=True)
     if run.errors:
         step, error = run.errors[0]
-        error.add_note(f"It was raised in step {step} of {what}.")
-        raise error
+        raise AssertionError(f"In step {step} of {what}, the engine ends with {_short(error)}") from error
     assert run.is_done, f"With {what}, the engine never finishes: requests wait that nothing will wake up."
     for request_id in (args["request_id"] for _, args in workload.arrivals if not args.get("temperature")):
         got, tokens = run.tokens[request_id], good.tokens[request_id]

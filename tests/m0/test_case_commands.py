@@ -180,6 +180,7 @@ def test_a_bad_file_is_a_result(here, name, text, question, words):
     results = list(grade_case(CASE, here / "work"))
     failed = [result for result in results if result.status == "failed"]
     assert words in next(result.message for result in failed if question_of(result) == question)
+    assert not any("No line of your file" in result.message for result in failed)
     others = {question_of(result) for result in failed} - {question}
     assert others <= ({"step", "cause"} if name == "answer.toml" else set())
 

@@ -21,8 +21,13 @@ from folovllm.milestones import LADDER, Rung, fold, get_rung
 
 TRACKS = ("all", "fast")
 MARKS = {
-    **{"passed": "[x]", "assisted": "[x]", "failing": "[-]", "changed": "[?]", "begun": "[ ]", "not begun": "[ ]"},
+    "passed": "[x]",
     "solved": "[x]",  # a case
+    "assisted": "[x]",
+    "failing": "[-]",
+    "changed": "[?]",
+    "begun": "[ ]",
+    "not begun": "[ ]",
 }
 LEGEND = "[x] passed   [?] changed since it was checked   [-] failing   [ ] to do"
 
