@@ -5,12 +5,13 @@ Milestone: M0. vLLM counterpart: none.
 Without the last point, a file that re-exports the engine's class would pass every check: the engine would grade itself.
 """
 
-import ast
+import contextlib
+import functools
 import inspect
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from folovllm.learn.exercise import ALL_PARTS, Exercise
@@ -38,7 +39,6 @@ def load_work(exercise: Exercise, path: Path) -> Any:
     _check_parts_methods(exercise, cls)
     for name in exercise.write:
         _check_method(exercise, cls, name, path)
-    _check_calls(exercise, module, path)
     return cls
 
 
@@ -111,50 +111,34 @@ def signature_mismatch(mine: Any, reference: Any) -> str | None:
 # ---- does it let the engine do the work?
 
 
-def _check_calls(exercise: Exercise, module: ModuleType, path: Path) -> None:
-    """Refuses `super().method`, `BlockPool.method` and `BlockPool(...)` where these are the engine's own."""
-    tree = ast.parse(path.read_bytes())
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Attribute)
-            and node.attr in exercise.write
-            and _is_engines(exercise, module, node.value)
-        ):
-            raise ContractError(
-                f"{ast.unparse(node)} is the engine's own {node.attr}, which would grade itself; write what it does",
-                node.lineno,
-            )
-        if isinstance(node, ast.Call) and _resolve(node.func, module) is exercise.reference_class:
-            raise ContractError(
-                f"{ast.unparse(node.func)}(...) makes an object of the engine's own class, which would do the work; "
-                f"inherit from it, and write {', '.join(exercise.write)}",
-                node.lineno,
-            )
+@contextlib.contextmanager
+def refuse_borrowing(exercise: Exercise, path: Path) -> Iterator[None]:
+    """In the body, the engine's own methods of `write` raise ContractError if a function of the learner's file calls
+    them, by whatever way it got there: super(), getattr, another import, a helper class, a decorator.
+    """
+    originals = []
+    for name in exercise.write:
+        owner = next(cls for cls in exercise.reference_class.__mro__ if name in vars(cls))
+        originals.append((owner, name, vars(owner)[name]))
+        setattr(owner, name, _refusing(name, vars(owner)[name], path))
+    try:
+        yield
+    finally:
+        for owner, name, member in originals:
+            setattr(owner, name, member)
 
 
-def _is_engines(exercise: Exercise, module: ModuleType, node: ast.expr) -> bool:
-    """Whether the expression is `super()`, or names the reference or a class that the reference inherits from."""
-    if isinstance(node, ast.Call):
-        return isinstance(node.func, ast.Name) and node.func.id == "super"
-    found = _resolve(node, module)
-    return found is not object and found in exercise.reference_class.__mro__
+def _refusing(name: str, member: Any, path: Path) -> Any:
+    """The method, static method, class method or property `member`, but not for callers in the file `path`."""
+    function = plain_function(member)
 
+    @functools.wraps(function)
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        if sys._getframe(1).f_code.co_filename == str(path):
+            raise ContractError(f"{name} of the engine is called here, which would grade itself; write what it does")
+        return function(*args, **kwargs)
 
-def _resolve(node: ast.expr, module: ModuleType) -> Any:
-    """The value of a dotted name such as `BlockPool` or `block_pool.BlockPool` in a module, or None."""
-    names = list(_dotted_name(node))
-    value: Any = vars(module).get(names[0]) if names else None
-    for name in names[1:]:
-        value = getattr(value, name, None)
-    return value
-
-
-def _dotted_name(node: ast.expr) -> Iterator[str]:
-    if isinstance(node, ast.Attribute):
-        yield from _dotted_name(node.value)
-        yield node.attr
-    elif isinstance(node, ast.Name):
-        yield node.id
+    return type(member)(refusing) if isinstance(member, (staticmethod, classmethod, property)) else refusing
 
 
 def _dotted(cls: Any) -> str:

@@ -11,6 +11,7 @@ one failed, because its message would be about a consequence.
 import contextlib
 import io
 import json
+import os
 import signal
 import sys
 import time
@@ -22,13 +23,14 @@ from types import FrameType
 from typing import Any
 
 from folovllm.learn.check import LEVELS, Check, Mine, checks_of
-from folovllm.learn.contract import ContractError, load_work
+from folovllm.learn.contract import ContractError, load_work, refuse_borrowing
 from folovllm.learn.defaults import default_checks
 from folovllm.learn.exercise import ALL_PARTS, Exercise, load_exercise
 from folovllm.parts import load_file
 
 OK, FAILED, NOT_WRITTEN, SKIPPED = "ok", "failed", "not written", "skipped"
 MAX_PRINTED = 2000  # characters: the last that a check printed
+MAX_MESSAGE = 4000
 SECONDS = {"contract": 30.0, "engine": 120.0}  # time for a check: torch is imported first, a model is written once
 OTHER_SECONDS = 10.0
 
@@ -89,6 +91,11 @@ def grade(
 
     `checks` replace those of the exercise's folder.
     """
+    with refuse_borrowing(exercise, path):
+        yield from _grade(exercise, path, begin, checks)
+
+
+def _grade(exercise: Exercise, path: Path, begin: Begin, checks: Sequence[Check]) -> Iterator[Result]:
     begin(CONTRACT)
     checks = checks or load_checks(exercise)
     contract, cls = check_contract(exercise, path)
@@ -109,7 +116,7 @@ def check_contract(exercise: Exercise, path: Path) -> tuple[Result, Any]:
     """The result of the level "contract", and the learner's class if it keeps it."""
     result = CONTRACT
     try:
-        with contextlib.redirect_stdout(sys.stderr), time_limit(seconds_for("contract")):
+        with time_limit(seconds_for("contract")):
             cls = load_work(exercise, path)
     except ContractError as error:
         return replace(result, message=str(error), where=f"line {error.line}" if error.line else ""), None
@@ -126,7 +133,7 @@ def check_contract(exercise: Exercise, path: Path) -> tuple[Result, Any]:
 
 def run_check(check: Check, mine: Mine, path: Path) -> Result:
     """Runs one check on a class that keeps the contract."""
-    start, printed = time.perf_counter(), io.StringIO()
+    start, printed = time.perf_counter(), _Tail()
     status, message, where = OK, "", ""
     try:
         with contextlib.redirect_stdout(printed), time_limit(seconds_for(check.level)):
@@ -141,7 +148,7 @@ def run_check(check: Check, mine: Mine, path: Path) -> Result:
         status, message, where = FAILED, _described(error), _where(error, path)
         if not where and not isinstance(error, AssertionError):
             message += _while_checking(error, check)
-    result = replace(result_of(check, status), message=message, where=where, printed=printed.getvalue()[-MAX_PRINTED:])
+    result = replace(result_of(check, status), message=message, where=where, printed=_plain(printed.text))
     return replace(result, seconds=time.perf_counter() - start)
 
 
@@ -149,10 +156,32 @@ def result_of(check: Check, status: str) -> Result:
     return Result(check.level, check.name, status, doc=check.doc, spec=check.spec, hint=check.hint)
 
 
+class _Tail(io.TextIOBase):
+    """Keeps the last characters that are written to it: a loop that prints must not fill the memory."""
+
+    text = ""
+
+    def write(self, text: str) -> int:
+        self.text = (self.text + text)[-MAX_PRINTED:]
+        return len(text)
+
+
 def _described(error: BaseException) -> str:
     """The message of an AssertionError; the kind of any other exception, too. Notes follow."""
-    text = str(error) if isinstance(error, AssertionError) and str(error) else f"{type(error).__name__}: {error}"
-    return "\n".join([text, *getattr(error, "__notes__", ())])
+    try:
+        text = str(error)
+    except Exception as other:  # the learner's own class of exceptions may have a faulty __str__
+        text = f"(its message cannot be read: {type(other).__name__})"
+    if not text or not isinstance(error, AssertionError | ContractError):
+        text = f"{type(error).__name__}: {text}"
+    text = text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} ... ({len(text):,} characters)"
+    return _plain("\n".join([text, *getattr(error, "__notes__", ())]))
+
+
+def _plain(text: str) -> str:
+    """Text that every terminal can show: half a character and control characters are escaped."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def _while_checking(error: BaseException, check: Check) -> str:
@@ -202,15 +231,19 @@ def main() -> None:
 
 
 def work(results: Callable[[Begin], Iterator[Result]]) -> None:
-    """The worker process: prints the lines that worker.py reads."""
-    lines, sys.stdout = sys.stdout, sys.stderr  # stdout belongs to the results
+    """The worker process: sends the lines that worker.py reads to where stdout led.
 
-    def emit(record: dict[str, Any]) -> None:
-        print(json.dumps(record), file=lines, flush=True)
+    The learner's code cannot write there: from now on stdout is stderr, for its child processes, too.
+    """
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as lines:
+        os.dup2(2, 1)
 
-    for result in results(lambda begun: emit({"begin": asdict(begun)})):
-        emit(asdict(result))
-    emit({"end": True})
+        def emit(record: dict[str, Any]) -> None:
+            print(json.dumps(record), file=lines, flush=True)
+
+        for result in results(lambda begun: emit({"begin": asdict(begun)})):
+            emit(asdict(result))
+        emit({"end": True})
 
 
 if __name__ == "__main__":

@@ -6,13 +6,16 @@ The learner's code runs in the worker, so an endless loop or a crash is a result
 The worker itself interrupts a loop in Python; one inside C code is ended from here, a little later.
 """
 
+import contextlib
 import json
+import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -23,8 +26,7 @@ from folovllm.learn.grade import FAILED, Result, seconds_for
 GRACE = 5.0  # seconds that the worker gets to interrupt the check itself
 START_SECONDS = 60.0  # until the first line: Python and the imports on a busy machine
 CAUSES = {signal.SIGSEGV: "a crash in C code", getattr(signal, "SIGKILL", None): "probably there was no memory left"}
-
-Lines = queue.Queue[str | None]  # of a pipe as they come in, and None at its end
+MAX_ERRORS = 4000  # bytes: the last that the worker wrote to stderr
 
 
 def grade_in_worker(exercise: Exercise, path: Path) -> Iterator[Result]:
@@ -33,20 +35,30 @@ def grade_in_worker(exercise: Exercise, path: Path) -> Iterator[Result]:
 
 
 def results_of(command: list[str]) -> Iterator[Result]:
-    """Runs a worker process that prints results as `folovllm.learn.grade` does, and yields them."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        try:
-            yield from _results(process)
-        finally:
-            process.kill()  # if it has not ended
+    """Runs a worker process that prints results as `folovllm.learn.grade` does, and yields them.
+
+    It has a session of its own, so that its children can be ended with it: they may hold its pipes open. Its stdin is
+    empty, so that `input()` in the learner's code is an error and does not wait.
+    """
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True)
+    try:
+        yield from _results(process)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+        process.wait()
 
 
 def _results(process: subprocess.Popen[bytes]) -> Iterator[Result]:
     assert process.stdout is not None and process.stderr is not None
-    lines, errors = _read(process.stdout), _read(process.stderr)
+    lines: queue.Queue[bytes] = queue.Queue()
+    errors: deque[bytes] = deque(maxlen=MAX_ERRORS // 100)
+    _read(process.stdout, lines.put)
+    reader = _read(process.stderr, errors.append, 100)
     running, seconds = Result("contract", "contract", FAILED), START_SECONDS
     try:
-        while (line := lines.get(timeout=seconds)) is not None:
+        while line := lines.get(timeout=seconds):
             record = json.loads(line)
             if "end" in record:
                 return
@@ -55,30 +67,33 @@ def _results(process: subprocess.Popen[bytes]) -> Iterator[Result]:
                 seconds = seconds_for(running.level) + GRACE
             else:
                 yield Result(**record)
-        yield replace(running, message=_crash(process.wait(), errors))
+        returncode = process.wait()
+        reader.join(GRACE)
+        yield replace(running, message=_crash(returncode, b"".join(errors).decode("utf-8", errors="replace")))
     except queue.Empty:
         yield replace(running, message=f"The check did not end within {seconds:.0f} seconds, and was stopped.")
 
 
-def _read(stream: IO[bytes]) -> Lines:
-    """Reads a pipe in a thread of its own, so that no pipe fills up and every wait can have an end."""
-    lines: Lines = queue.Queue()
+def _read(stream: IO[bytes], take: Callable[[bytes], object], size: int = -1) -> threading.Thread:
+    """Gives `take` the lines of a pipe, or pieces of `size` bytes, and b"" at its end, in a thread of its own: no pipe
+    fills up, and every wait can have an end.
+    """
 
     def run() -> None:
-        for line in stream:
-            lines.put(line.decode("utf-8", errors="replace"))
-        lines.put(None)
+        with stream:
+            while line := stream.readline(size):
+                take(line)
+            take(b"")
 
-    threading.Thread(target=run, daemon=True).start()
-    return lines
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
 
 
-def _crash(returncode: int, errors: Lines) -> str:
+def _crash(returncode: int, errors: str) -> str:
     """How the worker ended. A negative exit code is that of a signal."""
     if returncode < 0:
         name = signal.Signals(-returncode)
         return f"The process that runs your code was ended by {name.name} ({CAUSES.get(name, 'a signal')})."
-    last = ""
-    while (line := errors.get()) is not None:
-        last = line.strip() or last
+    last = next((line for line in reversed(errors.splitlines()) if line.strip()), "").strip()
     return f"The process that runs your code ended here with exit code {returncode}. {last}".rstrip()

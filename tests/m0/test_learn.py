@@ -116,18 +116,6 @@ REFUSED = {
     "re-export": ("from folovllm.core.sched.request_queue import FCFSRequestQueue as Queue\n", "would grade itself"),
     "inherited": (SKELETON + "    pass\n", "does not define pop_request"),
     "assigned": (SKELETON + "    pop_request = _Real.pop_request\n", "would grade itself"),
-    "super": (
-        SOLVED.replace("self._requests.popleft()", "super().pop_request()"),
-        "super().pop_request is the engine's",
-    ),
-    "by name": (
-        SOLVED.replace("self._requests.popleft()", "_Real.pop_request(self)"),
-        "_Real.pop_request is the engine's",
-    ),
-    "delegates": (
-        SOLVED.replace("self._requests.popleft()", "_Real().pop_request()"),
-        "makes an object of the engine's",
-    ),
     "signature": (SOLVED.replace("pop_request(self)", "pop_request(self, n)"), r"parameters are (self, n)"),
     "static": (SOLVED.replace("    def pop", "    @staticmethod\n    def pop"), "must be a plain method"),
     "other name": (SOLVED.replace("class Queue", "class Queues"), "no class Queue"),
@@ -144,6 +132,30 @@ def test_a_file_that_does_not_keep_the_contract_is_refused(exercise, work_file, 
     results = graded(exercise, work_file, source)
     assert results["contract"].status == FAILED and words in results["contract"].message
     assert {r.status for r in results.values() if r.level != "contract"} == {SKIPPED}
+
+
+BORROWED = {
+    "super": "super().pop_request()",
+    "super, in two steps": "(lambda base: base.pop_request())(super())",
+    "getattr": "getattr(super(), 'pop_request')()",
+    "by name": "_Real.pop_request(self)",
+    "another object": "_Real().pop_request()",
+    "the base class": "type(self).__mro__[1].pop_request(self)",
+    "its dict": "vars(_Real)['pop_request'](self)",
+    "another import": "__import__('sys').modules[_Real.__module__].FCFSRequestQueue.pop_request(self)",
+    "a helper class": "type('Helper', (_Real,), {}).pop_request(self)",
+    "kept before": "kept(self)",
+}
+
+
+@pytest.mark.parametrize("way", BORROWED)
+def test_the_engines_own_method_is_refused_by_whatever_way_it_is_called(exercise, work_file, way):
+    """An attack on the grader passed by all of these but the two that name the class."""
+    source = SOLVED.replace(POP, BORROWED[way]).replace("class Queue", "kept = _Real.pop_request\n\n\nclass Queue")
+    result = graded(exercise, work_file, source)["the_first_one_leaves_first"]
+    assert result.status == FAILED and "which would grade itself" in result.message and "in " in result.where
+    real = exercise.reference_class
+    assert real.pop_request.__code__.co_filename.endswith("request_queue.py"), "the engine's class is as it was"
 
 
 def test_a_file_that_is_not_utf8_is_refused(exercise, work_file):
@@ -221,6 +233,50 @@ def test_a_loop_that_cannot_be_interrupted_is_ended_from_outside(exercise, work_
     results = in_worker(exercise, work_file, SOLVED.replace("return self", f"{stubborn}\n        return self"))
     assert "was stopped" in results[-1].message and results[-1].check == "the_first_one_leaves_first"
     assert results[-1].doc == "The request that waits longest is popped." and time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        """import os; os.write(1, b'{"level": "unit", "check": "x", "status": "ok"}\\n{"end": true}\\n')""",
+        "import sys; print('here', file=sys.__stdout__, flush=True)",
+        "import os; os.system('echo here')",
+    ],
+)
+def test_results_cannot_be_written_by_the_learners_code(exercise, work_file, code):
+    """A print to the real stdout ended `folovllm learn` with "Expecting value", and a printed result counted."""
+    results = in_worker(exercise, work_file, SOLVED.replace("return self", f"{code}\n        return self"))
+    assert [r.level for r in results] == ["contract", "unit", "unit", "trace", "engine"]
+    assert {r.status for r in results} == {OK}
+
+
+def test_a_child_process_that_stays_is_not_waited_for(exercise, work_file):
+    """The child holds the pipes of the worker; the end of the grading waited until it ended, too."""
+    child = "import subprocess\n\nsubprocess.Popen(['sleep', '60'])\n"
+    start = time.monotonic()
+    assert {r.status for r in in_worker(exercise, work_file, child + SOLVED)} == {OK}
+    assert time.monotonic() - start < 50
+
+
+def test_a_question_to_the_terminal_is_an_error_and_does_not_wait(exercise, work_file):
+    results = in_worker(exercise, work_file, SOLVED.replace("return self", "input('?')\n        return self"))
+    assert any("EOFError" in r.message for r in results)
+
+
+def test_messages_are_short_and_printable(exercise, work_file):
+    code = "print('x' * 10_000_000); raise ValueError('\\ud800 \\x1b[2J ' + 'm' * 1_000_000)"
+    result = graded(exercise, work_file, SOLVED.replace("return self", f"{code}\n        return self"))[
+        "the_first_one_leaves_first"
+    ]
+    assert result.message.startswith("ValueError: \\ud800 \\x1b[2J mmm") and "1,000,019 characters" in result.message
+    assert len(result.message) + len(result.printed) < 7000
+
+
+def test_an_exception_without_a_readable_message_is_a_result(exercise, work_file):
+    broken = "class Odd(Exception):\n    def __str__(self):\n        return 1 / 0\n\n\n"
+    source = broken + SOLVED.replace("return self", "raise Odd\n        return self")
+    result = graded(exercise, work_file, source)["the_first_one_leaves_first"]
+    assert result.message == "Odd: (its message cannot be read: ZeroDivisionError)"
 
 
 @pytest.mark.parametrize(
