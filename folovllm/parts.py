@@ -12,6 +12,7 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -201,5 +202,9 @@ def load_file(path: Path) -> ModuleType:
     module = ModuleType(f"folovllm_part_{path.stem}_{zlib.crc32(os.fsencode(path.absolute())):08x}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
-    exec(code, module.__dict__)
+    try:
+        exec(code, module.__dict__)
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        raise ValueError(f"{path}, line {lines[-1]}: {type(error).__name__}: {error}") from error
     return module

@@ -12,6 +12,7 @@ imports it.
     story.py       results as text
     ask.py         hints, predictions, solutions
     record.py      work/.results.jsonl: everything that was checked, asked and answered
+    files.py       writes files and records for all of them
     workspace.py   the folder work/: created, found, reset
     mine.py        the engine made of the parts that passed
     toy_engine.py  the real scheduler and KV cache on a fake model

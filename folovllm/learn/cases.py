@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from folovllm.learn.exercise import Exercise, milestones_dir, read_fields
+from folovllm.learn.files import friendly_os_errors
 from folovllm.learn.record import Record, digest
 from folovllm.learn.toy_engine import Workload, make_request, steps_of
 from folovllm.learn.toy_runner import RUNNER, FlatBatch, ToyRunner, make_engine
-from folovllm.learn.workspace import friendly_os_errors
 from folovllm.parts import PARTS
 
 QUESTIONS = ("step", "cause", "test", "fix")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from folovllm.learn.exercise import ALL_PARTS, Exercise, find_exercises
+from folovllm.learn.files import friendly_os_errors
 from folovllm.learn.record import digest, read_record
-from folovllm.learn.workspace import friendly_os_errors
 from folovllm.parts import load_class
 
 FOLDER = ".mine"

@@ -7,7 +7,6 @@ Which question is due follows from these lines alone (Leitner boxes): an answer 
 up, and one that fails moves it back to the first. A question of box b comes again after INTERVALS[b] days.
 """
 
-import json
 import random
 import re
 import textwrap
@@ -18,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from folovllm.learn.files import append_record, read_records
 from folovllm.learn.questions import KINDS, Question
 from folovllm.utils import unknown_name_message
 
@@ -52,11 +52,10 @@ class Boxes:
         self.file = file
         self.box: dict[str, int] = {}
         self.asked: dict[str, datetime] = {}
-        self.num_unreadable = 0
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        entries, self.num_unreadable = read_records(file)
+        for entry in entries:
             try:
-                entry = json.loads(line)
-                self._count(entry["id"], entry["passed"], datetime.fromisoformat(entry["at"]))
+                self._count(entry["id"], entry["passed"], datetime.fromisoformat(entry["at"]).astimezone(UTC))
             except (ValueError, TypeError, KeyError):  # a line cut short by a crash, or edited by hand
                 self.num_unreadable += 1
 
@@ -78,9 +77,7 @@ class Boxes:
             "score": round(graded.score, 2),
             "seconds": round(graded.seconds),
         }
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(entry) + "\n")
+        append_record(self.file, entry)
         self._count(graded.question.id, graded.passed, at)
 
 

@@ -8,9 +8,9 @@ within the SLO. Requests that get their first token too late, or whose tokens st
 """
 
 import ast
+import contextlib
 import hashlib
 import inspect
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from folovllm.core.sched.request_queue import FCFSRequestQueue, RequestQueue
 from folovllm.core.sched.scheduler import Scheduler
 from folovllm.core.sched.step import Step
 from folovllm.learn.exercise import milestones_dir
+from folovllm.learn.files import append_record, friendly_os_errors, read_records
 from folovllm.learn.grade import TimeLimit, time_limit
 from folovllm.parts import load_file
 from folovllm.request import Request, RequestStatus
@@ -115,8 +116,8 @@ OTHERS = (
 def policy_of(path: Path) -> Policy:
     """The policy in a learner's file: its class of a queue, its class of a scheduler, or both.
 
-    Raises ValueError if there is neither. A policy that reads `max_tokens` is marked: in the race it is the length of
-    the answer, which no real server knows.
+    Raises ValueError if there is neither. A policy that reads `max_tokens` or builds on ShortestJobQueue is marked: in
+    the race, `max_tokens` is the length of the answer, which no real server knows.
     """
     module = load_file(path)
     own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
@@ -124,8 +125,9 @@ def policy_of(path: Path) -> Policy:
              for c in own if issubclass(c, RequestQueue | Scheduler)}  # fmt: skip
     if not parts:
         raise ValueError(f"{path} has no class that inherits from RankedQueue, a RequestQueue or Scheduler; write one")
-    tree = ast.parse(path.read_bytes())
-    is_oracle = any(isinstance(node, ast.Attribute) and node.attr == "max_tokens" for node in ast.walk(tree))
+    words = {getattr(node, "attr", getattr(node, "value", None)) for node in ast.walk(ast.parse(path.read_bytes()))
+             if isinstance(node, ast.Attribute | ast.Constant)}  # fmt: skip
+    is_oracle = "max_tokens" in words or any(issubclass(c, ShortestJobQueue) for c in own)
     return Policy("yours (oracle)" if is_oracle else "yours", str(path), parts)
 
 
@@ -133,8 +135,9 @@ def begin(path: Path) -> bool:
     """Creates the learner's file unless it is there. Returns whether it did."""
     if path.exists():
         return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text((milestones_dir() / "m2/race.py").read_text(encoding="utf-8"), encoding="utf-8")
+    with friendly_os_errors():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text((milestones_dir() / "m2/race.py").read_text(encoding="utf-8"), encoding="utf-8")
     return True
 
 
@@ -165,7 +168,7 @@ def run(policy: Policy, workload: str, seed: int) -> Run:
             )  # fmt: skip
     except TimeLimit:
         return Run(policy, workload, problem=f"not done after {SECONDS:.0f} seconds")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Run(policy, workload, problem=f"{type(error).__name__}: {error}")
     return Run(policy, workload, round(metrics["good_share"] * metrics["num_requests"]), metrics["seconds"])
 
@@ -222,7 +225,8 @@ def plot(runs: dict[str, list[Run]], path: Path) -> None:
     )
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with friendly_os_errors():
+        figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
@@ -240,14 +244,13 @@ class Leaderboard:
         entry = {"time": time.strftime("%Y-%m-%d %H:%M"), "file": str(file), "hash": digest, "seed": seed}
         entry |= {"name": runs[0].policy.name, "score": score(runs)}
         entry |= {"goodput": {one.workload: one.goodput for one in runs}}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(entry) + "\n")
+        append_record(self.path, entry)
 
     def best(self, seed: int, count: int = 5) -> list[dict[str, Any]]:
-        """The best entries of a seed, each version of a file once, best first."""
-        if not self.path.is_file():
-            return []
-        entries = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        versions = {entry["hash"]: entry for entry in entries if entry["seed"] == seed}
+        """The best entries of a seed, each version of a file once, best first. Lines that are no entry do not count."""
+        versions = {}
+        for entry in read_records(self.path)[0]:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                if entry["seed"] == seed and all(key in entry for key in ("name", "file", "time")):
+                    versions[entry["hash"]] = entry | {"score": float(entry["score"])}
         return sorted(versions.values(), key=lambda entry: -entry["score"])[:count]

@@ -6,15 +6,14 @@ Lines are only appended. There is no other state: a file counts as passed if the
 """
 
 import hashlib
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from folovllm.learn.exercise import Exercise
+from folovllm.learn.files import append_record, read_records
 from folovllm.learn.grade import FAILED, OK, Result
-from folovllm.text_files import split_lines
 
 FILE = ".results.jsonl"
 
@@ -48,18 +47,7 @@ class Record:
     def add(self, event: str, exercise: str, **values: Any) -> None:
         """Appends a line. Raises ValueError that names the fix if the folder cannot be written."""
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "event": event, "exercise": exercise, **values}
-        text = json.dumps(line, ensure_ascii=False) + "\n"
-        path = self.work / FILE
-        try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            if path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
-                text = "\n" + text  # the line before was cut off; this one must not be lost with it
-            with path.open("a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise ValueError(
-                f"cannot write {path}: {error.strerror}; make the folder writable, or choose another with --work"
-            ) from None
+        append_record(self.work / FILE, line)
         self.lines.append(line)
 
     def add_results(self, exercise: Exercise, path: Path, results: list[Result]) -> None:
@@ -101,21 +89,19 @@ class Record:
         return self.state(exercise) in ("passed", "assisted")
 
 
+FORM: dict[str, Any] = {
+    "time": str, "event": str, "exercise": str, "hash": str, "passed": bool, "levels": dict, "layer": int,
+}  # fmt: skip
+
+
+def _is_event(line: dict[str, Any]) -> bool:
+    """Whether a line is one that `Record.add` writes. A file that was edited by hand may hold anything."""
+    is_whole = {"time", "event", "exercise"} <= line.keys()
+    return is_whole and all(isinstance(line[name], kind) for name, kind in FORM.items() if name in line)
+
+
 def read_record(work: Path) -> Record:
-    """Reads the record; a line that is not JSON, or a file that is not there, does no harm."""
-    path = work / FILE
-    try:
-        text = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; make it readable, or move it away") from None
-    record = Record(work, [])
-    for line in split_lines(text):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
-        if isinstance(value, dict):
-            record.lines.append(value)
-        elif line.strip():
-            record.unreadable += 1
-    return record
+    """Reads the record; a line that is no event, or a file that is not there, does no harm."""
+    lines, num_unreadable = read_records(work / FILE)
+    events = [line for line in lines if _is_event(line)]
+    return Record(work, events, num_unreadable + len(lines) - len(events))

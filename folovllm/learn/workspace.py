@@ -3,11 +3,10 @@
 Milestone: M0. vLLM counterpart: none.
 """
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 from folovllm.learn.exercise import ALL_PARTS, Exercise, find_exercises, milestones_dir
+from folovllm.learn.files import friendly_os_errors
 from folovllm.learn.record import FILE, Record, read_record
 
 WORK = Path("work")
@@ -72,14 +71,3 @@ def is_untouched(exercise: Exercise, work: Path) -> bool:
     """Whether the learner's file is still the skeleton."""
     path = exercise.work_file(work)
     return path.is_file() and exercise.part != ALL_PARTS and path.read_bytes() == exercise.skeleton.read_bytes()
-
-
-@contextlib.contextmanager
-def friendly_os_errors() -> Iterator[None]:
-    """Turns an OSError of the body into a ValueError that names the fix."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"cannot write {error.filename}: {error.strerror}; make the folder writable, or choose another with --work"
-        ) from None

@@ -22,6 +22,10 @@ class SLO:
     ttft: float = 1.0
     itl: float = 0.1
 
+    def __post_init__(self) -> None:
+        if not (self.ttft > 0 and self.itl > 0):  # also refuses nan
+            raise ValueError(f"an SLO of {self.ttft * 1e3:g} ms and {self.itl * 1e3:g} ms: both must be above 0")
+
 
 @dataclass
 class Served:

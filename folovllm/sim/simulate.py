@@ -9,6 +9,7 @@ What is real: every decision of the scheduler, every block, every prefix hit and
 a step takes (cost.py), and that all else takes no time.
 """
 
+import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,16 @@ class Simulation:
                 idle_steps = 0 if self._step() else idle_steps + 1
                 if idle_steps > MAX_IDLE_STEPS:
                     raise ValueError(f"the scheduler computed nothing in {MAX_IDLE_STEPS} steps, though requests wait")
+        except (AssertionError, ValueError):
+            raise
+        except (Exception, SystemExit) as error:
+            if not self.core.config.parts:
+                raise
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise ValueError(
+                f"with the parts {', '.join(self.core.config.parts)} replaced, the run ended in {place.filename}, line "
+                f"{place.lineno}: {type(error).__name__}: {error}"
+            ) from error
         finally:
             self.core.shutdown()
         self._check_all_served()

@@ -5,6 +5,7 @@ Milestone: M5. vLLM counterpart: vllm/benchmarks/datasets.py. Left out: recorded
 Row 1: no torch. Prompts are random token ids: a scheduler sees only how long they are and which begin alike.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -82,7 +83,7 @@ def follow_recipe(recipe: Recipe, name: str, num_requests: int, seed: int = 0) -
     """A workload made as `recipe` says. E.g. follow_recipe(Recipe("two at once", 0.0, (5, 9), (3, 3)), "two", 2)."""
     if num_requests < 1:
         raise ValueError(f"num_requests must be at least 1; got {num_requests}")
-    if recipe.rate < 0:
+    if not 0 <= recipe.rate < math.inf:
         raise ValueError(f"rate must be at least 0 (0: all at once); got {recipe.rate:g}")
     rng, rate = random.Random(f"{name} {seed}"), recipe.rate
     systems = [_ids(rng, recipe.system_prompt, recipe.system_prompt) for _ in range(NUM_SERVICES)]

@@ -14,9 +14,9 @@ import typer
 
 from folovllm.learn import cases
 from folovllm.learn.exercise import ALL_PARTS, PACKAGE, Exercise, find_exercises, milestones_dir
+from folovllm.learn.files import friendly_os_errors
 from folovllm.learn.record import FILE, Named, Record, read_record
 from folovllm.learn.story import wrapped
-from folovllm.learn.workspace import friendly_os_errors
 from folovllm.milestones import LADDER, Rung, fold, get_rung
 
 TRACKS = ("all", "fast")

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from folovllm.learn.cards import write_anki, write_tsv
+from folovllm.learn.files import friendly_os_errors
 from folovllm.learn.mock import mock_report, plan_mock
 from folovllm.learn.questions import LANGS, Question, load_questions
 from folovllm.learn.quiz import Boxes, Graded, Quiz, QuizEnded, in_order, select
@@ -122,8 +123,9 @@ def _mock(session: Quiz, plan: list[tuple[Question, int]]) -> None:
     now = datetime.now().astimezone()
     report = mock_report(plan, answers, now)
     file = ANSWERS.parent / f"mock-{now:%Y%m%d-%H%M%S}.md"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(report, encoding="utf-8")
+    with friendly_os_errors():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(report, encoding="utf-8")
     typer.echo(f"\n{report}\nwritten to {file}")
     if interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)

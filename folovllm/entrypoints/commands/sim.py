@@ -111,7 +111,10 @@ def _presets(preset: str | None, compare: str | None) -> list[str]:
         return [preset or milestones.top_rung().id]
     if preset is not None:
         raise ValueError("--preset and --compare both choose the milestone: keep one")
-    return list(dict.fromkeys(name.strip() for name in compare.split(",") if name.strip()))
+    names = list(dict.fromkeys(name.strip() for name in compare.split(",") if name.strip()))
+    if not names:
+        raise ValueError(f"--compare {compare!r} names no milestone; write e.g. --compare m1,m5")
+    return names
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
