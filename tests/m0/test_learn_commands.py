@@ -354,6 +354,33 @@ def test_a_line_that_is_no_json_is_left_out_and_nothing_is_lost(here):
     assert "Hint" not in learn("log") and "hint 1" in learn("log"), "the new line is not lost with the cut one"
 
 
+ODD_EVENTS = [
+    {"event": "check", "exercise": "m2/queue", "passed": True},  # no time: `report` ended with KeyError
+    {"time": "t", "event": "hint", "exercise": "m2/queue", "layer": {"a": 1}},  # `status` ended with TypeError
+    {"time": 5, "event": [1], "exercise": ["x"]},
+    {"time": "t", "event": "check", "exercise": "m2/queue", "levels": 5},
+]
+
+
+def test_events_that_were_edited_by_hand_are_left_out(here):
+    learn("m2")
+    record = here / "work/.results.jsonl"
+    with record.open("a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in ODD_EVENTS)
+    for command in ("status", "log", "report"):
+        assert "4 lines are not readable" in learn(command)
+
+
+@pytest.mark.parametrize("command", [["learn", "m2", "race"], ["sim", "--num-requests", "1"]])
+@pytest.mark.parametrize(("code", "words"), [("x = 1 / 0", "ZeroDivisionError: division"), ("exit(3)", "SystemExit")])
+def test_a_file_that_raises_while_it_is_loaded_is_named_with_its_line(here, command, code, words):
+    """A policy for the race and a part for the simulator ended with a traceback, or ended the program."""
+    (here / "mine.py").write_text(f"a = 1\n{code}\n")
+    option = ["--file", "mine.py"] if "race" in command else ["--part", "core.scheduler=mine.py:Mine"]
+    result = CliRunner().invoke(app, [*command, *option])
+    assert result.exit_code == 2 and f"mine.py, line 2: {words}" in result.output
+
+
 def test_a_file_that_is_not_utf8_is_named(here):
     solve(here).write_bytes(b'x = "caf\xe9"\n')
     assert "work/m2/queue.py is not UTF-8 text; save it as UTF-8" in learn("m2", "check", "queue", code=1)

@@ -377,3 +377,21 @@ def test_a_changed_record_makes_its_page_stale() -> None:
     wanted = script.pages(QUESTIONS)
     del wanted[script.DOCS / "interview" / "m3.md"]  # no chapter asks for the page any more
     assert [path.name for path in script.stale_pages(wanted)] == ["m3.md"]
+
+
+def test_a_file_of_answers_that_was_damaged_loses_only_its_bad_lines(tmp_path: Path) -> None:
+    """Bytes that are not UTF-8 and a time without a zone ended the quiz."""
+    file = tmp_path / "quiz.jsonl"
+    good = b'{"id": "%s", "passed": true, "at": "2020-01-01T00:00:00"}\n' % EXPLAIN.id.encode()
+    file.write_bytes(b'\xff\xfe\n[1]\n{"at": 5}\n' + good)
+    boxes = Boxes(file)
+    assert boxes.num_unreadable == 3 and boxes.box == {EXPLAIN.id: 1}
+    assert boxes.due_at(EXPLAIN.id) < datetime.now(UTC)
+
+
+def test_answers_that_cannot_be_kept_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work").write_text("a file in the place of the folder")
+    for args in (["--n", "1", "--kind", "number"], ["--mock", "45"]):
+        result = CliRunner().invoke(app, ["quiz", *args], input="1\n" if "--n" in args else "")
+        assert result.exit_code == 2 and "error: cannot write work" in result.output

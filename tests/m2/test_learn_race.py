@@ -65,6 +65,10 @@ def test_a_broken_policy_scores_nothing_and_disturbs_no_other(tmp_path: Path) ->
 def test_a_policy_that_knows_the_length_of_the_answer_is_marked(tmp_path: Path) -> None:
     assert policy_of(write(tmp_path / "a.py", "return request.max_tokens")).name == "yours (oracle)"
     assert policy_of(write(tmp_path / "b.py", "return request.num_tokens  # not max_tokens")).name == "yours"
+    assert policy_of(write(tmp_path / "c.py", "return getattr(request, 'max_tokens')")).name == "yours (oracle)"
+    heir = write(tmp_path / "d.py", "return 0.0")
+    heir.write_text(heir.read_text().replace("RankedQueue", "ShortestJobQueue"))
+    assert policy_of(heir).name == "yours (oracle)"
 
 
 def test_a_scheduler_and_a_queue_are_found_by_what_they_inherit_from(tmp_path: Path) -> None:
@@ -87,6 +91,21 @@ def test_the_leaderboard_keeps_each_version_once(tmp_path: Path) -> None:
     assert [entry["score"] for entry in board.best(seed=0)] == [18 / 5, 10 / 5]
     assert board.best(seed=0)[0]["goodput"] == {"chat": 4.5, "offline": 3.0}
     assert len(board.path.read_text(encoding="utf-8").splitlines()) == 4
+
+
+def test_a_damaged_leaderboard_loses_only_its_bad_lines(tmp_path: Path) -> None:
+    board, file = Leaderboard(tmp_path / "work/.race.jsonl"), tmp_path / "race.py"
+    file.write_text("")
+    board.add(file, [Run(Policy("yours", str(file)), "chat", 3, 2.0)], 0)
+    with board.path.open("ab") as out:
+        out.write(b'junk\n\xff\n[1]\n{"seed": 0, "hash": "x"}\n{"seed": 0')
+    board.add(file, [Run(Policy("yours", str(file)), "chat", 4, 2.0)], 0)
+    assert [entry["score"] for entry in board.best(seed=0)] == [2.0]
+
+
+def test_a_policy_that_ends_the_program_scores_nothing(tmp_path: Path) -> None:
+    result = races.run(policy_of(write(tmp_path / "ends.py", "raise SystemExit(0)")), "chat", 0)
+    assert result.problem.startswith("SystemExit") or "SystemExit" in result.problem
 
 
 @pytest.mark.usefixtures("small")

@@ -255,3 +255,32 @@ def test_the_command_names_the_parts_that_it_runs(tmp_path: Path) -> None:
 def test_mistakes_end_as_one_line(args: list[str], message: str) -> None:
     result = run(*args)
     assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0])
+def test_a_rate_that_is_no_rate_is_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match="at least 0"):
+        make_sim_workload("chat", 4, rate)
+
+
+@pytest.mark.parametrize("milliseconds", ["-1", "0", "nan"])
+def test_an_slo_that_nothing_can_meet_is_refused(milliseconds: str) -> None:
+    result = CliRunner().invoke(app, ["sim", "--num-requests", "1", "--slo-ttft", milliseconds])
+    assert result.exit_code == 2 and "both must be above 0" in result.output
+
+
+def test_a_comparison_of_nothing_is_refused() -> None:
+    result = CliRunner().invoke(app, ["sim", "--compare", ","])
+    assert result.exit_code == 2 and "names no milestone" in result.output
+
+
+def test_a_part_that_raises_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from folovllm.core.sched.scheduler import Scheduler\n\n\nclass Mine(Scheduler):\n"
+        "    def schedule(self):\n        raise KeyError('r7')\n"
+    )
+    with pytest.raises(
+        ValueError, match=r"core.scheduler replaced, the run ended in .*mine.py, line 6: KeyError: 'r7'"
+    ):
+        simulate(make_sim_workload("chat", 2), "tiny", parts={"core.scheduler": f"{path}:Mine"})
