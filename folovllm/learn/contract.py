@@ -118,7 +118,9 @@ def refuse_borrowing(exercise: Exercise, path: Path) -> Iterator[None]:
     """
     originals = []
     for name in exercise.write:
-        owner = next(cls for cls in exercise.reference_class.__mro__ if name in vars(cls))
+        owner = next((cls for cls in exercise.reference_class.__mro__ if name in vars(cls)), None)
+        if owner is None:
+            raise ValueError(f"{exercise.id}: {_dotted(exercise.reference_class)} has no method {name}; mend `write`")
         originals.append((owner, name, vars(owner)[name]))
         setattr(owner, name, _refusing(name, vars(owner)[name], path))
     try:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_origin
 
 from folovllm.milestones import get_rung
 from folovllm.parts import PARTS, load_class
@@ -139,6 +140,12 @@ def read_fields(path: Path, made: Any, lint: Callable[[Any], list[str]]) -> Any:
     for name in values.keys() - known:
         raise ValueError(f"{path}: unknown field {name!r}{did_you_mean(name, known)}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    for name, value in values.items():
+        kind: Any = get_origin(known[name].type) or known[name].type
+        kind = bool if kind is UnionType else kind  # the only one: bool | None
+        items = value if isinstance(value, tuple) else ()
+        if not isinstance(value, kind) or not all(isinstance(item, str) for item in items):
+            raise ValueError(f"{path}: {name} cannot be {value!r}; it is a {known[name].type}")
     try:
         read = made(path.parent, **values)
     except TypeError as error:

@@ -140,7 +140,7 @@ def load_file(file: Path) -> list[Question]:
     """Returns the records of one file, each checked by itself."""
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # of the format, or of UTF-8
         raise ValueError(f"{file} is not valid TOML: {error}") from None
     if set(tables) != {"q"} or not isinstance(tables["q"], list):
         raise ValueError(f"{file} must hold [[q]] records and nothing else, it has {', '.join(tables) or 'nothing'}")

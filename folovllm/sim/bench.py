@@ -48,6 +48,8 @@ def load_bench(path: Path) -> Bench:
         bench = Bench(**values)
         if set(bench.ledger) != set(LEDGER):
             raise ValueError(f"[ledger] must have {', '.join(LEDGER)}")
+        if "num_requests" not in bench.workload:
+            raise ValueError("[workload] must have num_requests")
         if len(bench.arms) < 2 or not bench.claims:
             raise ValueError("a bench compares at least two arms, and asserts something about them")
         for metric in bench.metrics:

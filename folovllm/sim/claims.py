@@ -56,6 +56,8 @@ def _value(node: ast.expr, claim: str, arms: Arms) -> Any:
             return number
         case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
             sides = _value(left, claim, arms), _value(right, claim, arms)
+            if isinstance(op, ast.Div) and sides[1] == 0:
+                raise ValueError(f"{claim!r}: {ast.unparse(right)} is 0, and nothing can be divided by it")
             if not any(isinstance(side, tuple) for side in sides):
                 return ARITHMETIC[type(op)](*sides)
         case ast.Call(func=ast.Name(id=metric), args=[ast.Name(id=arm)], keywords=[]):

@@ -318,6 +318,11 @@ def test_an_exercise_without_checks_does_not_pass(root, tmp_path, work_file):
         ("needs = []", 'needs = ["queue"]', "needs must be ids"),
         ("minutes = 10", "", "missing 1 required positional argument: 'minutes'"),
         ("minutes = 10", "minutes = ", "Invalid value"),
+        ("minutes = 10", 'minutes = "10"', "minutes cannot be '10'"),
+        ("needs = []", "needs = 3", "needs cannot be 3"),
+        ('["R2.1"]', "[5]", "spec cannot be (5,)"),
+        ('title = "The queue"', "title = 5", "title cannot be 5"),
+        ("fast = true", 'fast = true\ntrace = "yes"', "trace cannot be 'yes'"),
     ],
 )
 def test_a_wrong_exercise_toml_is_refused_by_name(root, tmp_path, old, new, words):
@@ -329,6 +334,15 @@ def test_a_wrong_exercise_toml_is_refused_by_name(root, tmp_path, old, new, word
     with pytest.raises(ValueError, match=r"exercise\.toml") as raised:
         load_exercise(folder)
     assert words in str(raised.value)
+
+
+def test_a_method_that_the_reference_lacks_is_an_error_of_the_exercise(root, tmp_path, work_file):
+    shutil.copytree(root, tmp_path / "milestones")
+    folder = tmp_path / "milestones/m2/exercises/queue"
+    toml = folder / "exercise.toml"
+    toml.write_text(toml.read_text().replace('["pop_request"]', '["pop_requests"]'))
+    with pytest.raises(ValueError, match="FCFSRequestQueue has no method pop_requests; mend `write`"):
+        list(grade(load_exercise(folder), work_file))
 
 
 def test_exercises_come_in_the_order_in_which_they_need_each_other(root):

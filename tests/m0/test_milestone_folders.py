@@ -215,6 +215,7 @@ def test_claims(claim: str, result: bool) -> None:
     ("claim", "message"),
     [
         ("steps(a)", "is no comparison; write e.g."),
+        ("steps(a) / 0 > 1", "0 is 0, and nothing can be divided by it"),
         ("steps(a) <", "invalid syntax"),
         ("steps(a) in steps(b)", "is no comparison"),
         ("steps(c) < 3", "unknown arm 'c'"),

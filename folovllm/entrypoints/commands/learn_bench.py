@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from folovllm.entrypoints.commands.learn_progress import pages_base
 from folovllm.learn.exercise import milestones_dir
 from folovllm.milestones import Rung
 from folovllm.sim.bench import Bench, load_bench, run_bench
@@ -31,7 +32,8 @@ def show_bench(rung: Rung) -> bool:
     for claim, result in zip(bench.claims, results, strict=True):
         values = ", ".join(_short(value) for value in values_of(claim, arms))
         typer.secho(f" {'holds' if result else 'FAILS'}  {claim:{width}}  {values}", fg=None if result else "red")
-    typer.echo("\nThe times are those of the simulator (docs/learn/simulator.md), and nothing is claimed about them.")
+    typer.echo("\nThe times are those of the simulator, and nothing is claimed about them. How it models them:")
+    typer.echo(f"  {pages_base()}docs/learn/simulator.md")
     typer.echo("The real engine is measured in a clone of the repository by:")
     for command in bench.measure:
         typer.echo(f"  {command}")

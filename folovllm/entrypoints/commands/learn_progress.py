@@ -8,7 +8,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -93,8 +93,15 @@ def _goals(milestone: str) -> str:
     text = (milestones_dir() / milestone / "README.md").read_text(encoding="utf-8")
     found = re.search(r"\*\*Goals\.\*\*.*?(?=\n\n)", text, re.DOTALL)
     goals = found[0].replace("**Goals.** ", "").replace("**", "").replace("`", "") if found else ""
-    page = tomllib.loads((milestones_dir() / "manifest.toml").read_text(encoding="utf-8"))[milestone]["learn"]
-    return f"{goals}\nRead first: {pages_base()}{page}"
+    return f"{goals}\nRead first: {pages_base()}{_manifest()[milestone]['learn']}"
+
+
+def _manifest() -> dict[str, Any]:
+    path = milestones_dir() / "manifest.toml"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def pages_base() -> str:
@@ -241,7 +248,7 @@ def diff(
     for name, value in fold(second.id).items():
         if not before or before[name] != value:
             typer.echo(f"  {name:24} {f'{before[name]!r} -> ' if before else ''}{value!r}")
-    manifest = tomllib.loads((milestones_dir() / "manifest.toml").read_text(encoding="utf-8"))
+    manifest = _manifest()
     for rung in between:
         typer.secho(f"{rung.id}, {rung.title}: {rung.adds}", bold=True)
         parts = dict.fromkeys(e.part for e in find_exercises(rung.id) if e.part != ALL_PARTS)
