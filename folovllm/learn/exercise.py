@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from folovllm.milestones import get_rung
 from folovllm.parts import PARTS, load_class
@@ -136,16 +136,13 @@ def read_fields(path: Path, made: Any, lint: Callable[[Any], list[str]]) -> Any:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     values["class_name"] = values.pop("class", "")
-    known = {f.name for f in fields(made)} - {"folder"}
-    for name in values.keys() - known:
+    known = {f.name: f.type for f in fields(made) if f.name != "folder"}
+    for name in values.keys() - known.keys():
         raise ValueError(f"{path}: unknown field {name!r}{did_you_mean(name, known)}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     for name, value in values.items():
-        kind: Any = get_origin(known[name].type) or known[name].type
-        kind = bool if kind is UnionType else kind  # the only one: bool | None
-        items = value if isinstance(value, tuple) else ()
-        if not isinstance(value, kind) or not all(isinstance(item, str) for item in items):
-            raise ValueError(f"{path}: {name} cannot be {value!r}; it is a {known[name].type}")
+        if not _is_a(value, known[name]):
+            raise ValueError(f"{path}: {name} cannot be {value!r}; it is of the kind {known[name]}")
     try:
         read = made(path.parent, **values)
     except TypeError as error:
@@ -153,6 +150,15 @@ def read_fields(path: Path, made: Any, lint: Callable[[Any], list[str]]) -> Any:
     if problems := lint(read):
         raise ValueError(f"{path}: {problems[0]}")
     return read
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """E.g. (("a", "b"), tuple[str, ...]) -> True. What a dict holds is not looked at."""
+    if get_origin(kind) is UnionType:
+        return isinstance(value, kind)
+    if not isinstance(value, get_origin(kind) or kind):
+        return False
+    return not isinstance(value, tuple) or all(_is_a(item, get_args(kind)[0]) for item in value)
 
 
 def lint(exercise: Exercise) -> list[str]:

@@ -393,5 +393,5 @@ def test_answers_that_cannot_be_kept_are_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "work").write_text("a file in the place of the folder")
     for args in (["--n", "1", "--kind", "number"], ["--mock", "45"]):
-        result = CliRunner().invoke(app, ["quiz", *args], input="1\n" if "--n" in args else "")
+        result = CliRunner().invoke(app, ["quiz", *args], input="1\n" * 9)
         assert result.exit_code == 2 and "error: cannot write work" in result.output
