@@ -35,7 +35,7 @@ CheckFunction = Callable[[Mine], None]
 class Check:
     """A function that raises AssertionError, with what was done, what came out and why it matters, if `mine` is wrong.
 
-    `given` marks a check that the skeleton already passes.
+    `given` marks a check that the skeleton already passes. `seconds` is its time limit; 0 stands for that of its level.
     """
 
     level: str
@@ -43,6 +43,7 @@ class Check:
     spec: str = ""
     hint: int = 1
     given: bool = False
+    seconds: float = 0.0
 
     @property
     def name(self) -> str:
@@ -53,13 +54,15 @@ class Check:
         return " ".join((self.function.__doc__ or "").split())
 
 
-def check(level: str, *, spec: str, hint: int = 1, given: bool = False) -> Callable[[CheckFunction], CheckFunction]:
+def check(
+    level: str, *, spec: str, hint: int = 1, given: bool = False, seconds: float = 0.0
+) -> Callable[[CheckFunction], CheckFunction]:
     """Makes a function of checks.py a check of `level`. `hint` is the layer to ask for when it fails."""
     if level not in OWN_LEVELS:
         raise ValueError(f"unknown level {level!r}; a check is one of {', '.join(OWN_LEVELS)}")
 
     def mark(function: CheckFunction) -> CheckFunction:
-        function.__folovllm_check__ = Check(level, function, spec, hint, given)  # type: ignore[attr-defined]
+        function.__folovllm_check__ = Check(level, function, spec, hint, given, seconds)  # type: ignore[attr-defined]
         return function
 
     return mark

@@ -49,6 +49,7 @@ class Result:
     where: str = ""
     printed: str = ""  # by the learner's code
     seconds: float = 0.0
+    limit: float = 0.0  # seconds that the check may take; 0: those of its level
 
 
 Begin = Callable[[Result], object]  # is told of a check before it runs
@@ -60,8 +61,9 @@ class TimeLimit(BaseException):
     """The check took too long. Not an Exception, so that `except Exception` in the learner's loop does not stop it."""
 
 
-def seconds_for(level: str) -> float:
-    return SECONDS.get(level, OTHER_SECONDS)
+def seconds_for(level: str, limit: float = 0.0) -> float:
+    """The time limit of a check: its own if it has one, else that of its level."""
+    return limit or SECONDS.get(level, OTHER_SECONDS)
 
 
 def load_checks(exercise: Exercise) -> list[Check]:
@@ -108,7 +110,7 @@ def _grade(exercise: Exercise, path: Path, begin: Begin, checks: Sequence[Check]
         begin(result_of(check, FAILED))
         result = run_check(check, mine_of(exercise, path, cls), path)
         failed_level = check.level if result.status != OK else failed_level
-        hung = result.seconds >= seconds_for(check.level)  # the next check would most likely hang too
+        hung = result.seconds >= seconds_for(check.level, check.seconds)  # the next check would most likely hang too
         yield result
 
 
@@ -133,15 +135,15 @@ def check_contract(exercise: Exercise, path: Path) -> tuple[Result, Any]:
 
 def run_check(check: Check, mine: Mine, path: Path) -> Result:
     """Runs one check on a class that keeps the contract."""
-    start, printed = time.perf_counter(), _Tail()
+    start, printed, seconds = time.perf_counter(), _Tail(), seconds_for(check.level, check.seconds)
     status, message, where = OK, "", ""
     try:
-        with contextlib.redirect_stdout(printed), time_limit(seconds_for(check.level)):
+        with contextlib.redirect_stdout(printed), time_limit(seconds):
             check.function(mine)
     except NotImplementedError as error:
         status, message, where = NOT_WRITTEN, str(error), _where(error, path)
     except TimeLimit as error:
-        status, message, where = FAILED, TOO_LONG.format(seconds_for(check.level)), _where(error, path)
+        status, message, where = FAILED, TOO_LONG.format(seconds), _where(error, path)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # also those of sys.exit and pytest.fail, which are no Exception
@@ -153,7 +155,7 @@ def run_check(check: Check, mine: Mine, path: Path) -> Result:
 
 
 def result_of(check: Check, status: str) -> Result:
-    return Result(check.level, check.name, status, doc=check.doc, spec=check.spec, hint=check.hint)
+    return Result(check.level, check.name, status, doc=check.doc, spec=check.spec, hint=check.hint, limit=check.seconds)
 
 
 class _Tail(io.TextIOBase):

@@ -64,7 +64,7 @@ def _results(process: subprocess.Popen[bytes]) -> Iterator[Result]:
                 return
             if "begin" in record:
                 running = Result(**record["begin"])
-                seconds = seconds_for(running.level) + GRACE
+                seconds = seconds_for(running.level, running.limit) + GRACE
             else:
                 yield Result(**record)
         returncode = process.wait()

@@ -6,13 +6,14 @@ The exercises are small ones of tests/learn_exercises.py. test_learn_guards.py i
 import contextlib
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from folovllm.learn import grade as grading
 from folovllm.learn import worker as working
-from folovllm.learn.check import check
+from folovllm.learn.check import Mine, check
 from folovllm.learn.contract import ContractError, load_work
 from folovllm.learn.exercise import find_exercises, get_exercise, load_exercise, milestones_dir, spec_line
 from folovllm.learn.grade import FAILED, NOT_WRITTEN, OK, SKIPPED, grade
@@ -225,8 +226,25 @@ def test_after_an_endless_loop_the_other_checks_are_not_waited_for(exercise, wor
     assert "Not run after it: 1 check of this level." in "\n".join(story(exercise, work_file, results.values()))
 
 
+def test_a_check_may_have_a_time_limit_of_its_own(monkeypatch):
+    """The capstone runs sets of the engine's tests: on a busy machine the lattice alone took more than 120 seconds."""
+    monkeypatch.setitem(grading.SECONDS, "engine", 0.2)
+
+    @check("engine", spec="R7.30", seconds=5.0)
+    def a_slow_check(mine):
+        """It ends."""
+        time.sleep(0.4)
+
+    slow = a_slow_check.__folovllm_check__
+    mine = Mine(None, {}, None)
+    assert grading.run_check(slow, mine, Path("none.py")).status == OK
+    too_slow = grading.run_check(replace(slow, seconds=0.0), mine, Path("none.py"))
+    assert too_slow.status == FAILED and "after 0 seconds" in too_slow.message
+    assert working.seconds_for(slow.level, grading.result_of(slow, OK).limit) == 5.0
+
+
 def test_a_loop_that_cannot_be_interrupted_is_ended_from_outside(exercise, work_file, monkeypatch):
-    monkeypatch.setattr(working, "seconds_for", lambda level: 1.5)
+    monkeypatch.setattr(working, "seconds_for", lambda level, limit: 1.5)
     monkeypatch.setattr(working, "GRACE", 0.5)
     start = time.monotonic()
     stubborn = "import signal, time; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM]); time.sleep(60)"

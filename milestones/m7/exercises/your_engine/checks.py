@@ -18,6 +18,7 @@ from folovllm.quantize.quantizer import QuantizeSettings, quantize_checkpoint
 
 CLONE = PACKAGE.parent
 NUM_WORKLOADS = 12
+TEST_SECONDS = 900.0  # for a set of tests on a slow or busy machine; alone each takes less than a minute
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},
     {"scheduling_policy": "priority"},
@@ -101,25 +102,25 @@ def a_model_of_your_own(mine: Mine) -> None:
         assert found == wanted, f"from your own 4-bit checkpoint your engine generated {found}, and ours {wanted}"
 
 
-@check("engine", spec="R7.30", hint=2)
+@check("engine", spec="R7.30", hint=2, seconds=TEST_SECONDS)
 def the_tests_of_the_core(mine: Mine) -> None:
     """In a clone: the tests of scheduling, memory and prefix caching pass with your parts."""
     run_tests(mine, CORE_TESTS)
 
 
-@check("engine", spec="R7.30", hint=2)
+@check("engine", spec="R7.30", hint=2, seconds=TEST_SECONDS)
 def the_tests_of_the_model(mine: Mine) -> None:
     """In a clone: the tests that run models, chunks, cached prefixes and quantised checkpoints pass with your parts."""
     run_tests(mine, MODEL_TESTS)
 
 
-@check("engine", spec="R7.30", hint=2)
+@check("engine", spec="R7.30", hint=2, seconds=TEST_SECONDS)
 def the_tests_of_attention(mine: Mine) -> None:
     """In a clone: your attention is as near to the formula in fp64 as every backend must be."""
     run_tests(mine, ATTENTION_TESTS)
 
 
-@check("engine", spec="R7.30", hint=2)
+@check("engine", spec="R7.30", hint=2, seconds=TEST_SECONDS)
 def the_lattice_of_the_project(mine: Mine) -> None:
     """In a clone: every pair of features together gives the tokens of plain generation, with your parts."""
     run_tests(mine, LATTICE_TESTS)
