@@ -251,5 +251,5 @@ def _asked(question: str) -> str:
         return answer
     answer = sys.stdin.readline().strip()
     if not answer:
-        raise ValueError('no answer: give it as an argument, e.g. folovllm learn m3 predict block_pool "1, 2"')
+        raise ValueError('no answer: give it as an argument after the name of the exercise, e.g. "1, 2"')
     return answer

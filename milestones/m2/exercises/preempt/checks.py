@@ -45,7 +45,7 @@ def two_requests() -> tuple[Request, Request]:
 
 def prediction() -> str:
     core = make_core(num_kv_blocks=5)
-    add_all(core, two_requests())
+    add_all(core, [make_request("a", 7, max_tokens=6), make_request("b", 7, max_tokens=5)])
     total = 0
     while core.has_unfinished_requests():
         total += schedule_and_run(core).total_num_scheduled_tokens
