@@ -60,6 +60,7 @@ def test_a_fault_is_found_and_named(tmp_path: Path) -> None:
         CHECKS.the_same_tokens_on_a_lattice(write_parts(tmp_path, {"sample.sampler": GREEDY_TAKES_THE_WORST}))
 
 
+@pytest.mark.slow  # a test run inside a test; .ci/run has it
 def test_the_engines_own_tests_run_on_the_parts(tmp_path: Path) -> None:
     """With good parts they pass; with a fault, the message names the test that fails."""
     files = ("tests/m2/test_core_queues.py",)
@@ -72,6 +73,7 @@ BLIND = """    def mask_future(self, scores, first_key, position, num_rows):
         pass"""
 
 
+@pytest.mark.slow  # a test run inside a test; .ci/run has it
 def test_tests_of_a_backend_run_on_the_learners_class(tmp_path: Path) -> None:
     """Those tests name their backend, so the class must take the place of the one that it inherits from."""
     home = "folovllm.attention.backends.torch_flash"
