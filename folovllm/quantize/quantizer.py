@@ -62,7 +62,8 @@ class QuantizeSettings:
             raise ValueError("rounding to nearest never changes a group's grid: drop --static-groups")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without parts of one's own it is what earlier versions wrote, so that their unfinished jobs can go on."""
+        return {name: value for name, value in asdict(self).items() if name != "parts" or value}
 
 
 def quantize_checkpoint(

@@ -529,3 +529,10 @@ def test_the_comparison_with_gptqmodel_cuts_models(plain: Path, tmp_path: Path) 
 def test_what_counts_as_equal(found: dict[str, Any], equal: str) -> None:
     distances = {"folovllm": 1e-6, "gptqmodel": 1e-6, "transformers": 1e-6, **found}
     assert table_row("4 bits", "ours", distances, limit=1e-4)["equal"] == equal
+
+
+def test_settings_without_parts_are_those_of_an_earlier_version():
+    """A job that an earlier version began has no "parts" in its settings, and can be resumed."""
+    assert "parts" not in QuantizeSettings(GPTQConfig(4, 32)).to_json()
+    parts = {"quantize.grid": "mine.py:Grid"}
+    assert QuantizeSettings(GPTQConfig(4, 32), parts=parts).to_json()["parts"] == parts

@@ -1,15 +1,11 @@
 """The checks of m6/longest_hit: an index of your class, and a shelf of blocks that requests fill in turn."""
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
-from folovllm.config import CacheConfig
-from folovllm.core.kv_cache_utils import KVCacheBlock
 from folovllm.core.prefix_index import HashPrefixIndex
 from folovllm.learn.check import Mine, check
-from folovllm.learn.toy_engine import make_request
-from folovllm.request import Request
+from folovllm.learn.toy_index import Shelf
 
 A, B, C = [1, 2, 3, 4], [5, 6, 7, 8], [9, 9, 9, 9]
 
@@ -19,44 +15,6 @@ def prediction() -> str:
     shelf.compute(A + B + C)
     same, longer = (4 * len(shelf.hits(tokens)) for tokens in (A + B + C, [*A, *B, *C, 0]))
     return f"{same} and {longer}: the last token is always computed, and with it its block"
-
-
-class Shelf:
-    """An index of blocks of 4 and the blocks that go into it, which are handed out as 1, 2, 3, ..."""
-
-    def __init__(self, cls: Any, weak_hash: bool = False) -> None:
-        self.index = cls(CacheConfig(block_size=4, enable_prefix_caching=True))
-        if weak_hash:  # three names for everything
-            self.index.hasher.hash_function = lambda data: bytes([sum(data) % 3])
-        self.blocks = [KVCacheBlock(i) for i in range(120)]
-        self.num_used = 1
-
-    def request(self, tokens: Sequence[int], salt: str | None = None) -> Request:
-        request = make_request("r", tokens, cache_salt=salt)
-        request.attach_block_hasher(self.index.hash_new_blocks)
-        return request
-
-    def compute(self, tokens: Sequence[int], salt: str | None = None, hits: Sequence[int] = ()) -> list[int]:
-        """A request computes all its tokens behind the blocks `hits`. Returns the block ids of its full blocks."""
-        n = len(tokens) // 4
-        table = [self.blocks[i] for i in hits]
-        table += self.blocks[self.num_used : self.num_used + n - len(hits)]
-        self.num_used += n - len(hits)
-        self.index.insert(self.request(tokens, salt), table, n)
-        return [block.block_id for block in table]
-
-    def hits(self, tokens: Sequence[int], salt: str | None = None) -> list[int]:
-        return [block.block_id for block in self.index.match(self.request(tokens, salt))]
-
-    def evict(self, block_id: int) -> None:
-        self.index.remove(self.blocks[block_id])
-        self.blocks[block_id].block_hash = None
-
-    def check_integrity(self, story: str) -> None:
-        try:
-            self.index.check_integrity(self.blocks)
-        except AssertionError as error:
-            raise AssertionError(f"{story}: the dictionaries disagree: {error}") from None
 
 
 @check("unit", spec="R6.5", hint=2)

@@ -1,16 +1,12 @@
 """The checks of m6/trie: an index of your class, a shelf of blocks, and the hash index to compare with."""
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
-from folovllm.config import CacheConfig
-from folovllm.core.kv_cache_utils import KVCacheBlock
 from folovllm.core.prefix_index import HashPrefixIndex
 from folovllm.core.prefix_trie import TriePrefixIndex
 from folovllm.learn.check import Mine, check
-from folovllm.learn.toy_engine import make_request
-from folovllm.request import Request
+from folovllm.learn.toy_index import Shelf
 
 A, B, C = [1, 2, 3, 4], [5, 6, 7, 8], [9, 9, 9, 9]
 
@@ -24,42 +20,6 @@ def prediction() -> str:
     after = shelf.hits([*A, *B, *C, 0])
     assert (before, after) == ([1], [1, 4, 3]), "the example of the page"
     return f"{len(before)} and then {len(after)}: what lies behind the gap came back"
-
-
-class Shelf:
-    """An index of blocks of 4 and the blocks that go into it, which are handed out as 1, 2, 3, ..."""
-
-    def __init__(self, cls: Any) -> None:
-        self.index = cls(CacheConfig(block_size=4, enable_prefix_caching=True))
-        self.blocks = [KVCacheBlock(i) for i in range(120)]
-        self.num_used = 1
-
-    def request(self, tokens: Sequence[int], salt: str | None = None) -> Request:
-        request = make_request("r", tokens, cache_salt=salt)
-        request.attach_block_hasher(self.index.hash_new_blocks)
-        return request
-
-    def compute(self, tokens: Sequence[int], salt: str | None = None, hits: Sequence[int] = ()) -> list[int]:
-        """A request computes all its tokens behind the blocks `hits`. Returns the block ids of its full blocks."""
-        n = len(tokens) // 4
-        table = [self.blocks[i] for i in hits]
-        table += self.blocks[self.num_used : self.num_used + n - len(hits)]
-        self.num_used += n - len(hits)
-        self.index.insert(self.request(tokens, salt), table, n)
-        return [block.block_id for block in table]
-
-    def hits(self, tokens: Sequence[int], salt: str | None = None) -> list[int]:
-        return [block.block_id for block in self.index.match(self.request(tokens, salt))]
-
-    def evict(self, block_id: int) -> None:
-        self.index.remove(self.blocks[block_id])
-        self.blocks[block_id].block_hash = None
-
-    def check_integrity(self, story: str) -> None:
-        try:
-            self.index.check_integrity(self.blocks)
-        except (AssertionError, KeyError) as error:
-            raise AssertionError(f"{story}: roots, nodes and node_of disagree: {error}") from None
 
 
 @check("unit", spec="R6.5", hint=2)
