@@ -37,8 +37,11 @@ TITLES = {
     "drill": "number drills",
 }
 
-# What to show of milestones without a plot of their own: the ladder's contains m1.
-FALLBACK_PLOTS = {"m1": ROOT / "milestones/m4/results/compare_perf_A_cpu.png"}
+# What to show instead of the first result plot: the ladder's contains m1, and the gain of m3 is memory and not speed.
+PICTURES = {
+    "m1": ROOT / "milestones/m4/results/compare_perf_A_cpu.png",
+    "m3": ROOT / "docs/learn/img/03_kv_utilisation.png",
+}
 
 PAGE_NOTE = """\
 {count} questions. Say your answer aloud before you open ours, because in an interview only what you can say without
@@ -229,7 +232,7 @@ def plot_lines(name: str) -> list[str]:
     results = sorted((ROOT / "milestones" / name / "results").glob("*.png"))
     figures = sorted((DOCS / "learn" / "img").glob(f"0{name[1]}_*.png"))
     plots = [p for p in results if "compare_perf" in p.name] or [p for p in results if "groups" not in p.name]
-    path = [*plots, *figures, FALLBACK_PLOTS.get(name, ROOT / "docs/img/architecture.png")][0]
+    path = PICTURES.get(name) or [*plots, *figures, ROOT / "docs/img/architecture.png"][0]
     return ["## The picture to show", "", f"![{path.stem}]({os.path.relpath(path, DOCS / 'presentation')})", ""]
 
 

@@ -4,6 +4,7 @@ Milestone: M2. vLLM counterpart: none. The work is done in folovllm/sim, without
 """
 
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import typer
@@ -26,6 +27,9 @@ def show_bench(rung: Rung) -> bool:
     for line in _about(bench):
         typer.echo(line)
     arms = run_bench(bench)
+    typer.echo("arms:")
+    for name, arm in bench.arms.items():
+        typer.echo(f"  {name}: {_arguments(arm)}")
     typer.echo(f"\n{table(bench, arms)}\n")
     results = [holds(claim, arms) for claim in bench.claims]
     width = max(map(len, bench.claims))
@@ -43,11 +47,17 @@ def show_bench(rung: Rung) -> bool:
 def _about(bench: Bench) -> list[str]:
     """What is run, and the ledger, a paragraph each."""
     common = "".join(f", {name}={value!r}" for name, value in bench.engine.items())
-    workload = f"{bench.workload['about']} ({bench.workload['num_requests']} requests){common}"
+    workload = f"{bench.workload['num_requests']} requests, {bench.workload['about']}{common}"
     return [
         textwrap.fill(text, WIDTH, initial_indent=f"{name + ':':12}", subsequent_indent=" " * 12)
         for name, text in {**bench.ledger, "workload": workload}.items()
     ]
+
+
+def _arguments(arm: Mapping[str, Any]) -> str:
+    """E.g. "preset='m6', kv_tokens=800": the engine arguments of an arm, and what it changes in the workload."""
+    merged = {name: value for name, value in arm.items() if name != "workload"} | dict(arm.get("workload", {}))
+    return ", ".join(f"{name}={value!r}" for name, value in merged.items())
 
 
 def table(bench: Bench, arms: Arms) -> str:
