@@ -1,0 +1,60 @@
+"""The running example of the pages: the recorded answers are the model's, and every rung replays them."""
+
+import pytest
+
+from folovllm import LLM, SamplingParams
+from folovllm.learn.three_requests import EXAMPLES, example_core, example_request, run_example, text_of
+
+pytestmark = pytest.mark.m0
+
+ENGINES = {
+    "m1": {"block_size": 16, "max_num_seqs": 1, "batching": "static"},
+    "m2": {"block_size": 16, "max_num_seqs": 2},
+    "m3, c is preempted": {"num_kv_blocks": 7},
+    "m5": {"enable_chunked_prefill": True, "max_num_batched_tokens": 6},
+    "m6": {"enable_chunked_prefill": True, "max_num_batched_tokens": 6, "enable_prefix_caching": True},
+}
+
+
+@pytest.mark.parametrize("engine_args", ENGINES.values(), ids=ENGINES)
+def test_every_rung_gives_the_recorded_answers(engine_args: dict) -> None:
+    answers: dict[str, list[int]] = {name: [] for name in EXAMPLES}
+    for step in run_example(example_core(**({"num_kv_blocks": 10} | engine_args))):
+        for name, tokens in step.sampled.items():
+            answers[name] += tokens
+        assert str(step).startswith(f"step {step.number}: ")
+    assert answers == {name: list(e.answer_token_ids[: e.max_tokens]) for name, e in EXAMPLES.items()}
+
+
+def test_c_continues_the_conversation_of_a() -> None:
+    a, c = EXAMPLES["a"], EXAMPLES["c"]
+    assert c.prompt_token_ids[:7] == (*a.prompt_token_ids, *a.answer_token_ids[:2])
+    core = example_core(num_kv_blocks=10, enable_prefix_caching=True)
+    steps = list(run_example(core))
+    assert steps[2].hits["c"] == 4 and steps[2].blocks["c"][0] == steps[2].blocks["a"][0]
+
+
+def test_printed_steps_name_what_happened() -> None:
+    steps = [str(step) for step in run_example(example_core(num_kv_blocks=7))]
+    assert steps[2].endswith("c waits")
+    assert steps[4].endswith("c positions 0-11 in blocks [2, 1, 5] -> ' Rome'")
+    assert steps[5].endswith("c preempted")
+
+
+def test_wrong_names_and_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="there are a, b, c"):
+        example_request("d")
+    with pytest.raises(ValueError, match="at most 8"):
+        example_request("a", max_tokens=9)
+
+
+@pytest.mark.weights
+def test_the_model_gives_these_tokens() -> None:
+    llm = LLM("smollm2-135m", dtype="float32")
+    for name, example in EXAMPLES.items():
+        params = SamplingParams(temperature=0, max_tokens=len(example.answer_token_ids), ignore_eos=True)
+        output = llm.generate([example.text], params, use_tqdm=False)[0]
+        assert tuple(output.prompt_token_ids) == example.prompt_token_ids, name
+        assert tuple(output.outputs[0].token_ids) == example.answer_token_ids, name
+        assert text_of(example.prompt_token_ids) == example.text
+        assert text_of(example.answer_token_ids) == output.outputs[0].text
