@@ -9,7 +9,7 @@ from folovllm import viz
 from folovllm.core.block_pool import BlockPool
 from folovllm.core.kv_cache_utils import KVCacheBlock
 
-pytestmark = pytest.mark.m1
+pytestmark = pytest.mark.m2
 
 CASES = [(([7, 2, 9], 20, 16), 36), (([7, 2, 9], 0, 16), 112)]
 
