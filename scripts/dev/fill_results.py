@@ -7,7 +7,8 @@ A page says where a table goes and from which file (paths from the repository ro
     ... written by this script ...
     <!-- /results -->
 
-After the file name, `running=32` keeps only the rows of that value (for files with a list of `results`).
+After the file name, `running=32` keeps only the rows of that value (for files with a list of `results`), and
+`arms=m2,m3` only those arms (for a compare_perf file).
 `view=ladder` writes the table of the rungs with one measured column (for a compare_perf file).
 
     python scripts/dev/fill_results.py            rewrite all pages
@@ -30,7 +31,7 @@ from folovllm.benchmarks.arms import in_words
 from scripts.peers.report import markdown, markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCK = re.compile(r"(<!-- results: (\S+)((?: \w+=\w+)*) -->\n).*?(<!-- /results -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: (\S+)((?: \w+=[\w,]+)*) -->\n).*?(<!-- /results -->)", re.DOTALL)
 PAGES = ("README.md", "docs/**/*.md", "milestones/**/*.md")
 
 
@@ -70,14 +71,14 @@ def fill(text: str, folder: Path) -> str:
         elif result.get("schema", "").startswith("folovllm.compare_peers/"):
             table = peers_table(result, link)
         else:
-            table = plain_table(result, link, wanted) if "results" in result else table_of(result, link)
+            table = plain_table(result, link, wanted) if "results" in result else table_of(result, link, **wanted)
         return match[1] + table + match[4]
 
     return BLOCK.sub(block, text)
 
 
-def table_of(result: dict[str, Any], link: str) -> str:
-    """One row per arm of a compare_perf file, and the facts a reader of a number asks for first."""
+def table_of(result: dict[str, Any], link: str, arms: str = "") -> str:
+    """One row per arm of a compare_perf file (or of `arms`), and the facts a reader of a number asks for first."""
     run, machine = result["run"], result["machine"]
     modes = run["workload"]["num_requests"]
     bandwidth = result["bandwidth"]["bytes_per_second"] / 1e9
@@ -91,7 +92,8 @@ def table_of(result: dict[str, Any], link: str) -> str:
         "running at once | KV slots used | memory |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    lines += [row(name, arm) for name, arm in result["arms"].items() if "modes" in arm]
+    shown = {name: result["arms"][name] for name in arms.split(",")} if arms else result["arms"]
+    lines += [row(name, arm) for name, arm in shown.items() if "modes" in arm]
     return "\n".join(lines) + "\n"
 
 
