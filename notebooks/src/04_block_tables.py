@@ -1,235 +1,400 @@
 # %% [markdown]
 # # 04 · Block tables, and where the memory goes
 #
-# A request's keys and values must lie somewhere, and nobody knows how long the answer will be. Reserve room for the longest
-# answer possible, and most of it stays empty; that was the state of the art until 2023. vLLM's idea is the one operating
-# systems had: cut the memory into small **blocks**, give a request one more when it needs it, and keep a **table** of which
-# are whose. Here the real block pool does it, and we count every slot.
+# Each token of a running request leaves its key and value (K/V) in memory, and the final length of a request is unknown until
+# it ends. Reserving room for the longest possible answer leaves most of the memory empty. vLLM cuts the memory into small
+# **blocks**, gives a request a block when one of its tokens needs it, and keeps a **table** of which blocks are whose.
+# In this notebook the engine's own block pool does that, and you count every slot.
 #
-# *10 minutes. To read with it: `docs/learn/03_paged_kv_cache.md` and `folovllm/core/kv_cache_manager.py`.*
+# Read [learn/03](../docs/learn/03_paged_kv_cache.md) first. Answer each **Predict** before you run the cell below it. In the three cells **Your turn**
+# you write a few lines yourself, and the cell after it checks them. About 25 minutes.
 
 # %% tags=["parameters"]
 FAST = False  # True: fewer repetitions (the builder sets it when it only checks)
 
 # %%
-import json
-import random
 import sys
 from pathlib import Path
 
 ROOT = next(p for p in [Path.cwd(), *Path.cwd().parents] if (p / "folovllm").is_dir())
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
-from folovllm import SamplingParams, viz
-from folovllm.attention.backend import AttentionMetadata, AttentionSpec
+from folovllm import viz
+from folovllm.attention.backend import AttentionMetadata, AttentionSpec, sequence_slots
 from folovllm.attention.backends.torch_naive import TorchNaiveBackend
-from folovllm.config import EngineConfig
-from folovllm.engine.core import EngineCore
 from folovllm.benchmarks.workloads import make_workload
-from folovllm.executor.fake import FakeExecutor, fake_tokens
-from folovllm.hf_config import parse_hf_config
-from folovllm.request import Request
+from folovllm.config import EngineConfig
+from folovllm.core.block_pool import BlockPool
+from folovllm.core.kv_cache_manager import KVCacheManager
+from folovllm.engine.core import EngineCore
+from folovllm.executor.fake import FakeExecutor
+from folovllm.learn.three_requests import EXAMPLES, example_core, example_request, run_example
+from folovllm.learn.toy_engine import make_request
+from folovllm.model_shapes import shape_architecture
+from folovllm.worker.block_table import BlockTable
 
 torch.set_num_threads(1)
 viz.style()
-arch = parse_hf_config(json.load(open(ROOT / "tests/data/configs/SmolLM2-135M-Instruct.json")))
-
-
-def make_engine(preset="m3", **args):
-    return EngineCore(EngineConfig.from_args(preset=preset, **args).resolve(arch, "cpu"), FakeExecutor())
-
-
-def add(core, name, prompt_len, output_len):
-    prompt = [(31 * sum(map(ord, name)) + 7 * i) % 1000 for i in range(prompt_len)]
-    core.add_request(Request(name, prompt, SamplingParams(max_tokens=output_len, ignore_eos=True)))
-    return fake_tokens(prompt, output_len)
-
-
-# %% [markdown]
-# ## What you can turn
-
-# %%
+COLOURS = viz.colours_of(EXAMPLES)
 BLOCK_SIZE = 4
-NUM_BLOCKS = 24  # with the null block, number 0, which pads tables and belongs to nobody
-REQUESTS = {"a": (9, 12), "b": (3, 5), "c": (14, 4)}  # name: (prompt tokens, output tokens)
-LOOK_AFTER = (1, 4, 6)  # steps after which we look at the pool
-BLOCK_SIZES = (1, 4, 16, 64, 256)
 
 # %% [markdown]
-# ## Logical and physical
+# ## Three requests in blocks of 4
 #
-# Token 7 of request a is in *logical* block 7 // 4 = 1, at offset 7 % 4 = 3. The table says which *physical* block that is;
-# `slot = table[position // block_size] * block_size + position % block_size`. Below each cell is a physical block; "5 = a1"
-# reads: physical block 5 is a's logical block 1. Full squares hold K/V, hatched ones are reserved and still empty.
-
-# %%
-core = make_engine(block_size=BLOCK_SIZE, num_kv_blocks=NUM_BLOCKS, max_model_len=64)
-colours = viz.colours_of(REQUESTS)
-expected = {name: add(core, name, *lengths) for name, lengths in REQUESTS.items()}
-got = {name: [] for name in REQUESTS}
-manager = core.scheduler.kv_cache_manager
-pool = manager.block_pool
-
-
-def free_list():
-    return [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
-
-
-tables_seen, free_seen = [], [free_list()]
-figure, axes = plt.subplots(len(LOOK_AFTER), 1, figsize=(9, 3.2 * len(LOOK_AFTER)), layout="constrained")
-for step in range(1, max(LOOK_AFTER) + 1):
-    for output in core.step():
-        got[output.request_id] += output.new_token_ids
-    if step in LOOK_AFTER:
-        tables = {request.request_id: manager.get_block_ids(request.request_id)[0] for request in core.scheduler.running}
-        lengths = {request.request_id: request.num_computed_tokens for request in core.scheduler.running}
-        ax = axes[LOOK_AFTER.index(step)]
-        viz.block_map(ax, tables, lengths, NUM_BLOCKS, BLOCK_SIZE, colours)
-        ax.set_title(f"after step {step}: " + ", ".join(f"{name} {ids}" for name, ids in tables.items()), loc="left")
-        tables_seen.append(tables)
-        free_seen.append(free_list())
-
-# %%
-viz.predict(
-    "After step 1, which slot holds token 7 of request a?", None, tables_seen[0]["a"][7 // 4] * 4 + 7 % 4,
-    f"Its table is {tables_seen[0]['a']}: logical block 1 is physical block {tables_seen[0]['a'][1]}, offset 3.",
-)  # fmt: skip
-
-# %% [markdown]
-# ## The free list
-#
-# c has finished after step 4 and gave its blocks back: in reverse, and to the *head* of the free queue, so they are the next
-# to be used. (A block that prefix caching could use again would go to the tail. That is M6.)
+# These are the requests of all learning pages. Request c arrives before step 2.
 
 # %%
 viz.table(
-    ["after step", "head of the free queue (next to be used first)", "free"],
-    [[step, " ".join(map(str, ids[:10])) + " ...", len(ids)] for step, ids in zip((0, *LOOK_AFTER), free_seen)],
+    ["request", "prompt", "prompt tokens", "tokens to generate"],
+    [[name, e.text, len(e.prompt_token_ids), e.max_tokens] for name, e in EXAMPLES.items()],
 )
 
 # %%
-while core.has_unfinished_requests():
-    for output in core.step():
-        got[output.request_id] += output.new_token_ids
+core = example_core(block_size=BLOCK_SIZE, num_kv_blocks=10)
+pool = core.scheduler.kv_cache_manager.block_pool
+
+
+def free_list(pool):
+    return [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
+
+
+steps, free_before, free_after = [], [], []
+queue = free_list(pool)
+for step in run_example(core):
+    steps.append(step)
+    free_before.append(queue)
+    queue = free_list(pool)
+    free_after.append(queue)
+
 viz.predict(
-    "When all have finished, are the free blocks in the order of their numbers again?", ["yes", "no"],
-    "yes" if free_list() == sorted(free_list()) else "no",
-    "The pool does not sort; physical numbers mean nothing, and the tables make any order right.",
+    "b's prompt has 4 tokens and fills its block exactly. In which step does b get its second block?", [0, 1, 2, 3],
+    next(step.number for step in steps if len(step.blocks["b"]) == 2),
+    "Step 0 computes positions 0 to 3. Step 1 computes position 4, the first generated token, and that needs a block. "
+    "A block is taken when a token needs it, and not before.",
+)  # fmt: skip
+
+# %% [markdown]
+# Now look. "5 = c0" reads: physical block 5 is block 0 of request c. Full squares hold K/V, hatched ones are reserved and empty, grey ones
+# are free. Block 0 is the null block, which no request ever gets.
+
+
+# %%
+def draw(ax, step, num_blocks, columns):
+    lengths = {name: step.start[name] + n for name, n in step.scheduled.items()}
+    viz.block_map(ax, step.blocks, lengths, num_blocks, BLOCK_SIZE, COLOURS, columns)
+    said = [f"{name} {table}" for name, table in step.blocks.items()]
+    said += [f"{name} is preempted" for name in step.preempted]
+    said += [f"{name} waits" for name in step.waiting if name not in step.preempted]
+    ax.set_title(f"step {step.number}: " + ", ".join(said))
+    ax.set_anchor("W")
+
+
+shown = (0, 1, 2, 5)
+figure, axes = plt.subplots(len(shown), 1, figsize=(9, 1.35 * len(shown)))
+for ax, number in zip(axes, shown):
+    draw(ax, steps[number], num_blocks=10, columns=10)
+
+# %% [markdown]
+# ## From a position to a slot
+#
+# Slots are numbered through all blocks: block 5 has the slots 20 to 23. The worker computes the slots of all new tokens of a step at once:
+
+# %%
+viz.source(BlockTable.slot_mapping)
+
+# %%
+viz.predict(
+    "A request has the table [2, 1, 5]. In which slot is position 9?", None,
+    int(sequence_slots(torch.tensor([2, 1, 5]), 12, BLOCK_SIZE)[9]),
+    "9 // 4 = 2, and entry 2 of the table is block 5. 9 % 4 = 1, so the slot is 5 * 4 + 1.",
+)  # fmt: skip
+
+# %% [markdown]
+# The other direction is as useful when you debug a wrong table: which position is in a given slot? Return the position, or -1 if the slot
+# is in none of the request's blocks.
+
+
+# %%
+# Your turn: replace the body.
+def position_of(table, slot, block_size):
+    raise NotImplementedError  # e.g. position_of([2, 1, 5], 21, 4) is 9
+
+
+# %%
+POSITIONS = [(([2, 1, 5], 21, 4), 9), (([2, 1, 5], 8, 4), 0), (([7, 2], 47, 16), 31), (([2, 1, 5], 12, 4), -1)]
+viz.your_turn(
+    "position_of: from a slot back to a position", position_of, POSITIONS,
+    "slot // block_size is the physical block. list.index finds its place in the table.",
+)  # fmt: skip
+
+# %% [markdown]
+# ## When the blocks run out
+#
+# The same requests, and only 6 usable blocks.
+
+# %%
+tight = list(run_example(example_core(block_size=BLOCK_SIZE, num_kv_blocks=7)))
+viz.predict(
+    "In step 5, b and c run. Both need one more block, and one is free. Which request is preempted?", ["b", "c"],
+    tight[5].preempted[0],
+    "The scheduler serves b first, which was admitted first. For c nothing is left, and the request admitted last gives up its blocks: c itself.",
+)  # fmt: skip
+
+# %%
+figure, axes = plt.subplots(4, 1, figsize=(9, 5.8))
+for ax, number in zip(axes, (3, 4, 5, 6)):
+    draw(ax, tight[number], num_blocks=7, columns=7)
+
+# %% [markdown]
+# In step 4 four blocks are free, 16 slots, but no 12 slots in a row: a cache in one piece would have refused c.
+#
+# The scheduler asks for blocks with `allocate_slots`. Its contract: it returns the **new** blocks, which may be an empty list, or `None` if the
+# tokens do not fit, and then **nothing has changed**. Write the core of it on plain lists. `owned` is the request's table and `free` is the free
+# queue; change both in place.
+
+
+# %%
+# Your turn: replace the body.
+def allocate(owned, free, num_slots, block_size):
+    """Lets `owned` hold `num_slots` slots. Takes blocks from the front of `free`, and returns the new ones or None."""
+    raise NotImplementedError
+
+
+# %%
+def outcome(owned, free, num_slots, block_size):
+    """What your function returned, and what it left of the two lists."""
+    returned = allocate(owned, free, num_slots, block_size)
+    return {"returned": returned, "owned": owned, "free": free}
+
+
+CALLS = [([], [5, 6, 7], 5, 4), ([5, 6], [7, 8], 7, 4), ([5, 6], [7, 8], 9, 4), ([5], [7, 8], 16, 4), ([], [3], 64, 64)]
+
+
+def engine_outcome(owned, free, num_slots, block_size):
+    """The same by the engine's manager."""
+    pool = BlockPool(10)
+    blocks = pool.get_new_blocks(9)
+    pool.free_blocks([blocks[i - 1] for i in free])
+    manager = KVCacheManager(block_size, 1024, pool)
+    manager.req_to_blocks["r"] = [blocks[i - 1] for i in owned]
+    request = make_request("r", 100)
+    request.num_computed_tokens = len(owned) * block_size - block_size // 2 if owned else 0
+    returned = manager.allocate_slots(request, num_slots - request.num_computed_tokens)
+    ids = None if returned is None else [block.block_id for block in returned]
+    return {"returned": ids, "owned": manager.get_block_ids("r")[0], "free": free_list(pool)}
+
+
+ALLOCATED = [(call, engine_outcome(*call)) for call in CALLS]
+viz.your_turn(
+    "allocate: count first, take afterwards", outcome, ALLOCATED,
+    "-(-num_slots // block_size) blocks are needed in all. Compare before you change anything.",
+)  # fmt: skip
+
+# %% [markdown]
+# The engine's version. The hits belong to prefix caching (notebook 07).
+
+# %%
+viz.source(KVCacheManager.allocate_slots)
+
+# %% [markdown]
+# ## The order of the free queue
+#
+# Back to the first run, with 9 usable blocks. A request gives its blocks back in reverse, and the pool puts them at the **head** of the queue,
+# because no later request can find anything useful in them. The next request takes blocks from the head.
+
+# %%
+viz.source(BlockPool.enqueue)
+
+# %%
+viz.predict(
+    f"At the end of step 3, first a ({steps[3].blocks['a']}) and then c ({steps[3].blocks['c']}) finish. Block 9 was free. What is the queue now?",
+    [[1, 2, 5, 6, 7, 8, 9], [2, 1, 8, 7, 6, 5, 9], [8, 7, 6, 5, 2, 1, 9]], free_after[3],
+    "a puts 2, 1 before 9. Then c puts 8, 7, 6, 5 before those.",
+)  # fmt: skip
+
+# %%
+viz.table(
+    ["step", "free queue before the step, head first", "after the step", "finished"],
+    [
+        [step.number, " ".join(map(str, before)), " ".join(map(str, after)),
+         ", ".join(name for name in step.scheduled if not any(name in later.scheduled for later in steps[step.number + 1 :]))]
+        for step, before, after in list(zip(steps, free_before, free_after))[:5]
+    ],
+)  # fmt: skip
+
+# %% [markdown]
+# In step 5, b computes its last token, in position 8, and then it finishes. What is the queue after that step?
+
+# %%
+# Your turn: a list of block numbers, head first.
+queue_after_step_5 = None
+
+# %%
+viz.your_turn(
+    "The free queue after step 5", queue_after_step_5, free_after[5],
+    f"Before the step the queue is {free_before[5]}, and b has the table {steps[4].blocks['b']}. Position 8 needs a block.",
 )  # fmt: skip
 
 # %% [markdown]
 # ## What is wasted
 #
-# With blocks of B tokens, a request wastes only the empty end of its last block: between 0 and B - 1 slots, (B - 1) / 2 on
-# average. "No fragmentation", as is often said, is not true; *external* fragmentation is gone, and the internal kind is
-# bounded by the block. With one page per request (B = max_model_len, M2's cache) it is everything behind the last token.
+# A request wastes only the empty end of its last block: between 0 and B - 1 slots for blocks of B tokens. Workload A is 32 requests of
+# 227 tokens on average.
 
 # %%
 workload = make_workload("A", 49152).requests
 lengths = [len(r.prompt_token_ids) + r.output_len - 1 for r in workload]  # the last token is never computed
+SIZES = (1, 4, 16, 64, 256, 2048)
 
 
 def wasted(block_size):
-    """Reserved and unused slots of each finished request of workload A."""
+    """Reserved and unused slots of each request at its end."""
     return [-length % block_size for length in lengths]
 
 
-sizes = [*BLOCK_SIZES, 2048]
-shares = [100 * sum(wasted(b)) / (sum(lengths) + sum(wasted(b))) for b in sizes]
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
-left.bar(range(len(sizes)), shares, color=[viz.PALETTE[0]] * len(BLOCK_SIZES) + [viz.PALETTE[1]])
-left.set_xticks(range(len(sizes)), [*map(str, BLOCK_SIZES), "2048\n(one page)"])
-left.set(xlabel="block size", ylabel="% of reserved slots unused", title="workload A, at the end of each request")
-for place, share in enumerate(shares):
-    left.text(place, share + 1, f"{share:.1f}", ha="center", size=8)
-right.plot(BLOCK_SIZES, [sum(wasted(b)) / len(lengths) for b in BLOCK_SIZES], "o-", color=viz.PALETTE[0], label="measured")
-right.plot(BLOCK_SIZES, [(b - 1) / 2 for b in BLOCK_SIZES], "--", color="#777777", label="(B - 1) / 2")
-right.set(xscale="log", yscale="symlog", xlabel="block size", ylabel="unused slots per request", title="the last block")
-right.set_xticks(BLOCK_SIZES, BLOCK_SIZES)
-right.minorticks_off()
-right.legend();
-
-# %% [markdown]
-# ## The same bytes, more requests
-#
-# Eight pages of 2,048 tokens are 1,024 blocks of 16. Same memory, same scheduler, same requests:
+share = {size: 100 * sum(wasted(size)) / (sum(lengths) + sum(wasted(size))) for size in SIZES}
+viz.predict(
+    "Which share of the reserved slots is unused with blocks of 16, vLLM's default?", ["under 1 %", "about 3 %", "about 12 %", "about 50 %"],
+    "about 3 %" if 2.5 < share[16] < 3.5 else "another",
+    f"{share[16]:.1f} %: half a block, 7.5 slots, beside 227 tokens.",
+)  # fmt: skip
 
 # %%
-PAGES = 2 if FAST else 8
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
+left.bar(range(len(SIZES)), share.values(), color="#777777")
+left.set_xticks(range(len(SIZES)), [*map(str, SIZES[:-1]), "2048\n(M2)"])
+left.set(xlabel="block size", title="% of the reserved slots unused")
+for place, percent in enumerate(share.values()):
+    left.text(place, percent + 1, f"{percent:.1f}", ha="center", size=9)
+means = [np.mean(wasted(size)) for size in SIZES[1:]]
+right.loglog(SIZES[1:], means, "o-", color="#333333")
+right.loglog(SIZES[1:], [(size - 1) / 2 for size in SIZES[1:]], "--", color="#D55E00")
+right.text(13, 18, "measured", color="#333333", ha="right")
+right.text(80, 20, "(B - 1) / 2", color="#D55E00")
+right.text(2048, means[-1] * 1.25, "one block of 2,048\nfor each request", ha="right", va="bottom", size=8)
+right.set(xlabel="block size B", title="unused slots per request", ylim=(1, 8000))
+right.set_xticks(SIZES[1:], SIZES[1:])
+right.set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
+right.minorticks_off();
+
+# %% [markdown]
+# ## The same memory, more requests
+#
+# 8 blocks of 2,048 tokens (M2) are 1,024 blocks of 16 (M3). Both engines get workload A, the same scheduler and the same memory.
+
+# %%
+NUM_LONG_BLOCKS = 2 if FAST else 8
 
 
-def utilisation(preset, blocks):
-    """Used and reserved slots and running requests after every step of workload A."""
-    core = make_engine(preset, max_model_len=2048, num_kv_blocks=blocks + 1)
-    for i, request in enumerate(workload):
-        add(core, f"r{i}", len(request.prompt_token_ids), request.output_len)
+def utilisation(rung, num_blocks):
+    """The used share of the reserved slots, and the requests that run, in every step of workload A."""
+    config = EngineConfig.from_args(preset=rung, max_model_len=2048, num_kv_blocks=num_blocks + 1)
+    core = EngineCore(config.resolve(shape_architecture("smollm2-135m"), "cpu"), FakeExecutor())
+    for i, r in enumerate(workload):
+        core.add_request(make_request(f"r{i}", r.prompt_token_ids, max_tokens=r.output_len))
     curve = []
     while core.has_unfinished_requests():
         scheduled = core.scheduler.schedule()
-        stats = core.stats()
-        curve.append((stats.num_used_slots / stats.num_reserved_slots, stats.num_running))
+        stats = core.stats()  # while the step runs
+        curve.append((100 * stats.num_used_slots / stats.num_reserved_slots, stats.num_running))
         core.scheduler.update_from_output(scheduled, core.executor.sample(core.executor.execute(scheduled)))
-    return curve
+    return list(zip(*curve))
 
 
-m2, m3 = utilisation("m2", PAGES), utilisation("m3", PAGES * 128)
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
-for curve, name, colour in ((m2, "m2: one page each", viz.PALETTE[1]), (m3, "m3: blocks of 16", viz.PALETTE[0])):
-    left.plot([100 * used for used, _ in curve], color=colour, label=name)
-    right.plot([running for _, running in curve], color=colour, label=f"{name}: {len(curve)} steps")
-left.set(xlabel="step", ylabel="% of reserved slots used", ylim=(0, 103))
-right.set(xlabel="step", ylabel="requests running", ylim=(0, None))
-left.legend(loc="center right")
-right.legend();
+m2, m3 = utilisation("m2", NUM_LONG_BLOCKS), utilisation("m3", NUM_LONG_BLOCKS * 128)
+viz.predict(
+    f"M2 runs {NUM_LONG_BLOCKS} requests at once. How many does M3 run at its busiest?", None, max(m3[1]),
+    "M3 reserves about a tenth as much for each request. Workload A has 32 requests, so no more than 32 can run.",
+)  # fmt: skip
 
 # %%
-viz.predict(
-    f"{PAGES} pages let m2 run {PAGES} requests at once. How many does m3 run at its busiest?",
-    None, max(running for _, running in m3), "Up to the number of requests there are: workload A has 32.",
-)  # fmt: skip
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), sharex=True)
+for (used, running), name, colour in ((m2, "M2: one block of 2,048 each", "#D55E00"), (m3, "M3: blocks of 16", "#0072B2")):
+    left.plot(used, color=colour, label=f"{name}, mean {np.mean(used):.0f} %")
+    right.plot(running, color=colour, label=f"{name}, {len(running)} steps")
+left.set(xlabel="step", title="used share of the reserved slots, %", ylim=(0, 105))
+right.set(xlabel="step", title="requests that run", ylim=(0, 36))
+left.legend(loc="center")
+right.legend(loc="upper right");
 
 # %% [markdown]
 # ## Poison
 #
-# A block is handed on with whatever its last owner left in it. So attention must read the slots of its own sequence and not
-# one more. To be sure, fill everything that is nobody's with NaN: a single wrong read would make the result NaN.
+# A block is handed on with the K/V that its last owner left in it. So attention must read the slots of its own sequence and no others:
 
 # %%
-spec = AttentionSpec(4, 2, 8, torch.float32, torch.device("cpu"), BLOCK_SIZE)
-backend = TorchNaiveBackend(spec)
-table, length = [5, 2, 7], 10  # 10 tokens in physical blocks 5, 2 and the first half of 7
+viz.source(TorchNaiveBackend.forward)
+
+# %% [markdown]
+# We put a sequence of 10 tokens into the blocks 5, 2 and 7 and fill **every other slot** of the cache with NaN, also the two empty slots at the end of block 7.
+# Then the same sequence goes into the blocks 9, 1 and 3.
+
+# %%
+backend = TorchNaiveBackend(AttentionSpec(4, 2, 8, torch.float32, torch.device("cpu"), BLOCK_SIZE))
 generator = torch.Generator().manual_seed(0)
-key, value = torch.randn(2, length, 2, 8, generator=generator)  # each [length, num_kv_heads, head_size]
-query = torch.randn(length, 4, 8, generator=generator)
+key, value = torch.randn(2, 10, 2, 8, generator=generator)  # each [seq_len, num_kv_heads, head_size]
+query = torch.randn(10, 4, 8, generator=generator)  # [seq_len, num_heads, head_size]
 
 
-def attend(filling, table):
-    """Attention over a cache whose other slots all hold `filling`."""
-    cache = torch.full(backend.kv_cache_shape(NUM_BLOCKS), filling)
-    slots = torch.tensor([table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(length)])
-    metadata = AttentionMetadata([0, length], [length], torch.tensor([table], dtype=torch.int32), slots, BLOCK_SIZE)
+def attend(filling, block_ids):
+    """Attention over a cache in which every other slot holds `filling`."""
+    cache = torch.full(backend.kv_cache_shape(10), filling)
+    metadata = AttentionMetadata.single_sequence(10, block_ids, BLOCK_SIZE)
     backend.prepare(metadata)
     backend.write(key, value, cache, metadata)
     return backend.forward(query, cache, metadata)
 
 
-clean, poisoned, elsewhere = attend(0.0, table), attend(float("nan"), table), attend(float("nan"), [9, 1, 3])
-print("NaN in the result:", bool(poisoned.isnan().any()), "| other blocks, other result:", not torch.equal(poisoned, elsewhere))
-
-# %% [markdown]
-# ## Is it all true?
+nan = float("nan")
+clean, poisoned, elsewhere = attend(0.0, [5, 2, 7]), attend(nan, [5, 2, 7]), attend(nan, [9, 1, 3])
+viz.predict(
+    "How many of the 320 numbers of the result are NaN, and how many change when the sequence lies in other blocks?",
+    ["0 and 0", "some and 0", "0 and all", "all and all"],
+    "0 and 0" if not poisoned.isnan().any() and torch.equal(poisoned, elsewhere) else "another",
+    "Only the sequence's own slots are read, and the numbers of its blocks mean nothing.",
+)  # fmt: skip
 
 # %%
-assert got == expected, "the tokens depend on the blocks"
-assert len(free_list()) == NUM_BLOCKS - 1 and 0 not in free_list(), "a block was lost, or the null block given away"
-assert not set(tables_seen[0]["a"]) & set(tables_seen[0]["b"]), "two requests hold one block"
-assert free_seen[0] == list(range(1, NUM_BLOCKS))
-assert all(waste < b for b in sizes for waste in wasted(b)) and shares == sorted(shares)
-assert shares[BLOCK_SIZES.index(16)] < 10 < 60 < shares[-1]
-assert max(running for _, running in m2) == PAGES and max(running for _, running in m3) >= 3 * PAGES
-assert sum(used for used, _ in m3) / len(m3) > 0.9 and sum(used for used, _ in m2) / len(m2) < 0.4
+print(f"NaN: {int(poisoned.isnan().sum())} of {poisoned.numel()}")
+print(f"changed in other blocks: {int((poisoned != elsewhere).sum())}")
+
+# %% [markdown]
+# Next: write the real thing. `folovllm learn m3` puts the exercises into your folder: the slot mapping, the block pool, `allocate_slots` and the gather.
+#
+# ## Is it all true?
+#
+# The last cell checks what this notebook claims. It also solves the three tasks, so look at it last.
+
+
+# %%
+def solved_position_of(table, slot, block_size):
+    block, offset = divmod(slot, block_size)
+    return table.index(block) * block_size + offset if block in table else -1
+
+
+def solved_outcome(owned, free, num_slots, block_size):
+    needed = -(-num_slots // block_size) - len(owned)
+    if needed > len(free):
+        return {"returned": None, "owned": owned, "free": free}
+    new = [free.pop(0) for _ in range(needed)]
+    owned += new
+    return {"returned": new, "owned": owned, "free": free}
+
+
+for answer, expected in ((solved_position_of, POSITIONS), (solved_outcome, ALLOCATED), ([8, 4, 3, 7, 6, 5, 2, 1, 9], free_after[5])):
+    assert "Passed" in repr(viz.your_turn("", answer, expected))
+for run in (steps, tight):
+    for name, example in EXAMPLES.items():
+        tokens = [token for step in run for token in step.sampled.get(name, [])]
+        assert tokens == list(example.answer_token_ids[: example.max_tokens]), "the tokens depend on the blocks"
+assert sorted(free_after[5]) == list(range(1, 10)), "a block was lost, or the null block was handed out"
+assert tight[3].waiting == ["c"] and tight[4].blocks["c"] == [2, 1, 5] and tight[6].blocks["c"] == [6, 4, 3, 5]
+assert list(share.values()) == sorted(share.values()) and share[16] < 5 < 80 < share[2048]
+assert max(m2[1]) == NUM_LONG_BLOCKS and max(m3[1]) >= 3 * NUM_LONG_BLOCKS
+assert np.mean(m3[0]) > 90 > 40 > np.mean(m2[0])
 assert not poisoned.isnan().any() and torch.equal(clean, poisoned) and torch.equal(poisoned, elsewhere)
-print(f"all true: {shares[BLOCK_SIZES.index(16)]:.1f} % unused in blocks of 16, {shares[-1]:.1f} % in pages of 2,048")
+print(f"all true: {share[16]:.1f} % unused in blocks of 16, {share[2048]:.1f} % in one block of 2,048 for each request")
