@@ -11,7 +11,6 @@ import linecache
 import math
 import re
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,15 +174,23 @@ def tidy(output: str) -> str:
     return "\n".join(lines) + "\n" if lines else ""
 
 
-def with_outputs(text: str, file: str) -> str:
-    """The page with every example's text block as it is printed now; a missing text block is added."""
-    examples: Iterator[Example] = iter(examples_of(text))
+def with_outputs(text: str, file: str) -> tuple[str, list[tuple[int, str]]]:
+    """The page with every example's text block as it is printed now, and (line, what is wrong) for those that fail."""
+    examples, problems = iter(examples_of(text)), []
 
     def block(match: re.Match[str]) -> str:
-        printed = run_example(next(examples), file)
+        example = next(examples)
+        try:
+            printed = run_example(example, file)
+        except Exception as error:  # any error of the page's own code
+            problems.append((example.line, f"example {example.number}: {type(error).__name__}: {error}"))
+            return match.group()
         if not printed:
-            raise ValueError(f"{file}: an example prints nothing; print what it found, then assert it")
+            problems.append(
+                (example.line, f"example {example.number} prints nothing: print what it found, then assert")
+            )
+            return match.group()
         end = "" if match["output"] is not None else "\n"
         return f"```python\n{match['code']}```\n\n```text\n{printed}```{end}"
 
-    return EXAMPLE.sub(block, text)
+    return EXAMPLE.sub(block, text), problems

@@ -70,14 +70,13 @@ def build_page(text: str, page: Path, examples: bool = False) -> tuple[str, list
     """The page as it should be, and (line, what is wrong) for what could not be written."""
     if page == DOCS / "glossary.md":
         text = glossary_page()
+    text, failed = with_outputs(text, page.name) if examples else (text, [])
     links = Links(page.parent)
     built = links.written(text)
     if page.parent == DOCS / "learn":
         built = link_terms(built, [t for t in load_terms() if page.stem not in t.not_on], "../glossary.md")
     built, wrong = fill_code(built, page.parent)
-    if examples:
-        built = with_outputs(built, page.name)
-    return fill_nav(built, page), sorted(links.problems + wrong)
+    return fill_nav(built, page), sorted(failed + links.problems + wrong)
 
 
 # ---- the lines of vLLM's symbols

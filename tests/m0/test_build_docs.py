@@ -261,14 +261,17 @@ def test_an_example_with_its_line_and_its_output() -> None:
 
 
 def test_outputs_are_filled_in() -> None:
-    """A missing text block is added, an old one replaced; an example that prints nothing is refused."""
+    """A missing text block is added, an old one replaced; an example that fails or prints nothing is named."""
     text = "```python\n# runs\nprint('new ')\n```\n\nProse.\n\n```python\n# runs\nprint(2)\n```\n\n```text\nold\n```\n"
-    filled = with_outputs(text, "page.md")
+    filled, _ = with_outputs(text, "page.md")
     assert [example.output for example in examples_of(filled)] == ["new\n", "2\n"]
-    assert with_outputs(filled, "page.md") == filled
+    assert with_outputs(filled, "page.md") == (filled, [])
     assert "```text\nnew\n```\n\nProse." in filled
-    with pytest.raises(ValueError, match="print what it found"):
-        with_outputs("```python\n# runs\nx = 1\n```\n", "page.md")
+    silent = "```python\n# runs\nx = 1\n```\n\n```python\n# runs\nprint(1 / 0)\n```\n"
+    unchanged, problems = with_outputs(silent, "page.md")
+    assert unchanged == silent
+    assert [line for line, _ in problems] == [2, 7]
+    assert "prints nothing" in problems[0][1] and "ZeroDivisionError" in problems[1][1]
 
 
 def test_a_failing_example_is_shown_with_the_line_of_the_page() -> None:
