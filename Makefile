@@ -10,7 +10,7 @@ MODEL ?= smollm2-135m
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-browser bench lint notebooks clean
+.PHONY: help setup demo test test-browser bench lint docs notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,15 @@ lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+# build_docs.py is the last, because it also links what the others write.
+docs: $(STAMP)  ## write the generated parts of the pages again
+	@echo "docs: tables, lists, interview pages, links to code, outputs of the examples"
+	@$(BIN)/python scripts/dev/fill_results.py
+	@$(BIN)/python scripts/dev/write_milestones.py
+	@$(BIN)/python scripts/dev/write_exercises_page.py
+	@$(BIN)/python scripts/dev/build_interview.py
+	@$(BIN)/python scripts/dev/build_docs.py --examples
 
 notebooks: $(STAMP)  ## execute the notebooks again from notebooks/src
 	@echo "notebooks: builds and executes notebooks/*.ipynb from notebooks/src"

@@ -16,6 +16,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from page_links import Links
+
 from folovllm.learn.questions import LEVELS, Question, load_questions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +93,12 @@ def pages(questions: dict[str, Question]) -> dict[Path, str]:
     for name, chosen in chapters.items():
         if re.fullmatch(r"m\d", name):
             made[DOCS / "presentation" / f"milestone_{name[1]}.md"] = presentation_page(name, chosen, questions)
-    return made
+    return {path: with_links(text, path.parent) for path, text in made.items()}
+
+
+def with_links(text: str, folder: Path) -> str:
+    """The page with its citations as links to lines. One that does not resolve stays, and a test names its question."""
+    return Links(folder).written(text)
 
 
 # ---- one chapter
@@ -149,7 +156,7 @@ def source_link(source: str, start: Path = DOCS / "interview") -> str:
     if source.startswith("arxiv:"):
         return f"[arXiv {source[6:]}](https://arxiv.org/abs/{source[6:]})"
     if source.startswith("vllm@"):
-        return f"[[{source}]]" if "#" in source else f"`{source}`"
+        return f"[[{source}]]"
     if source.startswith("https://"):
         return f"<{source}>"
     return f"[{source}]({os.path.relpath(ROOT / source.partition('#')[0], start)})"

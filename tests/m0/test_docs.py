@@ -9,90 +9,52 @@ import re
 import runpy
 import sys
 import tomllib
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from folovllm.learn.pages import Example, load_pages, num_words, run_example
 from folovllm.milestones import LADDER, RUNG_IDS
+from tests.page_checks import (
+    FRONT_PAGES,
+    LEARN_PAGES,
+    MAX_WORDS,
+    NOT_YET,
+    PAGES,
+    ROOT,
+    WORDS_PER_PICTURE,
+    dead_links,
+    imports_tests,
+    in_form,
+    relative,
+    runnable_examples,
+    slug,
+    text_of,
+)
 from tests.script_loader import load_script
 
 pytestmark = pytest.mark.m0
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "milestones").rglob("*.md")])
-FRONT_PAGES = sorted(ROOT.glob("*.md"))  # README, CONTRIBUTING, ...: links, but no citations in double brackets
+symbols = load_script("page_symbols")
+builder = load_script("build_docs")
 DEMOS = sorted((ROOT / "milestones").glob("*/demo.py"))
 SPECS = sorted((ROOT / "milestones").glob("*/SPEC.md"))
 MANIFEST: dict[str, dict[str, Any]] = tomllib.loads((ROOT / "milestones/manifest.toml").read_text(encoding="utf-8"))
-PIN: str = tomllib.loads((ROOT / "docs/data/vllm_pin.toml").read_text(encoding="utf-8"))["vllm"]["tag"]
+PIN: str = symbols.PIN
 
-FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-ANCHOR = re.compile(r"\[\[([^\[\]\s]+)\]\]")
-LINK = re.compile(r"\]\(([^()\s]+)\)")
 REQUIREMENT = re.compile(r"^(?:- )?R(\d+)\.(\d+) (.+) — (.+)$")
 TEST_ID = re.compile(r"(tests/[\w/]+\.py)::([\w:]+)")
 MANIFEST_KEYS = {"title", "code", "tests", "learn", "dev", "spec", "demo", "vllm"}
 MAX_LINES = {"README.md": 150, "SPEC.md": 120, "demo.py": 60}
 
 
-def relative(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
-def prose(page: Path) -> str:
-    """A page without its fenced code."""
-    return FENCE.sub("", page.read_text(encoding="utf-8"))
-
-
-# ---- looking symbols up without importing anything
-
-
-@cache
-def syntax_tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def names_defined(node: ast.AST) -> dict[str, ast.AST]:
-    """Names a module or class body defines by def, class, assignment or import; also what methods set on self."""
-    found: dict[str, ast.AST] = {}
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found[child.name] = child
-        elif isinstance(child, ast.Import | ast.ImportFrom):
-            found |= {alias.asname or alias.name: child for alias in child.names}
-        elif isinstance(child, ast.Assign | ast.AnnAssign):
-            targets = child.targets if isinstance(child, ast.Assign) else [child.target]
-            found |= {t.id: child for target in targets for t in ast.walk(target) if isinstance(t, ast.Name)}
-        elif isinstance(child, ast.If | ast.Try):
-            found |= names_defined(child)
-    if isinstance(node, ast.ClassDef):
-        attributes = (n for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
-        found |= {a.attr: a for a in attributes if isinstance(a.value, ast.Name) and a.value.id == "self"} | found
-    return found
-
-
-def has_symbol(path: Path, symbol: str) -> bool:
-    node: ast.AST = syntax_tree(path)
-    for name in symbol.split("."):
-        names = names_defined(node)
-        if name not in names:
-            return False
-        node = names[name]
-    return True
-
-
 def problem_of_anchor(anchor: str) -> str | None:
     """Returns why `path#Symbol`, `path` or `vllm@tag:path#Symbol` does not resolve, or None if it does."""
-    path, _, symbol = anchor.partition("#")
-    if path.startswith("vllm@"):
-        pinned = f"vllm@{PIN}:vllm/"
-        return None if path.startswith(pinned) and symbol else f"must look like {pinned}path.py#Symbol"
-    if not (ROOT / path).exists():
-        return f"there is no {path}"
-    if symbol and not has_symbol(ROOT / path, symbol):
-        return f"{path} defines no {symbol}"
+    try:
+        symbols.line_of_anchor(anchor)
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -103,7 +65,8 @@ def test_the_lookup_itself() -> None:
     assert problem_of_anchor("folovllm/outputs.py#EngineStats.num_steps") is None  # a dataclass field
     assert problem_of_anchor("folovllm/milestones.py#LADDER") is None
     assert problem_of_anchor("folovllm/hub/__init__.py#find_model") is None  # imported there
-    assert problem_of_anchor(f"vllm@{PIN}:vllm/v1/request.py#Request") is None
+    assert problem_of_anchor("folovllm/csrc/reference_attention.cpp#KvCache.k_page") is None  # C++
+    assert problem_of_anchor(f"vllm@{PIN}:vllm/v1/request.py#RequestStatus") is None
     for wrong in ("folovllm/request.py#Requests", "folovllm/request.py#Request.num_token", "folovllm/nothing.py"):
         assert problem_of_anchor(wrong) is not None
     assert problem_of_anchor("vllm@v0.0.1:vllm/v1/request.py#Request") is not None
@@ -112,18 +75,45 @@ def test_the_lookup_itself() -> None:
 # ---- pages
 
 
-@pytest.mark.parametrize("page", PAGES, ids=relative)
+@pytest.mark.parametrize("page", [*FRONT_PAGES, *PAGES], ids=relative)
 def test_citations_resolve(page: Path) -> None:
-    problems = [f"[[{a}]]: {p}" for a in ANCHOR.findall(prose(page)) if (p := problem_of_anchor(a))]
-    assert not problems, f"{relative(page)}:\n  " + "\n  ".join(problems)
+    """Both forms: [[path#Symbol]], and the link that build_docs.py makes of it."""
+    links = load_script("page_links").Links(page.parent)
+    links.written(text_of(page))
+    assert not links.problems, f"{relative(page)}:\n  " + "\n  ".join(f"line {n}: {p}" for n, p in links.problems)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if in_form(page)], ids=relative)
+def test_pages_are_built(page: Path) -> None:
+    """Lines of citations, included code, head and foot, links to the glossary and to arXiv are as of now."""
+    built, problems = builder.build_page(text_of(page), page)
+    assert not problems, problems
+    assert built == text_of(page), f"{relative(page)} is out of date: run make docs (scripts/dev/build_docs.py)"
+
+
+def test_every_cited_symbol_of_vllm_is_known() -> None:
+    """docs/data/vllm_symbols.json was read from vLLM's wheel. Pages, questions, cases and the manifest cite from it."""
+    unknown = set(builder.cited_vllm()) - set(symbols.vllm_symbols())
+    assert not unknown, f"{', '.join(sorted(unknown))}: run build_docs.py --vllm-source FOLDER"
 
 
 @pytest.mark.parametrize("page", [*FRONT_PAGES, *PAGES], ids=relative)
 def test_relative_links_exist(page: Path) -> None:
-    text = re.sub(r"`[^`\n]*`", "", prose(page))
-    targets = [t.partition("#")[0] for t in LINK.findall(text) if not re.match(r"[a-z]+:", t)]
-    dead = [t for t in targets if t and not (page.parent / t).exists()]
-    assert not dead, f"{relative(page)} links to {', '.join(dead)}"
+    dead = dead_links(page)
+    assert not dead, f"{relative(page)}: {', '.join(dead)}"
+
+
+@pytest.mark.parametrize(
+    ("heading", "anchor"),
+    [
+        ("Order of freeing", "order-of-freeing"),
+        ("What `[]` means: a trap!", "what--means-a-trap"),
+        ("See [the pool](03.md#x) & `free_blocks`", "see-the-pool--free_blocks"),
+        ("M3 — the cache", "m3--the-cache"),
+    ],
+)
+def test_anchors_follow_the_rules_of_github(heading: str, anchor: str) -> None:
+    assert slug(heading) == anchor
 
 
 def test_contributing_names_files_that_exist() -> None:
@@ -157,23 +147,39 @@ def test_no_paths_of_a_machine() -> None:
     assert not guilty, guilty
 
 
-RUNNABLE = [
-    pytest.param(page, code, id=f"{relative(page)}-{number}")
-    for page in PAGES
-    for number, (language, code) in enumerate(FENCE.findall(page.read_text(encoding="utf-8")))
-    if language == "python" and code.lstrip().startswith("# runs")
-]
+EXAMPLES = [pytest.param(p, e, id=f"{relative(p)}-{e.number}") for p, e in runnable_examples()]
 
 
 def test_pages_have_examples_that_run() -> None:
-    assert RUNNABLE
+    assert len(EXAMPLES) > 20
 
 
-@pytest.mark.parametrize(("page", "code"), RUNNABLE)
-def test_examples_run(page: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each by itself, as a reader would paste it, in the root of the repository."""
-    monkeypatch.chdir(ROOT)
-    exec(compile(code, relative(page), "exec"), {"__name__": "__main__"})
+@pytest.mark.parametrize(("page", "example"), EXAMPLES)
+def test_examples_run(page: Path, example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by itself, in any folder, and it prints what stands below it on the page."""
+    monkeypatch.chdir(tmp_path if in_form(page) else ROOT)
+    printed = run_example(example, page.name)
+    if in_form(page):
+        assert printed, "an example prints what it found, and then asserts it"
+        assert example.output is not None, "no ```text block follows: run build_docs.py --examples"
+        assert printed == example.output, "the page shows another output: run build_docs.py --examples"
+        assert not imports_tests(example.code), "readers have no tests/: use folovllm.learn.toy_engine"
+
+
+@pytest.mark.parametrize("page", [page for page in LEARN_PAGES if in_form(page)], ids=relative)
+def test_a_learning_page_is_in_form(page: Path) -> None:
+    """It is in the list of pages, has head and foot, a picture for every 600 words, and is not too long."""
+    assert page in {listed.path for listed in load_pages()}, "docs/data/pages.toml does not name it"
+    text, words = text_of(page), num_words(text_of(page))
+    assert re.match(r"# .+\n+<!-- nav -->", text), "no <!-- nav --> <!-- /nav --> below the title"
+    assert text.rstrip().endswith("<!-- /nav -->"), "no <!-- nav --> <!-- /nav --> at the end"
+    pictures = len(re.findall(r"^!\[", text, re.MULTILINE))
+    assert pictures * WORDS_PER_PICTURE >= words, f"{pictures} pictures for {words} words"
+    assert words <= MAX_WORDS
+
+
+def test_the_list_of_old_pages_names_pages() -> None:
+    assert {page.name for page in LEARN_PAGES} >= NOT_YET
 
 
 # ---- milestones
@@ -219,7 +225,7 @@ def test_requirements_name_live_tests(spec: Path) -> None:
         assert tests, f"R{rung}.{number} names no test"
         for file, name in tests:
             assert (ROOT / file).is_file(), f"R{rung}.{number}: there is no {file}"
-            assert has_symbol(ROOT / file, name.replace("::", ".")), f"R{rung}.{number}: {file} has no {name}"
+            assert not problem_of_anchor(f"{file}#{name.replace('::', '.')}"), f"R{rung}.{number}: {file} has no {name}"
     assert ids == sorted(set(ids)), "requirements are numbered upwards, each number once"
 
 
@@ -315,7 +321,9 @@ def test_sizes(file: Path) -> None:
 
 @pytest.mark.parametrize("demo", DEMOS, ids=relative)
 def test_demos_run(demo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert any(isinstance(node, ast.Assert) for node in ast.walk(syntax_tree(demo))), "a demo checks what it shows"
+    assert any(isinstance(node, ast.Assert) for node in ast.walk(symbols.syntax_tree(demo))), (
+        "a demo checks what it shows"
+    )
     monkeypatch.setattr(sys, "argv", [str(demo)])
     runpy.run_path(str(demo), run_name="__main__")
     assert capsys.readouterr().out

@@ -19,7 +19,7 @@ from folovllm.learn.questions import LEVELS, Question, load_file, load_questions
 from folovllm.milestones import RUNG_IDS
 from folovllm.model_shapes import SHAPES, shape_architecture
 from folovllm.sim.hardware import HARDWARE
-from tests.m0.test_docs import PIN, ROOT, problem_of_anchor
+from tests.m0.test_docs import ROOT, problem_of_anchor
 
 QUESTIONS = load_questions()
 FIELDS = {
@@ -77,9 +77,7 @@ def test_code_and_sources_can_be_opened(question: Question) -> None:
 
 def problem_of_source(source: str) -> str | None:
     if source.startswith("vllm@"):
-        return (
-            None if re.fullmatch(rf"vllm@{re.escape(PIN)}:[\w/.-]+(#[\w.]+)?", source) else f"must be vllm@{PIN}:path"
-        )
+        return problem_of_anchor(source)
     if re.fullmatch(r"arxiv:\d{4}\.\d{5}", source) or re.fullmatch(r"https://[\w./#?=&%-]+", source):
         return None
     return problem_of_anchor(source)
