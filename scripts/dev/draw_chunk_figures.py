@@ -1,17 +1,18 @@
-"""Draw the pictures of docs/learn/05: a long prompt among decodes, whole and in chunks, and what each budget costs.
+"""Draw the pictures of docs/learn/05: the stall, the three requests under a budget, a chunk's attention, the cost.
 
 Milestone: M5. vLLM counterpart: none. No torch, no weights, a few seconds:
 
     python scripts/dev/draw_chunk_figures.py [--out docs/learn/img]
 
-Which step computes what is a run of the real scheduler on the fake executor. How long a step takes is *modelled*: the
-larger of reading its bytes and computing its operations, with two figures of one machine. The
-figures that the page quotes are asserted here. Measured ones come from scripts/tune_chunk_size.py.
+Nothing is typed in by hand. The three requests are runs of the real scheduler. Measured times come from the result
+files of milestones/m5. Modelled times come from the example of the page that prints them: this script runs it.
 """
 
+import contextlib
+import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,174 +21,257 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from folovllm.config import EngineConfig
-from folovllm.engine.core import EngineCore
-from folovllm.executor.fake import FakeExecutor
-from folovllm.hf_config import parse_hf_config
-from folovllm.request import Request
-from folovllm.sampling_params import SamplingParams
+from folovllm.learn.three_requests import EXAMPLES, Step, example_core, run_example
+from folovllm.viz import PALETTE
 
-ROOT = Path(__file__).parents[2]
-SMOLLM2 = ROOT / "tests/data/configs/SmolLM2-135M-Instruct.json"
-PROMPT, COMPUTES, DECODE, INK, LINE = "#d95f02", "#d5ece4", "#1b7a5a", "#333333", "#1f77b4"
-
-# A machine of two cores, and SmolLM2-135M in bf16.
-BYTES_PER_SECOND, OPERATIONS_PER_SECOND = 39e9, 0.85e12
-LAYERS, WIDTH = 30, 576  # 9 query heads of 64
-BODY, WEIGHT_BYTES, KV_BYTES = 106_202_880, 2 * 134_515_008, 23_040  # parameters, bytes, bytes per token
-
-NUM_DECODES, DECODE_TOKENS, LONG_PROMPT = 8, 300, 4000
-WARM_UP = 3  # steps before the long prompt arrives
+ROOT = figure_files.ROOT
+PAGE = ROOT / "docs/learn/05_chunked_prefill.md"
+RESULTS = ROOT / "milestones/m5/results"
+COLOURS: dict[str, str] = dict(zip("abc", PALETTE, strict=False))
+INK, READER, LONG = "#333333", PALETTE[0], PALETTE[2]
+MODELLED, MEASURED = PALETTE[5], PALETTE[0]
+BUDGET = 6
+NUM_READERS, LONG_PROMPT = 8, 4_000
+plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
 
 
-def step_ms(work: Sequence[tuple[int, int]]) -> float:
-    """Modelled time of a step that computes, for each (computed, new), `new` tokens after `computed` others."""
-    linear = 2 * BODY * sum(new for _, new in work)
-    attention = 4 * WIDTH * LAYERS * sum(new * (computed + (new + 1) / 2) for computed, new in work)
-    read = WEIGHT_BYTES + KV_BYTES * sum(computed + new for computed, new in work)
-    return 1000 * max((linear + attention) / OPERATIONS_PER_SECOND, read / BYTES_PER_SECOND)
+def result(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return loaded
 
 
-@dataclass(frozen=True)
-class Run:
-    """Steps as {request: (computed before, new)}, their modelled times, and when the long prompt arrived."""
+# ---- the stall, as measured
 
-    steps: list[dict[str, tuple[int, int]]]
-    times: list[float]  # ms
-    arrival: int
-
-    @property
-    def last_chunk(self) -> int:
-        return max(i for i, step in enumerate(self.steps) if "long" in step)
-
-    @property
-    def num_chunks(self) -> int:
-        return sum("long" in step for step in self.steps)
-
-    @property
-    def ttft(self) -> float:
-        return sum(self.times[self.arrival : self.last_chunk + 1])
-
-    @property
-    def worst_itl(self) -> float:
-        """A decode gets a token from every step, so its gaps are the steps' times."""
-        return max(self.times[self.arrival :])
-
-    @property
-    def total(self) -> float:
-        return sum(self.times)
+Token = tuple[float, float]  # ms after the long prompt arrived, ms since the token before
 
 
-def run(budget: int | None, num_decodes: int = NUM_DECODES, tokens: int = DECODE_TOKENS) -> Run:
-    """Decodes run, then a long prompt arrives; `budget` None: chunked prefill off."""
-    chunks: dict[str, Any] = {"enable_chunked_prefill": budget is not None, "max_num_batched_tokens": budget}
-    config = EngineConfig.from_args(preset="m4", attention_backend="torch_naive", max_num_seqs=64, **chunks)
-    core = EngineCore(config.resolve(parse_hf_config(json.loads(SMOLLM2.read_text())), "cpu"), FakeExecutor())
-    for i in range(num_decodes):
-        core.add_request(make_request(f"d{i}", 16, tokens))
-    steps: list[dict[str, tuple[int, int]]] = []
-    arrival = None
-    while core.has_unfinished_requests():
-        if arrival is None and sum(len(step) == num_decodes for step in steps) >= WARM_UP:
-            arrival = len(steps)
-            core.add_request(make_request("long", LONG_PROMPT, 1))
-        steps.append(one_step(core))
-    assert arrival is not None
-    return Run(steps, [step_ms(list(step.values())) for step in steps], arrival)
+def readers_tokens(arm: str) -> list[Token]:
+    """The tokens of a decoding request around the arrival of the first long prompt, in `arm` of long_prompts_cpu.json.
+
+    All eight decoding requests get a token from every step, so one of them stands for all. A gap of more than 100 ms
+    is a step with a part of a long prompt; the first such gap begins when the first long prompt arrived.
+    """
+    groups = result("long_prompts_cpu.json")["arms"][arm]["modes"]["batch"]["groups"]
+    gaps: list[list[float]] = groups["decoding"]["gaps"]
+    first = next(i for i, (_, gap) in enumerate(gaps) if i > 0 and gap > 100)
+    arrival = gaps[first - 1][0]
+    return [(1000 * (seconds - arrival), gap) for seconds, gap in gaps]
 
 
-def make_request(name: str, prompt: int, tokens: int) -> Request:
-    return Request(name, [(7 * i) % 1000 for i in range(prompt)], SamplingParams(max_tokens=tokens, ignore_eos=True))
-
-
-def one_step(core: EngineCore) -> dict[str, tuple[int, int]]:
-    output = core.scheduler.schedule()
-    requests = core.scheduler.requests  # schedule() has added the new tokens to num_computed_tokens already
-    counts = output.num_scheduled_tokens
-    step = {name: (requests[name].num_computed_tokens - new, new) for name, new in counts.items()}
-    core.scheduler.update_from_output(output, core.executor.sample(core.executor.execute(output)))
-    return step
-
-
-# ---- the Gantt chart
+def chunks_of(tokens: Sequence[Token]) -> list[tuple[float, float]]:
+    """(start, ms) of the steps that compute the long prompt: those from its arrival up to the first short gap."""
+    steps = []
+    for when, gap in tokens:
+        if when > 0:
+            if gap < 30:
+                break
+            steps.append((when - gap, gap))
+    return steps
 
 
 def stall(path: Path) -> None:
-    """Four decodes and a long prompt on a common clock."""
-    whole, chunked = run(None, num_decodes=4), run(256, num_decodes=4)
-    figure, axes = plt.subplots(2, 1, figsize=(10, 4.6), sharex=True, layout="constrained")
-    for ax, name, one in ((axes[0], "the whole prompt in one step (m4)", whole), (axes[1], "budget 256 (m5)", chunked)):
-        _gantt(ax, one, 4)
-        worst, ttft = one.worst_itl, one.ttft
-        ax.set_title(f"{name}: worst gap between tokens {worst:,.0f} ms, the prompt's first token after {ttft:,.0f} ms",
-                     loc="left", fontsize=10)  # fmt: skip
-    axes[1].set_xlabel("ms after the long prompt arrived (modelled); a dark line is a token of a decode")
-    axes[0].set_xlim(-60, 1.25 * chunked.ttft)
+    figure, axes = plt.subplots(2, 1, figsize=(9, 5.2), sharex=True, layout="constrained")
+    for ax, arm, name in zip(axes, ("m4", "m5+budget=256"), ("whole prompt (m4)", "budget 256 (m5)"), strict=True):
+        tokens = readers_tokens(arm)
+        chunks = chunks_of(tokens)
+        _draw_stall(ax, tokens, chunks)
+        worst = max(gap for when, gap in tokens if 0 < when < 4600)
+        plural = "one step" if len(chunks) == 1 else f"{len(chunks)} steps"
+        ax.set_title(f"{name}: the prompt takes {plural}, the longest gap is {worst:,.0f} ms", loc="left", fontsize=11)
+    axes[1].set_xlabel("ms after the long prompt arrived (measured; each thin line is one token of every reader)")
+    axes[0].set_xlim(-150, 4400)
     figure_files.save(figure, path)
 
 
-def _gantt(ax: Axes, one: Run, num_decodes: int) -> None:
-    clock = -sum(one.times[: one.arrival])
-    rows = {f"d{i}": i for i in range(num_decodes)} | {"long": num_decodes}
-    for step, ms in zip(one.steps, one.times, strict=True):
-        for name, (_, new) in step.items():
-            is_prompt = name == "long" or new > 1
-            colour = PROMPT if is_prompt else COMPUTES
-            ax.add_patch(Rectangle((clock, rows[name] - 0.4), ms, 0.8, fc=colour, ec="white", lw=0.4))
-            if name == "long":
-                ax.text(clock + ms / 2, rows[name], str(new), ha="center", va="center", fontsize=6, color="white")
-            if not is_prompt:
-                ax.plot([clock + ms] * 2, [rows[name] - 0.4, rows[name] + 0.4], color=DECODE, lw=1.6)
-        clock += ms
-    ax.axvline(0, color=INK, lw=0.8, ls=":")
-    ax.set_yticks(list(rows.values()), [*(f"decode {i + 1}" for i in range(num_decodes)), "long prompt"])
-    ax.set_ylim(num_decodes + 0.6, -0.6)
-    for side in ("top", "right"):
+def _draw_stall(ax: Axes, tokens: Sequence[Token], chunks: Sequence[tuple[float, float]]) -> None:
+    for row in range(NUM_READERS):
+        ax.add_patch(Rectangle((-200, row - 0.42), 5000, 0.84, fc="#EEF3F8", ec="none"))
+        ax.vlines([when for when, _ in tokens if -200 < when < 4800], row - 0.42, row + 0.42, color=READER, lw=0.8)
+    for start, ms in chunks:
+        ax.add_patch(Rectangle((start, NUM_READERS - 0.3), ms, 1.5, fc=LONG, ec="white", lw=1.2))
+    ax.axvline(0, color=INK, lw=0.9, ls=":")
+    names = [*(f"reader {i + 1}" for i in range(NUM_READERS)), f"long prompt:\n{_sizes(len(chunks))}"]
+    ax.set_yticks([*range(NUM_READERS), NUM_READERS + 0.45], names)
+    ax.tick_params(axis="y", labelsize=9, length=0)
+    ax.set_ylim(NUM_READERS + 1.3, -0.6)
+    ax.spines["left"].set_visible(False)
+
+
+def _sizes(num_chunks: int) -> str:
+    """How the prompt is cut: every chunk takes what eight decodes leave of 256 tokens."""
+    if num_chunks == 1:
+        return f"{LONG_PROMPT:,} tokens"
+    own = 256 - NUM_READERS
+    return f"{num_chunks - 1} x {own} + {LONG_PROMPT - own * (num_chunks - 1)}"
+
+
+# ---- the three requests
+
+
+def three_requests(path: Path) -> None:
+    """Which tokens each step computes, and how many, with whole prompts and with a budget of 6."""
+    runs = {
+        "whole prompts": list(run_example(example_core(num_kv_blocks=10))),
+        f"budget {BUDGET}": list(
+            run_example(example_core(num_kv_blocks=10, enable_chunked_prefill=True, max_num_batched_tokens=BUDGET))
+        ),
+    }
+    figure, axes = plt.subplots(
+        2, 2, figsize=(9, 5), sharex=True, sharey="row", layout="constrained", height_ratios=(1, 1.25)
+    )
+    for (cells, bars), (name, steps) in zip(axes.T, runs.items(), strict=True):
+        _draw_cells(cells, steps)
+        _draw_bars(bars, steps)
+        most = max(sum(step.scheduled.values()) for step in steps)
+        cells.set_title(f"{name}: {len(steps)} steps, at most {most} tokens in one", loc="left", fontsize=11)
+        bars.set_xlabel("step")
+        bars.axhline(BUDGET, color=INK, lw=1, ls="--")
+    axes[1, 1].text(7, BUDGET + 0.25, f"budget {BUDGET}", ha="right", va="bottom", fontsize=10, color=INK)
+    axes[1, 0].set_ylabel("tokens computed")
+    axes[0, 0].set_ylabel("request")
+    figure_files.save(figure, path)
+
+
+def _draw_cells(ax: Axes, steps: Sequence[Step]) -> None:
+    """A cell per request and step; its text is the positions that are computed, and below it the token that comes."""
+    for row, name in enumerate("abc"):
+        for step in steps:
+            if name in step.scheduled:
+                first, count = step.start[name], step.scheduled[name]
+                label = str(first) if count == 1 else f"{first}-{first + count - 1}"
+                ax.add_patch(Rectangle((step.number + 0.03, row - 0.42), 0.94, 0.84, fc=COLOURS[name], ec="none"))
+                ink = INK if name == "b" else "white"
+                ax.text(step.number + 0.5, row, label, ha="center", va="center", fontsize=9, color=ink)
+                if step.sampled[name]:
+                    ax.plot(step.number + 0.88, row - 0.26, "o", ms=4.5, mfc="white", mec=INK, mew=0.8)
+        ax.plot([EXAMPLES[name].arrival] * 2, [row - 0.45, row + 0.45], color=INK, lw=2)
+    ax.set_yticks(range(3), list("abc"))
+    ax.set(xlim=(-0.1, 7.1), ylim=(2.6, -0.6))
+    ax.set_xticks([i + 0.5 for i in range(7)], [str(i) for i in range(7)])
+    ax.tick_params(axis="both", length=0)
+
+
+def _draw_bars(ax: Axes, steps: Sequence[Step]) -> None:
+    for step in steps:
+        top = 0
+        for name, count in step.scheduled.items():
+            ax.bar(step.number + 0.5, count, width=0.84, bottom=top, color=COLOURS[name], ec="white", lw=1)
+            ink = INK if name == "b" else "white"
+            ax.text(step.number + 0.5, top + count / 2, f"{name} {count}", ha="center", va="center", fontsize=9,
+                    color=ink)  # fmt: skip
+            top += count
+    ax.tick_params(axis="x", length=0)
+
+
+# ---- what the chunks of c attend to
+
+
+def attention(path: Path) -> None:
+    """The 12 x 12 causal mask of c's prompt, cut into the strips of its three chunks."""
+    steps = list(
+        run_example(example_core(num_kv_blocks=10, enable_chunked_prefill=True, max_num_batched_tokens=BUDGET))
+    )
+    chunks = [(step.number, step.start["c"], step.scheduled["c"]) for step in steps if step.scheduled.get("c", 0) > 1]
+    pieces = EXAMPLES["c"].pieces
+    figure, ax = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    for number, first, count in chunks:
+        for query in range(first, first + count):
+            for key in range(query + 1):
+                old = key < first
+                fill = "#BFE3D8" if old else COLOURS["c"]
+                ax.add_patch(Rectangle((key, query), 0.94, 0.94, fc=fill, ec="white", hatch="///" if old else None))
+        pairs = sum(query + 1 for query in range(first, first + count))
+        read = sum(1 for query in range(first, first + count) for key in range(first))
+        text = f"step {number}: positions {first}-{first + count - 1}\n{pairs} pairs"
+        text += f", {read} of them with keys\nthat earlier chunks computed" if read else ", all inside the chunk"
+        ax.text(12.4, first + count / 2, text, va="center", fontsize=10, color=INK)
+        ax.axhline(first, 0, 12 / 18.5, color=INK, lw=1.2)
+    names = [f"{piece.strip()} {i}" for i, piece in enumerate(pieces)]
+    ax.set_yticks([i + 0.5 for i in range(12)], names, fontsize=9)
+    ax.set_xticks([i + 0.5 for i in range(12)], [str(i) for i in range(12)], fontsize=9)
+    ax.set(xlim=(0, 18.5), ylim=(12, 0))
+    ax.set_xlabel("key: position in c's prompt", x=6 / 18.5)
+    ax.set_ylabel("query: token of c")
+    ax.tick_params(length=0)
+    for side in ("left", "bottom"):
         ax.spines[side].set_visible(False)
+    figure_files.save(figure, path)
 
 
 # ---- what a budget costs
 
-BUDGETS = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
-# What the page quotes: budget -> chunks of the prompt; worst ITL, TTFT of the long prompt, time of everything, in ms.
-QUOTED = {
-    None: (1, 1652, 1652, 3974),
-    2048: (2, 973, 1654, 3970),
-    1024: (4, 513, 1658, 3960),
-    256: (17, 142, 1685, 3894),
-    64: (72, 34, 1797, 3618),
-    32: (167, 16, 1995, 3098),
-    16: (397, 10, 3372, 3448),
-}
+
+def page_example(marker: str) -> dict[str, Any]:
+    """The names that the page's example with the line `marker` in it defines. Its output is dropped."""
+    blocks = re.findall(r"^```python\n(# runs\n.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    (code,) = [block for block in blocks if marker in block]
+    names: dict[str, Any] = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(code, PAGE.name, "exec"), names)
+    return names
 
 
-def budget(path: Path) -> None:
-    """Worst ITL, TTFT and total time against the budget."""
-    whole, runs = run(None), {tokens: run(tokens) for tokens in BUDGETS}
-    for tokens, numbers in QUOTED.items():
-        one = whole if tokens is None else runs[tokens]
-        rounded = (one.num_chunks, round(one.worst_itl), round(one.ttft), round(one.total))
-        assert rounded == numbers, f"the page says {numbers} for a budget of {tokens}; it is {rounded}"
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
-    panels = [
-        ("worst gap between tokens of a decode, ms", "worst_itl"),
-        ("first token of the long prompt, ms", "ttft"),
-        ("everything done, ms", "total"),
-    ]
-    for ax, (title, name) in zip(axes, panels, strict=True):
-        ax.plot(BUDGETS, [getattr(one, name) for one in runs.values()], "o-", color=LINE, label="budget")
-        ax.axhline(getattr(whole, name), color=PROMPT, ls="--", lw=1, label="off")
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(BUDGETS, [str(b) for b in BUDGETS], fontsize=7, rotation=45)
-        ax.set(title=title, ylim=(0, None))
-        ax.title.set_fontsize(9)
-        ax.grid(alpha=0.3)
-    axes[0].legend(fontsize=8, loc="center left")
-    figure.supxlabel("max_num_batched_tokens", fontsize=9)
+def chunk_times(path: Path) -> None:
+    """The step time of every chunk of the prompt under a budget of 256: counted and measured."""
+    example = page_example("def modelled(")
+    modelled = [1000 * seconds for seconds in example["modelled"](256).chunk_seconds]
+    measured = [ms for _, ms in chunks_of(readers_tokens("m5+budget=256"))]
+    assert len(modelled) == len(measured)
+    figure, ax = plt.subplots(figsize=(9, 3.4), layout="constrained")
+    numbers = range(1, len(modelled) + 1)
+    ax.bar(numbers, measured, width=0.8, color=MEASURED, alpha=0.35)
+    ax.plot(numbers, modelled, "o-", color=MODELLED)
+    ax.text(15.6, measured[15] + 6, "measured", ha="right", va="bottom", color=MEASURED, fontsize=11)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 2}
+    ax.text(9, 150, "modelled: the roofline", va="top", color=MODELLED, fontsize=11, bbox=box)
+    ax.set_xticks(list(numbers))
+    ax.set(xlabel="chunk of the prompt of 4,000 tokens (248 tokens each, the last one 32)", ylabel="ms per step")
+    ax.set_ylim(0, 390)
     figure_files.save(figure, path)
 
 
-FIGURES = {"05_stall": stall, "05_budget": budget}
+def budget(path: Path) -> None:
+    """ITL p99, TTFT and throughput against the budget: modelled and measured."""
+    example = page_example("def modelled(")
+    measured: list[Mapping[str, float]] = result("tune_chunk_size.json")["results"]
+    slo: float = result("tune_chunk_size.json")["slo_itl_ms"]
+    budgets = [16, 32, 64, 128, 256, 512, 1024, 2048]
+    runs = [example["modelled"](tokens) for tokens in budgets]
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.5), layout="constrained")
+    panels = [
+        ("ITL p99 of the readers, ms", [run.itl_p99 for run in runs], "itl_p99_ms"),
+        ("TTFT of a long prompt, ms", [run.ttft for run in runs], "ttft_long_ms"),
+        ("all tokens per second", [run.tokens_per_second for run in runs], "total_tok_per_s"),
+    ]
+    for ax, (title, values, name) in zip(axes, panels, strict=True):
+        ax.plot(budgets, values, "o-", color=MODELLED, ms=4)
+        ax.plot([m["budget"] for m in measured], [m[name] for m in measured], "s-", color=MEASURED, ms=4)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xticks(budgets, [str(b) for b in budgets], rotation=60)
+        ax.set_title(title, fontsize=11)
+        ax.grid(alpha=0.3)
+    axes[0].axhline(slo, color=INK, ls="--", lw=1)
+    axes[0].text(2048, slo * 0.93, f"SLO {slo:.0f} ms", ha="right", va="top", fontsize=9)
+    axes[0].text(300, 700, "measured", color=MEASURED, ha="right", fontsize=10)
+    axes[0].text(400, 190, "modelled", color=MODELLED, ha="left", fontsize=10)
+    axes[1].set_ylim(2_500, 11_000)
+    axes[1].set_yticks([3_000, 5_000, 10_000], ["3,000", "5,000", "10,000"])
+    axes[2].set_ylim(500, 2_000)
+    axes[2].set_yticks([500, 1_000, 2_000], ["500", "1,000", "2,000"])
+    for ax in axes[1:]:
+        ax.minorticks_off()
+    figure.supxlabel("max_num_batched_tokens", fontsize=10)
+    figure_files.save(figure, path)
+
+
+FIGURES = {
+    "05_stall": stall,
+    "05_three_requests": three_requests,
+    "05_attention": attention,
+    "05_chunk_times": chunk_times,
+    "05_budget": budget,
+}
 
 
 if __name__ == "__main__":
