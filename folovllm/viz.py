@@ -4,11 +4,16 @@ Milestone: M1 (grows with the notebooks). vLLM counterpart: none. Left out: anim
 slider (`explore`). The slider needs ipywidgets; without it, the same pictures appear side by side.
 
 Row 5: matplotlib and the standard library, no torch. Every helper takes plain data (dicts, lists, trace entries), so a
-notebook can print what it draws.
+notebook can print what it draws. Code is coloured by pygments, which comes with Jupyter, and stays plain without it.
 """
 
+import copy
 import html
+import inspect
+import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
@@ -23,6 +28,7 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 NOBODY, INK = "#DDDDDD", "#333333"
 _DARK = frozenset({"#0072B2", "#009E73", "#D55E00", "#332288"})  # white text is read more easily on these
 DPI = 80  # GitHub shows notebooks about 800 pixels wide
+ROOT = Path(__file__).resolve().parents[1]  # the repository, or the folder that folovllm is installed in
 
 
 def style() -> None:
@@ -119,6 +125,122 @@ def _cell(value: Any) -> str:
 
 def _is_number(cell: str) -> bool:
     return cell.strip("%x-").replace(".", "", 1).isdigit()
+
+
+# ---- text: the engine's code
+
+
+def source(obj: Any) -> Shown:
+    """The code of a function, method or class, below its file and name. It is the code that runs, not a copy of it."""
+    if isinstance(obj, property):
+        obj = obj.fget
+    code = textwrap.dedent(inspect.getsource(obj)).rstrip()
+    file = Path(inspect.getsourcefile(inspect.unwrap(obj)) or "").resolve()
+    where = f"{file.relative_to(ROOT).as_posix()}, " if file.is_relative_to(ROOT / "folovllm") else ""
+    name = getattr(obj, "__qualname__", getattr(obj, "__name__", ""))
+    heading = f"{where}{name}".rstrip(", ")
+    return Shown(f"<p><code>{_text(heading)}</code></p>{_highlighted(code)}", f"# {heading}\n{code}")
+
+
+def _highlighted(code: str) -> str:
+    """HTML with colours in the tags themselves, so that they survive where style sheets do not."""
+    box = "background:#f8f8f8; color:#222222; line-height:125%; margin:0; padding:6px; overflow-x:auto"
+    try:
+        from pygments import highlight
+        from pygments.formatters import HtmlFormatter
+        from pygments.lexers import PythonLexer
+    except ImportError:
+        return f'<pre style="{box}">{html.escape(code)}</pre>'
+    return highlight(code, PythonLexer(), HtmlFormatter(noclasses=True, nobackground=True, prestyles=box))
+
+
+# ---- text: tasks of the reader
+
+UNDONE, PASSED, FAILED = "To do", "Passed", "Not yet"
+
+
+def your_turn(title: str, answer: Any, expected: Any, hint: str = "") -> Shown:
+    """Checks what the reader's cell computed, and says what differs. It never raises an error because of `answer`.
+
+    An `answer` of None is a task not begun. Numbers may differ by 1e-6; lists, tuples and arrays are compared entry by
+    entry. If `answer` is a function, `expected` is a list of (arguments, result), with a tuple for several arguments:
+    the first case that fails is shown. A function that returns None, or raises NotImplementedError, is not begun.
+
+        viz.your_turn("slot_of", slot_of, [(([7, 2, 9], 20, 16), 36)], hint="divide the position by the block size")
+    """
+    if callable(answer):
+        verdict, said = _try_cases(answer, expected)
+    elif answer is None:
+        verdict, said = UNDONE, ""
+    else:
+        said = _difference(answer, expected)
+        verdict = FAILED if said else PASSED
+    told = f" Hint: {hint}" if hint and verdict != PASSED else ""
+    colour = {UNDONE: "#0072B2", PASSED: "#00795A", FAILED: "#B84A00"}[verdict]
+    said_html = f" {_text(said)}" if said else ""
+    told_html = f"<details><summary>Hint</summary><p>{_text(hint)}</p></details>" if told else ""
+    return Shown(
+        f'<div style="border-left:4px solid {colour}; padding-left:8px"><p><b>Your turn. {_text(title)}</b></p>'
+        f'<p><b style="color:{colour}">{verdict}.</b>{said_html}</p>{told_html}</div>',
+        f"Your turn. {title}\n{verdict}." + (f" {said}" if said else "") + told,
+    )
+
+
+def _try_cases(function: Callable[..., Any], cases: Sequence[tuple[Any, Any]]) -> tuple[str, str]:
+    """The verdict on a function, and what it did in the first case that fails. Each call gets arguments of its own."""
+    for given, expected in cases:
+        args = copy.deepcopy(given) if isinstance(given, tuple) else (copy.deepcopy(given),)
+        call = f"{getattr(function, '__name__', 'your function')}({', '.join(map(repr, args))})"
+        try:
+            result = function(*args)
+        except NotImplementedError:
+            return UNDONE, ""
+        except Exception as error:
+            return FAILED, f"{call} raised {type(error).__name__}: {error}"
+        if result is None and expected is not None:
+            return UNDONE, ""
+        if _difference(result, expected):
+            return FAILED, f"{call} returned {_plain(result)!r}; expected {_plain(expected)!r}."
+    return PASSED, f"{len(cases)} cases."
+
+
+def _difference(got: Any, expected: Any) -> str:
+    """What is wrong with `got`, without giving `expected` away. Returns "" if they are the same."""
+    got, expected = _plain(got), _plain(expected)
+    if isinstance(expected, list):
+        return _list_difference(got, expected)
+    if isinstance(expected, dict) and isinstance(got, dict):
+        if got.keys() != expected.keys():
+            return f"The keys are {list(got)}; one of them is wrong or missing."
+        differing = [key for key in expected if _difference(got[key], expected[key])]
+        return f"The value of {differing[0]!r} is {got[differing[0]]!r}, which is not it." if differing else ""
+    if _is_real(expected) and _is_real(got):
+        if math.isclose(got, expected, rel_tol=1e-6, abs_tol=1e-6) or (math.isnan(got) and math.isnan(expected)):
+            return ""
+        return f"{got!r} is {'too large' if got > expected else 'too small' if got < expected else 'not it'}."
+    return "" if type(got) is type(expected) and got == expected else f"{got!r} is not it."
+
+
+def _list_difference(got: Any, expected: list[Any]) -> str:
+    if not isinstance(got, list):
+        return f"{got!r} is not a list."
+    if len(got) != len(expected):
+        return f"Its length is {len(got)}; expected {len(expected)}."
+    for i, (mine, right) in enumerate(zip(got, expected, strict=True)):
+        if said := _difference(mine, right):
+            return f"Entry {i}: {said}"
+    return ""
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, tensors and tuples as lists, so that only their values are compared."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # ---- a slider
