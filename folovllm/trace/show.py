@@ -61,13 +61,14 @@ def _summary(record: StepRecord) -> list[str]:
 
 
 def _sched_line(record: StepRecord, index: int, letters: dict[str, str]) -> str:
-    """E.g. "A  r1           decode       19..19  [3, 7] -> 417"."""
+    """E.g. "A  r1           decode       19..19  [3, 7] -> 417", or "... 4..11  [1, 5, 6], 4 tokens cached -> 7268"."""
     entry = record["sched"][index]
     sampled = [event[2] for event in record["events"] if event[0] == "sample" and event[1] == entry["req"]]
     tokens = f"{entry['start']}..{entry['start'] + entry['n'] - 1}"
     answer = f" -> {', '.join(map(str, sampled[0]))}" if sampled else ""
+    hit = f", {entry['cached']} tokens cached" if "cached" in entry else ""
     letter = letters.get(entry["req"], " ")
-    return f"{letter:2} {entry['req']:12} {entry['kind']:8} {tokens:>12}  {_short(entry['table'])}{answer}"
+    return f"{letter:2} {entry['req']:12} {entry['kind']:8} {tokens:>12}  {_short(entry['table'])}{hit}{answer}"
 
 
 def _short(table: list[int], limit: int = 10) -> str:

@@ -1,12 +1,13 @@
 # %% [markdown]
 # # 05 · Attention in tiles
 #
-# Softmax wants to see a whole row of scores before it answers: first the maximum, then the sum, then a division. So the obvious
-# attention writes the full matrix of scores, queries x keys, to memory, and reads it back, twice. FlashAttention never has
-# that matrix: it looks at a tile, **corrects** what it believed before, and forgets the tile. Nothing is approximated. Here
-# we take the correction apart, break it, count the memory, and cut the work in two other ways.
+# Softmax needs a whole row of scores before it can answer: the maximum, then the sum, then a division. So the obvious
+# attention writes the matrix of all scores, queries x keys, to memory and reads it back twice. FlashAttention never has this
+# matrix. It computes one tile of scores at a time, corrects its sums, and forgets the tile. The result is exact. In this
+# notebook you write the correction, see which tiles are computed, count the memory, and cut the work of one query into parts.
 #
-# *10 minutes. To read with it: `docs/learn/04_flash_attention.md` and `folovllm/attention/backends/torch_flash.py`.*
+# *30 minutes. The page to it is [learn/04](../docs/learn/04_flash_attention.md). The code is
+# `folovllm/attention/backends/torch_flash.py`.*
 
 # %% tags=["parameters"]
 FAST = False  # True: fewer repetitions (the builder sets it when it only checks)
@@ -14,6 +15,7 @@ FAST = False  # True: fewer repetitions (the builder sets it when it only checks
 # %%
 import contextlib
 import io
+import math
 import sys
 import time
 import warnings
@@ -21,7 +23,7 @@ from pathlib import Path
 
 ROOT = next(p for p in [Path.cwd(), *Path.cwd().parents] if (p / "folovllm").is_dir())
 sys.path.insert(0, str(ROOT))
-warnings.filterwarnings("ignore")  # where no C++ compiler is found, cpu_paged says so; below it is simply left out
+warnings.filterwarnings("ignore")  # where no C++ compiler is found, cpu_paged says so; below it is left out
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +36,11 @@ from folovllm.attention.backend import AttentionMetadata, AttentionSpec, sequenc
 from folovllm.attention.backends.torch_flash import TorchFlashBackend, group_queries, ungroup_queries
 from folovllm.attention.selector import load_backend, refusal
 from folovllm.csrc.build import load_ops
+from folovllm.learn.three_requests import example_core, run_example
 
 viz.style()
 with contextlib.redirect_stderr(io.StringIO()):
-    load_ops()  # the C++ kernels: built here if this machine has not got them yet, half a minute
+    load_ops()  # the C++ kernels: built here if this machine does not have them yet, half a minute
 CPU = torch.device("cpu")
 
 # %% [markdown]
@@ -46,18 +49,27 @@ CPU = torch.device("cpu")
 # %%
 SCORES = [1.0, 3.0, 2.0, 0.5, 5.0, 4.0, 1.5, 2.5, 3.5, 7.0, 0.0, 1.0]  # of one query, key by key
 TILE = 3  # keys that are looked at together
-RESCALE = True  # False: forget the correction
 HEADS, KV_HEADS, SIZE, BLOCK = 9, 3, 64, 16  # SmolLM2-135M
 LENGTHS = (128, 256, 512) if FAST else (128, 256, 512, 1024)  # prompts, for memory and time
 PARTS = 4  # pieces that the keys of a decoding token are cut into
-THREADS = 1  # for the clock at the end: with more, whatever else your machine does disturbs it
 BACKENDS = ("torch_naive", "torch_sdpa", "torch_flash", "cpu_paged")
-torch.set_num_threads(THREADS)
+torch.set_num_threads(1)  # for the clock at the end: with more threads, other work on your machine disturbs it
 
 # %% [markdown]
 # ## The matrix
 #
-# One layer's scores in fp32, beside what goes in and comes out (Q, K, V and the output in bf16):
+# One layer's scores are kept in fp32. Q, K, V and the output are in bf16.
+
+# %%
+passes = 30 * 4 * 4 * HEADS * 8192**2 / 1e9  # 30 layers, 4 passes, 4 bytes
+options = [0.3, 9.7, 290, 7_300]
+viz.predict(
+    "The scores are written, read by softmax, written again as weights, and read again to be multiplied with V. For a prompt of "
+    "8,192 tokens, how many GB is that in all 30 layers?",
+    options,
+    min(options, key=lambda option: abs(option - passes)),
+    "Each pass is 2.4 GB, and there are 4 in each of the 30 layers. Q, K, V and the output of all layers together are 0.8 GB.",
+)
 
 # %%
 rows = []
@@ -67,26 +79,20 @@ for length in (512, 2048, 8192, 32768):
     rows.append([length, round(inputs / 1e6, 1), round(matrix / 1e6, 1), round(matrix / inputs)])
 viz.table(["tokens", "MB of Q, K, V, output", "MB of scores", "times as much"], rows)
 
-# %%
-viz.predict(
-    "The scores are written, read by softmax, written again as weights and read again to meet V. For a prompt of 8,192 tokens: how many "
-    "GB is that in all 30 layers?",
-    [0.3, 9.7, 290, 7_300],
-    min([0.3, 9.7, 290, 7_300], key=lambda x: abs(x - 30 * 4 * 4 * HEADS * 8192**2 / 1e9)),
-    "4 passes of 2.4 GB in each of 30 layers, through a memory that moves a few tens of GB per second. Q, K, V "
-    "and the output together would be 0.8 GB.",
-)
-
 # %% [markdown]
-# ## A softmax that changes its mind
+# ## A softmax that can be corrected
 #
-# Go through the keys once, a tile at a time, and carry three things: `m`, the largest score so far; `l`, the sum of
-# `exp(score - m)`; and `O`, the sum of `exp(score - m) * v`. When a larger maximum comes, everything summed so far
-# carries the wrong factor, but the *same* wrong factor: one multiplication by `exp(m_old - m_new)` mends it.
+# Go through the keys once, a tile at a time, and carry three numbers: `m`, the largest score so far; `l`, the sum of
+# `exp(score - m)`; and `O`, the sum of `exp(score - m) * v`. When a tile brings a larger maximum, all earlier terms were
+# computed with the old one. They all have the same wrong factor, so one multiplication by `exp(m_old - m_new)` corrects them.
+# The engine does it in four lines:
+
+# %%
+viz.source(TorchFlashBackend.update_softmax)
 
 # %%
 scores = torch.tensor(SCORES)  # [keys]
-values = torch.linspace(-1, 1, len(SCORES)) ** 3 + 0.5  # [keys], one number per key, so that we can draw
+values = torch.linspace(-1, 1, len(SCORES)) ** 3 + 0.5  # [keys]: one number per key, so that it can be drawn
 exact = float((scores.softmax(0) * values).sum())
 
 
@@ -98,7 +104,7 @@ def online(tile, rescale=True):
         s, v = scores[first : first + tile], values[first : first + tile]
         new_m = max(m, float(s.max()))
         p = torch.exp(s - new_m)
-        correction = float(torch.exp(torch.tensor(m - new_m))) if rescale else 1.0
+        correction = math.exp(m - new_m) if rescale else 1.0
         l = l * correction + float(p.sum())  # noqa: E741
         O = O * correction + float((p * v).sum())
         m = new_m
@@ -106,39 +112,71 @@ def online(tile, rescale=True):
     return known
 
 
-path = online(TILE, RESCALE)
-viz.table(["keys seen", "m", "l", "O", "O / l"], [[n, f"{m:g}", *(f"{x:.4f}" for x in (l, O, O / l))] for n, m, l, O in path])
-
-# %%
-first, second = path[0], path[1]
+path = online(TILE)
+first, second = max(SCORES[:TILE]), max(SCORES[: 2 * TILE])
 viz.predict(
-    f"After tile 0 the maximum is {first[1]:g}; tile 1 brings a {second[1]:g}. By what are l and O of tile 0 multiplied?",
+    f"The first tile has the scores {SCORES[:TILE]}, the second one {SCORES[TILE : 2 * TILE]}. By what are l and O of the first tile "
+    "multiplied when the second tile has been seen?",
     [0.14, 0.5, 1.0, 7.39],
-    round(float(torch.exp(torch.tensor(first[1] - second[1]))), 2),
-    "exp(3 - 5). The old keys do not get less: they were measured against 3 and are now measured against 5.",
+    round(math.exp(first - second), 2),
+    f"exp({first:g} - {second:g}). The keys of the first tile were measured against {first:g}, and are now measured against {second:g}.",
 )
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
-edges = range(0, len(SCORES) + 1, TILE)
-left.bar(range(len(SCORES)), SCORES, color=[viz.PALETTE[(i // TILE) % 8] for i in range(len(SCORES))])
-left.step([n - TILE - 0.5 for n, *_ in path] + [len(SCORES) - 0.5], [m for _, m, _, _ in path] + [path[-1][1]], where="post", color=viz.INK)
-left.set(xlabel="key (colours are tiles)", ylabel="score", title="the line is m, the maximum so far")
-for rescale, style, label in ((True, "o-", "with the correction"), (False, "x--", "without it")):
+viz.table(["keys seen", "m", "l", "O", "O / l"], [[n, f"{m:g}", *(f"{x:.4f}" for x in (l, O, O / l))] for n, m, l, O in path])
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), sharex=True)
+tile_colours = [viz.PALETTE[4], viz.NOBODY]
+left.bar(range(1, len(SCORES) + 1), SCORES, color=[tile_colours[(i // TILE) % 2] for i in range(len(SCORES))])
+edges = [n - TILE + 0.5 for n, *_ in path] + [len(SCORES) + 0.5]
+left.step(edges, [m for _, m, _, _ in path] + [path[-1][1]], where="post", color=viz.INK)
+left.text(1, path[-1][1], "m, the maximum so far", size=8, va="top")
+left.set(xlabel="key", ylabel="score", title="scores; a change of colour is a new tile")
+for rescale, style, colour, label, at in (
+    (True, "o-", viz.PALETTE[0], "with the correction", (4.2, 0.5)),
+    (False, "x--", viz.PALETTE[5], "without it", (9.3, 0.2)),
+):
     known = online(TILE, rescale)
-    right.plot([n for n, *_ in known], [O / l for _, _, l, O in known], style, label=label)
-right.axhline(exact, color="#777777", lw=1, ls=":", label="softmax of the whole row")
-right.set(xlabel="keys seen", ylabel="O / l", title="the answer so far")
-right.legend();
+    right.plot([n for n, *_ in known], [O / l for _, _, l, O in known], style, color=colour)
+    right.text(*at, label, color=colour)
+right.axhline(exact, color=viz.INK, lw=1, ls=":")
+right.text(1, exact + 0.01, "softmax of the whole row", size=8, va="bottom")
+right.set(xlabel="keys seen", ylabel="O / l", ylim=(-0.1, 0.82), title="the answer so far");
 
 # %% [markdown]
-# Note that `O / l` is a right answer at *every* point: attention over the keys seen so far. That will be useful twice.
+# `O / l` is a right answer at *every* point: the attention over the keys seen so far. This is used again further down.
 #
+# ### Your turn: the correction
+#
+# Write the step from one tile to the next, with plain Python numbers.
+
+# %%
+def my_update(m, l, O, tile_scores, tile_values):  # noqa: E741
+    """The new (m, l, O) after a tile. `tile_scores` and `tile_values` are lists of the same length."""
+
+
+CASES = []
+for i in range(1, len(path)):
+    tile = slice(path[i - 1][0], path[i][0])
+    CASES.append(((*path[i - 1][1:], SCORES[tile], values[tile].tolist()), path[i][1:]))
+CASES.append(((5.0, 2.0, 3.0, [1.0], [10.0]), (5.0, 2.0 + math.exp(-4), 3.0 + 10 * math.exp(-4))))
+viz.your_turn(
+    "The correction",
+    my_update,
+    CASES,
+    hint="First the new maximum. Then multiply l and O by math.exp(m - new_m), and add the tile's own terms.",
+)
+
+# %% [markdown]
 # ## The tiles, and the corner that is never computed
 #
-# Now many queries. A causal model lets token i see tokens 0 .. i, so tiles above the diagonal need not even be read. With a
-# KV cache the new queries are the **last** positions of the sequence, so the diagonal ends in the *bottom right* corner.
-# Below, the tiles that `torch_flash` really visits, written down while it runs (tiles shrunk to 4 x 4).
+# A causal model lets the token at position i see the positions 0 to i. So tiles above the diagonal need not even be read. With a
+# KV cache the new queries are the *last* positions of the sequence, and the diagonal ends in the bottom right corner.
+# This function decides whether a tile needs the mask:
+
+# %%
+viz.source(TorchFlashBackend.mask_future)
 
 
 # %%
@@ -172,7 +210,7 @@ class Cached:
 
 
 def visited(length, new, tile=4):
-    """(first query, first key, keys, masked) of every tile that torch_flash computes."""
+    """(first query, queries, first key, keys, masked) of every tile that torch_flash computes, noted while it runs."""
     seen = []
 
     class Noting(TorchFlashBackend):
@@ -187,49 +225,94 @@ def visited(length, new, tile=4):
     return seen
 
 
-CASES = {"a prompt of 24": (24, 24), "10 new tokens after 14": (24, 10), "one new token after 23": (24, 1)}
-tiles = {name: visited(*case) for name, case in CASES.items()}
-figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="none")
-for ax, (name, seen) in zip(axes, tiles.items()):
-    length, new = CASES[name]
-    ax.add_patch(Rectangle((0, length - new), length, new, fc=viz.NOBODY, ec="none"))
-    for position, num_rows, key, keys, masked in seen:
-        ax.add_patch(Rectangle((key, position), keys, num_rows, fc=viz.PALETTE[1 if masked else 4], ec="white", lw=1.5))
-    ax.plot([length - new, length], [length - new, length], color=viz.INK, lw=1)
-    ax.set(xlim=(0, length), ylim=(length, 0), xlabel="position of the key", ylabel="position of the query", title=name)
-    ax.set_aspect("equal")
-figure.suptitle("blue: every query sees every key. Orange: needs the mask. Grey: never computed", fontsize=9);
+many = len(visited(256, 256))
+options = ["all", "three quarters", "a bit more than half", "a quarter"]
+viz.predict(
+    "A prompt of 256 tokens is cut into tiles of 4 x 4, so there are 64 x 64. About what share of them is computed?",
+    options,
+    "a bit more than half" if 0.5 < many / 64**2 < 0.55 else "all",
+    f"{many:,} of 4,096: n (n + 1) / 2. torch_naive computes all of them, and then masks half of the scores.",
+)
+
+# %% [markdown]
+# The tiles of the three requests in step 2 of page 03: a and b decode, and c computes its prompt. In the last panel 4 of c's
+# tokens come from the prefix cache, so c has 8 new queries behind 4 cached keys.
 
 # %%
-n = 24 // 4
-computed = len(tiles["a prompt of 24"])
-viz.predict(
-    f"A long prompt in square tiles. About what share of all tiles is computed? (Here: of {n} x {n}.)",
-    ["all", "three quarters", "a bit more than half", "a quarter"],
-    "a bit more than half" if 0.5 < computed / n**2 < 0.65 else "all",
-    f"{computed} of {n * n}: n (n + 1) / 2. Half of the arithmetic is saved too; torch_naive computes it and throws it away.",
+step = list(run_example(example_core(num_kv_blocks=10)))[2]
+CUTS = {
+    f"{name}: {step.scheduled[name]} new of {step.start[name] + step.scheduled[name]}": (step.start[name] + step.scheduled[name], step.scheduled[name])
+    for name in "abc"
+}
+CUTS["c behind 4 cached: 8 new of 12"] = (12, 8)
+tiles = {name: visited(*cut) for name, cut in CUTS.items()}
+figure, axes = plt.subplots(1, 4, figsize=(9.4, 3.1), sharex=True, sharey=True)
+for ax, (name, seen) in zip(axes, tiles.items()):
+    length, new = CUTS[name]
+    ax.add_patch(Rectangle((0, length - new), length, new, fc=viz.NOBODY, ec="none"))
+    for position, num_rows, key, keys, masked in seen:
+        ax.add_patch(Rectangle((key, position), keys, num_rows, fc=viz.PALETTE[3 if masked else 4], ec="white", lw=1.5))
+    ax.plot([length - new, length], [length - new, length], color=viz.INK, lw=1)
+    ax.set(xlim=(0, 12), ylim=(12, 0), xticks=range(0, 13, 4), yticks=range(0, 13, 4), xlabel="position of the key")
+    ax.set_title(name, fontsize=8)
+    ax.set_aspect("equal")
+axes[0].set_ylabel("position of the query")
+figure.suptitle("light blue: every query sees every key. Pink: needs the mask. Grey: never computed", fontsize=9);
+
+# %% [markdown]
+# ### Your turn: which tiles are computed?
+#
+# A tile has the queries at positions `position` to `position + num_rows - 1`, and the keys `first_key` to
+# `first_key + num_keys - 1`. Return `"skip"` if no query sees any of its keys, `"all"` if every query sees every key, and
+# `"mask"` otherwise.
+
+# %%
+def my_tile(position, num_rows, first_key, num_keys):
+    """"skip", "all" or "mask"."""
+
+
+def kind_of(position, num_rows, first_key, num_keys):
+    sees = [[key <= query for key in range(first_key, first_key + num_keys)] for query in range(position, position + num_rows)]
+    return "skip" if not any(map(any, sees)) else "all" if all(map(all, sees)) else "mask"
+
+
+TILES = [(0, 4, 0, 4), (4, 4, 0, 4), (4, 4, 4, 4), (0, 4, 4, 4), (6, 1, 4, 3), (4, 4, 2, 4), (3, 4, 0, 4), (3, 2, 4, 4), (4, 2, 6, 2)]
+viz.your_turn(
+    "Which tiles are computed?",
+    my_tile,
+    [(tile, kind_of(*tile)) for tile in TILES],
+    hint="Compare the first key with the last query, and the last key with the first query.",
 )
 
 # %% [markdown]
 # ### The trap called is_causal
 #
-# Two new tokens on a sequence of four. PyTorch's `is_causal=True` puts the triangle into the *top left* corner, as if the two
-# queries were tokens 0 and 1. Nothing crashes; the text merely gets strange as soon as a cache is used.
+# Two new tokens at the end of a sequence of four: tokens 2 and 3 are the queries, and all four are keys. PyTorch's
+# `scaled_dot_product_attention` has a switch `is_causal=True`.
 
 # %%
-q, k, v = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 4, 8), torch.eye(4, 8).view(1, 1, 4, 8)  # v shows the weights
+q, k, v = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 4, 8), torch.eye(4, 8).view(1, 1, 4, 8)  # this v shows the weights
 trap = F.scaled_dot_product_attention(q, k, v, is_causal=True)[0, 0, :, :4]  # [2, 4]
 mask = torch.ones(2, 4, dtype=torch.bool).tril(diagonal=4 - 2)
-right_one = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0, 0, :, :4]  # [2, 4]
+wanted_weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0, 0, :, :4]  # [2, 4]
+viz.predict(
+    "Token 2 must see the keys 0, 1 and 2. How many keys does it see with is_causal=True?",
+    [1, 2, 3, 4],
+    int((trap[0] > 0).sum()),
+    "The triangle is put into the top left corner, as if the two queries were tokens 0 and 1. No error is raised; the text "
+    "gets worse as soon as a cache is used.",
+)
+
+# %%
 viz.table(
     ["query", "weights with is_causal=True", "weights wanted"],
-    [[f"token {i + 2}", " ".join(f"{w:.2f}" for w in a), " ".join(f"{w:.2f}" for w in b)] for i, (a, b) in enumerate(zip(trap, right_one))],
+    [[f"token {i + 2}", " ".join(f"{w:.2f}" for w in a), " ".join(f"{w:.2f}" for w in b)] for i, (a, b) in enumerate(zip(trap, wanted_weights))],
 )
 
 # %% [markdown]
 # ## The largest tensor
 #
-# A promise like "never builds the matrix" can be checked: a dispatch mode sees every tensor that any torch operator makes.
+# The claim "never builds the matrix" can be checked: a dispatch mode sees every tensor that a torch operator makes.
 
 
 # %%
@@ -255,22 +338,38 @@ def largest(name, length):
     return mode.nbytes
 
 
-PLAIN = ("torch_naive", "torch_flash")
-memory = {name: [largest(name, length) for length in LENGTHS] for name in PLAIN}
-_, ax = plt.subplots(figsize=(7, 3))
-for name, sizes in memory.items():
-    ax.plot(LENGTHS, [s / 1e6 for s in sizes], "o-", label=name)
-ax.plot(LENGTHS, [2 * 4 * n * HEADS * SIZE / 1e6 for n in LENGTHS], ":", color="#777777", label="queries and output, for scale")
+memory = {name: [largest(name, length) for length in LENGTHS] for name in ("torch_naive", "torch_flash")}
+growth = {name: sizes[-1] / sizes[0] for name, sizes in memory.items()}
+longer = LENGTHS[-1] // LENGTHS[0]
+viz.predict(
+    f"From {LENGTHS[0]} to {LENGTHS[-1]} tokens, {longer} times as many, how many times as large does the largest tensor of "
+    "torch_naive become?",
+    [longer, 2 * longer, longer**2],
+    min([longer, 2 * longer, longer**2], key=lambda option: abs(option - growth["torch_naive"])),
+    f"It is the matrix of scores. The largest tensor of torch_flash becomes {growth['torch_flash']:.1f} times as large.",
+)
+
+# %%
+figure, ax = plt.subplots(figsize=(7, 3))
+for (name, sizes), colour in zip(memory.items(), (viz.PALETTE[5], viz.PALETTE[0])):
+    ax.plot(LENGTHS, [s / 1e6 for s in sizes], "o-", color=colour)
+    ax.annotate(name, (LENGTHS[-1], sizes[-1] / 1e6), (6, -3), textcoords="offset points", color=colour)
+scale = [2 * 4 * n * HEADS * SIZE / 1e6 for n in LENGTHS]
+ax.plot(LENGTHS, scale, ":", color=viz.INK, lw=1)
+ax.annotate("queries and output,\nfor scale", (LENGTHS[-1], scale[-1]), (6, -6), textcoords="offset points", color=viz.INK, size=8)
 ax.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel="MB", title="the largest tensor made in one layer")
+ax.set_xlim(LENGTHS[0] * 0.9, LENGTHS[-1] * 1.9)
 ax.set_xticks(LENGTHS, LENGTHS)
-ax.minorticks_off()
-ax.legend();
+ax.minorticks_off();
 
 # %% [markdown]
-# ## Tiles and pages
+# ## Tiles and blocks
 #
-# A tile of keys is looked up when it is its turn, so it may lie anywhere: the block table fits into the loop of tiles as if made for
-# it. `attend_tiles` is that loop; it gets slots, not keys. Same sequence, other blocks:
+# `attend_tiles` looks up the keys of a tile when it gets to them. So the keys may lie anywhere, and the block table of the paged
+# KV cache costs nothing extra. The loop gets slots, not keys:
+
+# %%
+viz.source(TorchFlashBackend.attend_tiles)
 
 # %%
 cached = Cached("torch_flash", 200)
@@ -285,9 +384,9 @@ print("blocks", cached.table[0].tolist(), "| largest difference to torch_naive:"
 # %% [markdown]
 # ## Split-KV: one query, many workers
 #
-# A decoding sequence has one query: a single row of tiles, which one worker walks from left to right while the others look on.
-# But `O / l` was right at every point, so cut the *keys*: each worker attends to its part alone, and also says how much weight
-# its part holds, `lse = log(sum of exp(score))`. The parts are merged with the shares `exp(lse_i - lse)`.
+# A decoding sequence has one query, so one row of tiles, and one worker would compute it from left to right while the others
+# wait. But `O / l` is right for any set of keys. So the *keys* are cut: each worker attends to its part alone, and also
+# returns how much weight its part holds, `lse = log(sum of exp(score))`.
 
 # %%
 position = 199  # the last token decodes
@@ -298,21 +397,50 @@ merged, total = cached.backend.merge_partials([o for o, _ in parts], [e for _, e
 plain_mean = torch.stack([o for o, _ in parts]).mean(0)
 shares = torch.stack([(e - total).exp()[0, 0] for _, e in parts])  # of KV head 0's first query head
 wanted = group_queries(oracle[-1:], KV_HEADS)
+viz.predict(
+    "Each part holds the same number of keys. Is the attention over all keys the mean of the parts' results?",
+    ["yes", "no"],
+    "yes" if (plain_mean - wanted).abs().max() < 1e-4 else "no",
+    "A part counts as much as the weight that softmax gives to its keys: its share is exp(lse_i - lse).",
+)
+
+# %%
+viz.source(TorchFlashBackend.merge_partials)
+
+# %%
+print(f"merged by weight: {(merged - wanted).abs().max():.1e} off; the plain mean: {(plain_mean - wanted).abs().max():.2f} off")
 viz.table(
     ["part", "keys", "share of the weight", "largest difference of this part alone"],
     [[i, f"{a} to {b - 1}", f"{float(s):.1%}", float((o - wanted).abs().max())] for i, (a, b, s, (o, _)) in enumerate(zip(cuts, cuts[1:], shares, parts))],
 )
 
+# %% [markdown]
+# ### Your turn: merge two parts
+#
+# Merge the results of two parts, plain numbers `out_1` and `out_2` with their `lse_1` and `lse_2`, into the result over all keys.
+
 # %%
-print(f"merged: {(merged - wanted).abs().max():.1e} off; the plain mean of the parts: {(plain_mean - wanted).abs().max():.2f} off")
+def my_merge(out_1, lse_1, out_2, lse_2):
+    """The attention over the keys of both parts."""
+
+
+def part_of(keys):
+    return float((scores[keys].softmax(0) * values[keys]).sum()), float(scores[keys].logsumexp(0))
+
+
+MERGES = [((*part_of(slice(0, n)), *part_of(slice(n, None))), exact) for n in (3, 6, 10)]
+viz.your_turn(
+    "Merge two parts",
+    my_merge,
+    MERGES + [((1.0, 0.0, 3.0, 0.0), 2.0)],
+    hint="The weights are math.exp(lse_1) and math.exp(lse_2). Subtract the larger lse first, so that exp cannot overflow.",
+)
 
 # %% [markdown]
 # ## The clock
 #
-# One layer, the backends that can run here, and two kinds of work: a whole prompt, and 8 sequences that decode one token
-# each. Watch where the lines bend. For a prompt, naive pays for its matrix. In decoding there is hardly a matrix (one row
-# per head), and tiles alone gain nothing: there the price is *gathering* K and V from the pages before use, and `cpu_paged`,
-# which reads pages in place, is the one that stands out.
+# One layer, the backends that can run here, and two kinds of work: a whole prompt, and 8 sequences that decode one token each.
+
 
 # %%
 available = [name for name in BACKENDS if refusal(name, AttentionSpec(HEADS, KV_HEADS, SIZE, torch.float32, CPU, BLOCK)) is None]
@@ -334,16 +462,29 @@ with torch.inference_mode():
         name: ([milliseconds(name, n, n, 1) for n in LENGTHS], [milliseconds(name, n, 1, 8) for n in LENGTHS])
         for name in available
     }
-_, axes = plt.subplots(1, 2, figsize=(10, 3.4))
+viz.predict(
+    f"8 sequences of {LENGTHS[-1]} tokens decode. Which backend is the fastest?",
+    available,
+    min(available, key=lambda name: clock[name][1][-1]),
+    "In decoding there is hardly a matrix: one row per head. The time goes into gathering K and V from the blocks. cpu_paged, where a "
+    "compiler is found, reads the blocks where they are.",
+)
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(9.4, 3.4), sharex=True, sharey=True)
 for ax, which, title in ((axes[0], 0, "a prompt"), (axes[1], 1, "8 sequences, one new token each")):
-    for name, times in clock.items():
-        ax.plot(LENGTHS, times[which], "o-", label=name)
-    ax.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="ms per layer (fp32)", title=title)
+    for (name, times), colour in zip(clock.items(), (viz.PALETTE[5], viz.PALETTE[3], viz.PALETTE[0], viz.PALETTE[2])):
+        ax.plot(LENGTHS, times[which], "o-", color=colour, label=name)
+    ax.set(xscale="log", yscale="log", xlabel="tokens of context", title=title)
     ax.set_xticks(LENGTHS, LENGTHS)
     ax.minorticks_off()
-axes[0].legend();
+axes[0].set_ylabel("ms per layer (fp32)")
+axes[1].legend(fontsize=8);
 
 # %% [markdown]
+# For a prompt, the time of torch_naive grows with the square of the length, because its matrix does. In decoding, tiles alone
+# gain nothing.
+#
 # ## Is it all true?
 
 # %%
@@ -353,16 +494,14 @@ for tile in range(1, len(SCORES) + 1):
 assert abs(online(TILE, rescale=False)[-1][3] / online(TILE, rescale=False)[-1][2] - exact) > 0.01, "the correction matters"
 prefix = online(TILE)[1]
 assert abs(prefix[3] / prefix[2] - float((scores[: 2 * TILE].softmax(0) * values[: 2 * TILE]).sum())) < 1e-6
-assert computed == n * (n + 1) // 2 and len(tiles["one new token after 23"]) == n
-assert all(key <= position + num_rows - 1 for seen in tiles.values() for position, num_rows, key, _, _ in seen)
-assert trap[0, 1:].abs().max() == 0 and right_one[0, :3].min() > 0 and right_one[0, 3] == 0
-growth = {name: sizes[-1] / sizes[0] for name, sizes in memory.items()}
-times_longer = LENGTHS[-1] / LENGTHS[0]
-assert growth["torch_naive"] > 0.9 * times_longer**2 and growth["torch_flash"] <= times_longer
+assert many == 64 * 65 // 2 and [len(seen) for seen in tiles.values()] == [2, 2, 6, 5]
+assert all(kind_of(*tile[:4]) == ("mask" if tile[4] else "all") for seen in tiles.values() for tile in seen)
+assert trap[0, 1:].abs().max() == 0 and wanted_weights[0, :3].min() > 0 and wanted_weights[0, 3] == 0
+assert growth["torch_naive"] > 0.9 * longer**2 and growth["torch_flash"] <= longer
 torch.testing.assert_close(paged, oracle, rtol=1e-4, atol=1e-5)
 torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=1e-5)
 assert (plain_mean - wanted).abs().max() > 0.01 and abs(float(shares.sum()) - 1) < 1e-5
 answers = {name: Cached(name, 150).attend(40) for name in available}
 for name, answer in answers.items():
     torch.testing.assert_close(answer, answers["torch_naive"], rtol=1e-4, atol=1e-5, msg=name)
-print(f"all true: {len(available)} backends agree; the largest tensor of naive grew {growth['torch_naive']:.0f} times, flash's {growth['torch_flash']:.1f} times")
+print(f"all true: {len(available)} backends agree; the largest tensor of torch_naive grew {growth['torch_naive']:.0f} times, torch_flash's {growth['torch_flash']:.1f} times")

@@ -143,7 +143,7 @@ def test_a_full_hit_leaves_a_token_to_compute() -> None:
 
 
 def test_a_hit_in_the_step_that_computes_it() -> None:
-    """vLLM issue 29387: two equal prompts admitted together. The second one's hit is written in this very step."""
+    """vLLM PR 29387: two equal prompts admitted together. The second one's hit is written in this very step."""
     core, _ = caching_core(num_kv_blocks=9)
     prompt = list(range(100, 110))
     a, b = make_request("a", prompt, max_tokens=3), make_request("b", prompt, max_tokens=3)

@@ -63,7 +63,7 @@ def test_generated_tokens_are_cached_too(core: EngineCore) -> None:
 
 
 def test_two_equal_prompts_of_one_step_share(core: EngineCore) -> None:
-    """Published at scheduling time, so the second hits what the first will only fill (vLLM issue 29387)."""
+    """Published at scheduling time, so the second hits what the first will only fill (vLLM PR 29387)."""
     a, b = make_request("a", P, max_tokens=3), make_request("b", P, max_tokens=3)
     helpers.add_all(core, [a, b])
     assert helpers.schedule_and_run(core).num_scheduled_tokens == {"a": 10, "b": 2}

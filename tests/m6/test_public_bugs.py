@@ -98,7 +98,7 @@ def test_a_resumed_hit_is_counted_anew(index: str) -> None:
 
 
 def test_a_hit_in_the_step_that_computes_it(core: EngineCore) -> None:
-    """vLLM issue 29387: the second of two equal prompts reads what the first one writes in this very step."""
+    """vLLM PR 29387: the second of two equal prompts reads what the first one writes in this very step."""
     requests = [make_request(f"r{i}", P, max_tokens=3) for i in range(3)]
     helpers.add_all(core, requests)
     assert helpers.schedule_and_run(core).num_scheduled_tokens == {"r0": 10, "r1": 2, "r2": 2}

@@ -48,6 +48,7 @@ def test_hits_copies_and_cached_blocks(index: str, tmp_path: Path) -> None:
     assert [(step["pool"]["free"], step["pool"]["cached"]) for step in trace.steps] == [(5, 0), (6, 2), (4, 1), (5, 3)]
     assert lint(trace) == []
     assert "5 blocks free, 3 more free but cached" in show(trace, 3)
+    assert "6..8  [1, 3, 4], 6 tokens cached -> " in show(trace, 2) and "tokens cached" not in show(trace, 0)
 
 
 def test_diff_sees_what_is_cached(tmp_path: Path) -> None:

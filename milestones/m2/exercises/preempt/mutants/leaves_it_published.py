@@ -1,7 +1,7 @@
 # killed-by: a_victim_unpublishes_what_it_has_not_computed | which unpublishes
 """The victim's blocks are freed, and those of this step stay in the prefix index although they will not be computed.
 
-The next request with the same prefix reads them. vllm-project/vllm issue 29387 is a hit on blocks of the same step.
+The next request with the same prefix reads them. vLLM's pull request 29387 is about hits on blocks of the same step.
 """
 
 from folovllm.core.kv_cache_utils import KVCacheBlock
