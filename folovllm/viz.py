@@ -341,8 +341,8 @@ def _gantt_cell(ax: Axes, tick: int, row: int, entry: Mapping[str, Any], colour:
     hatch = "////" if many else None
     ax.add_patch(Rectangle((tick, row - 0.4), 1, 0.8, fc=colour, ec="white", lw=0.6, hatch=hatch, zorder=2))
     if many:
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-        ax.text(tick + 0.5, row, str(entry["n"]), ha="center", va="center", size=7, color=INK, bbox=box, zorder=3)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
+        ax.text(tick + 0.5, row, str(entry["n"]), ha="center", va="center", size=8, color=INK, bbox=box, zorder=3)
 
 
 def token_bars(ax: Axes, steps: Steps, colours: Mapping[str, str]) -> None:
