@@ -1,4 +1,4 @@
-"""Milestone M3 without weights: the same memory as pages of 64 tokens and as blocks of 4; then a pool of your own.
+"""Milestone M3 without weights: the same memory in blocks of 64 tokens and in blocks of 4; then a pool of your own.
 
 Run: python milestones/m3/demo.py
 """
@@ -46,7 +46,7 @@ def run(**engine_args: Any) -> tuple[int, int, float]:
 
 shuffled = {"core.block_pool": f"{HERE / 'shuffled_block_pool.py'}:ShuffledBlockPool"}
 arms: dict[str, dict[str, Any]] = {
-    "m2: 6 pages of 64": {"preset": "m2", "num_kv_blocks": 6 + 1},
+    "m2: 6 blocks of 64": {"preset": "m2", "num_kv_blocks": 6 + 1},
     "m3: 96 blocks of 4": {"preset": "m3", "block_size": 4, "num_kv_blocks": 96 + 1},
     "m3, blocks at random": {"preset": "m3", "block_size": 4, "num_kv_blocks": 96 + 1, "parts": shuffled},
 }
