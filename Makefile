@@ -60,6 +60,7 @@ docs: $(STAMP)  ## write the generated parts of the pages again
 	@$(BIN)/python scripts/dev/write_milestones.py
 	@$(BIN)/python scripts/dev/write_exercises_page.py
 	@$(BIN)/python scripts/dev/build_interview.py
+	@$(BIN)/python scripts/dev/build_api.py
 	@$(BIN)/python scripts/dev/build_docs.py --examples
 
 notebooks: $(STAMP)  ## execute the notebooks again from notebooks/src

@@ -15,6 +15,7 @@ from folovllm import __version__
 from folovllm.entrypoints.commands.bench import bench
 from folovllm.entrypoints.commands.chat import chat
 from folovllm.entrypoints.commands.demo import demo
+from folovllm.entrypoints.commands.docs import docs_app
 from folovllm.entrypoints.commands.generate import generate
 from folovllm.entrypoints.commands.info import info
 from folovllm.entrypoints.commands.learn import learn_app
@@ -80,6 +81,7 @@ def folovllm(
       folovllm chat -m ./my-model --preset m1     as of milestone M1
       folovllm info smollm2-135m                  its shape, its KV cache
       folovllm learn                              write parts of the engine yourself
+      folovllm docs run 03 2                      an example of a learning page
       folovllm trace view run.jsonl               look at what an engine did
       folovllm quiz m3                            interview questions on M3
       folovllm sim --gpu h100 --compare m1,m5     a machine that you do not have
@@ -98,6 +100,7 @@ app.command()(quiz)
 app.command()(sim)
 app.add_typer(trace_app, name="trace")
 app.add_typer(learn_app, name="learn")
+app.add_typer(docs_app, name="docs")
 # Everything after `bench` belongs to the benchmark, its --help included.
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command(context_settings=_PASS_ON, add_help_option=False)(bench)

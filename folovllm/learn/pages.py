@@ -81,7 +81,7 @@ class Page:
 
     @property
     def short(self) -> str:
-        """What the reader types. E.g. "03" for 03_paged_kv_cache.md, "simulator" for simulator.md."""
+        """Its number. E.g. "03" for 03_paged_kv_cache.md, but "simulator" for simulator.md."""
         head = self.stem.partition("_")[0]
         return head if head[:1].isdigit() else self.stem
 
@@ -109,6 +109,12 @@ def _page(entry: dict[str, Any], file: Path) -> Page:
     return Page(**values)
 
 
+def name_of(page: Page) -> str:
+    """What the reader types: the number, or the whole name if an earlier page has the same number."""
+    first = next((other for other in load_pages() if other.short == page.short), page)
+    return page.short if first == page else page.stem
+
+
 def find_page(name: str) -> Page:
     """The page called "03", "3", "04b", "03_paged_kv_cache", "paged" or "docs/learn/03_paged_kv_cache.md".
 
@@ -123,7 +129,7 @@ def find_page(name: str) -> Page:
     ):
         if wanted and (found := [page for page in pages if matches(page)]):
             return found[0]
-    names = [page.short for page in pages]
+    names = [name_of(page) for page in pages]
     hint = did_you_mean(wanted, [*names, *(page.stem for page in pages)])
     raise ValueError(f"no page {name!r}; there are {', '.join(names)}{hint}")
 
@@ -151,6 +157,11 @@ def minutes(text: str) -> tuple[int, int]:
     return math.ceil(num_words(text) / WORDS_PER_MINUTE), MINUTES_PER_EXAMPLE * len(examples_of(text))
 
 
+def counted(number: int, word: str) -> str:
+    """E.g. "1 minute", "2 minutes"."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
 # ---- running an example
 
 
@@ -163,8 +174,13 @@ def run_example(example: Example, file: str) -> str:
     source = "\n" * (example.line - 1) + example.code
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(source, name, "exec"), {"__name__": "__main__", "__file__": name})
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(compile(source, name, "exec"), {"__name__": "__main__", "__file__": name})
+    except Exception as error:
+        if printed.getvalue():
+            error.add_note(f"It printed before:\n{printed.getvalue()}")
+        raise
     return tidy(printed.getvalue())
 
 

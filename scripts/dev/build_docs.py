@@ -18,7 +18,6 @@ import json
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 from page_code import fill_code
@@ -84,15 +83,15 @@ def build_page(text: str, page: Path, examples: bool = False) -> tuple[str, list
 
 def write_vllm_symbols(folder: Path) -> str:
     """Looks every cited symbol up in the unpacked wheel. Raises SystemExit if one is not there."""
-    lines, missing = {}, []
-    for anchor in sorted(cited_vllm()):
+    lines, missing, cited = {}, [], cited_vllm()
+    for anchor in sorted(cited | mentioned_vllm()):
         path, _, symbol = anchor.partition("#")
         try:
             if not (folder / path).is_file():
                 raise ValueError(f"there is no {path}")
             lines[anchor] = lines_of_symbol(folder / path, symbol)[0] if symbol else 1
         except ValueError as error:
-            missing.append(f"{anchor}: {error}")
+            missing += [f"{anchor}: {error}"] if anchor in cited else []
     if missing:
         sys.exit(f"vLLM {PIN} does not have\n  " + "\n  ".join(missing))
     content = {"release": PIN, "source": f"the wheel vllm=={PIN[1:]} of the package index", "lines": lines}
@@ -101,12 +100,18 @@ def write_vllm_symbols(folder: Path) -> str:
     return f"{VLLM_SYMBOLS.relative_to(ROOT)}: {len(lines)} symbols"
 
 
-def cited_vllm() -> Iterator[str]:
+def cited_vllm() -> set[str]:
     """Everything of vLLM that a page, a question or the manifest cites, as `vllm/path.py#Symbol` or `vllm/path.py`."""
     texts = [path.read_text(encoding="utf-8") for pattern in SOURCES for path in ROOT.glob(pattern)]
     found = {match for text in texts for match in re.findall(rf"vllm@{PIN}:(vllm/[\w/.]+\.py(?:#[\w.]*\w)?)", text)}
     manifest = tomllib.loads((ROOT / "milestones/manifest.toml").read_text(encoding="utf-8"))
-    return iter(found | {symbol for entry in manifest.values() for symbol in entry["vllm"]})
+    return found | {symbol for entry in manifest.values() for symbol in entry["vllm"]}
+
+
+def mentioned_vllm() -> set[str]:
+    """The files that docstrings name as counterparts, some of them files of another release of vLLM."""
+    texts = (path.read_text(encoding="utf-8") for path in ROOT.glob("folovllm/**/*.py"))
+    return {match for text in texts for match in re.findall(r"(?<![\w/`:@])vllm/[\w/]+\.py(?:#[\w.]*\w)?", text)}
 
 
 if __name__ == "__main__":

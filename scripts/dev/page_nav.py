@@ -10,7 +10,7 @@ from pathlib import Path
 
 from page_symbols import ROOT
 
-from folovllm.learn.pages import Page, examples_of, load_pages, minutes
+from folovllm.learn.pages import Page, counted, examples_of, load_pages, minutes, name_of
 
 DOCS = ROOT / "docs"
 NAV = re.compile(r"<!-- nav -->.*?<!-- /nav -->", re.DOTALL)
@@ -38,15 +38,11 @@ def _time(page: Page, text: str) -> str:
     """E.g. "*21 minutes: 16 to read, 5 to run the 5 examples (`folovllm docs run 03`).*"."""
     reading, running = minutes(text)
     if not running:
-        return f"*{_counted(reading, 'minute')} to read.*"
+        return f"*{counted(reading, 'minute')} to read.*"
     examples = examples_of(text)
     what = "the example" if len(examples) == 1 else f"the {len(examples)} examples"
-    command = f"`folovllm docs run {page.short if page.short != '00' else page.stem}`"
-    return f"*{_counted(reading + running, 'minute')}: {reading} to read, {running} to run {what} ({command}).*"
-
-
-def _counted(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"
+    command = f"`folovllm docs run {name_of(page)}`"
+    return f"*{counted(reading + running, 'minute')}: {reading} to read, {running} to run {what} ({command}).*"
 
 
 def _before(page: Page) -> str:

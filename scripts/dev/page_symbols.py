@@ -81,7 +81,8 @@ def names_defined(node: ast.AST) -> dict[str, ast.stmt | ast.expr]:
             found |= {alias.asname or alias.name: child for alias in child.names}
         elif isinstance(child, ast.Assign | ast.AnnAssign):
             targets = child.targets if isinstance(child, ast.Assign) else [child.target]
-            found |= {t.id: child for target in targets for t in ast.walk(target) if isinstance(t, ast.Name)}
+            names = (name for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))
+            found |= {name.id: child for name in names if isinstance(name.ctx, ast.Store)}  # not the a of a.b = 1
         elif isinstance(child, ast.If | ast.Try):
             found |= names_defined(child)
     if isinstance(node, ast.ClassDef):
