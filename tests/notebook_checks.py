@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import matplotlib
 import nbformat
 import pytest
 from matplotlib import pyplot as plt
+
+from folovllm import viz
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -42,6 +44,32 @@ def run_fast(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, cell in enumerate(notebook.cells):
         if cell.cell_type == "code":
             exec(compile(cell.source, f"{source.name}, cell {number}", "exec"), namespace)
+
+
+def check_tasks(source: Path, monkeypatch: pytest.MonkeyPatch, answers: Mapping[str, str]) -> None:
+    """Every task of a notebook accepts a right answer and rejects a wrong one.
+
+    `answers` says what stands in the place of which text of a cell. Each text must occur once in the notebook.
+    """
+    text = source.read_text(encoding="utf-8")
+    for undone, done in answers.items():
+        assert text.count(undone) == 1, f"{source.name} has {undone!r} {text.count(undone)} times"
+        text = text.replace(undone, done)
+    verdicts: list[tuple[str, str, str]] = []
+    shown = viz.your_turn
+
+    def your_turn(title: str, answer: Any, expected: Any, hint: str = "") -> Any:
+        wrong = (lambda *args: "wrong") if callable(answer) else "wrong"
+        right = shown(title, answer, expected, hint)
+        verdicts.append((title, repr(right), repr(shown(title, wrong, expected, hint))))
+        return right
+
+    monkeypatch.setattr(viz, "your_turn", your_turn)
+    monkeypatch.chdir(ROOT / "notebooks")
+    exec(compile(text.replace("FAST = False", "FAST = True"), source.name, "exec"), {"__name__": "__main__"})
+    assert len(verdicts) == len(answers)
+    for title, right, wrong in verdicts:
+        assert f"\n{viz.PASSED}." in right and f"\n{viz.FAILED}." in wrong, (title, right, wrong)
 
 
 def check_committed(source: Path) -> None:

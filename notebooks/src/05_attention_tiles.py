@@ -6,8 +6,8 @@
 # matrix. It computes one tile of scores at a time, corrects its sums, and forgets the tile. The result is exact. In this
 # notebook you write the correction, see which tiles are computed, count the memory, and cut the work of one query into parts.
 #
-# *30 minutes. The page to it is [learn/04](../docs/learn/04_flash_attention.md). The code is
-# `folovllm/attention/backends/torch_flash.py`.*
+# *30 minutes. Read [learn/04](../docs/learn/04_flash_attention.md) with it; the code is in `folovllm/attention/backends/torch_flash.py`.
+# Answer each **Predict** before you run the cell below it. Next: [06](06_chunked_prefill.ipynb).*
 
 # %% tags=["parameters"]
 FAST = False  # True: fewer repetitions (the builder sets it when it only checks)
@@ -268,7 +268,7 @@ figure.suptitle("light blue: every query sees every key. Pink: needs the mask. G
 
 # %%
 def my_tile(position, num_rows, first_key, num_keys):
-    """"skip", "all" or "mask"."""
+    """Returns "skip", "all" or "mask"."""
 
 
 def kind_of(position, num_rows, first_key, num_keys):

@@ -6,7 +6,8 @@
 # In this notebook the real scheduler and the real KV cache run on a model without weights. You chain hashes, count hits,
 # and see which block is evicted. At the end a small real model shows that the tokens do not change.
 #
-# *30 minutes. The page to it is [learn/06](../docs/learn/06_prefix_caching.md). Read its first half before you begin.*
+# *30 minutes. Read [learn/06](../docs/learn/06_prefix_caching.md) up to its section on eviction first. Answer each
+# **Predict** before you run the cell below it. Next: [08](08_gptq.ipynb).*
 
 # %% tags=["parameters"]
 FAST = False  # True: fewer repetitions (the builder sets it when it only checks)
@@ -15,10 +16,8 @@ FAST = False  # True: fewer repetitions (the builder sets it when it only checks
 import contextlib
 import hashlib
 import io
-import json
 import random
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = next(p for p in [Path.cwd(), *Path.cwd().parents] if (p / "folovllm").is_dir())
@@ -414,30 +413,24 @@ ax.set_xticklabels(block_sizes);
 # %% [markdown]
 # ## A real model: do the tokens change?
 #
-# A Llama of two layers with random weights, in fp32. Five prompts run twice, so the second time most of each prompt is cached.
+# A tiny Llama with random weights, in fp32. Five prompts run twice, so the second time most of each prompt is cached.
 
 # %%
 import torch
 
 from folovllm import LLM
+from folovllm.learn.defaults import tiny_model
 
 torch.set_num_threads(1)
-TINY = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 264, "hidden_size": 64, "intermediate_size": 96,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 2,
-}  # fmt: skip
 base = random.Random(1).choices(range(3, 250), k=40)
 prompts = [{"prompt_token_ids": [*base[:n], 3 + n]} for n in (40, 40, 33, 20, 7)]
 params = [SamplingParams(max_tokens=10, ignore_eos=True, temperature=i % 2, seed=i) for i in range(5)]
 tokens, cached = {}, {}
-with contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as folder:
-    (Path(folder) / "config.json").write_text(json.dumps(TINY))
+with contextlib.redirect_stderr(io.StringIO()):
     for way, switches in ways.items():
         llm = LLM(
-            folder, load_format="dummy", skip_tokenizer_init=True, preset="m6", dtype="float32", max_model_len=64, block_size=4,
-            **switches,
-        )  # fmt: skip
+            tiny_model(), skip_tokenizer_init=True, preset="m6", dtype="float32", max_model_len=64, block_size=4, **switches
+        )
         for time in ("first time", "second time"):
             answers = llm.generate(prompts, params, use_tqdm=False)
             tokens[way, time] = [answer.outputs[0].token_ids for answer in answers]

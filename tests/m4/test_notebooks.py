@@ -14,6 +14,23 @@ from tests import notebook_checks
 pytestmark = pytest.mark.m4
 
 NUMBERS = ("02", "05")
+ANSWERS_05 = {
+    '''    """The new (m, l, O) after a tile. `tile_scores` and `tile_values` are lists of the same length."""''': """
+    new_m = max([m, *tile_scores])
+    correction = math.exp(m - new_m)
+    p = [math.exp(score - new_m) for score in tile_scores]
+    return new_m, l * correction + sum(p), O * correction + sum(a * b for a, b in zip(p, tile_values))""",
+    '''    """Returns "skip", "all" or "mask"."""''': """
+    if first_key > position + num_rows - 1:
+        return "skip"
+    return "all" if first_key + num_keys - 1 <= position else "mask"
+""",
+    '''    """The attention over the keys of both parts."""''': """
+    largest = max(lse_1, lse_2)
+    share_1, share_2 = math.exp(lse_1 - largest), math.exp(lse_2 - largest)
+    return (share_1 * out_1 + share_2 * out_2) / (share_1 + share_2)
+""",
+}
 NOTEBOOKS = [pytest.param(source, id=source.stem) for source in notebook_checks.sources(*NUMBERS)]
 
 
@@ -42,3 +59,8 @@ def test_the_committed_notebook_is_its_source(source: Path) -> None:
 @pytest.mark.parametrize("source", NOTEBOOKS)
 def test_a_notebook_asks_and_checks(source: Path) -> None:
     notebook_checks.check_asks(source)
+
+
+def test_the_tasks_of_05_accept_right_answers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    (source,) = notebook_checks.sources("05")
+    notebook_checks.check_tasks(source, monkeypatch, ANSWERS_05)

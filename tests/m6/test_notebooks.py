@@ -13,6 +13,19 @@ pytestmark = pytest.mark.m6
 
 (SOURCE,) = notebook_checks.sources("07")
 
+ANSWERS = {
+    '''    """The hashes of the full blocks, six hex digits each."""''': """
+    parent, found = ROOT_HASH, []
+    for first in range(0, len(tokens) // block_size * block_size, block_size):
+        packed = b"".join(token.to_bytes(4, "little") for token in tokens[first : first + block_size])
+        parent = hashlib.sha256(parent + packed).digest()
+        found.append(parent.hex()[:6])
+    return found""",
+    '''    """The number of cached tokens that the request need not compute."""''': """
+    return min(num_equal, prompt_len - 1) // block_size * block_size""",
+    "my_queue = None": "my_queue = [5, 6, 3, 2, 4, 1]",
+}
+
 
 @pytest.fixture(autouse=True)
 def pictures_go_nowhere() -> Iterator[None]:
@@ -30,3 +43,7 @@ def test_the_committed_notebook_is_its_source() -> None:
 
 def test_it_asks_and_checks() -> None:
     notebook_checks.check_asks(SOURCE)
+
+
+def test_its_tasks_accept_right_answers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook_checks.check_tasks(SOURCE, monkeypatch, ANSWERS)
