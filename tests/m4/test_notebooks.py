@@ -14,6 +14,13 @@ from tests import notebook_checks
 pytestmark = pytest.mark.m4
 
 NUMBERS = ("02", "05")
+ANSWERS_02 = {
+    '''    """Replace the line below. `peak` is in FLOP/s, `bandwidth` in bytes/s."""
+    return None''': """
+    return peak / bandwidth * bytes_per_weight / 2""",
+    "my_sequences = None": "my_sequences = weights_bytes // (1000 * kv_bytes)",
+    "my_ms = None": "my_ms = arch.num_parameters() / 2 / REFERENCE.bandwidth * 1000",
+}
 NOTEBOOKS = [pytest.param(source, id=source.stem) for source in notebook_checks.sources(*NUMBERS)]
 
 
@@ -42,3 +49,8 @@ def test_the_committed_notebook_is_its_source(source: Path) -> None:
 @pytest.mark.parametrize("source", NOTEBOOKS)
 def test_a_notebook_asks_and_checks(source: Path) -> None:
     notebook_checks.check_asks(source)
+
+
+def test_the_tasks_of_02_accept_right_answers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    (source,) = notebook_checks.sources("02")
+    notebook_checks.check_tasks(source, monkeypatch, ANSWERS_02)
