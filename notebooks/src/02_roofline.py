@@ -2,11 +2,12 @@
 # # 02 · Why decode is slow: the roofline
 #
 # A processor that can do hundreds of billions of operations per second needs several milliseconds for *one* token of a
-# small model. Thirty-two tokens for thirty-two people take hardly longer than one. And a prompt of 500 tokens is done in the
-# time of a few dozen generated ones. One picture with two lines explains all three: the **roofline**. Here you measure the two
-# lines on your machine, place the work of a model under them, predict tokens per second, and then let the engine try.
+# small model. 32 tokens for 32 people do not take 32 times as long: on our reference machine, about three times. And a
+# prompt of 64 tokens is done in the time of a few generated ones. One picture with two lines explains all three: the
+# **roofline**. You predict with the two lines of the reference machine, measure those of your own, and let the engine try.
 #
-# *10 minutes. To read with it: `docs/learn/04_flash_attention.md`, and "The floor of a decode step" in `docs/learn/01`.*
+# *20 minutes. Read with it: [learn/01](../docs/learn/01_basic_inference.md) and, later,
+# [learn/04](../docs/learn/04_flash_attention.md). Next: [03](03_scheduler_gantt.ipynb).*
 
 # %% tags=["parameters"]
 FAST = False  # True: fewer repetitions (the builder sets it when it only checks)
@@ -32,85 +33,97 @@ from matplotlib import pyplot as plt
 from folovllm import LLM, SamplingParams, viz
 from folovllm.config import KernelConfig
 from folovllm.csrc.build import load_ops
-from folovllm.hf_config import parse_hf_config
+from folovllm.learn.three_requests import example_core, run_example
 from folovllm.model_executor.cpu.accelerate import accelerate
 from folovllm.model_executor.model_loader import random_model
+from folovllm.model_shapes import shape_architecture, shape_config
 from folovllm.platforms import has_native_bf16
+from folovllm.sim.cost import Calibration, CostModel
+from folovllm.sim.hardware import HARDWARE
 
 viz.style()
 with contextlib.redirect_stderr(io.StringIO()):
     load_ops()  # the C++ kernels: built here if this machine has not got them yet, half a minute
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16 if has_native_bf16("cpu") else torch.float32  # what the engine would choose here
-B = DTYPE.itemsize  # bytes per number
-arch = parse_hf_config(json.load(open(ROOT / "tests/data/configs/SmolLM2-135M-Instruct.json")))
+arch = shape_architecture("smollm2-135m")
+REFERENCE, H100 = HARDWARE["cpu"], HARDWARE["h100"]  # the reference machine of the course, and a data sheet
 
 # %% [markdown]
 # ## What you can turn
 
 # %%
-THREADS = 1  # with more, whatever else your machine is doing disturbs the measurement; alone on it, try all cores
+THREADS = 1  # for your machine; alone on it, try all cores
 BATCHES = (1, 8, 32, 128)  # sequences that decode together
 CONTEXT = 256  # tokens that each of them has in its KV cache
 PROMPTS = (64, 512)  # tokens of a prompt
 TOKENS = (1, 2, 4, 8, 16, 32) if FAST else (1, 2, 4, 8, 16, 32, 64, 128, 256)  # for the measurement below
 LAYERS = 2 if FAST else arch.num_hidden_layers  # of the model that is measured
-
-# Peak bf16 operations per second (dense) and memory bandwidth, from the makers' data sheets.
-DATA_SHEETS = {
-    "H100 SXM": (989e12, 3.35e12),
-    "A100 80 GB SXM": (312e12, 2.04e12),
-    "RTX 4090": (165e12, 1.01e12),
-}
 torch.set_num_threads(THREADS)
 
 # %% [markdown]
 # ## Two numbers of a machine
 #
-# How fast do bytes come out of memory, and how fast are they multiplied? Add up an array far larger than any cache;
-# multiply two matrices that fit into one. The best of several tries counts: whatever disturbs a try makes it slower.
-
+# How many bytes per second come out of memory, and how many operations per second do the arithmetic units do?
 
 # %%
-def best_seconds(work, tries=3 if FAST else 7):
-    """The shortest of several runs, after one that warms up; no more of them once two seconds are spent."""
-    work()
-    seconds = []
-    while len(seconds) < tries and sum(seconds) < 2:
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-TRIES = 3 if FAST else 60  # of these two all else depends: give them time to find a quiet moment
-big = torch.ones((8 if FAST else 256) * 2**20 // 4)  # fp32, 256 MiB
-bandwidth = big.nbytes / best_seconds(big.sum, TRIES)  # bytes/s
-n = 256 if FAST else 1024
-a, b = torch.randn(n, n).to(DTYPE), torch.randn(n, n).to(DTYPE)
-peak = 2 * n**3 / best_seconds(lambda: a @ b, TRIES)  # operations/s; a multiply and an add are two
-machines = {"here": (peak, bandwidth), **DATA_SHEETS}  # "here": with THREADS threads
 viz.table(
-    ["machine", "Gflop/s", "GB/s", "flop per byte where the lines meet"],
-    [[name, round(p / 1e9), round(w / 1e9), round(p / w)] for name, (p, w) in machines.items()],
+    ["machine", "GFLOP/s", "GB/s", "FLOP per byte"],
+    [[m.name, round(m.flops / 1e9), round(m.gb_per_s, 1), round(m.knee)] for m in (REFERENCE, H100, HARDWARE["rtx4090"])],
 )
 
 # %% [markdown]
-# The last column is the **knee**: while one byte arrives, that many operations could be done. Work that does *fewer* per
-# byte waits for memory, whatever the code; work that does *more* waits for the multipliers. It is the property of a piece
-# of work that decides, its **arithmetic intensity** (operations per byte moved):
+# The last column is the **knee**: while one byte arrives, that many operations could be done. Work that does *fewer*
+# operations per byte waits for memory, whatever the code. Work that does *more* waits for the arithmetic units. This
+# property of a piece of work is its **arithmetic intensity** (operations per byte moved):
 #
 #     seconds >= max(operations / peak, bytes / bandwidth)
 #
-# ## The intensity of a linear layer
+# ## The three requests
 #
-# `y = x W` with T tokens: `x [T, in]`, `W [in, out]`. Operations: 2 T in out. Bytes: the weights, once, and x and y.
-
+# a (5 prompt tokens), b (4) and c (12, it arrives before step 2) run together. Two steps of theirs: step 1 computes one
+# token of a and one of b; step 2 computes one of a, one of b, and the 12 of c's prompt. The model is SmolLM2-135M in bf16,
+# 134.5 M weights.
 
 # %%
-def linear(tokens, inputs, outputs, weight_bytes=B):
+roofline = CostModel(arch, REFERENCE, Calibration(1.0, 0.0, "peak rates, no overhead"))
+three_steps = list(run_example(example_core(num_kv_blocks=10)))
+costs = [
+    roofline.step([(s.start[r], n) for r, n in s.scheduled.items()], sum(bool(t) for t in s.sampled.values()))
+    for s in three_steps
+]
+viz.predict(
+    "Step 2 computes 14 tokens, step 1 only 2. How many times as long does step 2 take at least, on the reference machine?",
+    [1, 2, 7], round(costs[2].seconds / costs[1].seconds),
+    "Both steps read all weights once, 269 MB, and that takes 7.8 ms. The arithmetic for 14 tokens is done in 7.1 ms.",
+)  # fmt: skip
+
+# %%
+viz.table(
+    ["step", "tokens", "GFLOP", "MB", "ms computing", "ms reading", "waits for"],
+    [
+        [s.number, sum(s.scheduled.values()), round(c.flops / 1e9, 2), round(c.bytes / 1e6, 1), round(1e3 * c.compute, 1),
+         round(1e3 * c.memory, 1), c.bound]
+        for s, c in zip(three_steps, costs)
+    ],
+)  # fmt: skip
+
+# %% [markdown]
+# All six steps wait for memory and take the same 7.8 ms. That is why requests share steps: one after the other, the
+# three requests need 12 steps.
+#
+# ## The intensity of a linear layer
+#
+# `y = x W` with T tokens: `x [T, in]`, `W [in, out]`. Operations: a multiplication and an addition for each token and
+# weight. Bytes: the weights once, and x and y.
+
+# %%
+B = 2  # bytes per number: bf16
+
+
+def linear(tokens, inputs, outputs):
     """Operations and bytes of one linear layer."""
-    return 2 * tokens * inputs * outputs, weight_bytes * inputs * outputs + B * tokens * (inputs + outputs)
+    return 2 * tokens * inputs * outputs, B * inputs * outputs + B * tokens * (inputs + outputs)
 
 
 LINEARS = {
@@ -127,107 +140,195 @@ def intensity(work):
     return operations / num_bytes
 
 
-viz.table(
-    ["layer", "in", "out", *(f"T = {t}" for t in (1, 8, 32, 512))],
-    [[name, *size, *(round(intensity(linear(t, *size)), 1) for t in (1, 8, 32, 512))] for name, size in (LINEARS | {"lm_head": HEAD}).items()],
-)
-
-# %%
 one = intensity(linear(1, *HEAD))
 viz.predict(
-    f"Numbers of {B} bytes, one token. How many operations are there for each byte of a weight?",
-    [0.5, 1, 2, 576],
-    round(2 / B, 1) if B != 2 else 1,
-    "A weight is multiplied once and added once, then never needed again in this step. And it does not depend on the size "
-    "of the matrix: a larger model is as memory-bound as a small one.",
-)
+    "Weights of 2 bytes, one token. How many operations are there for each byte of a weight?", [0.5, 1, 2, 576], round(one),
+    "Each weight is used in one multiplication and one addition, and not again in this step. It does not depend on the "
+    "size of the matrix: a larger model is as memory-bound as a small one.",
+)  # fmt: skip
 
 # %%
-h100 = DATA_SHEETS["H100 SXM"]
 viz.predict(
-    "With T tokens in the step each bf16 weight is used T times: intensity T. About how many tokens must a step of an H100 "
-    "have before its multipliers are the limit?",
-    [1, 30, 300, 3000],
-    min([1, 30, 300, 3000], key=lambda t: abs(t - h100[0] / h100[1])),
-    f"{h100[0] / 1e12:.0f} T / {h100[1] / 1e12:.2f} T = {h100[0] / h100[1]:.0f}. A batch of one uses a third of a percent of "
-    "what was paid for. That is why servers batch (M2) and need memory for many requests at once (M3).",
+    "With T tokens in the step each bf16 weight is used T times, so the intensity is T. About how many tokens must a step "
+    "of an H100 have before arithmetic is the limit?",
+    [1, 30, 300, 3000], min([1, 30, 300, 3000], key=lambda t: abs(t - H100.knee)),
+    f"989 T / 3.35 T = {H100.knee:.0f}. A batch of one uses a third of a percent of the arithmetic that was paid for. That is "
+    "why servers batch (M2), and need memory for many requests at once (M3).",
+)  # fmt: skip
+
+# %%
+viz.table(
+    ["layer", "in", "out", *(f"T = {t}" for t in (1, 8, 32, 512))],
+    [
+        [name, *size, *(round(intensity(linear(t, *size)), 1) for t in (1, 8, 32, 512))]
+        for name, size in (LINEARS | {"lm_head": HEAD}).items()
+    ],
+)
+
+# %% [markdown]
+# (At T = 512 the intensity is below 512, because x and y are no longer small beside the weights.)
+#
+# ### Your turn 1
+#
+# From how many tokens per step on does a machine wait for arithmetic? Only the weights count as bytes here. Weights may
+# have 2 bytes (bf16), 1 (8 bits) or 0.5 (4 bits).
+
+
+# %%
+def knee_in_tokens(peak, bandwidth, bytes_per_weight):
+    """Replace the line below. `peak` is in FLOP/s, `bandwidth` in bytes/s."""
+    return None
+
+
+viz.your_turn(
+    "knee_in_tokens(peak, bandwidth, bytes_per_weight)",
+    knee_in_tokens,
+    [((m.flops, m.bandwidth, b), m.flops * b / (2 * m.bandwidth)) for m in (REFERENCE, H100) for b in (2, 1, 0.5)],
+    hint="T tokens take 2 T / peak seconds per weight, and its bytes take bytes_per_weight / bandwidth; set them equal",
 )
 
 # %% [markdown]
 # ## A whole step
 #
 # A step computes T tokens. The linears see T rows; the head only the rows that sample. Attention is different: each
-# sequence reads **its own** K and V, and nobody shares them, so a larger batch does not raise its intensity. For each KV
-# number that is read, the query heads of its group do a multiply and an add.
+# sequence reads **its own** K and V, so a larger batch does not raise the intensity of attention. This function of the
+# engine's simulator counts a step:
+
+# %%
+viz.source(CostModel.step)
 
 
 # %%
-def add(*works):
-    return tuple(map(sum, zip(*works)))
-
-
 def step(sequences, new, context):
-    """Operations and bytes of a step: `new` tokens for each of `sequences`, with `context` tokens afterwards."""
-    layers = add(*(linear(sequences * new, *size) for size in LINEARS.values()))
-    seen = new * context - new * (new - 1) // 2  # (query, key) pairs of one sequence and head: a causal trapezium
-    attention = 4 * sequences * seen * arch.q_size, 2 * B * sequences * context * arch.kv_size
-    layer = add(layers, attention)
-    return add((arch.num_hidden_layers * layer[0], arch.num_hidden_layers * layer[1]), linear(sequences, *HEAD))
+    """A step with `new` tokens for each of `sequences`, with `context` tokens in its cache afterwards."""
+    return roofline.step([(context - new, new)] * sequences, sequences)
 
 
-def floor_seconds(work, machine):
-    return max(work[0] / machine[0], work[1] / machine[1])
+weights_bytes, kv_bytes = B * arch.num_parameters(), arch.kv_bytes_per_token(B)
+crossing = round(weights_bytes / kv_bytes, -2)
+viz.predict(
+    f"The weights are {weights_bytes / 1e6:.0f} MB, a token's K and V {kv_bytes:,} bytes. From how many tokens of context on, all "
+    "sequences of the batch together, does a step read more KV cache than weights?",
+    [500, 2_000, 11_700, 100_000], int(crossing),
+    "For example 32 sequences of 365 tokens. Fewer KV heads (GQA) push it out, 4-bit weights pull it in.",
+)  # fmt: skip
 
-
+# %%
 WORK = {f"decode, batch {n}": step(n, 1, CONTEXT) for n in BATCHES}
 WORK |= {"decode, 32 x 4,096": step(32, 1, 4096)}
 WORK |= {f"prompt of {n}": step(1, n, n) for n in PROMPTS}
+groups = json.loads((ROOT / "milestones/m5/results/long_prompts_cpu.json").read_text())["arms"]["m4"]["modes"]["batch"]["groups"]
+MEASURED = [  # on the reference machine, engine as of M4: 8 decodes of about 200 tokens, and these with a prompt of 4,000
+    ("8 decodes", roofline.step([(200, 1)] * 8, 8), groups["decoding"]["itl_ms"]["p50"] / 1e3),
+    ("prompt of 4,000", roofline.step([(200, 1)] * 8 + [(0, 4000)], 9), groups["decoding"]["itl_ms"]["p99"] / 1e3),
+]
+ratio = WORK["decode, batch 32"].seconds / WORK["decode, batch 1"].seconds
+viz.predict(
+    "32 sequences of 256 tokens decode instead of one. How many times as long does the step take at least?",
+    [1, 3, 8, 32], round(ratio),
+    "32 tokens are above the knee of 13, so the step waits for arithmetic. It takes more than twice as long, but makes 32 tokens.",
+)  # fmt: skip
 
-figure, ax = plt.subplots(figsize=(9, 4.4))
-for name, (top, slope), style in (("here", machines["here"], "-"), ("H100 SXM", h100, "--")):
-    knee = top / slope
-    ax.plot([0.3, knee, 3000], [0.3 * slope / 1e9, top / 1e9, top / 1e9], style, color=viz.INK, lw=1.4)
-    ax.annotate(f"{name}: {slope / 1e9:,.0f} GB/s, then {top / 1e9:,.0f} Gflop/s", (knee, top / 1e9), (-40, 5), textcoords="offset points", size=8)
-for i, (name, work) in enumerate(WORK.items()):
-    y = work[0] / floor_seconds(work, machines["here"]) / 1e9
-    ax.plot(intensity(work), y, "os^D"[i % 4], color=viz.PALETTE[i % len(viz.PALETTE)], label=f"{name}: {intensity(work):.1f} flop/byte")
-ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="Gflop/s at best", title="SmolLM2-135M under the roof of this machine")
-ax.set_xlim(0.3, 3000)
-ax.grid(alpha=0.25)
-ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8);
+# %%
+figure, ax = plt.subplots(figsize=(10, 5))
+for machine, style in ((REFERENCE, "-"), (H100, "--")):
+    top, slope, knee = machine.flops, machine.bandwidth, machine.knee
+    ax.plot([0.3, knee, 6000], [0.3 * slope / 1e9, top / 1e9, top / 1e9], style, color=viz.INK, lw=1.4)
+    name = f"{machine.name}: {slope / 1e9:,.1f} GB/s, {top / 1e9:,.0f} GFLOP/s"
+    ax.annotate(name, (6000, top / 1e9), (0, 5), textcoords="offset points", ha="right")
+on_roof = [name for name, cost in WORK.items() if cost.bound == "compute"]
+for name, cost in WORK.items():
+    x, y = cost.flops / cost.bytes, cost.flops / cost.seconds / 1e9
+    colour = viz.PALETTE[2] if "prompt" in name else viz.PALETTE[5] if "4,096" in name else viz.PALETTE[0]
+    ax.plot(x, y, "o", color=colour)
+    label = f"{name} ({x:.1f})"
+    if name in on_roof:  # below the roof, on a line of its own
+        below = 18 * 1.9 ** on_roof.index(name)
+        ax.plot([x, x], [below, y], color=colour, lw=0.7)
+        ax.annotate(label, (x, below), (3, -3), textcoords="offset points", color=colour)
+    else:
+        place = (8, -12) if x < 2 else (-8, 16 if x > 6 else 4)
+        ax.annotate(label, (x, y), place, textcoords="offset points", color=colour, ha="left" if x < 2 else "right")
+for name, cost, seconds in MEASURED:
+    x, y = cost.flops / cost.bytes, cost.flops / seconds / 1e9
+    ax.plot(x, y, "s", mfc="none", mec=viz.INK, ms=7)
+    ax.annotate(name, (x, y), (6, -14), textcoords="offset points", color=viz.INK, ha="right" if x > 1000 else "left")
+ax.set(xscale="log", yscale="log", xlabel="FLOP per byte (in brackets)", ylabel="GFLOP/s",
+       title="steps of SmolLM2-135M under the roof of the reference machine: dots at best, squares measured",
+       xlim=(0.3, 6000), ylim=(8, 3e6))  # fmt: skip
+ax.grid(alpha=0.25);
 
 # %%
 viz.table(
-    ["step", "Gflop", "MB", "flop/byte", "ms at least, here", "tokens/s at most", "on an H100: ms"],
+    ["step", "GFLOP", "MB", "FLOP/byte", "waits for", "ms at least", "tokens/s at most", "on an H100: ms"],
     [
-        [name, round(work[0] / 1e9, 2), round(work[1] / 1e6), round(intensity(work), 1), round(1e3 * floor_seconds(work, machines["here"]), 2),
-         round((int(name.split()[-1]) if name.startswith(("decode, b", "prompt")) else 32) / floor_seconds(work, machines["here"])),
-         round(1e3 * floor_seconds(work, h100), 3)]
-        for name, work in WORK.items()
+        [name, round(c.flops / 1e9, 2), round(c.bytes / 1e6), round(c.flops / c.bytes, 1), c.bound, round(1e3 * c.seconds, 2),
+         round((32 if "x" in name else int(name.split()[-1])) / c.seconds),
+         round(1e3 * max(c.flops / H100.flops, c.bytes / H100.bandwidth), 3)]
+        for name, c in WORK.items()
     ],
 )  # fmt: skip
 
 # %% [markdown]
-# Look at the two decodes of 32. With long contexts the bytes are no longer weights but K and V, and these no batch
-# shares: the point moves *down* the slope again. How long must contexts be for that?
+# The squares are the real engine: a step of 8 decodes, and the same with a prompt of 4,000 tokens
+# ([measured in M5](../docs/learn/05_chunked_prefill.md)). They are near the roof, and nothing is above it.
+#
+# Look at the two decodes of 32. With long contexts the bytes are no longer weights but K and V, which are not shared
+# within the batch: the point moves *down* the slope again.
+#
+# ### Your turn 2
+#
+# How many sequences with 1,000 tokens each can decode together before the K and V that a step reads are more than the
+# weights that it reads? Use `weights_bytes` and `kv_bytes`, and round down.
 
 # %%
-weights_mb = B * arch.num_parameters() / 1e6
-crossing = int(round(B * arch.num_parameters() / arch.kv_bytes_per_token(B), -2))
-viz.predict(
-    f"The weights are {weights_mb:.0f} MB, a token's K and V {arch.kv_bytes_per_token(B):,} bytes. From how many tokens of context on, all "
-    "sequences of the batch together, does a step read more KV cache than weights?",
-    [500, 2_000, 11_700, 100_000],
-    crossing,
-    "For example 32 sequences of 365 tokens. Fewer KV heads (GQA) push it out, 4-bit weights pull it in.",
+my_sequences = None  # replace None, by a number or by code
+
+viz.your_turn(
+    "sequences of 1,000 tokens", my_sequences, weights_bytes // (kv_bytes * 1000),
+    hint="each sequence reads 1,000 times kv_bytes",
+)  # fmt: skip
+
+# %% [markdown]
+# ## Your machine
+#
+# Now the same two numbers for the machine that runs this notebook. Add up an array far larger than any cache; multiply
+# two matrices that fit into one. The best of several tries counts: whatever disturbs a try makes it slower.
+
+
+# %%
+def best_seconds(work, tries=3 if FAST else 7):
+    """The shortest of several runs, after one that warms up; no more of them once a second is spent."""
+    work()
+    seconds = []
+    while len(seconds) < tries and sum(seconds) < 1:
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+TRIES = 3 if FAST else 60  # all below depends on these two: give them time to find a quiet moment
+big = torch.ones((8 if FAST else 256) * 2**20 // 4)  # fp32, 256 MiB
+n = 256 if FAST else 1024
+a, b = torch.randn(n, n).to(DTYPE), torch.randn(n, n).to(DTYPE)
+HERE = dataclasses.replace(
+    REFERENCE,
+    name=f"here, {THREADS} thread" + "s" * (THREADS > 1),
+    flops=2 * n**3 / best_seconds(lambda: a @ b, TRIES),
+    bandwidth=big.nbytes / best_seconds(big.sum, TRIES),
+)
+HERE_BYTES = DTYPE.itemsize
+viz.table(
+    ["machine", "GFLOP/s", "GB/s", "FLOP per byte"],
+    [[m.name, round(m.flops / 1e9), round(m.gb_per_s, 1), round(m.knee)] for m in (HERE, REFERENCE)],
 )
 
 # %% [markdown]
-# ## Is the model of two lines any good?
+# ## Is a model of two lines any good?
 #
-# Linears of the real size with random weights (speed does not look at values), as the engine runs them: packed for the
-# processor, C++ where there is a compiler. First the prediction, from two numbers measured with quite other programs; then
-# the clock. Watch the left: doubling the tokens costs nearly nothing, until the knee.
+# Linears of the real size with random weights (speed does not depend on values), as the engine runs them: packed for the
+# processor, C++ where there is a compiler. The prediction needs only the two numbers just measured.
 
 # %%
 small = dataclasses.replace(arch, num_hidden_layers=LAYERS, vocab_size=1024)
@@ -237,7 +338,7 @@ layers = model.model.layers
 
 
 def run_linears(hidden):
-    """Every matrix of every layer once; what lies between them is left out (but for SiLU, where gate_up does it itself)."""
+    """Every matrix of every layer once; what lies between them is left out (except SiLU, where gate_up does it itself)."""
     for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
         hidden = attention.o_proj(attention.qkv_proj(hidden)[:, : arch.q_size])
@@ -245,61 +346,67 @@ def run_linears(hidden):
     return hidden
 
 
-def linears_work(tokens):
-    return tuple(LAYERS * x for x in add(*(linear(tokens, *size) for size in LINEARS.values())))
+def predicted_seconds(tokens):
+    operations, num_bytes = (LAYERS * sum(x) for x in zip(*(linear(tokens, *size) for size in LINEARS.values())))
+    return max(operations / HERE.flops, num_bytes * HERE_BYTES / B / HERE.bandwidth)
 
 
 with torch.inference_mode():
     inputs = {t: torch.randn(t, arch.hidden_size).to(DTYPE) for t in TOKENS}
     measured = [best_seconds(lambda t=t: run_linears(inputs[t])) for t in TOKENS]
-    bad = run_linears(inputs[TOKENS[-1]])
-predicted = [floor_seconds(linears_work(t), machines["here"]) for t in TOKENS]
-_, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
-for ax, scale in ((left, 1), (right, None)):
-    for values, style, label in ((predicted, "--", "max(operations / peak, bytes / bandwidth)"), (measured, "o-", "measured")):
-        ax.plot(TOKENS, [1e3 * s / (scale or t) for t, s in zip(TOKENS, values)], style, label=label)
-    ax.set(xscale="log", xlabel="tokens in the step")
+    last = run_linears(inputs[TOKENS[-1]])
+predicted = [predicted_seconds(t) for t in TOKENS]
+
+# %%
+growth = measured[TOKENS.index(16)] / measured[0]
+BINS = {"less than 4 times": growth < 4, "4 to 12 times": 4 <= growth <= 12, "more than 12 times": growth > 12}
+viz.predict(
+    "16 tokens in the step instead of 1: how many times as long do the linears take, measured?", list(BINS),
+    next(name for name, is_it in BINS.items() if is_it),
+    f"{growth:.1f} times. Up to the knee, more tokens use the same weights while they are read. Beyond it, time is "
+    "proportional to tokens.",
+)  # fmt: skip
+
+# %%
+_, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), sharex=True)
+for ax, per_token in ((left, False), (right, True)):
+    for values, style, colour in ((predicted, "--", viz.PALETTE[5]), (measured, "o-", viz.PALETTE[0])):
+        ys = [1e3 * s / (t if per_token else 1) for t, s in zip(TOKENS, values)]
+        ax.plot(TOKENS, ys, style, color=colour, ms=4)
+    ax.set(xscale="log", yscale="log", xlabel="tokens in the step")
     ax.set_xticks(TOKENS, TOKENS)
+    ticks = [t for t in (1, 2, 4, 8, 16) if t < 1.2e3 * measured[0]] if per_token else [3, 10, 30, 100, 300]
+    ax.set_yticks(ticks, ticks)
     ax.minorticks_off()
-left.set(yscale="log", ylabel="ms", title=f"the linears of {LAYERS} layers")
-right.set(yscale="log", ylabel="ms per token", title="the same, for each token")
-left.legend();
+    ax.grid(alpha=0.25)
+left.set(ylabel="ms", title=f"linears of {LAYERS} layers: dots measured, dashes predicted")
+right.set(ylabel="ms per token", title="the same, for each token");
 
 # %% [markdown]
-# Below the dashed line? Then what is read comes from a cache: with a small model, or a few layers, that is possible, and
-# the line assumes main memory. Above it on the right: no kernel reaches the peak of one large square matrix.
+# Below the dashed line? Then the weights came from a cache. With few layers that is possible, and the line assumes main
+# memory. Above it? No program reaches both peaks all the time, and other programs on the machine cost time, too.
 #
 # ## Tokens per second
 #
-# At last the whole engine, on a model of this shape with random weights: attention, norms, scheduler, sampler and all.
-# The floor is what the two lines allow; the share that is reached is the honest way to say how good an engine is.
+# At last the whole engine, on a model of this shape with random weights: attention, norms, scheduler, sampler and all. The
+# roofline says what the two lines allow. The share of it that the engine reaches says how good the engine is.
 
 # %%
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging as transformers_logging
-
-from tests.tiny_models import build_tokenizer
-
-transformers_logging.disable_progress_bar()
 VOCAB, PROMPT, OUTPUT = (1024, 8, 4) if FAST else (arch.vocab_size, 32, 16)
 shape = dataclasses.replace(arch, num_hidden_layers=LAYERS, vocab_size=VOCAB)
-config = LlamaConfig(
-    vocab_size=VOCAB, hidden_size=arch.hidden_size, intermediate_size=arch.intermediate_size, num_hidden_layers=LAYERS,
-    num_attention_heads=arch.num_attention_heads, num_key_value_heads=arch.num_key_value_heads, tie_word_embeddings=True,
-    max_position_embeddings=512, dtype=DTYPE,
-)  # fmt: skip
 scratch = tempfile.TemporaryDirectory()
-LlamaForCausalLM(config).to(DTYPE).save_pretrained(scratch.name)
-build_tokenizer().save_pretrained(scratch.name);
-
-# %%
-llm = LLM(scratch.name, preset="m4", max_model_len=128, num_kv_blocks=300, device="cpu")
+config = shape_config("smollm2-135m") | {"num_hidden_layers": LAYERS, "vocab_size": VOCAB}
+Path(scratch.name, "config.json").write_text(json.dumps(config))
+llm = LLM(
+    scratch.name, preset="m4", max_model_len=128, num_kv_blocks=300, device="cpu", load_format="dummy",
+    skip_tokenizer_init=True,
+)  # fmt: skip
 greedy = SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True, detokenize=False)
 
 
 def tokens_per_second(batch):
     """Generated tokens per second of `batch` requests at once, their (short) prompts included."""
-    prompts = [[(7 * i + j) % VOCAB for j in range(PROMPT)] for i in range(batch)]
+    prompts = [{"prompt_token_ids": [(7 * i + j) % VOCAB for j in range(PROMPT)]} for i in range(batch)]
     lengths = []
 
     def serve():
@@ -310,36 +417,72 @@ def tokens_per_second(batch):
     return rate
 
 
-def floor_of(batch):
-    """The same from the roofline: the prompts in one step, then one step per token."""
-    def one_step(new, context):
-        scale = LAYERS / arch.num_hidden_layers  # of the layers; the head is counted by itself
-        body = step(batch, new, context)
-        head, own = linear(batch, *HEAD), linear(batch, arch.hidden_size, VOCAB)
-        return floor_seconds(tuple(scale * (x - h) + o for x, h, o in zip(body, head, own)), machines["here"])
+here_model = CostModel(
+    shape, HERE, Calibration(1.0, 0.0, "as measured above"), dtype_bytes=HERE_BYTES, weight_bits=8 * HERE_BYTES
+)
 
-    seconds = one_step(PROMPT, PROMPT) + sum(one_step(1, PROMPT + i) for i in range(1, OUTPUT))
+
+def roofline_of(batch):
+    """The same from the roofline: the prompts in one step, then one step per token."""
+    seconds = here_model.step([(0, PROMPT)] * batch, batch).seconds
+    seconds += sum(here_model.step([(PROMPT + i, 1)] * batch, batch).seconds for i in range(OUTPUT - 1))
     return batch * OUTPUT / seconds
 
 
 served = (1, 4) if FAST else (1, 8, 32)
-rates, bounds = [tokens_per_second(n) for n in served], [floor_of(n) for n in served]
+rates, bounds = [tokens_per_second(n) for n in served], [roofline_of(n) for n in served]
+
+# %%
+gain = rates[1] / rates[0]
+options = [1, 2, 3, 4, 6, 8]
+viz.predict(
+    f"{served[1]} requests at once instead of one: how many times as many tokens per second in all, roughly?",
+    options, min(options, key=lambda x: abs(x - gain)),
+    f"{gain:.1f}. The weights are read once for all, but the prompts and the tokens above the knee cost arithmetic.",
+)  # fmt: skip
+
+# %%
 viz.table(
     ["requests at once", "roofline: tokens/s", "measured: tokens/s", "share", "against one request"],
-    [[n, round(bound), round(rate), f"{rate / bound:.0%}", round(rate / rates[0], 1)] for n, bound, rate in zip(served, bounds, rates)],
+    [
+        [n, round(bound), round(rate), f"{rate / bound:.0%}", round(rate / rates[0], 1)]
+        for n, bound, rate in zip(served, bounds, rates)
+    ],
 )
 
 # %% [markdown]
 # (A share above 100 %? Then something else used the machine while the two lines were measured. Run it again.)
 #
-# Batching is nearly free until the knee, and after it each request waits for the others. To go faster with *one*
-# request there are only two ways: fewer bytes (4-bit weights: M7), or more tokens per pass over them (guessing several
-# and checking them together: speculative decoding).
+# Below the knee a larger batch costs little, and above it each request waits for the others. To go faster with *one*
+# request there are two ways: fewer bytes (4-bit weights: M7), or more tokens per pass over the weights (guess several
+# and check them together: speculative decoding).
+#
+# ### Your turn 3
+#
+# On the reference machine (`REFERENCE.bandwidth`), how many milliseconds does it take at least to read all weights of the
+# model (`arch.num_parameters()`), if they have 4 bits instead of 16?
+
+# %%
+my_ms = None  # replace None, by code
+
+viz.your_turn(
+    "ms to read all 4-bit weights once", my_ms, 1e3 * 0.5 * arch.num_parameters() / REFERENCE.bandwidth,
+    hint="4 bits are half a byte; a second has 1,000 ms",
+)  # fmt: skip
+
+# %%
+BITS = (32, 16, 8, 4)
+read_ms = {bits: 1e3 * bits / 8 * arch.num_parameters() / REFERENCE.bandwidth for bits in BITS}
+viz.predict(
+    "16-bit weights allow at most 129 tokens per second for one request on the reference machine. And 4-bit weights?",
+    [129, 258, 514, 2056], round(1e3 / read_ms[4]),
+    "A quarter of the bytes takes a quarter of the time: reading is all that a decode of one request waits for.",
+)  # fmt: skip
 
 # %%
 viz.table(
-    ["bytes per weight", "MB of weights", "floor of one token here, ms", "tokens/s at most"],
-    [[w, round(w * arch.num_parameters() / 1e6), round(1e3 * w * arch.num_parameters() / bandwidth, 2), round(bandwidth / (w * arch.num_parameters()))] for w in (4, 2, 1, 0.5)],
+    ["bits per weight", "MB of weights", "ms to read them, reference machine", "tokens/s at most"],
+    [[bits, round(bits / 8 * arch.num_parameters() / 1e6), round(ms, 2), round(1e3 / ms)] for bits, ms in read_ms.items()],
 )
 
 # %% [markdown]
@@ -349,15 +492,18 @@ viz.table(
 
 # %%
 counted = sum(p.numel() for p in random_model(small, DTYPE, CPU).parameters())
-assert counted == dataclasses.replace(arch, num_hidden_layers=LAYERS, vocab_size=1024).num_parameters()
+assert counted == small.num_parameters()
 assert sum(i * o for i, o in LINEARS.values()) * 30 + HEAD[0] * HEAD[1] + 61 * 576 == arch.num_parameters() == 134_515_008
-assert abs(intensity(linear(1, 10_000, 10_000)) - 2 / B) < 0.01 and abs(one - 2 / B) < 0.01
-assert 290 < h100[0] / h100[1] < 300 and crossing == 11_700
-decodes = [intensity(WORK[f"decode, batch {n}"]) for n in BATCHES]
-assert decodes == sorted(decodes) and decodes[0] < 2, "a larger batch uses each weight more often"
-assert intensity(WORK["decode, 32 x 4,096"]) < intensity(WORK["decode, batch 32"]), "long contexts share nothing"
-assert intensity(WORK[f"prompt of {PROMPTS[-1]}"]) > 5 * intensity(WORK["decode, batch 32"])
-assert bad.isfinite().all() and peak > 0 and bandwidth > 0
+assert abs(intensity(linear(1, 10_000, 10_000)) - 1) < 0.01 and abs(one - 1) < 0.01
+assert 290 < H100.knee < 300 and crossing == 11_700 and 12 < REFERENCE.knee < 13
+assert all(c.bound == "memory" and 7.7 < 1e3 * c.seconds < 7.9 for c in costs) and 2 < ratio < 3.5
+decodes = [WORK[f"decode, batch {n}"] for n in BATCHES]
+intensities = [c.flops / c.bytes for c in decodes]
+assert intensities == sorted(intensities) and intensities[0] < 2, "a larger batch uses each weight more often"
+long_context = WORK["decode, 32 x 4,096"]
+assert long_context.flops / long_context.bytes < intensities[BATCHES.index(32)], "K and V are not shared in a batch"
+assert WORK[f"prompt of {PROMPTS[0]}"].seconds < 8 * decodes[0].seconds, "a prompt costs a few decodes"
+assert last.isfinite().all() and HERE.flops > 0 and HERE.bandwidth > 0
 assert measured[TOKENS.index(16)] < 16 * measured[0], "16 tokens at once cost less than 16 times one"
 assert rates[-1] > rates[0], "a batch is faster than one request"
-print(f"all true: {bandwidth / 1e9:.0f} GB/s, {peak / 1e9:.0f} Gflop/s, knee at {peak / bandwidth:.0f} flop/byte")
+print(f"all true: here {HERE.gb_per_s:.0f} GB/s, {HERE.flops / 1e9:.0f} GFLOP/s, knee at {HERE.knee:.0f} FLOP per byte")

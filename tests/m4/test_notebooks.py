@@ -31,6 +31,13 @@ ANSWERS_05 = {
     return (share_1 * out_1 + share_2 * out_2) / (share_1 + share_2)
 """,
 }
+ANSWERS_02 = {
+    '''    """Replace the line below. `peak` is in FLOP/s, `bandwidth` in bytes/s."""
+    return None''': """
+    return peak / bandwidth * bytes_per_weight / 2""",
+    "my_sequences = None": "my_sequences = weights_bytes // (1000 * kv_bytes)",
+    "my_ms = None": "my_ms = arch.num_parameters() / 2 / REFERENCE.bandwidth * 1000",
+}
 NOTEBOOKS = [pytest.param(source, id=source.stem) for source in notebook_checks.sources(*NUMBERS)]
 
 
@@ -64,3 +71,8 @@ def test_a_notebook_asks_and_checks(source: Path) -> None:
 def test_the_tasks_of_05_accept_right_answers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     (source,) = notebook_checks.sources("05")
     notebook_checks.check_tasks(source, monkeypatch, ANSWERS_05)
+
+
+def test_the_tasks_of_02_accept_right_answers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    (source,) = notebook_checks.sources("02")
+    notebook_checks.check_tasks(source, monkeypatch, ANSWERS_02)

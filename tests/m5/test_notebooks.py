@@ -13,6 +13,17 @@ pytestmark = pytest.mark.m5
 
 (SOURCE,) = notebook_checks.sources("06")
 
+ANSWERS = {
+    '''    """How many tokens of a request the step computes. Replace the line below."""
+    return None''': """
+    wanted = min(missing, threshold) if threshold else missing
+    return wanted if wanted <= budget else budget if chunked else 0""",
+    '''    """Replace the line below. Nothing else arrives, and no request ends meanwhile."""
+    return None''': """
+    return -(-prompt // (budget - decodes))""",
+    "my_budget = None": "my_budget = 128",
+}
+
 
 @pytest.fixture(autouse=True)
 def pictures_go_nowhere() -> Iterator[None]:
@@ -30,3 +41,7 @@ def test_the_committed_notebook_is_its_source() -> None:
 
 def test_it_asks_and_checks() -> None:
     notebook_checks.check_asks(SOURCE)
+
+
+def test_its_tasks_accept_right_answers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook_checks.check_tasks(SOURCE, monkeypatch, ANSWERS)
