@@ -1,12 +1,18 @@
 """The running example of the pages: the recorded answers are the model's, and every rung replays them."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from folovllm import LLM, SamplingParams
 from folovllm.learn.three_requests import EXAMPLES, example_core, example_request, run_example, text_of
+from tests.script_loader import load_script
 
 pytestmark = pytest.mark.m0
 
+FIRST_TOKENS = Path(__file__).parents[2] / "docs/data/first_tokens.json"
 ENGINES = {
     "m1": {"block_size": 16, "max_num_seqs": 1, "batching": "static"},
     "m2": {"block_size": 16, "max_num_seqs": 2},
@@ -58,3 +64,30 @@ def test_the_model_gives_these_tokens() -> None:
         assert tuple(output.outputs[0].token_ids) == example.answer_token_ids, name
         assert text_of(example.prompt_token_ids) == example.text
         assert text_of(example.answer_token_ids) == output.outputs[0].text
+
+
+# ---- the probabilities and attention weights in the pictures of docs/learn/00 and 01
+
+
+def close(first: Any, second: Any) -> bool:
+    """Whether two records are equal up to 0.001 in their numbers: another CPU adds in another order."""
+    if isinstance(first, float) or isinstance(second, float):
+        return abs(first - second) < 1e-3
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(close(first[key], second[key]) for key in first)
+    if isinstance(first, list):
+        return len(first) == len(second) and all(close(*pair) for pair in zip(first, second, strict=True))
+    return bool(first == second)
+
+
+def test_the_recorded_probabilities_belong_to_the_answers() -> None:
+    recorded = json.loads(FIRST_TOKENS.read_text(encoding="utf-8"))["next_tokens"]
+    for name, example in EXAMPLES.items():
+        best = [recorded[f"{name}{index}"][0][0] for index in range(example.max_tokens)]
+        assert best == list(example.answer_pieces[: example.max_tokens])
+
+
+@pytest.mark.weights
+def test_the_recorded_probabilities_are_the_models() -> None:
+    recorded = json.loads(FIRST_TOKENS.read_text(encoding="utf-8"))
+    assert close(load_script("record_first_tokens").record(), recorded)
