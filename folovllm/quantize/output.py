@@ -54,11 +54,11 @@ class LayerErrors:
     seconds: float
 
     def summary(self) -> str:
-        """E.g. "layer 3 mlp.down_proj: GPTQ 1.1e-03, nearest 3.9e-03"."""
+        """E.g. "layer 3 mlp.down_proj: GPTQ 1.1e-03, RTN 3.9e-03"."""
         name = f"layer {self.layer} {self.linear}"
         if self.error is None:
             return name
-        return f"{name}: GPTQ {self.error:.1e}, nearest {self.rtn_error:.1e}"
+        return f"{name}: GPTQ {self.error:.1e}, RTN {self.rtn_error:.1e}"
 
 
 class OutputFolder:

@@ -161,9 +161,9 @@ def errors_row(arm: str, kind: str, linears: list[Facts]) -> Facts:
         "linear": kind,
         "number": len(chosen),
         "GPTQ_error": f"{gptq:.2e}",
-        "nearest_error": f"{nearest:.2e}",
+        "RTN_error": f"{nearest:.2e}",
         "ratio": f"{gptq / nearest:.2f}",
-        "worse_than_nearest": sum(entry["error"] >= entry["rtn_error"] for entry in chosen),
+        "worse_than_RTN": sum(entry["error"] >= entry["rtn_error"] for entry in chosen),
         "seconds": round(sum(entry["seconds"] for entry in chosen), 1),
     }
 
@@ -194,7 +194,7 @@ def verdict(perplexity: dict[str, float], plain: str) -> list[str]:
         ours, nearest, theirs = (f"{method}{bits}" for method in ("gptq", "rtn", "theirs"))
         if {ours, nearest} <= rise.keys():
             found = rise[ours] / rise[nearest]
-            text = f"GPTQ-{bits} rises by {rise[ours]:.3f}, nearest by {rise[nearest]:.3f}"
+            text = f"GPTQ-{bits} rises by {rise[ours]:.3f}, RTN by {rise[nearest]:.3f}"
             lines.append(f"{_word(0 < found <= share)}: {text}: {found:.2f} of it, at most {share:.2f}")
         if {ours, theirs} <= rise.keys():
             ratio = perplexity[ours] / perplexity[theirs]
@@ -227,7 +227,7 @@ def draw(args: argparse.Namespace, rows: list[Facts]) -> None:
 
 def draw_errors(axes: Any, linears: list[Facts], label: str, colour: str) -> None:
     layers = sorted({entry["layer"] for entry in linears})
-    for key, name, style in (("error", "GPTQ", "-"), ("rtn_error", "nearest", "--")):
+    for key, name, style in (("error", "GPTQ", "-"), ("rtn_error", "RTN", "--")):
         means = [statistics.fmean(e[key] for e in linears if e["layer"] == layer) for layer in layers]
         axes.plot(layers, means, style, color=colour, label=f"{label}, {name}")
 

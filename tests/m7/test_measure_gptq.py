@@ -45,8 +45,8 @@ def test_errors_row() -> None:
     linears = [entry("self_attn.o_proj", 1e-3), entry("self_attn.o_proj", 5e-3), entry("mlp.down_proj", 0.0)]
     row = measure_gptq.errors_row("gptq3", "o_proj", linears)
     assert row == {
-        "bits": 3, "linear": "o_proj", "number": 2, "GPTQ_error": "3.00e-03", "nearest_error": "4.00e-03",
-        "ratio": "0.75", "worse_than_nearest": 1, "seconds": 3.0,
+        "bits": 3, "linear": "o_proj", "number": 2, "GPTQ_error": "3.00e-03", "RTN_error": "4.00e-03",
+        "ratio": "0.75", "worse_than_RTN": 1, "seconds": 3.0,
     }  # fmt: skip
     assert measure_gptq.errors_row("gptq3", "all", linears)["number"] == 3
 

@@ -287,7 +287,7 @@ def test_errors_are_reported_beside_rounding(plain: Path, tmp_path: Path) -> Non
         "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj",
     ]  # fmt: skip
     assert len(errors) == 8 and all(entry.error < entry.rtn_error for entry in errors)
-    assert "GPTQ" in errors[0].summary() and "nearest" in errors[0].summary()
+    assert "GPTQ" in errors[0].summary() and "RTN" in errors[0].summary()
     log = json.loads((tmp_path / "gptq" / output.LOG).read_text())
     assert [entry["error"] for entry in log["linears"]] == [entry.error for entry in errors]
     # The first layer's error is what the definition says, on the weights that were written.

@@ -1,14 +1,16 @@
-"""The layer that docs/learn/07 and notebook 08 quantise by hand: 8 inputs, 8 outputs, 12 calibration tokens.
+"""A layer small enough to quantise by hand: 8 inputs, 8 outputs, 12 calibration tokens.
 
-Milestone: M7. The numbers were drawn once and frozen. Inputs 0 to 3 follow one signal (input 3 against it), 4 and 5
-another, 6 is nearly noise, and 7 follows both and is the largest: what the inputs of a real layer are like.
+Milestone: M7. vLLM counterpart: none. docs/learn/07, its pictures and notebook 08 use it. The numbers were drawn once
+and frozen. Inputs 0 to 3 follow one signal (input 3 with the opposite sign), inputs 4 and 5 follow another, input 6 is
+nearly noise, and input 7 follows both signals and is the strongest. The inputs of a real layer are similar: most of
+them repeat what others say, and a few are much stronger than the rest.
 """
 
 import torch
 
 from folovllm.quantize.gptq import Hessian
 
-TOKENS = [
+TOKENS = [  # [num_tokens, input_size]
     [-1, 1, -1, 0, -1, -1, 1, 0],
     [0, 0, 1, -1, 0, 0, -1, 2],
     [3, 3, 1, -3, -3, -2, -1, 3],
@@ -22,7 +24,7 @@ TOKENS = [
     [-1, 1, 1, 1, -2, -1, 0, -2],
     [0, 1, 2, -1, 2, 2, 0, 1],
 ]
-WEIGHT = [
+WEIGHT = [  # [output_size, input_size]
     [0.41, 0.36, -0.65, -0.70, -0.65, 0.59, -0.17, 0.14],
     [0.31, -0.70, -0.38, 0.02, -0.59, 0.58, 0.44, -0.57],
     [0.46, -0.50, -0.10, 0.32, -0.70, 0.00, -0.15, 0.28],
@@ -35,7 +37,7 @@ WEIGHT = [
 
 
 def example_layer() -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight [8 outputs, 8 inputs], hessian [8, 8])."""
+    """Returns (weight [output_size 8, input_size 8], hessian [8, 8]), both fp32."""
     hessian = Hessian(8)
     hessian.add(torch.tensor(TOKENS))
     return torch.tensor(WEIGHT), hessian.matrix
