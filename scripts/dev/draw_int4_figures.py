@@ -223,7 +223,7 @@ def draw_sizes(path: Path) -> None:
     for method, colour in (("RTN", RTN), ("GPTQ", FITTED)):
         rise = 100 * (ours[method, 4] / ours[None, 16] - 1)
         ax.plot(0.135, rise, "*", color=colour, ms=15, mec=INK)
-        note(ax, 0.115, rise, f"{rise:.0f} %", ha="right", va="center", colour=colour)
+        note(ax, 0.115, rise, f"{rise:.1f} %", ha="right", va="center", colour=colour)
     note(ax, 0.165, 44, "star: SmolLM2-135M, on this page",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1}, size=9.5)  # fmt: skip
     note(ax, 75, 500, "OPT-66B", colour=RTN, size=9.5)
