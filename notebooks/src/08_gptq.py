@@ -201,7 +201,7 @@ figure, ax = plt.subplots(figsize=(7, 2.4))
 for name, values in lost.items():
     ax.plot(range(9), values, "o-", ms=4, color=COLOURS[name])
     ax.text(8.1, values[-1], name, va="center", color=COLOURS[name])
-ax.set(xlabel="columns rounded", ylabel="% of the output lost", xlim=(0, 8.8))
+ax.set(xlabel="columns rounded", ylabel="% of the output lost", xlim=(0, 8.8));
 
 # %% [markdown]
 # ## When can it help?
@@ -248,7 +248,7 @@ ax.text(0.5, 0.97, "RTN", va="top", color=COLOURS["RTN"])
 for column, name in enumerate(("GPTQ", "act-order")):
     ax.plot(shares, curves[:, column], "o-", ms=4, color=COLOURS[name], label=name)
 ax.set(xlabel="correlation within a family", ylabel="error / RTN's error", ylim=(0, 1.1))
-ax.legend(loc="lower left")
+ax.legend(loc="lower left");
 
 # %% [markdown]
 # ## In which order?
