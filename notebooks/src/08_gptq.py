@@ -140,7 +140,7 @@ for ax, h, title in (
     scale = h.diagonal().sqrt()
     image = ax.imshow(h / scale[:, None] / scale, cmap="RdBu", vmin=-1, vmax=1)
     ax.set(title=title, xlabel="input", ylabel="input")
-figure.colorbar(image, ax=axes, label="correlation")
+figure.colorbar(image, ax=axes, label="correlation");
 # %% [markdown]
 # ## One step
 #
@@ -320,7 +320,7 @@ figure, ax = plt.subplots(figsize=(7, 2.4))
 for (bits, values), colour in zip(growth.items(), viz.PALETTE, strict=False):
     ax.plot(range(8), values, "o-", ms=4, color=colour, label=f"{bits} bits")
 ax.set(xlabel="group, in the order of rounding", ylabel="scale / original scale", ylim=(0.9, None))
-ax.legend()
+ax.legend();
 # %%
 viz.table(["bits", "% lost, RTN", "% lost, GPTQ", "% lost, GPTQ with static groups"], static_lost)
 
@@ -359,7 +359,7 @@ for bits, colour in zip((2, 3, 4), viz.PALETTE, strict=False):
 ax.set(xlabel="bits per weight, scales and zeros counted (at the points: group size)", ylabel="% lost", yscale="log")
 ax.set_yticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
 ax.minorticks_off()
-ax.legend()
+ax.legend();
 # %% [markdown]
 # ## How much text does it need?
 #
@@ -403,7 +403,7 @@ ax.text(INPUTS * 1.05, 1.5, f"as many tokens as inputs, {INPUTS}", color=viz.INK
 ax.set(xscale="log", xlabel="calibration tokens", ylabel="error / RTN's, other text", ylim=(0, None))
 ax.set_xticks(counts, map(str, counts))
 ax.minorticks_off()
-ax.legend(loc="upper right")
+ax.legend(loc="upper right");
 # %% [markdown]
 # ## What lies in the file
 #
@@ -575,7 +575,7 @@ for name, colour in (("a100", viz.PALETTE[2]), ("h100", viz.PALETTE[3])):
 axes[1].set(title="GPUs, upper bound of the gain", xlabel="tokens in the step", ylabel="times faster", xscale="log")
 axes[1].set(ylim=(0, 4))
 axes[1].set_xticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
-axes[1].legend()
+axes[1].legend();
 # %% [markdown]
 # ## Is it all true?
 

@@ -1,4 +1,4 @@
-"""Notebook 08: it runs in fast mode, checks itself, asks, is committed as its source builds it, and its tasks can be done.
+"""Notebook 08: it runs in fast mode, checks itself, asks, is what its source builds, and its tasks can be done.
 
 Milestone: M7. vLLM counterpart: none. What is checked: tests/notebook_checks.py.
 """
