@@ -7,8 +7,9 @@ A page says where a table goes and from which file (paths from the repository ro
     ... written by this script ...
     <!-- /results -->
 
-After the file name, `running=32` keeps only the rows of that value (for files with a list of `results`), and
-`arms=m2,m3` only those arms (for a compare_perf file).
+After the file name, `running=32` keeps only the rows of that value, `seq_len=512,8192` those of one of them, and
+`columns=case,forward_ms` only these columns, in this order (for files with a list of `results`); `arms=m2,m3` keeps
+only those arms (for a compare_perf file).
 `view=ladder` writes the table of the rungs with one measured column (for a compare_perf file).
 
     python scripts/dev/fill_results.py            rewrite all pages
@@ -142,12 +143,18 @@ def peers_table(result: dict[str, Any], link: str) -> str:
 
 
 def plain_table(result: dict[str, Any], link: str, wanted: dict[str, str]) -> str:
-    """A file with a list of `results`: their keys are the columns."""
-    machine = result["machine"]
-    rows = [r for r in result["results"] if all(str(r[key]) == value for key, value in wanted.items())]
-    cells = [{name.replace("_", " "): text_of(value) for name, value in row.items()} for row in rows]
+    """A file with a list of `results`: their keys are the columns. The unit is one of time, or "logits"."""
+    machine, wanted = result["machine"], dict(wanted)
+    columns = wanted.pop("columns", "")
+    rows = [r for r in result["results"] if all(str(r[key]) in values.split(",") for key, values in wanted.items())]
+    digits = result.get("digits", 3)
+    cells = [
+        {name.replace("_", " "): text_of(row[name], digits) for name in (columns.split(",") if columns else row)}
+        for row in rows
+    ]
     facts = f"[all figures]({link}), commit {machine['git']['sha'][:10]}"
-    where = f"{machine['cpu']}, {machine['cores']} cores, times in {result['unit']}"
+    what = "" if result["unit"] == "logits" else f", times in {result['unit']}"
+    where = f"{machine['cpu']}, {machine['cores']} cores{what}"
     return f"`python {as_run_today(result['command'])}` on {where} ({facts}).\n\n{markdown_table(cells)}"
 
 
@@ -160,11 +167,13 @@ def as_run_today(command: str) -> str:
     return moved if (ROOT / moved.split()[0]).exists() else command
 
 
-def text_of(value: Any) -> str:
-    """Whole numbers from 100 on, below that three digits that count; arms in words."""
+def text_of(value: Any, digits: int = 3) -> str:
+    """Whole numbers from 100 on, below that three digits that count; arms in words; nothing for a missing value."""
+    if value is None:
+        return "-"
     if not isinstance(value, float):
         return in_words(str(value))
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
 
 
 def row(name: str, arm: dict[str, Any]) -> str:
