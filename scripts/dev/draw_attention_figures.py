@@ -1,12 +1,13 @@
-"""Draw the pictures of docs/learn/04: the tiles that torch_flash really visits, and a roofline.
+"""Draws the pictures of docs/learn/04: memory, tiles, the flat batch, the roofline, and rounding to bf16.
 
 Milestone: M4. vLLM counterpart: none. No weights, a few seconds:
 
     python scripts/dev/draw_attention_figures.py [--out docs/learn/img]
     python scripts/dev/draw_attention_figures.py --measure     first measure this machine's two roofs again, alone on it
 
-The tiles are written down while the backend runs; the roofs come from milestones/m4/results/roofline_cpu.json, and the
-points under them are counted from the default model's configuration. What the page says about them is asserted here.
+The tiles are written down while the backend runs, and the flat batch is step 2 of the three requests of
+folovllm/learn/three_requests.py. The roofs come from milestones/m4/results/roofline_cpu.json, the measured points from
+the result files beside it, and operations and bytes are counted from the default model's configuration.
 """
 
 import json
@@ -19,20 +20,97 @@ from typing import Any
 import figure_files
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.patches import Rectangle
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from folovllm.attention.backend import AttentionSpec
 from folovllm.attention.backends.torch_flash import TorchFlashBackend
 from folovllm.benchmarks.machine import machine_header, measure_bandwidth
 from folovllm.benchmarks.report import write_json
 from folovllm.hf_config import ModelArchitecture, parse_hf_config
+from folovllm.learn.three_requests import EXAMPLES, example_core, run_example
+from folovllm.sim.hardware import HARDWARE
+from folovllm.viz import PALETTE
 
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = ROOT / "tests/data/configs/SmolLM2-135M-Instruct.json"
-ROOFS = ROOT / "milestones/m4/results/roofline_cpu.json"
-H100 = (989e12, 3.35e12)  # bf16 dense, HBM3: NVIDIA's data sheet of the SXM board
+RESULTS = ROOT / "milestones/m4/results"
+ROOFS = RESULTS / "roofline_cpu.json"
 BF16 = 2  # bytes
-ALL, DIAGONAL, NEVER, INK = "#56B4E9", "#E69F00", "#DDDDDD", "#333333"
+ALL, DIAGONAL, NEVER, INK = "#56B4E9", "#CC79A7", "#DDDDDD", "#333333"
+COLOURS = dict(zip("abc", PALETTE, strict=False))
+PALE = {"a": "#CCE3F0", "b": "#FAECCC", "c": "#CCECE3"}
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def architecture() -> ModelArchitecture:
+    return parse_hf_config(json.loads(SMOLLM2.read_text(encoding="utf-8")))
+
+
+# ---- 04: the memory hierarchy
+
+
+@dataclass(frozen=True)
+class Level:
+    name: str
+    size: str
+    speed: str
+    holds: str
+    width: float  # of its box, in inches
+
+
+def levels(arch: ModelArchitecture) -> list[Level]:
+    """From the arithmetic units outwards.
+
+    Sizes are those that lscpu names on the reference machine. The waits in cycles are AMD's for this kind of core
+    (publication 57647), the wait for memory is that of folovllm/csrc/prefetch.h, and the rate that of ROOFS.
+    """
+    head = arch.vocab_size * arch.hidden_size
+    layer = BF16 * (arch.num_parameters() - head) / arch.num_hidden_layers / 1e6
+    scores = 4 * arch.num_attention_heads * 8192**2 / 1e9
+    tile = BF16 * 256 * arch.head_dim // 1024
+    bandwidth = read("roofline_cpu.json")["bandwidth"]["bytes_per_second"] / 1e9
+    weights = BF16 * arch.num_parameters() / 1e6
+    return [
+        Level("vector registers", "32 of 64 bytes per core", "no wait", "sums of 16 outputs", 4.0),
+        Level("L1 cache", "32 KiB per core", "from 4 cycles", f"K of a tile: 256 keys, one head, {tile} KiB", 4.7),
+        Level("L2 cache", "1 MiB per core", "from 14 cycles", "Q, scores, K and V of a tile", 5.4),
+        Level("L3 cache", "32 MiB, shared", "about 50 cycles", f"the weights of one layer: {layer:.1f} MB", 6.1),
+        Level(
+            "main memory",
+            "25 GB",
+            f"110 ns, {bandwidth:.1f} GB/s",
+            f"all weights: {weights:.0f} MB; naive scores: {scores:.1f} GB",
+            6.8,
+        ),
+    ]
+
+
+def draw_memory(path: Path) -> None:
+    figure, ax = plt.subplots(figsize=(9, 4.3), layout="constrained")
+    machine, middle = HARDWARE["cpu"], 3.45
+    box(ax, middle, 5.1, 4.0, 0.62, "#FFE3CC")
+    ax.text(middle, 5.1, f"arithmetic units: {machine.flops / 1e9:.0f} GFLOP/s", ha="center", va="center", fontsize=10)
+    for i, level in enumerate(levels(architecture())):
+        y = 4.1 - i
+        shade = ("#FFF1E0", "#FFF1E0", "#FFF1E0", "#EAF2FB", "#D3E3F5")[i]
+        box(ax, middle, y, level.width, 0.72, shade)
+        ax.text(middle, y + 0.14, f"{level.name}: {level.size}", ha="center", va="center", fontsize=10)
+        ax.text(middle, y - 0.17, level.speed, ha="center", va="center", fontsize=9, color="#555555")
+        ax.text(7.05, y, level.holds, va="center", fontsize=9)
+        ax.annotate("", (middle, y + 0.36), (middle, y + 0.64), arrowprops={"arrowstyle": "<->", "color": INK})
+    ax.text(7.05, 5.1, "what we want to be there:", va="center", fontsize=9, style="italic")
+    ax.set(xlim=(-0.05, 10.4), ylim=(-0.5, 5.5))
+    ax.axis("off")
+    figure_files.save(figure, path)
+
+
+def box(ax: Any, x: float, y: float, width: float, height: float, colour: str) -> None:
+    corner = (x - width / 2, y - height / 2)
+    style = "round,pad=0,rounding_size=0.08"
+    ax.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, fc=colour, ec=INK, lw=1))
 
 
 # ---- 04: which tiles are computed
@@ -75,7 +153,7 @@ def run_one_head(backend: TorchFlashBackend, seq_len: int, q_len: int) -> None:
 
 def draw_tiles(path: Path) -> None:
     cases = {"a prompt of 24 tokens": (24, 24), "10 new tokens after 14": (24, 10), "one new token after 23": (24, 1)}
-    figure, axes = plt.subplots(1, 3, figsize=(10, 4.3), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.9), layout="constrained")
     counts = []
     for ax, (name, (seq_len, q_len)) in zip(axes, cases.items(), strict=True):
         tiles = visited(seq_len, q_len, 4)
@@ -90,8 +168,65 @@ def draw_tiles(path: Path) -> None:
         ax.set_aspect("equal")
     axes[0].set_ylabel("position of the query")
     assert counts == [21, 17, 6]  # 21 = 6 * 7 / 2 of 36
-    figure.suptitle("Tiles of 4 x 4. Blue: every query sees every key. Orange: mask. Grey: never read", fontsize=11)
+    figure.suptitle(
+        "Tiles of 4 x 4. Blue: every query sees every key. Pink: mask needed. Grey: never read", fontsize=11
+    )
     figure_files.save(figure, path)
+
+
+# ---- 04: the flat batch of step 2
+
+
+def flat_batch() -> tuple[list[tuple[str, int, int]], dict[str, list[int]]]:
+    """Step 2 of the three requests: (request, first position, number of new tokens), and the block tables."""
+    step = list(run_example(example_core(num_kv_blocks=10)))[2]
+    return [(name, step.start[name], count) for name, count in step.scheduled.items()], step.blocks
+
+
+def draw_flat_batch(path: Path) -> None:
+    batch, blocks = flat_batch()
+    assert batch == [("a", 6, 1), ("b", 5, 1), ("c", 0, 12)]
+    figure, ax = plt.subplots(figsize=(9, 5.6), layout="constrained")
+    top = row = 0.0
+    for name, start, count in batch:
+        tiles = visited(start + count, count, 4)
+        draw_blocks(ax, blocks[name], top, name)
+        top += 1.0
+        for tile in tiles:
+            y = top + tile.position - start
+            corner = (tile.first_key + 0.04, y + 0.04)
+            size = (tile.num_keys - 0.08, tile.num_queries - 0.08)
+            ax.add_patch(Rectangle(corner, *size, fc="none", ec=INK, lw=1.6, zorder=3))
+        for i in range(count):
+            draw_query(ax, name, start + i, top + i, int(row) + i)
+        row, top = row + count, top + count + 0.55
+    ax.text(-0.25, -0.75, "row of the batch, token, position", ha="right", va="center", fontsize=9, style="italic")
+    ax.text(0, -0.75, "keys, by position in their own request, in blocks of 4", va="center", fontsize=9, style="italic")
+    ax.text(12.35, 8.6, "frame: a tile that is computed\nfilled: the query sees the key\npale: masked, the key is later"
+            "\nno frame: never read", fontsize=9, va="top", linespacing=1.5)  # fmt: skip
+    ax.set(xlim=(-5.6, 17.2), ylim=(top, -1.2))
+    ax.axis("off")
+    figure_files.save(figure, path)
+
+
+def draw_blocks(ax: Any, table: list[int], y: float, name: str) -> None:
+    """The request's block table, each block above the four positions whose K and V it holds."""
+    for i, block in enumerate(table):
+        ax.add_patch(Rectangle((4 * i + 0.04, y + 0.12), 3.92, 0.76, fc=COLOURS[name], ec="none"))
+        label = {"ha": "center", "va": "center", "fontsize": 9, "color": "black" if name == "b" else "white"}
+        ax.text(4 * i + 2, y + 0.5, f"block {block} ({name})", **label)
+
+
+def draw_query(ax: Any, name: str, position: int, y: float, row: int) -> None:
+    """One row: its label, and a cell for each key of the request that its tile holds."""
+    example = EXAMPLES[name]
+    pieces = example.pieces + example.answer_pieces
+    label = f"row {row}   {name}   {pieces[position]!r}   {position}"
+    ax.text(-0.25, y + 0.5, label, ha="right", va="center", fontsize=9, family="DejaVu Sans Mono")
+    in_tiles = (position // 4 + 1) * 4 if name == "c" else position + 1
+    for key in range(in_tiles):
+        colour = COLOURS[name] if key <= position else PALE[name]
+        ax.add_patch(Rectangle((key + 0.08, y + 0.1), 0.84, 0.8, fc=colour, ec="none", alpha=0.85))
 
 
 # ---- 04: the roofline
@@ -110,28 +245,135 @@ def step_work(arch: ModelArchitecture, num_seqs: int, q_len: int, seq_len: int) 
     return operations, BF16 * arch.num_parameters() + num_seqs * seq_len * arch.kv_bytes_per_token(BF16)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A point under the roof: the operations and bytes that an implementation needs, and the time that it took."""
+
+    name: str
+    operations: float
+    num_bytes: float
+    seconds: float
+    fast: bool  # the kernels of M4, or plain torch as in M1 to M3
+    offset: tuple[int, int]  # of the label, in points
+    side: str = "left"  # the edge of the label that the offset is for
+
+    @property
+    def intensity(self) -> float:
+        return self.operations / self.num_bytes
+
+    @property
+    def rate(self) -> float:
+        return self.operations / self.seconds
+
+
+def naive_bytes(arch: ModelArchitecture, n: int) -> float:
+    """What the formula moves for one layer and a prompt of n tokens: the fp32 scores four times, Q, output, K and V."""
+    return 4.0 * 4 * arch.num_attention_heads * n * n + 2 * BF16 * n * (arch.q_size + arch.kv_size)
+
+
+def tiled_bytes(arch: ModelArchitecture, n: int, tile: int = 128) -> float:
+    """Q and output once; for each tile of queries, K and V up to its own end."""
+    k_and_v = 2 * BF16 * n * arch.kv_size
+    return 2 * BF16 * n * arch.q_size + sum(k_and_v * tile * (i + 1) // n for i in range(n // tile))
+
+
+def attention_points(arch: ModelArchitecture) -> list[Measured]:
+    times = {(r["case"], r["backend"]): r["forward_ms"] / 1e3 for r in read("bench_attention.json")["results"]}
+    prefill, decode = "prefill 8192", "decode 32x2048"
+    pairs = 4.0 * arch.q_size * 8192**2
+    decode_work, kv = 4.0 * arch.q_size * 32 * 2048, 32 * 2048 * 2 * BF16 * arch.kv_size
+    naive, paged = "torch_naive", "cpu_paged"
+    prompt, rows = "prompt of 8,192,\nattention", "decode of 32 x 2,048,\nattention"
+    return [
+        Measured(prompt, pairs, naive_bytes(arch, 8192), times[prefill, naive], False, (9, -30)),
+        Measured(prompt, pairs / 2, tiled_bytes(arch, 8192), times[prefill, paged], True, (9, -30)),
+        Measured(rows, decode_work, 7 * kv, times[decode, naive], False, (-8, -40)),
+        Measured(rows, decode_work, kv, times[decode, paged], True, (-10, 20), "right"),
+    ]
+
+
+def step_points(arch: ModelArchitecture) -> list[Measured]:
+    """Whole decode steps, of arms beside which memory gave about as much as the roof says."""
+    profile = read("profile_step.json")
+    rows = {(row["arm"][0], row["requests"]): row for row in profile["results"]}
+    points = []
+    labels = {
+        ("1", 1): ((9, -20), "left"),
+        ("8", 1): ((-9, 10), "right"),
+        ("1", 32): ((-9, -14), "right"),
+        ("7", 32): ((10, -16), "left"),
+    }
+    for (arm, requests), (offset, side) in labels.items():
+        row = rows[arm, requests]
+        operations, num_bytes = step_work(arch, requests, 1, profile["run"]["context"])
+        name = "whole step\nof 1 request" if requests == 1 else "whole step\nof 32 requests"
+        points.append(Measured(name, operations, num_bytes, row["step"] / 1e6, arm != "1", offset, side))
+    return points
+
+
 def draw_roofline(path: Path) -> None:
-    roofs = json.loads(ROOFS.read_text())
-    here = (roofs["matmul_flop_per_s"], roofs["bandwidth"]["bytes_per_second"])
-    arch = parse_hf_config(json.loads(SMOLLM2.read_text()))
-    points = {f"decode of {n}, 256 tokens each": step_work(arch, n, 1, 256) for n in (1, 8, 32, 128)}
-    points["decode of 32, 4,096 tokens each"] = step_work(arch, 32, 1, 4096)
-    points["a prompt of 512"] = step_work(arch, 1, 512, 512)
-    figure, ax = plt.subplots(figsize=(9, 4.4), layout="constrained")
-    label = f"{roofs['machine']['cpu']}, {roofs['threads']} threads"
-    for (peak, bandwidth), style, name in ((here, "-", label), (H100, "--", "H100 SXM (data sheet)")):
-        knee = peak / bandwidth
-        ax.plot([0.4, knee, 2000], [0.4 * bandwidth, peak, peak], style, color=INK, lw=1.3)
-        ax.annotate(f"{name}: knee at {knee:.0f}", (knee, peak), (-30, 6), textcoords="offset points", fontsize=8)
-    for (name, (operations, num_bytes)), marker in zip(points.items(), "osD^vP", strict=True):
-        reachable = min(here[0], operations / num_bytes * here[1])
-        ax.plot(operations / num_bytes, reachable, marker, markersize=8, label=f"{name}: {operations / num_bytes:.1f}")
-    ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations per second at best")
-    ax.set_title("SmolLM2-135M in bf16 under two roofs; in the legend, operations per byte", fontsize=10)
-    ax.set_ylim(1e9, 4e15)
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, loc="lower right")
-    assert [round(o / b, 1) for o, b in points.values()] == [1.0, 7.3, 20.0, 35.8, 5.4, 419.8], points
+    machine, arch = HARDWARE["cpu"], architecture()
+    points = attention_points(arch) + step_points(arch)
+    figure, ax = plt.subplots(figsize=(9, 5.2), layout="constrained")
+    ax.plot([0.25, machine.knee, 1500], [0.25 * machine.bandwidth, machine.flops, machine.flops], color=INK, lw=1.6)
+    ax.axvline(machine.knee, color="#AAAAAA", lw=0.8, ls=":")
+    ax.text(3.3, 1.3e11, f"memory: {machine.gb_per_s:.1f} GB/s", rotation=36, fontsize=9)
+    ax.text(60, machine.flops * 1.1, f"arithmetic: {machine.flops / 1e9:.0f} GFLOP/s", fontsize=9)
+    ax.text(machine.knee * 1.05, 1.25e9, f"knee: {machine.knee:.1f}\noperations per byte", fontsize=9, color="#555555")
+    for before, after in zip(points[::2], points[1::2], strict=True):
+        arrow = {"arrowstyle": "->", "color": "#888888", "shrinkA": 6, "shrinkB": 6}
+        ax.annotate("", (after.intensity, after.rate), (before.intensity, before.rate), arrowprops=arrow)
+    for point in points:
+        colour = COLOURS["a"] if point.fast else "#D55E00"
+        ax.plot(
+            point.intensity, point.rate, "o", markersize=8, mfc=colour if point.fast else "white", mec=colour, mew=2
+        )
+        label = f"{point.name}\n{point.rate / 1e9:.0f} GFLOP/s"
+        position = {"xytext": point.offset, "textcoords": "offset points", "ha": point.side}
+        ax.annotate(label, (point.intensity, point.rate), **position, fontsize=9, color=colour, linespacing=1.1)
+    ax.text(150, 3.2e9, "filled: the kernels of M4", fontsize=9, color=COLOURS["a"])
+    ax.text(150, 2.3e9, "hollow: plain torch, as M1 to M3", fontsize=9, color="#D55E00")
+    ax.set(xscale="log", yscale="log", xlim=(0.25, 1500), ylim=(1e9, 9e11))
+    ax.set(xlabel="operations per byte of memory traffic (counted)", ylabel="operations per second (measured)")
+    ax.grid(alpha=0.25)
+    figure_files.save(figure, path)
+
+
+# ---- 04: rounding
+
+
+def draw_rounding(path: Path) -> None:
+    """The two candidates of request a's first differing token: before and after rounding, in each engine."""
+    result = read("first_difference.json")
+    (facts,) = (d for d in result["differences"] if d["request"] == "a")
+    rows = [row for row in result["results"] if row["request"] == "a" and row["engine"] != "m4 fp32"]
+    step = facts["bf16_step"]
+    figure, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    for value in (37.25, 37.5, 37.75):
+        ax.axvline(value, color="#888888", lw=1)
+        ax.text(value, -0.62, f"{value}", ha="center", fontsize=10)
+        if value < 37.75:
+            ax.axvline(value + step / 2, color="#BBBBBB", lw=0.8, ls=":")
+    for y, row in enumerate(rows):
+        names = [key.removeprefix("exact ") for key in row if key.startswith("exact")]
+        label = {"m1 fp32": "fp32, every rung"}.get(row["engine"], row["engine"])
+        ax.text(37.165, y, f"{label}\nchooses {row['chooses']}", va="center", ha="right", fontsize=10)
+        for token, colour, lift in zip(names, ("#0072B2", "#D55E00"), (-0.17, 0.17), strict=True):
+            exact, logit = row[f"exact {token}"], row[f"logit {token}"]
+            ax.plot(exact, y + lift, "o", ms=8, mfc="white", mec=colour, mew=2, zorder=3)
+            ax.text(exact, y + lift - 0.13, f"{token} {exact:.3f}", ha="center", fontsize=9, color=colour)
+            if "bf16" in row["engine"]:
+                arrow = {"arrowstyle": "->", "color": colour, "lw": 1.6, "shrinkA": 5, "shrinkB": 0}
+                ax.annotate("", (logit, y + lift), (exact, y + lift), arrowprops=arrow)
+                ax.plot(logit, y + lift, "s", ms=8, color=colour, zorder=3)
+    ax.text(37.77, 2.0, "a tie: the smaller\ntoken id wins", fontsize=9, va="center", ha="right")
+    note = "circle: before the last rounding      square: the logit that the engine compares"
+    ax.text(37.39, 2.5, note, fontsize=9, ha="center", style="italic")
+    ax.text(37.165, -0.62, "bf16 numbers here", ha="right", fontsize=10, style="italic")
+    ax.text(37.375, -0.62, "limit of rounding", ha="center", fontsize=9, color="#888888")
+    ax.text(37.625, -0.62, "limit of rounding", ha="center", fontsize=9, color="#888888")
+    ax.set(xlim=(36.97, 37.82), ylim=(2.6, -0.8))
+    ax.axis("off")
     figure_files.save(figure, path)
 
 
@@ -167,7 +409,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         measure(ROOFS)
-    figure_files.draw_all({"04_tiles": draw_tiles, "04_roofline": draw_roofline}, args.out)
+    figures = {
+        "04_memory": draw_memory,
+        "04_tiles": draw_tiles,
+        "04_flat_batch": draw_flat_batch,
+        "04_roofline": draw_roofline,
+        "04_rounding": draw_rounding,
+    }
+    figure_files.draw_all(figures, args.out)
 
 
 if __name__ == "__main__":
