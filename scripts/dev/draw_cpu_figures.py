@@ -1,0 +1,203 @@
+"""Draws the pictures of docs/learn/04b: a decode step's parts, packed weights, the thread team, the shortlist.
+
+Milestone: M4. vLLM counterpart: none. No weights, a few seconds:
+
+    python scripts/dev/draw_cpu_figures.py [--out docs/learn/img]
+
+The parts of a step come from milestones/m4/results/profile_step.json, the floor beside them from the model's
+configuration and the reference machine, and the shortlist from the sampler's own code. The thread team is drawn out of
+scale: its times are those of folovllm/csrc/thread_team.h.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import figure_files
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.patches import FancyArrowPatch, Rectangle
+
+from folovllm.hf_config import parse_hf_config
+from folovllm.sample.ops.shortlist import SHORTLIST_SIZE
+from folovllm.sim.hardware import HARDWARE
+
+ROOT = Path(__file__).parents[2]
+SMOLLM2 = ROOT / "tests/data/configs/SmolLM2-135M-Instruct.json"
+PROFILE = ROOT / "milestones/m4/results/profile_step.json"
+INK, GREY = "#333333", "#BBBBBB"
+PARTS = {  # part of a step in profile_step.json -> what the picture calls it, and its colour
+    "linear": ("linear layers", "#0072B2"),
+    "whole_layers": ("all layers, one call", "#332288"),
+    "attention": ("attention", "#D55E00"),
+    "norm,_rotary,_SiLU": ("norm, rotary, SiLU", "#E69F00"),
+    "Python": ("Python", "#F0E442"),
+    "the rest": ("the rest", GREY),
+}
+LANES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # of four outputs
+
+
+# ---- a decode step, change by change
+
+
+def draw_step(path: Path) -> None:
+    profile = json.loads(PROFILE.read_text(encoding="utf-8"))
+    figure, axes = plt.subplots(2, 1, figsize=(9, 6.6), layout="constrained")
+    for ax, requests in zip(axes, (1, 32), strict=True):
+        rows = [row for row in profile["results"] if row["requests"] == requests and row["arm"][0] != "8"]
+        for y, row in enumerate(rows):
+            draw_bar(ax, y, row)
+        floor = floor_ms(requests, profile["run"]["context"])
+        ax.axvline(floor, color=INK, lw=1.2, ls="--", zorder=0)
+        name = "1 request" if requests == 1 else f"{requests} requests"
+        ax.set_title(
+            f"{name}, 200 tokens each; dashed: the model of the floor, {floor:.1f} ms", loc="left", fontsize=10
+        )
+        ax.set_yticks(range(len(rows)), [row["arm"] for row in rows], fontsize=9)
+        ax.invert_yaxis()
+        ax.set_xlim(0, 1.16 * max(row["step"] for row in rows) / 1e3)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[1].set_xlabel("milliseconds of one decode step")
+    handles = [Rectangle((0, 0), 1, 1, fc=colour) for _, colour in PARTS.values()]
+    axes[0].legend(handles, [name for name, _ in PARTS.values()], fontsize=9, loc="lower right", frameon=False)
+    figure_files.save(figure, path)
+
+
+def draw_bar(ax: Any, y: int, row: dict[str, Any]) -> None:
+    """One arm's step and its parts. If the profiler made the parts longer than the step, they are scaled to fit it."""
+    named = sum(row[part] for part in PARTS if part in row)
+    scale = min(1.0, row["step"] / named)
+    left = 0.0
+    for part, (_, colour) in PARTS.items():
+        width = (row["step"] - scale * named if part == "the rest" else scale * row[part]) / 1e3
+        ax.barh(y, width, left=left, color=colour, height=0.68)
+        left += width
+    ax.text(left, y, f"  {row['step'] / 1e3:.1f}", va="center", fontsize=9)
+
+
+def floor_ms(requests: int, context: int) -> float:
+    """The longer of reading all weights, K and V, and of all multiplications, on the reference machine."""
+    arch, machine = parse_hf_config(json.loads(SMOLLM2.read_text(encoding="utf-8"))), HARDWARE["cpu"]
+    num_bytes = 2 * arch.num_parameters() + requests * context * arch.kv_bytes_per_token(2)
+    operations = 2.0 * requests * (arch.num_parameters() + 2 * context * arch.num_hidden_layers * arch.q_size)
+    return 1e3 * max(num_bytes / machine.bandwidth, operations / machine.flops)
+
+
+# ---- packed weights
+
+
+def draw_packing(path: Path) -> None:
+    """Four outputs of eight inputs, registers of four lanes: small enough to see every number."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    draw_weights(left, [(output, pair) for output in range(4) for pair in range(4)], "as PyTorch stores it: row by row")
+    draw_weights(right, [(output, pair) for pair in range(4) for output in range(4)], "packed: pair by pair")
+    left.text(
+        2, 4.25, "Each register belongs to ONE output.\nIts 4 lanes must still be added up.", ha="center", va="top"
+    )
+    right.text(
+        2,
+        4.25,
+        "Each lane belongs to its own output.\nAfter the last pair, 4 sums are finished.",
+        ha="center",
+        va="top",
+    )
+    figure_files.save(figure, path)
+
+
+def draw_weights(ax: Any, order: list[tuple[int, int]], title: str) -> None:
+    for i, (output, pair) in enumerate(order):
+        x, y = i % 4, i // 4
+        ax.add_patch(Rectangle((x + 0.03, y + 0.12), 0.94, 0.76, fc=LANES[output], ec="none", alpha=0.85))
+        text = f"w[{output}][{2 * pair}]\nw[{output}][{2 * pair + 1}]"
+        colour = "black" if output == 1 else "white"
+        ax.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=9, color=colour, family="DejaVu Sans Mono")
+    for y in range(4):
+        ax.text(-0.12, y + 0.5, f"register {y}", ha="right", va="center", fontsize=9)
+        pairs = {pair for output, pair in order[4 * y : 4 * y + 4]}
+        inputs = "x[0] .. x[7]" if len(pairs) > 1 else f"x[{2 * min(pairs)}], x[{2 * min(pairs) + 1}]"
+        ax.text(4.12, y + 0.5, f"times\n{inputs}", va="center", fontsize=9)
+    for x in range(4):
+        ax.text(x + 0.5, -0.05, f"lane {x}", ha="center", va="bottom", fontsize=9, color="#555555")
+    ax.set_title(title, fontsize=10)
+    ax.set(xlim=(-1.25, 5.45), ylim=(5.3, -0.4))
+    ax.axis("off")
+
+
+# ---- the thread team
+
+
+def draw_team(path: Path) -> None:
+    figure, axes = plt.subplots(2, 1, figsize=(9, 3.8), layout="constrained")
+    works = ("qkv", "o", "gate_up", "down")
+    draw_threads(axes[0], works, gap=0.9, fork=True)
+    axes[0].set_title("a region per operator: start and end of each cost 0.9 to 1.7 us", loc="left", fontsize=10)
+    draw_threads(axes[1], works, gap=0.25, fork=False)
+    axes[1].set_title("one region for all layers: a job is handed over in 0.05 to 0.3 us", loc="left", fontsize=10)
+    axes[1].text(
+        0,
+        -0.12,
+        "The four linear layers of one decoder layer. Not to scale: for one token they take 20 to 100 us each.",
+        fontsize=9,
+        style="italic",
+        va="top",
+    )
+    figure_files.save(figure, path)
+
+
+def draw_threads(ax: Any, works: tuple[str, ...], gap: float, fork: bool) -> None:
+    x = gap
+    for name in works:
+        for y in (0, 1):
+            ax.add_patch(Rectangle((x, y + 0.14), 1.6, 0.62, fc="#CCE3F0", ec="#0072B2", lw=1))
+            ax.text(x + 0.8, y + 0.45, name, ha="center", va="center", fontsize=9)
+        ax.add_patch(Rectangle((x - gap, 0.14), gap, 1.62, fc="#F6D5C3" if fork else "#FBEBDD", ec="none"))
+        arrow = {"arrowstyle": "-|>", "mutation_scale": 9, "color": "#D55E00", "shrinkA": 0, "shrinkB": 0}
+        ax.add_patch(FancyArrowPatch((x - gap, 1.45), (x, 0.45), **arrow))
+        if fork:
+            ax.text(x - gap / 2, 0.95, "start\nwait", ha="center", va="center", fontsize=9, color="#A04000")
+        x += 1.6 + gap
+    for y, label in ((1, "thread 0"), (0, "thread 1")):
+        ax.text(-0.1, y + 0.45, label, ha="right", va="center", fontsize=9)
+    ax.set(xlim=(-1.1, 10.2), ylim=(-0.45, 1.9))
+    ax.axis("off")
+
+
+# ---- sampling
+
+
+def draw_shortlist(path: Path) -> None:
+    """The same rows as the page's example: three peaked ones and a flat one, of 5,000 tokens."""
+    torch.manual_seed(0)
+    logits = torch.randn(4, 5000) * torch.tensor([[6.0], [6.0], [6.0], [0.01]])  # [R, V]
+    mass = logits.softmax(dim=-1).sort(dim=-1, descending=True).values.cumsum(dim=-1)  # [R, V]
+    figure, ax = plt.subplots(figsize=(9, 3.5), layout="constrained")
+    ranks = range(1, 5001)
+    for row in range(3):
+        ax.plot(ranks, mass[row], color="#0072B2", lw=1.6)
+    ax.plot(ranks, mass[3], color="#D55E00", lw=1.6)
+    ax.axvline(SHORTLIST_SIZE, color=INK, lw=1, ls="--")
+    ax.axhline(0.9, color=GREY, lw=1)
+    ax.text(1.05, 0.915, "top_p = 0.9", fontsize=9, color="#666666")
+    ax.text(SHORTLIST_SIZE * 1.06, 0.52, f"end of the list:\n{SHORTLIST_SIZE} tokens", fontsize=9)
+    ax.text(5.5, 0.5, "three peaked rows: 0.9 is reached\nwith a few tokens, on the list", fontsize=9, color="#0072B2")
+    ax.text(900, 0.08, "a flat row: the list holds\n5 % of the probability", fontsize=9, color="#D55E00")
+    ax.set(xscale="log", xlim=(1, 5000), ylim=(0, 1.03))
+    ax.set(xlabel="tokens, the likeliest first", ylabel="their probability together")
+    ax.grid(alpha=0.25)
+    assert bool((mass[:3, SHORTLIST_SIZE - 1] > 0.9).all()) and round(float(mass[3, SHORTLIST_SIZE - 1]), 2) == 0.05
+    figure_files.save(figure, path)
+
+
+def main() -> None:
+    args = figure_files.parser(__doc__).parse_args()
+    figures = {
+        "04b_step": draw_step,
+        "04b_packing": draw_packing,
+        "04b_team": draw_team,
+        "04b_shortlist": draw_shortlist,
+    }
+    figure_files.draw_all(figures, args.out)
+
+
+if __name__ == "__main__":
+    main()
