@@ -1,7 +1,7 @@
 """first_difference.json, which learn/04 shows: why bf16 answers of m1 and m4 part, held to arithmetic and to the model.
 
-The review of the learning pages (shared by the project in November 2026) found that the pages claimed equal tokens in
-every dtype. The page now says what is equal, and shows the logits of the first token that is not.
+The README said until commit 59b34a9 that an optimisation never changes a token, which is true in fp32 only. The page
+now shows the logits of the first token that differs in bf16.
 """
 
 import json
