@@ -213,7 +213,12 @@ def draw_blocks(ax: Any, table: list[int], y: float, name: str) -> None:
     """The request's block table, each block above the four positions whose K and V it holds."""
     for i, block in enumerate(table):
         ax.add_patch(Rectangle((4 * i + 0.04, y + 0.12), 3.92, 0.76, fc=COLOURS[name], ec="none"))
-        label = {"ha": "center", "va": "center", "fontsize": 9, "color": "black" if name == "b" else "white"}
+        label: dict[str, Any] = {
+            "ha": "center",
+            "va": "center",
+            "fontsize": 9,
+            "color": "black" if name == "b" else "white",
+        }
         ax.text(4 * i + 2, y + 0.5, f"block {block} ({name})", **label)
 
 
@@ -321,7 +326,7 @@ def draw_roofline(path: Path) -> None:
     ax.text(60, machine.flops * 1.1, f"arithmetic: {machine.flops / 1e9:.0f} GFLOP/s", fontsize=9)
     ax.text(machine.knee * 1.05, 1.25e9, f"knee: {machine.knee:.1f}\noperations per byte", fontsize=9, color="#555555")
     for before, after in zip(points[::2], points[1::2], strict=True):
-        arrow = {"arrowstyle": "->", "color": "#888888", "shrinkA": 6, "shrinkB": 6}
+        arrow: dict[str, Any] = {"arrowstyle": "->", "color": "#888888", "shrinkA": 6, "shrinkB": 6}
         ax.annotate("", (after.intensity, after.rate), (before.intensity, before.rate), arrowprops=arrow)
     for point in points:
         colour = COLOURS["a"] if point.fast else "#D55E00"
@@ -329,7 +334,7 @@ def draw_roofline(path: Path) -> None:
             point.intensity, point.rate, "o", markersize=8, mfc=colour if point.fast else "white", mec=colour, mew=2
         )
         label = f"{point.name}\n{point.rate / 1e9:.0f} GFLOP/s"
-        position = {"xytext": point.offset, "textcoords": "offset points", "ha": point.side}
+        position: dict[str, Any] = {"xytext": point.offset, "textcoords": "offset points", "ha": point.side}
         ax.annotate(label, (point.intensity, point.rate), **position, fontsize=9, color=colour, linespacing=1.1)
     ax.text(150, 3.2e9, "filled: the kernels of M4", fontsize=9, color=COLOURS["a"])
     ax.text(150, 2.3e9, "hollow: plain torch, as M1 to M3", fontsize=9, color="#D55E00")
@@ -356,14 +361,14 @@ def draw_rounding(path: Path) -> None:
             ax.axvline(value + step / 2, color="#BBBBBB", lw=0.8, ls=":")
     for y, row in enumerate(rows):
         names = [key.removeprefix("exact ") for key in row if key.startswith("exact")]
-        label = {"m1 fp32": "fp32, every rung"}.get(row["engine"], row["engine"])
+        label: dict[str, Any] = {"m1 fp32": "fp32, every rung"}.get(row["engine"], row["engine"])
         ax.text(37.165, y, f"{label}\nchooses {row['chooses']}", va="center", ha="right", fontsize=10)
         for token, colour, lift in zip(names, ("#0072B2", "#D55E00"), (-0.17, 0.17), strict=True):
             exact, logit = row[f"exact {token}"], row[f"logit {token}"]
             ax.plot(exact, y + lift, "o", ms=8, mfc="white", mec=colour, mew=2, zorder=3)
             ax.text(exact, y + lift - 0.13, f"{token} {exact:.3f}", ha="center", fontsize=9, color=colour)
             if "bf16" in row["engine"]:
-                arrow = {"arrowstyle": "->", "color": colour, "lw": 1.6, "shrinkA": 5, "shrinkB": 0}
+                arrow: dict[str, Any] = {"arrowstyle": "->", "color": colour, "lw": 1.6, "shrinkA": 5, "shrinkB": 0}
                 ax.annotate("", (logit, y + lift), (exact, y + lift), arrowprops=arrow)
                 ax.plot(logit, y + lift, "s", ms=8, color=colour, zorder=3)
     ax.text(37.77, 2.0, "a tie: the smaller\ntoken id wins", fontsize=9, va="center", ha="right")

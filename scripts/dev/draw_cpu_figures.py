@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/learn/04b: a decode step's parts, packed weights, the thread team, the shortlist.
+"""Draws the pictures of docs/learn/04b: a decode step's parts, memory, packed weights, the thread team, the shortlist.
 
 Milestone: M4. vLLM counterpart: none. No weights, a few seconds:
 
@@ -6,7 +6,8 @@ Milestone: M4. vLLM counterpart: none. No weights, a few seconds:
 
 The parts of a step come from milestones/m4/results/profile_step.json, the floor beside them from the model's
 configuration and the reference machine, and the shortlist from the sampler's own code. The thread team is drawn out of
-scale: its times are those of folovllm/csrc/thread_team.h.
+scale: its times are those of folovllm/csrc/thread_team.h. The wait for a line and the number of lines that a core waits
+for are those of folovllm/csrc/prefetch.h.
 """
 
 import json
@@ -123,6 +124,31 @@ def draw_weights(ax: Any, order: list[tuple[int, int]], title: str) -> None:
     ax.axis("off")
 
 
+# ---- lines on their way
+
+
+def draw_lines(path: Path) -> None:
+    """Lines of memory on their way to a core: one after the other, and as many at once as a core can wait for."""
+    line, wait_ns, in_flight, total = 64, 110, 24, 72
+    one, many = line / wait_ns, in_flight * line / wait_ns  # bytes per ns, which is GB/s
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
+    for number in range(3):
+        left.barh(number, wait_ns, left=wait_ns * number, color="#D55E00", height=1.0)
+    for number in range(total):
+        right.barh(
+            number, wait_ns, left=wait_ns * (number // in_flight), color="#0072B2", height=1.0, ec="white", lw=0.5
+        )
+    left.set_title(f"the core asks when it needs a line:\n3 lines in 330 ns, {one:.1f} GB/s", loc="left", fontsize=10)
+    right.set_title(
+        f"{in_flight} lines on their way at once:\n72 lines in 330 ns, {many:.0f} GB/s", loc="left", fontsize=10
+    )
+    for ax in (left, right):
+        ax.set(xlim=(0, 340), ylim=(-1, total), xlabel="ns", xticks=(0, 110, 220, 330))
+        ax.spines[["top", "right"]].set_visible(False)
+    left.set_ylabel("line of 64 bytes")
+    figure_files.save(figure, path)
+
+
 # ---- the thread team
 
 
@@ -151,7 +177,13 @@ def draw_threads(ax: Any, works: tuple[str, ...], gap: float, fork: bool) -> Non
             ax.add_patch(Rectangle((x, y + 0.14), 1.6, 0.62, fc="#CCE3F0", ec="#0072B2", lw=1))
             ax.text(x + 0.8, y + 0.45, name, ha="center", va="center", fontsize=9)
         ax.add_patch(Rectangle((x - gap, 0.14), gap, 1.62, fc="#F6D5C3" if fork else "#FBEBDD", ec="none"))
-        arrow = {"arrowstyle": "-|>", "mutation_scale": 9, "color": "#D55E00", "shrinkA": 0, "shrinkB": 0}
+        arrow: dict[str, Any] = {
+            "arrowstyle": "-|>",
+            "mutation_scale": 9,
+            "color": "#D55E00",
+            "shrinkA": 0,
+            "shrinkB": 0,
+        }
         ax.add_patch(FancyArrowPatch((x - gap, 1.45), (x, 0.45), **arrow))
         if fork:
             ax.text(x - gap / 2, 0.95, "start\nwait", ha="center", va="center", fontsize=9, color="#A04000")
@@ -192,6 +224,7 @@ def main() -> None:
     args = figure_files.parser(__doc__).parse_args()
     figures = {
         "04b_step": draw_step,
+        "04b_lines": draw_lines,
         "04b_packing": draw_packing,
         "04b_team": draw_team,
         "04b_shortlist": draw_shortlist,
