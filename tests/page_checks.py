@@ -23,7 +23,6 @@ NOT_YET = {
     "01_basic_inference.md",
     "02_continuous_batching.md",
     "03_paged_kv_cache.md",
-    "04_flash_attention.md",
     "05_chunked_prefill.md",
     "06_prefix_caching.md",
     "07_gptq_quantization.md",

@@ -137,7 +137,7 @@ def decoded(answer: Answer, decode: Callable[[int], str]) -> str:
 def row(
     name: str, arm: Arm, answer: Answer, index: int, candidates: list[int], decode: Callable[[int], str]
 ) -> dict[str, Any]:
-    """E.g. {"request": "a", "engine": "m1 bf16", "before rounding, '2'": 37.69, ...}."""
+    """One row of the table, e.g. of request "a" and engine "m1 bf16". The columns are named after the two tokens."""
     before = [float(answer.before_rounding[index, token_id]) for token_id in candidates]
     logits = [float(answer.logits[index, token_id]) for token_id in candidates]
     words = [repr(decode(token_id)) for token_id in candidates]
