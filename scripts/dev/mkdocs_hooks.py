@@ -19,9 +19,8 @@ from page_links import CODE, LINKS, rewrite
 from page_symbols import ROOT
 
 DOCS = ROOT / "docs"
-LOOSE_LIST = re.compile(
-    r"^(?P<text>(?![ \t]*(?:[-*]|\d+\.)\s|[ \t]*$|#|\||>|<)[^\n]+\n)(?=(?:-|\*|1\.) )", re.MULTILINE
-)
+# A list right after a line of a paragraph, which GitHub shows as a list without an empty line between them.
+TIGHT_LIST = re.compile(r"^(?P<text>(?!\s|[-*] |\d+\. |[#|><])[^\n]+\n)(?=(?:-|\*|1\.) )", re.MULTILINE)
 CSS = """
 /* Code, tables and pictures as wide as the page allows, and formulas that can be read. */
 .wy-nav-content { max-width: 1120px; }
@@ -102,7 +101,7 @@ def for_the_site(markdown: str, page: Path, repo_url: str) -> str:
     """The page with links into the repository, Markdown in answers, and lists without an empty line before them."""
     markdown = rewrite(markdown, LINKS, lambda match: _leave_docs(match.group(), page, repo_url), CODE)
     return _outside_code(
-        markdown, lambda text: LOOSE_LIST.sub(r"\g<text>\n", text.replace("<details>", "<details markdown>"))
+        markdown, lambda text: TIGHT_LIST.sub(r"\g<text>\n", text.replace("<details>", "<details markdown>"))
     )
 
 
