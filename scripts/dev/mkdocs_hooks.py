@@ -30,6 +30,7 @@ CSS = """
 .rst-content pre code { background: none; padding: 0; font-size: 100%; }
 .rst-content .codehilite { border: 1px solid #e1e4e5; background: #f8f8f8; margin: 0 0 24px; overflow-x: auto; }
 .rst-content .codehilite pre { margin: 0; padding: 12px; font-size: 12.5px; line-height: 1.45; white-space: pre; }
+.rst-content .headerlink { position: absolute; } /* it must not take a line of its own */
 .rst-content details { margin-bottom: 24px; }
 .rst-content summary { cursor: pointer; }
 .rst-content table.docutils td, .rst-content table.docutils th, .rst-content table td { white-space: normal; }
