@@ -80,7 +80,13 @@ def _time(page: Page, text: str) -> str:
 
 
 def _before(page: Page) -> str:
-    return f" **Before this page:** {page.before}" if page.before else ""
+    """What to know, with links to those pages only that are written already."""
+
+    def link(match: re.Match[str]) -> str:
+        return match.group() if (page.path.parent / match[2]).is_file() else match[1]
+
+    before = re.sub(r"\[([^\]]+)\]\(([^)]+)\)", link, page.before)
+    return f" **Before this page:** {before}" if before else ""
 
 
 def _around(page: Page, pages: list[Page]) -> str:

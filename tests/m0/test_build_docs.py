@@ -210,7 +210,14 @@ def test_the_glossary_has_the_words_of_the_field() -> None:
 def test_head_and_foot_of_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = [
         Page("learn/01_basic_inference.md", "M1"),
-        Page("learn/a_page.md", "M2", before="M1.", interview="m2", exercises="m2", notebooks=("03_scheduler_gantt",)),
+        Page(
+            "learn/a_page.md",
+            "M2",
+            before="[M1](01_basic_inference.md), [M9](m9.md).",
+            interview="m2",
+            exercises="m2",
+            notebooks=("03_scheduler_gantt",),
+        ),
         Page("learn/03_paged_kv_cache.md", "M3"),
     ]
     monkeypatch.setattr(nav, "load_pages", lambda: listed)
@@ -218,7 +225,8 @@ def test_head_and_foot_of_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
     example = "```python\n# runs\nprint(1)\n```\n\n```text\n1\n```\n"
     built = build(f"# T\n\n{pair}\n\n{'word ' * 131}\n\n{example}\n{pair}\n")
     assert (
-        "*3 minutes: 2 to read, 1 to run the example (`folovllm docs run a_page`).* **Before this page:** M1." in built
+        "*3 minutes: 2 to read, 1 to run the example (`folovllm docs run a_page`).* **Before this page:** [M1](01_basic_inference.md), M9."
+        in built
     )
     assert built.count("← [M1](01_basic_inference.md) · [all pages](../README.md) · [M3](03_paged_kv_cache.md) →") == 2
     assert "[notebook 03](../../notebooks/03_scheduler_gantt.ipynb)" in built
