@@ -10,7 +10,7 @@ MODEL ?= smollm2-135m
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-browser bench lint docs notebooks clean
+.PHONY: help setup demo test test-browser bench lint docs site notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -63,10 +63,16 @@ docs: $(STAMP)  ## write the generated parts of the pages again
 	@$(BIN)/python scripts/dev/build_api.py
 	@$(BIN)/python scripts/dev/build_docs.py --examples
 
+site: $(STAMP)  ## the documentation as a site with search, in site/
+	@echo "site: builds site/ from docs/; open site/index.html through: $(BIN)/python -m http.server -d site"
+	@$(BIN)/python -c 'import mkdocs' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[docs]'
+	@$(BIN)/python -m mkdocs build --strict --quiet
+
 notebooks: $(STAMP)  ## execute the notebooks again from notebooks/src
 	@echo "notebooks: builds and executes notebooks/*.ipynb from notebooks/src"
 	@$(BIN)/python scripts/build_notebooks.py
 
 clean:  ## remove the virtual environment and caches of the tools (not the models)
 	@echo "clean: removes $(VENV) and tool caches"
-	@rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .coverage bench_results build *.egg-info
+	@rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .coverage bench_results build site *.egg-info

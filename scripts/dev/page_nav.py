@@ -1,7 +1,8 @@
-"""Head and foot of a page: reading time, what to know before, the pages around it, and what to do after it.
+"""Head and foot of a page: reading time, what to know before, the pages around it, and what to do after it; indexes.
 
 Milestone: M0. vLLM counterpart: none. All of it comes from docs/data/pages.toml and from the page itself. A page has
-`<!-- nav -->` `<!-- /nav -->` below its title, and the same pair at its end.
+`<!-- nav -->` `<!-- /nav -->` below its title, and the same pair at its end. `<!-- pages -->` and `<!-- topics -->`, on
+any page, hold the list of the pages with their times and the index by topic.
 """
 
 import os
@@ -14,6 +15,7 @@ from folovllm.learn.pages import Page, counted, examples_of, load_pages, minutes
 
 DOCS = ROOT / "docs"
 NAV = re.compile(r"<!-- nav -->.*?<!-- /nav -->", re.DOTALL)
+INDEX = re.compile(r"<!-- (?P<kind>pages|topics) -->.*?<!-- /(?P=kind) -->", re.DOTALL)
 
 
 def fill_nav(text: str, file: Path) -> str:
@@ -28,6 +30,38 @@ def fill_nav(text: str, file: Path) -> str:
         return f"<!-- nav -->\n{next(blocks)}\n<!-- /nav -->"
 
     return NAV.sub(block, text, count=2)
+
+
+def fill_index(text: str, file: Path) -> str:
+    """`text` with its `<!-- pages -->` and `<!-- topics -->` as of now."""
+    tables = {"pages": _pages_table, "topics": _topics_table}
+
+    def block(match: re.Match[str]) -> str:
+        return f"<!-- {match['kind']} -->\n{tables[match['kind']](file)}\n<!-- /{match['kind']} -->"
+
+    return INDEX.sub(block, text)
+
+
+def _pages_table(file: Path) -> str:
+    lines = ["| page | minutes | examples | then |", "|---|--:|--:|---|"]
+    for page in load_pages():
+        text = page.text()
+        count = len(examples_of(text)) or ""
+        lines.append(f"| {_entry(page, file)} | {sum(minutes(text))} | {count} | {', '.join(_onward(page, file))} |")
+    return "\n".join(lines)
+
+
+def _topics_table(file: Path) -> str:
+    pages = load_pages()
+    topics = sorted({topic for page in pages for topic in page.topics}, key=str.lower)
+    lines = ["| topic | pages |", "|---|---|"]
+    for topic in topics:
+        lines.append(f"| {topic} | {', '.join(_entry(page, file) for page in pages if topic in page.topics)} |")
+    return "\n".join(lines)
+
+
+def _entry(page: Page, file: Path) -> str:
+    return f"[{page.title}]({os.path.relpath(page.path, file.parent)})"
 
 
 def _head(page: Page, pages: list[Page], text: str) -> str:
@@ -46,24 +80,30 @@ def _time(page: Page, text: str) -> str:
 
 
 def _before(page: Page) -> str:
-    return f" **Before this page:** {page.before}" if page.before else ""
+    """What to know, with links to those pages only that are written already."""
+
+    def link(match: re.Match[str]) -> str:
+        return match.group() if (page.path.parent / match[2]).is_file() else match[1]
+
+    before = re.sub(r"\[([^\]]+)\]\(([^)]+)\)", link, page.before)
+    return f" **Before this page:** {before}" if before else ""
 
 
 def _around(page: Page, pages: list[Page]) -> str:
     """E.g. "← [M2](02.md) · [all pages](../README.md) · [M4](04.md) →"."""
     at = pages.index(page)
-    before = [f"← {_link(page, pages[at - 1])}"] if at else []
-    after = [f"{_link(page, pages[at + 1])} →"] if at + 1 < len(pages) else []
-    return " · ".join([*before, f"[all pages]({_to(page, DOCS / 'README.md')})", *after])
+    before = [f"← {_entry(pages[at - 1], page.path)}"] if at else []
+    after = [f"{_entry(pages[at + 1], page.path)} →"] if at + 1 < len(pages) else []
+    return " · ".join([*before, f"[all pages]({os.path.relpath(DOCS / 'README.md', page.path.parent)})", *after])
 
 
 def _foot(page: Page, pages: list[Page]) -> str:
-    onward = _onward(page)
+    onward = _onward(page, page.path)
     return "\n\n".join([*(["**Go on:** " + " · ".join(onward)] if onward else []), _around(page, pages)])
 
 
-def _onward(page: Page) -> list[str]:
-    """Links to what belongs to the page, of which only that is named which exists."""
+def _onward(page: Page, file: Path) -> list[str]:
+    """Links from `file` to what belongs to the page and exists."""
     wanted = [(f"notebook {name[:2]}", ROOT / f"notebooks/{name}.ipynb") for name in page.notebooks]
     if page.exercises:
         wanted.append((f"exercises of {page.exercises.upper()}", ROOT / f"milestones/{page.exercises}/README.md"))
@@ -71,12 +111,4 @@ def _onward(page: Page) -> list[str]:
         wanted.append((f"requirements of {page.milestone.upper()}", ROOT / f"milestones/{page.milestone}/SPEC.md"))
     if page.interview:
         wanted.append(("interview questions", DOCS / f"interview/{page.interview}.md"))
-    return [f"[{text}]({_to(page, path)})" for text, path in wanted if path.is_file()]
-
-
-def _link(page: Page, other: Page) -> str:
-    return f"[{other.title}]({_to(page, other.path)})"
-
-
-def _to(page: Page, path: Path) -> str:
-    return os.path.relpath(path, page.path.parent)
+    return [f"[{text}]({os.path.relpath(path, file.parent)})" for text, path in wanted if path.is_file()]

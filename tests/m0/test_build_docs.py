@@ -208,21 +208,32 @@ def test_the_glossary_has_the_words_of_the_field() -> None:
 
 
 def test_head_and_foot_of_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that is not written yet (m9.md) is named without a link."""
+    before = "[M1](01_basic_inference.md), [M9](m9.md)."
     listed = [
         Page("learn/01_basic_inference.md", "M1"),
-        Page("learn/a_page.md", "M2", before="M1.", interview="m2", exercises="m2", notebooks=("03_scheduler_gantt",)),
+        Page("learn/a_page.md", "M2", before, interview="m2", exercises="m2", notebooks=("03_scheduler_gantt",)),
         Page("learn/03_paged_kv_cache.md", "M3"),
     ]
     monkeypatch.setattr(nav, "load_pages", lambda: listed)
     pair = "<!-- nav --><!-- /nav -->"
     example = "```python\n# runs\nprint(1)\n```\n\n```text\n1\n```\n"
     built = build(f"# T\n\n{pair}\n\n{'word ' * 131}\n\n{example}\n{pair}\n")
-    assert (
-        "*3 minutes: 2 to read, 1 to run the example (`folovllm docs run a_page`).* **Before this page:** M1." in built
-    )
+    assert "*3 minutes: 2 to read, 1 to run the example (`folovllm docs run a_page`).*" in built
+    assert "**Before this page:** [M1](01_basic_inference.md), M9." in built
     assert built.count("← [M1](01_basic_inference.md) · [all pages](../README.md) · [M3](03_paged_kv_cache.md) →") == 2
     assert "[notebook 03](../../notebooks/03_scheduler_gantt.ipynb)" in built
     assert "[exercises of M2](../../milestones/m2/README.md) · [interview questions](../interview/m2.md)" in built
+
+
+def test_the_index_by_topic_and_the_list_of_pages() -> None:
+    """Each learning page is listed, and found under each of its topics."""
+    built, _ = builder.build_page("<!-- pages -->\n<!-- /pages -->\n\n<!-- topics -->\n<!-- /topics -->\n", PAGE)
+    listed, topics = built.split("<!-- topics -->")
+    for page in load_pages():
+        assert f"| [{page.title}]({page.path.name}) | {sum(minutes(page.text()))} |" in listed
+        rows = [line for line in topics.splitlines() if f"({page.path.name})" in line]
+        assert {row.split(" | ")[0].removeprefix("| ") for row in rows} == set(page.topics)
 
 
 def test_words_are_those_of_the_prose() -> None:
