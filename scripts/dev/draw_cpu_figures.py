@@ -110,7 +110,7 @@ def draw_weights(ax: Any, order: list[tuple[int, int]], title: str) -> None:
         x, y = i % 4, i // 4
         ax.add_patch(Rectangle((x + 0.03, y + 0.12), 0.94, 0.76, fc=LANES[output], ec="none", alpha=0.85))
         text = f"w[{output}][{2 * pair}]\nw[{output}][{2 * pair + 1}]"
-        colour = "black" if output == 1 else "white"
+        colour = "black" if output in (1, 3) else "white"
         ax.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=9, color=colour, family="DejaVu Sans Mono")
     for y in range(4):
         ax.text(-0.12, y + 0.5, f"register {y}", ha="right", va="center", fontsize=9)

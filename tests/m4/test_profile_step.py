@@ -217,3 +217,21 @@ def test_a_failed_arm_is_told(weights, monkeypatch, capsys):
 def test_arms_that_are_none(arms):
     with pytest.raises(SystemExit):
         load_script("profile_step").main(["--arms", arms])
+
+
+def test_a_page_chooses_rows_and_columns_of_a_result() -> None:
+    result = {
+        "command": "scripts/dev/profile_step.py",
+        "unit": "microseconds",
+        "machine": {"cpu": "CPU", "cores": 2, "git": {"sha": "0123456789ab"}},
+        "results": [
+            {"arm": "1", "requests": 1, "step": 30.5, "read_GB/s": None},
+            {"arm": "2", "requests": 1, "step": 24.25, "read_GB/s": 9.0},
+            {"arm": "3", "requests": 1, "step": 16.0, "read_GB/s": 11.0},
+        ],
+    }
+    fill_results = load_script("fill_results")
+    table = fill_results.plain_table(result, "p.json", {"arm": "1,3", "columns": "read_GB/s,arm"})
+    assert table.splitlines()[2:] == ["| read GB/s | arm |", "|--:|--:|", "| - | 1 |", "| 11 | 3 |"]
+    five = fill_results.plain_table(result | {"digits": 4, "unit": "logits"}, "p.json", {"arm": "2", "columns": "step"})
+    assert five.splitlines()[-1] == "| 24.25 |" and "times in" not in five
