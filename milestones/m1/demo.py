@@ -22,7 +22,7 @@ SMOLLM2 = {
 }  # fmt: skip
 config = EngineConfig.preset("m1", max_model_len=64).resolve(parse_hf_config(SMOLLM2), "cpu")
 core = EngineCore(config, FakeExecutor())
-prompts = {"a": [5, 6, 7, 8, 9], "b": [1, 2, 3]}
+prompts = {"x": [5, 6, 7, 8, 9], "y": [1, 2, 3]}
 for request_id, prompt in prompts.items():
     core.add_request(Request(request_id, prompt, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)))
 
@@ -33,9 +33,9 @@ while core.has_unfinished_requests():
     result = core.executor.sample(core.executor.execute(scheduled))
     for output in core.scheduler.update_from_output(scheduled, result):
         tokens[output.request_id] += output.new_token_ids
+    print(f"step {len(steps)}: computes {scheduled.num_scheduled_tokens}, samples {result.sampled_token_ids}")
     steps.append(scheduled.num_scheduled_tokens)
-    print(f"step {len(steps)}: computes {steps[-1]}, samples {result.sampled_token_ids}")
-assert steps == [{"a": 5}, {"a": 1}, {"a": 1}, {"b": 3}, {"b": 1}, {"b": 1}], "a prompt, then its decodes; then b"
+assert steps == [{"x": 5}, {"x": 1}, {"x": 1}, {"y": 3}, {"y": 1}, {"y": 1}], "a prompt, then its decodes; then y"
 assert tokens == {request_id: fake_tokens(prompt, 3) for request_id, prompt in prompts.items()}
 core.scheduler.check_integrity()
 assert core.stats().kv_cache_usage == 0.0

@@ -68,7 +68,7 @@ def draw_forward(path: Path) -> None:
     axes.plot([2.45, 3.0], [4.71, 6.4], color=LINE, lw=0.8, ls=":")
     axes.plot([2.45, 3.0], [4.19, 0.12], color=LINE, lw=0.8, ls=":")
     panel(axes, 3.0, 0.12, 5.9, 6.3, "#fdf6ec", LINE)
-    note(axes, 3.15, 6.2, "inside every decoder layer", 10.5, weight="bold")
+    note(axes, 4.0, 6.22, "inside every decoder layer", 10.5, weight="bold")
     draw_layer(axes)
     save(axes, path)
 
@@ -76,7 +76,9 @@ def draw_forward(path: Path) -> None:
 def draw_layer(axes: Axes) -> None:
     """The boxes of one layer, in the order in which they run, with the residual on the left."""
     residual = 3.35
-    axes.plot([residual, residual], [5.95, 0.62], color=LINE, lw=2.2)
+    note(axes, 3.12, 6.22, "input", 9, color=LINE)
+    note(axes, 3.48, 0.36, "to the next layer", 9, color=LINE)
+    axes.plot([residual, residual], [6.08, 0.62], color=LINE, lw=2.2)
     axes.text(3.2, 2.85, "residual [5, 576]", size=9, color=LINE, rotation=90, va="center", ha="center")
     ys = (5.35, 4.78, 4.21, 3.64, 3.07)
     names = ("RMSNorm", "QKV projection", "RoPE: turn q and k by position", "attention", "output projection")
@@ -141,10 +143,10 @@ def draw_attention(path: Path) -> None:
         axes.set_xticks(range(5), pieces, size=9.5)
         axes.set_yticks(range(5), pieces, size=9.5)
         axes.set_xlabel("key: the token looked at")
+        axes.set_ylabel("query: the token that looks")
         axes.set_title(title, size=10.5)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-    all_axes[0].set_ylabel("query: the token that looks")
     assert round(DATA["attention"]["23.4"][4][3], 2) == 0.90 and round(DATA["attention"]["11.1"][2][1], 2) == 0.87
     figure.tight_layout()
     figure_files.save(figure, path)
@@ -189,7 +191,7 @@ def draw_sampler(path: Path) -> None:
         axes.barh(ys, values, color=[COLOURS["b"] if v > 0 else FREE for v in values], height=0.72)
         for y, value in zip(ys, values, strict=True):
             is_out = value == 0
-            axes.text(value + 0.012, y, "removed" if is_out else f"{value:.0%}" if value >= 0.1 else f"{value:.1%}",
+            axes.text(value + 0.012, y, "removed" if is_out else f"{value:.1%}",
                       va="center", size=9, color="#999999" if is_out else INK)  # fmt: skip
         axes.set_title(stage["title"], size=10)
         axes.set_xticks([])

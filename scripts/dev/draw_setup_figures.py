@@ -10,6 +10,7 @@ from pathlib import Path
 
 import figure_files
 from figure_shapes import CORE, INK, LINE, TEXT, WORKER, arrow, box, canvas, note, panel, save
+from matplotlib.axes import Axes
 
 from folovllm.config import EngineConfig
 from folovllm.learn.toy_engine import tiny_arch
@@ -27,9 +28,9 @@ def draw_rows(path: Path) -> None:
     """The rows of the package: a module imports from its own row or the rows above it."""
     rows = (
         ("0", "config  hf_config  milestones  request  outputs  ...", "plain data, no torch", CORE),
-        ("1", "core/  trace/  sim/  executor/base, fake  engine/core", "decides, no torch", CORE),
-        ("2", "attention/  sample/  model_executor/  csrc/", "computes", WORKER),
-        ("3", "worker/  executor/uniproc  engine/llm_engine, detokenizer, ...", "runs a step", WORKER),
+        ("1", "core/  trace/  sim/  executor/base, fake  engine/core", "the core, no torch", CORE),
+        ("2", "attention/  sample/  model_executor/  csrc/", "model and kernels", WORKER),
+        ("3", "worker/  executor/uniproc     engine/llm_engine, detokenizer, ...", "worker; text", WORKER),
         ("4", "hub/", "finds models", TEXT),
         ("5", "entrypoints/  benchmarks/  learn/", "what you call", TEXT),
     )
@@ -37,6 +38,8 @@ def draw_rows(path: Path) -> None:
     for index, (number, modules, does, fill) in enumerate(rows):
         y = 3.25 - 0.62 * index
         panel(axes, 0.75, y, 6.35, 0.52, fill)
+        if number == "3":  # its right half makes text
+            panel(axes, 3.75, y, 3.35, 0.52, TEXT)
         note(axes, 0.85, y + 0.26, f"row {number}", 10, weight="bold")
         note(axes, 1.5, y + 0.26, modules, 9, family="monospace")
         note(axes, 7.2, y + 0.26, does, 9.5, color=LINE)
@@ -77,25 +80,47 @@ def config_lines(config: EngineConfig) -> list[str]:
 
 def draw_states(path: Path) -> None:
     """The states of a request, and what moves it from one to the next."""
-    axes = canvas(9, 2.6)
-    for x, name in ((0.2, RequestStatus.WAITING), (2.9, RequestStatus.RUNNING)):
-        box(axes, x, 1.55, 1.6, name.name, height=0.5)
-    box(axes, 2.9, 0.25, 1.6, RequestStatus.PREEMPTED.name, height=0.5)
-    arrow(axes, (1.8, 1.8), (2.9, 1.8))
-    note(axes, 2.35, 2.0, "scheduled", 9, ha="center", color=LINE)
-    arrow(axes, (3.5, 1.55), (3.5, 0.75))
-    note(axes, 3.42, 1.15, "no blocks left", 9, ha="right", color=LINE)
-    arrow(axes, (3.9, 0.75), (3.9, 1.55))
-    note(axes, 3.98, 1.15, "scheduled again", 9, color=LINE)
-    finished = [status for status in RequestStatus if RequestStatus.is_finished(status)]
-    whys = ("end of text or stop", "the limit of length", "by the user", "in its step")
-    for row, (status, why) in enumerate(zip(finished, whys, strict=True)):
-        y = 2.1 - 0.48 * row
-        box(axes, 5.6, y, 1.75, status.name[len("FINISHED_") :], height=0.38)
-        note(axes, 7.42, y + 0.19, why, 9, color=LINE)
-    arrow(axes, (4.5, 1.8), (5.55, 1.8))
-    note(axes, 5.03, 2.0, "finished", 9, ha="center", color=LINE)
+    axes = canvas(9, 3.5)
+    for x, y, status in (
+        (0.2, 2.45, RequestStatus.WAITING),
+        (2.9, 2.45, RequestStatus.RUNNING),
+        (2.9, 1.15, RequestStatus.PREEMPTED),
+    ):
+        box(axes, x, y, 1.6, status.name, height=0.5)
+    arrow(axes, (1.8, 2.7), (2.9, 2.7))
+    note(axes, 2.35, 2.88, "scheduled", 9, ha="center", color=LINE)
+    arrow(axes, (3.5, 2.45), (3.5, 1.65))
+    note(axes, 3.42, 2.05, "no blocks left", 9, ha="right", color=LINE)
+    arrow(axes, (3.9, 1.65), (3.9, 2.45))
+    note(axes, 3.98, 2.05, "scheduled\nagain", 9, color=LINE)
+    whys = {
+        RequestStatus.FINISHED_STOPPED: "end of text, or stop",
+        RequestStatus.FINISHED_LENGTH_CAPPED: "limit of length",
+        RequestStatus.FINISHED_ABORTED: "aborted by the user",
+        RequestStatus.FINISHED_ERROR: "an exception",
+    }
+    assert list(whys) == [status for status in RequestStatus if RequestStatus.is_finished(status)]
+    middles = [3.05 - 0.7 * row for row in range(len(whys))]
+    for middle, (status, why) in zip(middles, whys.items(), strict=True):
+        box(axes, 6.35, middle - 0.27, 2.5, status.name, why, height=0.54)
+    draw_ends(axes, middles)
     save(axes, path)
+
+
+def draw_ends(axes: Axes, middles: list[float]) -> None:
+    """The arrows into the finished states: from RUNNING into all of them, from the other two into the last two."""
+    trunk = 5.7
+    axes.plot([4.5, trunk], [2.7, 2.7], color=LINE, lw=1.4)
+    axes.plot([trunk, trunk], [middles[0], middles[-1]], color=LINE, lw=1.4)
+    for middle in middles:
+        arrow(axes, (trunk, middle), (6.35, middle))
+    for start in ([1.0, 2.45], [3.7, 1.15]):
+        axes.plot([start[0], start[0]], [start[1], 0.4], color=LINE, lw=1.2, ls="--")
+    axes.plot([1.0, 6.0], [0.4, 0.4], color=LINE, lw=1.2, ls="--")
+    axes.plot([6.0, 6.0], [0.4, middles[2] - 0.12], color=LINE, lw=1.2, ls="--")
+    for middle in middles[2:]:
+        arrow(axes, (6.0, middle - 0.12), (6.35, middle - 0.12))
+    note(axes, 2.35, 0.57, "ended while it waits", 9, ha="center", color=LINE)
 
 
 FIGURES = {

@@ -50,19 +50,19 @@ def main() -> None:
 
 
 def draw_components(path: Path) -> None:
-    """Three places and what passes between them, with the messages of step 2 of the three requests."""
+    """Three parts and what passes between them, with the messages of step 2 of the three requests."""
     step = step_of(2, num_kv_blocks=10)
     assert step.scheduled == {"a": 1, "b": 1, "c": 12} and step.blocks["c"] == [5, 6, 7]
     axes = canvas(9, 7.2)
     bands = (
         (5.75, 1.35, TEXT, "TEXT", "strings and token ids"),
-        (2.6, 2.15, CORE, "DECIDES", "plain Python, no tensors"),
-        (0.1, 1.4, WORKER, "COMPUTES", "tensors: torch, C++"),
+        (2.6, 2.15, CORE, "CORE decides", "plain Python, no tensors"),
+        (0.1, 1.52, WORKER, "WORKER computes", "torch and C++; the core calls it through an executor"),
     )
     for y, height, fill, title, note_text in bands:
         panel(axes, 0.1, y, 8.8, height, fill)
-        note(axes, 0.25, y + height - 0.2, title, 11, weight="bold")
-        note(axes, 1.45, y + height - 0.2, note_text, 9, color=LINE)
+        note(axes, 0.9, y + height - 0.2, title, 11, weight="bold")
+        note(axes, 2.75, y + height - 0.2, note_text, 9, color=LINE)
     draw_components_text(axes)
     draw_components_core(axes)
     draw_components_worker(axes)
@@ -105,24 +105,24 @@ def draw_components_worker(axes: Axes) -> None:
 
 
 def draw_messages(axes: Axes, step: Step) -> None:
-    """What crosses between the three places: above once per request or token, below once per step."""
+    """What crosses between the three parts: above once per request or token, below once per step."""
     scheduled = ", ".join(f"{name}: {count}" for name, count in step.scheduled.items())
     sampled = ", ".join(f"{name}: {ids[0]}" for name, ids in step.sampled.items())
     words = ", ".join(f'"{piece(ids[0])}"' for ids in step.sampled.values())
-    arrow(axes, (1.2, 5.95), (1.2, 4.42))
-    note(axes, 1.35, 5.4, "Request", 10, weight="bold", style="italic")
-    note(axes, 1.35, 5.1, "token ids and sampling parameters", 9)
-    arrow(axes, (7.8, 4.42), (7.8, 5.95))
-    note(axes, 7.65, 5.4, "EngineCoreOutput", 10, weight="bold", style="italic", ha="right")
-    note(axes, 7.65, 5.1, "new token ids of a request", 9, ha="right")
-    arrow(axes, (1.2, 3.8), (1.2, 0.87))
-    note(axes, 1.35, 2.35, "SchedulerOutput", 10, weight="bold", style="italic")
-    note(axes, 1.35, 2.05, f"tokens to compute: {{{scheduled}}}", 9)
-    note(axes, 1.35, 1.78, f"c is new: its ids, its blocks {step.blocks['c']}", 9)
-    arrow(axes, (7.8, 0.87), (7.8, 3.8))
-    note(axes, 7.65, 2.35, "ModelRunnerOutput", 10, weight="bold", style="italic", ha="right")
-    note(axes, 7.65, 2.05, f"sampled ids: {{{sampled}}}", 9, ha="right")
-    note(axes, 7.65, 1.78, words, 9, ha="right", color=LINE)
+    arrow(axes, (0.7, 5.95), (0.7, 4.42))
+    note(axes, 0.9, 5.4, "Request", 10, weight="bold", style="italic")
+    note(axes, 0.9, 5.1, "token ids and sampling parameters", 9)
+    arrow(axes, (8.3, 4.42), (8.3, 5.95))
+    note(axes, 8.1, 5.4, "EngineCoreOutput", 10, weight="bold", style="italic", ha="right")
+    note(axes, 8.1, 5.1, "new token ids of a request", 9, ha="right")
+    arrow(axes, (0.7, 3.8), (0.7, 0.87))
+    note(axes, 0.9, 2.35, "SchedulerOutput", 10, weight="bold", style="italic")
+    note(axes, 0.9, 2.05, f"tokens to compute: {{{scheduled}}}", 9)
+    note(axes, 0.9, 1.78, f"c is new: its ids, its blocks {step.blocks['c']}", 9)
+    arrow(axes, (8.3, 0.87), (8.3, 3.8))
+    note(axes, 8.1, 2.35, "ModelRunnerOutput", 10, weight="bold", style="italic", ha="right")
+    note(axes, 8.1, 2.05, f"sampled ids: {{{sampled}}}", 9, ha="right")
+    note(axes, 8.1, 1.78, words, 9, ha="right", color=LINE)
 
 
 # ---- 00: one token at a time
@@ -238,9 +238,10 @@ def draw_flat_batch(axes: Axes, rows: list[tuple[str, int]], slots: list[int]) -
 
 
 def draw_tables_and_slots(axes: Axes, step: Step, rows: list[tuple[str, int]], slots: list[int]) -> None:
-    band(axes, 2.96, 2.08, WORKER)
-    heading(axes, 0.2, 4.83, "4", "block table")
-    heading(axes, 4.35, 4.83, "5", "KV cache: 10 blocks of 4 slots", "dark: written, pale: read")
+    panel(axes, 0.08, 2.96, 4.14, 2.08, CORE)
+    panel(axes, 4.3, 2.96, 4.62, 2.08, WORKER)
+    heading(axes, 0.2, 4.83, "4", "block table, from the core")
+    heading(axes, 4.4, 4.83, "5", "KV cache", "dark: written, pale: only read")
     note(axes, 0.3, 4.5, "positions", 9, color=LINE)
     for column in range(3):
         first = column * BLOCK_SIZE
@@ -250,7 +251,7 @@ def draw_tables_and_slots(axes: Axes, step: Step, rows: list[tuple[str, int]], s
         note(axes, 0.9, y + 0.15, name, 11, weight="bold", color=COLOURS[name])
         for column, block in enumerate(blocks):
             cell(axes, 1.18 + 0.7 * column, y, 0.68, 0.3, f"block {block}", PALE[name])
-    note(axes, 0.22, 3.13, "slot = block * 4 + position % 4.  b, position 5: 4 * 4 + 1 = 17", 9)
+    note(axes, 0.22, 3.13, "slot = block * 4 + position % 4. b, position 5: 4 * 4 + 1 = 17", 9)
     assert slots[1] == 17 and rows[1] == ("b", 5)
     owner = {block: name for name, blocks in step.blocks.items() for block in blocks}
     for block in range(10):
@@ -287,15 +288,17 @@ def draw_logits(axes: Axes, step: Step) -> None:
 
 
 def draw_sampled(axes: Axes, step: Step) -> None:
-    band(axes, 0.08, 1.2, TEXT)
-    heading(axes, 0.2, 1.07, "7", "sampled token, and the text so far")
+    panel(axes, 0.08, 0.08, 1.84, 1.2, WORKER)
+    panel(axes, 2.0, 0.08, 6.92, 1.2, TEXT)
+    heading(axes, 0.2, 1.07, "7", "sampled token")
+    note(axes, 2.12, 1.07, "the text so far", 10, weight="bold")
     for row, (name, ids) in enumerate(step.sampled.items()):
         num_known = step.start[name] + step.scheduled[name]
         text = "".join(PIECES[i] for i in [*known_ids(name, num_known), *ids])
         y = 0.74 - 0.24 * row
         note(axes, 0.22, y, name, 11, weight="bold", color=COLOURS[name])
         note(axes, 0.5, y, f'{ids[0]}, "{piece(ids[0])}"', 9.5, weight="bold")
-        note(axes, 2.1, y, json.dumps(text), 9.5)
+        note(axes, 2.12, y, json.dumps(text), 9.5)
 
 
 # ---- 00: the KV cache of request a

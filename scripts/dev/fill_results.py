@@ -118,10 +118,11 @@ def ladder_table(result: dict[str, Any], link: str, folder: Path) -> str:
 def ladder_row(rung: Any, result: dict[str, Any], folder: Path) -> str:
     manifest = tomllib.loads((ROOT / "milestones/manifest.toml").read_text(encoding="utf-8"))
     page = Path(manifest[rung.id]["learn"])
-    switches = [f"`{name}={value!r}`" for name, value in rung.on.items() if value is not None]
+    switches = [f"`{name}={value!r}`" for name, value in rung.on.items()]
     switch = ", ".join(switches[:2] + ["..."] * (len(switches) > 2))
     speed = int4_speed(folder) if rung.id == "m7" else batch_speed(result, rung.id)
-    link = f"[{page.stem[:2]}]({os.path.relpath(ROOT / page, folder)})"
+    name = "M0" if rung.id == "m0" else page.stem[:2]  # "00" is the page to start with
+    link = f"[{name}]({os.path.relpath(ROOT / page, folder)})"
     return f"| {rung.id.upper()} {rung.title} | {rung.adds} | {switch or '-'} | {speed} | {link} |".replace("'", '"')
 
 
@@ -134,7 +135,7 @@ def int4_speed(folder: Path) -> str:
     """M7 changes the checkpoint, so its cell says what 4 bits are worth where they are: for one request at a time."""
     file = ROOT / "milestones/m7/results/bench_gptq.json"
     (row,) = (r for r in json.loads(file.read_text(encoding="utf-8"))["results"] if r["arm"] == "memory")
-    return f"[one request: {row['single']} of bf16]({os.path.relpath(file, folder)})"
+    return f"[another measurement]({os.path.relpath(file, folder)}): one request, {row['single']} of bf16"
 
 
 def peers_table(result: dict[str, Any], link: str) -> str:

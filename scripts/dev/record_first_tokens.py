@@ -24,7 +24,7 @@ from folovllm.worker.naive import NaiveModel
 
 OUT = Path(__file__).parents[2] / "docs/data/first_tokens.json"
 HEADS = ((11, 1), (23, 4))  # (layer, query head)
-TEMPERATURE, TOP_K, TOP_P = 0.7, 6, 0.8
+TEMPERATURE, TOP_K, TOP_P = 0.7, 6, 0.85
 
 
 def main() -> None:
