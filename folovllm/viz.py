@@ -251,11 +251,11 @@ def explore(draw: Callable[[Axes, Any], None], name: str, values: Sequence[Any],
 
     `size` is that of the whole row in inches.
     """
-    figure, axes = plt.subplots(1, len(values), figsize=size, squeeze=False, layout="none")
+    _, axes = plt.subplots(1, len(values), figsize=size, squeeze=False, sharex=True, sharey=True)
     for ax, value in zip(axes[0], values, strict=True):
         draw(ax, value)
+        ax.label_outer()
         ax.set_title(f"{name} = {value}")
-    figure.align_labels()
     try:
         from ipywidgets import SelectionSlider, interact
     except ImportError:
@@ -284,8 +284,8 @@ def bars(
     if before is not None:
         ax.bar(places, before, width=0.8, facecolor="none", edgecolor="#999999", linewidth=0.8)
     ax.bar(places, probs, width=0.6, color=colour)
-    gone = [i for i, p in enumerate(probs) if p == 0]
-    ax.plot(gone, [0.0] * len(gone), "x", color=INK, markersize=5, clip_on=False, zorder=3)
+    if gone := [i for i, p in enumerate(probs) if p == 0]:  # an empty line would widen the picture
+        ax.plot(gone, [0.0] * len(gone), "x", color=INK, markersize=5, clip_on=False, zorder=3)
     ax.set_xticks(list(places), labels, rotation=60, ha="right", rotation_mode="anchor")
     highest = max(*probs, *(before or [0.0]), 0.05) * 1.12
     shared = len(ax.get_shared_y_axes().get_siblings(ax)) > 1

@@ -21,7 +21,7 @@ from folovllm.learn.three_requests import EXAMPLES, PIECES
 TRAINING_STEPS, LEARNING_RATE = 60, 3e-3
 END = "<|endoftext|>"
 MAX_LENGTH = 512  # tokens; the rotary embedding goes no further
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
