@@ -309,7 +309,7 @@ _MESSAGES = {1: "Request", 2: "SchedulerOutput", 10: "ModelRunnerOutput", 11: "n
 
 
 def route(ax: Axes, stops: Sequence[tuple[str, str]], layers: int) -> None:
-    """The 12 stops of a step, (title, what leaves it): text, core and worker, and the messages that pass between them."""
+    """The 12 stops of a step, each (title, what leaves it), in text, core and worker, and the messages between them."""
     assert len(stops) == len(_STOPS)
     for first, rows, fill, _, name in _BANDS.values():
         ax.add_patch(Rectangle((-0.06, first + 0.03), 4.08, rows - 0.06, fc=fill, ec="none"))
