@@ -17,6 +17,7 @@ FAST = False  # True: fewer repetitions (the builder sets it when it only checks
 # %%
 import itertools
 import json
+import random
 import sys
 import tempfile
 import types
@@ -135,8 +136,8 @@ for ax, name in zip(axes, NAMES):
 figure.suptitle("three requests: orange bars differ from the rung before", x=0.01, ha="left", size=10);
 
 # %% [markdown]
-# m4 and m7 change nothing here, because they change how long a step takes and not what it does. m5 makes no step larger than its budget, and pays with a step. m6 finds
-# the 4 tokens of a's first block.
+# m2 halves the steps. m3 admits c two steps earlier in the same 32 slots, so one step has 14 tokens. m5 makes no step larger than its budget, and pays with a step. m6 finds the 4 tokens of
+# a's first block. m4 and m7 change nothing here, because they change how long a step takes and not what it does.
 #
 # ## Workload A, counted, modelled and measured
 #
@@ -242,8 +243,8 @@ viz.table(
 
 # %% [markdown]
 # The number of steps is the same in the simulator and in the measured run, because the scheduler is the same. The times are not. For m2 and m3 the model is almost twice too
-# fast: it knows nothing of the Python loop in the textbook attention. From m4 on it is within 20 %. For m7 it counts 4 bits for every weight, while the real checkpoint keeps its embeddings in
-# 16 bits and spends time on unpacking: at 32 requests 4-bit weights save little (see notebook 08).
+# fast: it knows nothing of the Python loop in the textbook attention. For m4 to m6 it is within 10 %. For m7 it is too hopeful, by 20 % together and by almost 60 % one by one: it counts 4 bits for every weight and no time for unpacking them,
+# while the real checkpoint keeps its embeddings in 16 bits and unpacks in every step. At 32 requests a step computes longer than it reads, so 4-bit weights save little in any case (see notebook 08).
 #
 # ## One switch at a time
 #
@@ -308,10 +309,11 @@ for ax in axes[-1]:
     ax.set_xlabel("times the full engine (modelled)")
 
 # %% [markdown]
-# A bar to the right says that the engine is worse without the rung. Each workload has rungs of its own that matter. A bar to the left is a price: without m2, a static batch, no user's
-# tokens are interrupted by a newcomer, who waits instead (look at the TTFT). A faster rung may also *hide* another one. With fast kernels the steps are short, and seldom shared.
+# A bar to the right says that the engine is worse without the rung. Each workload has rungs of its own that matter. A bar to the left is a price: without m2, in a static batch, no prompt of a
+# new request delays the tokens of the others, because the new request waits (look at its TTFT).
 #
-# The counters say more clearly what a rung does. This is the workload "shared".
+# The counters say more clearly what a rung does. This is the workload "shared". Fewer steps are not better in themselves: requests arrive at fixed times, so slow steps (without m4, or without the hits of m6) are shared by more
+# requests.
 
 # %%
 COUNTED = {
@@ -337,7 +339,7 @@ figure.supxlabel("times the full engine", size=9);
 # **Your turn.** Three engines ran the workload "shared". Each is the full engine without one rung. Which rung, in each case? The first row is the full engine.
 
 # %%
-suspects = {"X": "m4", "Y": "m6", "Z": "m2"} if FAST else dict(zip("XYZ", ("m5", "m3", "m7")))
+suspects = dict(zip("XYZ", random.Random(3).sample(RUNGS[1:], 3)))
 SHOWN = ("steps", "peak_tokens", "computed_tokens", "hit_tokens", "kv_util", "score_entries", "weight_bytes")
 viz.table(
     ["engine", *SHOWN],
@@ -346,7 +348,7 @@ viz.table(
 )
 
 # %%
-my_suspects = None  # e.g. {"X": "m2", "Y": "m3", "Z": "m4"}
+my_suspects = None  # a dict: from each of "X", "Y" and "Z" to a rung such as "m2"
 
 viz.your_turn(
     "the missing rungs", my_suspects, suspects,
@@ -416,7 +418,7 @@ viz.table(["engine", *EXAMPLES], [[name, *map(repr, answer)] for name, answer in
 # ## A part of your own
 #
 # Every replaceable class of the engine is a **part**. The engine asks `load_part` for it, once, when it is built. That is all that it takes to run your scheduler,
-# your block pool or your attention in the place of ours.
+# your block pool or your attention in the place of the engine's own.
 
 # %%
 viz.source(load_part)
@@ -538,7 +540,8 @@ assert [counts[r]["steps"] for r in RUNGS[:4]] == [12, 6, 6, 6] and counts["m6"]
 assert all(counts[r]["tokens computed"] + counts[r]["cached tokens"] == 30 for r in RUNGS)
 assert {r: modelled["together"][r]["steps"] for r in RUNGS[:-1]} == steps_measured
 ratios = {r: modelled["together"][r]["tok_per_s"] / measured["together"][r] for r in RUNGS}
-assert min(ratios["m2"], ratios["m3"]) > 1.5 and all(0.8 < ratios[r] < 1.25 for r in ("m1", "m4", "m5", "m6", "m7"))
+assert min(ratios["m2"], ratios["m3"]) > 1.75 and all(0.9 < ratios[r] <= 1.105 for r in ("m1", "m4", "m5", "m6"))
+assert 1.15 < ratios["m7"] < 1.25 and 1.5 < modelled["one by one"]["m7"]["tok_per_s"] / measured["one by one"]["m7"] < 1.6
 for name in WORKLOADS:
     assert all(off[name][rung]["tokens"] == full[name]["tokens"] for rung in RUNGS[1:]), "a rung changed the tokens"
 assert largest_effect("documents", "longest_gap") == "m5" and set(best) == {"m3", "m4", "m6"}
