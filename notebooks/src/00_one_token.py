@@ -179,7 +179,7 @@ viz.predict(
 # two messages of plain data.
 
 
-# %%
+# %% tags=["given"]
 def shape(tensor):
     return str(list(tensor.shape))
 

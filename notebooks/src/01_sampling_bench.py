@@ -267,7 +267,7 @@ def engine_penalised(logit, in_prompt, count, repetition, frequency, presence):
     one = SamplingRow(params, [0] if in_prompt else [1], [0] * count, eos_token_id=None, seed=0, bad_words_token_ids=[])
     work = torch.tensor([[logit, 0.0]])  # word 0 is the one, word 1 another
     sampler.apply_logits_processors(work, SamplingMetadata.build([one], 2, "cpu"))
-    return round(float(work[0, 0]), 4)
+    return float(work[0, 0])
 
 
 PENALISED = [
@@ -482,7 +482,7 @@ def solved_top_p(probs, p):
 def solved_penalised(logit, in_prompt, count, repetition, frequency, presence):
     if in_prompt or count:
         logit = logit / repetition if logit > 0 else logit * repetition
-    return round(logit - count * frequency - (count > 0) * presence, 4)
+    return logit - count * frequency - (count > 0) * presence
 
 
 def solved_draw(probs, noise):
