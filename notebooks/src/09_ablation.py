@@ -388,7 +388,8 @@ viz.Shown(
 # %% [markdown]
 # ## Do the tokens stay the same?
 #
-# The real engine with a tiny model in fp32, which knows the answers to the three requests by heart. `without=` turns rungs off.
+# The real engine answers with a tiny model in fp32, which knows the three answers by heart. `without=` turns rungs off. (If the C++ kernels of m4 have never been used on your machine,
+# they are built now, which takes minutes once. `make setup` builds them, too.)
 
 # %%
 scratch = tempfile.TemporaryDirectory()
@@ -518,7 +519,8 @@ for name, text in zip(EXAMPLES, mine):
     print(f"  {name}: {EXAMPLES[name].text!r} -> {text!r}")
 
 # %% [markdown]
-# `folovllm generate --mine "Once upon a time"` runs SmolLM2 on the same parts, and the exercise `capstone` asks for all of them.
+# `folovllm generate --mine "Once upon a time"` runs SmolLM2 on the same parts, and the last exercise, [your engine](../milestones/m7/exercises/your_engine/README.md), asks for all
+# of them.
 #
 # ## Is it all true?
 #
