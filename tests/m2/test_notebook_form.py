@@ -1,6 +1,6 @@
 """The checks of a notebook's form can fail: a notebook that keeps all rules, broken in one place at a time.
 
-Milestone: M1. vLLM counterpart: none. The checks themselves: tests/notebook_checks.py.
+Milestone: M2. vLLM counterpart: none. The checks themselves: tests/notebook_checks.py.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import pytest
 
 from tests import notebook_checks
 
-pytestmark = pytest.mark.m1
+pytestmark = pytest.mark.m2
 
 (SOURCE,) = notebook_checks.sources("00")
 TARGET = notebook_checks.build_notebooks.target_of(SOURCE)
