@@ -396,7 +396,7 @@ def test_a_long_trace_costs_no_more_to_draw(tmp_path: Path) -> None:
 
 
 def draw_picture(picture: Path) -> None:
-    """Makes the picture of docs/learn/02: the three requests with memory for six blocks, in the step of the preemption."""
+    """Makes the picture of docs/learn/02: the three requests in six blocks, in the step of the preemption."""
     with tempfile.TemporaryDirectory() as folder:
         page, run = Path(folder) / "page.html", Path(folder) / "run.jsonl"
         core = example_core(num_kv_blocks=7, trace=str(run))
