@@ -409,7 +409,7 @@ texts |= {f"without=[{rung!r}]": answers(preset="m7", without=[rung]) for rung i
 viz.predict(
     "Eight engines: m1, m7, and m7 without each of its rungs. How many different sets of answers do they give?", [1, 2, 8],
     len({tuple(answer) for answer in texts.values()}),
-    "In fp32 all rungs give the same greedy tokens. In bf16, rungs from M4 on may differ, because sums are added in another order and rounded to 8 bits of mantissa.",
+    "In fp32 all rungs give the same greedy tokens. In bf16, rungs from M4 on may differ, because sums are added in another order and rounded to 8 significant bits.",
 )  # fmt: skip
 
 # %%

@@ -85,7 +85,7 @@ class ApplyRotary(nn.Module):
 def fill_cos_sin(table: torch.Tensor, frequencies: torch.Tensor, attention_factor: float = 1.0) -> None:
     """Write (cos, cos) and (-sin, sin) of position * frequency into `table` [num_positions, 2, head_size].
 
-    Angles are fp32 whatever the table is: bf16 has 8 bits of mantissa and could not even tell position 257 from 256.
+    Angles are fp32 whatever the table is: bf16 has 8 significant bits and could not even tell position 257 from 256.
     """
     half = frequencies.numel()
     frequencies = frequencies.to(table.device)  # [head_size / 2]
