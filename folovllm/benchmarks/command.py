@@ -1,6 +1,7 @@
 """The benchmark from its command line to its files.
 
-Milestone: M1. vLLM counterpart: `vllm bench`. No torch in this process, unless it has to look for a GPU.
+Milestone: M1. vLLM counterpart: vllm/entrypoints/cli/benchmark/main.py (`vllm bench`). No torch in this process, unless
+it has to look for a GPU.
 """
 
 import sys

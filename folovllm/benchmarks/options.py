@@ -1,6 +1,6 @@
 """The benchmark's command line, checked before anything runs.
 
-Milestone: M1. vLLM counterpart: vllm/benchmarks/*.py add_cli_args. No torch.
+Milestone: M1. vLLM counterpart: `add_cli_args` in vllm/benchmarks/throughput.py. No torch.
 """
 
 import argparse
