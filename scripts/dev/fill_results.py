@@ -33,7 +33,7 @@ from folovllm.benchmarks.arms import in_words
 from scripts.peers.report import markdown, markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCK = re.compile(r"(<!-- results: (\S+)((?: \w+=[\w,/]+)*) -->\n).*?(<!-- /results -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: (\S+)((?: \w+=[\w,/%]+)*) -->\n).*?(<!-- /results -->)", re.DOTALL)
 PAGES = ("README.md", "docs/**/*.md", "milestones/**/*.md")
 
 
