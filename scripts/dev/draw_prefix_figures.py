@@ -32,12 +32,14 @@ from folovllm.learn.three_requests import (
 )
 from folovllm.learn.toy_engine import block_ids, drive, make_core, make_request
 from folovllm.request import Request
+from folovllm.viz import PALETTE
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ROOT / "milestones/m6/results/shared_prefix_cpu.json"
 OWNERS = {"a": "#0072B2", "b": "#E69F00", "c": "#009E73"}  # viz.PALETTE[:3]
 FREE, INK = "#DDDDDD", "#333333"
 COMPUTED, HIT = "#555555", "#B9D7EA"
+ROOFLINE, CALIBRATED, WITH_CACHE = PALETTE[5], PALETTE[3], PALETTE[0]  # the models as on page 05
 BLOCK_SIZE = 4
 M5 = {"num_kv_blocks": 10, "enable_chunked_prefill": True, "max_num_batched_tokens": 6}
 
@@ -108,6 +110,7 @@ def chat(path: Path) -> None:
     axes[0].text(1.0, 1500, "computed", color=COMPUTED, fontsize=11, weight="bold")
     axes[1].text(1.0, 1500, "taken from the cache", color="#3A7CA5", fontsize=11, weight="bold")
     axes[1].text(1.0, 1300, "computed", color=COMPUTED, fontsize=11, weight="bold")
+    axes[1].text(1.0, 1100, "blocks of 16 tokens", color=INK, fontsize=10)
     figure_files.save(figure, path)
 
 
@@ -322,15 +325,15 @@ def ttft(path: Path) -> None:
     """TTFT of a prompt of 1,500 tokens against the tokens that are hit."""
     hits = range(0, 1_489, 16)
     figure, ax = plt.subplots(figsize=(9, 3.4), layout="constrained")
-    for model, style in ((roofline(), "--"), (calibrated(), "-")):
-        ax.plot(hits, [1000 * model.step([(hit, 1500 - hit)], 1).seconds for hit in hits], style, color=INK, lw=1.5)
-    for arm, colour, marker in (("m5", "#CC79A7", "s"), ("m6", COMPUTED, "o")):
+    for model, colour in ((roofline(), ROOFLINE), (calibrated(), CALIBRATED)):
+        ax.plot(hits, [1000 * model.step([(hit, 1500 - hit)], 1).seconds for hit in hits], color=colour, lw=1.5)
+    for arm, colour, marker in (("m5", COMPUTED, "s"), ("m6", WITH_CACHE, "o")):
         times = measured_ttft(arm)
         ax.plot([1500 * share // 100 // 16 * 16 for share in times], list(times.values()), marker, color=colour, ms=7)
-    ax.text(1100, 1040, "m5, measured: no cache", color="#CC79A7", fontsize=10, weight="bold")
-    ax.text(770, 640, "m6, measured", color=COMPUTED, fontsize=10, weight="bold")
-    ax.text(60, 480, "the roofline: the least time\nthat 445 GFLOP/s allow", color=INK, fontsize=10)
-    ax.text(1040, 470, "calibrated", color=INK, fontsize=10)
+    ax.text(960, 1050, "m5, warm requests: no cache", color=COMPUTED, fontsize=10, weight="bold")
+    ax.text(770, 640, "m6, warm requests", color=WITH_CACHE, fontsize=10, weight="bold")
+    ax.text(60, 480, "the roofline: the least time\nthat 445 GFLOP/s allow", color=ROOFLINE, fontsize=10)
+    ax.text(1040, 470, "calibrated", color=CALIBRATED, fontsize=10)
     ax.set(
         xlabel="tokens of the prompt that are found in the cache, of 1,500",
         ylabel="TTFT, ms",

@@ -8,8 +8,8 @@ A page says where a table goes and from which file (paths from the repository ro
     <!-- /results -->
 
 After the file name, `running=32` keeps only the rows of that value, `seq_len=512,8192` those of one of them, and
-`columns=case,forward_ms` only these columns, in this order (for files with a list of `results`); `arms=m2,m3` keeps
-only those arms (for a compare_perf file).
+`columns=case,forward_ms` only these columns, in this order, with `_` for a space (for files with a list of
+`results`); `arms=m2,m3` keeps only those arms (for a compare_perf file).
 `view=ladder` writes the table of the rungs with one measured column (for a compare_perf file); `view=gptq` writes
 the speeds of a bench_gptq file with the range of each ratio.
 
@@ -185,7 +185,7 @@ def plain_table(result: dict[str, Any], link: str, wanted: dict[str, str]) -> st
     rows = [r for r in result["results"] if all(str(r[key]) in values.split(",") for key, values in wanted.items())]
     digits = result.get("digits", 3)
     cells = [
-        {name.replace("_", " "): text_of(row[name], digits) for name in (columns.split(",") if columns else row)}
+        {name.replace("_", " "): text_of(cell(row, name), digits) for name in (columns.split(",") if columns else row)}
         for row in rows
     ]
     facts = f"[all figures]({link}), commit {machine['git']['sha'][:10]}"
@@ -193,6 +193,11 @@ def plain_table(result: dict[str, Any], link: str, wanted: dict[str, str]) -> st
     what = f", times in {result['unit']}" if has_times else ""
     where = f"{machine['cpu']}, {machine['cores']} cores{what}"
     return f"`python {as_run_today(result['command'])}` on {where} ({facts}).\n\n{markdown_table(cells)}"
+
+
+def cell(row: dict[str, Any], name: str) -> Any:
+    """The value of a column. Some files have spaces in its name, where a page's `columns=` has "_"."""
+    return row[name] if name in row else row[name.replace("_", " ")]
 
 
 def as_run_today(command: str) -> str:
