@@ -20,6 +20,8 @@ from matplotlib.patches import Rectangle
 
 from folovllm.gptq_config import GPTQConfig
 from folovllm.learn import int4_cost
+from folovllm.model_executor.cpu.int4_crossover import GUESS
+from folovllm.model_executor.cpu.int4_crossover import GUESS
 from folovllm.model_executor.layers.quantization.packing import packing_for
 
 BF16, INT4 = "#0072B2", "#D55E00"
@@ -56,7 +58,7 @@ def draw_words(path: Path) -> None:
     rows = [
         ("qweight, 4 bits: the levels of inputs 0 to 7 for one output (a0 = 6, a1 = 2, ...)",
          int(four.pack_rows(levels4[:, None])), owner_of_bits(4)[0]),
-        ("qzeros, 4 bits, v1: the zeros of outputs 0 to 7 in one group, each 8, stored as 7",
+        ("qzeros, 4 bits, v1: the zeros z0 to z7 of outputs 0 to 7 in one group, each 8, stored as 7",
          int(four.pack_zeros(zeros)), owner_of_bits(4)[0]),
     ]  # fmt: skip
     words = three.pack_rows(levels3[:, None]).flatten().tolist()
@@ -65,7 +67,8 @@ def draw_words(path: Path) -> None:
         rows.append((name, content, owner))
     figure, ax = plt.subplots(figsize=(9, 5.6), layout="constrained")
     for row, (name, content, owner) in enumerate(rows):
-        _draw_word(ax, 2.3 * row, name, content, owner, {10, 21} if row > 1 else set())
+        letter = "z" if name.startswith("qzeros") else "a"
+        _draw_word(ax, 2.3 * row, name, content, owner, {10, 21} if row > 1 else set(), letter)
     note(ax, 0, -1.15, "bit 31, the highest", colour=GREY, size=9.5)
     note(ax, 32, -1.15, "bit 0, the lowest", colour=GREY, size=9.5, ha="right")
     ax.set(xlim=(-0.3, 32.3), ylim=(2.3 * len(rows) - 0.5, -1.6))
@@ -73,7 +76,7 @@ def draw_words(path: Path) -> None:
     figure_files.save(figure, path)
 
 
-def _draw_word(ax: Axes, y: float, name: str, content: int, owner: list[int], split: set[int]) -> None:
+def _draw_word(ax: Axes, y: float, name: str, content: int, owner: list[int], split: set[int], letter: str) -> None:
     note(ax, 0, y - 0.32, f"{name}: 0x{content % 2**32:08X}", ha="left", va="center")
     for bit in range(32):
         x, value = 31 - bit, owner[bit]
@@ -82,7 +85,7 @@ def _draw_word(ax: Axes, y: float, name: str, content: int, owner: list[int], sp
         note(ax, x + 0.5, y + 0.43, str(content >> bit & 1), ha="center", va="center", size=9.5)
     for value in dict.fromkeys(owner):
         middle = 31 - sum(bit for bit in range(32) if owner[bit] == value) / owner.count(value)
-        note(ax, middle + 0.5, y + 1.17, f"a{value}", ha="center", va="center", size=9)
+        note(ax, middle + 0.5, y + 1.17, f"{letter}{value}", ha="center", va="center", size=9)
 
 
 # ---- a line of the cache
@@ -146,10 +149,11 @@ def draw_roofline(path: Path) -> None:
     tokens = list(range(1, 33))
     crossover = int4_cost.crossover()
     assert crossover == CROSSOVER
-    measured = (result("bench_gptq.json")["arms"]["speed"]["crossover"], 8)
+    assert [round(linear_ms(INT4_BITS, n), 2) for n in (CROSSOVER, CROSSOVER + 1)] == [5.75, 6.24]  # as the page says
+    measured = (result("bench_gptq.json")["arms"]["speed"]["crossover"], GUESS)
     figure, ax = plt.subplots(figsize=(9, 3.9), layout="constrained")
     ax.axvspan(*measured, color="#e6e6e6", zorder=0)
-    note(ax, sum(measured) / 2, 19.4, "measured:\n6 to 8", ha="center", va="top", size=9.5)
+    note(ax, sum(measured) / 2, 19.4, f"measured:\n{measured[0]} to {measured[1]}", ha="center", va="top", size=9.5)
     ax.plot(tokens, [linear_ms(BF16_BITS, n) for n in tokens], color=BF16, lw=2.4)
     ax.plot(tokens, [linear_ms(INT4_BITS, n) for n in tokens], color=INT4, lw=2.4)
     note(ax, 19.3, 7.6, "packed bf16", colour=BF16, size=10.5)
