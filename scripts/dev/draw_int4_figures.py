@@ -21,7 +21,6 @@ from matplotlib.patches import Rectangle
 from folovllm.gptq_config import GPTQConfig
 from folovllm.learn import int4_cost
 from folovllm.model_executor.cpu.int4_crossover import GUESS
-from folovllm.model_executor.cpu.int4_crossover import GUESS
 from folovllm.model_executor.layers.quantization.packing import packing_for
 
 BF16, INT4 = "#0072B2", "#D55E00"
