@@ -67,7 +67,7 @@ class ModelConfig:
     skip_tokenizer_init: bool = False  # prompts are token ids and outputs have no text
     load_format: str = "auto"  # "dummy": random weights, so that only config.json is needed
     hf_overrides: Mapping[str, Any] | None = None  # replaces values of config.json (folovllm.hf_overrides)
-    generation_config: str = "auto"  # sampling defaults: the model's, "vllm" for none, or those of another folder
+    generation_config: str = "auto"  # sampling defaults: the model's, "vllm" for vLLM's, or those of another folder
     override_generation_config: Mapping[str, Any] | None = None  # e.g. {"temperature": 0.7}
     dtype: str = "auto"  # "float32", "bfloat16", "float16"; "auto": the checkpoint's, fp32 if bf16 is emulated
     max_model_len: int | None = None  # tokens, prompt and output together; None: what the model was trained for
@@ -131,8 +131,8 @@ class CacheConfig:
 
     block_size: int | str = MAX_MODEL_LEN_BLOCK  # tokens per block; "max_model_len": one block per request (M1, M2)
     gpu_memory_utilization: float = 0.9  # on CUDA: the share of the GPU's memory that the engine may take
-    kv_cache_memory: int | None = None  # bytes
-    num_kv_blocks: int | None = None  # overrides both; includes the null block
+    kv_cache_memory: int | None = None  # bytes; None: on a CPU half of the free memory, at most 4 GiB
+    num_kv_blocks: int | None = None  # instead of a size in bytes; one of them is the null block
     enable_prefix_caching: bool = False  # share the full blocks of equal prompt prefixes (M6)
     prefix_index: str = "hash"  # or "trie": a tree of blocks, with the same hits
     partial_block_hits: bool = False  # copy the tokens of a block that only begins like ours, instead of computing them
@@ -171,7 +171,7 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Who runs in a step, and how much."""
+    """Which requests run in a step, and how many tokens of each."""
 
     batching: str = "continuous"  # "static": admit only when nothing runs
     scheduling_policy: str = "fcfs"  # order of the waiting queue; vLLM's SchedulerConfig.policy

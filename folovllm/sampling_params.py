@@ -43,7 +43,7 @@ class SamplingParams:
     top_p: float = 1.0  # the smallest set of likeliest tokens whose probabilities reach this sum
     top_k: int = 0  # 0 and -1 both mean "all tokens"
     min_p: float = 0.0  # tokens at least this likely, relative to the likeliest
-    seed: int | None = None  # the same seed draws the same tokens, in any batch
+    seed: int | None = None  # requests with the same seed draw alike, in any batch
     stop: str | list[str] | None = None  # strings that end the answer
     stop_token_ids: list[int] | None = None  # tokens that end it
     bad_words: list[str] | None = None  # strings that are never generated

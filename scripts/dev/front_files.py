@@ -10,7 +10,7 @@ from pathlib import Path
 
 from front_index import link, table
 from page_links import VLLM_FILES
-from page_symbols import PIN, vllm_symbols
+from page_symbols import vllm_symbols
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "folovllm"
@@ -77,4 +77,26 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-__all__ = ["PIN", "files"]
+# ---- the rows
+
+
+HOLDS = {
+    0: "plain data: arguments, requests, outputs",
+    1: "decisions: scheduler, KV cache, traces, simulator, engine core",
+    2: "tensors: model, attention, sampling, kernels",
+    3: "text and steps: from prompts to requests, from requests to a run of the model",
+    4: "models: finding and fetching them",
+    5: "what a user calls",
+}
+
+
+def rows(folder: Path) -> str:
+    """The rows of tests/m0/test_architecture.py, where each module has its own."""
+    source = (ROOT / "tests/m0/test_architecture.py").read_text(encoding="utf-8")
+    (value,) = (
+        node.value for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "ROWS"
+    )  # fmt: skip
+    modules: dict[str, int] = ast.literal_eval(value)
+    named = {row: [f"`{n.partition('.')[2]}`" for n, at in modules.items() if at == row and "." in n] for row in HOLDS}
+    return table("row | holds | modules", ((str(row), holds, ", ".join(named[row])) for row, holds in HOLDS.items()))

@@ -110,7 +110,9 @@ def steps_of(name: str, folder: Path) -> str:
     (path,) = (path for path in LIST["path"] if path["name"] == name)
     rows, total = [], 0
     for step in path["steps"]:
-        file = DOCS / step["page"]
+        file = (DOCS / step["page"]).resolve()
+        if not file.is_file():  # not written yet
+            continue
         total += page_minutes(file)
         rows.append((link(title_of(file), file, folder), str(page_minutes(file)), step["why"]))
     return table("page | minutes | why", [*rows, ("all", duration(total), "")], right="1")

@@ -58,3 +58,21 @@ def rebased(text: str, at: Path, folder: Path) -> str:
         return f"]({os.path.relpath(at / path, folder)}{hash_}{anchor})"
 
     return LINK_TARGET.sub(moved, text)
+
+
+def size(folder: Path) -> str:
+    """How large the package is: the engine, and everything else beside it."""
+    package = MILESTONES.parent / "folovllm"
+    beside = {"learn", "sim", "trace", "benchmarks", "entrypoints", "quantize"}
+    python = [p for p in package.rglob("*.py") if "__pycache__" not in p.parts]
+    engine = [p for p in python if p.relative_to(package).parts[0] not in beside and p.name != "viz.py"]
+    native = [*package.glob("csrc/*.cpp"), *package.glob("csrc/*.h")]
+    cells = [f"{hundreds(files):,}" for files in (engine, native, sorted(set(python) - set(engine)))]
+    return (
+        f"FoloVLLM's engine has about {cells[0]} lines of Python and {cells[1]} of C++, comments and blank lines included; "
+        f"traces, simulator, benchmark, quantizer, commands and exercises are {cells[2]} more.\n"
+    )
+
+
+def hundreds(files: list[Path]) -> int:
+    return round(sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) / 100) * 100

@@ -7,11 +7,13 @@ The meaning of an argument is the comment behind its field, so code and page say
 import ast
 import dataclasses
 import io
+import re
 import tokenize
 from pathlib import Path
 from typing import Any
 
 import typer
+from front_files import first_sentence
 from front_index import link, table
 
 from folovllm import config
@@ -21,6 +23,8 @@ from folovllm.parts import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_AN_ARGUMENT = {"architecture"}
+SHOWN_FOR_ALL = "m1"  # all milestones have the same commands below `folovllm learn`
+REPEATED = re.compile(rf"^learn (?!{SHOWN_FOR_ALL} )m\d(?! race)")
 
 
 def comments_of(file: Path, class_name: str) -> dict[str, str]:
@@ -53,8 +57,8 @@ def engine_arguments(folder: Path) -> str:
 def heading(cls: Any) -> str:
     """E.g. "ModelConfig: Which model and tokenizer, in which precision, how long."."""
     if cls is config.EngineConfig:
-        return "EngineConfig: what belongs to no part."
-    return f"{cls.__name__}: {(cls.__doc__ or '').partition(chr(10))[0]}"
+        return "EngineConfig: the rest."
+    return f"{cls.__name__}: {first_sentence(cls.__doc__ or '')}"
 
 
 def table_of(cls: Any) -> str:
@@ -73,7 +77,7 @@ def default_of(field: "dataclasses.Field[Any]") -> str:
 
 def milestone_of(name: str) -> str:
     """The rung that switches the argument on, and its value without that rung. E.g. "M5 (off: `False`)"."""
-    rungs = [rung for rung in LADDER if name in rung.off]
+    rungs = [rung for rung in LADDER if name in rung.off and rung.off[name] != rung.on[name]]
     return ", ".join(f"{rung.id.upper()} (off: {code(rung.off[name])})" for rung in rungs)
 
 
@@ -95,8 +99,17 @@ def sampling_parameters(folder: Path) -> str:
 
 def commands(folder: Path) -> str:
     """Every command and subcommand of `folovllm` with the first sentence of its help."""
-    rows = [(f"`folovllm {name}`", in_cell(first)) for name, first in commands_below(typer.main.get_command(app))]
+    found = commands_below(typer.main.get_command(app))
+    rows = [(f"`folovllm {name}`", in_cell(first)) for name, first in found if not REPEATED.search(name)]
+    rows = [(name.replace(f" {SHOWN_FOR_ALL} ", " mN "), first) for name, first in rows]
     return table("command | does", rows)
+
+
+def targets(folder: Path) -> str:
+    """The targets of the Makefile, with the text behind ##."""
+    lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
+    found = [match for line in lines if (match := re.match(r"([a-z-]+):.*## (.+)", line))]
+    return table("target | does", ((f"`make {m[1]}`", m[2]) for m in found))
 
 
 def commands_below(group: Any, before: str = "") -> list[tuple[str, str]]:
