@@ -119,7 +119,10 @@ def _bars(ax: Any, bars: dict[str, Any], colour_of: Callable[[str], str]) -> Non
 # ---- the roadmap
 
 
-PLACES = {"m0": (0, 0), "m1": (1, 0), "m2": (2, 0), "m3": (3, 0), "m4": (4, 0.8), "m5": (4, 0), "m6": (5, 0), "m7": (5, 0.8)}
+PLACES = {
+    "m0": (0, 0), "m1": (1, 0), "m2": (2, 0), "m3": (3, 0),
+    "m4": (4, 0.8), "m5": (4, 0), "m6": (5, 0), "m7": (5, 0.8),
+}  # fmt: skip
 BOX = (0.8, 0.5)
 
 
@@ -130,7 +133,8 @@ def draw_roadmap(data: dict[str, Any]) -> Any:
         x, y = PLACES[name]
         fill = "#ddf4ff" if built else "#ffffff"
         corner = (x - BOX[0] / 2, y - BOX[1] / 2)
-        ax.add_patch(FancyBboxPatch(corner, *BOX, boxstyle="round,pad=0,rounding_size=0.08", facecolor=fill, edgecolor=BLUE))
+        round_ = "round,pad=0,rounding_size=0.08"
+        ax.add_patch(FancyBboxPatch(corner, *BOX, boxstyle=round_, facecolor=fill, edgecolor=BLUE))
         ax.text(x, y, f"{name.upper()}\n{two_lines(title)}", ha="center", va="center", fontsize=10, color=INK)
         for need in needs:
             _arrow(ax, PLACES[need], (x, y))

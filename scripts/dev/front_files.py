@@ -1,7 +1,6 @@
 """The block of docs/project_structure.md: every file of the package with its first sentence and its vLLM counterpart.
 
-Milestone: M0. vLLM counterpart: none. Both come from the text at the head of the file, so a file whose head lacks one of
-them is an error here.
+Milestone: M0. vLLM counterpart: none. Both come from the text at the head of the file.
 """
 
 import ast
@@ -15,7 +14,7 @@ from page_symbols import vllm_symbols
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "folovllm"
 SUFFIXES = {".py", ".cpp", ".h", ".js", ".css", ".html"}
-UPSTREAM_FILE = re.compile(r"(?<![\w/`])(?:vllm|csrc|cmake|benchmarks)/[\w./{},]*\w(?:#[\w.]+)?")
+UPSTREAM_FILE = re.compile(r"(?<![\w/`])(?:vllm|csrc|cmake|benchmarks)/[\w./{},*]*[\w/](?:#[\w.]+)?")
 
 
 def files(folder: Path) -> str:
@@ -61,8 +60,7 @@ def counterpart(head: str) -> str:
     if said is None:
         return "-"
     sentence = re.split(r"\.(?:\s|$)", " ".join(said[1].split()))[0]
-    sentence = sentence.removesuffix(",")
-    return "-" if sentence.startswith("none") and len(sentence) == len("none") else UPSTREAM_FILE.sub(upstream, cell(sentence))
+    return "-" if sentence == "none" else UPSTREAM_FILE.sub(upstream, cell(sentence))
 
 
 def upstream(match: re.Match[str]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from folovllm.learn.exercise import find_exercises
-from folovllm.learn.pages import Page, examples_of, load_pages, minutes, num_words
+from folovllm.learn.pages import WORDS_PER_MINUTE, examples_of, load_pages, minutes, name_of, num_words
 from folovllm.milestones import LADDER, Rung
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,12 +50,13 @@ def page_minutes(file: Path) -> int:
 
 
 def notebook_minutes(name: str) -> int:
-    """What the notebook says of itself, e.g. "*15 minutes. ..." in its first cell."""
+    """What the notebook says of itself, e.g. "*15 minutes. ..." in its first cell, or else counted like a page."""
     text = (ROOT / f"notebooks/src/{name}.py").read_text(encoding="utf-8")
     said = re.search(r"\b(\d+) minutes", text.partition("\n# %%\n")[0])
-    if said is None:
-        raise ValueError(f"notebooks/src/{name}.py does not say how many minutes it takes")
-    return int(said[1])
+    if said:
+        return int(said[1])
+    prose = "\n".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("# "))
+    return round(num_words(prose) / WORDS_PER_MINUTE) + len(re.findall(r"^# %%", text, re.MULTILINE))
 
 
 def existing(notebooks: Iterable[str]) -> list[str]:
@@ -66,29 +67,31 @@ def existing(notebooks: Iterable[str]) -> list[str]:
 
 
 def newcomer(folder: Path) -> str:
-    """The learning pages in their order, each with its notebook and the exercises of its milestone."""
-    rows, total, seen = [], defaultdict(int), set[str]()
+    """The learning pages in their order, each with the notebooks and exercises that no page before it has."""
+    rows, total, seen = [], [0, 0, 0], set[str]()
     for page in load_pages():
         if page.stem in BESIDE:
             continue
-        reading = page_minutes(page.path)
-        books = existing(page.notebooks)
-        new = page.exercises if page.exercises not in seen else ""
-        seen.add(page.exercises)
-        tasks = find_exercises(new) if new else []
-        total["read"] += reading
-        total["notebooks"] += sum(map(notebook_minutes, books))
-        total["exercises"] += sum(task.minutes for task in tasks)
+        books = [name for name in existing(page.notebooks) if name not in seen]
+        tasks = find_exercises(page.milestone) if page.milestone not in seen else []
+        times = [
+            page_minutes(page.path), sum(map(notebook_minutes, books)), sum(task.minutes for task in tasks)
+        ]  # fmt: skip
+        total = [a + b for a, b in zip(total, times, strict=True)]
         rows.append((
             link(page.title, page.path, folder),
-            str(reading),
-            ", ".join(link(f"{n[:2]}", ROOT / f"notebooks/{n}.ipynb", folder) + f" ({notebook_minutes(n)})" for n in books),
-            exercises_cell(new, folder) if new else "",
-            f"`folovllm quiz {page.milestone}`" if new else "",
+            str(times[0]),
+            ", ".join(f"{notebook_link(name, folder)} ({notebook_minutes(name)})" for name in books),
+            exercises_cell(page.milestone, folder) if tasks else "",
+            f"`folovllm quiz {page.milestone}`" if tasks else "",
         ))  # fmt: skip
-    sums = [duration(total[kind]) for kind in ("read", "notebooks", "exercises")]
-    rows.append(("all", *sums, ""))
+        seen |= {page.milestone, *books}
+    rows.append(("all", *map(duration, total), ""))
     return table("page | minutes | notebook (minutes) | exercises (minutes) | quiz", rows, right="1")
+
+
+def notebook_link(name: str, folder: Path) -> str:
+    return link(name[:2], ROOT / f"notebooks/{name}.ipynb", folder)
 
 
 def exercises_cell(milestone: str, folder: Path) -> str:
@@ -135,12 +138,12 @@ def milestones(folder: Path) -> str:
 
 def milestone_row(rung: Rung, folder: Path) -> list[str]:
     pages = [page for page in load_pages() if page.milestone == rung.id]
-    books = existing(name for page in pages for name in page.notebooks)
+    books = dict.fromkeys(existing(name for page in pages for name in page.notebooks))
     at = ROOT / "milestones" / rung.id
     return [
         link(f"{rung.id.upper()} {rung.title}", at / "README.md", folder),
-        ", ".join(link(page.short, page.path, folder) for page in pages),
-        ", ".join(link(name[:2], ROOT / f"notebooks/{name}.ipynb", folder) for name in books) or "-",
+        ", ".join(link(name_of(page), page.path, folder) for page in pages),
+        ", ".join(notebook_link(name, folder) for name in books) or "-",
         str(len(find_exercises(rung.id))),
         link("questions", DOCS / f"interview/{rung.id}.md", folder),
         link("10 minutes", DOCS / f"presentation/milestone_{rung.id[1:]}.md", folder),
@@ -166,15 +169,11 @@ def topics(folder: Path) -> str:
     found: dict[str, list[str]] = defaultdict(list)
     for page in load_pages():
         for topic in page.topics:
-            found[topic].append(link(name_on_the_list(page), page.path, folder))
+            found[topic].append(link(page.title, page.path, folder))
     for entry in LIST["front"]:
         for topic in entry.get("topics", ()):
             found[topic].append(link(entry["title"], DOCS / entry["file"], folder))
     return table("topic | pages", ((topic, ", ".join(found[topic])) for topic in sorted(found, key=str.lower)))
-
-
-def name_on_the_list(page: Page) -> str:
-    return page.title
 
 
 GROUPS = {
@@ -201,7 +200,8 @@ def statistics(folder: Path) -> str:
         ]
         sums = [a + b for a, b in zip(sums, counts, strict=True)]
         rows.append([group, *statistics_cells(counts)])
-    return table("kind | pages | words | pictures | examples that run", [*rows, ["all", *statistics_cells(sums)]], "1 2 3 4")
+    rows.append(["all", *statistics_cells(sums)])
+    return table("kind | pages | words | pictures | examples that run", rows, right="1 2 3 4")
 
 
 def statistics_cells(counts: list[int]) -> list[str]:

@@ -46,7 +46,8 @@ def section(rung: Rung, folder: Path) -> str:
     if accepted is None:
         raise ValueError(f"{spec.name} of {rung.id} does not close with '## Accepted as done when'")
     done, total = accepted[1].count("- [x]"), accepted[1].count("- [")
-    head = f"## {rung.id.upper()} {rung.title}\n\n{link(f'{len(REQUIREMENT.findall(text))} requirements', spec, folder)}, "
+    requirements = link(f"{len(REQUIREMENT.findall(text))} requirements", spec, folder)
+    head = f"## {rung.id.upper()} {rung.title}\n\n{requirements}, "
     return f"{head}and {done} of {total} points shown:\n\n{rebased(accepted[1].strip(), spec.parent, folder)}\n"
 
 
@@ -69,7 +70,7 @@ def size(folder: Path) -> str:
     native = [*package.glob("csrc/*.cpp"), *package.glob("csrc/*.h")]
     cells = [f"{hundreds(files):,}" for files in (engine, native, sorted(set(python) - set(engine)))]
     return (
-        f"FoloVLLM's engine has about {cells[0]} lines of Python and {cells[1]} of C++, comments and blank lines included; "
+        f"FoloVLLM's engine has about {cells[0]} lines of Python and {cells[1]} of C++, with comments and blank lines; "
         f"traces, simulator, benchmark, quantizer, commands and exercises are {cells[2]} more.\n"
     )
 

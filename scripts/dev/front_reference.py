@@ -33,8 +33,11 @@ def comments_of(file: Path, class_name: str) -> dict[str, str]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     (cls,) = (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == class_name)
-    fields = [node for node in cls.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
-    return {node.target.id: comments.get(node.end_lineno or 0, "") for node in fields if isinstance(node.target, ast.Name)}
+    found = {}
+    for node in cls.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found[node.target.id] = comments.get(node.end_lineno or 0, "")
+    return found
 
 
 def in_cell(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Blocks with measured numbers: what is proven (docs/project_summary.md), tuning (docs/quick_reference.md), paging (README).
+"""Blocks with measured numbers: what is proven (docs/project_summary.md), tuning (quick_reference.md), paging (README).
 
 Milestone: M0. vLLM counterpart: none. Every number is read from a committed result file, and its row links that file.
 """
@@ -20,7 +20,16 @@ CHUNK_SIZES = "m5/results/tune_chunk_size.json"
 SHARED_PREFIX = "m6/results/shared_prefix_cpu.json"
 GPTQ_SPEED = "m7/results/bench_gptq.json"
 GPTQ_LOSS = "m7/results/eval_ppl.json"
+PEER_NAMES = {
+    "hf": "HuggingFace `generate`",
+    "llamacpp": "llama.cpp",
+    "openvino": "OpenVINO GenAI (4-bit weights)",
+    "vllm": "vLLM's CPU build",
+}
 REQUIREMENT = re.compile(r"^- R\d+\.\d+ ", re.MULTILINE)
+
+
+# ---- reading the files
 
 
 @cache
@@ -32,7 +41,7 @@ def result(file: str) -> dict[str, Any]:
 def row_of(file: str, **wanted: object) -> dict[str, Any]:
     """The one row of a file's `results` that has these values. Raises ValueError if there is not exactly one."""
     rows: list[dict[str, Any]] = result(file)["results"]
-    (row,) = [row for row in rows if all(str(row[key.replace("_", " ")]) == str(v) for key, v in wanted.items())]
+    (row,) = [row for row in rows if all(str(row[key]) == str(value) for key, value in wanted.items())]
     return row
 
 
@@ -40,6 +49,18 @@ def arm(file: str, name: str) -> dict[str, Any]:
     """What an arm of a ladder file measured with all requests together."""
     found: dict[str, Any] = result(file)["arms"][name]["modes"]["batch"]
     return found
+
+
+def speed(measured: dict[str, Any]) -> str:
+    return f"{measured['output_tok_per_s']:.0f}"
+
+
+def running(measured: dict[str, Any]) -> str:
+    return f"{measured['max_running']:.0f}"
+
+
+def used(measured: dict[str, Any]) -> str:
+    return f"{measured['kv_utilisation']:.0%}"
 
 
 def ms(text: str) -> str:
@@ -59,44 +80,51 @@ def ratio(peer: str, mode: str) -> str:
 
 
 def proven(folder: Path) -> str:
-    """Claim, number and file, for what is shown on the reference machine."""
+    """What is shown on the reference machine, with the file that shows it."""
     claims = [
-        (f"{num_requirements()} numbered requirements, each with the test that proves it", "`pytest`", MILESTONES / "README.md"),
-        (f"One request alone: {peers_text('single')}", "tokens per second", MILESTONES / PEERS),
-        (f"32 requests together: {peers_text('batch')}", "tokens per second", MILESTONES / PEERS),
-        (batching_text(), "tokens per second", MILESTONES / LADDER),
-        (paging_text(), "KV slots, requests at once", MILESTONES / LADDER),
-        (chunks_text(), "longest gap between tokens", MILESTONES / LONG_PROMPTS),
-        (prefix_text(), "time to the first token", MILESTONES / SHARED_PREFIX),
-        (gptq_text(), "speed, bytes, perplexity", MILESTONES / GPTQ_SPEED),
-    ]  # fmt: skip
-    rows = ((claim, kind, link(file.stem if file.suffix == ".json" else "milestones", file, folder)) for claim, kind, file in claims)
-    return table("shown | measure | where", rows)
+        (f"One request alone: {peers_text('single')}", PEERS),
+        (f"32 requests together: {peers_text('batch')}", PEERS),
+        (batching_text(), LADDER),
+        (paging_text(), LADDER),
+        (chunks_text(), LONG_PROMPTS),
+        (prefix_text(), SHARED_PREFIX),
+        (gptq_text(), GPTQ_SPEED),
+        (f"{num_requirements()} numbered requirements, each with the test that proves it", "README.md"),
+    ]
+    return table("shown | where", ((claim, file_link(file, folder)) for claim, file in claims))
 
 
 def tuning(folder: Path) -> str:
     """If your load is like this, set that, and what it was worth here."""
+    budget = "`python scripts/tune_chunk_size.py` finds the budget"
+    grows = "nothing: the KV cache is paged; if `num_preemptions` grows, raise `kv_cache_memory`"
     rows = [
-        ("many requests at once", "nothing: `max_num_seqs` is 64 on a CPU; raise it while memory lasts", batching_text(), LADDER),
+        ("many requests at once", "nothing: raise `max_num_seqs` above 64 while memory lasts", batching_text(), LADDER),
+        ("more requests than memory", grows, paging_text(), LADDER),
         ("long prompts disturb answers under way", "`max_num_batched_tokens=256`", chunks_text(), LONG_PROMPTS),
-        ("the latency of a token must stay below a limit", "`python scripts/tune_chunk_size.py` finds the budget", budgets_text(), CHUNK_SIZES),
-        ("prompts share a beginning", "nothing: the prefix cache is on; put what varies at the end", prefix_text(), SHARED_PREFIX),
-        ("one user, as fast as possible", 'a GPTQ model and `gptq_runtime="memory"`', gptq_text(), GPTQ_SPEED),
-        ("requests are preempted (`LLM.stats()`)", "`kv_cache_memory` up, or `max_num_seqs` down", paging_text(), LADDER),
-    ]  # fmt: skip
-    cells = ((when, set_, worth, link("file", MILESTONES / file, folder)) for when, set_, worth, file in rows)
+        ("a limit for the gap between tokens", budget, budgets_text(), CHUNK_SIZES),
+        ("prompts share a beginning", "nothing: put what varies at the end", prefix_text(), SHARED_PREFIX),
+        ("one user", 'a GPTQ model, `gptq_runtime="memory"`', gptq_text(), GPTQ_SPEED),
+    ]
+    cells = ((load, setting, worth, file_link(file, folder)) for load, setting, worth, file in rows)
     return table("your load | set | measured here | where", cells)
 
 
+def file_link(file: str, folder: Path) -> str:
+    path = MILESTONES / file
+    return link(path.stem if path.suffix == ".json" else "milestones", path, folder)
+
+
 def paging(folder: Path) -> str:
-    """The sentence of the README on m3 beside m2."""
-    (two, three), (many, paged) = [[arm(file, name) for name in ("m2", "m3")] for file in (LADDER, EQUAL_BATCH)]
+    """The sentences of the README on M3 beside M2."""
+    two, three = (arm(LADDER, name) for name in ("m2", "m3"))
+    many, paged = (arm(EQUAL_BATCH, name) for name in ("m2", "m3"))
     return (
-        f"**Why m3 gains so little here.** Paging saves memory and not arithmetic. In the same memory m3 runs {three['max_running']:.0f} "
-        f"requests at once and m2 {two['max_running']:.0f}, because m3 fills {three['kv_utilisation']:.0%} of its KV slots and m2 "
-        f"{two['kv_utilisation']:.0%}. Both still run textbook attention, whose speed varies from run to run and which dominates these long steps. "
-        f"With memory for {many['max_running']:.0f} requests in both, m3 makes {speed(paged)} and m2 {speed(many)} "
-        f"tokens per second ({link('all figures', MILESTONES / EQUAL_BATCH, folder)}).\n"
+        "**Why M3 gains so little here.** Paging saves memory, not arithmetic: in the same memory M3 runs "
+        f"{running(three)} requests at once and M2 {running(two)}, because {used(three)} of its KV slots are in use "
+        f"instead of {used(two)}.\nTextbook attention dominates the steps of both, and its speed varies from run to "
+        f"run. With {running(many)} requests in both, M3 makes {speed(paged)} and M2 {speed(many)} tokens per\n"
+        f"second ({link('all figures', MILESTONES / EQUAL_BATCH, folder)}).\n"
     )
 
 
@@ -107,13 +135,8 @@ def num_requirements() -> int:
     return sum(len(REQUIREMENT.findall(spec.read_text(encoding="utf-8"))) for spec in MILESTONES.glob("m*/SPEC.md"))
 
 
-def speed(measured: dict[str, Any]) -> str:
-    return f"{measured['output_tok_per_s']:.0f}"
-
-
 def peers_text(mode: str) -> str:
-    names = {"hf": "HuggingFace `generate`", "llamacpp": "llama.cpp", "openvino": "OpenVINO GenAI (4-bit weights)", "vllm": "vLLM's CPU build"}
-    return ", ".join(f"{ratio(peer, mode)} {name}" for peer, name in names.items())
+    return ", ".join(f"{ratio(peer, mode)} {name}" for peer, name in PEER_NAMES.items())
 
 
 def batching_text() -> str:
@@ -124,30 +147,36 @@ def batching_text() -> str:
 def paging_text() -> str:
     whole, paged = arm(LADDER, "m2"), arm(LADDER, "m3")
     return (
-        f"In the same memory, blocks of 16 tokens run {paged['max_running']:.0f} requests at once ({paged['kv_utilisation']:.0%} of "
-        f"KV slots used), whole-request blocks {whole['max_running']:.0f} ({whole['kv_utilisation']:.0%})"
+        f"In the same memory, blocks of 16 tokens run {running(paged)} requests at once ({used(paged)} of the KV slots "
+        f"in use), blocks for whole requests {running(whole)} ({used(whole)})"
     )
 
 
 def chunks_text() -> str:
-    before, after = [row_of(LONG_PROMPTS, arm=name, group="decoding")["ITL p99"] for name in ("m4", "m5+budget=256")]
-    return f"While prompts of 4,000 tokens arrive, the ITL p99 of decoding requests is {ms(after)} with chunks and {ms(before)} without"
+    whole, chunks = (row_of(LONG_PROMPTS, arm=name, group="decoding")["ITL p99"] for name in ("m4", "m5+budget=256"))
+    return (
+        f"While prompts of 4,000 tokens arrive, the ITL p99 of decoding requests is {ms(chunks)} with chunks of 256 "
+        f"tokens and {ms(whole)} without chunks"
+    )
 
 
 def budgets_text() -> str:
-    low, high = [row_of(CHUNK_SIZES, budget=budget)["itl_p99_ms"] for budget in (128, 1024)]
-    return f"ITL p99 is {low:,.0f} ms with a budget of 128 tokens and {high:,.0f} ms with 1024, at about the same total throughput"
+    low, high = (row_of(CHUNK_SIZES, budget=budget)["itl_p99_ms"] for budget in (128, 1024))
+    return (
+        f"ITL p99 is {low:,.0f} ms with a budget of 128 tokens and {high:,.0f} ms with 1024, at about the same total "
+        "throughput"
+    )
 
 
 def prefix_text() -> str:
-    before, after = [row_of(SHARED_PREFIX, arm=name, group="95% warm")["TTFT p50"] for name in ("m5", "m6")]
-    return f"A prompt of 1,500 tokens of which 95 % are cached has its first token after {ms(after)} instead of {ms(before)}"
+    before, after = (row_of(SHARED_PREFIX, arm=name, group="95% warm")["TTFT p50"] for name in ("m5", "m6"))
+    return f"With 95 % of a prompt of 1,500 tokens cached, its first token comes after {ms(after)} instead of {ms(before)}"
 
 
 def gptq_text() -> str:
     fast = row_of(GPTQ_SPEED, arm="memory")
-    loss, rounding = [row_of(GPTQ_LOSS, model=name, engine="folovllm")["rise_%"] for name in ("gptq4", "rtn4")]
+    loss, rounding = (row_of(GPTQ_LOSS, model=name, engine="folovllm")["rise_%"] for name in ("gptq4", "rtn4"))
     return (
-        f"4-bit weights: one request {fast['single']} as fast as bf16 and 32 together {fast['batch']}, {fast['of bf16']} of the bytes; "
-        f"perplexity {loss} with GPTQ and {rounding} rounded to nearest"
+        f"4-bit weights: one request {fast['single']} as fast as bf16, 32 together {fast['batch']}, with "
+        f"{fast['of bf16']} of the bytes; perplexity {loss} with GPTQ and {rounding} rounded to nearest"
     )

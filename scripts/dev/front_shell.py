@@ -6,8 +6,8 @@ Milestone: M0. vLLM counterpart: none.
     $ ... 2> /dev/null the same without stderr (the speed of an answer, for one)
     > ...              in a block whose command is a conversation: what is typed
 
-A Python block whose first line is `# NAME.py` is written to that file; `$ python NAME.py` runs it. Measured times differ
-from run to run, so `same_but_for_times` compares two pages without them.
+A Python block whose first line is `# NAME.py` is written to that file; `$ python NAME.py` runs it. Measured times
+differ from run to run, so `same_but_for_times` compares two pages without them.
 """
 
 import os
