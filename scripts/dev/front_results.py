@@ -170,7 +170,7 @@ def budgets_text() -> str:
 
 def prefix_text() -> str:
     before, after = (row_of(SHARED_PREFIX, arm=name, group="95% warm")["TTFT p50"] for name in ("m5", "m6"))
-    return f"With 95 % of a prompt of 1,500 tokens cached, its first token comes after {ms(after)} instead of {ms(before)}"
+    return f"If 95 % of a prompt of 1,500 tokens are cached, the first token takes {ms(after)} instead of {ms(before)}"
 
 
 def gptq_text() -> str:

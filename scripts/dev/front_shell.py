@@ -13,6 +13,7 @@ differ from run to run, so `same_but_for_times` compares two pages without them.
 import os
 import pty
 import re
+import select
 import shlex
 import subprocess
 import sys
@@ -28,6 +29,7 @@ TYPED = re.compile(r"^> (.+)$", re.MULTILINE)
 TIME = re.compile(r"\d+\.\d+(?= (?:s|ms|tok/s|MiB)\b)|(?<=\w )\d+\.\d\d(?=[,)])")
 COLUMNS = "110"
 QUIET = " 2> /dev/null"
+PATIENCE = 120  # seconds
 
 
 def with_sessions(text: str) -> str:
@@ -90,15 +92,17 @@ def _conversation(command: str, folder: Path, typed: list[str]) -> str:
             os.write(ours, lines.pop(0).encode())
         shown += _until_prompt(ours)  # the end: the program leaves, and its side closes
     finally:
-        process.wait(timeout=60)
-        os.close(ours)
+        os.close(ours)  # ends a program that still waits for a line
+        process.wait(timeout=PATIENCE)
     return tidy(re.sub(r"\n> \s*$", "\n", shown.replace("\r\n", "\n")))
 
 
 def _until_prompt(terminal: int) -> str:
-    """Reads until the program waits at "> ", or has ended."""
+    """Reads until the program waits at "> ", or has ended. Raises ValueError if it is silent for too long."""
     shown = b""
     while not re.search(rb"(?:^|\n)> $", shown):
+        if not select.select([terminal], [], [], PATIENCE)[0]:
+            raise ValueError(f"the program neither ended nor asked with '> ' within {PATIENCE} s; it showed {shown!r}")
         try:
             part = os.read(terminal, 4096)
         except OSError:  # Linux says so when the other side has closed
