@@ -191,14 +191,14 @@ def commands_on(page: Path) -> list[str]:
 
 
 def parse(command: str) -> None:
-    """Follows the words to the command, and parses its options without running it. Raises what the command line raises."""
+    """Finds the command and parses its options, without running it. Raises what the command line raises."""
     words = shlex.split(command, comments=True)[1:]
     group: Any = typer.main.get_command(app)
     context = typer.Context(group, info_name="folovllm")
     while words and hasattr(group, "commands") and not words[0].startswith("-"):
         name, found, words = group.resolve_command(context, words)
         assert found is not None, command
-        group, context = found, typer.Context(found, info_name=name, parent=context)
+        group, context = found, typer.Context(found, info_name=name, parent=context, **found.context_settings)
     group.make_parser(context).parse_args(list(words))
 
 
@@ -211,7 +211,7 @@ def test_commands_exist(page: Path) -> None:
 def test_commands_are_found_and_wrong_ones_refused() -> None:
     assert len(commands_on(ROOT / "README.md")) >= 10 and len(commands_on(DOCS / "getting_started.md")) >= 10
     for wrong in ("folovllm nothing", "folovllm generate --nothing", "folovllm trace nothing", "folovllm learn m9"):
-        with pytest.raises(Exception, match="No such|unknown milestone"):
+        with pytest.raises(Exception, match=r"No such|unknown milestone"):
             parse(wrong)
 
 
