@@ -226,16 +226,6 @@ def test_head_and_foot_of_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "[exercises of M2](../../milestones/m2/README.md) · [interview questions](../interview/m2.md)" in built
 
 
-def test_the_index_by_topic_and_the_list_of_pages() -> None:
-    """Each learning page is listed, and found under each of its topics."""
-    built, _ = builder.build_page("<!-- pages -->\n<!-- /pages -->\n\n<!-- topics -->\n<!-- /topics -->\n", PAGE)
-    listed, topics = built.split("<!-- topics -->")
-    for page in load_pages():
-        assert f"| [{page.title}]({page.path.name}) | {sum(minutes(page.text()))} |" in listed
-        rows = [line for line in topics.splitlines() if f"({page.path.name})" in line]
-        assert {row.split(" | ")[0].removeprefix("| ") for row in rows} == set(page.topics)
-
-
 def test_words_are_those_of_the_prose() -> None:
     text = '# A title\n\nTwo words, [a link](x.md "t") - `code`.\n\n```\nno = 1\n```\n\n| no |\n\n![no](x.png)\n'
     assert num_words(text) == 7
