@@ -259,7 +259,7 @@ def free_queue(path: Path) -> None:
     pool.free_block_queue.append_n(pool.blocks[block] for block in before)
     pool.free_block_queue.remove(pool.blocks[5])
     assert [block.block_id for block in pool.free_block_queue.get_all_free_blocks()] == [7, 6, 2, 1, 9]
-    text = "With prefix caching (M6): a hit takes 5\nout of the middle. 6 and 2 are linked."
+    text = "A removal from the middle, as M6 needs it:\nwithout 5, 6 and 2 are linked."
     _queue_row(ax, len(said), text, before, gone=5)
     ax.text(0, len(said) + 0.75, "Yellow: blocks that this line has freed.", va="center", fontsize=9)
     ax.set(xlim=(0, 20.4), ylim=(len(said) + 1, -0.5))
