@@ -428,10 +428,10 @@ def draw_rounding(path: Path) -> None:
     step = facts["bf16_step"]
     figure, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
     for value in (37.25, 37.5, 37.75):
-        ax.axvline(value, color="#888888", lw=1)
+        ax.plot((value, value), (-0.5, 2.42), color="#888888", lw=1)
         ax.text(value, -0.62, f"{value}", ha="center", fontsize=10, bbox=PLAIN)
         if value < 37.75:
-            ax.axvline(value + step / 2, color="#BBBBBB", lw=0.8, ls=":")
+            ax.plot((value + step / 2,) * 2, (-0.5, 2.42), color="#BBBBBB", lw=0.8, ls=":")
     for y, row in enumerate(rows):
         names = [key.removeprefix("exact ") for key in row if key.startswith("exact")]
         label: dict[str, Any] = {"m1 fp32": "m1, m4 fp32"}.get(row["engine"], row["engine"])
