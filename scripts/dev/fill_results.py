@@ -184,10 +184,9 @@ def plain_table(result: dict[str, Any], link: str, wanted: dict[str, str]) -> st
     columns = wanted.pop("columns", "")
     rows = [r for r in result["results"] if all(str(r[key]) in values.split(",") for key, values in wanted.items())]
     digits = result.get("digits", 3)
-    cells = [
-        {name.replace("_", " "): text_of(cell(row, name), digits) for name in (columns.split(",") if columns else row)}
-        for row in rows
-    ]
+    keys = {key.replace(" ", "_"): key for key in rows[0]}  # a page writes from_cache for "from cache"
+    shown = [keys[name] for name in (columns.split(",") if columns else keys)]
+    cells = [{heading(name): text_of(row[name], digits) for name in shown} for row in rows]
     facts = f"[all figures]({link}), commit {machine['git']['sha'][:10]}"
     has_times = result["unit"] != "logits" and (result["unit"] != "seconds" or any("seconds" in row for row in cells))
     what = f", times in {result['unit']}" if has_times else ""
@@ -195,9 +194,10 @@ def plain_table(result: dict[str, Any], link: str, wanted: dict[str, str]) -> st
     return f"`python {as_run_today(result['command'])}` on {where} ({facts}).\n\n{markdown_table(cells)}"
 
 
-def cell(row: dict[str, Any], name: str) -> Any:
-    """The value of a column. Some files have spaces in its name, where a page's `columns=` has "_"."""
-    return row[name] if name in row else row[name.replace("_", " ")]
+def heading(name: str) -> str:
+    """A key of a result file as the heading of its column. E.g. "itl_p50_ms" -> "ITL p50, ms"."""
+    latency = re.sub(r"^(itl|ttft)_(\w+)_ms$", lambda match: f"{match[1].upper()} {match[2]}, ms", name)
+    return latency.replace("_", " ").replace("tok per s", "tok/s")
 
 
 def as_run_today(command: str) -> str:
