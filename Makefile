@@ -1,6 +1,7 @@
 # FoloVLLM: every target sets up what it needs. On a machine with Python >= 3.11, pip and make: `make demo`, `make test`.
 #   PYTHON=python3.12      another interpreter
 #   PIP_ARGS="..."         passed to pip, e.g. another index for torch's CPU build (see README.md)
+#   LAB_ARGS="--no-browser" passed to JupyterLab by `make notebook`
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
@@ -10,10 +11,10 @@ MODEL ?= smollm2-135m
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-browser bench lint docs site notebooks clean
+.PHONY: help setup demo test test-browser bench lint docs site notebook build-notebooks clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "setup: a virtual environment in $(VENV) with the pinned dependencies (a few minutes the first time)"
@@ -69,8 +70,14 @@ site: $(STAMP)  ## the documentation as a site with search, in site/
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[docs]'
 	@$(BIN)/python -m mkdocs build --strict --quiet
 
-notebooks: $(STAMP)  ## execute the notebooks again from notebooks/src
-	@echo "notebooks: builds and executes notebooks/*.ipynb from notebooks/src"
+notebook: $(STAMP)  ## open the notebooks in JupyterLab
+	@echo "notebook: JupyterLab with notebooks/00_one_token.ipynb; stop it with Ctrl-C"
+	@$(BIN)/python -c 'import jupyterlab' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[notebooks]'
+	@$(BIN)/python -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_one_token.ipynb $(LAB_ARGS)
+
+build-notebooks: $(STAMP)  ## execute the notebooks again from notebooks/src
+	@echo "build-notebooks: builds and executes notebooks/*.ipynb from notebooks/src"
 	@$(BIN)/python scripts/build_notebooks.py
 
 clean:  ## remove the virtual environment and caches of the tools (not the models)

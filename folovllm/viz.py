@@ -251,11 +251,11 @@ def explore(draw: Callable[[Axes, Any], None], name: str, values: Sequence[Any],
 
     `size` is that of the whole row in inches.
     """
-    figure, axes = plt.subplots(1, len(values), figsize=size, squeeze=False, layout="none")
+    _, axes = plt.subplots(1, len(values), figsize=size, squeeze=False, sharex=True, sharey=True)
     for ax, value in zip(axes[0], values, strict=True):
         draw(ax, value)
+        ax.label_outer()
         ax.set_title(f"{name} = {value}")
-    figure.align_labels()
     try:
         from ipywidgets import SelectionSlider, interact
     except ImportError:
@@ -284,8 +284,8 @@ def bars(
     if before is not None:
         ax.bar(places, before, width=0.8, facecolor="none", edgecolor="#999999", linewidth=0.8)
     ax.bar(places, probs, width=0.6, color=colour)
-    gone = [i for i, p in enumerate(probs) if p == 0]
-    ax.plot(gone, [0.0] * len(gone), "x", color=INK, markersize=5, clip_on=False, zorder=3)
+    if gone := [i for i, p in enumerate(probs) if p == 0]:  # an empty line would widen the picture
+        ax.plot(gone, [0.0] * len(gone), "x", color=INK, markersize=5, clip_on=False, zorder=3)
     ax.set_xticks(list(places), labels, rotation=60, ha="right", rotation_mode="anchor")
     highest = max(*probs, *(before or [0.0]), 0.05) * 1.12
     shared = len(ax.get_shared_y_axes().get_siblings(ax)) > 1
@@ -293,25 +293,52 @@ def bars(
     ax.set_ylim(0, max(highest, drawn_before))
 
 
-# ---- pictures: the pipeline of a token
+# ---- pictures: the way of a token through the engine
+
+# (place, column, row) of each stop: down on the left, through the layers, up on the right.
+_STOPS = (
+    ("text", 0, 3), ("core", 0, 2), ("worker", 0, 1), ("worker", 1, 1), ("layer", 0, 0), ("layer", 1, 0),
+    ("layer", 2, 0), ("layer", 3, 0), ("worker", 2, 1), ("worker", 3, 1), ("core", 3, 2), ("text", 3, 3),
+)  # fmt: skip
+_BANDS = {  # place: (first row, rows, fill of the band, fill of its boxes, name)
+    "text": (3, 1, "#F2F2F2", "#DDDDDD", "text"),
+    "core": (2, 1, "#E3EFFA", "#B9D7F2", "core: decides, no tensors"),
+    "worker": (0, 2, "#FDEFDD", "#FAD7A8", "worker: computes"),
+}
+_MESSAGES = {1: "Request", 2: "SchedulerOutput", 10: "ModelRunnerOutput", 11: "new token ids"}  # before which stop
 
 
-def stops(ax: Axes, boxes: Sequence[tuple[str, str]], upto: int, columns: int = 4) -> None:
-    """Numbered boxes (title, output) in rows that are read like text. Those after `upto` are pale."""
-    rows = cdiv(len(boxes), columns)
-    for i, (title, shape) in enumerate(boxes):
-        x, y = i % columns, rows - 1 - i // columns
-        done = i < upto
-        fill = PALETTE[4] if done else "white"
-        ax.add_patch(
-            FancyBboxPatch((x + 0.07, y + 0.18), 0.8, 0.62, boxstyle="round,pad=0.03", fc=fill, ec=INK, lw=0.8)
-        )
-        ax.text(x + 0.47, y + 0.62, f"{i + 1}  {title}", ha="center", va="center", weight="bold", color=INK)
-        ax.text(x + 0.47, y + 0.36, shape if done else "", ha="center", va="center", size=8, color=INK)
-        if x < columns - 1 and i + 1 < len(boxes):
-            ax.annotate("", (x + 1.04, y + 0.49), (x + 0.9, y + 0.49), arrowprops={"arrowstyle": "->", "color": INK})
-    ax.set(xlim=(0, columns), ylim=(0, rows))
+def route(ax: Axes, stops: Sequence[tuple[str, str]], layers: int) -> None:
+    """The 12 stops of a step, each (title, what leaves it), in text, core and worker, and the messages between them."""
+    assert len(stops) == len(_STOPS)
+    for first, rows, fill, _, name in _BANDS.values():
+        ax.add_patch(Rectangle((-0.06, first + 0.03), 4.08, rows - 0.06, fc=fill, ec="none"))
+        ax.text(1.98, first + rows - 0.12, name, ha="center", va="top", weight="bold", color="#555555")
+    ax.text(1.98, 0.92, f"these four in each of the {layers} layers", ha="center", va="center", size=8, color="#555555")
+    for number, ((place, column, row), (title, output)) in enumerate(zip(_STOPS, stops, strict=True)):
+        fill = "#F5BE75" if place == "layer" else _BANDS[place][3]
+        x, y = column + 0.03, row + 0.2
+        ax.add_patch(FancyBboxPatch((x, y), 0.84, 0.5, boxstyle="round,pad=0.02", fc=fill, ec=INK, lw=0.8))
+        ax.text(x + 0.42, y + 0.4, f"{number + 1}  {title}", ha="center", va="center", weight="bold", color=INK)
+        ax.text(x + 0.42, y + 0.15, output, ha="center", va="center", size=8, color=INK, linespacing=1.05)
+        if number:
+            _arrow_between(ax, _STOPS[number - 1][1:], (column, row), _MESSAGES.get(number, ""))
+    ax.set(xlim=(-0.08, 4.04), ylim=(0, 4))
     ax.axis("off")
+
+
+def _arrow_between(ax: Axes, before: tuple[int, int], after: tuple[int, int], message: str) -> None:
+    """An arrow from the box in (column, row) `before` to the one in `after`, with the message that it carries."""
+    (x0, y0), (x1, y1) = ((column + 0.45, row + 0.45) for column, row in (before, after))
+    dx, dy = x1 - x0, y1 - y0
+    reach_x, reach_y = 0.45 * (dx > 0) - 0.45 * (dx < 0), 0.28 * (dy > 0) - 0.28 * (dy < 0)
+    style = {"arrowstyle": "-|>", "color": INK, "lw": 2.0 if message else 1.0, "shrinkA": 0, "shrinkB": 0}
+    ax.annotate("", (x1 - reach_x, y1 - reach_y), (x0 + reach_x, y0 + reach_y), arrowprops=style)
+    on_left = x0 < 2
+    ax.text(
+        x0 + (0.05 if on_left else -0.05), (y0 + y1) / 2, message,
+        ha="left" if on_left else "right", va="center", size=8, style="italic", color=INK,
+    )  # fmt: skip
 
 
 # ---- pictures: which request computes when. `steps` is one list of trace entries per tick (folovllm/trace/record.py).

@@ -1,8 +1,9 @@
 """What is asked of every notebook, whatever its milestone: tests/m*/test_notebooks.py say which ones, and what else."""
 
 import contextlib
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import build_notebooks  # noqa: E402
 
 MIN_PREDICTIONS = 3  # questions that a reader answers before the cell is run
+NUM_TASKS = 3  # cells in which the reader writes something that is checked
 
 
 def sources(*numbers: str) -> list[Path]:
@@ -61,7 +63,8 @@ def check_tasks(source: Path, monkeypatch: pytest.MonkeyPatch, answers: Mapping[
     def your_turn(title: str, answer: Any, expected: Any, hint: str = "") -> Any:
         wrong = (lambda *args: "wrong") if callable(answer) else "wrong"
         right = shown(title, answer, expected, hint)
-        verdicts.append((title, repr(right), repr(shown(title, wrong, expected, hint))))
+        if title:  # the last cell of a notebook checks its own solutions, without titles
+            verdicts.append((title, repr(right), repr(shown(title, wrong, expected, hint))))
         return right
 
     monkeypatch.setattr(viz, "your_turn", your_turn)
@@ -83,6 +86,58 @@ def check_committed(source: Path) -> None:
 
 
 def check_asks(source: Path) -> None:
-    code = [cell.source for cell in build_notebooks.read_source(source).cells if cell.cell_type == "code"]
-    assert sum("viz.predict(" in cell for cell in code) >= MIN_PREDICTIONS
-    assert "assert " in code[-1], "the last cell must check what the notebook claims"
+    """What a reader has to do, and in which order: the form of every notebook."""
+    notebook = nbformat.read(build_notebooks.target_of(source), as_version=4)
+    problems = form_problems(notebook, build_notebooks.target_of(source).parent)
+    assert not problems, f"{source.name}: " + "; ".join(problems)
+
+
+def form_problems(notebook: Any, folder: Path) -> list[str]:
+    """What is wrong with the form of an executed notebook that lies in `folder`."""
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    body, last = code[:-1], code[-1]
+    num_predictions = sum("viz.predict(" in cell for cell in body)
+    num_tasks = sum("viz.your_turn(" in cell for cell in body)
+    rules = {
+        f"{num_predictions} predictions are fewer than {MIN_PREDICTIONS}": num_predictions >= MIN_PREDICTIONS,
+        f"it has {num_tasks} tasks, not {NUM_TASKS}": num_tasks == NUM_TASKS,
+        "it does not show the engine's source": any("viz.source(" in cell for cell in body),
+        "the last cell must check what the notebook claims": "assert " in last,
+        "a reader has no tests.*": not any(
+            re.search(r"^\s*(from|import) tests\b", cell, re.MULTILINE) for cell in code
+        ),
+    }
+    wrong = [problem for problem, kept in rules.items() if not kept]
+    return wrong + header_problems(notebook.cells[0].source, folder) + early_answers(notebook.cells)
+
+
+def header_problems(header: str, folder: Path) -> list[str]:
+    """The first cell says how long it takes, which page belongs to it, and what comes next."""
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", header)
+    rules = {
+        "its header does not say how many minutes it takes": re.search(r"\b\d+ minutes\b", header),
+        "its header links no page of docs/learn": any(link.startswith("../docs/learn/") for link in links),
+        "its header does not say what is next": "Next: " in header,
+    }
+    dead = [f"its header links {link}, which does not exist" for link in links if not (folder / link).exists()]
+    return [problem for problem, kept in rules.items() if not kept] + dead
+
+
+def early_answers(cells: Sequence[Any]) -> list[str]:
+    """Predictions that come too late, as far as it can be told: behind the first picture or printed line of a section.
+
+    Tables and source code may stand before a question, and so may a cell with the tag "given": it shows what the reader
+    answers from. What a section shows after its first question may belong to that one.
+    """
+    problems, heading, shown, has_asked = [], "", False, False
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            if found := re.findall(r"^## (.*)$", cell.source, re.MULTILINE):
+                heading, shown, has_asked = found[-1], False, False
+            continue
+        prints = any(o.output_type == "stream" or "image/png" in o.get("data", {}) for o in cell.outputs)
+        if "viz.predict(" in cell.source and (prints or (shown and not has_asked)):
+            problems.append(f"section {heading!r} asks for a prediction after something was drawn or printed")
+        has_asked |= "viz.predict(" in cell.source
+        shown |= prints and "given" not in cell.metadata.get("tags", [])
+    return problems

@@ -2,11 +2,14 @@
 # # 00 · One token, all the way
 #
 # You type a text, and a word comes back. In between, the text is numbers in a dozen different shapes, and most confusion
-# about inference engines is confusion about which shape we are in. This notebook follows one request through all
-# **12 stops** of the real engine and looks at the real tensors. Nothing is drawn that the engine did not compute.
+# about inference engines is confusion about which shape you are looking at. In this notebook the three requests of the
+# learning pages go through the **real engine**, and you look at the real tensors on all **12 stops** of the way.
 #
-# The model is tiny and its weights are random, so it writes nonsense; the shapes and the path are those of any Llama.
-# *10 minutes. To read with it: `docs/learn/01_basic_inference.md`.*
+# The model is tiny: two layers, trained in a second to know the answers to the three requests by heart, and nothing else.
+# Its shapes and its path through the engine are those of any Llama.
+#
+# *30 minutes. Read [Start here](../docs/learn/00_start_here.md) first; [learn/01](../docs/learn/01_basic_inference.md) has the details.
+# Answer each **Predict** before you run the cell below it. Next: [01](01_sampling_bench.ipynb).*
 
 # %% tags=["parameters"]
 FAST = False  # True: fewer repetitions (the builder sets it when it only checks)
@@ -18,30 +21,38 @@ import warnings
 from pathlib import Path
 
 ROOT = next(p for p in [Path.cwd(), *Path.cwd().parents] if (p / "folovllm").is_dir())
-sys.path.insert(0, str(ROOT))  # for tests/tiny_models.py
+sys.path.insert(0, str(ROOT))
 
-warnings.filterwarnings("ignore", message="IProgress")  # tqdm would like ipywidgets; nothing here needs them
+warnings.filterwarnings("ignore", message="IProgress")  # tqdm asks for ipywidgets, which nothing here needs
 
 import torch
 from matplotlib import pyplot as plt
 
 from folovllm import LLM, SamplingParams, viz
+from folovllm.attention.backend import AttentionMetadata, sequence_slots
+from folovllm.attention.backends.torch_naive import TorchNaiveBackend
+from folovllm.engine.core import EngineCore
+from folovllm.engine.detokenizer import TextStream
 from folovllm.forward_context import get_attn_metadata
+from folovllm.learn.three_requests import EXAMPLES
+from folovllm.learn.tiny_model import write_tiny_model
+from folovllm.worker.block_table import BlockTable
+from folovllm.worker.model_runner import ModelRunner
+from folovllm.worker.naive import NaiveModel, generate_naive
 
 torch.set_num_threads(1)
 viz.style()
+COLOURS = viz.colours_of(EXAMPLES)
 
 # %% [markdown]
-# ## What you can turn
+# ## What you can change
 #
-# Another prompt, another block size, another stop to look at. With `USE_REAL_MODEL = True` the same path runs on
-# SmolLM2-135M, if you have it (`folovllm pull smollm2-135m`): other numbers in the same shapes.
+# You can change the block size, and which tensor is printed below. With `USE_REAL_MODEL = True` the same requests run on SmolLM2-135M, if you
+# have it (`folovllm pull smollm2-135m`). The answers stay the same, the vectors become longer, and there are 30 layers.
 
 # %%
-PROMPT = "The cat sat on the"
-SECOND_PROMPT = "Meanwhile"  # joins while the first one is being answered
-BLOCK_SIZE = 4  # tokens per page of the KV cache
-LOOK_AT = 6  # the stop whose tensor is printed below, 1 to 12
+BLOCK_SIZE = 4  # tokens per block of the KV cache
+LOOK_AT = 5  # the stop whose tensors are printed below, 3 to 9
 USE_REAL_MODEL = False
 
 # %%
@@ -50,33 +61,40 @@ if USE_REAL_MODEL:
 
     model_folder = find_model("smollm2-135m")  # says what to do if it is not here
 else:
-    from transformers.utils import logging
-
-    from tests.tiny_models import make_tiny
-
-    logging.disable_progress_bar()
     scratch = tempfile.TemporaryDirectory()
-    model_folder = make_tiny("llama_rope", Path(scratch.name))
+    model_folder = write_tiny_model(Path(scratch.name))
 
 llm = LLM(
-    str(model_folder), preset="m3", block_size=BLOCK_SIZE, max_model_len=64, num_kv_blocks=33, dtype="float32",
+    str(model_folder), preset="m3", block_size=BLOCK_SIZE, max_model_len=16, num_kv_blocks=10, dtype="float32",
     attention_backend="torch_naive", device="cpu",
 )  # fmt: skip
 core = llm.llm_engine.engine_core  # decides: no tensors here
 runner = core.executor.worker.model_runner  # computes: tensors only here
 arch = llm.config.model_config.arch
 tokenizer = llm.get_tokenizer()
-print(
-    f"{arch.num_hidden_layers} layers, hidden size {arch.hidden_size}, {arch.num_attention_heads} query heads, "
-    f"{arch.num_key_value_heads} KV heads of size {arch.head_dim}, vocabulary {arch.vocab_size:,}"
+viz.table(
+    ["layers", "hidden size", "query heads", "KV heads", "head size", "vocabulary"],
+    [[arch.num_hidden_layers, arch.hidden_size, arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim, arch.vocab_size]],
+)
+
+# %%
+viz.table(
+    ["request", "prompt", "prompt tokens", "tokens to generate", "arrives before step"],
+    [[name, e.text, len(tokenizer.encode(e.text)), e.max_tokens, e.arrival] for name, e in EXAMPLES.items()],
 )
 
 # %% [markdown]
 # ## A camera in the model
 #
-# How do you see inside a forward pass without changing the engine? torch calls a *hook* after each module; ours keep a
-# copy of what the first layer and the two ends of the model put out. Then we take one step of the engine in its four
-# calls, exactly those of `EngineCore.step`: schedule, execute, sample, update.
+# How can you look into a forward pass without changing the engine? torch calls a *hook* after each module. Our hooks keep a
+# copy of what the first layer and the two ends of the model put out. One step of the engine is four calls:
+
+# %%
+viz.source(EngineCore.step)
+
+# %% [markdown]
+# Most of these lines are for the case that something fails. The four calls are `schedule`, `execute`, `sample` and `update_from_output`. We
+# make the same four, and keep what each of them leaves behind.
 
 # %%
 seen = {}
@@ -106,255 +124,436 @@ for name, module in watched.items():
     module.register_forward_hook(keep(name))
 first_layer.self_attn.attn.register_forward_pre_hook(before_attention)
 
+requests = {
+    name: llm.llm_engine.process(name, e.text, SamplingParams(temperature=0.0, max_tokens=e.max_tokens, ignore_eos=True))
+    for name, e in EXAMPLES.items()
+}
+
 
 def step():
-    """One step of the engine, and everything we saw in it."""
+    """One step of the engine, and everything that we saw in it."""
     scheduled = core.scheduler.schedule()
-    handle = core.executor.execute(scheduled)
-    result = core.executor.sample(handle)
+    result = core.executor.sample(core.executor.execute(scheduled))
+    tables = {name: core.scheduler.kv_cache_manager.get_block_ids(name)[0] for name in scheduled.num_scheduled_tokens}
     core.scheduler.update_from_output(scheduled, result)
     num_tokens = scheduled.total_num_scheduled_tokens
     return seen | {
-        "scheduled": scheduled, "sampled": result.sampled_token_ids, "positions": runner.positions[:num_tokens].clone(),
-        "slots": runner.slot_mapping[:num_tokens].clone(), "ids": runner.input_ids[:num_tokens].clone(),
+        "counts": scheduled.num_scheduled_tokens, "tables": tables, "sampled": result.sampled_token_ids,
+        "ids": runner.input_ids[:num_tokens].clone(), "positions": runner.positions[:num_tokens].clone(),
+        "slots": runner.slot_mapping[:num_tokens].clone(), "kv_cache": runner.kv_caches[0].clone(),
+        "known": {name: r.num_tokens for name, r in requests.items()},
+        "computed": {name: r.num_computed_tokens for name, r in requests.items()},
     }  # fmt: skip
 
 
-params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-request = llm.llm_engine.process("A", PROMPT, params)
-before = {"known": request.num_tokens, "computed": request.num_computed_tokens, "status": request.status.name}
-core.add_request(request)
-first = step()
-after_first = {"known": request.num_tokens, "computed": request.num_computed_tokens, "status": request.status.name}
+steps = []
+while len(steps) < 3 or core.has_unfinished_requests():
+    for name, example in EXAMPLES.items():
+        if example.arrival == len(steps):
+            core.add_request(requests[name])
+    steps.append(step())
 
 # %% [markdown]
-# The step has run, but do not scroll on yet. A forward pass computes a hidden vector for **every** token of the prompt.
+# All three requests have run to their ends, but nothing has been printed yet. Take step 0. It computes the prompts of a and b, and the
+# forward pass leaves a vector for each of their tokens.
 
 # %%
-N = request.num_prompt_tokens
 viz.predict(
-    f"The prompt has {N} tokens. How many rows of logits, each as long as the vocabulary, did this step compute?",
-    [f"{N}, one per token", f"{N - 1}, one per token that has a successor", "1"],
-    "1" if first["logits"].shape[0] == 1 else f"{first['logits'].shape[0]}, one per token",
-    "Only the last token's successor is unknown. The last matrix is the model's largest (hidden size x vocabulary), "
-    "so the runner picks the rows to be sampled before it multiplies.",
+    "The two prompts have 5 + 4 tokens. How many rows of logits, each as long as the vocabulary, did step 0 compute?",
+    ["9, one per token", "7, one per token whose successor is in the prompt", "2, one per request"],
+    "2, one per request" if len(steps[0]["logits"]) == 2 else f"{len(steps[0]['logits'])}, one per token",
+    "Only the successor of a prompt's last token is unknown. The output matrix is the largest of the model, so the runner picks the rows first.",
 )
 
 # %%
 viz.predict(
-    f"After this step the request knows {N + 1} tokens: the prompt and one that was sampled. Of how many does the cache "
-    "hold K and V?",
-    [N - 1, N, N + 1],
-    after_first["computed"],
-    "The sampled token has not been through the model yet. Closing that gap is all that the next step does.",
-)
+    "After step 0, request a knows 6 tokens: its prompt and one that was sampled. Of how many does the cache hold K and V?",
+    [4, 5, 6], steps[0]["computed"]["a"],
+    "The sampled token has not been through the model yet. The next step computes it.",
+)  # fmt: skip
 
 # %% [markdown]
 # ## The 12 stops
 #
-# Shapes in brackets are those of the tensors that this step made. Stops 1 to 3 and 12 are in the core, which has no
-# tensors at all; 4 to 11 are in the worker. Between them travels plain data: who computes how many tokens, and in which
-# blocks.
+# This is step 0. Shapes in brackets are those of the tensors that the step made. The core has no tensors at all: between core and worker pass
+# two messages of plain data.
 
 
-# %%
+# %% tags=["given"]
 def shape(tensor):
     return str(list(tensor.shape))
 
 
-def route(moment, text):
-    scheduled, meta = moment["scheduled"], moment["metadata"]
-    counts = ", ".join(f"{r}: {n}" for r, n in scheduled.num_scheduled_tokens.items())
+def stops_of(moment, arriving):
+    def each(values):
+        return ", ".join(f"{name}: {value}" for name, value in values.items())
+
+    pieces = {name: repr(tokenizer.decode(ids)) for name, ids in moment["sampled"].items()}
+    texts = ", ".join(f"{name}: {len(EXAMPLES[name].text)}" for name in arriving)
+    num_slots = runner.kv_caches[0][0].flatten(0, 1).shape[0]
     return [
-        ("tokenise", text),
-        ("request", "computed catches up\nwith known"),
-        ("schedule", f"tokens {{{counts}}}"),
-        ("flat batch", f"ids {shape(moment['ids'])}\nblock_table {shape(meta.block_table)}"),
+        ("tokenise", f"characters {texts}" if arriving else "no new request"),
+        ("schedule", f"tokens {each(moment['counts'])}"),
+        ("flat batch", f"ids {shape(moment['ids'])}\nblock table {shape(moment['metadata'].block_table)}"),
         ("embed", shape(moment["embedding"])),
-        ("q, k, v", f"{shape(moment['qkv'])}\nq {shape(moment['q'])}  k {shape(moment['k'])}"),
-        ("write K, V", f"slots {shape(moment['slots'])} of\n{shape(runner.kv_caches[0])}"),
+        ("q, k, v", f"q {shape(moment['q'])}\nk {shape(moment['k'])}"),
+        ("write K, V", f"{len(moment['slots'])} of the {num_slots} slots\nin {shape(runner.kv_caches[0])}"),
         ("attend", shape(moment["attention"])),
-        ("MLP, next layers", shape(moment["hidden"])),
+        ("MLP", shape(moment["mlp"])),
         ("logits", shape(moment["logits"])),
-        ("sample", f"{list(moment['sampled'].values())}"),
-        ("text", "a character,\nor not yet"),
+        ("sample", "ids " + each({name: ids[0] for name, ids in moment["sampled"].items()})),
+        ("update", f"known {each(moment['known'] if arriving != ['a', 'b'] else {n: moment['known'][n] for n in 'ab'})}"),
+        ("text", each(pieces)),
     ]
 
 
-_, ax = plt.subplots(figsize=(10, 4.2))
-viz.stops(ax, route(first, f"{len(PROMPT)} characters\n-> {N} ids"), upto=12)
-ax.set_title(f"Step 1: the whole prompt, {N} tokens")
+_, ax = plt.subplots(figsize=(10, 4.6))
+viz.route(ax, stops_of(steps[0], ["a", "b"]), arch.num_hidden_layers)
+ax.set_title("step 0: the prompts of a and b");
 
 # %% [markdown]
-# The same 12 stops in the next step. **Nothing else is different**: no second code path, only a 1 where there was a
-# larger number. People say "prefill" and "decode" for the two; the engine does not know these words.
+# In step 2, request c arrives with its 12 tokens, while a and b are in the middle of their answers.
 
 # %%
-second = step()
-_, ax = plt.subplots(figsize=(10, 4.2))
-viz.stops(ax, route(second, "already done"), upto=12)
-ax.set_title("Step 2: the token that step 1 sampled")
+viz.predict(
+    "a and b need 1 token each and c needs 12. How often is the matrix for q, k and v multiplied, and with how many rows?",
+    ["three times: 1, 1 and 12 rows", "once: 14 rows", "once: 3 x 12 rows, padded"],
+    f"once: {len(steps[2]['qkv'])} rows",
+    "Linear layers treat each row alone, so it does not matter whose rows they are. Only attention has to know.",
+)
+
+# %%
+_, ax = plt.subplots(figsize=(10, 4.6))
+viz.route(ax, stops_of(steps[2], ["c"]), arch.num_hidden_layers)
+ax.set_title("step 2: a and b decode, c is new");
 
 # %% [markdown]
-# And here is what leaves stop `LOOK_AT`, as it is. Change the variable above and run this cell again.
+# The stops are the same, and so is the code. People say *prefill* for what c does and *decode* for a and b; the engine does not distinguish them.
+#
+# This is what leaves the stop `LOOK_AT`. Change the variable above, and run this cell again.
 
 # %%
-leaves = [
-    request.prompt_token_ids, before, first["scheduled"].num_scheduled_tokens,
-    {"ids": first["ids"], "positions": first["positions"], "slots": first["slots"]}, first["embedding"],
-    {"q": first["q"], "k": first["k"], "v": first["v"]}, runner.kv_caches[0], first["attention"], first["hidden"],
-    first["logits"], first["sampled"], tokenizer.decode(request.output_token_ids),
-]  # fmt: skip
+leaves = {
+    3: {name: steps[2][name] for name in ("ids", "positions", "slots")}, 4: steps[2]["embedding"],
+    5: {name: steps[2][name] for name in "qkv"}, 6: steps[2]["kv_cache"], 7: steps[2]["attention"], 8: steps[2]["mlp"],
+    9: steps[2]["logits"],
+}  # fmt: skip
 torch.set_printoptions(precision=2, threshold=20, edgeitems=2, linewidth=110, sci_mode=False)
-print(f"stop {LOOK_AT}, {route(first, '')[LOOK_AT - 1][0]}, step 1:\n")
-print(leaves[LOOK_AT - 1])
+print(f"stop {LOOK_AT}, {stops_of(steps[2], ['c'])[LOOK_AT - 1][0]}, step 2:\n")
+print(leaves[LOOK_AT])
 
 # %% [markdown]
-# ## Stops 4 and 7: where does a token's K and V go?
+# ## Stop 3: the flat batch
 #
-# A request's tokens are numbered 0, 1, 2, ...: its *positions*. The cache is one array of slots shared by everybody. The
-# block table leads from one to the other: `slot = block_table[position // block_size] * block_size + position %
-# block_size`.
+# The batch has no axis of requests: the new tokens of all requests stand in one row. Four lists say whose they are and where they belong.
+#
+# - `positions`: the place of each token in its request, counted from 0.
+# - `slots`: where the K and V of each token go. Slots are numbered through all blocks, so block 5 has the slots 20 to 23.
+# - `query_start_loc`: in which row each request begins, and the number of rows at the end.
+# - `seq_lens`: how many tokens of each request are in the cache when the step is over.
+#
+# **Your turn.** Build the four lists. A request is given as (computed tokens, new tokens, block table).
+
 
 # %%
-position = min(N - 1, 2 * BLOCK_SIZE + 1)
-table = core.scheduler.kv_cache_manager.get_block_ids("A")[0]
+def my_flat_batch(requests, block_size):
+    """E.g. [(5, 2, [7, 2])] with blocks of 4: positions [5, 6], slots [9, 10], query_start_loc [0, 2], seq_lens [7]."""
+    return None  # your code: {"positions": ..., "slots": ..., "query_start_loc": ..., "seq_lens": ...}
+
+
+# %%
+def work_of(moment):
+    """What a step was asked to compute: (computed tokens, new tokens, block table) of each request."""
+    starts = [length - n for length, n in zip(moment["metadata"].seq_lens, moment["counts"].values())]
+    return list(zip(starts, moment["counts"].values(), moment["tables"].values()))
+
+
+FLAT_BATCHES = [
+    ((work_of(s), BLOCK_SIZE), {
+        "positions": s["positions"].tolist(), "slots": s["slots"].tolist(),
+        "query_start_loc": list(s["metadata"].query_start_loc), "seq_lens": list(s["metadata"].seq_lens),
+    })
+    for s in steps
+]  # fmt: skip
+viz.your_turn(
+    "the flat batch of every step", my_flat_batch, FLAT_BATCHES,
+    "position p lies in block table[p // block_size], at offset p % block_size",
+)  # fmt: skip
+
+# %%
 viz.predict(
-    f"Request A owns the blocks {table}, each of {BLOCK_SIZE} tokens. In which slot of the cache lie the K and V of "
-    f"its position {position}?",
-    None,
-    int(first["slots"][position]),
-    f"Block number {position // BLOCK_SIZE} of the request is block {table[position // BLOCK_SIZE]} of the pool; "
-    f"inside it comes offset {position % BLOCK_SIZE}. Block 0 is the null block and belongs to nobody.",
-)
-
-# %% [markdown]
-# The next picture is the K cache of the first layer itself: one column per slot, one row per number of a key. White
-# columns are slots that nobody has written.
+    f"In step 2, request c has the blocks {steps[2]['tables']['c']}. In which slot are the K and V of its position 9?", None,
+    int(steps[2]["slots"][2 + 9]),
+    f"9 // {BLOCK_SIZE} is {9 // BLOCK_SIZE}, so it is block {steps[2]['tables']['c'][9 // BLOCK_SIZE]} of the pool, at offset {9 % BLOCK_SIZE}.",
+)  # fmt: skip
 
 # %%
-keys = runner.kv_caches[0][0].reshape(-1, arch.num_key_value_heads * arch.head_dim)  # [num_slots, kv_heads * head_size]
-shown = keys[: (len(table) + 2) * BLOCK_SIZE]
-written = shown.abs().sum(dim=1) > 0
-_, ax = plt.subplots(figsize=(10, 2.6))
-picture = torch.where(written.unsqueeze(1), shown, torch.nan).T
-limit = float(shown.abs().max())
-ax.imshow(picture, aspect="auto", cmap="PuOr", vmin=-limit, vmax=limit, interpolation="none")
-for block in range(len(table) + 3):
-    ax.axvline(block * BLOCK_SIZE - 0.5, color=viz.INK, lw=0.6)
-ax.set_xticks([b * BLOCK_SIZE + (BLOCK_SIZE - 1) / 2 for b in range(len(table) + 2)], [f"block {b}" for b in range(len(table) + 2)])
-ax.set(ylabel="number in the key", title=f"K cache of layer 0 after step 2: {int(written.sum())} slots written")
-
-# %% [markdown]
-# ## Stop 8: who looks at whom
-#
-# Attention is the only stop where tokens meet. We recompute it by hand, reading K and V out of the cache through the
-# block table, and compare with what the engine's backend gave. In step 1 the mask is a triangle; in step 2 one query
-# looks at everything before it, so no mask is needed.
-
-
-# %%
-def attention_by_hand(moment):
-    """(output [num_queries, heads * head_size], weights [heads, num_queries, num_keys]) of request A, layer 0."""
-    q, length = moment["q"], moment["metadata"].seq_lens[0]
-    block_table = moment["metadata"].block_table[0]
-    where = torch.arange(length)
-    slots = block_table[where // BLOCK_SIZE].long() * BLOCK_SIZE + where % BLOCK_SIZE
-    k, v = runner.kv_caches[0].reshape(2, -1, arch.num_key_value_heads, arch.head_dim)[:, slots]
-    group = arch.num_attention_heads // arch.num_key_value_heads  # query heads that share a KV head
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # [num_keys, heads, head_size]
-    scores = torch.einsum("qhd,khd->hqk", q, k) / arch.head_dim**0.5
-    query_positions = torch.arange(length - len(q), length).unsqueeze(1)
-    weights = scores.masked_fill(torch.arange(length) > query_positions, float("-inf")).softmax(dim=-1)
-    return torch.einsum("hqk,khd->qhd", weights, v).reshape(len(q), -1), weights
-
-
-by_hand = [attention_by_hand(moment) for moment in (first, second)]
-figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=(1, 1))
-for ax, (_, weights), title in zip(axes, by_hand, ("Step 1: a triangle", "Step 2: one query"), strict=True):
-    image = ax.imshow(weights[0], cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="none")
-    ax.set(xlabel="key position", ylabel="query", title=f"{title}, {shape(weights[0])}")
-    ax.set_yticks(range(0, weights.shape[1], max(1, weights.shape[1] // 5)))
-figure.colorbar(image, ax=axes, label="attention weight, head 0")
-
-# %% [markdown]
-# ## Stops 10 to 12: from a row of numbers to a character
-#
-# The last hidden row times the output matrix gives one number per token of the vocabulary; greedy sampling takes the
-# largest. But a token is a piece of *bytes*, and a character may need several. The detokeniser waits until it is sure.
-
-# %%
-from folovllm.engine.detokenizer import TextStream
-
-while not request.is_finished:
-    step()
-stream = TextStream(tokenizer, request.prompt_token_ids, skip_special_tokens=True)
-pieces = [stream.step(token_id) for token_id in request.output_token_ids]
-rest = stream.flush()
-viz.table(
-    ["output token", "id", "decoded alone", "new text to show"],
-    [(i, t, repr(tokenizer.decode([t])), repr(p)) for i, (t, p) in enumerate(zip(request.output_token_ids, pieces))]
-    + [("end", "", "", repr(rest))],
-)
-
-# %% [markdown]
-# Empty rows are tokens in the middle of a character that may still be completed; at the end the remaining bytes are
-# written as �, the sign for "no character". (This model writes random bytes; a trained one rarely shows it.)
-#
-# ## Two requests in one step
-#
-# The flat batch has no batch axis: tokens of all requests stand in one row. So what happens to the shapes when a second
-# request arrives while the first is being answered?
-
-# %%
-requests = {"A2": PROMPT, "B": SECOND_PROMPT}
-core.add_request(llm.llm_engine.process("A2", PROMPT, params))
-step()
-core.add_request(llm.llm_engine.process("B", SECOND_PROMPT, params))
-mixed = step()
-counts = mixed["scheduled"].num_scheduled_tokens
-viz.predict(
-    f"A2 has computed its prompt and wants 1 token; B arrives with {counts['B']}. How many times is the q, k, v matrix "
-    "multiplied in this step, and with how many rows?",
-    [f"twice: 1 row and {counts['B']} rows", f"once: {1 + counts['B']} rows", f"once: 2 x {counts['B']} rows, padded"],
-    f"once: {len(mixed['qkv'])} rows",
-    "Linear layers treat each row alone, so nobody has to know whose rows they are. Only attention does.",
-)
-
-# %%
-meta = mixed["metadata"]
-owner = [r for r, n in counts.items() for _ in range(n)]
-colours = viz.colours_of(counts)
-_, ax = plt.subplots(figsize=(10, 1.5))
-for row, (name, pos, slot) in enumerate(zip(owner, mixed["positions"].tolist(), mixed["slots"].tolist(), strict=True)):
-    ax.add_patch(plt.Rectangle((row, 0), 0.94, 1, color=colours[name]))
-    ax.text(row + 0.47, 0.5, f"{name}\npos {pos}\nslot {slot}", ha="center", va="center", size=8, color="white" if name == "A2" else viz.INK)
-ax.set(xlim=(0, len(owner)), ylim=(0, 1), xlabel="row of the flat batch")
+second = steps[2]
+owner = [name for name, n in second["counts"].items() for _ in range(n)]
+_, ax = plt.subplots(figsize=(10, 1.9))
+for i, (name, token, pos, slot) in enumerate(zip(owner, *(second[key].tolist() for key in ("ids", "positions", "slots")))):
+    ax.add_patch(plt.Rectangle((i, 0), 0.94, 1, color=COLOURS[name]))
+    text = f"{name}\npos {pos}\nslot {slot}"
+    ax.text(i + 0.47, 0.5, text, ha="center", va="center", size=8, color=viz.INK if name == "b" else "white")
+    ax.text(i + 0.47, 1.12, tokenizer.decode([token]).replace("\n", "\\n").strip(" "), ha="center", va="bottom", size=8)
+ax.set(xlim=(0, len(owner)), ylim=(0, 1.3), xlabel="row of the flat batch")
 ax.set_xticks([i + 0.47 for i in range(len(owner))], range(len(owner)))
 ax.set_yticks([])
-ax.set_title(f"query_start_loc = {list(meta.query_start_loc)}, seq_lens = {list(meta.seq_lens)}")
+meta = second["metadata"]
+ax.set_title(f"step 2: query_start_loc = {list(meta.query_start_loc)}, seq_lens = {list(meta.seq_lens)}");
+
+# %% [markdown]
+# The engine's version computes all rows at once:
+
+# %%
+viz.source(ModelRunner._prepare_inputs)
+
+# %%
+viz.source(BlockTable.slot_mapping)
+
+# %% [markdown]
+# ## Stop 6: the cache
+#
+# Attention writes K and V of the new tokens into their slots, in every layer. This is the K cache of the first layer.
+
+# %%
+written = second["kv_cache"][0].flatten(0, 1).flatten(1).abs().sum(dim=1) > 0  # [num_slots]
+viz.predict(
+    "How many slots hold a key after step 2?", None, int(written.sum()),
+    "a: 5 + 1 + 1, b: 4 + 1 + 1, c: 12. Every known token but the newest of each request.",
+)  # fmt: skip
+
+# %%
+keys = second["kv_cache"][0].flatten(0, 1).flatten(1)  # [num_slots, kv_heads * head_size]
+_, ax = plt.subplots(figsize=(10, 3))
+picture = torch.where(written.unsqueeze(1), keys, torch.nan).T
+limit = float(keys.abs().max())
+image = ax.imshow(picture, aspect="auto", cmap="PuOr", vmin=-limit, vmax=limit, interpolation="none")
+ax.figure.colorbar(image, ax=ax, label="value", pad=0.01)
+for block in range(len(written) // BLOCK_SIZE):
+    ax.axvline(block * BLOCK_SIZE - 0.5, color=viz.INK, lw=0.6)
+blocks = {block: f"{name}{i}" for name, table in second["tables"].items() for i, block in enumerate(table)}
+for block, label in blocks.items():
+    place = block * BLOCK_SIZE - 0.5
+    ax.add_patch(plt.Rectangle((place, -0.5), BLOCK_SIZE, -2.6, color=COLOURS[label[0]], clip_on=False))
+    ax.text(place + BLOCK_SIZE / 2, -1.8, label, ha="center", va="center", size=8, color=viz.INK if label[0] == "b" else "white")
+centres = [(b + 0.5) * BLOCK_SIZE - 0.5 for b in range(len(written) // BLOCK_SIZE)]
+ax.set_xticks(centres, ["null" if b == 0 else f"block {b}" for b in range(len(centres))])
+ax.set(ylabel="number in the key")
+ax.set_title("K cache of layer 0 after step 2; white: no key; c1 is block 1 of request c", pad=18);
+
+# %% [markdown]
+# Compare a0 with c0. Both hold "The capital of France" at the positions 0 to 3, and the keys are the same numbers. They were computed twice. (M6, prefix
+# caching, computes them once; notebook 07.)
+
+# %% [markdown]
+# ## Stop 7: which token looks at which
+#
+# Attention is the only stop where tokens meet. A query is multiplied with the keys of its own request, up to its own position. The products,
+# divided by the square root of the head size, go through a softmax, and the result says how much of each value is taken.
+
+# %%
+viz.predict(
+    "In step 2, how many keys does the query of c's position 3 (\" France\") look at?", [1, 3, 4, 12],
+    4 if second["metadata"].seq_lens[2] == second["counts"]["c"] else -1,
+    "Itself and the three before it. \" is\" and the rest of the prompt lie in its future, although they are in the same step.",
+)  # fmt: skip
+
+# %% [markdown]
+# **Your turn.** Compute the attention weights of one query: `q` has one number per dimension, `keys` has one row per token that it may look at.
+
+
+# %%
+def my_weights(q, keys):
+    """q: [head_size]; keys: [num_keys, head_size]. Returns the weights, [num_keys]; they sum to 1."""
+    return None  # your code
+
+
+# %%
+def keys_of(moment, name):
+    """The keys of a request in layer 0, read from the cache through the block table: [seq_len, kv_heads, head_size]."""
+    length = moment["metadata"].seq_lens[list(moment["counts"]).index(name)]
+    slots = sequence_slots(torch.tensor(moment["tables"][name]), length, BLOCK_SIZE)
+    return moment["kv_cache"][0].flatten(0, 1)[slots]
+
+
+def weights_of(moment, name):
+    """The attention weights of a request in layer 0, by the engine's own backend: [heads, num_queries, num_keys].
+
+    The value of the token at position p is a 1 in place p, so the sum of weighted values is the list of weights.
+    """
+    row = list(moment["counts"]).index(name)
+    start, end = moment["metadata"].query_start_loc[row : row + 2]
+    length, table = moment["metadata"].seq_lens[row], moment["tables"][name]
+    metadata = AttentionMetadata.single_sequence(length, table, BLOCK_SIZE, length - (end - start))
+    cache = moment["kv_cache"].clone()
+    cache[1].flatten(0, 1)[sequence_slots(torch.tensor(table), length, BLOCK_SIZE)] = (
+        torch.eye(length, arch.head_dim).unsqueeze(1)  # [num_keys, 1, head_size]
+    )
+    runner.backend.prepare(metadata)
+    return runner.backend.forward(moment["q"][start:end], cache, metadata)[:, :, :length].transpose(0, 1)
+
+
+QUERIES = [(0, "a", 4), (2, "c", 3), (2, "b", 0)]  # step, request, number of the query among those of the step
+ATTENTION = []
+for number, name, query in QUERIES:
+    weights = weights_of(steps[number], name)[0, query]
+    row = list(steps[number]["counts"]).index(name)
+    q = steps[number]["q"][steps[number]["metadata"].query_start_loc[row] + query, 0]
+    num_keys = len(keys_of(steps[number], name)) - (steps[number]["counts"][name] - 1 - query)
+    ATTENTION.append(((q, keys_of(steps[number], name)[:num_keys, 0]), weights[:num_keys].tolist()))
+
+
+def rounded_weights(q, keys):
+    mine = my_weights(q, keys)
+    return None if mine is None else [round(float(w), 4) for w in mine]
+
+
+viz.your_turn(
+    "the weights of three queries", rounded_weights, [(args, [round(w, 4) for w in weights]) for args, weights in ATTENTION],
+    "(keys @ q / len(q) ** 0.5).softmax(dim=-1)",
+)  # fmt: skip
+
+# %%
+viz.source(TorchNaiveBackend._attend)
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(12, 7), sharey=False)
+for ax, name in zip(axes, "ca"):
+    weights = weights_of(second, name)[0]
+    future = torch.arange(weights.shape[1]) > torch.arange(weights.shape[1] - len(weights), weights.shape[1]).unsqueeze(1)
+    image = ax.imshow(weights.masked_fill(future, torch.nan), cmap="viridis", vmin=0, vmax=1, interpolation="none", aspect="auto" if name == "a" else "equal")
+    ids = requests[name].all_token_ids[: weights.shape[1]]
+    texts = [tokenizer.decode([i]).replace("\n", "\\n").strip(" ") for i in ids]
+    ax.set_xticks(range(len(texts)), texts, rotation=60, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(weights)), texts[-len(weights) :])
+    ax.set(xlabel="key", ylabel="query", title=f"step 2, {name}: {shape(weights)}")
+axes[1].set_box_aspect(1 / 7)
+figure.colorbar(image, ax=axes, label="attention weight, head 0", shrink=0.7)
+plt.show()
+
+# %% [markdown]
+# c computes its whole prompt, so its picture is a triangle. a has one new token, which looks at everything that the cache has of a. That token is the
+# full stop after " Paris". c has one in the same place after the same words, and the two rows of weights are the same.
+#
+# ## Stops 9 to 12: from a row of numbers to a text
+#
+# The hidden row of a request's last token times the output matrix gives one number for each token of the vocabulary. Greedy sampling takes the largest. These
+# are the three largest of each request in step 2, as probabilities.
+
+# %%
+top = second["logits"].softmax(dim=-1).topk(3)
+viz.table(
+    ["request", "1st", "p", "2nd", "p", "3rd", "p"],
+    [
+        [name, *(x for p, i in zip(ps, ids) for x in (repr(tokenizer.decode([i])), p))]
+        for name, ps, ids in zip(second["counts"], top.values.tolist(), top.indices.tolist())
+    ],
+)
+
+# %% [markdown]
+# A token is a piece of *bytes*, and a character may need several. The cup ☕ is three bytes, and this tokenizer has no token for it, so it becomes
+# three tokens of one byte each. (SmolLM2 needs two tokens.)
+
+# %%
+cup = tokenizer.encode("Once ☕", add_special_tokens=False)
+stream = TextStream(tokenizer, [], skip_special_tokens=True)
+pieces = [stream.step(token_id) for token_id in cup]
+first_shown = next(i for i, piece in enumerate(pieces) if "☕" in piece)
+viz.predict(
+    f"\"Once ☕\" is {len(cup)} tokens. If they are sampled one after another, after how many of them does the user see the cup?", None,
+    first_shown + 1, "The detokeniser holds back an unfinished character. Showing it early would write a � that cannot be taken back.",
+)  # fmt: skip
+
+# %%
+viz.table(
+    ["token", "decoded alone", "new text to show"],
+    [[i + 1, repr(tokenizer.decode([t])), repr(piece)] for i, (t, piece) in enumerate(zip(cup, pieces))],
+)
+
+# %% [markdown]
+# ## What the cache saves
+#
+# Without a KV cache every new token needs a forward pass over the whole text so far. The engine has such a path (`generate_naive`), as a judge
+# of the other one: both must give the same tokens.
+#
+# **Your turn.** How many tokens go through the model in total, with a cache and without, for a prompt of `prompt` tokens and `output` new ones?
+
+
+# %%
+def my_counts(prompt, output):
+    """Returns [tokens computed with a cache, tokens computed without one]."""
+    return None  # your code
+
+
+# %%
+lengths = {name: (len(r.prompt_token_ids), len(r.output_token_ids)) for name, r in requests.items()}
+naive, counted, no_cache_tokens = NaiveModel(model_folder), [0], {}
+naive.model.register_forward_pre_hook(lambda module, inputs: counted.append(len(inputs[0])))
+for name, example in EXAMPLES.items():
+    oracle = llm.llm_engine.process(name, example.text, requests[name].sampling_params)
+    counted.clear()
+    generate_naive(naive, oracle)
+    assert oracle.output_token_ids == requests[name].output_token_ids, "with a cache and without: the same tokens"
+    no_cache_tokens[name] = sum(counted)
+COUNTS = [
+    (lengths[name], [sum(s["counts"].get(name, 0) for s in steps), no_cache_tokens[name]]) for name in EXAMPLES
+]
+viz.your_turn(
+    "tokens computed with a cache, and without", my_counts, COUNTS,
+    "with a cache each token is computed once, but the last one never; without, the passes are prompt, prompt + 1, ... tokens long",
+)  # fmt: skip
+
+# %%
+viz.table(
+    ["request", "prompt + output", "answer", "computed with cache", "without"],
+    [
+        [name, "{} + {}".format(*lengths[name]), repr(tokenizer.decode(requests[name].output_token_ids)), *counts]
+        for name, (_, counts) in zip(EXAMPLES, COUNTS)
+    ],
+)
 
 # %% [markdown]
 # ## Is it all true?
 #
-# The engine against our attention by hand, against text without any cache (`generate_naive`, which recomputes
-# everything), and against itself in company.
+# The last cell checks what this notebook claims. It also solves the three tasks, so look at it last.
+
 
 # %%
-from folovllm.worker.naive import NaiveModel, generate_naive
+def solved_flat_batch(requests, block_size):
+    positions, slots, starts, lens = [], [], [0], []
+    for computed, new, table in requests:
+        mine = range(computed, computed + new)
+        positions += mine
+        slots += [table[p // block_size] * block_size + p % block_size for p in mine]
+        starts.append(starts[-1] + new)
+        lens.append(computed + new)
+    return {"positions": positions, "slots": slots, "query_start_loc": starts, "seq_lens": lens}
 
-while core.has_unfinished_requests():
-    step()
-oracle = llm.llm_engine.process("oracle", PROMPT, params)
-naive_tokens = generate_naive(NaiveModel(model_folder), oracle)
 
-for moment, (output, weights) in zip((first, second), by_hand, strict=True):
-    torch.testing.assert_close(moment["attention"], output, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:2]))
-assert before == {"known": N, "computed": 0, "status": "WAITING"}
-assert after_first == {"known": N + 1, "computed": N, "status": "RUNNING"}
-assert first["logits"].shape == (1, arch.vocab_size) and second["qkv"].shape[0] == 1
-assert int(written.sum()) == N + 1, "two steps wrote the prompt and one token, and nothing else"
-assert tokenizer.decode(request.prompt_token_ids) == PROMPT and "".join(pieces) + rest == tokenizer.decode(request.output_token_ids)
-assert request.output_token_ids == naive_tokens, "with a cache, without one: the same tokens"
-print(f"all true: {len(naive_tokens)} tokens, {tokenizer.decode(naive_tokens)!r}")
+def solved_weights(q, keys):
+    return [round(float(w), 4) for w in (keys @ q / len(q) ** 0.5).softmax(dim=-1)]
+
+
+for solved, cases in (
+    (solved_flat_batch, FLAT_BATCHES),
+    (solved_weights, [(args, [round(w, 4) for w in weights]) for args, weights in ATTENTION]),
+    (lambda prompt, output: [prompt + output - 1, sum(range(prompt, prompt + output))], COUNTS),
+):
+    assert "Passed" in repr(viz.your_turn("", solved, cases))
+for name, example in EXAMPLES.items():
+    assert tokenizer.decode(requests[name].output_token_ids) == "".join(example.answer_pieces[: example.max_tokens])
+assert len(steps) == 6 and second["counts"] == {"a": 1, "b": 1, "c": 12}
+assert steps[0]["logits"].shape == (2, arch.vocab_size) and second["qkv"].shape[0] == 14 and len(second["logits"]) == 3
+assert int(written.sum()) == 25 and second["computed"] == {"a": 7, "b": 6, "c": 12}
+for row, name in enumerate(second["counts"]):
+    start, end = second["metadata"].query_start_loc[row : row + 2]
+    slots = second["slots"].new_tensor(FLAT_BATCHES[2][1]["slots"])[start:end]
+    torch.testing.assert_close(second["kv_cache"][0].flatten(0, 1)[slots], second["k"][start:end])
+v = second["v"][2:].repeat_interleave(arch.num_attention_heads // arch.num_key_value_heads, dim=1)  # c's values
+by_weights = torch.einsum("hqk,khd->qhd", weights_of(second, "c"), v).reshape(12, -1)
+torch.testing.assert_close(second["attention"][2:].reshape(12, -1), by_weights, rtol=1e-4, atol=1e-5)
+torch.testing.assert_close(keys_of(second, "a")[:5], keys_of(second, "c")[:5], rtol=1e-4, atol=1e-5)  # the same words
+torch.testing.assert_close(weights_of(second, "a")[:, 0], weights_of(second, "c")[:, 6, :7], rtol=1e-4, atol=1e-5)
+assert "".join(pieces) == "Once ☕"
+print(f"all true: {len(steps)} steps, {sum(len(s['ids']) for s in steps)} tokens computed; without a cache {sum(no_cache_tokens.values())}")

@@ -8,7 +8,8 @@
 # Why share steps at all? With plain torch, a step of 32 requests takes 4.7 times as long as a step of one request and makes
 # 32 times as many tokens (`milestones/m4/results/profile_step.json`). Sharing is not free, but it is cheap.
 #
-# *15 minutes. The page that belongs to it: [docs/learn/02_continuous_batching.md](../docs/learn/02_continuous_batching.md).*
+# *15 minutes. The page that belongs to it: [docs/learn/02_continuous_batching.md](../docs/learn/02_continuous_batching.md).
+# Next: [04](04_block_tables.ipynb).*
 
 # %% tags=["parameters"]
 FAST = False  # True: fewer repetitions (the builder sets it when it only checks)

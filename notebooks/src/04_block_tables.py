@@ -7,7 +7,7 @@
 # In this notebook the engine's own block pool does that, and you count every slot.
 #
 # Read [learn/03](../docs/learn/03_paged_kv_cache.md) first. Answer each **Predict** before you run the cell below it. In the three cells **Your turn**
-# you write a few lines yourself, and the cell after it checks them. About 25 minutes.
+# you write a few lines yourself, and the cell after it checks them. About 25 minutes. Next: [05](05_attention_tiles.ipynb).
 
 # %% tags=["parameters"]
 FAST = False  # True: fewer repetitions (the builder sets it when it only checks)

@@ -40,7 +40,7 @@ viz.style()
 # the step that admits c computes all 12 tokens of it:
 
 
-# %%
+# %% tags=["given"]
 def three(**switches):
     """The steps of the three requests, and the same as entries that viz can draw."""
     steps = list(run_example(example_core(num_kv_blocks=10, **switches)))

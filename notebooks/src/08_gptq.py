@@ -6,10 +6,10 @@
 # that, and bits, groups, order and calibration text, on layers small enough to see. At the end a tiny real model is
 # quantised and run. The engine's own quantiser does all of it.
 #
-# Read first: [learn/07](../docs/learn/07_gptq_quantization.md), the algorithm, and
+# *40 minutes. Read first: [learn/07](../docs/learn/07_gptq_quantization.md), the algorithm, and
 # [learn/07b](../docs/learn/07b_gptq_in_practice.md), the file, the kernel and the cost. The exercises behind "your turn"
 # are [rtn](../milestones/m7/exercises/rtn/README.md), [gptq_step](../milestones/m7/exercises/gptq_step/README.md) and
-# [pack_int4](../milestones/m7/exercises/pack_int4/README.md).
+# [pack_int4](../milestones/m7/exercises/pack_int4/README.md). Next: [09](09_ablation.ipynb).*
 
 # %% tags=["parameters"]
 FAST = False  # True: fewer repetitions (the builder sets it when it only checks)
@@ -56,7 +56,7 @@ COLOURS = dict(zip(["RTN", "GPTQ", "act-order"], viz.PALETTE[5:6] + viz.PALETTE[
 # One group of 64 weights (blue) and the levels they may take (grey). The grid reaches as far as the largest weight. More
 # bits make it denser. The more weights share one grid, the likelier one of them is large and makes all steps coarse.
 
-# %%
+# %% tags=["given"]
 weights = torch.randn(1, 64, generator=torch.Generator().manual_seed(2))
 
 
