@@ -11,14 +11,15 @@ from folovllm.config import EngineConfig
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import FakeExecutor, fake_tokens
 from folovllm.hf_config import parse_hf_config
+from folovllm.learn.three_requests import example_core, run_example
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
 
 SMOLLM2 = Path(__file__).parents[2] / "tests/data/configs/SmolLM2-135M-Instruct.json"
 
 
-def run(lengths: dict[str, tuple[int, int]], **engine_args: Any) -> tuple[list[dict[str, int]], list[set[str]]]:
-    """Who computed how many tokens in each step, and who was preempted; the tokens are checked on the way."""
+def run(lengths: dict[str, tuple[int, int]], **engine_args: Any) -> list[dict[str, int]]:
+    """How many tokens each request computes in each step. The sampled tokens are checked on the way."""
     config = EngineConfig.from_args(**engine_args).resolve(parse_hf_config(json.loads(SMOLLM2.read_text())), "cpu")
     core = EngineCore(config, FakeExecutor())
     requests = [
@@ -27,16 +28,15 @@ def run(lengths: dict[str, tuple[int, int]], **engine_args: Any) -> tuple[list[d
     ]
     for request in requests:
         core.add_request(request)
-    steps, preempted = [], []
+    steps = []
     while core.has_unfinished_requests():
         scheduled = core.scheduler.schedule()
         core.scheduler.update_from_output(scheduled, core.executor.sample(core.executor.execute(scheduled)))
         core.scheduler.check_integrity()
         steps.append(scheduled.num_scheduled_tokens)
-        preempted.append(set(scheduled.preempted_req_ids))
     for request in requests:
         assert request.output_token_ids == fake_tokens(request.prompt_token_ids, request.max_tokens)
-    return steps, preempted
+    return steps
 
 
 four = {"A": (5, 8), "B": (4, 2), "C": (6, 3), "D": (3, 3)}
@@ -47,13 +47,14 @@ arms: dict[str, dict[str, Any]] = {
 }
 num_steps = []
 for title, switches in arms.items():
-    steps, _ = run(four, max_model_len=32, **switches)
+    steps = run(four, max_model_len=32, **switches)
     print(f"{title}: {len(steps)} steps")
     for name in four:
         print(f"  {name} {' '.join(str(step.get(name, '.')) for step in steps)}")
     num_steps.append(len(steps))
 assert num_steps == [16, 11, 8]
 
-steps, preempted = run({"a": (8, 4), "b": (6, 3)}, preset="m3", block_size=4, num_kv_blocks=5, max_model_len=16)
-print(f"a cache of 16 tokens: {steps}, preempted {preempted}")
-assert preempted[1] == {"b"} and steps[4] == {"b": 7}, "b comes back with its prompt of 6 and its output of 1"
+print("preemption: six blocks of 4 tokens for the three requests of docs/learn/02 and 03")
+run_steps = list(run_example(example_core(block_size=4, num_kv_blocks=7)))
+print(*run_steps, sep="\n")
+assert run_steps[5].preempted == ["c"] and run_steps[6].scheduled == {"c": 13}, "12 prompt tokens again, and one more"

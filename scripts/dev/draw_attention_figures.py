@@ -69,20 +69,33 @@ def levels(arch: ModelArchitecture) -> list[Level]:
     """
     head = arch.vocab_size * arch.hidden_size
     layer = BF16 * (arch.num_parameters() - head) / arch.num_hidden_layers / 1e6
+    kv = 2 * BF16 * arch.kv_size * 8192 / 1e6
     scores = 4 * arch.num_attention_heads * 8192**2 / 1e9
     tile = BF16 * 256 * arch.head_dim // 1024
     bandwidth = read("roofline_cpu.json")["bandwidth"]["bytes_per_second"] / 1e9
     weights = BF16 * arch.num_parameters() / 1e6
     return [
-        Level("vector registers", "32 of 64 bytes per core", "no wait", "sums of 16 outputs", 4.0),
-        Level("L1 cache", "32 KiB per core", "from 4 cycles", f"K of a tile: 256 keys, one head, {tile} KiB", 4.7),
+        Level("vector registers", "32 of 64 bytes per core", "no wait", "running sums, 16 in a register", 4.0),
+        Level(
+            "L1 cache",
+            "32 KiB per core",
+            "from 4 cycles",
+            f"K of a tile streams through:\n256 keys of one head, {tile} KiB",
+            4.7,
+        ),
         Level("L2 cache", "1 MiB per core", "from 14 cycles", "Q, scores, K and V of a tile", 5.4),
-        Level("L3 cache", "32 MiB, shared", "about 50 cycles", f"the weights of one layer: {layer:.1f} MB", 6.1),
+        Level(
+            "L3 cache",
+            "32 MiB, shared",
+            "about 50 cycles",
+            f"K and V of a layer, 8,192 tokens: {kv:.1f} MB;\nthe weights of a layer: {layer:.1f} MB",
+            6.1,
+        ),
         Level(
             "main memory",
             "25 GB",
             f"110 ns, {bandwidth:.1f} GB/s",
-            f"all weights: {weights:.0f} MB; naive scores: {scores:.1f} GB",
+            f"all weights: {weights:.0f} MB;\nnaive scores: {scores:.1f} GB",
             6.8,
         ),
     ]
@@ -101,7 +114,7 @@ def draw_memory(path: Path) -> None:
         ax.text(middle, y - 0.17, level.speed, ha="center", va="center", fontsize=9, color="#555555")
         ax.text(7.05, y, level.holds, va="center", fontsize=9)
         ax.annotate("", (middle, y + 0.36), (middle, y + 0.64), arrowprops={"arrowstyle": "<->", "color": INK})
-    ax.text(7.05, 5.1, "what we want to be there:", va="center", fontsize=9, style="italic")
+    ax.text(7.05, 5.1, "what the kernel keeps there:", va="center", fontsize=9, style="italic")
     ax.set(xlim=(-0.05, 10.4), ylim=(-0.5, 5.5))
     ax.axis("off")
     figure_files.save(figure, path)
@@ -151,6 +164,14 @@ def run_one_head(backend: TorchFlashBackend, seq_len: int, q_len: int) -> None:
         backend.attend_tiles(q, by_slot, torch.arange(first + num_rows), first, num_rows)
 
 
+CUT_LABEL: dict[str, Any] = {
+    "ha": "center",
+    "va": "bottom",
+    "fontsize": 9,
+    "arrowprops": {"arrowstyle": "->", "color": INK},
+}
+
+
 def draw_tiles(path: Path) -> None:
     cases = {"a prompt of 24 tokens": (24, 24), "10 new tokens after 14": (24, 10), "one new token after 23": (24, 1)}
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.9), layout="constrained")
@@ -164,12 +185,17 @@ def draw_tiles(path: Path) -> None:
             corner = (tile.first_key, tile.position)
             ax.add_patch(Rectangle(corner, tile.num_keys, tile.num_queries, fc=colour, ec="white", lw=1.5))
         ax.plot([seq_len - q_len, seq_len], [seq_len - q_len, seq_len], color=INK, lw=1)
+        if q_len < seq_len:
+            text = "no queries here:\nthese tokens were computed\nin earlier steps"
+            ax.text(12, (seq_len - q_len) / 3, text, ha="center", va="center", fontsize=9, color="#555555")
         ax.set(xlim=(0, seq_len), ylim=(seq_len, 0), xlabel="position of the key", title=name)
         ax.set_aspect("equal")
     axes[0].set_ylabel("position of the query")
+    axes[0].text(16.5, 6, "never read", ha="center", fontsize=9, color="#555555")
+    axes[1].annotate("cut at the last key that\nits queries may see", (17.2, 15), (12, 12.4), **CUT_LABEL)
     assert counts == [21, 17, 6]  # 21 = 6 * 7 / 2 of 36
     figure.suptitle(
-        "Tiles of 4 x 4. Blue: every query sees every key. Pink: mask needed. Grey: never read", fontsize=11
+        "Tiles of 4 x 4. Blue: every query of the tile sees every key. Pink: the tile needs a mask", fontsize=11
     )
     figure_files.save(figure, path)
 
@@ -181,6 +207,9 @@ def flat_batch() -> tuple[list[tuple[str, int, int]], dict[str, list[int]]]:
     """Step 2 of the three requests: (request, first position, number of new tokens), and the block tables."""
     step = list(run_example(example_core(num_kv_blocks=10)))[2]
     return [(name, step.start[name], count) for name, count in step.scheduled.items()], step.blocks
+
+
+ROW_X, TOKEN_X, POSITION_X = -6.3, -2.3, -0.4  # where the columns of labels end
 
 
 def draw_flat_batch(path: Path) -> None:
@@ -200,11 +229,14 @@ def draw_flat_batch(path: Path) -> None:
         for i in range(count):
             draw_query(ax, name, start + i, top + i, int(row) + i)
         row, top = row + count, top + count + 0.55
-    ax.text(-0.25, -0.75, "row of the batch, token, position", ha="right", va="center", fontsize=9, style="italic")
-    ax.text(0, -0.75, "keys, by position in their own request, in blocks of 4", va="center", fontsize=9, style="italic")
+    for x, name in ((ROW_X, "row of\nthe batch"), (TOKEN_X, "request, token"), (POSITION_X, "position")):
+        ax.text(x, -0.6, name, ha="right", va="center", fontsize=9, style="italic")
+    ax.text(
+        0.3, -0.6, "keys, by position in their own request,\nin blocks of 4", va="center", fontsize=9, style="italic"
+    )
     ax.text(12.35, 8.6, "frame: a tile that is computed\nfilled: the query sees the key\npale: masked, the key is later"
             "\nno frame: never read", fontsize=9, va="top", linespacing=1.5)  # fmt: skip
-    ax.set(xlim=(-5.6, 17.2), ylim=(top, -1.2))
+    ax.set(xlim=(-8.2, 17.4), ylim=(top, -1.3))
     ax.axis("off")
     figure_files.save(figure, path)
 
@@ -226,8 +258,8 @@ def draw_query(ax: Any, name: str, position: int, y: float, row: int) -> None:
     """One row: its label, and a cell for each key of the request that its tile holds."""
     example = EXAMPLES[name]
     pieces = example.pieces + example.answer_pieces
-    label = f"row {row}   {name}   {pieces[position]!r}   {position}"
-    ax.text(-0.25, y + 0.5, label, ha="right", va="center", fontsize=9, family="DejaVu Sans Mono")
+    for x, label in ((ROW_X, f"{row}"), (TOKEN_X, f"{name} {pieces[position]!r:>12}"), (POSITION_X, f"{position}")):
+        ax.text(x, y + 0.5, label, ha="right", va="center", fontsize=9, family="DejaVu Sans Mono")
     in_tiles = (position // 4 + 1) * 4 if name == "c" else position + 1
     for key in range(in_tiles):
         colour = COLOURS[name] if key <= position else PALE[name]
@@ -276,10 +308,10 @@ def naive_bytes(arch: ModelArchitecture, n: int) -> float:
     return 4.0 * 4 * arch.num_attention_heads * n * n + 2 * BF16 * n * (arch.q_size + arch.kv_size)
 
 
-def tiled_bytes(arch: ModelArchitecture, n: int, tile: int = 128) -> float:
-    """Q and output once; for each tile of queries, K and V up to its own end."""
+def tiled_bytes(arch: ModelArchitecture, n: int, tile: int = 64 // 3) -> float:
+    """Q and output once; for each tile of queries, K and V up to its own end. cpu_paged: 64 rows of 3 heads."""
     k_and_v = 2 * BF16 * n * arch.kv_size
-    return 2 * BF16 * n * arch.q_size + sum(k_and_v * tile * (i + 1) // n for i in range(n // tile))
+    return 2 * BF16 * n * arch.q_size + sum(k_and_v * min(i + tile, n) // n for i in range(0, n, tile))
 
 
 def attention_points(arch: ModelArchitecture) -> list[Measured]:
@@ -288,7 +320,7 @@ def attention_points(arch: ModelArchitecture) -> list[Measured]:
     pairs = 4.0 * arch.q_size * 8192**2
     decode_work, kv = 4.0 * arch.q_size * 32 * 2048, 32 * 2048 * 2 * BF16 * arch.kv_size
     naive, paged = "torch_naive", "cpu_paged"
-    prompt, rows = "prompt of 8,192,\nattention", "decode of 32 x 2,048,\nattention"
+    prompt, rows = "attention of a prompt\nof 8,192 tokens", "decode attention of 32\nrequests of 2,048 tokens"
     return [
         Measured(prompt, pairs, naive_bytes(arch, 8192), times[prefill, naive], False, (9, -30)),
         Measured(prompt, pairs / 2, tiled_bytes(arch, 8192), times[prefill, paged], True, (9, -30)),
@@ -298,15 +330,15 @@ def attention_points(arch: ModelArchitecture) -> list[Measured]:
 
 
 def step_points(arch: ModelArchitecture) -> list[Measured]:
-    """Whole decode steps, of arms beside which memory gave about as much as the roof says."""
+    """Whole decode steps, with plain torch and with all of M4: the first and the last bars of 04b_step."""
     profile = read("profile_step.json")
     rows = {(row["arm"][0], row["requests"]): row for row in profile["results"]}
     points = []
     labels = {
         ("1", 1): ((9, -20), "left"),
-        ("8", 1): ((-9, 10), "right"),
+        ("7", 1): ((-16, 14), "right"),
         ("1", 32): ((-9, -14), "right"),
-        ("7", 32): ((10, -16), "left"),
+        ("7", 32): ((0, 26), "center"),
     }
     for (arm, requests), (offset, side) in labels.items():
         row = rows[arm, requests]
@@ -338,13 +370,16 @@ def draw_roofline(path: Path) -> None:
         ax.annotate(label, (point.intensity, point.rate), **position, fontsize=9, color=colour, linespacing=1.1)
     ax.text(150, 3.2e9, "filled: the kernels of M4", fontsize=9, color=COLOURS["a"])
     ax.text(150, 2.3e9, "hollow: plain torch, as M1 to M3", fontsize=9, color="#D55E00")
-    ax.set(xscale="log", yscale="log", xlim=(0.25, 1500), ylim=(1e9, 9e11))
+    ax.set(xscale="log", yscale="log", xlim=(0.25, 1500), ylim=(1e9, 2e12))
     ax.set(xlabel="operations per byte of memory traffic (counted)", ylabel="operations per second (measured)")
     ax.grid(alpha=0.25)
     figure_files.save(figure, path)
 
 
 # ---- 04: rounding
+
+
+PLAIN = {"fc": "white", "ec": "none", "pad": 1.5}  # behind text, so that no line crosses it
 
 
 def draw_rounding(path: Path) -> None:
@@ -356,7 +391,7 @@ def draw_rounding(path: Path) -> None:
     figure, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
     for value in (37.25, 37.5, 37.75):
         ax.axvline(value, color="#888888", lw=1)
-        ax.text(value, -0.62, f"{value}", ha="center", fontsize=10)
+        ax.text(value, -0.62, f"{value}", ha="center", fontsize=10, bbox=PLAIN)
         if value < 37.75:
             ax.axvline(value + step / 2, color="#BBBBBB", lw=0.8, ls=":")
     for y, row in enumerate(rows):
@@ -366,17 +401,19 @@ def draw_rounding(path: Path) -> None:
         for token, colour, lift in zip(names, ("#0072B2", "#D55E00"), (-0.17, 0.17), strict=True):
             exact, logit = row[f"exact {token}"], row[f"logit {token}"]
             ax.plot(exact, y + lift, "o", ms=8, mfc="white", mec=colour, mew=2, zorder=3)
-            ax.text(exact, y + lift - 0.13, f"{token} {exact:.3f}", ha="center", fontsize=9, color=colour)
+            right = exact > 37.5 and exact < 37.6  # of the line at 37.5
+            x, side = (exact + 0.013, "left") if right else (exact - 0.013, "right")
+            ax.text(x, y + lift, f"{token} {exact:.3f}", ha=side, va="center", fontsize=9, color=colour, bbox=PLAIN)
             if "bf16" in row["engine"]:
                 arrow: dict[str, Any] = {"arrowstyle": "->", "color": colour, "lw": 1.6, "shrinkA": 5, "shrinkB": 0}
                 ax.annotate("", (logit, y + lift), (exact, y + lift), arrowprops=arrow)
                 ax.plot(logit, y + lift, "s", ms=8, color=colour, zorder=3)
-    ax.text(37.77, 2.0, "a tie: the smaller\ntoken id wins", fontsize=9, va="center", ha="right")
+    ax.text(37.735, 2.17, "a tie: the smaller\ntoken id wins", fontsize=9, va="center", ha="right", bbox=PLAIN)
     note = "circle: before the last rounding      square: the logit that the engine compares"
-    ax.text(37.39, 2.5, note, fontsize=9, ha="center", style="italic")
+    ax.text(37.39, 2.56, note, fontsize=9, ha="center", style="italic", bbox=PLAIN)
     ax.text(37.165, -0.62, "bf16 numbers here", ha="right", fontsize=10, style="italic")
-    ax.text(37.375, -0.62, "limit of rounding", ha="center", fontsize=9, color="#888888")
-    ax.text(37.625, -0.62, "limit of rounding", ha="center", fontsize=9, color="#888888")
+    ax.text(37.375, -0.62, "limit of rounding", ha="center", fontsize=9, color="#888888", bbox=PLAIN)
+    ax.text(37.625, -0.62, "limit of rounding", ha="center", fontsize=9, color="#888888", bbox=PLAIN)
     ax.set(xlim=(36.97, 37.82), ylim=(2.6, -0.8))
     ax.axis("off")
     figure_files.save(figure, path)

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROFILE = ROOT / "milestones/m4/results/profile_step.json"
 SMOLLM2 = ROOT / "tests/data/configs/SmolLM2-135M-Instruct.json"
 COLOURS = dict(zip("abc", PALETTE, strict=False))
+ON = {"a": "white", "b": INK, "c": "white"}  # text on COLOURS
 CORE, WORKER, TEXT = "#ddf4ff", "#ffe3cc", "#eeeeee"  # fills of the components, on all pages
 LINE = "#57606a"
 RUNS: dict[str, dict[str, Any]] = {
@@ -42,8 +43,8 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def piece(token_id: int) -> str:
-    """A token as it is written into a cell. Punctuation stands in quotes, or it would hardly be seen."""
-    text = PIECES[token_id].replace("\n", r"\n").strip()
+    """A token as it is written into a cell, with \u2423 for a space, as on page 00. Punctuation stands in quotes."""
+    text = PIECES[token_id].replace("\n", r"\n").replace(" ", "\u2423")
     return text if text[-1].isalnum() else f'"{text}"'
 
 
@@ -64,15 +65,15 @@ def timeline(path: Path) -> None:
         axes[1].add_patch(Rectangle((number + 0.03, -0.4), 0.94, 0.8, fc="white", ec=INK, lw=1, ls=":"))
         axes[1].text(number + 0.5, 0, "empty\nseat", ha="center", va="center", fontsize=9, color=INK)
     axes[0].text(
-        5.2, 0, "number: tokens computed in the step; below it: the token sampled\nhatched: the prompt is computed",
+        5.2, 0, "number: tokens computed in the step; below it: the token sampled\nblack frame: the prompt is computed",
         ha="left", va="center", fontsize=9.5, color=INK,
     )  # fmt: skip
     axes[2].set_xlabel("step")
     figure_files.save(figure, path)
 
 
-def draw_steps(ax: Axes, steps: list[Step], num_steps: int = 12) -> None:
-    """A row per request, a cell per step: how many tokens it computes, and below the token that it samples."""
+def draw_steps(ax: Axes, steps: list[Step], num_steps: int = 12, with_blocks: bool = False) -> None:
+    """A row per request, a cell per step: how many tokens it computes, below the token that it samples, its blocks."""
     for row, (name, example) in enumerate(EXAMPLES.items()):
         mine = [step.number for step in steps if name in step.scheduled]
         idle = [step.number for step in steps if example.arrival <= step.number < mine[-1] and step.number not in mine]
@@ -82,7 +83,7 @@ def draw_steps(ax: Axes, steps: list[Step], num_steps: int = 12) -> None:
             ax.text(start + 0.12, row - 0.04, "waits", ha="left", va="bottom", fontsize=9, color=LINE)
         for step in steps:
             if name in step.scheduled:
-                draw_cell(ax, step, name, row)
+                draw_cell(ax, step, name, row, with_blocks)
     ax.set(xlim=(0, num_steps), ylim=(len(EXAMPLES) - 0.5, -0.55))
     ax.set_xticks([n + 0.5 for n in range(num_steps)], [str(n) for n in range(num_steps)])
     ax.set_yticks(range(len(EXAMPLES)), list(EXAMPLES), fontsize=11, weight="bold")
@@ -92,14 +93,15 @@ def draw_steps(ax: Axes, steps: list[Step], num_steps: int = 12) -> None:
     ax.spines[["top", "right", "left"]].set_visible(False)
 
 
-def draw_cell(ax: Axes, step: Step, name: str, row: int) -> None:
+def draw_cell(ax: Axes, step: Step, name: str, row: int, with_blocks: bool) -> None:
     count = step.scheduled[name]
-    hatch = "////" if count > 1 else None
-    corner = (step.number + 0.03, row - 0.4)
-    ax.add_patch(Rectangle(corner, 0.94, 0.8, fc=COLOURS[name], ec="white", lw=0, hatch=hatch, zorder=2))
+    corner = (step.number + 0.04, row - 0.39)
+    width = 2.5 if count > 1 else 0
+    ax.add_patch(Rectangle(corner, 0.92, 0.78, fc=COLOURS[name], ec="black", lw=width, zorder=2))
     label = f"{count}" + "".join(f"\n{piece(token_id)}" for token_id in step.sampled[name])
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2, "alpha": 0.9}
-    ax.text(step.number + 0.5, row, label, ha="center", va="center", fontsize=9, color=INK, bbox=box, zorder=3)
+    if with_blocks:
+        label += f"\n{step.blocks[name]}"
+    ax.text(step.number + 0.5, row, label, ha="center", va="center", fontsize=9.5, color=ON[name], zorder=3)
 
 
 # ---- one step
@@ -199,6 +201,76 @@ def step_loop(path: Path) -> None:
     figure_files.save(figure, path)
 
 
+# ---- the two passes
+
+
+def two_passes(path: Path) -> None:
+    """Step 1 of the page's example of a head of the queue that does not fit: x runs, y and z wait."""
+    core = make_core(num_kv_blocks=5, block_size=4)
+    for name, length in {"x": 7, "y": 9, "z": 1}.items():
+        core.add_request(make_request(name, length, max_tokens=2))
+    core.step()
+    scheduler = core.scheduler
+    free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    lacks = {name: request.num_tokens - request.num_computed_tokens for name, request in scheduler.requests.items()}
+    needs = {name: -(-lacks[name] // 4) for name in "yz"}
+    assert ([r.request_id for r in scheduler.running], [r.request_id for r in scheduler.waiting]) == (["x"], ["y", "z"])
+    assert (free, lacks, needs) == (2, {"x": 1, "y": 9, "z": 1}, {"y": 3, "z": 1})
+    assert scheduler.schedule().num_scheduled_tokens == {"x": 1}
+
+    figure, ax = plt.subplots(figsize=(9, 3.4))
+    figure.subplots_adjust(0.005, 0.005, 0.995, 0.995)
+    ax.set(xlim=(0, 12), ylim=(-0.1, 4.43))
+    ax.axis("off")
+    box(ax, 0.15, 1.15, 4.9, 2.2, CORE, "waiting (front first)", [])
+    box(ax, 6.95, 1.15, 4.9, 2.2, CORE, "running (first admitted first)", [])
+    queue_cell(ax, 2.75, "y", f"lacks {lacks['y']} tokens,\nneeds {needs['y']} blocks")
+    queue_cell(ax, 0.4, "z", f"lacks {lacks['z']} token,\nneeds {needs['z']} block")
+    queue_cell(ax, 7.2, "x", f"lacks {lacks['x']} token,\nfits its 2nd block")
+    arrow(ax, (5.1, 2.1), (6.9, 2.1))
+    ax.text(6, 2.25, "admit", ha="center", va="bottom", fontsize=10, color=INK)
+    ax.text(
+        9.4,
+        3.85,
+        "Pass 1: each running request gets what it lacks.\nx computes 1 token.",
+        ha="center",
+        va="center",
+        fontsize=10,
+        color=INK,
+    )
+    ax.text(
+        2.6,
+        3.85,
+        f"Pass 2: the front only. {free} blocks are free, so y\ndoes not fit. The pass ends, z is not tried.",
+        ha="center",
+        va="center",
+        fontsize=10,
+        color=INK,
+    )
+    bend = FancyArrowPatch(
+        (10.9, 1.1), (3.9, 1.1), arrowstyle="-|>", mutation_scale=14, color=PALETTE[5], lw=1.5, ls="--",
+        connectionstyle="arc3,rad=-0.16", shrinkA=0, shrinkB=0,
+    )  # fmt: skip
+    ax.add_patch(bend)
+    ax.text(
+        7.4,
+        0.2,
+        "preempt: the last admitted returns to the front",
+        ha="center",
+        va="center",
+        fontsize=10,
+        color=PALETTE[5],
+    )
+    figure_files.save(figure, path)
+
+
+def queue_cell(ax: Axes, x: float, name: str, text: str) -> None:
+    """A request in a queue, 2.1 wide."""
+    ax.add_patch(Rectangle((x, 1.4), 2.1, 1.35, fc="white", ec=LINE, lw=1))
+    ax.text(x + 1.05, 2.5, name, ha="center", va="center", fontsize=11, weight="bold", color=INK)
+    ax.text(x + 1.05, 1.88, text, ha="center", va="center", fontsize=9.5, color=INK)
+
+
 # ---- the flat batch
 
 
@@ -214,12 +286,15 @@ def flat_batch(path: Path) -> None:
     counts = output.num_scheduled_tokens
     width = max(counts.values())
     figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(9, 4.6), gridspec_kw={"height_ratios": [2, 2.7]}, layout="constrained"
+        2, 1, figsize=(9, 5), gridspec_kw={"height_ratios": [2, 3.3]}, layout="constrained"
     )
     for line, (name, count) in enumerate(counts.items()):
         mine = [text for owner, _, _, text in rows if owner == name]
         for x in range(width):
-            token_cell(top, x, line, COLOURS[name] if x < count else NOBODY, mine[x] if x < count else "pad")
+            if x < count:
+                token_cell(top, x, line, COLOURS[name], mine[x], ON[name])
+            else:
+                token_cell(top, x, line, NOBODY, "pad")
         top.text(-0.35, line + 0.4, name, ha="right", va="center", fontsize=11, weight="bold", color=COLOURS[name])
     padding = width * len(counts) - len(rows)
     top.set_title(
@@ -227,7 +302,7 @@ def flat_batch(path: Path) -> None:
         weight="bold",
     )  # fmt: skip
     for x, (name, position, slot, text) in enumerate(rows):
-        token_cell(bottom, x, 0, COLOURS[name], text)
+        token_cell(bottom, x, 0, COLOURS[name], text, ON[name])
         bottom.text(x + 0.48, 1.12, str(position), ha="center", va="center", fontsize=9.5, color=INK)
         bottom.text(x + 0.48, 1.62, str(slot), ha="center", va="center", fontsize=9.5, color=INK)
     for y, label in ((0.4, "token"), (1.12, "position"), (1.62, "KV slot")):
@@ -241,8 +316,18 @@ def flat_batch(path: Path) -> None:
     for x in starts:
         bottom.text(x, 2.5, str(x), ha="center", va="center", fontsize=9.5, weight="bold", color=INK)
     bottom.text(-0.35, 2.5, "query_start_loc", ha="right", va="center", fontsize=9.5, color=INK)
+    said = [f"{name}: {slot // 16} * 16 + {position} = {slot}" for name, position, slot, _ in (rows[0], rows[-1])]
+    bottom.text(
+        6.2,
+        3.15,
+        "slot = block * 16 + position.     " + "     ".join(said),
+        ha="center",
+        va="center",
+        fontsize=9.5,
+        color=LINE,
+    )
     bottom.set_title(f"The flat batch: {len(rows)} rows, no padding", fontsize=11, loc="left", weight="bold")
-    for ax, height in ((top, 2), (bottom, 2.8)):
+    for ax, height in ((top, 2), (bottom, 3.4)):
         ax.set(xlim=(-2.1, 13.2), ylim=(height, -0.1))
         ax.axis("off")
     figure_files.save(figure, path)
@@ -259,12 +344,9 @@ def flat_rows(core: Any, output: SchedulerOutput) -> Iterator[tuple[str, int, in
             yield name, position, slot, piece(request.all_token_ids[position])
 
 
-def token_cell(ax: Axes, x: float, y: float, colour: str, text: str) -> None:
+def token_cell(ax: Axes, x: float, y: float, colour: str, text: str, ink: str = INK) -> None:
     ax.add_patch(Rectangle((x + 0.02, y), 0.94, 0.8, fc=colour, ec="none"))
-    ax.text(
-        x + 0.49, y + 0.4, text, ha="center", va="center", fontsize=9, color=INK,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85} if text != "pad" else None,
-    )  # fmt: skip
+    ax.text(x + 0.49, y + 0.4, text, ha="center", va="center", fontsize=9, color=ink)
 
 
 # ---- what sharing a step costs
@@ -276,22 +358,22 @@ def throughput(path: Path) -> None:
     figure, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
     ax.plot(sizes, [n / step_seconds(n) for n in sizes], color=INK, lw=1.8)
     ax.text(
-        1, 700, f"model: bytes / {CPU.gb_per_s:.1f} GB/s\nor FLOP / {CPU.flops / 1e9:.0f} GFLOP/s, the longer one",
+        1, 700, f"estimate: bytes / {CPU.gb_per_s:.1f} GB/s\nor FLOP / {CPU.flops / 1e9:.0f} GFLOP/s, the longer one",
         ha="left", va="bottom", fontsize=9.5, color=INK,
     )  # fmt: skip
     even = knee()
     ax.axvline(even, color="#999999", lw=1, ls=":")
-    ax.text(even * 0.95, 24, "step waits for memory", ha="right", va="bottom", fontsize=9.5, color=LINE)
-    ax.text(even * 1.06, 24, "step waits for arithmetic", ha="left", va="bottom", fontsize=9.5, color=LINE)
+    ax.text(even * 0.95, 24, "memory is the limit", ha="right", va="bottom", fontsize=9.5, color=LINE)
+    ax.text(even * 1.06, 24, "arithmetic is the limit", ha="left", va="bottom", fontsize=9.5, color=LINE)
     for arm, label, colour in (
-        ("1 plain torch", "measured, plain torch\n(what M1 to M3 run)", PALETTE[0]),
-        ("7 + huge pages", "measured, fast kernels\n(M4)", PALETTE[5]),
+        ("1 plain torch", "plain torch (M1 to M3),\n2 points measured", PALETTE[0]),
+        ("7 + huge pages", "fast kernels (M4),\n2 points measured", PALETTE[5]),
     ):
         speeds = {row["requests"]: row["requests"] / row["step"] * 1e6 for row in profile_rows(arm)}
-        ax.plot(list(speeds), list(speeds.values()), "o:", color=colour, lw=1, ms=7)
+        ax.plot(list(speeds), list(speeds.values()), "o", color=colour, ms=8)
         for n, speed in speeds.items():
             ax.annotate(
-                f"{speed:,.0f}",
+                f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}",
                 (n, speed),
                 (0, -15),
                 textcoords="offset points",
@@ -401,11 +483,14 @@ def preemption(path: Path) -> None:
     core = example_core(num_kv_blocks=7)
     steps = list(run_example(core))
     assert [step.number for step in steps if step.preempted] == [5] and len(steps) == 7
-    figure, ax = plt.subplots(figsize=(9, 2.9), layout="constrained")
-    draw_steps(ax, steps, num_steps=len(steps))
+    figure, ax = plt.subplots(figsize=(9, 3.4), layout="constrained")
+    draw_steps(ax, steps, num_steps=len(steps), with_blocks=True)
     ax.text(2.12, 2.05, "no memory", ha="left", va="top", fontsize=9, color=LINE)
     ax.add_patch(Rectangle((5.03, 1.6), 0.94, 0.8, fc="white", ec=PALETTE[5], lw=1.6, zorder=4))
-    ax.text(5.5, 2, "preempted", ha="center", va="center", fontsize=9.5, color=PALETTE[5], zorder=5)
+    ax.text(5.5, 2, "preempted:\nloses its blocks", ha="center", va="center", fontsize=9.5, color=PALETTE[5], zorder=5)
+    assert steps[4].blocks["b"] + [6] == steps[5].blocks["b"]
+    ax.text(4.1, 0, "a has ended: blocks 1\nand 2 are free for c", ha="left", va="center", fontsize=9, color=LINE)
+    ax.text(5.5, 0.52, "takes the last block, 6", ha="center", va="bottom", fontsize=9, color=PALETTE[5])
     held = [sum(len(blocks) for blocks in step.blocks.values()) for step in steps]
     ax.set_xticks([n + 0.5 for n in range(len(steps))], [f"step {n}\n{held[n]} of 6 blocks" for n in range(len(steps))])
     figure_files.save(figure, path)
@@ -414,6 +499,7 @@ def preemption(path: Path) -> None:
 FIGURES = {
     "02_timeline": timeline,
     "02_step_loop": step_loop,
+    "02_two_passes": two_passes,
     "02_flat_batch": flat_batch,
     "02_throughput": throughput,
     "02_workload": workload,

@@ -5,9 +5,9 @@ Milestone: M4. vLLM counterpart: none. No weights, a few seconds:
     python scripts/dev/draw_cpu_figures.py [--out docs/learn/img]
 
 The parts of a step come from milestones/m4/results/profile_step.json, the floor beside them from the model's
-configuration and the reference machine, and the shortlist from the sampler's own code. The thread team is drawn out of
-scale: its times are those of folovllm/csrc/thread_team.h. The wait for a line and the number of lines that a core waits
-for are those of folovllm/csrc/prefetch.h.
+configuration and the bandwidth measured beside the step, and the shortlist from the sampler's own code. The thread team
+is drawn out of scale: its times are those of folovllm/csrc/thread_team.h. The wait for a line and the number of lines
+that a core waits for are those of folovllm/csrc/prefetch.h.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 import figure_files
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.patches import Rectangle
 
 from folovllm.hf_config import parse_hf_config
 from folovllm.sample.ops.shortlist import SHORTLIST_SIZE
@@ -29,6 +29,7 @@ PROFILE = ROOT / "milestones/m4/results/profile_step.json"
 INK, GREY = "#333333", "#BBBBBB"
 PARTS = {  # part of a step in profile_step.json -> what the picture calls it, and its colour
     "linear": ("linear layers", "#0072B2"),
+    "logits": ("logits (a linear layer)", "#56B4E9"),
     "whole_layers": ("all layers, one call", "#332288"),
     "attention": ("attention", "#D55E00"),
     "norm,_rotary,_SiLU": ("norm, rotary, SiLU", "#E69F00"),
@@ -43,45 +44,55 @@ LANES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # of four outputs
 
 def draw_step(path: Path) -> None:
     profile = json.loads(PROFILE.read_text(encoding="utf-8"))
-    figure, axes = plt.subplots(2, 1, figsize=(9, 6.6), layout="constrained")
+    figure, axes = plt.subplots(2, 1, figsize=(9, 6.9), layout="constrained")
     for ax, requests in zip(axes, (1, 32), strict=True):
         rows = [row for row in profile["results"] if row["requests"] == requests and row["arm"][0] != "8"]
         for y, row in enumerate(rows):
             draw_bar(ax, y, row)
-        floor = floor_ms(requests, profile["run"]["context"])
-        ax.axvline(floor, color=INK, lw=1.2, ls="--", zorder=0)
-        name = "1 request" if requests == 1 else f"{requests} requests"
-        ax.set_title(
-            f"{name}, 200 tokens each; dashed: the model of the floor, {floor:.1f} ms", loc="left", fontsize=10
-        )
+            floor = floor_ms(requests, profile["run"]["context"], 1e9 * float(row["memory_GB/s"]))
+            ax.plot([floor, floor], [y - 0.45, y + 0.45], color=INK, lw=2)
+        name = "1 request of 200 tokens" if requests == 1 else f"{requests} requests of 200 tokens each"
+        ax.set_title(f"{name}; black mark: the floor", loc="left", fontsize=10)
         ax.set_yticks(range(len(rows)), [row["arm"] for row in rows], fontsize=9)
         ax.invert_yaxis()
         ax.set_xlim(0, 1.16 * max(row["step"] for row in rows) / 1e3)
         ax.spines[["top", "right"]].set_visible(False)
+    note = "* Under the profiler the parts took longer than the step. They are drawn shorter, and Python is unknown."
     axes[1].set_xlabel("milliseconds of one decode step")
+    figure.supxlabel(note, fontsize=9, style="italic")
     handles = [Rectangle((0, 0), 1, 1, fc=colour) for _, colour in PARTS.values()]
     axes[0].legend(handles, [name for name, _ in PARTS.values()], fontsize=9, loc="lower right", frameon=False)
     figure_files.save(figure, path)
 
 
+def parts_of(row: dict[str, Any]) -> dict[str, float]:
+    """The parts of a step in us. If all layers are one call, the only linear layer outside it makes the logits."""
+    parts = {part: row.get(part, 0.0) for part in PARTS}
+    if row["whole_layers"] > 0:
+        parts["logits"], parts["linear"] = parts["linear"], 0.0
+    return parts
+
+
 def draw_bar(ax: Any, y: int, row: dict[str, Any]) -> None:
     """One arm's step and its parts. If the profiler made the parts longer than the step, they are scaled to fit it."""
-    named = sum(row[part] for part in PARTS if part in row)
-    scale = min(1.0, row["step"] / named)
+    parts = parts_of(row)
+    everything = sum(parts.values()) + row["KV_write"] + row["sampler"] + row["other_operators"]
+    scale = min(1.0, row["step"] / everything)
     left = 0.0
     for part, (_, colour) in PARTS.items():
-        width = (row["step"] - scale * named if part == "the rest" else scale * row[part]) / 1e3
+        width = (row["step"] - scale * sum(parts.values()) if part == "the rest" else scale * parts[part]) / 1e3
         ax.barh(y, width, left=left, color=colour, height=0.68)
         left += width
-    ax.text(left, y, f"  {row['step'] / 1e3:.1f}", va="center", fontsize=9)
+    mark = " *" if row["Python"] == 0.0 else ""
+    ax.text(left, y, f"  {row['step'] / 1e3:.1f}{mark}", va="center", fontsize=9)
 
 
-def floor_ms(requests: int, context: int) -> float:
-    """The longer of reading all weights, K and V, and of all multiplications, on the reference machine."""
-    arch, machine = parse_hf_config(json.loads(SMOLLM2.read_text(encoding="utf-8"))), HARDWARE["cpu"]
+def floor_ms(requests: int, context: int, bandwidth: float) -> float:
+    """The longer of reading all weights, K and V, and of all multiplications at the reference machine's peak."""
+    arch = parse_hf_config(json.loads(SMOLLM2.read_text(encoding="utf-8")))
     num_bytes = 2 * arch.num_parameters() + requests * context * arch.kv_bytes_per_token(2)
     operations = 2.0 * requests * (arch.num_parameters() + 2 * context * arch.num_hidden_layers * arch.q_size)
-    return 1e3 * max(num_bytes / machine.bandwidth, operations / machine.flops)
+    return 1e3 * max(num_bytes / bandwidth, operations / HARDWARE["cpu"].flops)
 
 
 # ---- packed weights
@@ -152,46 +163,47 @@ def draw_lines(path: Path) -> None:
 # ---- the thread team
 
 
+WORKS = (("qkv", 1.45, 1.65), ("o", 1.6, 1.4), ("gate_up", 1.5, 1.7), ("down", 1.65, 1.45))  # lengths in the threads
+
+
 def draw_team(path: Path) -> None:
-    figure, axes = plt.subplots(2, 1, figsize=(9, 3.8), layout="constrained")
-    works = ("qkv", "o", "gate_up", "down")
-    draw_threads(axes[0], works, gap=0.9, fork=True)
-    axes[0].set_title("a region per operator: start and end of each cost 0.9 to 1.7 us", loc="left", fontsize=10)
-    draw_threads(axes[1], works, gap=0.25, fork=False)
+    figure, axes = plt.subplots(2, 1, figsize=(9, 4.2), layout="constrained")
+    draw_threads(axes[0], start=0.75, label="start")
+    axes[0].set_title("a region per operator: to start and end each one costs 0.9 to 1.7 us", loc="left", fontsize=10)
+    draw_threads(axes[1], start=0.2, label="")
     axes[1].set_title("one region for all layers: a job is handed over in 0.05 to 0.3 us", loc="left", fontsize=10)
-    axes[1].text(
-        0,
-        -0.12,
-        "The four linear layers of one decoder layer. Not to scale: for one token they take 20 to 100 us each.",
-        fontsize=9,
-        style="italic",
-        va="top",
+    note = (
+        "The four linear layers of one decoder layer. Orange: thread 0 starts thread 1. Grey: a thread waits.\n"
+        "Not to scale: for one token the layers take 20 to 100 us each at 34.6 GB/s."
     )
+    axes[1].text(0, -0.12, note, fontsize=9, style="italic", va="top")
     figure_files.save(figure, path)
 
 
-def draw_threads(ax: Any, works: tuple[str, ...], gap: float, fork: bool) -> None:
-    x = gap
-    for name in works:
-        for y in (0, 1):
-            ax.add_patch(Rectangle((x, y + 0.14), 1.6, 0.62, fc="#CCE3F0", ec="#0072B2", lw=1))
-            ax.text(x + 0.8, y + 0.45, name, ha="center", va="center", fontsize=9)
-        ax.add_patch(Rectangle((x - gap, 0.14), gap, 1.62, fc="#F6D5C3" if fork else "#FBEBDD", ec="none"))
-        arrow: dict[str, Any] = {
-            "arrowstyle": "-|>",
-            "mutation_scale": 9,
-            "color": "#D55E00",
-            "shrinkA": 0,
-            "shrinkB": 0,
-        }
-        ax.add_patch(FancyArrowPatch((x - gap, 1.45), (x, 0.45), **arrow))
-        if fork:
-            ax.text(x - gap / 2, 0.95, "start\nwait", ha="center", va="center", fontsize=9, color="#A04000")
-        x += 1.6 + gap
-    for y, label in ((1, "thread 0"), (0, "thread 1")):
-        ax.text(-0.1, y + 0.45, label, ha="right", va="center", fontsize=9)
-    ax.set(xlim=(-1.1, 10.2), ylim=(-0.45, 1.9))
+def draw_threads(ax: Any, start: float, label: str) -> None:
+    """Two threads from left to right: thread 0 starts each job, and the job ends when both threads are done."""
+    x = 0.0
+    for name, leader, follower in WORKS:
+        end = x + start + max(leader, follower)
+        piece(ax, 1, x, start, label, "#F2B28C")
+        piece(ax, 1, x + start, leader, name, "#CCE3F0")
+        piece(ax, 1, x + start + leader, end - x - start - leader, "", "#DDDDDD")
+        piece(ax, 0, x, start, "wait" if label else "", "#DDDDDD")
+        piece(ax, 0, x + start, follower, name, "#CCE3F0")
+        piece(ax, 0, x + start + follower, end - x - start - follower, "", "#DDDDDD")
+        x = end
+    for y, name in ((1, "thread 0"), (0, "thread 1")):
+        ax.text(-0.1, y + 0.45, name, ha="right", va="center", fontsize=9)
+    ax.text(x + 0.1, 0.95, "done", va="center", fontsize=9)
+    ax.set(xlim=(-1.1, 10.4), ylim=(-0.7, 1.9))
     ax.axis("off")
+
+
+def piece(ax: Any, y: float, x: float, width: float, text: str, colour: str) -> None:
+    """What a thread does for a while."""
+    if width > 1e-6:
+        ax.add_patch(Rectangle((x, y + 0.14), width, 0.62, fc=colour, ec="white", lw=1))
+        ax.text(x + width / 2, y + 0.45, text, ha="center", va="center", fontsize=9)
 
 
 # ---- sampling

@@ -49,7 +49,7 @@ def pale(colour: str) -> tuple[float, ...]:
 
 
 def draw_slot(
-    ax: Axes, x: float, y: float, owner: str = "", position: int | None = None, text: str = "", size: float = 10
+    ax: Axes, x: float, y: float, owner: str = "", position: int | None = None, text: str = "", bold: bool = True
 ) -> None:
     """A cell of width and height 1. Full colour holds K and V, pale is reserved, grey is free."""
     used = position is not None
@@ -58,7 +58,7 @@ def draw_slot(
     ink = "white" if used and owner != "b" else INK
     if used:
         ax.text(x + 0.5, y + (0.32 if text else 0.52), f"{owner}{position}", ha="center", va="center", color=ink,
-                weight="bold", fontsize=size)  # fmt: skip
+                weight="bold" if bold else "normal", fontsize=10 if bold else 9)  # fmt: skip
     if text:
         ax.text(x + 0.5, y + 0.74, text, ha="center", va="center", color=ink, fontsize=9)
 
@@ -70,9 +70,9 @@ def frame(ax: Axes, x: float, y: float, width: float, label: str, owner: str = "
 
 
 def piece(owner: str, position: int) -> str:
-    """The text of a request's token."""
+    """The text of a request's token, with \u2423 for a space, as on page 00."""
     example = EXAMPLES[owner]
-    return (example.pieces + example.answer_pieces)[position].strip(" ").replace("\n", "\\n")
+    return (example.pieces + example.answer_pieces)[position].replace(" ", "\u2423").replace("\n", "\\n")
 
 
 def lengths_after(step: Step) -> dict[str, int]:
@@ -136,7 +136,7 @@ def slots(path: Path) -> None:
     for i, block in enumerate(table):
         x = 9.2 + 6 * i
         for p in range(4 * i, 4 * i + 4):
-            draw_slot(ax, x + p % 4, 0.5, "c", p, size=9)
+            draw_slot(ax, x + p % 4, 0.5, "c", p, bold=False)
         frame(ax, x, 0.5, 4, f"block {i} of c", "c")
         ax.add_patch(FancyBboxPatch((x + 1.1, 2.75), 1.8, 0.7, boxstyle="round,pad=0.1", fc="white", ec=INK))
         ax.text(x + 2, 3.1, f"{block}", ha="center", va="center", fontsize=12, weight="bold")
@@ -148,13 +148,13 @@ def slots(path: Path) -> None:
         name, i = owners.get(block, ("", 0))
         for offset in range(4):
             p = 4 * i + offset
-            draw_slot(ax, left[block] + offset, 6, name, p if name and p < lengths[name] else None, size=9)
+            draw_slot(ax, left[block] + offset, 6, name, p if name and p < lengths[name] else None, bold=False)
             ax.text(left[block] + offset + 0.5, 7.3, str(4 * block + offset), ha="center", va="center", fontsize=9)
         label = "block 0 (null)" if block == 0 else f"block {block}" + (", free" if not name else "")
         frame(ax, left[block], 6, 4, label, name)
     _highlight(ax, left[slot // 4] + slot % 4, 6)
     for y, text in (
-        (1, "the tokens of c,\nin their order"),
+        (1, "step 4: the tokens\nof c, in their order"),
         (3.1, "block table of c"),
         (4.85, "the cache: blocks,\nslots numbered below"),
     ):
@@ -180,13 +180,17 @@ def preemption(path: Path) -> None:
     steps = list(run_example(example_core(num_kv_blocks=7)))
     assert steps[3].waiting == ["c"] and steps[4].blocks["c"] == [2, 1, 5]
     assert steps[5].preempted == ["c"] and steps[6].blocks == {"c": [6, 4, 3, 5]}
+    core = example_core(num_kv_blocks=7)
+    queue = core.scheduler.kv_cache_manager.block_pool.free_block_queue
+    free = {step.number: [block.block_id for block in queue.get_all_free_blocks()] for step in run_example(core)}
+    assert (free[2], free[3], free[5]) == ([5, 6], [2, 1, 5, 6], [6, 4, 3, 5, 1, 2])
     said = {
-        3: "c waits: it needs 3 blocks, and 2 are free. a finishes.",
-        4: "4 blocks are free. c gets 2, 1 and 5, which are not in a row.",
-        5: "b takes block 6. c needs a fourth block and finds none: c is preempted. b finishes.",
-        6: "c is admitted again, and computes its 13 tokens from the start.",
+        3: "c waits: it needs 3 blocks, and 2 are free. a finishes at its end.",
+        4: "c takes the first three blocks of the free queue: 2, 1, 5.",
+        5: "b takes block 6. c finds none: preempted. b finishes at its end.",
+        6: "c takes 6, 4, 3, 5, and computes its 13 tokens.",
     }
-    figure, axes = plt.subplots(4, 1, figsize=(9, 5.4), layout="constrained")
+    figure, axes = plt.subplots(4, 1, figsize=(9, 5.8), layout="constrained")
     for ax, (number, text) in zip(axes, said.items(), strict=True):
         step = steps[number]
         owners, lengths = owners_of(step), lengths_after(step)
@@ -196,8 +200,11 @@ def preemption(path: Path) -> None:
             for offset in range(4):
                 p = 4 * i + offset
                 draw_slot(ax, x + offset, 0, name, p if name and p < lengths[name] else None)
-            frame(ax, x, 0, 4, f"block {block}" + (f" = block {i} of {name}" if name else ", free"), name)
+            frame(ax, x, 0, 4, f"block {block}" + ("" if name else ", free"), name)
         ax.set_title(f"Step {number}. {text}", loc="left", fontsize=10.5)
+        if number < 6:
+            then = " ".join(map(str, free[number]))
+            ax.set_title(f"free queue after it: {then}", loc="right", fontsize=10, color="#57606a")
         ax.set(xlim=(-0.05, 25.35), ylim=(1.05, -0.45))
         ax.axis("off")
     figure_files.save(figure, path)
@@ -330,6 +337,8 @@ def drive(core: EngineCore) -> Run:
 def kv_utilisation(path: Path) -> None:
     """Workload A in the same memory, 8 times 2,048 slots: one block of 2,048 for each request, and blocks of 16."""
     lengths = [(len(r.prompt_token_ids), r.output_len) for r in make_workload("A", 49152).requests]
+    held = np.mean([prompt + output - 1 for prompt, output in lengths])  # the page quotes both
+    assert (round(float(held), 1), round(float(held) / 2048, 3)) == (225.7, 0.110)
     m2 = drive(make_core(lengths, preset="m2", num_kv_blocks=8 + 1))
     m3 = drive(make_core(lengths, preset="m3", num_kv_blocks=8 * 128 + 1))
     assert (len(m2.running), len(m3.running), max(m2.running), max(m3.running)) == (312, 128, 8, 32)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from folovllm import LLM, SamplingParams
+from folovllm.learn.measured import step_parts
 from folovllm.learn.three_requests import EXAMPLES, example_core, example_request, run_example, text_of
 from tests.script_loader import load_script
 
@@ -91,3 +92,13 @@ def test_the_recorded_probabilities_belong_to_the_answers() -> None:
 def test_the_recorded_probabilities_are_the_models() -> None:
     recorded = json.loads(FIRST_TOKENS.read_text(encoding="utf-8"))
     assert close(load_script("record_first_tokens").record(), recorded)
+
+
+def test_the_parts_of_a_measured_step_add_up() -> None:
+    """learn/02 prints them: the linears share the weights of 32 requests, attention shares nothing."""
+    one, many = (step_parts("plain torch", num_requests) for num_requests in (1, 32))
+    for parts in (one, many):
+        assert parts["step"] == pytest.approx(parts["linears"] + parts["attention"] + parts["rest"])
+        assert parts["rest"] > 0
+    assert many["linears"] < 3 * one["linears"] and many["attention"] > 20 * one["attention"]
+    assert step_parts("fast kernels", 32)["step"] < many["step"] / 3

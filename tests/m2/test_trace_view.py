@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 from folovllm.entrypoints.commands.trace import trace_app
 from folovllm.executor.fake import FakeExecutor
+from folovllm.learn.three_requests import EXAMPLES, example_core, example_request
+from folovllm.learn.toy_engine import steps_of
 from folovllm.request import Request
 from folovllm.trace.diff import diff
 from folovllm.trace.record import Trace, read_trace
@@ -393,14 +395,17 @@ def test_a_long_trace_costs_no_more_to_draw(tmp_path: Path) -> None:
     assert drawn[0] > 300 and abs(drawn[1] - drawn[0]) < 300
 
 
-def draw_picture(picture: Path, step: int = 7) -> None:
-    """Makes the picture of docs/learn/02: chunks, prefix hits and a preemption in a small pool."""
+def draw_picture(picture: Path) -> None:
+    """Makes the picture of docs/learn/02: the three requests in six blocks, in the step of the preemption."""
     with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "page.html"
-        trace = shared_prefix_run(Path(folder) / "run.jsonl")
-        page.write_text(render_view([trace], ["run.jsonl"]), encoding="utf-8")
-        place = f"{page.as_uri()}#step={step}&request=r3&theme=light"
-        chromium(Path(folder), "--window-size=1180,860", "--hide-scrollbars", f"--screenshot={picture}", place)
+        page, run = Path(folder) / "page.html", Path(folder) / "run.jsonl"
+        core = example_core(num_kv_blocks=7, trace=str(run))
+        for _ in steps_of(core, [(EXAMPLES[name].arrival, example_request(name)) for name in EXAMPLES]):
+            core.step()
+        core.shutdown()
+        page.write_text(render_view([read_trace(run)], ["run.jsonl"]), encoding="utf-8")
+        place = f"{page.as_uri()}#step=5&request=c&theme=light"
+        chromium(Path(folder), "--window-size=900,775", "--hide-scrollbars", f"--screenshot={picture}", place)
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ class Scheduler(StepRecovery):
                 break
             step.record(request, num_new_tokens, new_blocks)
             step.continued.append(request)
-            # A victim may have stood before this request and moved it forward.
+            # If a victim stood before this request, the request now has a smaller index.
             i = self.running.index(request) + 1 if step.preempted else i + 1
 
     def schedule_waiting(self, step: Step) -> None:
