@@ -18,6 +18,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.ticker import Locator
 
 from folovllm.learn.notebook import Shown as Shown
 from folovllm.learn.notebook import answer as answer
@@ -100,15 +101,22 @@ def _is_number(cell: str) -> bool:
 # ---- text: the engine's code
 
 
-def source(obj: Any) -> Shown:
-    """The code of a function, method or class, below its file and name. It is the code that runs, not a copy of it."""
+def source(obj: Any, start: str = "", end: str = "") -> Shown:
+    """The code of a function, method or class, below its file and name. It is the code that runs, not a copy of it.
+
+    `start` and `end` limit it to the lines from the first one that contains `start` to the first one after it that
+    contains `end`.
+    """
     if isinstance(obj, property):
         obj = obj.fget
-    code = textwrap.dedent(inspect.getsource(obj)).rstrip()
+    lines = inspect.getsource(obj).rstrip().splitlines()
+    first = next(i for i, line in enumerate(lines) if start in line)
+    last = next(i for i, line in enumerate(lines) if i > first and end in line) if end else len(lines) - 1
+    code = textwrap.dedent("\n".join(lines[first : last + 1]))
     file = Path(inspect.getsourcefile(inspect.unwrap(obj)) or "").resolve()
     where = f"{file.relative_to(ROOT).as_posix()}, " if file.is_relative_to(ROOT / "folovllm") else ""
     name = getattr(obj, "__qualname__", getattr(obj, "__name__", ""))
-    heading = f"{where}{name}".rstrip(", ")
+    heading = f"{where}{name}".rstrip(", ") + (", in part" if start or end else "")
     return Shown(f"<p><code>{as_text(heading)}</code></p>{_highlighted(code)}", f"# {heading}\n{code}")
 
 
@@ -242,6 +250,23 @@ def gantt(ax: Axes, steps: Steps, arrivals: Mapping[str, int], colours: Mapping[
     ax.set(xlim=(0, len(steps)), ylim=(len(arrivals) - 0.5, -0.5))
     ax.set_yticks(range(len(arrivals)), list(arrivals))
     ax.set_ylabel("request")
+    _number_steps(ax)
+
+
+class _MiddleOfSteps(Locator):
+    """Ticks in the middle of the cells of steps, which are one unit wide: 0.5, 1.5, ...; of many steps, some of them."""
+
+    def __call__(self) -> Sequence[float]:
+        return self.tick_values(*self.axis.get_view_interval())
+
+    def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
+        every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 10**9) if vmax - vmin <= 24 * n)
+        return [step + 0.5 for step in range(0, math.ceil(vmax), every) if vmin <= step + 0.5 <= vmax]
+
+
+def _number_steps(ax: Axes) -> None:
+    ax.xaxis.set_major_locator(_MiddleOfSteps())
+    ax.xaxis.set_major_formatter(lambda place, _: f"{place - 0.5:.0f}")
 
 
 def _gantt_cell(ax: Axes, tick: int, row: int, entry: Mapping[str, Any], colour: str) -> None:
@@ -261,6 +286,7 @@ def token_bars(ax: Axes, steps: Steps, colours: Mapping[str, str]) -> None:
             ax.bar(t + 0.5, entry["n"], width=0.9, bottom=tops[t], color=colours[entry["req"]])
             tops[t] += entry["n"]
     ax.set(xlim=(0, len(steps)), ylabel="tokens")
+    _number_steps(ax)
 
 
 # ---- pictures: blocks

@@ -12,7 +12,7 @@ from typing import Any
 from folovllm.learn.notebook import NOT_OFFERED
 
 CALLS = {"ask": "ask", "answer": "ask", "your_turn": "task"}  # function of viz -> table of the file of questions
-MAX_TEXT = 12  # characters: shorter texts of the file may occur in the code by chance
+MAX_TEXT = 20  # characters: shorter texts of the file may occur in the code by chance
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def names_bound(tree: ast.Module) -> Iterator[str]:
 
 def problems_of_texts(trees: Sequence[tuple[int, ast.Module]], questions: Mapping[str, Any]) -> list[str]:
     """Texts of the file that stand in a cell, where a reader sees them too early."""
-    texts = {text for entry in questions["ask"].values() for text in texts_of(entry) if len(text) >= MAX_TEXT}
+    texts = {text for entry in questions["ask"].values() for text in texts_of(entry) if len(text) > MAX_TEXT}
     problems = []
     for cell, tree in trees:
         for node in ast.walk(tree):

@@ -86,17 +86,15 @@ viz.table(
 # 134.5 M weights.
 
 # %%
+viz.ask("02.1")
+
+# %%
 roofline = CostModel(arch, REFERENCE, Calibration(1.0, 0.0, "peak rates, no overhead"))
 three_steps = list(run_example(example_core(num_kv_blocks=10)))
 costs = [
     roofline.step([(s.start[r], n) for r, n in s.scheduled.items()], sum(bool(t) for t in s.sampled.values()))
     for s in three_steps
 ]
-viz.predict(
-    "Step 2 computes 14 tokens, step 1 only 2. How many times as long does step 2 take at least, on the reference machine?",
-    [1, 2, 7], round(costs[2].seconds / costs[1].seconds),
-    "Both steps read all weights once, 269 MB, and that takes 7.8 ms. The arithmetic for 14 tokens is done in 7.1 ms.",
-)  # fmt: skip
 
 # %%
 viz.table(
@@ -108,6 +106,9 @@ viz.table(
     ],
 )  # fmt: skip
 
+# %%
+viz.answer("02.1", round(costs[2].seconds / costs[1].seconds))
+
 # %% [markdown]
 # All six steps wait for memory and take the same 7.8 ms. That is why requests share steps: one after the other, the
 # three requests need 12 steps.
@@ -116,6 +117,9 @@ viz.table(
 #
 # `y = x W` with T tokens: `x [T, in]`, `W [in, out]`. Operations: a multiplication and an addition for each token and
 # weight. Bytes: the weights once, and x and y.
+
+# %%
+viz.ask("02.2")
 
 # %%
 B = 2  # bytes per number: bf16
@@ -141,20 +145,12 @@ def intensity(work):
 
 
 one = intensity(linear(1, *HEAD))
-viz.predict(
-    "Weights of 2 bytes, one token. How many operations are there for each byte of a weight?", [0.5, 1, 2, 576], round(one),
-    "Each weight is used in one multiplication and one addition, and not again in this step. It does not depend on the "
-    "size of the matrix: a larger model is as memory-bound as a small one.",
-)  # fmt: skip
 
 # %%
-viz.predict(
-    "With T tokens in the step each bf16 weight is used T times, so the intensity is T. About how many tokens must a step "
-    "of an H100 have before arithmetic is the limit?",
-    [1, 30, 300, 3000], min([1, 30, 300, 3000], key=lambda t: abs(t - H100.knee)),
-    f"989 T / 3.35 T = {H100.knee:.0f}. A batch of one uses a third of a percent of the arithmetic that was paid for. That is "
-    "why servers batch (M2), and need memory for many requests at once (M3).",
-)  # fmt: skip
+viz.answer("02.2", round(one))
+
+# %%
+viz.ask("02.3")
 
 # %%
 viz.table(
@@ -164,6 +160,9 @@ viz.table(
         for name, size in (LINEARS | {"lm_head": HEAD}).items()
     ],
 )
+
+# %%
+viz.answer("02.3", min([1, 30, 300, 3000], key=lambda t: abs(t - H100.knee)), v1=H100.knee)
 
 # %% [markdown]
 # (At T = 512 the intensity is below 512, because x and y are no longer small beside the weights.)
@@ -180,12 +179,7 @@ def knee_in_tokens(peak, bandwidth, bytes_per_weight):
     return None
 
 
-viz.your_turn(
-    "knee_in_tokens(peak, bandwidth, bytes_per_weight)",
-    knee_in_tokens,
-    [((m.flops, m.bandwidth, b), m.flops * b / (2 * m.bandwidth)) for m in (REFERENCE, H100) for b in (2, 1, 0.5)],
-    hint="T tokens take 2 T / peak seconds per weight, and its bytes take bytes_per_weight / bandwidth; set them equal",
-)
+viz.your_turn("02.t1", knee_in_tokens, [((m.flops, m.bandwidth, b), m.flops * b / (2 * m.bandwidth)) for m in (REFERENCE, H100) for b in (2, 1, 0.5)])
 
 # %% [markdown]
 # ## A whole step
@@ -199,6 +193,9 @@ viz.source(CostModel.step)
 
 
 # %%
+viz.ask("02.4", v1=weights_bytes / 1000000.0, kv_bytes=kv_bytes)
+
+# %%
 def step(sequences, new, context):
     """A step with `new` tokens for each of `sequences`, with `context` tokens in its cache afterwards."""
     return roofline.step([(context - new, new)] * sequences, sequences)
@@ -206,12 +203,12 @@ def step(sequences, new, context):
 
 weights_bytes, kv_bytes = B * arch.num_parameters(), arch.kv_bytes_per_token(B)
 crossing = round(weights_bytes / kv_bytes, -2)
-viz.predict(
-    f"The weights are {weights_bytes / 1e6:.0f} MB, a token's K and V {kv_bytes:,} bytes. From how many tokens of context on, all "
-    "sequences of the batch together, does a step read more KV cache than weights?",
-    [500, 2_000, 11_700, 100_000], int(crossing),
-    "For example 32 sequences of 365 tokens. Fewer KV heads (GQA) push it out, 4-bit weights pull it in.",
-)  # fmt: skip
+
+# %%
+viz.answer("02.4", int(crossing))
+
+# %%
+viz.ask("02.5")
 
 # %%
 WORK = {f"decode, batch {n}": step(n, 1, CONTEXT) for n in BATCHES}
@@ -223,11 +220,6 @@ MEASURED = [  # on the reference machine, engine as of M4: 8 decodes of about 20
     ("prompt of 4,000", roofline.step([(200, 1)] * 8 + [(0, 4000)], 9), groups["decoding"]["itl_ms"]["p99"] / 1e3),
 ]
 ratio = WORK["decode, batch 32"].seconds / WORK["decode, batch 1"].seconds
-viz.predict(
-    "32 sequences of 256 tokens decode instead of one. How many times as long does the step take at least?",
-    [1, 3, 8, 32], round(ratio),
-    "32 tokens are above the knee of 13, so the step waits for arithmetic. It takes more than twice as long, but makes 32 tokens.",
-)  # fmt: skip
 
 # %%
 figure, ax = plt.subplots(figsize=(10, 5))
@@ -259,6 +251,9 @@ ax.set(xscale="log", yscale="log", xlabel="FLOP per byte (in brackets)", ylabel=
 ax.grid(alpha=0.25);
 
 # %%
+viz.answer("02.5", round(ratio))
+
+# %%
 viz.table(
     ["step", "GFLOP", "MB", "FLOP/byte", "waits for", "ms at least", "tokens/s at most", "on an H100: ms"],
     [
@@ -284,10 +279,7 @@ viz.table(
 # %%
 my_sequences = None  # replace None, by a number or by code
 
-viz.your_turn(
-    "sequences of 1,000 tokens", my_sequences, weights_bytes // (kv_bytes * 1000),
-    hint="each sequence reads 1,000 times kv_bytes",
-)  # fmt: skip
+viz.your_turn("02.t2", my_sequences, weights_bytes // (kv_bytes * 1000))  # fmt: skip
 
 # %% [markdown]
 # ## Your machine
@@ -358,14 +350,11 @@ with torch.inference_mode():
 predicted = [predicted_seconds(t) for t in TOKENS]
 
 # %%
+viz.ask("02.6")
+
+# %%
 growth = measured[TOKENS.index(16)] / measured[0]
 BINS = {"less than 4 times": growth < 4, "4 to 12 times": 4 <= growth <= 12, "more than 12 times": growth > 12}
-viz.predict(
-    "16 tokens in the step instead of 1: how many times as long do the linears take, measured?", list(BINS),
-    next(name for name, is_it in BINS.items() if is_it),
-    f"{growth:.1f} times. Up to the knee, more tokens use the same weights while they are read. Beyond it, time is "
-    "proportional to tokens.",
-)  # fmt: skip
 
 # %%
 _, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), sharex=True)
@@ -381,6 +370,9 @@ for ax, per_token in ((left, False), (right, True)):
     ax.grid(alpha=0.25)
 left.set(ylabel="ms", title=f"linears of {LAYERS} layers: dots measured, dashes predicted")
 right.set(ylabel="ms per token", title="the same, for each token");
+
+# %%
+viz.answer("02.6", next(name for name, is_it in BINS.items() if is_it), growth=growth)
 
 # %% [markdown]
 # Below the dashed line? Then the weights came from a cache. With few layers that is possible, and the line assumes main
@@ -433,13 +425,11 @@ served = (1, 4) if FAST else (1, 8, 32)
 rates, bounds = [tokens_per_second(n) for n in served], [roofline_of(n) for n in served]
 
 # %%
+viz.ask("02.7", v1=served[1])
+
+# %%
 gain = rates[1] / rates[0]
 options = [1, 2, 3, 4, 6, 8]
-viz.predict(
-    f"{served[1]} requests at once instead of one: how many times as many tokens per second in all, roughly?",
-    options, min(options, key=lambda x: abs(x - gain)),
-    f"{gain:.1f}. The weights are read once for all, but the prompts and the tokens above the knee cost arithmetic.",
-)  # fmt: skip
 
 # %%
 viz.table(
@@ -449,6 +439,9 @@ viz.table(
         for n, bound, rate in zip(served, bounds, rates)
     ],
 )
+
+# %%
+viz.answer("02.7", min(options, key=lambda x: abs(x - gain)), gain=gain)
 
 # %% [markdown]
 # (A share above 100 %? Then something else used the machine while the two lines were measured. Run it again.)
@@ -465,25 +458,23 @@ viz.table(
 # %%
 my_ms = None  # replace None, by code
 
-viz.your_turn(
-    "ms to read all 4-bit weights once", my_ms, 1e3 * 0.5 * arch.num_parameters() / REFERENCE.bandwidth,
-    hint="4 bits are half a byte; a second has 1,000 ms",
-)  # fmt: skip
+viz.your_turn("02.t3", my_ms, 1e3 * 0.5 * arch.num_parameters() / REFERENCE.bandwidth)  # fmt: skip
+
+# %%
+viz.ask("02.8")
 
 # %%
 BITS = (32, 16, 8, 4)
 read_ms = {bits: 1e3 * bits / 8 * arch.num_parameters() / REFERENCE.bandwidth for bits in BITS}
-viz.predict(
-    "16-bit weights allow at most 129 tokens per second for one request on the reference machine. And 4-bit weights?",
-    [129, 258, 514, 2056], round(1e3 / read_ms[4]),
-    "A quarter of the bytes takes a quarter of the time: reading is all that a decode of one request waits for.",
-)  # fmt: skip
 
 # %%
 viz.table(
     ["bits per weight", "MB of weights", "ms to read them, reference machine", "tokens/s at most"],
     [[bits, round(bits / 8 * arch.num_parameters() / 1e6), round(ms, 2), round(1e3 / ms)] for bits, ms in read_ms.items()],
 )
+
+# %%
+viz.answer("02.8", round(1e3 / read_ms[4]))
 
 # %% [markdown]
 # ## Is it all true?

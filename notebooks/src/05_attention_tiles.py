@@ -61,15 +61,11 @@ torch.set_num_threads(1)  # for the clock at the end: with more threads, other w
 # One layer's scores are kept in fp32. Q, K, V and the output are in bf16.
 
 # %%
+viz.ask("05.1")
+
+# %%
 passes = 30 * 4 * 4 * HEADS * 8192**2 / 1e9  # 30 layers, 4 passes, 4 bytes
 options = [0.3, 9.7, 290, 7_300]
-viz.predict(
-    "The scores are written, read by softmax, written again as weights, and read again to be multiplied with V. For a prompt of "
-    "8,192 tokens, how many GB is that in all 30 layers?",
-    options,
-    min(options, key=lambda option: abs(option - passes)),
-    "Each pass is 2.4 GB, and there are 4 in each of the 30 layers. Q, K, V and the output of all layers together are 0.8 GB.",
-)
 
 # %%
 rows = []
@@ -78,6 +74,9 @@ for length in (512, 2048, 8192, 32768):
     inputs = 2 * length * SIZE * (2 * HEADS + 2 * KV_HEADS)
     rows.append([length, round(inputs / 1e6, 1), round(matrix / 1e6, 1), round(matrix / inputs)])
 viz.table(["tokens", "MB of Q, K, V, output", "MB of scores", "times as much"], rows)
+
+# %%
+viz.answer("05.1", min(options, key=lambda option: abs(option - passes)))
 
 # %% [markdown]
 # ## A softmax that can be corrected
@@ -89,6 +88,9 @@ viz.table(["tokens", "MB of Q, K, V, output", "MB of scores", "times as much"], 
 
 # %%
 viz.source(TorchFlashBackend.update_softmax)
+
+# %%
+viz.ask("05.2", v1=SCORES[:TILE], v2=SCORES[TILE:2 * TILE])
 
 # %%
 scores = torch.tensor(SCORES)  # [keys]
@@ -114,16 +116,12 @@ def online(tile, rescale=True):
 
 path = online(TILE)
 first, second = max(SCORES[:TILE]), max(SCORES[: 2 * TILE])
-viz.predict(
-    f"The first tile has the scores {SCORES[:TILE]}, the second one {SCORES[TILE : 2 * TILE]}. By what are l and O of the first tile "
-    "multiplied when the second tile has been seen?",
-    [0.14, 0.5, 1.0, 7.39],
-    round(math.exp(first - second), 2),
-    f"exp({first:g} - {second:g}). The keys of the first tile were measured against {first:g}, and are now measured against {second:g}.",
-)
 
 # %%
 viz.table(["keys seen", "m", "l", "O", "O / l"], [[n, f"{m:g}", *(f"{x:.4f}" for x in (l, O, O / l))] for n, m, l, O in path])
+
+# %%
+viz.answer("05.2", round(math.exp(first - second), 2), first=first, second=second)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), sharex=True)
@@ -161,12 +159,7 @@ for i in range(1, len(path)):
     tile = slice(path[i - 1][0], path[i][0])
     CASES.append(((*path[i - 1][1:], SCORES[tile], values[tile].tolist()), path[i][1:]))
 CASES.append(((5.0, 2.0, 3.0, [1.0], [10.0]), (5.0, 2.0 + math.exp(-4), 3.0 + 10 * math.exp(-4))))
-viz.your_turn(
-    "The correction",
-    my_update,
-    CASES,
-    hint="First the new maximum. Then multiply l and O by math.exp(m - new_m), and add the tile's own terms.",
-)
+viz.your_turn("05.t1", my_update, CASES)
 
 # %% [markdown]
 # ## The tiles, and the corner that is never computed
@@ -178,6 +171,9 @@ viz.your_turn(
 # %%
 viz.source(TorchFlashBackend.mask_future)
 
+
+# %%
+viz.ask("05.3")
 
 # %%
 class Cached:
@@ -227,12 +223,9 @@ def visited(length, new, tile=4):
 
 many = len(visited(256, 256))
 options = ["all", "three quarters", "a bit more than half", "a quarter"]
-viz.predict(
-    "A prompt of 256 tokens is cut into tiles of 4 x 4, so there are 64 x 64. About what share of them is computed?",
-    options,
-    "a bit more than half" if 0.5 < many / 64**2 < 0.55 else "all",
-    f"{many:,} of 4,096: n (n + 1) / 2. torch_naive computes all of them, and then masks half of the scores.",
-)
+
+# %%
+viz.answer("05.3", "a bit more than half" if 0.5 < many / 64**2 < 0.55 else "all", many=many)
 
 # %% [markdown]
 # The tiles of the three requests in step 2 of page 03: a and b decode, and c computes its prompt. In the last panel 4 of c's
@@ -277,12 +270,7 @@ def kind_of(position, num_rows, first_key, num_keys):
 
 
 TILES = [(0, 4, 0, 4), (4, 4, 0, 4), (4, 4, 4, 4), (0, 4, 4, 4), (6, 1, 4, 3), (4, 4, 2, 4), (3, 4, 0, 4), (3, 2, 4, 4), (4, 2, 6, 2)]
-viz.your_turn(
-    "Which tiles are computed?",
-    my_tile,
-    [(tile, kind_of(*tile)) for tile in TILES],
-    hint="Compare the first key with the last query, and the last key with the first query.",
-)
+viz.your_turn("05.t2", my_tile, [(tile, kind_of(*tile)) for tile in TILES])
 
 # %% [markdown]
 # ### The trap called is_causal
@@ -291,17 +279,13 @@ viz.your_turn(
 # `scaled_dot_product_attention` has a switch `is_causal=True`.
 
 # %%
+viz.ask("05.4")
+
+# %%
 q, k, v = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 4, 8), torch.eye(4, 8).view(1, 1, 4, 8)  # this v shows the weights
 trap = F.scaled_dot_product_attention(q, k, v, is_causal=True)[0, 0, :, :4]  # [2, 4]
 mask = torch.ones(2, 4, dtype=torch.bool).tril(diagonal=4 - 2)
 wanted_weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0, 0, :, :4]  # [2, 4]
-viz.predict(
-    "Token 2 must see the keys 0, 1 and 2. How many keys does it see with is_causal=True?",
-    [1, 2, 3, 4],
-    int((trap[0] > 0).sum()),
-    "The triangle is put into the top left corner, as if the two queries were tokens 0 and 1. No error is raised; the text "
-    "gets worse as soon as a cache is used.",
-)
 
 # %%
 viz.table(
@@ -309,11 +293,17 @@ viz.table(
     [[f"token {i + 2}", " ".join(f"{w:.2f}" for w in a), " ".join(f"{w:.2f}" for w in b)] for i, (a, b) in enumerate(zip(trap, wanted_weights))],
 )
 
+# %%
+viz.answer("05.4", int((trap[0] > 0).sum()))
+
 # %% [markdown]
 # ## The largest tensor
 #
 # The claim "never builds the matrix" can be checked: a dispatch mode sees every tensor that a torch operator makes.
 
+
+# %%
+viz.ask("05.5", v1=LENGTHS[0], v2=LENGTHS[-1], longer=longer)
 
 # %%
 class LargestTensor(TorchDispatchMode):
@@ -341,13 +331,6 @@ def largest(name, length):
 memory = {name: [largest(name, length) for length in LENGTHS] for name in ("torch_naive", "torch_flash")}
 growth = {name: sizes[-1] / sizes[0] for name, sizes in memory.items()}
 longer = LENGTHS[-1] // LENGTHS[0]
-viz.predict(
-    f"From {LENGTHS[0]} to {LENGTHS[-1]} tokens, {longer} times as many, how many times as large does the largest tensor of "
-    "torch_naive become?",
-    [longer, 2 * longer, longer**2],
-    min([longer, 2 * longer, longer**2], key=lambda option: abs(option - growth["torch_naive"])),
-    f"It is the matrix of scores. The largest tensor of torch_flash becomes {growth['torch_flash']:.1f} times as large.",
-)
 
 # %%
 figure, ax = plt.subplots(figsize=(7, 3))
@@ -361,6 +344,9 @@ ax.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel="MB", t
 ax.set_xlim(LENGTHS[0] * 0.9, LENGTHS[-1] * 1.9)
 ax.set_xticks(LENGTHS, LENGTHS)
 ax.minorticks_off();
+
+# %%
+viz.answer("05.5", min([longer, 2 * longer, longer**2], key=lambda option: abs(option - growth["torch_naive"])), v1=growth['torch_flash'])
 
 # %% [markdown]
 # ## Tiles and blocks
@@ -389,6 +375,9 @@ print("blocks", cached.table[0].tolist(), "| largest difference to torch_naive:"
 # returns how much weight its part holds, `lse = log(sum of exp(score))`.
 
 # %%
+viz.ask("05.6")
+
+# %%
 position = 199  # the last token decodes
 one = group_queries(cached.query[-1:] * SIZE**-0.5, KV_HEADS)  # [kv_heads, group, size]
 cuts = [round(i * 200 / PARTS) for i in range(PARTS + 1)]
@@ -397,15 +386,12 @@ merged, total = cached.backend.merge_partials([o for o, _ in parts], [e for _, e
 plain_mean = torch.stack([o for o, _ in parts]).mean(0)
 shares = torch.stack([(e - total).exp()[0, 0] for _, e in parts])  # of KV head 0's first query head
 wanted = group_queries(oracle[-1:], KV_HEADS)
-viz.predict(
-    "Each part holds the same number of keys. Is the attention over all keys the mean of the parts' results?",
-    ["yes", "no"],
-    "yes" if (plain_mean - wanted).abs().max() < 1e-4 else "no",
-    "A part counts as much as the weight that softmax gives to its keys: its share is exp(lse_i - lse).",
-)
 
 # %%
 viz.source(TorchFlashBackend.merge_partials)
+
+# %%
+viz.answer("05.6", "yes" if (plain_mean - wanted).abs().max() < 1e-4 else "no")
 
 # %%
 print(f"merged by weight: {(merged - wanted).abs().max():.1e} off; the plain mean: {(plain_mean - wanted).abs().max():.2f} off")
@@ -429,18 +415,16 @@ def part_of(keys):
 
 
 MERGES = [((*part_of(slice(0, n)), *part_of(slice(n, None))), exact) for n in (3, 6, 10)]
-viz.your_turn(
-    "Merge two parts",
-    my_merge,
-    MERGES + [((1.0, 0.0, 3.0, 0.0), 2.0)],
-    hint="The weights are math.exp(lse_1) and math.exp(lse_2). Subtract the larger lse first, so that exp cannot overflow.",
-)
+viz.your_turn("05.t3", my_merge, MERGES + [((1.0, 0.0, 3.0, 0.0), 2.0)])
 
 # %% [markdown]
 # ## The clock
 #
 # One layer, the backends that can run here, and two kinds of work: a whole prompt, and 8 sequences that decode one token each.
 
+
+# %%
+viz.ask("05.7", v1=LENGTHS[-1])
 
 # %%
 available = [name for name in BACKENDS if refusal(name, AttentionSpec(HEADS, KV_HEADS, SIZE, torch.float32, CPU, BLOCK)) is None]
@@ -462,13 +446,6 @@ with torch.inference_mode():
         name: ([milliseconds(name, n, n, 1) for n in LENGTHS], [milliseconds(name, n, 1, 8) for n in LENGTHS])
         for name in available
     }
-viz.predict(
-    f"8 sequences of {LENGTHS[-1]} tokens decode. Which backend is the fastest?",
-    available,
-    min(available, key=lambda name: clock[name][1][-1]),
-    "In decoding there is hardly a matrix: one row per head. The time goes into gathering K and V from the blocks. cpu_paged, where a "
-    "compiler is found, reads the blocks where they are.",
-)
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9.4, 3.4), sharex=True, sharey=True)
@@ -480,6 +457,9 @@ for ax, which, title in ((axes[0], 0, "a prompt"), (axes[1], 1, "8 sequences, on
     ax.minorticks_off()
 axes[0].set_ylabel("ms per layer (fp32)")
 axes[1].legend(fontsize=8);
+
+# %%
+viz.answer("05.7", min(available, key=lambda name: clock[name][1][-1]))
 
 # %% [markdown]
 # For a prompt, the time of torch_naive grows with the square of the length, because its matrix does. In decoding, tiles alone

@@ -58,21 +58,23 @@ for step in whole_steps:
 # what it lacks and what is left. In step 2, a and b each lack one token.
 
 # %%
-viz.predict(
-    "Budget 6: how many tokens of c are computed in step 2?", [2, 4, 6, 12], six_steps[2].scheduled["c"],
-    "a and b take one token each, and 4 of the 6 are left for c.",
-)  # fmt: skip
+viz.ask("06.1")
+
+# %%
+viz.answer("06.1", six_steps[2].scheduled["c"])
+
+# %%
+viz.ask("06.2")
 
 # %%
 first_token = {name: next(s.number for s in six_steps if s.sampled.get(name)) for name in "abc"}
-viz.predict(
-    "c had its first token in step 2. In which step does it come with a budget of 6?", [2, 3, 4, 5], first_token["c"],
-    "12 tokens in chunks of 4 take the steps 2, 3 and 4, and only the last chunk samples.",
-)  # fmt: skip
 
 # %%
 for step in six_steps:
     print(step)
+
+# %%
+viz.answer("06.2", first_token["c"])
 
 # %%
 figure, axes = plt.subplots(2, 2, figsize=(10, 4.2), sharex=True, sharey="row", height_ratios=(1, 1.2))
@@ -112,15 +114,10 @@ def tokens_now(missing, threshold, budget, chunked):
     return None
 
 
-viz.your_turn(
-    "tokens_now(missing, threshold, budget, chunked)",
-    tokens_now,
-    [
+viz.your_turn("06.t1", tokens_now, [
         ((1, 0, 6, True), 1), ((12, 0, 4, True), 4), ((12, 0, 4, False), 0), ((12, 0, 12, False), 12),
         ((100, 64, 128, True), 64), ((100, 64, 10, True), 10), ((0, 0, 5, True), 0),
-    ],
-    hint="first cut to the threshold (if there is one); then, if it is more than the budget, a chunk or nothing",
-)  # fmt: skip
+    ])  # fmt: skip
 
 # %% [markdown]
 # ## More readers, a longer prompt
@@ -173,11 +170,7 @@ runs = {budget: run(load, budget) for budget in BUDGETS}
 name_of = {budget: "off" if budget is None else f"budget {budget}" for budget in BUDGETS}
 
 # %%
-viz.predict(
-    f"{READERS} requests decode, and a prompt of {LONG_PROMPT} arrives. Budget 8: in how many steps is it computed?",
-    None, sum(e["req"] == "long" and e["n"] > 1 for step in runs[8][0] for e in step),
-    f"The readers take {READERS} of the 8 tokens of each step, so {8 - READERS} are left for the prompt.",
-)  # fmt: skip
+viz.ask("06.3", READERS=READERS, LONG_PROMPT=LONG_PROMPT)
 
 # %%
 figure, axes = plt.subplots(len(BUDGETS), 1, figsize=(10, 2.3 * len(BUDGETS)), sharex=True)
@@ -187,6 +180,9 @@ for ax, (budget, (steps, got, _)) in zip(axes, runs.items()):
     ax.set_title(f"{name_of[budget]}: first token of the long prompt in step {got['long'][0]}")
     ax.set(xlim=(0, longest), ylabel="")
 axes[-1].set_xlabel("step (hatched: that many tokens at once)");
+
+# %%
+viz.answer("06.3", sum(e["req"] == "long" and e["n"] > 1 for step in runs[8][0] for e in step), READERS=READERS, v2=8 - READERS)
 
 # %%
 figure, axes = plt.subplots(1, len(BUDGETS), figsize=(10, 2.6), sharex=True, sharey=True)
@@ -210,12 +206,7 @@ def num_chunks(prompt, budget, decodes):
     return None
 
 
-viz.your_turn(
-    "num_chunks(prompt, budget, decodes)",
-    num_chunks,
-    [((12, 6, 2), 3), ((40, 8, 4), 10), ((4000, 256, 8), 17), ((16, 8, 0), 2), ((17, 8, 0), 3), ((500, 64, 14), 10)],
-    hint="each decode takes one token of the budget; round up",
-)
+viz.your_turn("06.t2", num_chunks, [((12, 6, 2), 3), ((40, 8, 4), 10), ((4000, 256, 8), 17), ((16, 8, 0), 2), ((17, 8, 0), 3), ((500, 64, 14), 10)])
 
 # %% [markdown]
 # ## From steps to milliseconds
@@ -251,11 +242,7 @@ def measure(budget):
 swept = {budget: measure(budget) for budget in SWEEP}
 
 # %%
-viz.predict(
-    "Chunks of one budget have equally many tokens. Do they take the same time?", ["yes", "no, longer and longer"],
-    "no, longer and longer" if swept[256]["itl"][14] > 1.5 * swept[256]["itl"][0] else "yes",
-    "The matrices cost the same, but attention reads all that was computed before. The dots of the next picture rise.",
-)  # fmt: skip
+viz.ask("06.4")
 
 # %%
 figure, ax = plt.subplots(figsize=(10, 3.4))
@@ -271,31 +258,32 @@ ax.set(yscale="log", xlim=(0, 4500), xlabel="ms after the long prompt arrived (m
        title="what a reader of one of the eight answers sees: each dot is a token")  # fmt: skip
 ax.set_yticks([10, 100, 1000], ["10", "100", "1,000"]);
 
+# %%
+viz.answer("06.4", "no, longer and longer" if swept[256]["itl"][14] > 1.5 * swept[256]["itl"][0] else "yes")
+
 # %% [markdown]
 # ## Who gains, who pays
 
 # %%
-small = min(b for b in swept if b)
-viz.predict(
-    f"With a budget of {small} and 8 decodes: who waits longer than without chunks?",
-    ["the readers", "the long prompt", "both", "neither"],
-    {(True, True): "both", (True, False): "the readers", (False, True): "the long prompt", (False, False): "neither"}[
-        swept[small]["worst"] > swept[None]["worst"], swept[small]["ttft"] > swept[None]["ttft"]
-    ],
-    "The readers' gaps are as long as a step; the prompt needs many steps, each of which reads all weights again.",
-)  # fmt: skip
+viz.ask("06.5", small=small)
 
 # %%
-viz.predict(
-    "From off to a budget of 256, the readers' longest gap falls to a tenth. How much later is the long prompt's token?",
-    ["less than 10 %", "about 50 %", "10 times"],
-    "less than 10 %" if swept[256]["ttft"] < 1.1 * swept[None]["ttft"] else "about 50 %",
-    "The same tokens are computed. What is added are the readers' own tokens, which ride along in every step.",
-)  # fmt: skip
+small = min(b for b in swept if b)
+
+# %%
+viz.answer("06.5", {(True, True): "both", (True, False): "the readers", (False, True): "the long prompt", (False, False): "neither"}[
+        swept[small]["worst"] > swept[None]["worst"], swept[small]["ttft"] > swept[None]["ttft"]
+    ])
+
+# %%
+viz.ask("06.6")
 
 # %%
 rows = [["off" if b is None else b, round(m["worst"]), round(m["ttft"]), round(m["all"])] for b, m in swept.items()]
 viz.table(["budget", "longest gap of a reader, ms", "first token of the long prompt, ms", "everything done, ms"], rows)
+
+# %%
+viz.answer("06.6", "less than 10 %" if swept[256]["ttft"] < 1.1 * swept[None]["ttft"] else "about 50 %")
 
 # %% [markdown]
 # ## Modelled and measured
@@ -337,10 +325,7 @@ right.set_yticks([3000, 5000, 8000], ["3,000", "5,000", "8,000"]);
 my_budget = None  # replace None, by a number or by code
 
 kept = [point for point in MEASURED if point["itl_p99_ms"] <= 250]
-viz.your_turn(
-    "the budget for an ITL p99 of at most 250 ms", my_budget, min(kept, key=lambda point: point["ttft_long_ms"])["budget"],
-    hint="two of the measured budgets keep it: the smaller one has shorter gaps, and a later first token",
-)  # fmt: skip
+viz.your_turn("06.t3", my_budget, min(kept, key=lambda point: point["ttft_long_ms"])["budget"])  # fmt: skip
 
 # %% [markdown]
 # ## Two prompts: the threshold
@@ -349,13 +334,12 @@ viz.your_turn(
 # `long_prefill_token_threshold` caps what one request may take of a step.
 
 # %%
+viz.ask("06.7")
+
+# %%
 crowd = {"long": (0, 1000, 2), "short": (0, 40, 8)}
 crowd_runs = {threshold: run(crowd, 128, threshold) for threshold in (0, 64)}
 first = {threshold: {name: got[name][0] for name in crowd} for threshold, (_, got, _) in crowd_runs.items()}
-viz.predict(
-    "Without a threshold: in which step does the short prompt get its first token?", [0, 1, 8, 15], first[0]["short"],
-    "1,000 tokens take 128 of each step up to step 7; the rest of that step, 24, is too little for 40.",
-)  # fmt: skip
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 2.8), sharex=True, sharey=True)
@@ -368,6 +352,9 @@ for ax, (threshold, (steps, _, _)) in zip(axes, crowd_runs.items()):
     ax.set(xlabel="step", xlim=(0, 18), ylim=(0, 140), ylabel="")
     ax.set_title(f"threshold {threshold or 'off'}: the short one answers in step {answers_in}")
 axes[0].set_ylabel("tokens computed");
+
+# %%
+viz.answer("06.7", first[0]["short"])
 
 # %% [markdown]
 # (After its first token, the short request adds a single token to a step, which is too thin to be seen.)
@@ -398,17 +385,16 @@ for budget in (None, 64, 16, 7, 1):
     steps_needed[budget] = llm.stats().num_steps
 
 # %%
-viz.predict(
-    "Six requests, budgets 64, 16, 7 and 1: how many of these four runs give other tokens than whole prompts?",
-    [0, 1, 2, 4], sum(tokens[b] != tokens[None] for b in tokens),
-    "The budget decides when a token is computed, and its K and V do not depend on that. Noise is keyed by seed and index.",
-)  # fmt: skip
+viz.ask("06.8")
 
 # %%
 viz.table(
     ["budget", "steps", "same tokens as whole prompts"],
     [["off" if b is None else b, n, "yes" if tokens[b] == tokens[None] else "no"] for b, n in steps_needed.items()],
 )
+
+# %%
+viz.answer("06.8", sum(tokens[b] != tokens[None] for b in tokens))
 
 # %% [markdown]
 # ## Is it all true?

@@ -51,22 +51,21 @@ COLOURS = viz.colours_of("abc")
 # conversation. c arrives before step 2, and at most 6 tokens are computed per step.
 
 # %%
+viz.ask("07.1", v1=computed[False], BLOCK_SIZE=BLOCK_SIZE)
+
+# %%
 ENGINE = {"block_size": BLOCK_SIZE, "num_kv_blocks": 10, "enable_chunked_prefill": True, "max_num_batched_tokens": 6}
 runs = {caching: list(run_example(example_core(**ENGINE, enable_prefix_caching=caching))) for caching in (False, True)}
 computed = {caching: sum(step.scheduled.get("c", 0) for step in steps) for caching, steps in runs.items()}
-viz.predict(
-    f"Without the cache c computes {computed[False]} tokens: 12 of its prompt and one answer token. How many does it compute "
-    f"with the cache, in blocks of {BLOCK_SIZE}?",
-    None, computed[True],
-    "The first block of c, \"The capital of France\", is the first block of a. The next block of c would be \" is Paris. The\", "
-    "and a's second block is not full when c arrives.",
-)  # fmt: skip
 
 # %%
 for caching, steps in runs.items():
     print("prefix caching", "on" if caching else "off")
     for step in steps[2:5]:
         print("  ", step)
+
+# %%
+viz.answer("07.1", computed[True])
 
 # %% [markdown]
 # The picture shows the pool after step 2. A filled slot holds the K and V of the token in it. Look at block 1 in both halves.
@@ -113,6 +112,9 @@ for ax, (caching, steps) in zip(axes, runs.items()):
 viz.source(BlockHasher._add_blocks)
 
 # %%
+viz.ask("07.2", likes=likes, hates=hates)
+
+# %%
 sha256 = get_hash_function("sha256")
 ROOT_HASH = root_hash(0, sha256)
 
@@ -125,18 +127,15 @@ def hashes_of(tokens, salt=None, block_size=BLOCK_SIZE):
 
 
 likes, hates = [1, 2, 3, 4] + [9] * 7, [1, 2, 3, 5] + [9] * 7
-viz.predict(
-    f"Two prompts are {likes} and {hates}. The second block of both is 9 9 9 9. Do these blocks have the same hash?",
-    ["yes", "no"],
-    "yes" if hashes_of(likes)[1] == hashes_of(hates)[1] else "no",
-    "K and V of these tokens depend on the tokens before them. So the hash must depend on them, too.",
-)
 
 # %%
 rows = [[name, text_of(example.prompt_token_ids), " ".join(hashes_of(example.prompt_token_ids))] for name, example in EXAMPLES.items()]
 rows += [["", str(likes), " ".join(hashes_of(likes))], ["", str(hates), " ".join(hashes_of(hates))]]
 rows += [["", f"{likes} with a salt", " ".join(hashes_of(likes, "me"))]]
 viz.table(["", "prompt", "hashes of the full blocks"], rows)
+
+# %%
+viz.answer("07.2", "yes" if hashes_of(likes)[1] == hashes_of(hates)[1] else "no")
 
 # %% [markdown]
 # ### Your turn: chain the hashes
@@ -150,12 +149,7 @@ def my_hashes(tokens, block_size):
     """The hashes of the full blocks, six hex digits each."""
 
 
-viz.your_turn(
-    "The hash chain",
-    my_hashes,
-    [((tokens, size), hashes_of(tokens, block_size=size)) for tokens, size in ((likes, 4), (hates, 4), (likes, 2), ([7, 8], 4))],
-    hint="Keep the digest of the block before in a variable. A block that is not full gets no hash.",
-)
+viz.your_turn("07.t1", my_hashes, [((tokens, size), hashes_of(tokens, block_size=size)) for tokens, size in ((likes, 4), (hates, 4), (likes, 2), ([7, 8], 4))])
 
 # %% [markdown]
 # ## Looking up
@@ -164,6 +158,9 @@ viz.your_turn(
 
 # %%
 viz.source(HashPrefixIndex.match)
+
+# %%
+viz.ask("07.3")
 
 # %%
 def serve(core, request):
@@ -186,13 +183,8 @@ def hit_of(prompt_len, num_equal, block_size):
     serve(core, request)
     return request.num_cached_tokens
 
-
-viz.predict(
-    "A prompt of 64 tokens was served before, and is asked again. With blocks of 16, how many of its tokens are hit?",
-    [0, 48, 63, 64],
-    hit_of(64, 64, 16),
-    "At least the last token must be computed, because its logits are not in the cache. Hits are whole blocks, so the last block is computed.",
-)
+# %%
+viz.answer("07.3", hit_of(64, 64, 16))
 
 # %% [markdown]
 # ### Your turn: the length of a hit
@@ -206,12 +198,7 @@ def my_hit(prompt_len, num_equal, block_size):
 
 
 CASES = [(64, 64, 16), (65, 64, 16), (12, 7, 4), (20, 8, 4), (5, 4, 1), (5, 5, 1), (9, 3, 4)]
-viz.your_turn(
-    "The length of a hit",
-    my_hit,
-    [(case, hit_of(*case)) for case in CASES],
-    hint="Two limits hold: the tokens that are equal, and all tokens but the last one. Round the smaller one down to whole blocks.",
-)
+viz.your_turn("07.t2", my_hit, [(case, hit_of(*case)) for case in CASES])
 
 # %% [markdown]
 # ## The free queue decides what is evicted
@@ -223,6 +210,9 @@ viz.source(BlockPool.enqueue)
 
 # %% [markdown]
 # Now a, b and c run one after another in a pool of six blocks.
+
+# %%
+viz.ask("07.4", v1=after_b[2])
 
 # %%
 def tell(names, num_blocks=POOL):
@@ -242,14 +232,6 @@ def tell(names, num_blocks=POOL):
 story = tell("abc")
 after_b, after_c = story[1], story[2]
 (evicted,) = after_b[3].keys() - after_c[3].keys()
-viz.predict(
-    f"After a and b the free queue is {after_b[2]}, head first. Blocks 1 and 2 hold a's text, blocks 3 and 4 hold b's. "
-    "c hits block 1 and needs three blocks more. Which block is evicted?",
-    [2, 3, 4, 5],
-    evicted,
-    "The hit takes block 1 out of the queue. Then 5 and 6 are at the head and hold nothing. The third block is 2: the end of the "
-    "request that was freed longest ago.",
-)
 
 # %%
 def draw_queue(ax, story):
@@ -272,6 +254,9 @@ def draw_queue(ax, story):
 figure, ax = plt.subplots(figsize=(9, 3.4))
 draw_queue(ax, story)
 
+# %%
+viz.answer("07.4", evicted)
+
 # %% [markdown]
 # ### Your turn: the queue after c and then a
 #
@@ -282,19 +267,16 @@ draw_queue(ax, story)
 # %%
 my_queue = None  # for example [3, 4, 5, 6, 2, 1]
 
-viz.your_turn(
-    "The free queue after c and then a",
-    my_queue,
-    tell("ca")[-1][2],
-    hint="c has 13 computed tokens, so three full blocks and one that is not full, which goes to the head. Then a hits block 1 and takes "
-    "the head of the queue.",
-)
+viz.your_turn("07.t3", my_queue, tell("ca")[-1][2])
 
 # %% [markdown]
 # ## Hash chain, trie, and hits inside a block
 #
 # After a has ended, its second block holds " is Paris.\n". The second block of c is " is Paris. The". With
 # `partial_block_hits` the engine copies the block and uses the three tokens that are equal.
+
+# %%
+viz.ask("07.5")
 
 # %%
 ways = {
@@ -312,20 +294,20 @@ for way, switches in ways.items():
         request = example_request(name)
         serve(core, request)
         hits[way].append(request.num_cached_tokens)
-viz.predict(
-    "a, c, b, a and c are served one after another. With partial hits, how many of c's 12 tokens are hit the second time?",
-    [8, 10, 11, 12],
-    hits["hash chain, partial hits"][-1],
-    "All but the last token. Without partial hits it would be two whole blocks.",
-)
 
 # %%
 viz.table(["tokens hit", "a", "then c", "then b", "a again", "c again"], [[way, *row] for way, row in hits.items()])
+
+# %%
+viz.answer("07.5", hits["hash chain, partial hits"][-1])
 
 # %% [markdown]
 # ## How large must the pool be?
 #
 # Several services share the engine, each with a system prompt of its own. Their questions come in random order, or in turn.
+
+# %%
+viz.ask("07.6", TENANTS=TENANTS, v2=TENANTS - 2)
 
 # %%
 def hit_rate(usable_blocks, order, index="hash"):
@@ -347,13 +329,6 @@ per_request = -(-(SYSTEM_PROMPT + QUESTION + 1) // BLOCK_SIZE)
 sizes = [per_request * n // 2 for n in range(2, 2 * TENANTS + 4)]
 rates = {order: [hit_rate(size, tenants) for size in sizes] for order, tenants in (("in turn", in_turn), ("at random", at_random))}
 small = rates["in turn"][sizes.index(per_request * (TENANTS - 2))]
-viz.predict(
-    f"{TENANTS} services ask in turn, and the pool holds {TENANTS - 2} of their requests. What share of the tokens is hit?",
-    ["most of them", "about half", "next to nothing"],
-    "next to nothing" if small < 0.25 else "about half" if small < 0.6 else "most of them",
-    "The service that asks next is always the one whose blocks were freed longest ago, and these are evicted first. Random order "
-    "is kinder to LRU. A pool that holds all of the system prompts has no such problem.",
-)
 
 # %%
 figure, ax = plt.subplots(figsize=(9, 3))
@@ -366,10 +341,16 @@ ax.text(1, limit + 0.02, "all of the system prompt", size=8)
 ax.set(xlabel="size of the pool, in requests that fit", ylabel="share of the tokens that is hit", ylim=(0, 1.05))
 ax.set_title(f"{TENANTS} services, {len(in_turn)} requests");
 
+# %%
+viz.answer("07.6", "next to nothing" if small < 0.25 else "about half" if small < 0.6 else "most of them")
+
 # %% [markdown]
 # ## What does the size of a block cost?
 #
 # A hit ends at a whole block. 40 prompts share between 20 and 200 tokens with a prompt that was served before.
+
+# %%
+viz.ask("07.7")
 
 # %%
 block_sizes = [1, 2, 4, 8, 16, 32, 64]
@@ -393,12 +374,6 @@ def share_hit(block_size, **switches):
 
 whole = [share_hit(size) for size in block_sizes]
 partial = [share_hit(size, partial_block_hits=True) for size in block_sizes]
-viz.predict(
-    "With vLLM's default block size of 16, about what share of the common tokens is hit?",
-    ["half", "three quarters", "more than 90 %"],
-    "more than 90 %" if whole[4] > 0.9 else "three quarters" if whole[4] > 0.6 else "half",
-    f"{whole[4]:.0%}. A prompt loses between 0 and 15 of its common tokens, which are 20 to 200.",
-)
 
 # %%
 figure, ax = plt.subplots(figsize=(9, 2.8))
@@ -409,6 +384,9 @@ ax.annotate("with partial hits", (8, partial[3]), (0, 8), textcoords="offset poi
 ax.set_xscale("log", base=2)
 ax.set(xlabel="block size", ylabel="share that is hit", ylim=(0, 1.15), xticks=block_sizes)
 ax.set_xticklabels(block_sizes);
+
+# %%
+viz.answer("07.7", "more than 90 %" if whole[4] > 0.9 else "three quarters" if whole[4] > 0.6 else "half", v1=whole[4])
 
 # %% [markdown]
 # ## A real model: do the tokens change?

@@ -74,13 +74,13 @@ for ax, bits in zip(axes, (2, 3, 4), strict=True):
     ax.set(title=f"{bits} bits: {2**bits} levels, mean squared error {rounding_error(bits):.4f}", yticks=[])
 
 # %%
+viz.ask("08.1")
+
+# %%
 ratio = rounding_error(4) / rounding_error(8)
-viz.predict(
-    "From 4 bits to 8 the steps become 17 times smaller (15 steps before, 255 now). And the squared error?",
-    ["about 17 times smaller", "about 290 times smaller"],
-    "about 290 times smaller" if ratio > 100 else "about 17 times smaller",
-    f"It falls with the square of the step: 17 x 17 = 289. On these 64 weights the ratio is {ratio:.0f}.",
-)  # fmt: skip
+
+# %%
+viz.answer("08.1", "about 290 times smaller" if ratio > 100 else "about 17 times smaller", ratio=ratio)
 
 # %% [markdown]
 # Rounding to nearest (RTN) is one line of the engine:
@@ -95,13 +95,9 @@ def nearest_levels(weights, scale, zero, max_level):
     # Your turn: replace this line by a list, such as [... for w in weights].
 
 
-viz.your_turn(
-    "Round a group to nearest. Levels run from 0 to max_level.", nearest_levels,
-    [(([-0.3, 0.9, 0.1, 0.5], 0.4, 1, 3), [0, 3, 1, 2]),
+viz.your_turn("08.t1", nearest_levels, [(([-0.3, 0.9, 0.1, 0.5], 0.4, 1, 3), [0, 3, 1, 2]),
      (([-0.3, 0.9, 0.1, 0.5], 0.6, 2, 3), [2, 3, 2, 3]),
-     (([5.0, -5.0], 0.5, 8, 15), [15, 0])],
-    hint="round(w / scale) + zero, and then min and max keep it within 0 .. max_level",
-)  # fmt: skip
+     (([5.0, -5.0], 0.5, 8, 15), [15, 0])])  # fmt: skip
 
 # %% [markdown]
 # ## What the inputs say: H
@@ -157,18 +153,17 @@ def one_step(weights, i, rounded, u):
     # Your turn: return a new list. Weights before i stay, weight i becomes `rounded`, later ones make up for it.
 
 
-viz.your_turn(
-    "One step of GPTQ for a single output.", one_step,
-    [(([0.4, 0.4], 0, 0.0, [1.0, -0.5]), [0.0, 0.6]),
+viz.your_turn("08.t2", one_step, [(([0.4, 0.4], 0, 0.0, [1.0, -0.5]), [0.0, 0.6]),
      (([0.5, 0.25, -0.75], 1, 0.5, [0.0, 2.0, 1.0]), [0.5, 0.5, -0.625]),
-     (([1.0, 2.0, 2.5], 2, 3.0, [0.0, 0.0, 0.5]), [1.0, 2.0, 3.0])],
-    hint="error = (weights[i] - rounded) / u[i]; then subtract error * u[j] from every weight j from i on",
-)  # fmt: skip
+     (([1.0, 2.0, 2.5], 2, 3.0, [0.0, 0.0, 0.5]), [1.0, 2.0, 3.0])])  # fmt: skip
 
 # %% [markdown]
 # ## Column by column
 #
 # The 8 x 8 layer of the page with 3 bits. First, a question about what comes out:
+
+# %%
+viz.ask("08.2")
 
 # %%
 weight, hessian = example_layer()
@@ -183,11 +178,9 @@ for i in range(8):
     lost["RTN"].append(100 * output_error(weight, plain, hessian))
     rows.append([f"column {i}", *(f"{v + 0.0:.2f}" + ("" if j > i else " *") for j, v in enumerate(work[2].tolist()))])
 further = float(((weight - work) ** 2).sum() / ((weight - plain) ** 2).sum())
-viz.predict(
-    "Compare the weights themselves, not the outputs: are RTN's or GPTQ's further from the original ones?",
-    ["RTN's", "GPTQ's"], "GPTQ's" if further > 1 else "RTN's",
-    f"{further:.2f} times the squared distance. RTN is the best there is for weights, but the next layer sees outputs.",
-)  # fmt: skip
+
+# %%
+viz.answer("08.2", "GPTQ's" if further > 1 else "RTN's", further=further)
 
 # %% [markdown]
 # What row 2 becomes (* is fixed), and below it the share of *all* outputs that is lost after every column. With RTN no
@@ -210,6 +203,9 @@ ax.set(xlabel="columns rounded", ylabel="% of the output lost", xlim=(0, 8.8));
 
 
 # %%
+viz.ask("08.3")
+
+# %%
 def relative_errors(correlation, seed, bits=BITS, group=GROUP):
     """Errors of GPTQ and of GPTQ with act-order, in units of RTN's."""
     weight, h = make_weight(seed), hessian_of(make_inputs(correlation, seed))
@@ -225,21 +221,15 @@ same = torch.equal(
     GPTQ(GPTQConfig(BITS, GROUP)).quantize(make_weight(), independent).levels,
     rtn_quantize(make_weight(), GPTQConfig(BITS, GROUP)).levels,
 )
-viz.predict(
-    "H is exactly diagonal: no two inputs are correlated. What does GPTQ do?",
-    ["it is still better than RTN", "it is exactly RTN"],
-    "it is exactly RTN" if same else "it is still better than RTN",
-    "No input can do the work of another, so nothing moves. All that GPTQ uses is what inputs have in common.",
-)  # fmt: skip
+
+# %%
+viz.answer("08.3", "it is exactly RTN" if same else "it is still better than RTN")
+
+# %%
+viz.ask("08.4")
 
 # %%
 left = float(curves[shares.index(0.9), 0])
-viz.predict(
-    "And with a correlation of 0.9 within each family: which share of RTN's error is left?",
-    ["about a tenth", "about a fifth", "about a half"],
-    min({0.1: "about a tenth", 0.2: "about a fifth", 0.5: "about a half"}.items(), key=lambda x: abs(x[0] - left))[1],
-    f"{left:.2f} of it.",
-)  # fmt: skip
 
 # %%
 figure, ax = plt.subplots(figsize=(7, 2.6))
@@ -250,11 +240,17 @@ for column, name in enumerate(("GPTQ", "act-order")):
 ax.set(xlabel="correlation within a family", ylabel="error / RTN's error", ylim=(0, 1.1))
 ax.legend(loc="lower left");
 
+# %%
+viz.answer("08.4", min({0.1: "about a tenth", 0.2: "about a fifth", 0.5: "about a half"}.items(), key=lambda x: abs(x[0] - left))[1], left=left)
+
 # %% [markdown]
 # ## In which order?
 #
 # Columns that come late have few free columns to make up for their errors. So which should come last?
 
+
+# %%
+viz.ask("08.5")
 
 # %%
 def with_order(weight, h, order, bits=BITS):
@@ -271,15 +267,12 @@ for seed in SEEDS:
     for name, order in zip(orders, (falling, torch.arange(INPUTS), falling.flip(0)), strict=True):
         orders[name].append(with_order(w, h, order) / nearest)
 mean_of_order = {name: sum(values) / len(values) for name, values in orders.items()}
-viz.predict(
-    "Act-order takes the strongest inputs first. What if one takes the weakest first?",
-    ["no difference", "worse than both others", "better than both others"],
-    {"weakest first": "worse than both others"}.get(max(mean_of_order, key=mean_of_order.get), "no difference"),
-    "Then the strong inputs come last, when hardly a column is free to help, and their errors cost most.",
-)  # fmt: skip
 
 # %%
 viz.table(["order", "error / RTN's"], [[name, value] for name, value in mean_of_order.items()])
+
+# %%
+viz.answer("08.5", {"weakest first": "worse than both others"}.get(max(mean_of_order, key=mean_of_order.get), "no difference"))
 
 # %% [markdown]
 # ## Grids that grow
@@ -287,6 +280,9 @@ viz.table(["order", "error / RTN's"], [[name, value] for name, value in mean_of_
 # The grid of a group is fixed when its first column comes up. By then the weights have made up for earlier errors, and
 # some have grown. `static_groups=True` takes all grids from the original weights instead.
 
+
+# %%
+viz.ask("08.6")
 
 # %%
 def tangled_layer(seed=0, inputs=256):
@@ -308,12 +304,6 @@ for bits in (2, 3, 4):
     found = [output_error(w, q.dequantize(), h) for q in (rtn_quantize(w, c), growing, static)]
     static_lost.append([bits, *(f"{100 * error:.2f}" for error in found)])
 grown = growth[2][-1]
-viz.predict(
-    "2 bits, eight groups of 32 inputs. How large are the scales of the last group, compared with the original weights'?",
-    ["the same", "a tenth larger", "twice as large"],
-    "twice as large" if grown > 1.6 else "a tenth larger" if grown > 1.05 else "the same",
-    f"{grown:.2f} times. Errors at 2 bits are large, so the weights that make up for them must move far.",
-)  # fmt: skip
 
 # %%
 figure, ax = plt.subplots(figsize=(7, 2.4))
@@ -322,6 +312,9 @@ for (bits, values), colour in zip(growth.items(), viz.PALETTE, strict=False):
 ax.set(xlabel="group, in the order of rounding", ylabel="scale / original scale", ylim=(0.9, None))
 ax.legend();
 # %%
+viz.answer("08.6", "twice as large" if grown > 1.6 else "a tenth larger" if grown > 1.05 else "the same", grown=grown)
+
+# %%
 viz.table(["bits", "% lost, RTN", "% lost, GPTQ", "% lost, GPTQ with static groups"], static_lost)
 
 # %% [markdown]
@@ -329,6 +322,9 @@ viz.table(["bits", "% lost, RTN", "% lost, GPTQ", "% lost, GPTQ with static grou
 #
 # Each group brings a scale of 16 bits and a zero. So a group of 8 is expensive:
 
+
+# %%
+viz.ask("08.7", v1=bits_per_weight(3, 8), v2=bits_per_weight(4, -1))
 
 # %%
 def bits_per_weight(bits, group):
@@ -340,13 +336,6 @@ for bits in (2, 3, 4):
     for group in (-1, 96, 48, 32, 16, 8):
         w, h = make_weight(), hessian_of(make_inputs())
         points[bits, group] = 100 * output_error(w, GPTQ(GPTQConfig(bits, group)).quantize(w, h).dequantize(), h)
-viz.predict(
-    f"3 bits in groups of 8 cost {bits_per_weight(3, 8):.1f} bits per weight, 4 bits in one group "
-    f"{bits_per_weight(4, -1):.1f}. Which loses less?",
-    ["3 bits in groups of 8", "4 bits in one group"],
-    "4 bits in one group" if points[4, -1] < points[3, 8] else "3 bits in groups of 8",
-    f"{points[4, -1]:.2f} % against {points[3, 8]:.2f} % here: small groups are an expensive way to buy accuracy.",
-)  # fmt: skip
 
 # %%
 figure, ax = plt.subplots(figsize=(7, 2.8))
@@ -360,11 +349,17 @@ ax.set(xlabel="bits per weight, scales and zeros counted (at the points: group s
 ax.set_yticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
 ax.minorticks_off()
 ax.legend();
+# %%
+viz.answer("08.7", "4 bits in one group" if points[4, -1] < points[3, 8] else "3 bits in groups of 8", v1=points[4, -1], v2=points[3, 8])
+
 # %% [markdown]
 # ## How much text does it need?
 #
 # H is estimated from calibration tokens. With fewer tokens than inputs H is singular, and only damping makes it
 # invertible. The error below is measured on *other* tokens of the same kind.
+
+# %%
+viz.ask("08.8", INPUTS=INPUTS)
 
 # %%
 counts, damps = [8, 16, 48, 96, 192, 400, 1500], (0.0001, 0.01, 0.1)
@@ -385,12 +380,6 @@ def errors_on_other_text(seed):
 
 learnt = dict(zip(damps, torch.tensor([errors_on_other_text(seed) for seed in SEEDS]).mean(0).tolist(), strict=True))
 overfitted = learnt[0.0001][counts.index(48)]
-viz.predict(
-    f"48 calibration tokens for {INPUTS} inputs, and little damping (0.0001). Is GPTQ then better than RTN?",
-    ["yes", "no"], "yes" if overfitted < 1 else "no",
-    f"Its error on other text is {overfitted:.1f} times RTN's. It makes up for errors exactly as these 48 tokens tell it "
-    "to, and moves weights far in directions of which they say nothing. More damping means moving less.",
-)  # fmt: skip
 
 # %%
 figure, ax = plt.subplots(figsize=(7, 2.8))
@@ -404,6 +393,9 @@ ax.set(xscale="log", xlabel="calibration tokens", ylabel="error / RTN's, other t
 ax.set_xticks(counts, map(str, counts))
 ax.minorticks_off()
 ax.legend(loc="upper right");
+# %%
+viz.answer("08.8", "yes" if overfitted < 1 else "no", overfitted=overfitted)
+
 # %% [markdown]
 # ## What lies in the file
 #
@@ -419,11 +411,7 @@ def pack_word(levels):
     # Your turn: return a number.
 
 
-viz.your_turn(
-    "Pack eight levels into a word.", pack_word,
-    [(([0, 1, 2, 3, 4, 5, 6, 7],), 0x76543210), (([6, 2, 3, 6, 1, 4, 2, 15],), 0xF2416326), (([8] * 8,), 0x88888888)],
-    hint="add up level << (4 * i)",
-)  # fmt: skip
+viz.your_turn("08.t3", pack_word, [(([0, 1, 2, 3, 4, 5, 6, 7],), 0x76543210), (([6, 2, 3, 6, 1, 4, 2, 15],), 0xF2416326), (([8] * 8,), 0x88888888)])  # fmt: skip
 
 # %% [markdown]
 # The 8 x 8 layer again, with 4 bits: read the hexadecimal digits of a word from the right. All zeros are 8, and the
@@ -506,6 +494,9 @@ viz.table(
 # The second question: does *running* packed weights change anything, compared with the same weights unpacked?
 
 # %%
+viz.ask("08.9")
+
+# %%
 prompts = [{"prompt_token_ids": [3 + (7 * i + k) % 200 for k in range(12)]} for i in range(4)]
 params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.0, detokenize=False)
 with contextlib.redirect_stderr(io.StringIO()):
@@ -516,17 +507,18 @@ with contextlib.redirect_stderr(io.StringIO()):
         )
         answers = llm.generate(prompts, params, use_tqdm=False)
         tokens[quantization] = [tuple(answer.outputs[0].token_ids) for answer in answers]
-viz.predict(
-    "48 greedy tokens of the packed 4-bit checkpoint, and of the same one dequantised: how many are equal?", None,
-    sum(a == b for pair in zip(*tokens.values(), strict=True) for a, b in zip(*pair, strict=True)),
-    "The file is what is lossy. Running it is exact, up to the order of sums.",
-)  # fmt: skip
+
+# %%
+viz.answer("08.9", sum(a == b for pair in zip(*tokens.values(), strict=True) for a, b in zip(*pair, strict=True)))
 
 # %% [markdown]
 # ## Where are four bits slower?
 #
 # The roofline of [learn/07b](../docs/learn/07b_gptq_in_practice.md): reading against multiplying, for the linear layers
 # of SmolLM2-135M on the reference machine (two cores, measured rates). Two predictions, and then the picture:
+
+# %%
+viz.ask("08.10")
 
 # %%
 WEIGHTS, BF16, INT4 = 106_168_320, 16, 4.5  # bits per weight: groups of 64, each with a scale in fp32
@@ -542,18 +534,18 @@ def seconds(tokens, bits, machine=CPU, free_unpacking=False):
 
 
 gain = seconds(1, BF16) / seconds(1, INT4)
-viz.predict(
-    "One token: how many times faster are these layers with 4.5 bits per weight?", None, round(gain, 1),
-    "16 / 4.5: only reading counts. The head, attention and Python stay, so the whole token gains less.",
-)  # fmt: skip
+
+# %%
+viz.answer("08.10", round(gain, 1))
+
+# %%
+viz.ask("08.11")
 
 # %%
 crossover = max(n for n in range(1, 100) if seconds(n, INT4) <= seconds(n, BF16))
-viz.predict(
-    "Up to how many tokens in a step do 4 bits win in this model?", ["2", "10", "100"], str(crossover),
-    f"bf16 waits for memory up to {int(CPU.knee)} tokens. 4 bits begin to be bound by arithmetic at 3, and unpacking is "
-    "arithmetic. Measured on such machines: 6 to 8 (the page says why it is less).",
-)  # fmt: skip
+
+# %%
+viz.answer("08.11", str(crossover), v1=int(CPU.knee))
 
 # %% [markdown]
 # On the right, the same for GPUs, *as if unpacking cost nothing*: the upper bound of what any 4-bit kernel can gain.

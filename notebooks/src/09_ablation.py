@@ -80,6 +80,9 @@ viz.table(
 
 
 # %%
+viz.ask("09.1", v1=counts['m1']['steps'])
+
+# %%
 def three_requests(rung):
     """Every step of the three requests in the engine as of `rung`."""
     known = CacheConfig.__dataclass_fields__ | SchedulerConfig.__dataclass_fields__
@@ -108,18 +111,12 @@ def count(steps, block_size):
 
 three = {rung: three_requests(rung) for rung in RUNGS}
 counts = {rung: count(*run) for rung, run in three.items()}
-viz.predict(
-    f"M1 takes {counts['m1']['steps']} steps. Which single rung saves most of them?", ["m2", "m3", "m5", "m6"],
-    max(RUNGS[1:], key=lambda r: counts[RUNGS[RUNGS.index(r) - 1]]["steps"] - counts[r]["steps"]),
-    "Steps become fewer when requests share them. The other rungs save memory, long steps, computed tokens or time per step.",
-)  # fmt: skip
 
 # %%
-viz.predict(
-    "Which of the rungs m2 to m7 change the number of tokens that are computed?", ["all", "m2 and m6", "only m6"],
-    "only m6" if [counts[r]["tokens computed"] for r in RUNGS].count(counts["m1"]["tokens computed"]) == 5 else "?",
-    "Batching, paging, kernels and chunks compute the same tokens, at another time or in another place. A cached prefix is not computed at all.",
-)  # fmt: skip
+viz.answer("09.1", max(RUNGS[1:], key=lambda r: counts[RUNGS[RUNGS.index(r) - 1]]["steps"] - counts[r]["steps"]))
+
+# %%
+viz.ask("09.2")
 
 # %%
 NAMES = list(counts["m1"])
@@ -135,6 +132,9 @@ for ax, name in zip(axes, NAMES):
     ax.set_ylim(0, max(values) * 1.2)
 figure.suptitle("three requests: orange bars differ from the rung before", x=0.01, ha="left", size=10);
 
+# %%
+viz.answer("09.2", "only m6" if [counts[r]["tokens computed"] for r in RUNGS].count(counts["m1"]["tokens computed"]) == 5 else "?")
+
 # %% [markdown]
 # m2 halves the steps. m3 admits c two steps earlier in the same 32 slots, so one step has 14 tokens. m5 makes no step larger than its budget, and pays with a step. m6 finds the 4 tokens of
 # a's first block. m4 and m7 change nothing here, because they change how long a step takes and not what it does.
@@ -144,6 +144,9 @@ figure.suptitle("three requests: orange bars differ from the rung before", x=0.0
 # Workload A is 32 requests with 32 to 256 prompt tokens and 32 to 128 output tokens. It has been measured with the real model on the reference machine. The
 # simulator runs the same requests with the same memory through the same scheduler, and a step takes as long as the roofline of the machine says.
 
+
+# %%
+viz.ask("09.3")
 
 # %%
 def is_on(rung, preset, without):
@@ -188,18 +191,12 @@ measured = {
     for mode, (key, _) in MODES.items()
 }
 steps_measured = {rung: int(ladder_file["arms"][rung]["modes"]["batch"]["num_steps"]) for rung in RUNGS[:-1]}
-viz.predict(
-    "32 requests together, measured in tokens per second. Which rung multiplies the throughput most?", RUNGS[1:],
-    max(RUNGS[1:], key=lambda r: measured["together"][r] / measured["together"][RUNGS[RUNGS.index(r) - 1]]),
-    "m2 takes 168 steps instead of 2,283, but its steps are slow: the textbook attention is a Python loop over the requests. The kernels of m4 make all steps fast.",
-)  # fmt: skip
 
 # %%
-viz.predict(
-    "And one request at a time, up to m6: which rung multiplies the throughput most?", RUNGS[1:-1],
-    max(RUNGS[1:-1], key=lambda r: measured["one by one"][r] / measured["one by one"][RUNGS[RUNGS.index(r) - 1]]),
-    "A single request has nobody to share with, its cache is never full, its prompt is short, and no prefix repeats. Only the kernels matter.",
-)  # fmt: skip
+viz.answer("09.3", max(RUNGS[1:], key=lambda r: measured["together"][r] / measured["together"][RUNGS[RUNGS.index(r) - 1]]))
+
+# %%
+viz.ask("09.4")
 
 # %%
 figure, axes = plt.subplots(2, 2, figsize=(10, 5), sharex=True, sharey="row")
@@ -219,6 +216,9 @@ for row, mode in zip(axes, MODES):
         ax.set_ylim(0, max(max(measured[mode].values()), max(m["tok_per_s"] for m in modelled[mode].values())) * 1.15)
 for ax in axes[:, 0]:
     ax.set_ylabel("output tokens per second")
+
+# %%
+viz.answer("09.4", max(RUNGS[1:-1], key=lambda r: measured["one by one"][r] / measured["one by one"][RUNGS[RUNGS.index(r) - 1]]))
 
 # %% [markdown]
 # Each bar begins where the rung before ended; green is gained, orange is lost. m5 and m6 gain nothing here, because the prompts of workload A are short and share no
@@ -255,6 +255,9 @@ viz.table(
 # - **shared**: questions behind one of three system prompts of 400 tokens.
 
 # %%
+viz.ask("09.5")
+
+# %%
 NUM = 12 if FAST else 24
 BUDGET = 256
 WORKLOADS = {
@@ -273,21 +276,14 @@ def largest_effect(workload, metric):
     """The rung whose absence changes the metric most for the worse."""
     return max(RUNGS[1:], key=lambda rung: off[workload][rung][metric] / full[workload][metric])
 
+# %%
+viz.answer("09.5", largest_effect("documents", "longest_gap"))
 
-viz.predict(
-    "documents: without which rung is the longest gap between two tokens of a user largest?", RUNGS[1:],
-    largest_effect("documents", "longest_gap"),
-    "Without chunks the document is one long step, in which nobody else gets a token. Without m4 that would be chunks of slow steps.",
-)  # fmt: skip
+# %%
+viz.ask("09.6", v1=full['shared']['computed_tokens'], v2=max(computed.values()))
 
 # %%
 computed = {rung: off["shared"][rung]["computed_tokens"] for rung in RUNGS[1:]}
-viz.predict(
-    f"shared: the full engine computes {full['shared']['computed_tokens']:,} tokens. Without which rungs does it compute {max(computed.values()):,}?",
-    ["m6", "m3 and m6", "m5 and m6", "m2 and m6"],
-    " and ".join(rung for rung, tokens in computed.items() if tokens == max(computed.values())),
-    "Without m3 a block is as long as the longest request. No block is ever full, and only full blocks are shared. m6 is on, and finds nothing.",
-)  # fmt: skip
 
 # %%
 METRICS = {"seconds": "total time", "ttft_p50": "median TTFT", "longest_gap": "longest gap between tokens"}
@@ -307,6 +303,9 @@ axes[0, 0].set_yticks(range(len(RUNGS) - 1), [f"without {rung}" for rung in RUNG
 axes[0, 0].set_xticks([0.2, 1, 10, 100], ["0.2", "1", "10", "100"])
 for ax in axes[-1]:
     ax.set_xlabel("times the full engine (modelled)")
+
+# %%
+viz.answer("09.6", " and ".join(rung for rung, tokens in computed.items() if tokens == max(computed.values())))
 
 # %% [markdown]
 # A bar to the right says that the engine is worse without the rung. Each workload has rungs of its own that matter. A bar to the left is a price: without m2, in a static batch, no prompt of a
@@ -350,10 +349,7 @@ viz.table(
 # %%
 my_suspects = None  # a dict: from each of "X", "Y" and "Z" to a rung such as "m2"
 
-viz.your_turn(
-    "the missing rungs", my_suspects, suspects,
-    "find the counter that differs most from the full engine, and ask what can change it",
-)  # fmt: skip
+viz.your_turn("09.t1", my_suspects, suspects)  # fmt: skip
 
 # %% [markdown]
 # ## Three rungs
@@ -371,10 +367,7 @@ for three_rungs in itertools.combinations(RUNGS[1:], 3):
     left_out = [rung for rung in RUNGS[1:] if rung not in three_rungs]
     throughput[three_rungs] = simulate(file_of_prompts, without=left_out, max_num_batched_tokens=BUDGET)["tok_per_s"]
 best = max(throughput, key=throughput.get)
-viz.your_turn(
-    "the three rungs with the highest throughput", my_three and sorted(my_three), list(best),
-    "most of the prompt tokens are system prompts; they should be computed only once, and what does sharing need?",
-)  # fmt: skip
+viz.your_turn("09.t2", my_three and sorted(my_three), list(best))  # fmt: skip
 
 # %%
 ranking = sorted(throughput, key=throughput.get, reverse=True)
@@ -392,6 +385,9 @@ viz.Shown(
 # they are built now, which takes minutes once. `make setup` builds them, too.)
 
 # %%
+viz.ask("09.7")
+
+# %%
 scratch = tempfile.TemporaryDirectory()
 model = str(write_tiny_model(Path(scratch.name)))
 PARAMS = [SamplingParams(temperature=0.0, max_tokens=e.max_tokens, ignore_eos=True) for e in EXAMPLES.values()]
@@ -406,14 +402,12 @@ def answers(**engine_args):
 
 texts = {f"preset={rung!r}": answers(preset=rung) for rung in ("m1", "m7")}
 texts |= {f"without=[{rung!r}]": answers(preset="m7", without=[rung]) for rung in RUNGS[1:]}
-viz.predict(
-    "Eight engines: m1, m7, and m7 without each of its rungs. How many different sets of answers do they give?", [1, 2, 8],
-    len({tuple(answer) for answer in texts.values()}),
-    "In fp32 all rungs give the same greedy tokens. In bf16, rungs from M4 on may differ, because sums are added in another order and rounded to 8 bits of mantissa.",
-)  # fmt: skip
 
 # %%
 viz.table(["engine", *EXAMPLES], [[name, *map(repr, answer)] for name, answer in texts.items()])
+
+# %%
+viz.answer("09.7", len({tuple(answer) for answer in texts.values()}))
 
 # %% [markdown]
 # ## A part of your own
@@ -457,10 +451,7 @@ def order_of_service(queue, prompt_lens):
 
 CROWDS = [([9, 3, 5],), ([4, 4, 2, 8, 1, 7],), ([30, 20, 10],), ([5],)]
 CROWDS = [(case, sorted(range(len(case[0])), key=lambda i: (case[0][i], i))) for case in CROWDS]
-verdict = viz.your_turn(
-    "the shortest prompt first", lambda prompt_lens: order_of_service(ShortestFirst, prompt_lens), CROWDS,
-    "insert before the first request that has a longer prompt, or sort the deque again; equal prompts keep their order",
-)  # fmt: skip
+verdict = viz.your_turn("09.t3", lambda prompt_lens: order_of_service(ShortestFirst, prompt_lens), CROWDS)  # fmt: skip
 verdict
 
 # %% [markdown]

@@ -31,6 +31,13 @@ def test_source_shows_the_code_and_where_it_is():
     assert "folovllm/core/block_pool.py" in as_html and "get_new_blocks" in as_html and "style=" in as_html
 
 
+def test_source_of_a_part_says_so():
+    text = repr(viz.source(slot_of, start="return"))
+    assert text.splitlines()[0] == "# slot_of, in part" and text.splitlines()[1].startswith("return table[")
+    lines = repr(viz.source(BlockPool.get_new_blocks, "blocks =", "return")).splitlines()
+    assert lines[1].startswith("blocks = ") and lines[-1] == "return blocks"
+
+
 @pytest.mark.parametrize("obj", [KVCacheBlock, BlockPool.usage, slot_of], ids=["class", "property", "not the engine's"])
 def test_source_of_other_things(obj):
     text = repr(viz.source(obj))
