@@ -213,9 +213,6 @@ viz.source(KVCacheManager.allocate_slots, "num_held =", "return new_blocks")
 # head.
 
 # %%
-viz.source(BlockPool.enqueue)
-
-# %%
 viz.ask("04.4", a=steps[3].blocks["a"], c=steps[3].blocks["c"])
 
 # %%
