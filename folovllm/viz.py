@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import Locator
 
+from folovllm.learn.notebook import MEASURE_AGAIN as MEASURE_AGAIN
 from folovllm.learn.notebook import Shown as Shown
 from folovllm.learn.notebook import answer as answer
 from folovllm.learn.notebook import as_delivered as as_delivered

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from folovllm.learn.notebook import NOT_OFFERED
+from folovllm.learn.notebook import MEASURE_AGAIN, NOT_OFFERED
 
 CALLS = {"ask": "ask", "answer": "ask", "your_turn": "task"}  # function of viz -> table of the file of questions
 MAX_TEXT = 20  # characters: shorter texts of the file may occur in the code by chance
@@ -36,6 +36,8 @@ def problems_of_questions(notebook: Any, questions: Mapping[str, Any]) -> list[s
     outputs = [str(output) for cell in notebook.cells for output in cell.get("outputs", [])]
     if any(NOT_OFFERED in output for output in outputs):
         problems.append("a computed answer is none of its options")
+    if any(MEASURE_AGAIN in output for output in outputs):
+        problems.append(f"it measured more than is possible: {MEASURE_AGAIN}")
     return problems
 
 

@@ -153,6 +153,10 @@ def _filled(entry: Mapping[str, Any], part: str, values: Mapping[str, Any]) -> s
 NOT_OFFERED = "This was none of the options: you have changed something, and the reason may not fit"
 
 
+# What a notebook prints if its measurements contradict each other. The builder does not publish such a run.
+MEASURE_AGAIN = "other programs disturbed the measurement; run it again on a quiet machine"
+
+
 def _option_of(computed: Any, options: Sequence[Any] | None, values: Sequence[Any] | None) -> Any:
     """The option that stands for what was computed. Returns None if there is none."""
     for option, value in zip(options or (), values or options or (), strict=True):
