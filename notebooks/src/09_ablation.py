@@ -8,8 +8,8 @@
 # Everything is counted by the **real scheduler and KV cache**. Times are modelled on the reference machine ([the simulator](../docs/learn/simulator.md)),
 # or measured and read from result files.
 #
-# *40 minutes. Read [Start here](../docs/learn/00_start_here.md) and any of the learning pages 02 to 07 before. Answer each **Predict** before you run
-# the cell below it. Next: the exercises (`folovllm learn`), or any notebook again.*
+# *40 minutes. Read [Start here](../docs/learn/00_start_here.md) and any of the learning pages 02 to 07 first. **Predict** asks before an experiment, and
+# **Answer** follows it; `viz.ask("09.1", guess="m2")` has your guess judged. Next: the exercises (`folovllm learn`), or any notebook again.*
 
 # %% tags=["parameters"]
 FAST = False  # True: fewer repetitions (the builder sets it when it only checks)
@@ -78,9 +78,11 @@ viz.table(
 # The three requests of the learning pages, at every rung. All rungs have about the same memory: two blocks of 16 tokens (M1 and M2), or nine blocks of 4. M5 may
 # compute 6 tokens in a step.
 
+# %%
+viz.ask("09.1", total=sum(e.max_tokens for e in EXAMPLES.values()))
 
 # %%
-viz.ask("09.1", v1=counts['m1']['steps'])
+viz.ask("09.2")
 
 # %%
 def three_requests(rung):
@@ -113,12 +115,6 @@ three = {rung: three_requests(rung) for rung in RUNGS}
 counts = {rung: count(*run) for rung, run in three.items()}
 
 # %%
-viz.answer("09.1", max(RUNGS[1:], key=lambda r: counts[RUNGS[RUNGS.index(r) - 1]]["steps"] - counts[r]["steps"]))
-
-# %%
-viz.ask("09.2")
-
-# %%
 NAMES = list(counts["m1"])
 figure, axes = plt.subplots(1, len(NAMES), figsize=(10, 2.6))
 for ax, name in zip(axes, NAMES):
@@ -133,7 +129,15 @@ for ax, name in zip(axes, NAMES):
 figure.suptitle("three requests: orange bars differ from the rung before", x=0.01, ha="left", size=10);
 
 # %%
-viz.answer("09.2", "only m6" if [counts[r]["tokens computed"] for r in RUNGS].count(counts["m1"]["tokens computed"]) == 5 else "?")
+def rung_before(rung):
+    return RUNGS[RUNGS.index(rung) - 1]
+
+
+viz.answer("09.1", max(RUNGS[1:], key=lambda rung: counts[rung_before(rung)]["steps"] - counts[rung]["steps"]))
+
+# %%
+tokens_computed = {rung: counts[rung]["tokens computed"] for rung in RUNGS}
+viz.answer("09.2", [rung for rung in RUNGS[1:] if tokens_computed[rung] != tokens_computed[rung_before(rung)]])
 
 # %% [markdown]
 # m2 halves the steps. m3 admits c two steps earlier in the same 32 slots, so one step has 14 tokens. m5 makes no step larger than its budget, and pays with a step. m6 finds the 4 tokens of
@@ -144,9 +148,11 @@ viz.answer("09.2", "only m6" if [counts[r]["tokens computed"] for r in RUNGS].co
 # Workload A is 32 requests with 32 to 256 prompt tokens and 32 to 128 output tokens. It has been measured with the real model on the reference machine. The
 # simulator runs the same requests with the same memory through the same scheduler, and a step takes as long as the roofline of the machine says.
 
+# %%
+viz.ask("09.3", options=RUNGS[1:])
 
 # %%
-viz.ask("09.3")
+viz.ask("09.4", options=RUNGS[1:-1])
 
 # %%
 def is_on(rung, preset, without):
@@ -193,12 +199,6 @@ measured = {
 steps_measured = {rung: int(ladder_file["arms"][rung]["modes"]["batch"]["num_steps"]) for rung in RUNGS[:-1]}
 
 # %%
-viz.answer("09.3", max(RUNGS[1:], key=lambda r: measured["together"][r] / measured["together"][RUNGS[RUNGS.index(r) - 1]]))
-
-# %%
-viz.ask("09.4")
-
-# %%
 figure, axes = plt.subplots(2, 2, figsize=(10, 5), sharex=True, sharey="row")
 for row, mode in zip(axes, MODES):
     for ax, (how, values) in zip(row, {
@@ -218,7 +218,14 @@ for ax in axes[:, 0]:
     ax.set_ylabel("output tokens per second")
 
 # %%
-viz.answer("09.4", max(RUNGS[1:-1], key=lambda r: measured["one by one"][r] / measured["one by one"][RUNGS[RUNGS.index(r) - 1]]))
+def multiplies(rung, mode):
+    return measured[mode][rung] / measured[mode][rung_before(rung)]
+
+
+viz.answer("09.3", max(RUNGS[1:], key=lambda rung: multiplies(rung, "together")))
+
+# %%
+viz.answer("09.4", max(RUNGS[1:-1], key=lambda rung: multiplies(rung, "one by one")))
 
 # %% [markdown]
 # Each bar begins where the rung before ended; green is gained, orange is lost. m5 and m6 gain nothing here, because the prompts of workload A are short and share no
@@ -253,13 +260,20 @@ viz.table(
 # - **A**: the 32 requests above, all at once.
 # - **documents**: short prompts decode, and one user in six brings a document of 1,200 to 1,800 tokens.
 # - **shared**: questions behind one of three system prompts of 400 tokens.
+#
+# ### What you can change
 
 # %%
-viz.ask("09.5")
+NUM = 12 if FAST else 24  # requests of the workloads "documents" and "shared"
+BUDGET = 256  # the most tokens in a step
 
 # %%
-NUM = 12 if FAST else 24
-BUDGET = 256
+viz.ask("09.5", options=RUNGS[1:])
+
+# %%
+viz.ask("09.6")
+
+# %%
 WORKLOADS = {
     "A": as_sim(workload_a.requests),
     "documents": follow_recipe(Recipe("documents", 5.0, (30, 120), (20, 80), document=(1200, 1800)), "documents", NUM),
@@ -275,15 +289,6 @@ off = {
 def largest_effect(workload, metric):
     """The rung whose absence changes the metric most for the worse."""
     return max(RUNGS[1:], key=lambda rung: off[workload][rung][metric] / full[workload][metric])
-
-# %%
-viz.answer("09.5", largest_effect("documents", "longest_gap"))
-
-# %%
-viz.ask("09.6", v1=full['shared']['computed_tokens'], v2=max(computed.values()))
-
-# %%
-computed = {rung: off["shared"][rung]["computed_tokens"] for rung in RUNGS[1:]}
 
 # %%
 METRICS = {"seconds": "total time", "ttft_p50": "median TTFT", "longest_gap": "longest gap between tokens"}
@@ -305,7 +310,12 @@ for ax in axes[-1]:
     ax.set_xlabel("times the full engine (modelled)")
 
 # %%
-viz.answer("09.6", " and ".join(rung for rung, tokens in computed.items() if tokens == max(computed.values())))
+viz.answer("09.5", largest_effect("documents", "longest_gap"))
+
+# %%
+computed = {rung: off["shared"][rung]["computed_tokens"] for rung in RUNGS[1:]}
+most = [rung for rung in computed if computed[rung] == max(computed.values())]
+viz.answer("09.6", most, most=max(computed.values()), full=full["shared"]["computed_tokens"])
 
 # %% [markdown]
 # A bar to the right says that the engine is worse without the rung. Each workload has rungs of its own that matter. A bar to the left is a price: without m2, in a static batch, no prompt of a
@@ -349,7 +359,8 @@ viz.table(
 # %%
 my_suspects = None  # a dict: from each of "X", "Y" and "Z" to a rung such as "m2"
 
-viz.your_turn("09.t1", my_suspects, suspects)  # fmt: skip
+# %%
+viz.your_turn("09.t1", my_suspects, suspects)
 
 # %% [markdown]
 # ## Three rungs
@@ -367,7 +378,7 @@ for three_rungs in itertools.combinations(RUNGS[1:], 3):
     left_out = [rung for rung in RUNGS[1:] if rung not in three_rungs]
     throughput[three_rungs] = simulate(file_of_prompts, without=left_out, max_num_batched_tokens=BUDGET)["tok_per_s"]
 best = max(throughput, key=throughput.get)
-viz.your_turn("09.t2", my_three and sorted(my_three), list(best))  # fmt: skip
+viz.your_turn("09.t2", my_three and sorted(my_three), list(best))
 
 # %%
 ranking = sorted(throughput, key=throughput.get, reverse=True)
@@ -418,7 +429,6 @@ viz.answer("09.7", len({tuple(answer) for answer in texts.values()}))
 # %%
 viz.source(load_part)
 
-
 # %%
 def part_of(cls):
     """A class of this notebook, as the engine argument `parts` names it. (A class in a file is "file.py:Class".)"""
@@ -433,12 +443,10 @@ viz.source(FCFSRequestQueue)
 # **Your turn.** When many requests wait, one long prompt delays all behind it. Write a queue that serves the shortest prompt first. Only `add_request` has to change:
 # `self._requests` is a deque in the order of service, and a request has `num_prompt_tokens`.
 
-
 # %%
 class ShortestFirst(FCFSRequestQueue):
     def add_request(self, request):
         raise NotImplementedError  # your code
-
 
 # %%
 def order_of_service(queue, prompt_lens):
@@ -451,7 +459,7 @@ def order_of_service(queue, prompt_lens):
 
 CROWDS = [([9, 3, 5],), ([4, 4, 2, 8, 1, 7],), ([30, 20, 10],), ([5],)]
 CROWDS = [(case, sorted(range(len(case[0])), key=lambda i: (case[0][i], i))) for case in CROWDS]
-verdict = viz.your_turn("09.t3", lambda prompt_lens: order_of_service(ShortestFirst, prompt_lens), CROWDS)  # fmt: skip
+verdict = viz.your_turn("09.t3", lambda prompt_lens: order_of_service(ShortestFirst, prompt_lens), CROWDS)
 verdict
 
 # %% [markdown]
@@ -515,29 +523,29 @@ for name, text in zip(EXAMPLES, mine):
 #
 # ## Is it all true?
 #
-# The last cell checks what this notebook claims. It also solves the three tasks, so look at it last.
-
+# The last cell checks what this notebook claims. It also solves the last task, so look at it last.
 
 # %%
-class SolvedQueue(FCFSRequestQueue):
-    def add_request(self, request):
-        longer = [i for i, other in enumerate(self._requests) if other.num_prompt_tokens > request.num_prompt_tokens]
-        self._requests.insert(longer[0] if longer else len(self._requests), request)
+if viz.as_delivered("09", globals()):
+    class SolvedQueue(FCFSRequestQueue):
+        def add_request(self, request):
+            longer = [i for i, other in enumerate(self._requests) if other.num_prompt_tokens > request.num_prompt_tokens]
+            self._requests.insert(longer[0] if longer else len(self._requests), request)
 
 
-solved_order = [order_of_service(SolvedQueue, case[0]) for case, _ in CROWDS]
-assert solved_order == [expected for _, expected in CROWDS]
-shortest, first_come = ttfts(SolvedQueue), queues["first come, first served"]
-assert shortest[len(shortest) // 2] < first_come[len(first_come) // 2] and shortest[-1] >= 0.95 * first_come[-1]
-assert [counts[r]["steps"] for r in RUNGS[:4]] == [12, 6, 6, 6] and counts["m6"]["cached tokens"] == 4
-assert all(counts[r]["tokens computed"] + counts[r]["cached tokens"] == 30 for r in RUNGS)
-assert {r: modelled["together"][r]["steps"] for r in RUNGS[:-1]} == steps_measured
-ratios = {r: modelled["together"][r]["tok_per_s"] / measured["together"][r] for r in RUNGS}
-assert min(ratios["m2"], ratios["m3"]) > 1.75 and all(0.9 < ratios[r] <= 1.105 for r in ("m1", "m4", "m5", "m6"))
-assert 1.15 < ratios["m7"] < 1.25 and 1.5 < modelled["one by one"]["m7"]["tok_per_s"] / measured["one by one"]["m7"] < 1.6
-for name in WORKLOADS:
-    assert all(off[name][rung]["tokens"] == full[name]["tokens"] for rung in RUNGS[1:]), "a rung changed the tokens"
-assert largest_effect("documents", "longest_gap") == "m5" and set(best) == {"m3", "m4", "m6"}
-assert off["shared"]["m3"]["hit_tokens"] == 0 < full["shared"]["hit_tokens"]
-assert {tuple(answer) for answer in texts.values()} == {tuple(mine)}
-print(f"all true: {len(RUNGS)} rungs, {sum(len(o) for o in off.values())} ablations, best three {' '.join(best)}")
+    solved_order = [order_of_service(SolvedQueue, case[0]) for case, _ in CROWDS]
+    assert solved_order == [expected for _, expected in CROWDS]
+    shortest, first_come = ttfts(SolvedQueue), queues["first come, first served"]
+    assert shortest[len(shortest) // 2] < first_come[len(first_come) // 2] and shortest[-1] >= 0.95 * first_come[-1]
+    assert [counts[r]["steps"] for r in RUNGS[:4]] == [12, 6, 6, 6] and counts["m6"]["cached tokens"] == 4
+    assert all(counts[r]["tokens computed"] + counts[r]["cached tokens"] == 30 for r in RUNGS)
+    assert {r: modelled["together"][r]["steps"] for r in RUNGS[:-1]} == steps_measured
+    ratios = {r: modelled["together"][r]["tok_per_s"] / measured["together"][r] for r in RUNGS}
+    assert min(ratios["m2"], ratios["m3"]) > 1.75 and all(0.9 < ratios[r] <= 1.105 for r in ("m1", "m4", "m5", "m6"))
+    assert 1.15 < ratios["m7"] < 1.25 and 1.5 < modelled["one by one"]["m7"]["tok_per_s"] / measured["one by one"]["m7"] < 1.6
+    for name in WORKLOADS:
+        assert all(off[name][rung]["tokens"] == full[name]["tokens"] for rung in RUNGS[1:]), "a rung changed the tokens"
+    assert largest_effect("documents", "longest_gap") == "m5" and set(best) == {"m3", "m4", "m6"}
+    assert off["shared"]["m3"]["hit_tokens"] == 0 < full["shared"]["hit_tokens"]
+    assert {tuple(answer) for answer in texts.values()} == {tuple(mine)}
+    print(f"all true: {len(RUNGS)} rungs, {sum(len(o) for o in off.values())} ablations, best three {' '.join(best)}")
