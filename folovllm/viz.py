@@ -61,7 +61,7 @@ def colours_of(names: Iterable[str]) -> dict[str, str]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Shown:
-    """A small table. Numbers are aligned right, text left. Floats have the decimals that their column needs, up to 2."""
+    """A small table. Numbers are aligned right, text left. Floats have as many decimals as a column needs, up to 2."""
     given = [list(row) for row in rows]
     assert all(len(row) == len(header) for row in given), "a row of another length than the header"
     decimals = [_decimals(column) for column in zip(*given, strict=True)]
@@ -255,7 +255,7 @@ def gantt(ax: Axes, steps: Steps, arrivals: Mapping[str, int], colours: Mapping[
 
 
 class _MiddleOfSteps(Locator):
-    """Ticks in the middle of the cells of steps, which are one unit wide: 0.5, 1.5, ...; of many steps, some of them."""
+    """Ticks in the middle of steps, whose cells are one unit wide: 0.5, 1.5, ... Of many steps, some get a tick."""
 
     def __call__(self) -> Sequence[float]:
         return self.tick_values(*self.axis.get_view_interval())

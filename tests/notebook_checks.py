@@ -22,6 +22,7 @@ import build_notebooks  # noqa: E402
 from notebook_form import problems_of_questions  # noqa: E402
 
 MIN_PREDICTIONS = 3  # questions that a reader answers before the cell is run
+SLOW = ("06", "07", "08", "09")  # notebooks that take seconds for each other value of a knob
 NUM_TASKS = 3  # cells in which the reader writes something that is checked
 
 
@@ -60,10 +61,20 @@ def run_fast(source: Path, monkeypatch: pytest.MonkeyPatch, turn: Mapping[str, s
     return printed.getvalue()
 
 
-def turns_of(*numbers: str) -> list[Any]:
+def marks_of(number: str, marks: Mapping[str, pytest.MarkDecorator]) -> list[pytest.MarkDecorator]:
+    slow = [pytest.mark.slow] if number in SLOW else []
+    return [marks[number], *slow] if number in marks else slow
+
+
+def turns_of(*numbers: str, marks: Mapping[str, pytest.MarkDecorator] | None = None) -> list[Any]:
     """Other values of the knobs of notebooks "02", "05", ...: with each of them, the notebook must run to its end."""
     return [
-        pytest.param(source, turn, id=f"{source.stem[:2]}-{'-'.join(turn)}-{i}")
+        pytest.param(
+            source,
+            turn,
+            id=f"{source.stem[:2]}-{'-'.join(turn)}-{i}",
+            marks=marks_of(source.stem[:2], marks or {}),
+        )
         for source in sources(*numbers)
         for i, turn in enumerate(read_questions(source.stem[:2])["turn"])
     ]

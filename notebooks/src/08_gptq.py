@@ -155,7 +155,7 @@ figure.colorbar(image, ax=axes, label="correlation");
 # %%
 def one_step(weights, i, rounded, u):
     """One row of weights after weight i is fixed at `rounded`. u is row i of U; entries before i are 0."""
-    # Your turn: return a new list. Weights before i stay, weight i becomes `rounded`, later ones make up for it.
+    # Your turn: return a new list. Weights before i stay, weight i becomes `rounded`, later ones move.
 
 # %%
 def engine_step(weights, i, rounded, u):
