@@ -258,6 +258,7 @@ class _MiddleOfSteps(Locator):
     """Ticks in the middle of steps, whose cells are one unit wide: 0.5, 1.5, ... Of many steps, some get a tick."""
 
     def __call__(self) -> Sequence[float]:
+        assert self.axis is not None, "matplotlib sets it before it asks for ticks"
         return self.tick_values(*self.axis.get_view_interval())
 
     def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from folovllm.learn.notebook import MEASURE_AGAIN, NOT_OFFERED
+from folovllm.learn.notebook_tasks import UNDONE
 
 CALLS = {"ask": "ask", "answer": "ask", "your_turn": "task"}  # function of viz -> table of the file of questions
 MAX_TEXT = 20  # characters: shorter texts of the file may occur in the code by chance
@@ -33,7 +34,11 @@ def problems_of_questions(notebook: Any, questions: Mapping[str, Any]) -> list[s
     problems += problems_of_texts(trees, questions)
     asks = {call.cell for call in calls if call.name == "ask"}
     problems += [f"cell {i}: viz.ask needs a cell of its own" for i, tree in trees if i in asks and len(tree.body) > 1]
-    outputs = [str(output) for cell in notebook.cells for output in cell.get("outputs", [])]
+    shown = {i: str(cell.get("outputs", [])) for i, cell in enumerate(notebook.cells)}
+    outputs = list(shown.values())
+    if any(output != "[]" for output in outputs):
+        tasks = [call for call in calls if call.name == "your_turn" and f"{UNDONE}." not in shown[call.cell]]
+        problems += [f"the task {call.identifier} is not shown as not begun" for call in tasks]
     if any(NOT_OFFERED in output for output in outputs):
         problems.append("a computed answer is none of its options")
     if any(MEASURE_AGAIN in output for output in outputs):

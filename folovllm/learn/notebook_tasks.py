@@ -6,6 +6,7 @@ Milestone: M1. vLLM counterpart: none. Titles and hints lie in the file of quest
 import copy
 import dis
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from types import FunctionType
@@ -13,6 +14,7 @@ from typing import Any
 
 from folovllm.learn.notebook import IDENTIFIER, Shown, as_text, entry_of, is_real, plain
 
+MAX_SHOWN = 300  # characters of the arguments of a case
 UNDONE, PASSED, FAILED = "To do", "Passed", "Not yet"
 
 
@@ -60,7 +62,7 @@ def _try_cases(
         return UNDONE, ""
     for given, expected in cases:
         args = copy.deepcopy(given) if isinstance(given, tuple) else (copy.deepcopy(given),)
-        call = f"{getattr(function, '__name__', 'your function')}({', '.join(map(_shown_number, args))})"
+        call = f"{getattr(function, '__name__', 'your function')}({_shortened(', '.join(map(_shown_number, args)))})"
         try:
             result = function(*args)
         except NotImplementedError:
@@ -74,9 +76,14 @@ def _try_cases(
     return PASSED, f"{len(cases)} cases."
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} ..."
+
+
 def _is_empty(function: Callable[..., Any]) -> bool:
     """Whether the function has no code but a docstring and perhaps `return None`."""
     nothing = {"RESUME", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST", "NOP"}
+    function = inspect.unwrap(function)
     if not isinstance(function, FunctionType):
         return False
     code = list(dis.get_instructions(function))

@@ -16,6 +16,7 @@
 FAST = False  # True: fewer repetitions (the builder sets it when it only checks)
 
 # %%
+import functools
 import sys
 import tempfile
 import warnings
@@ -403,6 +404,7 @@ for number, name, query in QUERIES:
     ATTENTION.append(((q, keys_of(steps[number], name)[:num_keys, 0]), weights[:num_keys].tolist()))
 
 
+@functools.wraps(my_weights)
 def rounded_weights(q, keys):
     mine = my_weights(q, keys)
     return None if mine is None else [round(float(w), 4) for w in mine]

@@ -180,7 +180,7 @@ for ax, (title, probs) in zip(axes, shown.items()):
     viz.bars(ax, words, probs.tolist(), viz.PALETTE[2])
     ax.label_outer()
     ax.set_title(f"{title}: {int((probs > 0).sum())} stay")
-axes[0].set_ylabel("probability")
+axes[0].set_ylabel("probability");
 
 # %%
 viz.answer("01.2", int((three_probs > 0).sum()))

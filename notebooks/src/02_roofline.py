@@ -318,11 +318,7 @@ def best_seconds(work, tries=3 if FAST else 7):
     return min(seconds)
 
 
-def best_seconds_of_peak(work):
-    """The shortest of many runs: up to 2.5 seconds of them, to find a quiet moment."""
-    return min(best_seconds(work, tries=3 if FAST else 60) for _ in range(1 if FAST else 3))
-
-
+PEAK_TRIES = 3 if FAST else 60  # enough to find a quiet moment
 big = torch.ones((8 if FAST else 256) * 2**20 // 4)  # fp32, 256 MiB
 n = 256 if FAST else 1024
 a, b = torch.randn(n, n).to(DTYPE), torch.randn(n, n).to(DTYPE)
@@ -330,7 +326,7 @@ a, b = torch.randn(n, n).to(DTYPE), torch.randn(n, n).to(DTYPE)
 
 def measure_here(before=None):
     """The two numbers of this machine, the better ones of now and `before`."""
-    flops, bandwidth = 2 * n**3 / best_seconds_of_peak(lambda: a @ b), big.nbytes / best_seconds_of_peak(big.sum)
+    flops, bandwidth = 2 * n**3 / best_seconds(lambda: a @ b, PEAK_TRIES), big.nbytes / best_seconds(big.sum, PEAK_TRIES)
     if before:
         flops, bandwidth = max(flops, before.flops), max(bandwidth, before.bandwidth)
     name = f"here, {THREADS} thread" + "s" * (THREADS > 1)
@@ -380,8 +376,6 @@ predicted = [predicted_seconds(t) for t in TOKENS]
 
 # %%
 viz.ask("02.6")
-
-# %%
 
 # %%
 _, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), sharex=True)

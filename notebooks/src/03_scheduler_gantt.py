@@ -371,7 +371,7 @@ viz.table(
     [
         ["static, steps", *static_steps],
         ["continuous, steps", *continuous_steps],
-        ["continuous, modelled seconds", *continuous_seconds],
+        ["continuous, modelled seconds", *(f"{seconds:.2f}" for seconds in continuous_seconds)],
     ],
 )
 

@@ -397,7 +397,8 @@ viz.answer("05.6", bool((plain_mean - wanted).abs().max() < 1e-4))
 # %% [markdown]
 # ### Your turn: merge two parts
 #
-# So each part also returns how much weight it holds: `lse = log(sum of exp(score))`. Merge the results of two parts, plain numbers `out_1` and `out_2` with their `lse_1` and `lse_2`, into the result over all keys.
+# So each part also returns how much weight it holds: `lse = log(sum of exp(score))`. Merge the results of two parts, plain
+# numbers `out_1` and `out_2` with their `lse_1` and `lse_2`, into the result over all keys.
 
 # %%
 def my_merge(out_1, lse_1, out_2, lse_2):

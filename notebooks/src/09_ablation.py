@@ -244,7 +244,7 @@ viz.table(
         ["cached tokens", *(modelled["together"][r]["hit_tokens"] for r in RUNGS)],
         ["tokens per second, modelled", *(round(modelled["together"][r]["tok_per_s"]) for r in RUNGS)],
         ["measured", *(round(measured["together"][r]) for r in RUNGS)],
-        ["modelled / measured", *(modelled["together"][r]["tok_per_s"] / measured["together"][r] for r in RUNGS)],
+        ["modelled / measured", *(f"{modelled['together'][r]['tok_per_s'] / measured['together'][r]:.2f}" for r in RUNGS)],
     ],
 )
 

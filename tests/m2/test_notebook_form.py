@@ -110,7 +110,16 @@ def test_a_question_comes_before_what_answers_it(cells: list[str], said: str | N
 def test_a_run_that_contradicts_itself_is_not_published(shown: str) -> None:
     cells = [nbformat.v4.new_code_cell(cell) for cell in (ASK, RUN, ANSWER, TASK)]
     cells[2].outputs = [nbformat.v4.new_output("stream", name="stdout", text=f"it says: {shown}\n")]
+    cells[3].outputs = [nbformat.v4.new_output("stream", name="stdout", text="To do.\n")]
     assert len(problems_of_questions(nbformat.v4.new_notebook(cells=cells), QUESTIONS)) == 1
+
+
+def test_a_task_is_published_undone() -> None:
+    cells = [nbformat.v4.new_code_cell(cell) for cell in (ASK, RUN, ANSWER, TASK)]
+    cells[3].outputs = [nbformat.v4.new_output("stream", name="stdout", text="Passed.\n")]
+    assert problems_of_questions(nbformat.v4.new_notebook(cells=cells), QUESTIONS) == [
+        "the task 90.t1 is not shown as not begun"
+    ]
 
 
 def test_every_notebook_is_in_some_test() -> None:

@@ -1,5 +1,6 @@
 """viz: the code that a notebook shows, and the tasks that it sets."""
 
+import functools
 import sys
 
 import numpy as np
@@ -135,6 +136,21 @@ def test_a_forgotten_return_is_not_a_task_undone():
 
     assert "forgotten([7, 2, 9], 20, 16) returned None: is the return missing?" in said(forgotten, CASES)
     assert "\nTo do." in said(documented, CASES)
+
+
+def test_a_wrapped_function_is_not_begun_if_the_readers_is_not():
+    def mine(table, position, block_size):
+        return None
+
+    @functools.wraps(mine)
+    def rounded(*args):
+        return mine(*args)
+
+    assert "\nTo do." in said(rounded, CASES)
+
+
+def test_long_arguments_are_cut():
+    assert len(said(lambda x: 0, [(list(range(1000)), 1)])) < 500
 
 
 def test_an_exception_of_the_readers_function_is_shown():
