@@ -241,7 +241,7 @@ figure, ax = plt.subplots(figsize=(10, 5))
 for machine, style in ((REFERENCE, "-"), (H100, "--")):
     top, slope, knee = machine.flops, machine.bandwidth, machine.knee
     ax.plot([0.3, knee, 6000], [0.3 * slope / 1e9, top / 1e9, top / 1e9], style, color=viz.INK, lw=1.4)
-    name = f"{machine.name}: {slope / 1e9:,.1f} GB/s, {top / 1e9:,.0f} GFLOP/s"
+    name = f"{machine.name}: {slope / 1e9:,.4g} GB/s, {top / 1e9:,.0f} GFLOP/s"
     ax.annotate(name, (5000, top / 1e9), (-4, 5), textcoords="offset points", ha="right")
 on_roof = [name for name, cost in WORK.items() if cost.bound == "compute"]
 for name, cost in WORK.items():
