@@ -61,6 +61,7 @@ docs: $(STAMP)  ## write the generated parts of the pages again
 	@$(BIN)/python scripts/dev/write_milestones.py
 	@$(BIN)/python scripts/dev/write_exercises_page.py
 	@$(BIN)/python scripts/dev/build_interview.py
+	@$(BIN)/python scripts/dev/write_front_pages.py
 	@$(BIN)/python scripts/dev/build_api.py
 	@$(BIN)/python scripts/dev/build_docs.py --examples
 

@@ -60,20 +60,20 @@ LARGEST_NUM_BATCHED_TOKENS = 2**24
 class ModelConfig:
     """Which model and tokenizer, in which precision, how long."""
 
-    model: str = DEFAULT_MODEL
+    model: str = DEFAULT_MODEL  # an alias, a folder or a HuggingFace id
     served_model_name: str | list[str] | None = None  # what to call the model instead; the first name is shown
     tokenizer: str | None = None  # an alias, a folder or a HuggingFace id; None: the model's own
-    tokenizer_mode: str = "auto"
+    tokenizer_mode: str = "auto"  # only "auto": tokenizers are read from tokenizer.json
     skip_tokenizer_init: bool = False  # prompts are token ids and outputs have no text
     load_format: str = "auto"  # "dummy": random weights, so that only config.json is needed
     hf_overrides: Mapping[str, Any] | None = None  # replaces values of config.json (folovllm.hf_overrides)
-    generation_config: str = "auto"  # sampling defaults: the model's, "vllm" for none, or those of another folder
+    generation_config: str = "auto"  # sampling defaults: the model's, "vllm" for vLLM's, or those of another folder
     override_generation_config: Mapping[str, Any] | None = None  # e.g. {"temperature": 0.7}
-    dtype: str = "auto"
+    dtype: str = "auto"  # "float32", "bfloat16", "float16"; "auto": the checkpoint's, fp32 if bf16 is emulated
     max_model_len: int | None = None  # tokens, prompt and output together; None: what the model was trained for
-    seed: int = 0
-    max_logprobs: int = 20
-    download_dir: str | None = None
+    seed: int = 0  # of requests that have no seed of their own
+    max_logprobs: int = 20  # the most logprobs that a request may ask for; -1: the whole vocabulary
+    download_dir: str | None = None  # where models are kept; None: the user's cache folder
     architecture: ModelArchitecture | None = None  # filled by resolve
 
     def __post_init__(self) -> None:
@@ -129,16 +129,16 @@ class ModelConfig:
 class CacheConfig:
     """The KV cache: how it is cut into blocks and how large it is."""
 
-    block_size: int | str = MAX_MODEL_LEN_BLOCK
-    gpu_memory_utilization: float = 0.9
-    kv_cache_memory: int | None = None  # bytes
-    num_kv_blocks: int | None = None  # overrides both; includes the null block
-    enable_prefix_caching: bool = False
+    block_size: int | str = MAX_MODEL_LEN_BLOCK  # tokens per block; "max_model_len": one block per request (M1, M2)
+    gpu_memory_utilization: float = 0.9  # on CUDA: the share of the GPU's memory that the engine may take
+    kv_cache_memory: int | None = None  # bytes; None: on a CPU half of the free memory, at most 4 GiB
+    num_kv_blocks: int | None = None  # instead of a size in bytes; one of them is the null block
+    enable_prefix_caching: bool = False  # share the full blocks of equal prompt prefixes (M6)
     prefix_index: str = "hash"  # or "trie": a tree of blocks, with the same hits
     partial_block_hits: bool = False  # copy the tokens of a block that only begins like ours, instead of computing them
-    prefix_caching_hash_algo: str = "sha256"
+    prefix_caching_hash_algo: str = "sha256"  # or "xxhash": faster, and needs the package xxhash
     prefix_caching_seed: int = 0  # of the hash chain's root; vLLM draws a root per process
-    free_uncached_first: bool = True
+    free_uncached_first: bool = True  # freed blocks that no prefix hit can find are reused first
 
     def __post_init__(self) -> None:
         if self.block_size != MAX_MODEL_LEN_BLOCK:
@@ -171,15 +171,15 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Who runs in a step, and how much."""
+    """Which requests run in a step, and how many tokens of each."""
 
     batching: str = "continuous"  # "static": admit only when nothing runs
     scheduling_policy: str = "fcfs"  # order of the waiting queue; vLLM's SchedulerConfig.policy
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    enable_chunked_prefill: bool = False
-    long_prefill_token_threshold: int = 0
-    reserve_full_sequence: bool = True
+    max_num_seqs: int | None = None  # requests that run at once; None: 64 on a CPU, 256 on CUDA
+    max_num_batched_tokens: int | None = None  # budget of a step; None: 2048, or more without chunks
+    enable_chunked_prefill: bool = False  # split long prompts over steps (M5)
+    long_prefill_token_threshold: int = 0  # the most tokens of one prompt in a step; 0: no limit; needs chunked prefill
+    reserve_full_sequence: bool = True  # admit a request only if its whole prompt finds blocks now
 
     def __post_init__(self) -> None:
         check_choice("batching", self.batching, ("static", "continuous"))
@@ -201,7 +201,7 @@ class SchedulerConfig:
 class AttentionConfig:
     """Which attention backend."""
 
-    attention_backend: str = "torch_naive"
+    attention_backend: str = "torch_naive"  # "auto": the fastest that this machine and model allow
 
     def __post_init__(self) -> None:
         check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
@@ -248,7 +248,7 @@ class QuantizationConfig:
     vLLM's "gptq" and "gptq_marlin" are "auto", and the model must be a GPTQ checkpoint.
     """
 
-    quantization: str = "dequantize"
+    quantization: str = "dequantize"  # "auto": run a GPTQ checkpoint on its packed weights (M7)
     gptq_kernel: str = "auto"  # what multiplies with packed weights; "dequant" is the reference
     gptq_runtime: str = "auto"  # cpu_int4: "memory" keeps 4 bits alone, "speed" also bf16 for large batches
 
@@ -271,9 +271,9 @@ class EngineConfig:
     attention_config: AttentionConfig = field(default_factory=AttentionConfig)
     kernel_config: KernelConfig = field(default_factory=KernelConfig)
     quantization_config: QuantizationConfig = field(default_factory=QuantizationConfig)
-    device: str = "auto"
+    device: str = "auto"  # "cpu" or "cuda"; "auto": CUDA if there is one
     enforce_eager: bool = False  # CUDA graphs are a rung after M7; until then every step is eager
-    disable_log_stats: bool = True
+    disable_log_stats: bool = True  # for vLLM scripts: LLM.stats() and times are always kept
     trace: str | None = None  # write one record per step to this file (folovllm.trace)
     parts: Mapping[str, str] | None = None  # part -> "path.py:Class" (folovllm.parts)
 

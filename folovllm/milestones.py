@@ -58,7 +58,7 @@ LADDER: tuple[Rung, ...] = (
     Rung(
         "m4",
         "Flash attention",
-        "tiled attention backends and the fast CPU path; below it every rung runs plain torch",
+        "tiled attention backends and the fast CPU path; M1 to M3 run plain torch",
         on={
             "attention_backend": "auto",
             "linear_backend": "auto",

@@ -35,30 +35,30 @@ class SamplingParams:
     Raises ValueError for a value out of range. The message names the field, the value and the range.
     """
 
-    n: int = 1
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    temperature: float = 1.0
-    top_p: float = 1.0
+    n: int = 1  # answers to one prompt
+    presence_penalty: float = 0.0  # taken once from the logit of every token in the answer so far
+    frequency_penalty: float = 0.0  # taken from it for each time that the token occurred
+    repetition_penalty: float = 1.0  # above 1: tokens of prompt and answer become less likely
+    temperature: float = 1.0  # 0: always the likeliest token (greedy)
+    top_p: float = 1.0  # the smallest set of likeliest tokens whose probabilities reach this sum
     top_k: int = 0  # 0 and -1 both mean "all tokens"
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    ignore_eos: bool = False
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    detokenize: bool = True
-    skip_special_tokens: bool = True
+    min_p: float = 0.0  # tokens at least this likely, relative to the likeliest
+    seed: int | None = None  # requests with the same seed draw alike, in any batch
+    stop: str | list[str] | None = None  # strings that end the answer
+    stop_token_ids: list[int] | None = None  # tokens that end it
+    bad_words: list[str] | None = None  # strings that are never generated
+    ignore_eos: bool = False  # go on after the end-of-sequence token
+    max_tokens: int | None = 16  # None: as many as fit
+    min_tokens: int = 0  # no end before this many tokens
+    logprobs: int | None = None  # log-probabilities of this many likeliest tokens per position; -1: all
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    detokenize: bool = True  # False: token ids only, no text
+    skip_special_tokens: bool = True  # leave special tokens out of the text
     spaces_between_special_tokens: bool = True  # changes nothing: a tokenizer.json's decoder puts no space there
-    include_stop_str_in_output: bool = False
-    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
-    logit_bias: dict[int, float] | None = None
-    allowed_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False  # keep the stop string at the end of the text
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE  # what streaming yields
+    logit_bias: dict[int, float] | None = None  # token id -> what is added to its logit, -100 to 100
+    allowed_token_ids: list[int] | None = None  # nothing else is sampled
 
     def __post_init__(self) -> None:
         # Copies, because the caller may still change its own lists, and these parameters are checked only once.

@@ -1,6 +1,7 @@
 """Small helpers that several parts need: arithmetic, suggestions for a misspelled name, memory of this machine.
 
-Milestone: M0. vLLM counterpart: vllm/utils. Left out: helpers that a single file uses, which belong into that file.
+Milestone: M0. vLLM counterpart: vllm/utils/__init__.py. Left out: helpers that a single file uses, which belong into
+that file.
 
 Row 0: no torch.
 """

@@ -26,10 +26,11 @@ from folovllm.benchmarks.command import Plan, describe_run, ensure_weights, make
 from folovllm.benchmarks.machine import machine_header
 from folovllm.benchmarks.metrics import ArmRuns, summarise_arm
 from folovllm.benchmarks.options import BenchOptions, numbers, parse_options
-from folovllm.benchmarks.report import headline, write_json
+from folovllm.benchmarks.report import headline, read_json, write_json
 from folovllm.benchmarks.runner import run_rounds
 from folovllm.benchmarks.workloads import DECODING, LONG, NUM_DECODING
 
+SCHEMA = "folovllm.tune_chunk_size/1"
 WORKLOAD = "long-prompts"
 UNDISTURBED = "undisturbed"  # the decoding requests alone
 BUDGETS = (32, 64, 128, 256, 512, 1024, 2048)
@@ -144,20 +145,21 @@ def print_table(result: dict[str, Any]) -> None:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Three curves over the budget; the SLO as a line, the picked budget marked in all."""
-    from folovllm.benchmarks.plot import plt, save
+    from folovllm.benchmarks.plot import WIDTH, plt, save
 
     budgets = [p["budget"] for p in result["results"]]
-    figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
-    figure.suptitle(f"{headline(result)}\n{verdict(result)}", fontsize=10)
+    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.8), layout="constrained")
+    figure.suptitle(f"{headline(result)}\n{verdict(result)}", fontsize=9)
     panels = (
-        ("itl_p99_ms", "ITL p99 of the decoding requests", "ms (log)", "#d62728"),
-        ("ttft_long_ms", "TTFT of the 4,000-token prompts (median)", "ms", "#1f77b4"),
-        ("total_tok_per_s", "Total throughput, prompts included", "tokens / s", "#2ca02c"),
+        ("itl_p99_ms", "ITL p99, decoding requests", "ms (log)", "#d62728"),
+        ("ttft_long_ms", "TTFT of 4,000-token prompts", "ms", "#1f77b4"),
+        ("total_tok_per_s", "Throughput with prompts", "tokens / s", "#2ca02c"),
     )
     for ax, (key, title, unit, colour) in zip(axes, panels, strict=True):
         ax.plot(budgets, [p[key] for p in result["results"]], marker="o", color=colour)
-        ax.set(title=title, ylabel=unit, xlabel="max_num_batched_tokens", xscale="log")
-        ax.set_xticks(budgets, [str(budget) for budget in budgets])
+        ax.set_title(title, fontsize=10)
+        ax.set(ylabel=unit, xlabel="max_num_batched_tokens", xscale="log")
+        ax.set_xticks(budgets, [str(budget) for budget in budgets], fontsize=8, rotation=45)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
         if result["picked_budget"]:
@@ -166,9 +168,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
             ax.set_yscale("log")
             ax.axhline(result["slo_itl_ms"], color="grey", linestyle="--", label="SLO")
             ax.axhline(result["undisturbed_itl_ms"]["p50"], color="grey", label="undisturbed median")
-            ax.legend()
+            ax.legend(fontsize=8, loc="upper left")
+            ax.set_ylim(top=4 * max(p[key] for p in result["results"]))
         else:
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, 1.1 * max(p[key] for p in result["results"]))
     save(figure, path)
 
 
@@ -180,7 +183,7 @@ def run(args: argparse.Namespace, options: BenchOptions, argv: list[str]) -> int
     probe = runs.pop(BANDWIDTH).results
     described = describe_run(plan, "scripts/tune_chunk_size.py", argv)
     result = {
-        "schema": "folovllm.tune_chunk_size/1",
+        "schema": SCHEMA,
         "date": now.isoformat(timespec="seconds"),
         "command": described["command"],
         "unit": "ms",
@@ -201,6 +204,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args, options = parse_args(argv)
     try:
+        if options.plot_only:
+            plot_file = args.plot or options.plot_only.with_suffix(".png")
+            draw(read_json(options.plot_only, SCHEMA), plot_file)
+            print(f"wrote {plot_file}")
+            return 0
         return run(args, options, argv)
     except (ValueError, OSError) as error:
         print(f"tune_chunk_size.py: error: {error}", file=sys.stderr)

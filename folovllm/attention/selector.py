@@ -1,7 +1,7 @@
 """Choosing the attention backend: a lazy registry, `auto`, and refusals that name the reason and the alternative.
 
-Milestone: M1 (all backends but torch_naive arrive with M4). vLLM counterpart: vllm/attention/selector.py and
-vllm/attention/backends/registry.py. Left out: backends per layer.
+Milestone: M1 (all backends but torch_naive arrive with M4). vLLM counterpart: vllm/attention/selector.py, which asks
+vllm/platforms/cpu.py or vllm/platforms/cuda.py for the backend. Left out: backends per layer.
 
 The registry is lazy: the file of a backend is imported only when that backend is asked for, so an engine does not need
 the kernel libraries of backends that it does not run. If the import fails, that is a refusal like any other.

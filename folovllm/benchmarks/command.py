@@ -1,6 +1,7 @@
 """The benchmark from its command line to its files.
 
-Milestone: M1. vLLM counterpart: `vllm bench`. No torch in this process, unless it has to look for a GPU.
+Milestone: M1. vLLM counterpart: vllm/entrypoints/cli/benchmark/main.py (`vllm bench`). No torch in this process, unless
+it has to look for a GPU.
 """
 
 import sys
@@ -72,7 +73,22 @@ class Plan:
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 0 if all went well, 1 if an arm failed or float32 tokens differ, 2 for a wrong command."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    return run(parse_options(argv), argv)
+    options = parse_options(argv)
+    return plot_again(options.plot_only) if options.plot_only else run(options, argv)
+
+
+def plot_again(file: Path) -> int:
+    """Draw the pictures of a result file of this script beside it; the exit status."""
+    from folovllm.benchmarks.plot import write_plots
+
+    try:
+        result = report.read_json(file, SCHEMA)
+    except (ValueError, OSError) as error:
+        print(f"compare_perf.py: error: {error}", file=sys.stderr)
+        return 2
+    for path in write_plots(report.name_arms(result), file.parent, file.stem):
+        print(f"wrote {path}")
+    return 0
 
 
 def run(options: BenchOptions, argv: list[str]) -> int:

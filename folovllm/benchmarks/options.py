@@ -1,6 +1,6 @@
 """The benchmark's command line, checked before anything runs.
 
-Milestone: M1. vLLM counterpart: vllm/benchmarks/*.py add_cli_args. No torch.
+Milestone: M1. vLLM counterpart: `add_cli_args` in vllm/benchmarks/throughput.py. No torch.
 """
 
 import argparse
@@ -53,6 +53,7 @@ class BenchOptions:
     output: Path
     timeout: float  # seconds
     bandwidth_bytes: int
+    plot_only: Path | None  # a result file: draw its pictures again and measure nothing
 
     @property
     def model_name(self) -> str:
@@ -105,6 +106,8 @@ def add_run_options(
         help=f"default: {DEFAULT_MAX_MODEL_LEN}, or what the workload needs")  # fmt: skip
     add("--kv-cache-memory", type=byte_size, default=GIB, metavar="SIZE", help="the same for all arms (default: 1GiB)")
     add("--output", type=Path, default=Path("bench_results"), metavar="DIR", help="default: %(default)s")
+    add("--plot-only", type=Path, metavar="FILE",
+        help="draw the pictures of a result file again, beside it, and measure nothing")  # fmt: skip
     add("--timeout", type=positive, default=timeout, metavar="S",
         help="seconds one process may take (default: %(default)s)")  # fmt: skip
     add("--bandwidth-memory", dest="bandwidth_bytes", type=byte_size, default=GIB, help=argparse.SUPPRESS)

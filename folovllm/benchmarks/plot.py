@@ -1,7 +1,7 @@
-"""The plots of a result, as PNG: an overview, and one more for a sweep, a fit, groups of requests or an ablation.
+"""The plots of a result, as PNG: speeds, KV slots and latencies; also a sweep, a fit, groups of requests, an ablation.
 
 Milestone: M1; groups and ablation came with M5. vLLM counterpart: none. No torch. Arms are named as report.name_arms
-leaves them.
+leaves them. A picture is as wide as GitHub shows a page, 900 pixels, so that its text is not made smaller there.
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,10 @@ MODE_COLOURS = {"single": "#4c78a8", "batch": "#f58518", "cold": "#4c78a8", "war
 BASELINE_GREY = "#7f7f7f"
 ARM_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf")
 WORSE, BETTER = "#b0b0b0", "#2ca02c"
-PERCENTILES = (("p50", 1.0), ("p99", 0.45))  # and how opaque its bar is
+MODE_TITLES = {"single": "one by one", "batch": "together", "cold": "cold", "warm": "warm"}
 STYLES = {"cold": "--", "warm": "-", "single": "-", "batch": "-"}
-DPI = 110
+DPI = 100
+WIDTH = 9  # inches
 
 Result = dict[str, Any]
 Colours = dict[str, str]  # arm -> colour
@@ -39,7 +40,9 @@ def write_plots(result: Result, folder: Path, stem: str) -> list[Path]:
     if not arms:
         return []
     figures = {
-        f"{stem}.png": draw_overview(result, arms),
+        f"{stem}.png": draw_speeds(result, arms),
+        f"{stem}_slots.png": draw_slots(arms),
+        f"{stem}_latency.png": draw_latencies(result, arms),
         f"{stem}_batching.png": draw_batching(result, arms),
         f"{stem}_groups.png": draw_groups(result, colours_of(arms)),
         f"{stem}_ablation.png": draw_ablation(result),
@@ -47,7 +50,7 @@ def write_plots(result: Result, folder: Path, stem: str) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         if figure is not None:
-            figure.suptitle(headline(result), fontsize=10)
+            figure.suptitle(headline(result), fontsize=9)
             paths.append(save(figure, folder / name))
     return paths
 
@@ -87,9 +90,10 @@ def bars(ax: Axes, names: Sequence[str], series: Sequence[Series], title: str, u
         texts = one.texts or [f"{height:,.0f}" if height >= 10 else f"{height:.2g}" for height in heights]
         ax.bar_label(drawn, texts, fontsize=8 if len(series) < 3 else 7, padding=2)
     labels = [name.replace(" without ", "\nwithout\n") for name in names]
-    ax.set_xticks(range(len(names)), labels, fontsize=10 if len(names) < 6 else 8)
+    ax.set_xticks(range(len(names)), labels, fontsize=9 if len(names) < 6 else 8)
     ax.margins(y=0.18)
-    ax.set(title=title, ylabel=unit)
+    ax.set_title(title, fontsize=10)
+    ax.set_ylabel(unit)
     if len(series) > 1:
         ax.legend(fontsize=8, ncols=2)
 
@@ -99,49 +103,74 @@ def bars_by_arm(ax: Axes, heights: dict[str, float | None], colours: Colours, ti
     bars(ax, list(heights), [Series("", list(heights.values()), [colours[name] for name in heights])], title, unit)
 
 
-def draw_overview(result: Result, arms: Result) -> Figure:
-    figure, axes = plt.subplots(2, 2, figsize=(14, 9), layout="constrained")
-    _throughput(axes[0][0], arms, result["reference"])
-    _utilisation(axes[0][1], arms)
-    _latency(axes[1][0], arms, "ttft_ms", "Time to first token (in a batch: the queue included)")
-    _latency(axes[1][1], arms, "itl_ms", "Time between tokens")
+def draw_speeds(result: Result, arms: Result) -> Figure:
+    """Output tokens per second, a panel per mode."""
+    modes = _modes(arms)
+    figure, axes = _panels_of_arms(arms, len(modes))
+    for ax, mode in zip(axes, modes, strict=True):
+        speeds = [arm["modes"][mode]["output_tok_per_s"] for arm in arms.values()]
+        colours = [BASELINE_GREY if name == BASELINE else MODE_COLOURS[mode] for name in arms]
+        drawn = ax.barh(range(len(arms)), speeds, 0.7, color=colours)
+        ax.bar_label(drawn, [f"{speed:,.0f}" for speed in speeds], fontsize=10, padding=3)
+        ax.set_title(f"Output tokens per second, {_requests_of(result, mode)}", fontsize=10)
+        ax.set_xlim(0, 1.15 * max(speeds))
     return figure
 
 
-def _throughput(ax: Axes, arms: Result, reference: str) -> None:
-    series = []
-    for mode in _modes(arms):
-        figures = [arm["modes"][mode] for arm in arms.values()]
-        texts = [f"{f['output_tok_per_s']:.0f}\n({f['ratio']:.2f}x)" for f in figures]
-        series.append(Series(mode, [f["output_tok_per_s"] for f in figures], MODE_COLOURS[mode], texts=texts))
-    title = f"Throughput (in brackets: times {reference}, same mode)"
-    bars(ax, list(arms), series, title, "output tokens / s")
+def draw_latencies(result: Result, arms: Result) -> Figure:
+    """TTFT and ITL in the mode with most requests at once: a bar to p50, and from there a line to p99."""
+    mode = _modes(arms)[-1]
+    figure, axes = _panels_of_arms(arms, 2)
+    for ax, key, title in zip(axes, ("ttft_ms", "itl_ms"), ("Time to first token", "Time between tokens"), strict=True):
+        for place, (name, arm) in enumerate(arms.items()):
+            p50, p99 = (arm["modes"][mode][key][q] or 0 for q in ("p50", "p99"))
+            ax.barh(place, p50, 0.7, color=BASELINE_GREY if name == BASELINE else MODE_COLOURS[mode])
+            ax.plot([p50, p99], [place, place], color="black", linewidth=1, marker="|", markevery=[1])
+            ax.text(1.15 * max(p50, p99), place, f"{p50:,.0f} / {p99:,.0f}", va="center", fontsize=9)
+        ax.set_title(f"{title}, {_requests_of(result, mode)}\nms: bar to p50, line to p99", fontsize=10)
+        ax.set_xscale("log")
+        low, high = ax.get_xlim()
+        ax.set_xlim(low, high * (high / low) ** 0.35)  # room for the texts
+    return figure
 
 
-def _latency(ax: Axes, arms: Result, key: str, title: str) -> None:
-    """Per mode, p50 full and p99 pale. The axis is logarithmic, since the modes are far apart."""
-    series = [
-        Series(f"{mode} {q}", [arm["modes"][mode][key][q] for arm in arms.values()], MODE_COLOURS[mode], alpha)
-        for mode in _modes(arms)
-        for q, alpha in PERCENTILES
-    ]
-    ax.set_yscale("log")
-    bars(ax, list(arms), series, title, "ms (log)")
+def _panels_of_arms(arms: Result, count: int) -> tuple[Figure, Sequence[Axes]]:
+    """Panels side by side that share a row per arm, the first arm on top."""
+    figure, axes = plt.subplots(
+        1, count, figsize=(WIDTH, 1.1 + 0.32 * len(arms)), layout="constrained", sharey=True, squeeze=False
+    )
+    names = ["HuggingFace" if name == BASELINE else name for name in arms]
+    axes[0][0].set_yticks(range(len(arms)), names, fontsize=10)
+    axes[0][0].set_ylim(len(arms) - 0.5, -0.5)
+    for ax in axes[0]:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(axis="x", labelsize=9)
+    return figure, axes[0]
 
 
-def _utilisation(ax: Axes, arms: Result) -> None:
+def _requests_of(result: Result, mode: str) -> str:
+    """E.g. "32 requests together"."""
+    count = result["run"]["workload"].get("num_requests", {}).get(mode)
+    return f"{count} requests {MODE_TITLES[mode]}" if count else MODE_TITLES[mode]
+
+
+def draw_slots(arms: Result) -> Figure:
     """Used over reserved slots against time, in the mode with most requests at once."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
     mode = _modes(arms)[-1]
     for name, colour in colours_of(arms).items():
         figures = arms[name]["modes"][mode]
         points = [point for point in figures["kv_series"] if point[3]]
         seconds, shares = [point[0] for point in points], [100 * point[2] / point[3] for point in points]
         mean = figures["kv_utilisation"]
-        label = f"{name} (mean {mean:.0%})" if mean is not None else name
+        shown = "HuggingFace" if name == BASELINE else name
+        label = f"{shown}, mean {mean:.0%}" if mean is not None else shown
         ax.plot(seconds, shares, label=label, color=colour, linewidth=1.6)
-    ax.set(title=f"KV cache utilisation ({mode})", ylabel="% of reserved KV slots in use", ylim=(0, 104))
-    ax.set(xlabel="seconds since the requests were sent", xlim=(0, None))
-    _grid_and_legend(ax)
+    ax.set_title(f"Reserved KV slots that hold a token, % ({MODE_TITLES[mode]})", fontsize=10)
+    ax.set(ylim=(0, 104), xlabel="seconds since the requests were sent", xlim=(0, None))
+    ax.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=9)
+    return figure
 
 
 def _modes(arms: Result) -> list[str]:
@@ -160,7 +189,7 @@ def draw_batching(result: Result, arms: Result) -> Figure | None:
     panels = [(draw, data) for draw, data in ((_sweep, sweep), (_fit, fit)) if data]
     if not panels:
         return None
-    figure, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 4.8), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.8), layout="constrained", squeeze=False)
     for ax, (draw, data) in zip(axes[0], panels, strict=True):
         draw(ax, data)
     return figure
@@ -198,7 +227,7 @@ def draw_groups(result: Result, colours: Colours) -> Figure | None:
 
 def _draw_arrivals(result: Result, groups: Groups, colours: Colours) -> Figure:
     """What a decoding request feels when a long prompt comes in, and what the long prompt pays."""
-    figure, axes = plt.subplot_mosaic([["felt", "felt", "felt"], ["itl", "ttft", "speed"]], figsize=(14, 9))
+    figure, axes = plt.subplot_mosaic([["felt", "felt", "felt"], ["itl", "ttft", "speed"]], figsize=(WIDTH, 6.4))
     figure.set_layout_engine("constrained")
     arms = {arm: found for (arm, _), found in groups.items()}
     for arm, found in arms.items():
@@ -206,20 +235,20 @@ def _draw_arrivals(result: Result, groups: Groups, colours: Colours) -> Figure:
         label = f"{arm} (worst gap {max(gap for _, gap in gaps):,.0f} ms)"
         axes["felt"].plot(*zip(*gaps, strict=True), label=label, color=colours[arm], linewidth=1.2, marker=".", ms=3)
     axes["felt"].set(yscale="log", xlabel="seconds since the start", ylabel="ms since its token before (log)")
-    axes["felt"].set_title("What one of the decoding requests felt: every gap between two of its tokens")
+    axes["felt"].set_title("Every gap between two tokens of one of the decoding requests", fontsize=10)
     _grid_and_legend(axes["felt"])
     speeds = {arm: result["arms"][arm]["modes"][mode]["total_tok_per_s"] for arm, mode in groups}
     itl = {arm: found[DECODING]["itl_ms"]["p99"] for arm, found in arms.items()}
     ttft = {arm: found[LONG]["ttft_ms"]["p50"] for arm, found in arms.items() if LONG in found}
-    bars_by_arm(axes["itl"], itl, colours, "ITL p99 of the decoding requests", "ms")
-    bars_by_arm(axes["ttft"], ttft, colours, "TTFT of the long prompts (median)", "ms")
-    bars_by_arm(axes["speed"], speeds, colours, "Total throughput, prompts included", "tokens / s")
+    bars_by_arm(axes["itl"], itl, colours, "ITL p99, decoding requests", "ms")
+    bars_by_arm(axes["ttft"], ttft, colours, "TTFT of long prompts, median", "ms")
+    bars_by_arm(axes["speed"], speeds, colours, "Throughput with prompts", "tokens / s")
     return figure
 
 
 def _draw_hit_rates(result: Result, groups: Groups, colours: Colours) -> Figure:
     """TTFT against the share of the prompt that the cache may hold, and how much faster than cold that is."""
-    figure, axes = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.8), layout="constrained")
     for (arm, _), found in groups.items():
         curves = hit_rate_curves(found)
         for state, points in curves.items():
@@ -230,10 +259,12 @@ def _draw_hit_rates(result: Result, groups: Groups, colours: Colours) -> Figure:
         if ratios:
             axes[1].plot(*zip(*ratios, strict=True), marker="o", label=arm, color=colours[arm])
             axes[1].annotate(f"{ratios[-1][1]:.1f}x", ratios[-1], (0, 6), textcoords="offset points", ha="center")
-    axes[0].set(ylabel="ms to the first token", title="Time to first token")
-    axes[1].set(ylabel="times faster than the first of its kind", title="What the cached prefix is worth")
+    axes[0].set(ylabel="ms")
+    axes[0].set_title("Time to first token", fontsize=10)
+    axes[1].set(ylabel="times faster than the first of its kind")
+    axes[1].set_title("What the cached prefix is worth", fontsize=10)
     for ax in axes:
-        ax.set(xlabel="% of the 1,500-token prompt that others share", ylim=(0, None))
+        ax.set(xlabel="% of the prompt that others share", ylim=(0, None))
         ax.margins(x=0.08)
         _grid_and_legend(ax)
     return figure
@@ -250,7 +281,7 @@ def hit_rate_curves(groups: Result) -> dict[str, list[tuple[int, float]]]:
 
 def _draw_turns(result: Result, groups: Groups, colours: Colours) -> Figure:
     """TTFT and cache hits, by turn where there are turns; the cache cold (dashed) and warm."""
-    figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.6), layout="constrained")
     ttft = {key: {name: figures["ttft_ms"]["p50"] for name, figures in found.items()} for key, found in groups.items()}
     cached = {key: {name: 100 * f["cached_share"] for name, f in found.items()} for key, found in groups.items()}
     _by_turn(axes[0], ttft, colours, "TTFT, median", "ms", None)
@@ -268,7 +299,8 @@ def _by_turn(ax: Axes, values: Groups, colours: Colours, title: str, unit: str, 
         return
     for (arm, mode), found in values.items():
         ax.plot(*zip(*found.items(), strict=True), STYLES[mode], marker="o", label=f"{arm} {mode}", color=colours[arm])
-    ax.set(title=title, ylabel=unit, ylim=(0, top))
+    ax.set_title(title, fontsize=10)
+    ax.set(ylabel=unit, ylim=(0, top))
     _grid_and_legend(ax)
 
 

@@ -1,9 +1,10 @@
 """A checkpoint of random weights in a public model's shape, written once to the cache for all arms.
 
-Milestone: M4. vLLM counterpart: `load_format="dummy"`, which fills the tensors in place; here they go through a file,
-so that HuggingFace loads the very same ones and tokens can be compared. The speed of a model depends on its shape and
-not on what its weights say, so a machine without network can be measured on any of these. Left out: a tokenizer (the
-benchmark sends token ids). Only writing loads torch and transformers.
+Milestone: M4. vLLM counterpart: `load_format="dummy"` (vllm/model_executor/model_loader/dummy_loader.py), which fills
+the tensors in place; here they go through a file, so that HuggingFace loads the very same ones and tokens can be
+compared. The speed of a model depends on its shape and not on what its weights say, so a machine without network can be
+measured on any of these. Left out: a tokenizer (the benchmark sends token ids). Only writing loads torch and
+transformers.
 """
 
 import json

@@ -33,6 +33,15 @@ def write_json(result: Result, path: Path) -> Path:
     return path
 
 
+def read_json(path: Path, schema: str) -> Result:
+    """A result file. Raises ValueError if it is none of this schema."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    found = result.get("schema") if isinstance(result, dict) else None
+    if found != schema:
+        raise ValueError(f"{path} is no result file of schema {schema}; its schema is {found}")
+    return result
+
+
 def to_json(value: Any, depth: int = 0) -> str:
     """JSON that a person can read: outer levels on lines of their own, inner ones and lists of numbers compact."""
     is_flat = isinstance(value, list) and all(isinstance(item, (int, float, list)) for item in value)
@@ -117,7 +126,7 @@ def headline(result: Result) -> str:
     speed = result.get("bandwidth", {}).get("bytes_per_second")
     reads = f", memory reads {speed / GB:.1f} GB/s" if speed else ""
     return (
-        f"{run['model']} {run['dtype']}, workload {run['workload']['name']}, {run['repeats']} repeat(s), "
+        f"{run['model']} {run['dtype']}, workload {run['workload']['name']}, median of {run['repeats']}, "
         f"max_model_len {run['max_model_len']}, KV {mib(run['kv_cache_memory'])}\n"
         f"{machine.get('gpu') or machine['cpu']}, {run['threads']} threads{reads}, commit {commit_of(machine)}, "
         f"{result['date'][:10]}"

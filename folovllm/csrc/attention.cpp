@@ -1,7 +1,8 @@
 // Paged attention on the CPU, for any mix of query lengths.
 //
-// Milestone: M4. vLLM counterpart: csrc/cpu/cpu_attn.cpp. Left out: AMX, sliding windows, ALiBi, an fp8 cache.
-// Sources: online softmax, Milakov & Gimelshein 2018; tiles, FlashAttention-2 (Dao 2023); split KV, Flash-Decoding.
+// Milestone: M4. vLLM counterpart: csrc/cpu/cpu_attn.cpp (after v0.11.0). Left out: AMX, sliding windows, ALiBi, an
+// fp8 cache. Sources: online softmax, Milakov & Gimelshein 2018; tiles, FlashAttention-2 (Dao 2023); split KV,
+// Flash-Decoding.
 //
 // To read it, begin with reference_attention.cpp, which computes the same in plain loops. Then:
 //   attention_plan.h      cuts the batch into tasks for the threads

@@ -1,6 +1,6 @@
 // The attention of a step, cut into tasks for the threads. All layers of a step share this plan.
 //
-// Milestone: M4. vLLM counterpart: AttentionScheduler in csrc/cpu/cpu_attn_impl.hpp.
+// Milestone: M4. vLLM counterpart: AttentionScheduler in csrc/cpu/cpu_attn_impl.hpp (after v0.11.0).
 // Source of the cut along the keys: Flash-Decoding (Dao et al. 2023).
 //
 // A task is (sequence, KV head, up to 64 rows, a range of keys). A row is one query of one head. All query heads that

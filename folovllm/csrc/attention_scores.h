@@ -1,6 +1,6 @@
 // Scores: the products of queries with the keys of a tile.
 //
-// Milestone: M4. vLLM counterpart: csrc/cpu/cpu_attn_vec.hpp.
+// Milestone: M4. vLLM counterpart: csrc/cpu/cpu_attn_vec.hpp (after v0.11.0).
 //
 // K lies on its side (kv_pages.h): a vector holds one word of 16 tokens' keys, so each lane adds up the score of its
 // own token. R rows are computed at once, so that each vector of K is loaded once for R rows.

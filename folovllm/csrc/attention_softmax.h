@@ -1,6 +1,6 @@
 // Online softmax: the weights of one tile's keys, and the correction of what earlier tiles have added up.
 //
-// Milestone: M4. vLLM counterpart: csrc/cpu/cpu_attn_vec.hpp. Source: Milakov & Gimelshein 2018.
+// Milestone: M4. vLLM counterpart: csrc/cpu/cpu_attn_vec.hpp (after v0.11.0). Source: Milakov & Gimelshein 2018.
 
 #pragma once
 

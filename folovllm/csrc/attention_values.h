@@ -1,6 +1,6 @@
 // Sums of values: the weights of the softmax times the values of a tile.
 //
-// Milestone: M4. vLLM counterpart: csrc/cpu/cpu_attn_vec.hpp.
+// Milestone: M4. vLLM counterpart: csrc/cpu/cpu_attn_vec.hpp (after v0.11.0).
 //
 // V is stored as it comes, so a vector holds numbers of one token's value, and each lane adds up its own number of the
 // output. R rows are computed at once, so that each vector of V is loaded once for R rows.

@@ -1,7 +1,7 @@
 // The vectors of the attention kernel: fp32, of the width of the CPU's registers, from and to memory of any type.
 //
-// Milestone: M4. vLLM counterpart: csrc/cpu/cpu_attn_vec.hpp. Portable through at::vec, which picks its vectors by
-// macro. (The other kernels use simd.h, whose vectors are 16 wide on every CPU.)
+// Milestone: M4. vLLM counterpart: csrc/cpu/cpu_attn_vec.hpp (after v0.11.0). Portable through at::vec, which picks
+// its vectors by macro. (The other kernels use simd.h, whose vectors are 16 wide on every CPU.)
 
 #pragma once
 

@@ -1,8 +1,9 @@
 // Linear layers over weights of 4 bits. They are unpacked in registers, a line of the cache at a time, and multiplied
 // as integers.
 //
-// Milestone: M7. vLLM counterpart: csrc/cpu/cpu_wna16.cpp and, on GPUs, Marlin. Left out: AMX. Sources: GPTQ (Frantar
-// et al. 2022); integer dot products with a scale per group of x as in llama.cpp, but with 16 bits instead of 8.
+// Milestone: M7. vLLM counterpart: csrc/cpu/cpu_wna16.cpp (after v0.11.0) and, on GPUs, Marlin. Left out: AMX.
+// Sources: GPTQ (Frantar et al. 2022); integer dot products with a scale per group of x as in llama.cpp, but with 16
+// bits instead of 8.
 //
 //   y = sum over groups of scale * (sum of (level - 8) * x  -  (zero - 8) * sum of x)          see int4_layout.h
 //

@@ -1,6 +1,6 @@
 // How weights of 4 bits lie in memory: for int4_pack.cpp, which packs them, and int4.cpp, which multiplies with them.
 //
-// Milestone: M7. vLLM counterpart: the packed layout of its CPU kernels (csrc/cpu/cpu_wna16.cpp); Marlin's on GPUs.
+// Milestone: M7. vLLM counterpart: the layout of csrc/cpu/cpu_wna16.cpp (after v0.11.0); Marlin's on GPUs.
 //
 // A weight is scale * (level - zero). Each output has a scale and a zero for each group of inputs. Levels are 0 .. 15.
 //

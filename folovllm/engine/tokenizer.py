@@ -1,8 +1,8 @@
 """Tokenizer: text <-> token ids, and chat messages -> prompt text, without importing transformers.
 
-Milestone: M1. vLLM counterpart: vllm/tokenizers/hf.py. Left out: slow (sentencepiece, tiktoken) tokenizers,
-`clean_up_tokenization_spaces`. The files beside tokenizer.json are read in tokenizer_files.py, chats are rendered in
-the folder chat/.
+Milestone: M1. vLLM counterpart: vllm/transformers_utils/tokenizer.py. Left out: slow (sentencepiece, tiktoken)
+tokenizers, `clean_up_tokenization_spaces`. The files beside tokenizer.json are read in tokenizer_files.py, chats are
+rendered in the folder chat/.
 
 transformers takes seconds to import, `tokenizers` and jinja2 hundredths of a second: everything that the first token
 needs runs on those two.

@@ -1,8 +1,8 @@
 """The files beside tokenizer.json: special tokens, added tokens with their flags, chat templates.
 
-Milestone: M1. vLLM counterpart: vllm/tokenizers/hf.py, which leaves all of this to transformers. The rules here are
-those of transformers 5 (`PreTrainedTokenizerBase._from_pretrained`, `TokenizersBackend.__init__`); its `add_bos_token`
-and `add_eos_token` are left out because transformers ignores them too where there is a tokenizer.json.
+Milestone: M1. vLLM counterpart: vllm/transformers_utils/tokenizer.py, which leaves all of this to transformers. The
+rules here are those of transformers 5 (`PreTrainedTokenizerBase._from_pretrained`, `TokenizersBackend.__init__`); its
+`add_bos_token` and `add_eos_token` are left out because transformers ignores them too where there is a tokenizer.json.
 
     tokenizer_config.json      bos_token, eos_token, ...; added_tokens_decoder: {id: token with flags}
     special_tokens_map.json    the same names; read only if there is no added_tokens_decoder

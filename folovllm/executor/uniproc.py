@@ -1,6 +1,6 @@
 """UniProcExecutor: one worker in this process.
 
-Milestone: M1. vLLM counterpart: vllm/v1/executor/uniproc_executor.py.
+Milestone: M1. vLLM counterpart: vllm/executor/uniproc_executor.py.
 """
 
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 The rest of FoloVLLM calls `find_model(name) -> Path`, and `folovllm pull` calls `pull(name)`. torch, transformers, gguf
 and huggingface_hub are imported only inside the functions that need them, so finding a model that is already there
-takes milliseconds. vLLM's counterpart is `model_executor/model_loader/weight_utils.py`. Left out: ModelScope, S3,
+takes milliseconds. vLLM's counterpart is vllm/model_executor/model_loader/weight_utils.py. Left out: ModelScope, S3,
 revisions, and every weight format but safetensors (a pickle can run code, so none is ever opened).
 """
 

@@ -2,7 +2,7 @@
 
 Everything after `pull` (our loader, the HuggingFace baseline, the quantiser) then reads one format: safetensors plus
 JSON. transformers parses and dequantises the GGUF; this file writes the result and restores what GGUF lost. vLLM's
-counterpart is `model_executor/model_loader/gguf_loader.py`, which instead keeps GGUF's blocks quantised at run time.
+counterpart is vllm/model_executor/model_loader/gguf_loader.py, which instead keeps GGUF's blocks quantised at run time.
 Left out: any GGUF whose pre-tokenizer is not in `PRE_TOKENIZERS`.
 
 The weights are stored as float32 for a reason. A Q4_1 value is `d * q + m` with fp16 `d`, `m` and a 4-bit `q`. The

@@ -6,8 +6,8 @@
 
 A folder with `.tmp-` in its name is left only by a pull that was killed; after Ctrl-C the pull cleans up itself. A pull
 that holds the lock may delete every such folder, because the process that made it cannot be alive. vLLM's counterpart
-is `download_weights_from_hf` with its file lock. Left out: resuming a download, mirrors other than the package
-client's.
+is `download_weights_from_hf` in vllm/model_executor/model_loader/weight_utils.py, which takes a file lock, too. Left
+out: resuming a download, mirrors other than the package client's.
 """
 
 from __future__ import annotations

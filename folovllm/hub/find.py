@@ -2,7 +2,8 @@
 
 The first match wins: an alias; something on disk; something that is written like a path (so that a typing error in a
 path never starts a download); a HuggingFace id. A folder with the name of an alias can be reached as `./name`. vLLM's
-counterpart is `DefaultModelLoader._prepare_weights`. Left out: revisions and remote file systems.
+counterpart is `DefaultModelLoader._prepare_weights` in vllm/model_executor/model_loader/default_loader.py. Left out:
+revisions and remote file systems.
 """
 
 from __future__ import annotations

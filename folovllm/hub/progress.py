@@ -1,8 +1,8 @@
 """What a pull shows while it runs (milestone M0).
 
 `PullProgress` draws one bar and names the stage. `QuietProgress`, which shows nothing, is used for `progress=False`, so
-`pull` itself needs no `if`. rich is imported only when a bar is drawn. vLLM's counterpart is huggingface_hub's tqdm
-bars.
+`pull` itself needs no `if`. rich is imported only when a bar is drawn. vLLM has no file for this: it shows the bars
+of huggingface_hub.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 huggingface_hub downloads, resumes, locks and caches. This file decides what to fetch (never a pickle) and turns its
 dozen exceptions into one message. A complete snapshot in its cache is used as it is, without any network access, which
-makes a second start fast; `refresh=True` (`pull`) asks the network. vLLM's counterpart is `download_weights_from_hf`.
-Left out: revisions, tokens as arguments (huggingface_hub's own login is used).
+makes a second start fast; `refresh=True` (`pull`) asks the network. vLLM's counterpart is `download_weights_from_hf` in
+vllm/model_executor/model_loader/weight_utils.py. Left out: revisions, tokens as arguments (huggingface_hub's own login
+is used).
 """
 
 from __future__ import annotations

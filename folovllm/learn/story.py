@@ -18,7 +18,7 @@ MEANING = {
     "contract": "your class fits the engine, and the methods are your own",
     "unit": "small cases",
     "property": "long random sequences",
-    "trace": "the toy engine decides as with its own part",
+    "trace": "the toy engine decides the same with your class and with the engine's",
     "engine": "a real engine runs on it",
     "counters": "it uses no more than it should",
 }

@@ -120,12 +120,15 @@ class Step:
     waiting: list[str]  # after scheduling
 
     def __str__(self) -> str:
-        parts = [self._part(name) for name in self.scheduled]
-        notes = [f"{name} preempted" for name in self.preempted]
-        notes += [f"{name} waits" for name in self.waiting if name not in self.preempted]
-        return f"step {self.number}: " + "; ".join(parts + notes)
+        names = [*self.scheduled, *self.preempted, *(name for name in self.waiting if name not in self.preempted)]
+        return f"step {self.number}: " + "; ".join(map(self.of, names))
 
-    def _part(self, name: str) -> str:
+    def of(self, name: str) -> str:
+        """What the step did with one request, e.g. "b position 4 in blocks [3, 4] -> ' the'" or "c waits"."""
+        if name in self.preempted:
+            return f"{name} preempted"
+        if name not in self.scheduled:
+            return f"{name} waits" if name in self.waiting else f"{name} is not in the engine"
         start, count = self.start[name], self.scheduled[name]
         where = f"position {start}" if count == 1 else f"positions {start}-{start + count - 1}"
         hit = f" ({self.hits[name]} cached)" if self.hits.get(name) else ""

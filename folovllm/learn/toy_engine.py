@@ -21,6 +21,7 @@ from folovllm import milestones
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.engine.core import EngineCore
+from folovllm.executor.base import Executor
 from folovllm.executor.fake import ROOT, FakeExecutor, FakeRequest, fake_tokens, mix
 from folovllm.hf_config import ModelArchitecture, RopeConfig
 from folovllm.outputs import EngineCoreOutput, ModelRunnerOutput
@@ -104,7 +105,7 @@ class AttendingExecutor(FakeExecutor):
             assert self._read(state, position) == digest, f"{request_id}: slot of position {position} was overwritten"
 
 
-def make_core(executor: FakeExecutor | None = None, **config_args: Any) -> EngineCore:
+def make_core(executor: Executor | None = None, **config_args: Any) -> EngineCore:
     """EngineCore on an AttendingExecutor. E.g. make_core(block_size=4, num_kv_blocks=5, batching="static")."""
     return EngineCore(make_config(**config_args), executor or AttendingExecutor())
 

@@ -1,7 +1,8 @@
 """Building a model and filling it: `load_model` from a HuggingFace folder, `random_model` without any weights.
 
-Milestone: M0. vLLM counterpart: vllm/model_executor/model_loader/{default_loader,dummy_loader}.py. Left out: other
-formats and loaders (GGUF is converted by `folovllm pull`), loading a shard per rank in parallel.
+Milestone: M0. vLLM counterpart: vllm/model_executor/model_loader/default_loader.py and
+vllm/model_executor/model_loader/dummy_loader.py. Left out: other formats and loaders (GGUF is converted by
+`folovllm pull`), loading a shard per rank in parallel.
 """
 
 import dataclasses

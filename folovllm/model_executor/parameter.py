@@ -1,6 +1,7 @@
 """Parameters that know how to load themselves.
 
-Milestone: M0. vLLM counterpart: vllm/model_executor/{parameter,utils}.py. Left out: vLLM's parameter class hierarchy.
+Milestone: M0. vLLM counterpart: vllm/model_executor/parameter.py and vllm/model_executor/utils.py. Left out: vLLM's
+parameter class hierarchy.
 
 A checkpoint holds q_proj, k_proj and v_proj; we hold one qkv_proj. Each layer puts a `weight_loader` on its parameters
 that knows where a tensor of the checkpoint belongs, so the model's `load_weights` is one loop without special cases.

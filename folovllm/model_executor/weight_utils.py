@@ -1,7 +1,7 @@
 """From files to parameters: reading safetensors tensor by tensor, and checking that every one finds its place.
 
-Milestone: M0. vLLM counterpart: vllm/model_executor/model_loader/weight_utils.py and models/utils.py. Left out: pickled
-weights (never opened), downloading (folovllm.hub).
+Milestone: M0. vLLM counterpart: vllm/model_executor/model_loader/weight_utils.py and
+vllm/model_executor/models/utils.py. Left out: pickled weights (never opened), downloading (folovllm.hub).
 
 Nothing is loaded or left out silently: a tensor without a place, a place without a tensor, a tensor in two files, and a
 tensor that its index looks for elsewhere are refused by name. Files beside the checkpoint are named in a warning.

@@ -121,8 +121,8 @@ class GPTQ:
     def step(self, weight: torch.Tensor, column: int, rounded: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
         """Fixes `column` of `weight` at `rounded` [output_size] and updates the later columns, in place.
 
-        weight [output_size, n] and root [n, n] (the same rows and columns of U). Returns the error in units of U's
-        diagonal [output_size], which the columns outside of these n will need.
+        weight [output_size, n] and root [n, n] (the same rows and columns of U). Returns the error divided by U's
+        diagonal element [output_size], which the columns outside of these n will need.
         """
         error = (weight[:, column] - rounded) / root[column, column]  # [output_size]
         # At `column` itself this subtracts the error whole.

@@ -1,6 +1,6 @@
 """What an engine runs: the method of each layer, attention backend, sampler, memory, threads, and what was replaced.
 
-Milestone: M4. vLLM counterpart: the lines that its selectors log at start. `folovllm info --engine` prints it, and
+Milestone: M4. vLLM counterpart: none; its selectors log single lines at start. `folovllm info --engine` prints it, and
 `LLM` logs it at DEBUG.
 """
 

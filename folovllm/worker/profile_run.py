@@ -1,7 +1,8 @@
 """Profile run: one step as large as any, to learn what activations need before the KV cache takes the rest.
 
-Milestone: M3. vLLM counterpart: GPUModelRunner.profile_run and determine_available_memory of its gpu_worker.py.
-vLLM leaves attention out of its profile run; ours goes through the runner like any step, on a cache of its own.
+Milestone: M3. vLLM counterpart: `GPUModelRunner.profile_run` in vllm/v1/worker/gpu_model_runner.py and
+`Worker.determine_available_memory` in vllm/v1/worker/gpu_worker.py. vLLM leaves attention out of its profile run; ours
+goes through the runner like any step, on a cache of its own.
 """
 
 import torch

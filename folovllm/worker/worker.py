@@ -1,6 +1,7 @@
 """Worker: one device, its model and its memory.
 
-Milestone: M1. vLLM counterpart: vllm/v1/worker/gpu_worker.py and cpu_worker.py. Left out: ranks, sleep mode.
+Milestone: M1. vLLM counterpart: vllm/v1/worker/gpu_worker.py and vllm/v1/worker/cpu_worker.py. Left out: ranks, sleep
+mode.
 """
 
 import dataclasses

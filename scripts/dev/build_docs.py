@@ -23,7 +23,7 @@ from pathlib import Path
 from page_code import fill_code
 from page_glossary import glossary_page, link_terms, load_terms
 from page_links import Links
-from page_nav import fill_index, fill_nav
+from page_nav import fill_nav
 from page_symbols import PIN, ROOT, VLLM_SYMBOLS, lines_of_symbol, vllm_symbols
 
 from folovllm.learn.pages import with_outputs
@@ -75,7 +75,7 @@ def build_page(text: str, page: Path, examples: bool = False) -> tuple[str, list
     if page.parent == DOCS / "learn":
         built = link_terms(built, [t for t in load_terms() if page.stem not in t.not_on], "../glossary.md")
     built, wrong = fill_code(built, page.parent)
-    return fill_nav(fill_index(built, page), page), sorted(failed + links.problems + wrong)
+    return fill_nav(built, page), sorted(failed + links.problems + wrong)
 
 
 # ---- the lines of vLLM's symbols

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/learn/04: memory, tiles, the flat batch, the roofline, and rounding to bf16.
+"""Draws the pictures of docs/learn/04: memory, the online softmax, tiles, the flat batch, the roofline, rounding.
 
 Milestone: M4. vLLM counterpart: none. No weights, a few seconds:
 
@@ -94,7 +94,7 @@ def levels(arch: ModelArchitecture) -> list[Level]:
         Level(
             "main memory",
             "25 GB",
-            f"110 ns, {bandwidth:.1f} GB/s",
+            f"110 ns (330 cycles at 3 GHz), {bandwidth:.1f} GB/s",
             f"all weights: {weights:.0f} MB;\nnaive scores: {scores:.1f} GB",
             6.8,
         ),
@@ -124,6 +124,44 @@ def box(ax: Any, x: float, y: float, width: float, height: float, colour: str) -
     corner = (x - width / 2, y - height / 2)
     style = "round,pad=0,rounding_size=0.08"
     ax.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, fc=colour, ec=INK, lw=1))
+
+
+# ---- 04: the online softmax
+
+
+TILES = (((1, 3), (8, 4)), ((4, 2), (2, 6)))  # scores and values of the page's example
+
+
+def draw_online_softmax(path: Path) -> None:
+    """The weights 2^(score - m) after each tile: a larger maximum shrinks all earlier bars by one factor."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained", sharey=True)
+    scores: list[int] = []
+    values: list[int] = []
+    before: list[float] = []
+    for number, (ax, (tile_scores, tile_values)) in enumerate(zip(axes, TILES, strict=True)):
+        scores, values = scores + list(tile_scores), values + list(tile_values)
+        m = max(scores)
+        weights = [2.0 ** (score - m) for score in scores]
+        ax.bar(range(len(before)), before, width=0.7, fc="none", ec="#888888", ls="--")
+        ax.bar(
+            range(len(weights)), weights, width=0.7, color=[(ALL, "#332288")[key // 2] for key in range(len(weights))]
+        )
+        for key, weight in enumerate(weights):
+            ax.text(key, max(weight, *before[key : key + 1], 0) + 0.03, f"{weight:g}", ha="center", fontsize=10)
+        total, out = sum(weights), sum(w * v for w, v in zip(weights, values, strict=True))
+        ax.set_title(
+            f"after tile {number}: m = {m}, l = {total:g}, O = {out:g}, O / l = {out / total:.5g}", fontsize=10
+        )
+        names = [f"key {key}\nscore {scores[key]}\nvalue {values[key]}" for key in range(len(scores))]
+        ax.set_xticks(range(len(scores)), names, fontsize=9)
+        ax.set(xlim=(-0.6, 3.6), ylim=(0, 1.15))
+        ax.spines[["top", "right"]].set_visible(False)
+        before = weights
+    axes[0].set_ylabel("weight: 2^(score - m)")
+    note: dict[str, Any] = {"ha": "center", "fontsize": 9, "color": "#555555", "va": "center"}
+    axes[0].text(2.5, 0.5, "keys 2 and 3: not read yet", **note)
+    axes[1].text(0, 0.62, "dashed: before.\nThe factor is\n2^(3 - 4) = 0.5", **note)
+    figure_files.save(figure, path)
 
 
 # ---- 04: which tiles are computed
@@ -390,13 +428,13 @@ def draw_rounding(path: Path) -> None:
     step = facts["bf16_step"]
     figure, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
     for value in (37.25, 37.5, 37.75):
-        ax.axvline(value, color="#888888", lw=1)
+        ax.plot((value, value), (-0.5, 2.42), color="#888888", lw=1)
         ax.text(value, -0.62, f"{value}", ha="center", fontsize=10, bbox=PLAIN)
         if value < 37.75:
-            ax.axvline(value + step / 2, color="#BBBBBB", lw=0.8, ls=":")
+            ax.plot((value + step / 2,) * 2, (-0.5, 2.42), color="#BBBBBB", lw=0.8, ls=":")
     for y, row in enumerate(rows):
         names = [key.removeprefix("exact ") for key in row if key.startswith("exact")]
-        label: dict[str, Any] = {"m1 fp32": "fp32, every rung"}.get(row["engine"], row["engine"])
+        label: dict[str, Any] = {"m1 fp32": "m1, m4 fp32"}.get(row["engine"], row["engine"])
         ax.text(37.165, y, f"{label}\nchooses {row['chooses']}", va="center", ha="right", fontsize=10)
         for token, colour, lift in zip(names, ("#0072B2", "#D55E00"), (-0.17, 0.17), strict=True):
             exact, logit = row[f"exact {token}"], row[f"logit {token}"]
@@ -453,6 +491,7 @@ def main() -> None:
         measure(ROOFS)
     figures = {
         "04_memory": draw_memory,
+        "04_online_softmax": draw_online_softmax,
         "04_tiles": draw_tiles,
         "04_flat_batch": draw_flat_batch,
         "04_roofline": draw_roofline,

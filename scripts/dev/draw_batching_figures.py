@@ -222,15 +222,15 @@ def two_passes(path: Path) -> None:
     figure.subplots_adjust(0.005, 0.005, 0.995, 0.995)
     ax.set(xlim=(0, 12), ylim=(-0.1, 4.43))
     ax.axis("off")
-    box(ax, 0.15, 1.15, 4.9, 2.2, CORE, "waiting (front first)", [])
-    box(ax, 6.95, 1.15, 4.9, 2.2, CORE, "running (first admitted first)", [])
-    queue_cell(ax, 2.75, "y", f"lacks {lacks['y']} tokens,\nneeds {needs['y']} blocks")
-    queue_cell(ax, 0.4, "z", f"lacks {lacks['z']} token,\nneeds {needs['z']} block")
-    queue_cell(ax, 7.2, "x", f"lacks {lacks['x']} token,\nfits its 2nd block")
-    arrow(ax, (5.1, 2.1), (6.9, 2.1))
+    box(ax, 0.15, 1.15, 4.9, 2.2, CORE, "running (first admitted first)", [])
+    box(ax, 6.95, 1.15, 4.9, 2.2, CORE, "waiting (head first)", [])
+    queue_cell(ax, 0.4, "x", f"lacks {lacks['x']} token,\nfits its 2nd block")
+    queue_cell(ax, 7.2, "y", f"lacks {lacks['y']} tokens,\nneeds {needs['y']} blocks")
+    queue_cell(ax, 9.5, "z", f"lacks {lacks['z']} token,\nneeds {needs['z']} block")
+    arrow(ax, (6.9, 2.1), (5.1, 2.1))
     ax.text(6, 2.25, "admit", ha="center", va="bottom", fontsize=10, color=INK)
     ax.text(
-        9.4,
+        2.6,
         3.85,
         "Pass 1: each running request gets what it lacks.\nx computes 1 token.",
         ha="center",
@@ -239,23 +239,23 @@ def two_passes(path: Path) -> None:
         color=INK,
     )
     ax.text(
-        2.6,
+        9.4,
         3.85,
-        f"Pass 2: the front only. {free} blocks are free, so y\ndoes not fit. The pass ends, z is not tried.",
+        f"Pass 2: the head only. {free} blocks are free, so y\ndoes not fit. The pass ends, z is not tried.",
         ha="center",
         va="center",
         fontsize=10,
         color=INK,
     )
     bend = FancyArrowPatch(
-        (10.9, 1.1), (3.9, 1.1), arrowstyle="-|>", mutation_scale=14, color=PALETTE[5], lw=1.5, ls="--",
-        connectionstyle="arc3,rad=-0.16", shrinkA=0, shrinkB=0,
+        (3.9, 1.1), (8.2, 1.1), arrowstyle="-|>", mutation_scale=14, color=PALETTE[5], lw=1.5, ls="--",
+        connectionstyle="arc3,rad=0.2", shrinkA=0, shrinkB=0,
     )  # fmt: skip
     ax.add_patch(bend)
     ax.text(
-        7.4,
-        0.2,
-        "preempt: the last admitted returns to the front",
+        6.05,
+        0.25,
+        "preempt: the last admitted returns to the head",
         ha="center",
         va="center",
         fontsize=10,
@@ -320,7 +320,7 @@ def flat_batch(path: Path) -> None:
     bottom.text(
         6.2,
         3.15,
-        "slot = block * 16 + position.     " + "     ".join(said),
+        "slot = block * 16 + position % 16.     " + "     ".join(said),
         ha="center",
         va="center",
         fontsize=9.5,

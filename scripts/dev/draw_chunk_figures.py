@@ -5,13 +5,10 @@ Milestone: M5. vLLM counterpart: none. No torch, no weights, a few seconds:
     python scripts/dev/draw_chunk_figures.py [--out docs/learn/img]
 
 Nothing is typed in by hand. The three requests are runs of the real scheduler. Measured times come from the result
-files of milestones/m5. Modelled times come from the example of the page that prints them: this script runs it.
+files of milestones/m5. Modelled times come from folovllm/learn/prefill_costs.py, as those that the page prints.
 """
 
-import contextlib
-import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,15 +18,15 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from folovllm.learn.prefill_costs import calibrated, modelled
 from folovllm.learn.three_requests import EXAMPLES, Step, example_core, run_example
 from folovllm.viz import PALETTE
 
 ROOT = figure_files.ROOT
-PAGE = ROOT / "docs/learn/05_chunked_prefill.md"
 RESULTS = ROOT / "milestones/m5/results"
 COLOURS: dict[str, str] = dict(zip("abc", PALETTE, strict=False))
 INK, READER, LONG = "#333333", PALETTE[0], PALETTE[2]
-MODELLED, MEASURED = PALETTE[5], PALETTE[0]
+MODELLED, SLOWER, MEASURED = PALETTE[5], PALETTE[3], PALETTE[0]
 BUDGET = 6
 NUM_READERS, LONG_PROMPT = 8, 4_000
 plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
@@ -78,7 +75,7 @@ def stall(path: Path) -> None:
         worst = max(gap for when, gap in tokens if 0 < when < 4600)
         plural = "one step" if len(chunks) == 1 else f"{len(chunks)} steps"
         ax.set_title(f"{name}: the prompt takes {plural}, the longest gap is {worst:,.0f} ms", loc="left", fontsize=11)
-    axes[1].set_xlabel("ms after the long prompt arrived (measured; each thin line is one token of every reader)")
+    axes[1].set_xlabel("ms after the long prompt arrived (measured; a thin line is a token of that reader)")
     axes[0].set_xlim(-150, 4400)
     figure_files.save(figure, path)
 
@@ -127,6 +124,7 @@ def three_requests(path: Path) -> None:
         bars.set_xlabel("step")
         bars.axhline(BUDGET, color=INK, lw=1, ls="--")
     axes[1, 1].text(7, BUDGET + 0.25, f"budget {BUDGET}", ha="right", va="bottom", fontsize=10, color=INK)
+    axes[1, 0].text(7, BUDGET + 0.25, f"{BUDGET}, not a limit here", ha="right", va="bottom", fontsize=10, color=INK)
     axes[1, 0].set_ylabel("tokens computed")
     axes[0, 0].set_ylabel("request")
     figure_files.save(figure, path)
@@ -201,29 +199,20 @@ def attention(path: Path) -> None:
 # ---- what a budget costs
 
 
-def page_example(marker: str) -> dict[str, Any]:
-    """The names that the page's example with the line `marker` in it defines. Its output is dropped."""
-    blocks = re.findall(r"^```python\n(# runs\n.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    (code,) = [block for block in blocks if marker in block]
-    names: dict[str, Any] = {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile(code, PAGE.name, "exec"), names)
-    return names
-
-
 def chunk_times(path: Path) -> None:
-    """The step time of every chunk of the prompt under a budget of 256: counted and measured."""
-    example = page_example("def modelled(")
-    modelled = [1000 * seconds for seconds in example["modelled"](256).chunk_seconds]
+    """The step time of every chunk of the prompt under a budget of 256: measured, and in both models."""
+    ours, slower = modelled(256).chunks, modelled(256, calibrated()).chunks
     measured = [ms for _, ms in chunks_of(readers_tokens("m5+budget=256"))]
-    assert len(modelled) == len(measured)
-    figure, ax = plt.subplots(figsize=(9, 3.4), layout="constrained")
-    numbers = range(1, len(modelled) + 1)
+    assert len(ours) == len(measured)
+    figure, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    numbers = range(1, len(ours) + 1)
     ax.bar(numbers, measured, width=0.8, color=MEASURED, alpha=0.35)
-    ax.plot(numbers, modelled, "o-", color=MODELLED)
-    ax.text(15.6, measured[15] + 6, "measured", ha="right", va="bottom", color=MEASURED, fontsize=11)
+    ax.plot(numbers, ours, "o-", color=MODELLED, ms=5)
+    ax.plot(numbers, slower, "^-", color=SLOWER, ms=5)
+    ax.text(12.3, 45, "bars: measured", ha="center", color=INK, fontsize=11)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 2}
-    ax.text(9, 150, "modelled: the roofline", va="top", color=MODELLED, fontsize=11, bbox=box)
+    ax.text(9.6, 152, "the roofline", va="top", color=MODELLED, fontsize=11, bbox=box)
+    ax.text(10.5, 320, "the calibrated model", ha="right", va="center", color=SLOWER, fontsize=11)
     ax.set_xticks(list(numbers))
     ax.set(xlabel="chunk of the prompt of 4,000 tokens (248 tokens each, the last one 32)", ylabel="ms per step")
     ax.set_ylim(0, 390)
@@ -231,37 +220,36 @@ def chunk_times(path: Path) -> None:
 
 
 def budget(path: Path) -> None:
-    """ITL p99, TTFT and throughput against the budget: modelled and measured."""
-    example = page_example("def modelled(")
+    """ITL p99, TTFT and throughput against the budget: in both models, and measured."""
     measured: list[Mapping[str, float]] = result("tune_chunk_size.json")["results"]
-    slo: float = result("tune_chunk_size.json")["slo_itl_ms"]
-    budgets = [16, 32, 64, 128, 256, 512, 1024, 2048]
-    runs = [example["modelled"](tokens) for tokens in budgets]
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3.5), layout="constrained")
+    budgets = [16, 32, 64, 128, 256, 512, 1024, 2048, None]
+    ours = [modelled(tokens) for tokens in budgets]
+    slower = [modelled(tokens, calibrated()) for tokens in budgets]
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.8), layout="constrained")
     panels = [
-        ("ITL p99 of the readers, ms", [run.itl_p99 for run in runs], "itl_p99_ms"),
-        ("TTFT of a long prompt, ms", [run.ttft for run in runs], "ttft_long_ms"),
-        ("all tokens per second", [run.tokens_per_second for run in runs], "total_tok_per_s"),
+        ("ITL p99 of the readers, ms", "itl_p99", "itl_p99_ms"),
+        ("TTFT of a long prompt, ms", "ttft", "ttft_long_ms"),
+        ("all tokens per second", "tokens_per_second", "total_tok_per_s"),
     ]
-    for ax, (title, values, name) in zip(axes, panels, strict=True):
-        ax.plot(budgets, values, "o-", color=MODELLED, ms=4)
-        ax.plot([m["budget"] for m in measured], [m[name] for m in measured], "s-", color=MEASURED, ms=4)
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ax.set_xticks(budgets, [str(b) for b in budgets], rotation=60)
+    for ax, (title, field, name) in zip(axes, panels, strict=True):
+        ax.plot([getattr(run, field) for run in ours], "o-", color=MODELLED, ms=4)
+        ax.plot([getattr(run, field) for run in slower], "^-", color=SLOWER, ms=4)
+        ax.plot([budgets.index(int(m["budget"])) for m in measured], [m[name] for m in measured], "s-", color=MEASURED,
+                ms=4)  # fmt: skip
+        ax.set_xticks(range(len(budgets)), [str(tokens or "off") for tokens in budgets], rotation=60)
         ax.set_title(title, fontsize=11)
         ax.grid(alpha=0.3)
-    axes[0].axhline(slo, color=INK, ls="--", lw=1)
-    axes[0].text(2048, slo * 0.93, f"SLO {slo:.0f} ms", ha="right", va="top", fontsize=9)
-    axes[0].text(300, 700, "measured", color=MEASURED, ha="right", fontsize=10)
-    axes[0].text(400, 190, "modelled", color=MODELLED, ha="left", fontsize=10)
-    axes[1].set_ylim(2_500, 11_000)
-    axes[1].set_yticks([3_000, 5_000, 10_000], ["3,000", "5,000", "10,000"])
-    axes[2].set_ylim(500, 2_000)
-    axes[2].set_yticks([500, 1_000, 2_000], ["500", "1,000", "2,000"])
-    for ax in axes[1:]:
-        ax.minorticks_off()
-    figure.supxlabel("max_num_batched_tokens", fontsize=10)
+    axes[0].set_yscale("log")
+    axes[0].set_yticks([10, 100, 1000], ["10", "100", "1,000"])
+    axes[0].set_ylabel("logarithmic scale")
+    axes[0].text(0.05, 0.94, "measured", color=MEASURED, transform=axes[0].transAxes, va="top")
+    axes[0].text(0.05, 0.84, "calibrated", color=SLOWER, transform=axes[0].transAxes, va="top")
+    axes[0].text(0.97, 0.08, "roofline", color=MODELLED, transform=axes[0].transAxes, ha="right")
+    axes[1].set_ylim(0, 13_500)
+    axes[1].set_yticks(range(0, 12_501, 2_500), [f"{ms:,}" for ms in range(0, 12_501, 2_500)])
+    axes[2].set_ylim(0, 1_500)
+    axes[2].set_yticks(range(0, 1_501, 500), [f"{rate:,}" for rate in range(0, 1_501, 500)])
+    figure.supxlabel("max_num_batched_tokens (off: whole prompts)", fontsize=10)
     figure_files.save(figure, path)
 
 

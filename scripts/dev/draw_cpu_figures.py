@@ -34,7 +34,7 @@ PARTS = {  # part of a step in profile_step.json -> what the picture calls it, a
     "attention": ("attention", "#D55E00"),
     "norm,_rotary,_SiLU": ("norm, rotary, SiLU", "#E69F00"),
     "Python": ("Python", "#F0E442"),
-    "the rest": ("the rest", GREY),
+    "the rest": ("other operators", GREY),
 }
 LANES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # of four outputs
 

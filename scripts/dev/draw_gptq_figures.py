@@ -60,7 +60,7 @@ def draw_perplexity(path: Path) -> None:
     plain = found[None, 16]
     figure, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
     ax.axhline(plain, color=GREY, ls="--", lw=1)
-    note(ax, 2.9, plain * 0.965, f"not quantised: {plain:.1f}", va="top", ha="right", size=10.5)
+    note(ax, 2.9, plain * 0.965, f"our starting model: {plain:.1f}", va="top", ha="right", size=10.5)
     for method, colour, name in (("RTN", RTN, "rounded to nearest (RTN)"), ("GPTQ", FITTED, "GPTQ")):
         values = [found[method, bits] for bits in (3, 4)]
         ax.plot([3, 4], values, "o-", color=colour, lw=2, ms=7)
@@ -143,8 +143,8 @@ def draw_two_inputs(path: Path) -> None:
         (START, (0.5, 0.42), "the weights (0.4, 0.4): error 0", "left", INK),
         (NEAREST2, (0.05, -0.16), "both rounded to nearest (RTN): (0, 0), error 1.92", "left", RTN),
         (ONE_FIXED, (-0.05, 0.36), "1. weight 0 fixed at 0:\nerror 0.64", "right", FITTED),
-        (MOVED, (-0.05, 0.62), "2. weight 1 moves to 0.6:\nerror 0.48", "right", FITTED),
-        (ROUNDED, (-0.05, 1.06), "3. weight 1 rounded:\n(0, 1), error 1.12", "right", FITTED),
+        (MOVED, (-0.05, 0.62), "2. weight 1 moves to 0.6:\nerror 0.4² / (1/3) = 0.48", "right", FITTED),
+        (ROUNDED, (-0.05, 1.06), "3. weight 1 rounded to (0, 1):\nerror 0.48 + 4 · 0.4² = 1.12", "right", FITTED),
     ]
     for _, (at_x, at_y), text, side, colour in notes:
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
@@ -195,7 +195,7 @@ def draw_columns(path: Path) -> None:
     assert torch.equal(plain[-1], rtn_quantize(weight, CONFIG).dequantize())
     figure, axes = plt.subplots(3, 2, figsize=(9, 11.6), layout="constrained")
     for ax, done in zip(axes.flat, SHOWN, strict=True):
-        title = f"after column {done - 1}: {lost[1][done]:.2f} % lost (RTN: {lost[0][done]:.2f} %)"
+        title = f"after column {done - 1}: GPTQ has lost {lost[1][done]:.2f} %, RTN {lost[0][done]:.2f} %"
         ax.set_title(title if done else "the weights W", loc="left", fontsize=11, color=INK)
         before = states[max(done - 1, 0)]
         for row in range(8):
@@ -208,7 +208,8 @@ def draw_columns(path: Path) -> None:
         ax.set(xlim=(-0.05, 8.05), ylim=(8.05, -0.05), aspect="equal")
         ax.axis("off")
     legend = "green: fixed on the grid; dark frame: the column that was rounded in this step\n"
-    figure.suptitle(legend + "orange: raised in this step, blue: lowered in this step", fontsize=11)
+    legend += "orange: raised in this step, blue: lowered; a stronger colour is a larger change, white is below 0.005"
+    figure.suptitle(legend, fontsize=10.5)
     figure_files.save(figure, path)
     Image.open(path).convert("RGB").quantize(96).save(path, optimize=True)  # 384 numbers: a quarter of the bytes
 
@@ -279,9 +280,10 @@ def draw_layers(path: Path) -> None:
                 found = [100 * entry[key] for entry in log["linears"] if entry["layer"] == layer]
                 means.append(sum(found) / len(found))
             ax.plot(layers, means, "-" if arm[-1] == "3" else "--", color=colour, lw=2)
-            note(ax, 29.4, means[-1], f"{name}, {arm[-1]} bits", va="center", colour=colour)
+            height = means[-1] * (1.07 if name == "RTN" else 0.93)  # two lines end close together
+            note(ax, 29.4, height, f"{name}, {arm[-1]} bits", va="center", colour=colour)
     ax.set(yscale="log", xlabel="decoder layer", xlim=(0, 34.5), ylim=(0.1, 8))
-    ax.set_ylabel("% of the output lost (log scale)")
+    ax.set_ylabel("% of the output lost, mean of\nthe four linear layers (log scale)")
     ax.set_yticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
     ax.set_xticks([0, 5, 10, 15, 20, 25, 29])
     ax.minorticks_off()

@@ -175,8 +175,7 @@ def draw_recompute(path: Path) -> None:
                 computed = position >= known - count
                 fill = COLOURS["a"] if computed else PALE["a"]
                 cell(axes, x0 + 0.44 * position, y, 0.44, 0.4, str(position), fill, "white" if computed else LINE)
-    note(axes, 0.6, 0.15, "dark: computed in this step", 9.5, color=COLOURS["a"])
-    note(axes, 5.0, 0.15, "pale: only its key and value are read", 9.5, color=LINE)
+    note(axes, 0.6, 0.15, "dark: computed in this step; pale: only its key and value are read", 9.5, color=LINE)
     save(axes, path)
 
 

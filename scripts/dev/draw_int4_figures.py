@@ -13,14 +13,15 @@ from pathlib import Path
 
 import figure_files
 import torch
-from draw_gptq_figures import FITTED, GREY, INK, RTN, bare, note, perplexities, result
+from draw_gptq_figures import GREY, INK, bare, note, perplexities, result
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from folovllm.gptq_config import GPTQConfig
+from folovllm.learn import int4_cost
+from folovllm.model_executor.cpu.int4_crossover import GUESS
 from folovllm.model_executor.layers.quantization.packing import packing_for
-from folovllm.sim.hardware import HARDWARE
 
 BF16, INT4 = "#0072B2", "#D55E00"
 VALUES = ("#cfe8dd", "#f6d9b8")  # neighbouring values in a word take turns
@@ -54,24 +55,27 @@ def draw_words(path: Path) -> None:
     levels3 = torch.arange(32) % 8
     four, three = packing_for(GPTQConfig(4)), packing_for(GPTQConfig(3))
     rows = [
-        ("qweight, 4 bits: the levels of inputs 0 to 7 for one output (v0 = 6, v1 = 2, ...)",
+        ("qweight, 4 bits: the levels of inputs 0 to 7 for one output (a0 = 6, a1 = 2, ...)",
          int(four.pack_rows(levels4[:, None])), owner_of_bits(4)[0]),
-        ("qzeros, 4 bits, v1: the zeros of outputs 0 to 7 in one group, each 8, stored as 7",
+        ("qzeros, 4 bits, v1: the zeros z0 to z7 of outputs 0 to 7 in one group, each 8, stored as 7",
          int(four.pack_zeros(zeros)), owner_of_bits(4)[0]),
     ]  # fmt: skip
     words = three.pack_rows(levels3[:, None]).flatten().tolist()
     for word, (content, owner) in enumerate(zip(words, owner_of_bits(3), strict=True)):
-        name = f"qweight, 3 bits, word {word} of 3 for 32 inputs (v0 = 0, v1 = 1, ... v7 = 7, v8 = 0, ...)"
+        name = f"qweight, 3 bits, word {word} of 3 for 32 inputs (a0 = 0, a1 = 1, ... a7 = 7, a8 = 0, ...)"
         rows.append((name, content, owner))
     figure, ax = plt.subplots(figsize=(9, 5.6), layout="constrained")
     for row, (name, content, owner) in enumerate(rows):
-        _draw_word(ax, 2.3 * row, name, content, owner, {10, 21} if row > 1 else set())
-    ax.set(xlim=(-0.3, 32.3), ylim=(2.3 * len(rows) - 0.5, -0.9))
+        letter = "z" if name.startswith("qzeros") else "a"
+        _draw_word(ax, 2.3 * row, name, content, owner, {10, 21} if row > 1 else set(), letter)
+    note(ax, 0, -1.15, "bit 31, the highest", colour=GREY, size=9.5)
+    note(ax, 32, -1.15, "bit 0, the lowest", colour=GREY, size=9.5, ha="right")
+    ax.set(xlim=(-0.3, 32.3), ylim=(2.3 * len(rows) - 0.5, -1.6))
     ax.axis("off")
     figure_files.save(figure, path)
 
 
-def _draw_word(ax: Axes, y: float, name: str, content: int, owner: list[int], split: set[int]) -> None:
+def _draw_word(ax: Axes, y: float, name: str, content: int, owner: list[int], split: set[int], letter: str) -> None:
     note(ax, 0, y - 0.32, f"{name}: 0x{content % 2**32:08X}", ha="left", va="center")
     for bit in range(32):
         x, value = 31 - bit, owner[bit]
@@ -80,7 +84,7 @@ def _draw_word(ax: Axes, y: float, name: str, content: int, owner: list[int], sp
         note(ax, x + 0.5, y + 0.43, str(content >> bit & 1), ha="center", va="center", size=9.5)
     for value in dict.fromkeys(owner):
         middle = 31 - sum(bit for bit in range(32) if owner[bit] == value) / owner.count(value)
-        note(ax, middle + 0.5, y + 1.17, f"v{value}", ha="center", va="center", size=9)
+        note(ax, middle + 0.5, y + 1.17, f"{letter}{value}", ha="center", va="center", size=9)
 
 
 # ---- a line of the cache
@@ -90,7 +94,9 @@ def draw_line(path: Path) -> None:
     """The 64 bytes that hold 4 inputs of 32 outputs, and how two instructions take them apart (csrc/int4_layout.h)."""
     figure, ax = plt.subplots(figsize=(9, 4.3), layout="constrained")
     low, high = VALUES
-    note(ax, 0, 6.55, "one line of the cache: 64 bytes = 128 levels", size=11)
+    note(
+        ax, 0, 6.55, "one cache line: 64 bytes = 128 levels        o16 i0: the level of output 16 for input 0", size=11
+    )
     shown = [0, 1, 2, 3, 4, 5, 6, 7, None, 60, 61, 62, 63]
     for place, byte in enumerate(shown):
         x = 1.2 * place
@@ -134,53 +140,53 @@ def draw_line(path: Path) -> None:
 # ---- the roofline: SmolLM2-135M's linear layers on the reference machine
 
 
-WEIGHTS = 30 * (576 * (576 + 2 * 192) + 576 * 576 + 3 * 576 * 1536)
-BF16_BITS, INT4_BITS = 16, 4 + 32 / 64  # groups of 64, each with a scale in fp32
-# Vector instructions for 128 weights. csrc/linear.cpp: 4 loads for a tile of 8 rows, and 4 dot products per row.
-BF16_PER_ROW = 4 + 4 / 8
-# csrc/int4.cpp: load, shift and two ands for a tile of 6 rows; 4 dot products per row; and per row 10 for each group of
-# 64 inputs, which is 16 times 128 weights (32 outputs).
-INT4_PER_TILE, INT4_TILE_ROWS, INT4_PER_ROW = 4, 6, 4 + 10 / 16
 CROSSOVER = 10  # as the page says
-
-
-def bf16_ms(tokens: int) -> float:
-    """Milliseconds for all linear layers, `tokens` at once."""
-    cpu = HARDWARE["cpu"]
-    return 1e3 * max(WEIGHTS * BF16_BITS / 8 / cpu.bandwidth, 2 * WEIGHTS * tokens / cpu.flops)
-
-
-def int4_ms(tokens: int) -> float:
-    """The same with 4 bits, unpacked anew for every tile of up to 6 tokens."""
-    cpu = HARDWARE["cpu"]
-    instructions = tokens * INT4_PER_ROW + -(-tokens // INT4_TILE_ROWS) * INT4_PER_TILE
-    return 1e3 * max(WEIGHTS * INT4_BITS / 8 / cpu.bandwidth, 2 * WEIGHTS / cpu.flops * instructions / BF16_PER_ROW)
+BF16_BITS, INT4_BITS, linear_ms = int4_cost.BF16, int4_cost.INT4, int4_cost.linear_ms
 
 
 def draw_roofline(path: Path) -> None:
     tokens = list(range(1, 33))
-    crossover = max(n for n in tokens if int4_ms(n) <= bf16_ms(n))
+    crossover = int4_cost.crossover()
     assert crossover == CROSSOVER
-    measured = (result("bench_gptq.json")["arms"]["speed"]["crossover"], 8)
+    assert [round(linear_ms(INT4_BITS, n), 2) for n in (CROSSOVER, CROSSOVER + 1)] == [5.75, 6.24]  # as the page says
+    measured = (result("bench_gptq.json")["arms"]["speed"]["crossover"], GUESS)
     figure, ax = plt.subplots(figsize=(9, 3.9), layout="constrained")
     ax.axvspan(*measured, color="#e6e6e6", zorder=0)
-    note(ax, sum(measured) / 2, 17.4, "measured:\n6 to 8", ha="center", va="top", size=9.5)
-    ax.plot(tokens, [bf16_ms(n) for n in tokens], color=BF16, lw=2.4)
-    ax.plot(tokens, [int4_ms(n) for n in tokens], color=INT4, lw=2.4)
+    note(ax, sum(measured) / 2, 19.4, f"measured:\n{measured[0]} to {measured[1]}", ha="center", va="top", size=9.5)
+    ax.plot(tokens, [linear_ms(BF16_BITS, n) for n in tokens], color=BF16, lw=2.4)
+    ax.plot(tokens, [linear_ms(INT4_BITS, n) for n in tokens], color=INT4, lw=2.4)
     note(ax, 19.3, 7.6, "packed bf16", colour=BF16, size=10.5)
     note(ax, 19.3, 13.6, "4 bits", ha="right", colour=INT4, size=10.5)
     for n, time, text, dx, dy in (
-        (1, bf16_ms(1), f"1 token, bf16: {bf16_ms(1):.1f} ms of reading", 0.3, 0.7),
-        (1, int4_ms(1), f"1 token, 4 bits: {int4_ms(1):.1f} ms of reading", 1.2, -0.9),
+        (
+            1,
+            linear_ms(BF16_BITS, 1),
+            f"1 token, bf16: {linear_ms(BF16_BITS, 1):.1f} ms of reading",
+            0.3,
+            0.7,
+        ),
+        (
+            1,
+            linear_ms(INT4_BITS, 1),
+            f"1 token, 4 bits: {linear_ms(INT4_BITS, 1):.1f} ms of reading",
+            1.2,
+            -0.9,
+        ),
     ):
         note(ax, n + dx, time + dy, text, size=9.5)
     note(ax, 13.4, 5.2, "from 13 tokens on, arithmetic limits bf16", colour=BF16, size=9.5)
-    ax.plot(crossover, int4_ms(crossover), "o", color=INK, ms=7)
+    ax.plot(crossover, linear_ms(INT4_BITS, crossover), "o", color=INK, ms=7)
     told = f"modelled crossover:\nup to {crossover} tokens\n4 bits are faster"
     place = {"xytext": (crossover + 2.2, 0.9), "fontsize": 9.5, "color": INK}
-    ax.annotate(told, (crossover, int4_ms(crossover)), arrowprops={"arrowstyle": "-", "color": GREY}, **place)
-    ax.set(xlabel="tokens in the step", ylabel="ms for the linear layers (modelled)", xlim=(1, 32), ylim=(0, 18))
+    ax.annotate(
+        told,
+        (crossover, linear_ms(INT4_BITS, crossover)),
+        arrowprops={"arrowstyle": "-", "color": GREY},
+        **place,
+    )
+    ax.set(xlabel="tokens in the step", ylabel="ms for the linear layers (modelled)", xlim=(1, 32), ylim=(0, 20))
     ax.set_xticks([1, 4, 6, 8, 10, 13, 16, 20, 24, 28, 32])
+    ax.set_yticks([0, 5, 10, 15, 20])
     bare(ax)
     figure_files.save(figure, path)
 
@@ -205,37 +211,33 @@ def reported() -> list[tuple[str, float, float, float]]:
     return found
 
 
+FAMILIES = {"OPT": "#555555", "BLOOM": "#009E73", "LLaMA": "#CC79A7"}
+
+
 def draw_sizes(path: Path) -> None:
-    figure, ax = plt.subplots(figsize=(9, 3.9), layout="constrained")
-    for family, marker in (("OPT", "o"), ("BLOOM", "s"), ("LLaMA", "^")):
-        rows = [row for row in reported() if row[0].startswith(family)]
-        for column, colour in ((2, RTN), (3, FITTED)):
-            ax.plot(
-                [row[1] for row in rows],
-                [row[column] for row in rows],
-                marker + "-",
-                color=colour,
-                ms=6,
-                lw=1,
-                alpha=0.85,
-            )
+    """One panel per method, one line per family."""
     ours = perplexities()
-    for method, colour in (("RTN", RTN), ("GPTQ", FITTED)):
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained", sharey=True)
+    for ax, method, column in zip(axes, ("RTN", "GPTQ"), (2, 3), strict=True):
+        for family, colour in FAMILIES.items():
+            rows = [row for row in reported() if row[0].startswith(family)]
+            rises = [row[column] for row in rows]
+            ax.plot([row[1] for row in rows], rises, "o-", color=colour, ms=5, lw=1.6)
+            ax.annotate(family, (rows[-1][1], rises[-1]), (7, 0), textcoords="offset points", va="center",
+                        color=colour, fontsize=10.5)  # fmt: skip
         rise = 100 * (ours[method, 4] / ours[None, 16] - 1)
-        ax.plot(0.135, rise, "*", color=colour, ms=15, mec=INK)
-        note(ax, 0.115, rise, f"{rise:.1f} %", ha="right", va="center", colour=colour)
-    note(ax, 0.165, 44, "star: SmolLM2-135M, on this page",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1}, size=9.5)  # fmt: skip
-    note(ax, 75, 500, "OPT-66B", colour=RTN, size=9.5)
-    note(ax, 1.9, 330, "rounded to nearest (RTN)", colour=RTN, size=11)
-    note(ax, 1.4, 1.0, "GPTQ", colour=FITTED, size=11)
-    note(ax, 0.065, 0.33, "circles: OPT, squares: BLOOM, triangles: LLaMA", size=9.5)
-    ax.set(xscale="log", yscale="log", xlabel="parameters", xlim=(0.055, 260), ylim=(0.25, 1600))
-    ax.set_ylabel("rise of perplexity at 4 bits")
-    ax.set_xticks([0.1, 1, 10, 100], ["0.1 billion", "1 billion", "10 billion", "100 billion"])
-    ax.set_yticks([1, 10, 100, 1000], ["1 %", "10 %", "100 %", "1,000 %"])
-    ax.minorticks_off()
-    bare(ax)
+        ax.plot(0.135, rise, "*", color=INK, ms=14)
+        note(ax, 0.11, rise * 1.5, f"{rise:.1f} %", size=9.5)
+        ax.set_title({"RTN": "rounded to nearest (RTN)", "GPTQ": "GPTQ"}[method], loc="left", fontsize=11, color=INK)
+        ax.set(xscale="log", yscale="log", xlabel="parameters", xlim=(0.09, 1500), ylim=(0.25, 1600))
+        ax.set_xticks([0.1, 1, 10, 100], ["0.1 billion", "1", "10", "100 billion"])
+        ax.minorticks_off()
+        bare(ax)
+    note(axes[0], 9, 1100, "OPT-66B", colour=FAMILIES["OPT"], size=9.5)
+    axes[0].set_ylabel("rise of perplexity at 4 bits")
+    axes[0].set_yticks([1, 10, 100, 1000], ["1 %", "10 %", "100 %", "1,000 %"])
+    told = "star: SmolLM2-135M, on this page,\nwith another text and groups of 64"
+    note(axes[0], 0.1, 0.3, told, size=9.5)
     figure_files.save(figure, path)
 
 

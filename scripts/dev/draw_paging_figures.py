@@ -118,8 +118,8 @@ def _slot_panel(ax: Axes, step: Step, block_size: int, num_slots: int = 36, colu
         else:
             draw_slot(ax, x, y, name)
         if offset == 0 and slot + block_size <= num_slots:
-            number = f"block {i} of {name}" if block_size < 16 else name
-            label = f"block {block}" + (f" = {number}" if name else ", free")
+            owner = f": entry {i} of {name}" if block_size < 16 else f": {name}"
+            label = f"block {block}" + (owner if name else ", free")
             frame(ax, x, y, block_size, label, name)
     ax.set(xlim=(-0.05, columns + 0.05), ylim=(2 * 1.55 + 1.1, -0.5))
     ax.axis("off")
@@ -137,7 +137,7 @@ def slots(path: Path) -> None:
         x = 9.2 + 6 * i
         for p in range(4 * i, 4 * i + 4):
             draw_slot(ax, x + p % 4, 0.5, "c", p, bold=False)
-        frame(ax, x, 0.5, 4, f"block {i} of c", "c")
+        frame(ax, x, 0.5, 4, f"entry {i}", "c")
         ax.add_patch(FancyBboxPatch((x + 1.1, 2.75), 1.8, 0.7, boxstyle="round,pad=0.1", fc="white", ec=INK))
         ax.text(x + 2, 3.1, f"{block}", ha="center", va="center", fontsize=12, weight="bold")
         _arrow(ax, (x + 2, 1.55), (x + 2, 2.6))
@@ -259,7 +259,7 @@ def free_queue(path: Path) -> None:
     pool.free_block_queue.append_n(pool.blocks[block] for block in before)
     pool.free_block_queue.remove(pool.blocks[5])
     assert [block.block_id for block in pool.free_block_queue.get_all_free_blocks()] == [7, 6, 2, 1, 9]
-    text = "With prefix caching (M6): a hit takes 5\nout of the middle. 6 and 2 are linked."
+    text = "A removal from the middle, as M6 needs it:\nwithout 5, 6 and 2 are linked."
     _queue_row(ax, len(said), text, before, gone=5)
     ax.text(0, len(said) + 0.75, "Yellow: blocks that this line has freed.", va="center", fontsize=9)
     ax.set(xlim=(0, 20.4), ylim=(len(said) + 1, -0.5))

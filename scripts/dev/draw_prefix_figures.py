@@ -21,7 +21,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from folovllm.core.block_hash import BlockHasher, get_hash_function, root_hash
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import FakeExecutor
-from folovllm.hf_config import ModelArchitecture, parse_hf_config
+from folovllm.learn.prefill_costs import calibrated, roofline
 from folovllm.learn.three_requests import (
     EXAMPLES,
     PIECES,
@@ -32,15 +32,14 @@ from folovllm.learn.three_requests import (
 )
 from folovllm.learn.toy_engine import block_ids, drive, make_core, make_request
 from folovllm.request import Request
-from folovllm.sim.cost import Calibration, CostModel
-from folovllm.sim.hardware import HARDWARE
+from folovllm.viz import PALETTE
 
 ROOT = Path(__file__).parents[2]
-SMOLLM2 = ROOT / "tests/data/configs/SmolLM2-135M-Instruct.json"
 MEASURED = ROOT / "milestones/m6/results/shared_prefix_cpu.json"
 OWNERS = {"a": "#0072B2", "b": "#E69F00", "c": "#009E73"}  # viz.PALETTE[:3]
 FREE, INK = "#DDDDDD", "#333333"
 COMPUTED, HIT = "#555555", "#B9D7EA"
+ROOFLINE, CALIBRATED, WITH_CACHE = PALETTE[5], PALETTE[3], PALETTE[0]  # the models as on page 05
 BLOCK_SIZE = 4
 M5 = {"num_kv_blocks": 10, "enable_chunked_prefill": True, "max_num_batched_tokens": 6}
 
@@ -111,6 +110,7 @@ def chat(path: Path) -> None:
     axes[0].text(1.0, 1500, "computed", color=COMPUTED, fontsize=11, weight="bold")
     axes[1].text(1.0, 1500, "taken from the cache", color="#3A7CA5", fontsize=11, weight="bold")
     axes[1].text(1.0, 1300, "computed", color=COMPUTED, fontsize=11, weight="bold")
+    axes[1].text(1.0, 1100, "blocks of 16 tokens", color=INK, fontsize=10)
     figure_files.save(figure, path)
 
 
@@ -202,9 +202,10 @@ def chain(path: Path) -> None:
         ax.text(0.75, y + 1.15, "root", fontsize=10, ha="center", va="center", color=INK)
         for i, (tokens, block_hash) in enumerate(blocks):
             draw_link(ax, 1.6 + 2.6 * i, y, name, tokens, block_hash, is_first=i == 0)
+    ax.text(4.25, 4.0, "hash of b92264 and tokens (all generated)", fontsize=10, color=INK, ha="left", va="center")
     ax.text(1.65, 6.1, "equal to a's: a hit", fontsize=10, color=INK, ha="left", va="center")
     ax.text(1.65, 1.9, "hash of root and tokens", fontsize=10, color=INK, ha="left", va="center")
-    ax.text(4.25, 1.9, "hash of 2bcee0 and tokens", fontsize=10, color=INK, ha="left", va="center")
+    ax.text(4.25, 1.9, "hash of 2bcee0 and tokens (some generated)", fontsize=10, color=INK, ha="left", va="center")
     figure_files.save(figure, path)
 
 
@@ -236,6 +237,7 @@ class Moment:
     title: str
     queue: list[int]
     cached: dict[int, tuple[str, int]]
+    partly_filled: dict[int, str]  # block without a hash -> what it holds
 
 
 QUEUES = [[1, 2, 3, 4, 5, 6], [3, 4, 5, 6, 2, 1], [5, 6, 2, 1, 4, 3], [2, 4, 3, 6, 5, 1]]
@@ -249,7 +251,8 @@ def moments() -> list[Moment]:
 
     def look(title: str) -> Moment:
         queue = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
-        return Moment(title, queue, {b: holds[b] for b in queue if pool.blocks[b].block_hash is not None})
+        cached = {b: holds[b] for b in queue if pool.blocks[b].block_hash is not None}
+        return Moment(title, queue, cached, {b: remains(*holds[b]) for b in queue if b in holds and b not in cached})
 
     found = [look("at the start")]
     for name, title in (("a", "after a"), ("b", "after b"), ("c", "after c, which hit\nblock 1 and\nevicted block 2")):
@@ -260,6 +263,14 @@ def moments() -> list[Moment]:
     assert [moment.queue for moment in found] == QUEUES
     assert 2 not in found[-1].cached and found[-1].cached[1] == ("a", 0)
     return found
+
+
+def remains(name: str, index: int) -> str:
+    """What the last block of a request holds, which is not full. The last token of an answer is never computed."""
+    example = EXAMPLES[name]
+    count = len(example.prompt_token_ids) + example.max_tokens - 1 - index * BLOCK_SIZE
+    assert 0 < count < BLOCK_SIZE
+    return f"{count} token{'s' if count > 1 else ''} of {name},\nno hash"
 
 
 def table_of(core: EngineCore, request: Request) -> list[int]:
@@ -281,7 +292,7 @@ def eviction(path: Path) -> None:
     for row, moment in enumerate(found):
         ax.text(-0.12, row, moment.title, ha="right", va="center", fontsize=10, color=INK)
         for column, block in enumerate(moment.queue):
-            draw_queued(ax, column, row, block, moment.cached.get(block))
+            draw_queued(ax, column, row, block, moment.cached.get(block), moment.partly_filled.get(block, ""))
     ax.text(0.46, -0.62, "head: handed out next", ha="center", fontsize=10, color=INK)
     ax.text(5.46, -0.62, "tail: kept longest", ha="center", fontsize=10, color=INK)
     ax.set(xlim=(-1.5, 6.05), ylim=(len(found) - 0.5, -0.85))
@@ -289,10 +300,10 @@ def eviction(path: Path) -> None:
     figure_files.save(figure, path)
 
 
-def draw_queued(ax: Axes, column: int, row: int, block: int, held: tuple[str, int] | None) -> None:
+def draw_queued(ax: Axes, column: int, row: int, block: int, held: tuple[str, int] | None, remains: str) -> None:
     colour = OWNERS[held[0]] if held else FREE
     ax.add_patch(Rectangle((column, row - 0.4), 0.92, 0.8, fc=colour, ec="white"))
-    label = f"block {block}"
+    label = f"block {block}" + (f"\n{remains}" if remains else "")
     if held:
         name, index = held
         tokens = (EXAMPLES[name].prompt_token_ids + EXAMPLES[name].answer_token_ids)[4 * index : 4 * index + 4]
@@ -304,12 +315,6 @@ def draw_queued(ax: Axes, column: int, row: int, block: int, held: tuple[str, in
 # ---- time to first token
 
 
-def ttft_model() -> CostModel:
-    """The roofline of the reference machine, with nothing added to it."""
-    arch: ModelArchitecture = parse_hf_config(json.loads(SMOLLM2.read_text()))
-    return CostModel(arch, HARDWARE["cpu"], Calibration(1.0, 0.0, "the bare roofline"))
-
-
 def measured_ttft(arm: str) -> dict[int, float]:
     """Share of the prompt that is shared, in percent -> median TTFT in ms of the warm requests."""
     groups: dict[str, Any] = json.loads(MEASURED.read_text())["arms"][arm]["modes"]["single"]["groups"]
@@ -318,16 +323,17 @@ def measured_ttft(arm: str) -> dict[int, float]:
 
 def ttft(path: Path) -> None:
     """TTFT of a prompt of 1,500 tokens against the tokens that are hit."""
-    model = ttft_model()
     hits = range(0, 1_489, 16)
     figure, ax = plt.subplots(figsize=(9, 3.4), layout="constrained")
-    ax.plot(hits, [1000 * model.step([(hit, 1500 - hit)], 1).seconds for hit in hits], color=INK, lw=1.5)
-    for arm, colour, marker in (("m5", "#CC79A7", "s"), ("m6", COMPUTED, "o")):
+    for model, colour in ((roofline(), ROOFLINE), (calibrated(), CALIBRATED)):
+        ax.plot(hits, [1000 * model.step([(hit, 1500 - hit)], 1).seconds for hit in hits], color=colour, lw=1.5)
+    for arm, colour, marker in (("m5", COMPUTED, "s"), ("m6", WITH_CACHE, "o")):
         times = measured_ttft(arm)
         ax.plot([1500 * share // 100 // 16 * 16 for share in times], list(times.values()), marker, color=colour, ms=7)
-    ax.text(1100, 1040, "m5, measured: no cache", color="#CC79A7", fontsize=10, weight="bold")
-    ax.text(770, 640, "m6, measured", color=COMPUTED, fontsize=10, weight="bold")
-    ax.text(60, 440, "modelled: the least time that\n445 GFLOP/s allow", color=INK, fontsize=10)
+    ax.text(960, 1050, "m5, warm requests: no cache", color=COMPUTED, fontsize=10, weight="bold")
+    ax.text(770, 640, "m6, warm requests", color=WITH_CACHE, fontsize=10, weight="bold")
+    ax.text(60, 480, "the roofline: the least time\nthat 445 GFLOP/s allow", color=ROOFLINE, fontsize=10)
+    ax.text(1040, 470, "calibrated", color=CALIBRATED, fontsize=10)
     ax.set(
         xlabel="tokens of the prompt that are found in the cache, of 1,500",
         ylabel="TTFT, ms",

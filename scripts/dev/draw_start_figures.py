@@ -132,6 +132,7 @@ def draw_token_loop(path: Path) -> None:
     """Request a without any cache: what goes into the model, the best three tokens that come out, the chosen one."""
     axes = canvas(9, 3.75)
     note(axes, 0.1, 3.58, "goes into the model", 10, weight="bold")
+    note(axes, 1.75, 3.58, "(dark: the answer so far)", 9, color=LINE)
     note(axes, 5.75, 3.58, "the three most likely next tokens", 10, weight="bold")
     for call in range(4):
         y = 2.8 - 0.82 * call

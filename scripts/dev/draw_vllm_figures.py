@@ -9,7 +9,8 @@ from pathlib import Path
 
 import figure_files
 from matplotlib import pyplot as plt
-from matplotlib.patches import Rectangle
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
 
 from folovllm import viz
 from folovllm.trace.diff import diff
@@ -29,7 +30,7 @@ def draw_pair(name: str, path: Path, marked: str, texts: tuple[str, str], text_r
     """
     traces = pair(name)
     step = _first_other_work(traces, marked)
-    figure, axes = plt.subplots(2, 1, figsize=(10, 4.8), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(2, 1, figsize=(9, 5.2), sharex=True, layout="constrained")
     for ax, trace, engine, text in zip(axes, traces, ("FoloVLLM", "vLLM"), texts, strict=True):
         arrivals = _arrivals(trace)
         viz.gantt(ax, [record["sched"] for record in trace.steps], arrivals, viz.colours_of(arrivals))
@@ -40,10 +41,19 @@ def draw_pair(name: str, path: Path, marked: str, texts: tuple[str, str], text_r
             arrowprops={"arrowstyle": "-", "color": MARK}, bbox={"fc": "white", "ec": "none", "pad": 1},
         )  # fmt: skip
         ax.set_title(engine, loc="left", fontsize=10)
+        for label in ax.texts:
+            label.set_size(9)
     num_steps = max(len(trace.steps) for trace in traces)
     axes[0].set_xlim(0, num_steps)
     axes[1].set_xticks(range(0, num_steps + 1, 2))
     axes[1].set_xlabel("step")
+    handles = [
+        Patch(fc="white", ec=viz.INK, hatch="////", label="prompt: so many tokens in the step"),
+        Patch(fc="white", ec=viz.INK, label="one token"),
+        Line2D([], [], color="#999999", label="preempted, waits"),
+        Line2D([], [], color=viz.INK, marker="|", ls="none", markersize=9, label="arrives"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     figure_files.save(figure, path)
 
 

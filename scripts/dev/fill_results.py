@@ -8,9 +8,10 @@ A page says where a table goes and from which file (paths from the repository ro
     <!-- /results -->
 
 After the file name, `running=32` keeps only the rows of that value, `seq_len=512,8192` those of one of them, and
-`columns=case,forward_ms` only these columns, in this order (for files with a list of `results`); `arms=m2,m3` keeps
-only those arms (for a compare_perf file).
-`view=ladder` writes the table of the rungs with one measured column (for a compare_perf file).
+`columns=case,forward_ms` only these columns, in this order, with `_` for a space (for files with a list of
+`results`); `arms=m2,m3` keeps only those arms (for a compare_perf file).
+`view=ladder` writes the table of the rungs with one measured column (for a compare_perf file); `view=gptq` writes
+the speeds of a bench_gptq file with the range of each ratio.
 
     python scripts/dev/fill_results.py            rewrite all pages
     python scripts/dev/fill_results.py --check    exit code 1 if a page is not what its result file says
@@ -32,7 +33,7 @@ from folovllm.benchmarks.arms import in_words
 from scripts.peers.report import markdown, markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCK = re.compile(r"(<!-- results: (\S+)((?: \w+=[\w,/]+)*) -->\n).*?(<!-- /results -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: (\S+)((?: \w+=[\w,/%]+)*) -->\n).*?(<!-- /results -->)", re.DOTALL)
 PAGES = ("README.md", "docs/**/*.md", "milestones/**/*.md")
 
 
@@ -67,8 +68,11 @@ def fill(text: str, folder: Path) -> str:
         link = os.path.relpath(file, folder)
         result = json.loads(file.read_text(encoding="utf-8"))
         wanted = dict(item.split("=") for item in match[3].split())
-        if wanted.pop("view", None) == "ladder":
+        view = wanted.pop("view", None)
+        if view == "ladder":
             table = ladder_table(result, link, folder)
+        elif view == "gptq":
+            table = gptq_table(result, link)
         elif result.get("schema", "").startswith("folovllm.compare_peers/"):
             table = peers_table(result, link)
         else:
@@ -134,8 +138,39 @@ def batch_speed(result: dict[str, Any], arm: str) -> str:
 def int4_speed(folder: Path) -> str:
     """M7 changes the checkpoint, so its cell says what 4 bits are worth where they are: for one request at a time."""
     file = ROOT / "milestones/m7/results/bench_gptq.json"
-    (row,) = (r for r in json.loads(file.read_text(encoding="utf-8"))["results"] if r["arm"] == "memory")
-    return f"[another measurement]({os.path.relpath(file, folder)}): one request, {row['single']} of bf16"
+    gains = ratios(json.loads(file.read_text(encoding="utf-8")), "memory", "single")
+    return f"[another measurement]({os.path.relpath(file, folder)}): one request, {gains} of bf16"
+
+
+def gptq_table(result: dict[str, Any], link: str) -> str:
+    """One row per way of holding the weights, for a bench_gptq file."""
+    machine, settings = result["machine"], result["settings"]
+    many, repeats = settings["batch"], settings["repeats"]
+    lines = [
+        f"`python {as_run_today(result['command'])}` on {machine['cpu']}, {result['threads']} threads; tokens per "
+        f"second are medians of {repeats} repeats, and the ratios to bf16 are the lowest and the highest of the "
+        f"repeats ([all figures]({link}), commit {machine['git']['sha'][:10]}).",
+        "",
+        f"| weights | 1 request, tokens/s | times bf16 | {many} requests, tokens/s | times bf16 | linear weights, MB | "
+        "share of bf16 | uses 4 bits for steps of up to |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, arm in result["arms"].items():
+        single, batch = (f"{arm[f'{mode}_tokens_per_second']:.1f}" for mode in ("single", "batch"))
+        limit = {"bf16": "never", "memory": "any size"}.get(name, f"{arm['crossover']} tokens")
+        lines.append(
+            f"| `{name}` | {single} | {ratios(result, name, 'single')} | {batch} | {ratios(result, name, 'batch')} "
+            f"| {arm['linear_bytes'] / 1e6:.0f} | {arm['linear_bytes_ratio']:.0%} | {limit} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def ratios(result: dict[str, Any], arm: str, mode: str) -> str:
+    """E.g. "1.4x to 2.1x": an arm of a bench_gptq file against bf16, the lowest and the highest repeat."""
+    pairs = zip(result["arms"][arm]["runs"][mode], result["arms"]["bf16"]["runs"][mode], strict=True)
+    found = sorted(mine / base for mine, base in pairs)
+    digits = 1 if mode == "single" else 2
+    return "1" if arm == "bf16" else f"{found[0]:.{digits}f}x to {found[-1]:.{digits}f}x"
 
 
 def peers_table(result: dict[str, Any], link: str) -> str:
@@ -149,14 +184,20 @@ def plain_table(result: dict[str, Any], link: str, wanted: dict[str, str]) -> st
     columns = wanted.pop("columns", "")
     rows = [r for r in result["results"] if all(str(r[key]) in values.split(",") for key, values in wanted.items())]
     digits = result.get("digits", 3)
-    cells = [
-        {name.replace("_", " "): text_of(row[name], digits) for name in (columns.split(",") if columns else row)}
-        for row in rows
-    ]
+    keys = {key.replace(" ", "_"): key for key in rows[0]}  # a page writes from_cache for "from cache"
+    shown = [keys[name] for name in (columns.split(",") if columns else keys)]
+    cells = [{heading(name): text_of(row[name], digits) for name in shown} for row in rows]
     facts = f"[all figures]({link}), commit {machine['git']['sha'][:10]}"
-    what = "" if result["unit"] == "logits" else f", times in {result['unit']}"
+    has_times = result["unit"] != "logits" and (result["unit"] != "seconds" or any("seconds" in row for row in cells))
+    what = f", times in {result['unit']}" if has_times else ""
     where = f"{machine['cpu']}, {machine['cores']} cores{what}"
     return f"`python {as_run_today(result['command'])}` on {where} ({facts}).\n\n{markdown_table(cells)}"
+
+
+def heading(name: str) -> str:
+    """A key of a result file as the heading of its column. E.g. "itl_p50_ms" -> "ITL p50, ms"."""
+    latency = re.sub(r"^(itl|ttft)_(\w+)_ms$", lambda match: f"{match[1].upper()} {match[2]}, ms", name)
+    return latency.replace("_", " ").replace("tok per s", "tok/s")
 
 
 def as_run_today(command: str) -> str:

@@ -5,7 +5,7 @@ Milestone: M0. vLLM counterpart: none. An entry of the file:
     [block-table]
     term = "block table"
     also = ["block tables"]            # other forms that are linked; a plural with "s" needs none
-    page = "learn/03_paged_kv_cache.md"  # where it is explained
+    page = "learn/03_paged_kv_cache.md"  # where it is explained; left out if only the entry itself says it
     text = "One or two sentences."
     ours = false                       # true: a word of this project
     link = true                        # false: an everyday word, of which only the forms of `also` are linked
@@ -40,8 +40,8 @@ learning pages link the first use of each word to its entry here. `scripts/dev/b
 class Term:
     id: str
     term: str
-    page: str
     text: str
+    page: str = ""
     also: tuple[str, ...] = ()
     ours: bool = False
     link: bool = True
@@ -101,13 +101,16 @@ def _pattern(form: str) -> str:
 
 def glossary_page() -> str:
     terms = sorted(load_terms(), key=lambda term: term.term.lower())
-    lines = [INTRODUCTION, " · ".join(f"[{term.term}](#{term.id})" for term in terms)]
+    lines = [INTRODUCTION]
     for title, ours in (("Words of the field", False), ("Words of this project", True)):
-        lines += ["", f"## {title}"]
-        for term in terms:
-            if term.ours == ours:
-                lines += ["", *_entry(term)]
-    return "\n".join(lines) + "\n"
+        shown = [term for term in terms if term.ours == ours]
+        first_of = {term.term[0].upper(): term.id for term in reversed(shown)}
+        letters = " · ".join(f"[{letter}](#{first_of[letter]})" for letter in sorted(first_of))
+        lines += [f"## {title}", "", letters]
+        for term in shown:
+            lines += ["", *_entry(term)]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _entry(term: Term) -> list[str]:

@@ -26,7 +26,8 @@ TITLED = rf"(?<!!)\[(?P<text>(?:[^\[\]`]|`[^`]*`)*)\]\((?P<target>[^()\s]*) \"{A
 ARXIV = r"\barXiv[: ](?P<paper>\d{4}\.\d{4,5})\b"
 
 # What no link is written into.
-CODE = r"^(?P<tick>```+).*?^(?P=tick)[^\S\n]*$|(?P<quote>`+)(?:(?!(?P=quote)).)+?(?P=quote)"
+INDENTED = r"(?:\A|(?<=\n\n)) {4}[^\n]*(?:\n* {4}[^\n]*)*"  # a code block without ```
+CODE = rf"^(?P<tick>```+).*?^(?P=tick)[^\S\n]*$|(?P<quote>`+)(?:(?!(?P=quote)).)+?(?P=quote)|{INDENTED}"
 COMMENTS = rf"{GENERATED.pattern}|<!--.*?-->"  # what builders write, and their places
 LINKS = r"!?\[(?:[^\[\]`]|`[^`]*`)*\]\((?:[^()\s]|\([^()\s]*\))*(?: \"[^\"]*\")?\)|<https?:[^<>\s]*>|</?\w+[^<>\n]*>"
 

@@ -1,8 +1,8 @@
-"""Head and foot of a page: reading time, what to know before, the pages around it, and what to do after it; indexes.
+"""Head and foot of a page: reading time, what to know before, the pages around it, and what to do after it.
 
 Milestone: M0. vLLM counterpart: none. All of it comes from docs/data/pages.toml and from the page itself. A page has
-`<!-- nav -->` `<!-- /nav -->` below its title, and the same pair at its end. `<!-- pages -->` and `<!-- topics -->`, on
-any page, hold the list of the pages with their times and the index by topic.
+`<!-- nav -->` `<!-- /nav -->` below its title, and the same pair at its end. The lists of docs/README.md are written by
+front_index.py.
 """
 
 import os
@@ -15,7 +15,6 @@ from folovllm.learn.pages import Page, counted, examples_of, load_pages, minutes
 
 DOCS = ROOT / "docs"
 NAV = re.compile(r"<!-- nav -->.*?<!-- /nav -->", re.DOTALL)
-INDEX = re.compile(r"<!-- (?P<kind>pages|topics) -->.*?<!-- /(?P=kind) -->", re.DOTALL)
 
 
 def fill_nav(text: str, file: Path) -> str:
@@ -30,34 +29,6 @@ def fill_nav(text: str, file: Path) -> str:
         return f"<!-- nav -->\n{next(blocks)}\n<!-- /nav -->"
 
     return NAV.sub(block, text, count=2)
-
-
-def fill_index(text: str, file: Path) -> str:
-    """`text` with its `<!-- pages -->` and `<!-- topics -->` as of now."""
-    tables = {"pages": _pages_table, "topics": _topics_table}
-
-    def block(match: re.Match[str]) -> str:
-        return f"<!-- {match['kind']} -->\n{tables[match['kind']](file)}\n<!-- /{match['kind']} -->"
-
-    return INDEX.sub(block, text)
-
-
-def _pages_table(file: Path) -> str:
-    lines = ["| page | minutes | examples | then |", "|---|--:|--:|---|"]
-    for page in load_pages():
-        text = page.text()
-        count = len(examples_of(text)) or ""
-        lines.append(f"| {_entry(page, file)} | {sum(minutes(text))} | {count} | {', '.join(_onward(page, file))} |")
-    return "\n".join(lines)
-
-
-def _topics_table(file: Path) -> str:
-    pages = load_pages()
-    topics = sorted({topic for page in pages for topic in page.topics}, key=str.lower)
-    lines = ["| topic | pages |", "|---|---|"]
-    for topic in topics:
-        lines.append(f"| {topic} | {', '.join(_entry(page, file) for page in pages if topic in page.topics)} |")
-    return "\n".join(lines)
 
 
 def _entry(page: Page, file: Path) -> str:

@@ -26,7 +26,7 @@ from folovllm.learn.exercise import ALL_PARTS, Exercise, find_exercises, get_exe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/learn/exercises.md"
-LEVELS = {1: "easy", 2: "medium", 3: "hard"}
+DIFFICULTIES = {1: "easy", 2: "medium", 3: "hard"}
 TABLE = re.compile(r"(<!-- exercises -->\n).*?(<!-- /exercises -->)", re.DOTALL)
 STEP = re.compile(
     r"^```python\n(?P<code># (?P<file>work/\S+)\n.*?)^```"
@@ -60,7 +60,7 @@ def written_page(text: str) -> str:
 
 def table() -> str:
     exercises = find_exercises()
-    rows = ["| exercise | you write | minutes | level |", "|---|---|--:|---|", *map(_row, exercises)]
+    rows = ["| exercise | you write | minutes | difficulty |", "|---|---|--:|---|", *map(_row, exercises)]
     fast = [exercise for exercise in exercises if exercise.fast]
     rows.append(f"| all {len(exercises)} | | {_duration(exercises)} | |")
     rows.append(f"| fast track, {len(fast)} in bold | | {_duration(fast)} | |")
@@ -75,8 +75,8 @@ def _row(exercise: Exercise) -> str:
         else f"{methods} of `{exercise.part}`"
     )
     name = f"[{exercise.id}](../../milestones/{exercise.milestone}/exercises/{exercise.name}/README.md)"
-    level = LEVELS[exercise.level] + (", torch" if exercise.torch else "")
-    return f"| {f'**{name}**' if exercise.fast else name} | {yours} | {exercise.minutes} | {level} |"
+    difficulty = DIFFICULTIES[exercise.level] + (", torch" if exercise.torch else "")
+    return f"| {f'**{name}**' if exercise.fast else name} | {yours} | {exercise.minutes} | {difficulty} |"
 
 
 def _duration(exercises: list[Exercise]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from folovllm.benchmarks.command import Plan, describe_run, make_plan
 from folovllm.benchmarks.machine import machine_header
 from folovllm.benchmarks.metrics import median_of
+from folovllm.benchmarks.report import read_json
 from folovllm.benchmarks.runner import say
 from folovllm.hub import HubError
 from scripts.peers import comparison, report
@@ -48,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         print(listing(options))
         return 0
     try:
+        if options.bench.plot_only:
+            return plot_again(options.bench.plot_only)
         return run(options, argv)
     except (ValueError, OSError, HubError) as error:
         print(f"compare_peers.py: error: {error}", file=sys.stderr)
@@ -55,6 +58,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("compare_peers.py: interrupted; nothing was written", file=sys.stderr)
         return 130
+
+
+def plot_again(file: Path) -> int:
+    """Draw the picture of a result file beside it."""
+    from scripts.peers.plot import write_plot
+
+    for path in write_plot(read_json(file, SCHEMA), file.with_suffix(".png")):
+        print(f"wrote {path}")
+    return 0
 
 
 def listing(options: PeerOptions) -> str:

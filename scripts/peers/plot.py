@@ -6,9 +6,8 @@ Milestone: M4. vLLM counterpart: none. No torch.
 from pathlib import Path
 from typing import Any
 
-from folovllm.benchmarks.arms import in_words
 from folovllm.benchmarks.machine import commit_of
-from folovllm.benchmarks.plot import BASELINE_GREY, MODE_COLOURS, plt, save
+from folovllm.benchmarks.plot import BASELINE_GREY, MODE_COLOURS, WIDTH, plt, save
 
 TITLES = {"single": "{n} requests one after another", "batch": "{n} requests at once"}
 
@@ -19,9 +18,11 @@ def write_plot(result: dict[str, Any], path: Path) -> list[Path]:
     if not arms:
         return []
     modes = result["run"]["modes"]
-    height = 1.6 + 0.55 * len(arms)
-    figure, axes = plt.subplots(1, len(modes), figsize=(7 * len(modes), height), layout="constrained", squeeze=False)
-    figure.suptitle(_title(result), fontsize=10)
+    height = 1.0 + 0.46 * len(arms)
+    figure, axes = plt.subplots(
+        1, len(modes), figsize=(WIDTH, height), layout="constrained", squeeze=False, sharey=True
+    )
+    figure.suptitle(_title(result), fontsize=9)
     for ax, mode in zip(axes[0], modes, strict=True):
         _bars(ax, arms, mode)
         ax.set_title(TITLES[mode].format(n=result["run"]["workload"]["num_requests"][mode]), fontsize=10)
@@ -39,24 +40,29 @@ def _bars(ax: Any, arms: list[dict[str, Any]], mode: str) -> None:
     ax.barh(places, middles, xerr=whiskers, color=colours, error_kw={"elinewidth": 1, "capsize": 3})
     for place, arm, speed in zip(places, arms, speeds, strict=True):
         ratio = arm["modes"][mode].get("ratio")
-        label = f"  {speed['median']:.0f}" + (f"  (ours {ratio['median']:.2f}x)" if ratio else "")
-        ax.text(speed["max"], place, label, va="center", fontsize=9)
-    ax.set_yticks(places, [f"{in_words(arm['label'])}\n{arm['weights']}" for arm in arms], fontsize=9)
-    ax.invert_yaxis()  # ours on top
-    ax.margins(x=0.25)
-    ax.set_xlim(left=0)
-    ax.set_xlabel("output tokens / s")
+        label = f"{speed['median']:.0f}" + (f"  (ours {ratio['median']:.2f}x)" if ratio else "")
+        text = ax.annotate(label, (speed["max"], place), (5, 0), textcoords="offset points", va="center", fontsize=9)
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # above the line of the floor
+    ax.set_yticks(places, [f"{arm['label'].partition(' m')[0]}\n{arm['weights']}" for arm in arms], fontsize=9)
+    ax.set_ylim(len(arms) - 0.1, -0.6)  # ours on top, and room for the name of the floor below
+    ax.set_xlim(0, 1.4 * max(speed["max"] for speed in speeds))
+    ax.tick_params(axis="x", labelsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def _floor(ax: Any, floor: float, dtype: str) -> None:
+    """A line at the floor, named at its foot, where the slower engines leave room."""
     ax.axvline(floor, color="black", linestyle="--", linewidth=1)
-    label = ax.text(floor, -0.55, f" {dtype} bandwidth floor {floor:.0f}", fontsize=8, va="bottom")
+    text = f"floor for {dtype}: {floor:.0f}"
+    label = ax.annotate(text, (floor, ax.get_ylim()[0] - 0.05), (-4, 0), textcoords="offset points", fontsize=9)
+    label.set(ha="right", va="bottom")
     label.set_in_layout(False)  # a floor far to the right must not squeeze the bars
 
 
 def _title(result: dict[str, Any]) -> str:
     run, machine = result["run"], result["machine"]
     return (
-        f"{run['model']}, workload {run['workload']['name']}, {machine['cpu']}, {run['threads']} threads, medians of "
-        f"{run['repeats']} pairs, commit {commit_of(machine)}, {result['date'][:10]}"
+        f"Output tokens per second; {run['model']}, workload {run['workload']['name']}, {machine['cpu']},\n"
+        f"{run['threads']} threads, median and range of {run['repeats']} pairs, "
+        f"commit {commit_of(machine)}, {result['date'][:10]}"
     )

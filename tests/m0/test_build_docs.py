@@ -1,12 +1,23 @@
 """The builder of the pages: links, included code, head and foot, glossary links, outputs of examples (R0.69)."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from folovllm.learn import pages as learn_pages
-from folovllm.learn.pages import Page, examples_of, find_page, load_pages, minutes, num_words, run_example, with_outputs
+from folovllm.learn.pages import (
+    GENERATED,
+    Page,
+    examples_of,
+    find_page,
+    load_pages,
+    minutes,
+    num_words,
+    run_example,
+    with_outputs,
+)
 from tests.page_checks import ROOT, imports_tests
 from tests.script_loader import load_script
 
@@ -185,6 +196,10 @@ def terms(**texts: Any) -> list[Any]:
         ("itl is no ITL", "itl is no [ITL](g.md#ITL)"),
         ("Block and BLOCK", "[Block](g.md#block) and BLOCK"),
         ("## References\n\nA block.\n", None),
+        (
+            "Time:\n\n    blocks / block table\n\n    of a block\n\nA block.",
+            "Time:\n\n    blocks / block table\n\n    of a block\n\nA [block](g.md#block).",
+        ),
     ],
 )
 def test_the_first_use_of_a_term_is_linked(text: str, linked: str | None) -> None:
@@ -198,10 +213,33 @@ def test_the_glossary_has_the_words_of_the_field() -> None:
     entries = {term.id: term for term in glossary.load_terms()}
     assert len(entries) >= 60
     assert {"token", "block-table", "slot-mapping", "online-softmax", "rtn", "rung"} <= set(entries)
-    files = {page["file"] for page in builder.tomllib.loads((ROOT / "docs/data/pages.toml").read_text())["page"]}
     for term in entries.values():
         assert 5 <= len(term.text.split()) <= 60, term.id
-        assert term.page in files, term.id
+
+
+READING_ORDER = load_pages()
+TEXTS = {page.file: GENERATED.sub("", page.text()).replace("_", "-") for page in READING_ORDER}
+
+
+def uses(file: str, form: str, emphasized: bool = False) -> bool:
+    """Whether the page has the word, in prose or in code; if `emphasized`, whether it has it as **word** or *word*."""
+    either = "|".join(re.escape(spelled) for spelled in (form, form.replace(" ", "-"), form.replace("_", "-")))
+    word = rf"(?i:{either})(?:s|es)?"
+    pattern = rf"\*\[?{word}\.?(?:\]\([^)]*\))?\*" if emphasized else rf"(?<![\w-]){word}(?!\w)"
+    return re.search(pattern, TEXTS[file].replace("\n", " ")) is not None
+
+
+@pytest.mark.parametrize("term", [term for term in glossary.load_terms() if term.page], ids=lambda term: term.id)
+def test_the_page_of_a_word_has_the_word(term: Any) -> None:
+    """'Explained in' leads to a page that uses the word, and to the first that sets it in bold or italics."""
+    files = [page.file for page in READING_ORDER]
+    assert term.page in files, "docs/data/pages.toml has no such page"
+    assert any(uses(term.page, form) for form in term.forms), f"{term.page} has no {term.term!r}: leave page out"
+    earlier = files[: files.index(term.page)]
+    explained = [
+        file for file in earlier if Path(file).stem not in term.not_on and uses(file, term.term, emphasized=True)
+    ]
+    assert not explained, f"{explained[0]} explains {term.term!r} before {term.page} does"
 
 
 # ---- head and foot, times
@@ -224,16 +262,6 @@ def test_head_and_foot_of_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
     assert built.count("← [M1](01_basic_inference.md) · [all pages](../README.md) · [M3](03_paged_kv_cache.md) →") == 2
     assert "[notebook 03](../../notebooks/03_scheduler_gantt.ipynb)" in built
     assert "[exercises of M2](../../milestones/m2/README.md) · [interview questions](../interview/m2.md)" in built
-
-
-def test_the_index_by_topic_and_the_list_of_pages() -> None:
-    """Each learning page is listed, and found under each of its topics."""
-    built, _ = builder.build_page("<!-- pages -->\n<!-- /pages -->\n\n<!-- topics -->\n<!-- /topics -->\n", PAGE)
-    listed, topics = built.split("<!-- topics -->")
-    for page in load_pages():
-        assert f"| [{page.title}]({page.path.name}) | {sum(minutes(page.text()))} |" in listed
-        rows = [line for line in topics.splitlines() if f"({page.path.name})" in line]
-        assert {row.split(" | ")[0].removeprefix("| ") for row in rows} == set(page.topics)
 
 
 def test_words_are_those_of_the_prose() -> None:

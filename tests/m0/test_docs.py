@@ -9,6 +9,7 @@ import re
 import runpy
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,59 @@ def test_every_cited_symbol_of_vllm_is_known() -> None:
     """docs/data/vllm_symbols.json was read from vLLM's wheel. Pages, questions, cases and the manifest cite from it."""
     unknown = set(builder.cited_vllm()) - set(symbols.vllm_symbols())
     assert not unknown, f"{', '.join(sorted(unknown))}: run build_docs.py --vllm-source FOLDER"
+
+
+COUNTERPART = re.compile(r"vLLM(?:'s)?\s+counterparts?(?::|\s+is)\s+(.+?)(?:\bLeft out:|\n\n|\Z)", re.DOTALL)
+VLLM_PATH = re.compile(r"(?<![\w/:@.])vllm/\w+(?:/\w+)*(?:\.py)?")
+NOT_IN_THE_WHEEL = re.compile(r"\b(?:csrc|cmake|tests)/|\bflash-attn\b")
+
+
+def problem_of_counterpart(docstring: str, known: set[str]) -> str | None:
+    """Returns what is wrong with the files of vLLM that a file's docstring names, or None.
+
+    `known` are the files of vLLM's wheel that docs/data/vllm_symbols.json has, and the folders above them.
+    """
+    named = VLLM_PATH.findall(docstring)
+    absent = [path for path in named if path not in known]
+    if absent:
+        return f"vLLM {PIN} has no {', '.join(absent)}; if it has, run build_docs.py --vllm-source FOLDER"
+    match = COUNTERPART.search(docstring)
+    if match and not (match[1].startswith("none") or VLLM_PATH.search(match[1]) or NOT_IN_THE_WHEEL.search(match[1])):
+        return f"names no file of vLLM, and does not say 'none': {match[1].strip()}"
+    return None
+
+
+def files_and_folders(anchors: Iterable[str]) -> set[str]:
+    files = {Path(anchor.partition("#")[0]) for anchor in anchors}
+    return {path.as_posix() for file in files for path in (file, *file.parents)}
+
+
+def test_counterparts_in_docstrings_exist() -> None:
+    """Every file of the engine says which file of vLLM it corresponds to, at the pinned release, or 'none'."""
+    known = files_and_folders(symbols.vllm_symbols())
+    docstrings = {p: ast.get_docstring(symbols.syntax_tree(p)) or "" for p in sorted((ROOT / "folovllm").rglob("*.py"))}
+    problems = {relative(p): problem_of_counterpart(text, known) for p, text in docstrings.items()}
+    guilty = [f"{path}: {problem}" for path, problem in problems.items() if problem]
+    assert not guilty, "\n  " + "\n  ".join(guilty)
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("vLLM counterpart: vllm/v1/request.py. Left out: much.", None),
+        ("vLLM counterpart: none; vllm/v1/request.py is the nearest.", None),
+        ("vLLM counterpart: the lines of vllm/v1/core.", None),  # a folder
+        ("vLLM counterpart: csrc/cpu/attention.cpp.", None),
+        ("vLLM counterparts: vllm/v1/request.py and\nvllm/v1/requests.py.", "has no vllm/v1/requests.py"),
+        ("vLLM counterpart: none.\n\nSee vllm/nothing.py.", "has no vllm/nothing.py"),
+        ("vLLM counterpart: the scheduler. Left out: vllm/v1/core.", "names no file"),
+        ("vLLM's counterpart is\n`Request`.", "names no file"),
+        ("It is like folovllm/request.py, and like vllm/request.py.", "has no vllm/request.py"),
+    ],
+)
+def test_wrong_counterparts_are_found(text: str, wrong: str | None) -> None:
+    problem = problem_of_counterpart(text, files_and_folders(["vllm/v1/request.py#Request", "vllm/v1/core/x.py"]))
+    assert problem is None if wrong is None else wrong in (problem or "")
 
 
 @pytest.mark.parametrize("page", [*FRONT_PAGES, *PAGES], ids=relative)

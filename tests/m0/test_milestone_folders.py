@@ -103,6 +103,13 @@ def test_the_page_of_the_exercises_shows_what_its_commands_print() -> None:
 
 
 @pytest.mark.m0
+def test_the_page_of_the_exercises_quotes_what_an_exercise_says() -> None:
+    text = load_script("write_exercises_page").PAGE.read_text(encoding="utf-8")
+    quotes = re.findall(r"<!-- quoted: (\S+) -->\n```text\n(.*?)```", text, re.DOTALL)
+    assert quotes and all(lines in (ROOT / file).read_text(encoding="utf-8") for file, lines in quotes)
+
+
+@pytest.mark.m0
 def test_every_exercise_is_in_the_table_with_its_minutes() -> None:
     exercises = find_exercises()
     rows = load_script("write_exercises_page").table().splitlines()[2:-2]

@@ -154,8 +154,23 @@ def test_from_arguments_to_files(tiny_model_dir, tmp_path, capsys):
         assert batch["output_tok_per_s"] > 0 and batch["ttft_ms"]["p50"] > 0 and batch["kv_utilisation"] > 0
     assert all(row["num_equal"] == row["num_requests"] for row in result["equality"])
     assert {row["tokens_of"] for row in result["equality"]} >= {"m1 single", "m1 batch", "m3 single", "m3 batch"}
-    assert next(iter(tmp_path.glob("*.png"))).read_bytes().startswith(b"\x89PNG")
+    pictures = {path: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert len(pictures) == 3 and all(content.startswith(b"\x89PNG") for content in pictures.values())
     assert "m3" in capsys.readouterr().out
+
+    for path in pictures:
+        path.unlink()
+    (json_file,) = tmp_path.glob("*.json")
+    assert main(["--plot-only", str(json_file)]) == 0
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.png")} == pictures, "drawn again without measuring"
+
+
+def test_only_a_result_of_this_script_is_drawn_again(tmp_path, capsys):
+    for content, words in (('{"schema": "folovllm.compare_peers/1"}', "folovllm.compare_peers/1"), ("[]", "None")):
+        (tmp_path / "other.json").write_text(content)
+        assert main(["--plot-only", str(tmp_path / "other.json")]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["--plot-only", str(tmp_path / "absent.json")]) == 2 and "absent.json" in capsys.readouterr().err
 
 
 def test_a_failing_arm_keeps_the_others(tiny_model_dir, tmp_path, capsys):

@@ -332,7 +332,12 @@ def test_from_arguments_to_files(tiny_model_dir, tmp_path, monkeypatch, capsys):
     assert found["bandwidth"]["floor_tok_per_s"] > 0 and found["machine"]["cpu"] and found["run"]["workload"]["sha256"]
     assert found["arms"][OURS]["modes"]["single"]["floor_share"] > 0
 
-    assert next((tmp_path / "out").glob("*.png")).read_bytes().startswith(b"\x89PNG")
+    picture = json_path.with_suffix(".png")
+    drawn = picture.read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    picture.unlink()
+    assert main(["--peers", "fake", "--plot-only", str(json_path)]) == 0
+    assert picture.read_bytes() == drawn, "drawn again without measuring"
     markdown = next((tmp_path / "out").glob("*.md")).read_text()
     assert "| Fake | float32 |" in markdown and "absent failed" in markdown
     captured = capsys.readouterr()

@@ -80,10 +80,14 @@ def test_slo_in_milliseconds(run):
     assert "max_num_batched_tokens=1024" in printed.out
 
 
-def test_slo_in_multiples_of_the_undisturbed_itl(run, tmp_path):
+def test_slo_in_multiples_of_the_undisturbed_itl(run, tune, tmp_path):
     status, result, printed, tasks = run("--slo-itl-times", "3")
     assert status == 0 and result["slo_itl_ms"] == 3 * UNDISTURBED_MS and result["picked_budget"] == 64
-    assert next(tmp_path.glob("*.png")).read_bytes().startswith(b"\x89PNG")
+    picture = next(tmp_path.glob("*.png"))
+    drawn = picture.read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    picture.unlink()
+    assert tune.main(["--plot-only", str(picture.with_suffix(".json"))]) == 0 and picture.read_bytes() == drawn
     assert result["machine"]["cpu"] and result["machine"]["gpu"] == "none" and result["run"]["workload"]["sha256"]
     assert [point["budget"] for point in result["results"]] == [64, 256, 1024]
     alone = next(task for task in tasks if task.name == "undisturbed")

@@ -1,6 +1,7 @@
 """The KV layout that most backends share: blocks one after the other, and inside a block one token after the other.
 
-Milestone: M1. vLLM counterpart: `get_kv_cache_shape` and reshape_and_cache_flash of its FlashAttention backend.
+Milestone: M1. vLLM counterpart: `FlashAttentionBackend.get_kv_cache_shape` in vllm/v1/attention/backends/flash_attn.py,
+and the operator reshape_and_cache_flash.
 
     kv_cache   [2, num_blocks, block_size, num_kv_heads, head_size]     0 is K, 1 is V
 

@@ -1,8 +1,9 @@
 """Attention over pages as Triton kernels: the tiles of torch_flash, one program of the GPU per row of tiles.
 
-Milestone: M4. vLLM counterparts: vllm/attention/ops/triton_unified_attention.py, triton_decode_attention.py and
-triton_reshape_and_cache_flash.py. Left out: exp2 instead of exp, tiles without a mask below the diagonal, tile sizes
-found by measuring, sliding windows, fp8 caches. Sources: as in torch_flash.py; Tillet et al. 2019 (Triton).
+Milestone: M4. vLLM counterparts: vllm/attention/ops/triton_unified_attention.py,
+vllm/attention/ops/triton_decode_attention.py and vllm/attention/ops/triton_reshape_and_cache_flash.py. Left out: exp2
+instead of exp, tiles without a mask below the diagonal, tile sizes found by measuring, sliding windows, fp8 caches.
+Sources: as in torch_flash.py; Tillet et al. 2019 (Triton).
 
 **How to read a kernel.** The body is run by many programs at once, each with its own `tl.program_id`. What looks like a
 tensor is a block of numbers in the registers of one program; `tl.load` and `tl.store` move a block from and to memory,

@@ -1,6 +1,7 @@
 """The keywords of a chat call, sorted: options with vLLM's names, and variables that the chat template reads.
 
-Milestone: M1. vLLM counterpart: vllm/renderers/params.py (`ChatParams`, `merge_kwargs`).
+Milestone: M1. vLLM counterpart: vllm/entrypoints/llm.py (`LLM.chat` has them as parameters) and
+vllm/entrypoints/chat_utils.py (`resolve_chat_template_kwargs`).
 """
 
 import logging

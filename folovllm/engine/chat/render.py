@@ -1,6 +1,6 @@
 """From chat messages to prompt text: a template is chosen, and nothing of the conversation may get lost.
 
-Milestone: M1. vLLM counterpart: vllm/renderers/hf.py (`HfRenderer.render_messages`, `safe_apply_chat_template`).
+Milestone: M1. vLLM counterpart: vllm/entrypoints/chat_utils.py (`apply_hf_chat_template`).
 """
 
 import logging

@@ -1,7 +1,8 @@
 """A chat template: compiled once, rendered in a sandbox, with what its syntax tree tells about it.
 
-Milestone: M1. vLLM counterpart: vllm/renderers/hf.py (`resolve_chat_template`, `resolve_chat_template_kwargs`), which
-renders through transformers. Rendering here follows transformers' `_compile_jinja_template` without importing it.
+Milestone: M1. vLLM counterpart: vllm/entrypoints/chat_utils.py (`resolve_hf_chat_template`,
+`resolve_chat_template_kwargs`), which renders through transformers. Rendering here follows transformers'
+`_compile_jinja_template` without importing it.
 """
 
 import json

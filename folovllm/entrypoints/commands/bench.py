@@ -1,6 +1,6 @@
 """`folovllm bench`: the performance comparison, from the installed command (milestone M1).
 
-vLLM counterpart: vllm/entrypoints/cli/benchmark. The measuring is folovllm/benchmarks, which
+vLLM counterpart: vllm/entrypoints/cli/benchmark/main.py. The measuring is folovllm/benchmarks, which
 scripts/compare_perf.py and `make bench` run too.
 """
 

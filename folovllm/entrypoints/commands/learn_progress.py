@@ -60,7 +60,8 @@ def show_next(record: Record, track: str = "all") -> None:
 
 
 def _show_how_to_go_on(exercise: Exercise, record: Record) -> None:
-    typer.echo(f"  {exercise.id}: {exercise.title} (about {exercise.minutes} minutes, level {exercise.level} of 3)")
+    effort = f"about {exercise.minutes} minutes, difficulty {exercise.level} of 3"
+    typer.echo(f"  {exercise.id}: {exercise.title} ({effort})")
     if record.state(exercise) == "not begun" and exercise.part != ALL_PARTS:
         typer.echo(f"  folovllm learn {exercise.milestone:<28} creates {exercise.work_file(record.work)}")
     typer.echo(f"  {exercise.command('read'):<43} what to write")

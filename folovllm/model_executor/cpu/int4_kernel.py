@@ -1,8 +1,8 @@
 """The GPTQ kernel `cpu_int4`: weights stay at 4 bits and are unpacked in registers (csrc/int4.cpp).
 
-Milestone: M7. vLLM counterpart: CPUWNA16LinearKernel
-(vllm/model_executor/layers/quantization/kernels/mixed_precision/cpu.py). Left out: 8 bits and fp16, which run on
-`dequant`; taking act-order's order into the layer before.
+Milestone: M7. vLLM counterpart: IPEXGPTQLinearMethod in vllm/model_executor/layers/quantization/ipex_quant.py, which
+runs the kernels of Intel's extension for PyTorch. Left out: 8 bits and fp16, which run on `dequant`; taking act-order's
+order into the layer before.
 
 gptq_runtime "memory" keeps 4 bits alone. "speed" also keeps the weights as packed bf16, for batches so large that
 unpacking costs more than reading; how large is measured (int4_crossover.py).

@@ -1,6 +1,7 @@
 """Int4Weight: the weights of a linear layer in the order of csrc/int4.cpp, 4 bits each.
 
-Milestone: M7. vLLM counterpart: the repacking of its GPTQ kernels (e.g. gptq_marlin_repack). Left out: 8 bits.
+Milestone: M7. vLLM counterpart: the repacking in
+vllm/model_executor/layers/quantization/kernels/mixed_precision/marlin.py (gptq_marlin_repack). Left out: 8 bits.
 
 Two bits and three fit into four as well: their levels are moved so that the middle one is 8 whatever the width. Inputs
 are sorted by their group here, once; what a call does about act-order is to fetch its inputs in that order.

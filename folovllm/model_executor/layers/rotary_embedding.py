@@ -1,8 +1,8 @@
 """Rotary position embedding, neox style (the two halves of a head form the pairs), with every scaling of rope_config.
 
-Milestone: M1. vLLM counterpart: vllm/model_executor/layers/rotary_embedding. Left out: longrope, and partial and
-interleaved (GPT-J) variants. Sources: Su et al. 2021, "RoFormer", section 3.4.2; Peng et al. 2023, "YaRN", section 3;
-the Llama 3.1 scaling is Meta's.
+Milestone: M1. vLLM counterpart: vllm/model_executor/layers/rotary_embedding/base.py. Left out: longrope, and partial
+and interleaved (GPT-J) variants. Sources: Su et al. 2021, "RoFormer", section 3.4.2; Peng et al. 2023, "YaRN", section
+3; the Llama 3.1 scaling is Meta's.
 
 One RotaryEmbedding serves all layers: `cos_sin_at` looks up cos and sin of the step's positions once. The layers only
 turn their queries and keys by them, with ApplyRotary, into whose `impl` M4 puts a fused kernel.
@@ -85,7 +85,7 @@ class ApplyRotary(nn.Module):
 def fill_cos_sin(table: torch.Tensor, frequencies: torch.Tensor, attention_factor: float = 1.0) -> None:
     """Write (cos, cos) and (-sin, sin) of position * frequency into `table` [num_positions, 2, head_size].
 
-    Angles are fp32 whatever the table is: bf16 has 8 bits of mantissa and could not even tell position 257 from 256.
+    Angles are fp32 whatever the table is: bf16 has 8 significant bits and could not even tell position 257 from 256.
     """
     half = frequencies.numel()
     frequencies = frequencies.to(table.device)  # [head_size / 2]

@@ -55,7 +55,7 @@ def get_model_class(architecture: str) -> ModelClass:
 
 
 def register_model(architecture: str, model_class: ModelClass) -> None:
-    """Run `architecture` by one's own class instead of ours.
+    """Makes `model_class` the class that runs `architecture`, in place of the engine's own.
 
     `parse_hf_config` refuses names that are not among its SUPPORTED_ARCHITECTURES before the registry is asked, since
     it cannot know what their keys mean. A new name has to be added there, too.

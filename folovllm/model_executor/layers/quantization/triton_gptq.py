@@ -1,6 +1,6 @@
 """The GPTQ kernel `triton`, for GPUs: weights stay packed in memory and are unpacked by the program that multiplies.
 
-Milestone: M7. vLLM counterparts: awq_triton.py (vllm/model_executor/layers/quantization) and, for speed, gptq_marlin in
+Milestone: M7. vLLM counterparts: vllm/model_executor/layers/quantization/awq_triton.py and, for speed, gptq_marlin in
 CUDA. Left out: tile sizes found by measuring, unpacking two weights with one instruction. Sources: Frantar et al. 2022
 (GPTQ, which multiplies packed matrices with a vector), Tillet et al. 2019 (Triton). How to read a kernel: the beginning
 of attention/ops/triton_attention.py.
