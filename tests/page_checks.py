@@ -1,4 +1,4 @@
-"""What the tests of the pages share: which pages there are, their headings and links, and which are not in form yet.
+"""What the tests of the pages share: which pages there are, their headings and links.
 
 A learning page is in form if it has head and foot from docs/data/pages.toml, examples whose output stands below them,
 and a picture per 600 words. `folovllm.learn.pages` finds the examples, scripts/dev/build_docs.py writes the rest.
@@ -17,19 +17,6 @@ PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "milestones").rglob("*.
 FRONT_PAGES = sorted(ROOT.glob("*.md"))  # README, CONTRIBUTING, ...
 LEARN_PAGES = sorted((ROOT / "docs/learn").glob("*.md"))
 
-# Learning pages that still have their old form. A page with a <!-- nav --> is checked even if it is named here.
-NOT_YET = {
-    "00_project_setup.md",
-    "01_basic_inference.md",
-    "02_continuous_batching.md",
-    "03_paged_kv_cache.md",
-    "05_chunked_prefill.md",
-    "06_prefix_caching.md",
-    "07_gptq_quantization.md",
-    "exercises.md",
-    "simulator.md",
-    "vllm_traces.md",
-}
 MAX_WORDS = 3_000  # of prose
 WORDS_PER_PICTURE = 600
 
@@ -45,10 +32,6 @@ def relative(path: Path) -> str:
 @cache
 def text_of(page: Path) -> str:
     return page.read_text(encoding="utf-8")
-
-
-def in_form(page: Path) -> bool:
-    return page.name not in NOT_YET or "<!-- nav -->" in text_of(page)
 
 
 def without_code(page: Path) -> str:

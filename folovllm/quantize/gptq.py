@@ -49,7 +49,7 @@ class GPTQ:
     As in the paper, the grid of a group is fixed when its first column is reached. By then the weights have compensated
     for others and so have grown, and with 2 or 3 bits their grids become coarse. `static_groups` fixes all grids before
     the first step, which is better for few bits. Groups then consist of neighbouring columns in any order of rounding,
-    so act-order costs nothing when the model runs. But if few inputs are far stronger than the rest, the compensating
+    so act-order costs nothing when the model runs. But if a few inputs are far stronger than the rest, the compensating
     weights must leave their old range, and with static grids they cannot.
     """
 

@@ -75,7 +75,7 @@ def stall(path: Path) -> None:
         worst = max(gap for when, gap in tokens if 0 < when < 4600)
         plural = "one step" if len(chunks) == 1 else f"{len(chunks)} steps"
         ax.set_title(f"{name}: the prompt takes {plural}, the longest gap is {worst:,.0f} ms", loc="left", fontsize=11)
-    axes[1].set_xlabel("ms after the long prompt arrived (measured; a thin line is a token of that reader)")
+    axes[1].set_xlabel("ms after the first long prompt arrived (measured; a thin line is a token of that reader)")
     axes[0].set_xlim(-150, 4400)
     figure_files.save(figure, path)
 

@@ -143,8 +143,8 @@ def draw_two_inputs(path: Path) -> None:
         (START, (0.5, 0.42), "the weights (0.4, 0.4): error 0", "left", INK),
         (NEAREST2, (0.05, -0.16), "both rounded to nearest (RTN): (0, 0), error 1.92", "left", RTN),
         (ONE_FIXED, (-0.05, 0.36), "1. weight 0 fixed at 0:\nerror 0.64", "right", FITTED),
-        (MOVED, (-0.05, 0.62), "2. weight 1 moves to 0.6:\nerror 0.4² / (1/3) = 0.48", "right", FITTED),
-        (ROUNDED, (-0.05, 1.06), "3. weight 1 rounded to (0, 1):\nerror 0.48 + 4 · 0.4² = 1.12", "right", FITTED),
+        (MOVED, (-0.05, 0.62), "2. weight 1 moves to 0.6:\nerror 0.48", "right", FITTED),
+        (ROUNDED, (-0.05, 1.06), "3. weight 1 rounded to 1:\nerror 1.12", "right", FITTED),
     ]
     for _, (at_x, at_y), text, side, colour in notes:
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}

@@ -174,6 +174,10 @@ def draw_roofline(path: Path) -> None:
         ),
     ):
         note(ax, n + dx, time + dy, text, size=9.5)
+    tile = 25  # where the fifth tile of 6 rows begins
+    arrow = {"arrowstyle": "->", "color": INT4}
+    at = {"xytext": (20.6, 18.2), "fontsize": 9.5, "color": INT4, "ha": "center", "va": "center"}
+    ax.annotate("a bend: one more\ntile of 6 rows", (tile, linear_ms(INT4_BITS, tile)), arrowprops=arrow, **at)
     note(ax, 13.4, 5.2, "from 13 tokens on, arithmetic limits bf16", colour=BF16, size=9.5)
     ax.plot(crossover, linear_ms(INT4_BITS, crossover), "o", color=INK, ms=7)
     told = f"modelled crossover:\nup to {crossover} tokens\n4 bits are faster"
@@ -229,11 +233,12 @@ def draw_sizes(path: Path) -> None:
         ax.plot(0.135, rise, "*", color=INK, ms=14)
         note(ax, 0.11, rise * 1.5, f"{rise:.1f} %", size=9.5)
         ax.set_title({"RTN": "rounded to nearest (RTN)", "GPTQ": "GPTQ"}[method], loc="left", fontsize=11, color=INK)
-        ax.set(xscale="log", yscale="log", xlabel="parameters", xlim=(0.09, 1500), ylim=(0.25, 1600))
-        ax.set_xticks([0.1, 1, 10, 100], ["0.1 billion", "1", "10", "100 billion"])
+        ax.set(xscale="log", yscale="log", xlabel="billions of parameters", xlim=(0.09, 1500), ylim=(0.25, 1600))
+        ax.set_xticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
         ax.minorticks_off()
         bare(ax)
     note(axes[0], 9, 1100, "OPT-66B", colour=FAMILIES["OPT"], size=9.5)
+    note(axes[0], 1.3, 290, "OPT-1.3B", colour=FAMILIES["OPT"], size=9.5, ha="center")
     axes[0].set_ylabel("rise of perplexity at 4 bits")
     axes[0].set_yticks([1, 10, 100, 1000], ["1 %", "10 %", "100 %", "1,000 %"])
     told = "star: SmolLM2-135M, on this page,\nwith another text and groups of 64"

@@ -21,13 +21,11 @@ from tests.page_checks import (
     FRONT_PAGES,
     LEARN_PAGES,
     MAX_WORDS,
-    NOT_YET,
     PAGES,
     ROOT,
     WORDS_PER_PICTURE,
     dead_links,
     imports_tests,
-    in_form,
     relative,
     runnable_examples,
     slug,
@@ -84,7 +82,7 @@ def test_citations_resolve(page: Path) -> None:
     assert not links.problems, f"{relative(page)}:\n  " + "\n  ".join(f"line {n}: {p}" for n, p in links.problems)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if in_form(page)], ids=relative)
+@pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_pages_are_built(page: Path) -> None:
     """Lines of citations, included code, head and foot, links to the glossary and to arXiv are as of now."""
     built, problems = builder.build_page(text_of(page), page)
@@ -211,16 +209,15 @@ def test_pages_have_examples_that_run() -> None:
 @pytest.mark.parametrize(("page", "example"), EXAMPLES)
 def test_examples_run(page: Path, example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by itself, in any folder, and it prints what stands below it on the page."""
-    monkeypatch.chdir(tmp_path if in_form(page) else ROOT)
+    monkeypatch.chdir(tmp_path)
     printed = run_example(example, page.name)
-    if in_form(page):
-        assert printed, "an example prints what it found, and then asserts it"
-        assert example.output is not None, "no ```text block follows: run build_docs.py --examples"
-        assert printed == example.output, "the page shows another output: run build_docs.py --examples"
-        assert not imports_tests(example.code), "readers have no tests/: use folovllm.learn.toy_engine"
+    assert printed, "an example prints what it found, and then asserts it"
+    assert example.output is not None, "no ```text block follows: run build_docs.py --examples"
+    assert printed == example.output, "the page shows another output: run build_docs.py --examples"
+    assert not imports_tests(example.code), "readers have no tests/: use folovllm.learn.toy_engine"
 
 
-@pytest.mark.parametrize("page", [page for page in LEARN_PAGES if in_form(page)], ids=relative)
+@pytest.mark.parametrize("page", LEARN_PAGES, ids=relative)
 def test_a_learning_page_is_in_form(page: Path) -> None:
     """It is in the list of pages, has head and foot, a picture for every 600 words, and is not too long."""
     assert page in {listed.path for listed in load_pages()}, "docs/data/pages.toml does not name it"
@@ -230,10 +227,6 @@ def test_a_learning_page_is_in_form(page: Path) -> None:
     pictures = len(re.findall(r"^!\[", text, re.MULTILINE))
     assert pictures * WORDS_PER_PICTURE >= words, f"{pictures} pictures for {words} words"
     assert words <= MAX_WORDS
-
-
-def test_the_list_of_old_pages_names_pages() -> None:
-    assert {page.name for page in LEARN_PAGES} >= NOT_YET
 
 
 # ---- milestones
