@@ -7,7 +7,6 @@ Row 5: matplotlib and the standard library, no torch. Every helper takes plain d
 notebook can print what it draws. Code is coloured by pygments, which comes with Jupyter, and stays plain without it.
 """
 
-import copy
 import html
 import inspect
 import math
@@ -19,7 +18,18 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.ticker import Locator
 
+from folovllm.learn.notebook import MEASURE_AGAIN as MEASURE_AGAIN
+from folovllm.learn.notebook import Shown as Shown
+from folovllm.learn.notebook import answer as answer
+from folovllm.learn.notebook import as_delivered as as_delivered
+from folovllm.learn.notebook import as_text
+from folovllm.learn.notebook import ask as ask
+from folovllm.learn.notebook_tasks import FAILED as FAILED
+from folovllm.learn.notebook_tasks import PASSED as PASSED
+from folovllm.learn.notebook_tasks import UNDONE as UNDONE
+from folovllm.learn.notebook_tasks import your_turn as your_turn
 from folovllm.utils import cdiv
 
 # Okabe and Ito's palette without black, and Tol's indigo: eight colours that colour-blind people can tell apart. Grey
@@ -47,67 +57,21 @@ def colours_of(names: Iterable[str]) -> dict[str, str]:
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
 
 
-# ---- text: questions and tables
-
-
-class Shown:
-    """HTML in a notebook, plain text elsewhere."""
-
-    def __init__(self, as_html: str, as_text: str) -> None:
-        self._html, self._text = as_html, as_text
-
-    def _repr_html_(self) -> str:
-        return self._html
-
-    def __repr__(self) -> str:
-        return self._text
-
-
-def predict(
-    question: str,
-    options: Sequence[Any] | None,
-    answer: Any,
-    because: str = "",
-    guess: Any = None,
-) -> Shown:
-    """Asks a question. The reader answers it before unfolding the answer, which the engine has computed.
-
-    `options` is None if the answer is a number. With options, the answer must be one of them, or ValueError is raised:
-    the notebook would otherwise offer only wrong options. Set `guess` to have your own answer judged.
-    """
-    if options is not None and answer not in options:
-        raise ValueError(f"the computed answer {answer!r} is none of the options {list(options)}: correct the question")
-    if options is None:
-        asked = " <i>(a number)</i>" if isinstance(answer, int | float) else ""
-    else:
-        asked = "<ul>" + "".join(f"<li>{_text(option)}</li>" for option in options) + "</ul>"
-    verdict = "" if guess is None else f"<p>Your guess, {_text(guess)}, is {_judge(guess, answer)}.</p>"
-    reason = f" {_text(because)}" if because else ""
-    return Shown(
-        f"<p><b>Predict.</b> {_text(question)}{asked}</p>{verdict}"
-        f"<details><summary>Answer</summary><p><b>{_text(answer)}</b>.{reason}</p></details>",
-        f"Predict. {question}" + ("" if options is None else f" {list(options)}"),
-    )
-
-
-def _judge(guess: Any, answer: Any) -> str:
-    return "right" if guess == answer else "not it"
-
-
-def _text(value: Any) -> str:
-    return html.escape(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+# ---- text: tables
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Shown:
-    """A small table. Numbers are aligned right, text left."""
-    lines = [list(map(_cell, row)) for row in rows]
-    assert all(len(line) == len(header) for line in lines), "a row of another length than the header"
+    """A small table. Numbers are aligned right, text left. Floats have as many decimals as a column needs, up to 2."""
+    given = [list(row) for row in rows]
+    assert all(len(row) == len(header) for row in given), "a row of another length than the header"
+    decimals = [_decimals(column) for column in zip(*given, strict=True)]
+    lines = [[_cell(value, d) for value, d in zip(row, decimals, strict=True)] for row in given]
     right = [all(_is_number(line[i]) for line in lines) for i in range(len(header))]
     tags = ["right" if r else "left" for r in right]
-    head = "".join(f'<th style="text-align:{t}">{_text(h)}</th>' for h, t in zip(header, tags, strict=True))
+    head = "".join(f'<th style="text-align:{t}">{as_text(h)}</th>' for h, t in zip(header, tags, strict=True))
     body = "".join(
         "<tr>"
-        + "".join(f'<td style="text-align:{t}">{_text(c)}</td>' for c, t in zip(line, tags, strict=True))
+        + "".join(f'<td style="text-align:{t}">{as_text(c)}</td>' for c, t in zip(line, tags, strict=True))
         + "</tr>"
         for line in lines
     )
@@ -119,27 +83,42 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Shown:
     return Shown(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", text)
 
 
-def _cell(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+def _decimals(column: Iterable[Any]) -> int:
+    """The fewest decimals, at most 2, that say as much as 2 about every float of the column."""
+    floats = [value for value in column if isinstance(value, float) and math.isfinite(value)]
+    return next((d for d in (0, 1) if all(round(value, d) == round(value, 2) for value in floats)), 2)
+
+
+def _cell(value: Any, decimals: int) -> str:
+    if isinstance(value, float):
+        return f"{value:,.{decimals}f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _is_number(cell: str) -> bool:
-    return cell.strip("%x-").replace(".", "", 1).isdigit()
+    return cell.strip("%x-").replace(",", "").replace(".", "", 1).isdigit()
 
 
 # ---- text: the engine's code
 
 
-def source(obj: Any) -> Shown:
-    """The code of a function, method or class, below its file and name. It is the code that runs, not a copy of it."""
+def source(obj: Any, start: str = "", end: str = "") -> Shown:
+    """The code of a function, method or class, below its file and name. It is the code that runs, not a copy of it.
+
+    `start` and `end` limit it to the lines from the first one that contains `start` to the first one after it that
+    contains `end`.
+    """
     if isinstance(obj, property):
         obj = obj.fget
-    code = textwrap.dedent(inspect.getsource(obj)).rstrip()
+    lines = inspect.getsource(obj).rstrip().splitlines()
+    first = next(i for i, line in enumerate(lines) if start in line)
+    last = next(i for i, line in enumerate(lines) if i > first and end in line) if end else len(lines) - 1
+    code = textwrap.dedent("\n".join(lines[first : last + 1]))
     file = Path(inspect.getsourcefile(inspect.unwrap(obj)) or "").resolve()
     where = f"{file.relative_to(ROOT).as_posix()}, " if file.is_relative_to(ROOT / "folovllm") else ""
     name = getattr(obj, "__qualname__", getattr(obj, "__name__", ""))
-    heading = f"{where}{name}".rstrip(", ")
-    return Shown(f"<p><code>{_text(heading)}</code></p>{_highlighted(code)}", f"# {heading}\n{code}")
+    heading = f"{where}{name}".rstrip(", ") + (", in part" if start or end else "")
+    return Shown(f"<p><code>{as_text(heading)}</code></p>{_highlighted(code)}", f"# {heading}\n{code}")
 
 
 def _highlighted(code: str) -> str:
@@ -152,95 +131,6 @@ def _highlighted(code: str) -> str:
     except ImportError:
         return f'<pre style="{box}">{html.escape(code)}</pre>'
     return highlight(code, PythonLexer(), HtmlFormatter(noclasses=True, nobackground=True, prestyles=box))
-
-
-# ---- text: tasks of the reader
-
-UNDONE, PASSED, FAILED = "To do", "Passed", "Not yet"
-
-
-def your_turn(title: str, answer: Any, expected: Any, hint: str = "") -> Shown:
-    """Checks what the reader's cell computed, and says what differs. It never raises an error because of `answer`.
-
-    An `answer` of None is a task not begun. Numbers may differ by 1e-6; lists, tuples and arrays are compared entry by
-    entry. If `answer` is a function, `expected` is a list of (arguments, result), with a tuple for several arguments:
-    the first case that fails is shown. A function that returns None, or raises NotImplementedError, is not begun.
-
-        viz.your_turn("slot_of", slot_of, [(([7, 2, 9], 20, 16), 36)], hint="divide the position by the block size")
-    """
-    if callable(answer):
-        verdict, said = _try_cases(answer, expected)
-    elif answer is None:
-        verdict, said = UNDONE, ""
-    else:
-        said = _difference(answer, expected)
-        verdict = FAILED if said else PASSED
-    told = f" Hint: {hint}" if hint and verdict != PASSED else ""
-    colour = {UNDONE: "#0072B2", PASSED: "#00795A", FAILED: "#B84A00"}[verdict]
-    said_html = f" {_text(said)}" if said else ""
-    told_html = f"<details><summary>Hint</summary><p>{_text(hint)}</p></details>" if told else ""
-    return Shown(
-        f'<div style="border-left:4px solid {colour}; padding-left:8px"><p><b>Your turn. {_text(title)}</b></p>'
-        f'<p><b style="color:{colour}">{verdict}.</b>{said_html}</p>{told_html}</div>',
-        f"Your turn. {title}\n{verdict}." + (f" {said}" if said else "") + told,
-    )
-
-
-def _try_cases(function: Callable[..., Any], cases: Sequence[tuple[Any, Any]]) -> tuple[str, str]:
-    """The verdict on a function, and what it did in the first case that fails. Each call gets arguments of its own."""
-    for given, expected in cases:
-        args = copy.deepcopy(given) if isinstance(given, tuple) else (copy.deepcopy(given),)
-        call = f"{getattr(function, '__name__', 'your function')}({', '.join(map(repr, args))})"
-        try:
-            result = function(*args)
-        except NotImplementedError:
-            return UNDONE, ""
-        except Exception as error:
-            return FAILED, f"{call} raised {type(error).__name__}: {error}"
-        if result is None and expected is not None:
-            return UNDONE, ""
-        if _difference(result, expected):
-            return FAILED, f"{call} returned {_plain(result)!r}; expected {_plain(expected)!r}."
-    return PASSED, f"{len(cases)} cases."
-
-
-def _difference(got: Any, expected: Any) -> str:
-    """What is wrong with `got`, without giving `expected` away. Returns "" if they are the same."""
-    got, expected = _plain(got), _plain(expected)
-    if isinstance(expected, list):
-        return _list_difference(got, expected)
-    if isinstance(expected, dict) and isinstance(got, dict):
-        if got.keys() != expected.keys():
-            return f"The keys are {list(got)}; one of them is wrong or missing."
-        differing = [key for key in expected if _difference(got[key], expected[key])]
-        return f"The value of {differing[0]!r} is {got[differing[0]]!r}, which is not it." if differing else ""
-    if _is_real(expected) and _is_real(got):
-        if math.isclose(got, expected, rel_tol=1e-6, abs_tol=1e-6) or (math.isnan(got) and math.isnan(expected)):
-            return ""
-        return f"{got!r} is {'too large' if got > expected else 'too small' if got < expected else 'not it'}."
-    return "" if type(got) is type(expected) and got == expected else f"{got!r} is not it."
-
-
-def _list_difference(got: Any, expected: list[Any]) -> str:
-    if not isinstance(got, list):
-        return f"{got!r} is not a list."
-    if len(got) != len(expected):
-        return f"Its length is {len(got)}; expected {len(expected)}."
-    for i, (mine, right) in enumerate(zip(got, expected, strict=True)):
-        if said := _difference(mine, right):
-            return f"Entry {i}: {said}"
-    return ""
-
-
-def _plain(value: Any) -> Any:
-    """Arrays, tensors and tuples as lists, so that only their values are compared."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # ---- a slider
@@ -361,6 +251,24 @@ def gantt(ax: Axes, steps: Steps, arrivals: Mapping[str, int], colours: Mapping[
     ax.set(xlim=(0, len(steps)), ylim=(len(arrivals) - 0.5, -0.5))
     ax.set_yticks(range(len(arrivals)), list(arrivals))
     ax.set_ylabel("request")
+    _number_steps(ax)
+
+
+class _MiddleOfSteps(Locator):
+    """Ticks in the middle of steps, whose cells are one unit wide: 0.5, 1.5, ... Of many steps, some get a tick."""
+
+    def __call__(self) -> Sequence[float]:
+        assert self.axis is not None, "matplotlib sets it before it asks for ticks"
+        return self.tick_values(*self.axis.get_view_interval())
+
+    def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
+        every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 10**9) if vmax - vmin <= 24 * n)
+        return [step + 0.5 for step in range(0, math.ceil(vmax), every) if vmin <= step + 0.5 <= vmax]
+
+
+def _number_steps(ax: Axes) -> None:
+    ax.xaxis.set_major_locator(_MiddleOfSteps())
+    ax.xaxis.set_major_formatter(lambda place, _: f"{place - 0.5:.0f}")
 
 
 def _gantt_cell(ax: Axes, tick: int, row: int, entry: Mapping[str, Any], colour: str) -> None:
@@ -380,6 +288,7 @@ def token_bars(ax: Axes, steps: Steps, colours: Mapping[str, str]) -> None:
             ax.bar(t + 0.5, entry["n"], width=0.9, bottom=tops[t], color=colours[entry["req"]])
             tops[t] += entry["n"]
     ax.set(xlim=(0, len(steps)), ylabel="tokens")
+    _number_steps(ax)
 
 
 # ---- pictures: blocks

@@ -8,6 +8,9 @@ Milestone: M1 (grows with the notebooks). vLLM counterpart: none. No network, no
     python scripts/build_notebooks.py --check       write nothing: sources and committed notebooks must agree, and every
                                                     notebook must execute without an error in fast mode
 
+The texts of questions and tasks are in notebooks/src/questions_NN.toml (folovllm/learn/notebook.py says how). A build
+fails if a question comes after what answers it (scripts/notebook_form.py).
+
 The source is what one edits and reviews; the .ipynb is what GitHub shows. The result depends on the source alone: cell
 ids are counted, not drawn, and no time stamps are kept.
 """
@@ -20,6 +23,9 @@ from typing import Any
 
 import jupytext
 import nbformat
+from notebook_form import problems_of_questions
+
+from folovllm.learn.notebook import read_questions
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "notebooks" / "src"
@@ -83,6 +89,12 @@ def _progress(name: str, done: int, total: int) -> None:
     print(f"\r  {name}: cell {done} of {total}", end="", file=sys.stderr, flush=True)
 
 
+def check_questions(source: Path, notebook: Any) -> None:
+    problems = problems_of_questions(notebook, read_questions(source.stem[:2]))
+    if problems:
+        raise NotebookProblem("; ".join(problems))
+
+
 def disagreement(source: Path) -> str | None:
     """How the committed notebook differs from its source. Returns None if it is what the source builds."""
     target = target_of(source)
@@ -99,12 +111,14 @@ def disagreement(source: Path) -> str | None:
 
 def build(source: Path, fast: bool) -> Path:
     notebook = read_source(source)
+    check_questions(source, notebook)
     committed_sources = [cell.source for cell in notebook.cells]
     if fast:
         make_fast(notebook)
     execute(notebook, source.stem)
     for cell, text in zip(notebook.cells, committed_sources, strict=True):
         cell.source = text  # fast or not, the notebook shows its source
+    check_questions(source, notebook)  # now with its outputs
     text = nbformat.writes(notebook) + "\n"
     if str(ROOT) in text or '"name": "stderr"' in text:
         raise NotebookProblem("an output holds a folder of this machine, or a warning: silence its cause")

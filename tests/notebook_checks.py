@@ -1,6 +1,7 @@
 """What is asked of every notebook, whatever its milestone: tests/m*/test_notebooks.py say which ones, and what else."""
 
 import contextlib
+import io
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +14,15 @@ import pytest
 from matplotlib import pyplot as plt
 
 from folovllm import viz
+from folovllm.learn.notebook import read_questions
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 import build_notebooks  # noqa: E402
+from notebook_form import problems_of_questions  # noqa: E402
 
 MIN_PREDICTIONS = 3  # questions that a reader answers before the cell is run
+SLOW = ("06", "07", "08", "09")  # notebooks that take seconds for each other value of a knob
 NUM_TASKS = 3  # cells in which the reader writes something that is checked
 
 
@@ -37,15 +41,48 @@ def pictures_go_nowhere() -> Iterator[None]:
         plt.close("all")
 
 
-def run_fast(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All code cells in one namespace, in the folder where a reader runs them; no kernel is started."""
+def run_fast(source: Path, monkeypatch: pytest.MonkeyPatch, turn: Mapping[str, str] | None = None) -> str:
+    """Runs all code cells in one namespace, in the folder where a reader runs them; no kernel is started.
+
+    `turn` gives other values to knobs, at the end of the cell that sets them. Returns what the cells have printed.
+    """
     monkeypatch.chdir(ROOT / "notebooks")
     notebook = build_notebooks.read_source(source)
     build_notebooks.make_fast(notebook)
+    for name, value in (turn or {}).items():
+        (cell,) = [c for c in notebook.cells if re.search(rf"^(\w+, )*{name}(, \w+)* = ", c.source, re.MULTILINE)]
+        cell.source += f"\n{name} = {value}"
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    for number, cell in enumerate(notebook.cells):
-        if cell.cell_type == "code":
-            exec(compile(cell.source, f"{source.name}, cell {number}", "exec"), namespace)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for number, cell in enumerate(notebook.cells):
+            if cell.cell_type == "code":
+                exec(compile(cell.source, f"{source.name}, cell {number}", "exec"), namespace)
+    return printed.getvalue()
+
+
+def marks_of(number: str, marks: Mapping[str, pytest.MarkDecorator]) -> list[pytest.MarkDecorator]:
+    slow = [pytest.mark.slow] if number in SLOW else []
+    return [marks[number], *slow] if number in marks else slow
+
+
+def turns_of(*numbers: str, marks: Mapping[str, pytest.MarkDecorator] | None = None) -> list[Any]:
+    """Other values of the knobs of notebooks "02", "05", ...: with each of them, the notebook must run to its end."""
+    return [
+        pytest.param(
+            source,
+            turn,
+            id=f"{source.stem[:2]}-{'-'.join(turn)}-{i}",
+            marks=marks_of(source.stem[:2], marks or {}),
+        )
+        for source in sources(*numbers)
+        for i, turn in enumerate(read_questions(source.stem[:2])["turn"])
+    ]
+
+
+def check_turned(source: Path, turn: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = run_fast(source, monkeypatch, turn)
+    assert "You have changed" in printed, "the last cell checks what holds for other knobs only"
 
 
 def check_tasks(source: Path, monkeypatch: pytest.MonkeyPatch, answers: Mapping[str, str]) -> None:
@@ -60,11 +97,10 @@ def check_tasks(source: Path, monkeypatch: pytest.MonkeyPatch, answers: Mapping[
     verdicts: list[tuple[str, str, str]] = []
     shown = viz.your_turn
 
-    def your_turn(title: str, answer: Any, expected: Any, hint: str = "") -> Any:
+    def your_turn(identifier: str, answer: Any, expected: Any) -> Any:
         wrong = (lambda *args: "wrong") if callable(answer) else "wrong"
-        right = shown(title, answer, expected, hint)
-        if title:  # the last cell of a notebook checks its own solutions, without titles
-            verdicts.append((title, repr(right), repr(shown(title, wrong, expected, hint))))
+        right = shown(identifier, answer, expected)
+        verdicts.append((identifier, repr(right), repr(shown(identifier, wrong, expected))))
         return right
 
     monkeypatch.setattr(viz, "your_turn", your_turn)
@@ -89,6 +125,7 @@ def check_asks(source: Path) -> None:
     """What a reader has to do, and in which order: the form of every notebook."""
     notebook = nbformat.read(build_notebooks.target_of(source), as_version=4)
     problems = form_problems(notebook, build_notebooks.target_of(source).parent)
+    problems += problems_of_questions(notebook, read_questions(source.stem[:2]))
     assert not problems, f"{source.name}: " + "; ".join(problems)
 
 
@@ -96,7 +133,7 @@ def form_problems(notebook: Any, folder: Path) -> list[str]:
     """What is wrong with the form of an executed notebook that lies in `folder`."""
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     body, last = code[:-1], code[-1]
-    num_predictions = sum("viz.predict(" in cell for cell in body)
+    num_predictions = sum("viz.ask(" in cell for cell in body)
     num_tasks = sum("viz.your_turn(" in cell for cell in body)
     rules = {
         f"{num_predictions} predictions are fewer than {MIN_PREDICTIONS}": num_predictions >= MIN_PREDICTIONS,
@@ -136,8 +173,8 @@ def early_answers(cells: Sequence[Any]) -> list[str]:
                 heading, shown, has_asked = found[-1], False, False
             continue
         prints = any(o.output_type == "stream" or "image/png" in o.get("data", {}) for o in cell.outputs)
-        if "viz.predict(" in cell.source and (prints or (shown and not has_asked)):
+        if "viz.ask(" in cell.source and (prints or (shown and not has_asked)):
             problems.append(f"section {heading!r} asks for a prediction after something was drawn or printed")
-        has_asked |= "viz.predict(" in cell.source
+        has_asked |= "viz.ask(" in cell.source
         shown |= prints and "given" not in cell.metadata.get("tags", [])
     return problems

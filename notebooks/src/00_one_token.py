@@ -9,12 +9,14 @@
 # Its shapes and its path through the engine are those of any Llama.
 #
 # *30 minutes. Read [Start here](../docs/learn/00_start_here.md) first; [learn/01](../docs/learn/01_basic_inference.md) has the details.
-# Answer each **Predict** before you run the cell below it. Next: [01](01_sampling_bench.ipynb).*
+# **Predict** asks before an experiment, and **Answer** follows it; `viz.ask("00.2", guess=5)` has your guess judged.
+# Next: [01](01_sampling_bench.ipynb).*
 
 # %% tags=["parameters"]
 FAST = False  # True: fewer repetitions (the builder sets it when it only checks)
 
 # %%
+import functools
 import sys
 import tempfile
 import warnings
@@ -65,7 +67,7 @@ else:
     model_folder = write_tiny_model(Path(scratch.name))
 
 llm = LLM(
-    str(model_folder), preset="m3", block_size=BLOCK_SIZE, max_model_len=16, num_kv_blocks=10, dtype="float32",
+    str(model_folder), preset="m3", block_size=BLOCK_SIZE, max_model_len=16, num_kv_blocks=max(10, 1 + 36 // BLOCK_SIZE), dtype="float32",
     attention_backend="torch_naive", device="cpu",
 )  # fmt: skip
 core = llm.llm_engine.engine_core  # decides: no tensors here
@@ -147,39 +149,33 @@ def step():
 
 
 steps = []
-while len(steps) < 3 or core.has_unfinished_requests():
-    for name, example in EXAMPLES.items():
-        if example.arrival == len(steps):
-            core.add_request(requests[name])
-    steps.append(step())
 
-# %% [markdown]
-# All three requests have run to their ends, but nothing has been printed yet. Take step 0. It computes the prompts of a and b, and the
-# forward pass leaves a vector for each of their tokens.
 
-# %%
-viz.predict(
-    "The two prompts have 5 + 4 tokens. How many rows of logits, each as long as the vocabulary, did step 0 compute?",
-    ["9, one per token", "7, one per token whose successor is in the prompt", "2, one per request"],
-    "2, one per request" if len(steps[0]["logits"]) == 2 else f"{len(steps[0]['logits'])}, one per token",
-    "Only the successor of a prompt's last token is unknown. The output matrix is the largest of the model, so the runner picks the rows first.",
-)
-
-# %%
-viz.predict(
-    "After step 0, request a knows 6 tokens: its prompt and one that was sampled. Of how many does the cache hold K and V?",
-    [4, 5, 6], steps[0]["computed"]["a"],
-    "The sampled token has not been through the model yet. The next step computes it.",
-)  # fmt: skip
+def run_until(num_steps):
+    """Runs the engine until so many steps are done; each request is added before the step in which it arrives."""
+    while len(steps) < num_steps:
+        for name, example in EXAMPLES.items():
+            if example.arrival == len(steps):
+                core.add_request(requests[name])
+        steps.append(step())
+    return steps
 
 # %% [markdown]
 # ## The 12 stops
 #
-# This is step 0. Shapes in brackets are those of the tensors that the step made. The core has no tensors at all: between core and worker pass
+# Step 0 computes the prompts of a and b, and the forward pass leaves a vector for each of their tokens. Two questions, and then it runs.
+
+# %%
+viz.ask("00.1")
+
+# %%
+viz.ask("00.2")
+
+# %% [markdown]
+# Shapes in brackets are those of the tensors that the step made. The core has no tensors at all: between core and worker pass
 # two messages of plain data.
 
-
-# %% tags=["given"]
+# %%
 def shape(tensor):
     return str(list(tensor.shape))
 
@@ -207,25 +203,31 @@ def stops_of(moment, arriving):
     ]
 
 
+steps = run_until(1)
 _, ax = plt.subplots(figsize=(10, 4.6))
 viz.route(ax, stops_of(steps[0], ["a", "b"]), arch.num_hidden_layers)
 ax.set_title("step 0: the prompts of a and b");
+
+# %%
+viz.answer("00.1", len(steps[0]["logits"]))
+
+# %%
+viz.answer("00.2", steps[0]["computed"]["a"])
 
 # %% [markdown]
 # In step 2, request c arrives with its 12 tokens, while a and b are in the middle of their answers.
 
 # %%
-viz.predict(
-    "a and b need 1 token each and c needs 12. How often is the matrix for q, k and v multiplied, and with how many rows?",
-    ["three times: 1, 1 and 12 rows", "once: 14 rows", "once: 3 x 12 rows, padded"],
-    f"once: {len(steps[2]['qkv'])} rows",
-    "Linear layers treat each row alone, so it does not matter whose rows they are. Only attention has to know.",
-)
+viz.ask("00.3")
 
 # %%
+steps = run_until(3)
 _, ax = plt.subplots(figsize=(10, 4.6))
 viz.route(ax, stops_of(steps[2], ["c"]), arch.num_hidden_layers)
 ax.set_title("step 2: a and b decode, c is new");
+
+# %%
+viz.answer("00.3", len(steps[2]["qkv"]))
 
 # %% [markdown]
 # The stops are the same, and so is the code. People say *prefill* for what c does and *decode* for a and b; the engine does not distinguish them.
@@ -254,14 +256,16 @@ print(leaves[LOOK_AT])
 #
 # **Your turn.** Build the four lists. A request is given as (computed tokens, new tokens, block table).
 
-
 # %%
 def my_flat_batch(requests, block_size):
     """E.g. [(5, 2, [7, 2])] with blocks of 4: positions [5, 6], slots [9, 10], query_start_loc [0, 2], seq_lens [7]."""
     return None  # your code: {"positions": ..., "slots": ..., "query_start_loc": ..., "seq_lens": ...}
 
-
 # %%
+while core.has_unfinished_requests():
+    steps = run_until(len(steps) + 1)
+
+
 def work_of(moment):
     """What a step was asked to compute: (computed tokens, new tokens, block table) of each request."""
     starts = [length - n for length, n in zip(moment["metadata"].seq_lens, moment["counts"].values())]
@@ -275,17 +279,10 @@ FLAT_BATCHES = [
     })
     for s in steps
 ]  # fmt: skip
-viz.your_turn(
-    "the flat batch of every step", my_flat_batch, FLAT_BATCHES,
-    "position p lies in block table[p // block_size], at offset p % block_size",
-)  # fmt: skip
+viz.your_turn("00.t1", my_flat_batch, FLAT_BATCHES)
 
 # %%
-viz.predict(
-    f"In step 2, request c has the blocks {steps[2]['tables']['c']}. In which slot are the K and V of its position 9?", None,
-    int(steps[2]["slots"][2 + 9]),
-    f"9 // {BLOCK_SIZE} is {9 // BLOCK_SIZE}, so it is block {steps[2]['tables']['c'][9 // BLOCK_SIZE]} of the pool, at offset {9 % BLOCK_SIZE}.",
-)  # fmt: skip
+viz.ask("00.4", blocks=steps[2]["tables"]["c"])
 
 # %%
 second = steps[2]
@@ -302,6 +299,13 @@ ax.set_yticks([])
 meta = second["metadata"]
 ax.set_title(f"step 2: query_start_loc = {list(meta.query_start_loc)}, seq_lens = {list(meta.seq_lens)}");
 
+# %%
+index, offset = divmod(9, BLOCK_SIZE)
+viz.answer(
+    "00.4", int(second["slots"][2 + 9]),
+    BLOCK_SIZE=BLOCK_SIZE, index=index, offset=offset, block=second["tables"]["c"][index],
+)  # fmt: skip
+
 # %% [markdown]
 # The engine's version computes all rows at once:
 
@@ -317,11 +321,10 @@ viz.source(BlockTable.slot_mapping)
 # Attention writes K and V of the new tokens into their slots, in every layer. This is the K cache of the first layer.
 
 # %%
+viz.ask("00.5")
+
+# %%
 written = second["kv_cache"][0].flatten(0, 1).flatten(1).abs().sum(dim=1) > 0  # [num_slots]
-viz.predict(
-    "How many slots hold a key after step 2?", None, int(written.sum()),
-    "a: 5 + 1 + 1, b: 4 + 1 + 1, c: 12. Every known token but the newest of each request.",
-)  # fmt: skip
 
 # %%
 keys = second["kv_cache"][0].flatten(0, 1).flatten(1)  # [num_slots, kv_heads * head_size]
@@ -342,6 +345,9 @@ ax.set_xticks(centres, ["null" if b == 0 else f"block {b}" for b in range(len(ce
 ax.set(ylabel="number in the key")
 ax.set_title("K cache of layer 0 after step 2; white: no key; c1 is block 1 of request c", pad=18);
 
+# %%
+viz.answer("00.5", int(written.sum()))
+
 # %% [markdown]
 # Compare a0 with c0. Both hold "The capital of France" at the positions 0 to 3, and the keys are the same numbers. They were computed twice. (M6, prefix
 # caching, computes them once; notebook 07.)
@@ -353,21 +359,15 @@ ax.set_title("K cache of layer 0 after step 2; white: no key; c1 is block 1 of r
 # divided by the square root of the head size, go through a softmax, and the result says how much of each value is taken.
 
 # %%
-viz.predict(
-    "In step 2, how many keys does the query of c's position 3 (\" France\") look at?", [1, 3, 4, 12],
-    4 if second["metadata"].seq_lens[2] == second["counts"]["c"] else -1,
-    "Itself and the three before it. \" is\" and the rest of the prompt lie in its future, although they are in the same step.",
-)  # fmt: skip
+viz.ask("00.6")
 
 # %% [markdown]
 # **Your turn.** Compute the attention weights of one query: `q` has one number per dimension, `keys` has one row per token that it may look at.
-
 
 # %%
 def my_weights(q, keys):
     """q: [head_size]; keys: [num_keys, head_size]. Returns the weights, [num_keys]; they sum to 1."""
     return None  # your code
-
 
 # %%
 def keys_of(moment, name):
@@ -404,15 +404,13 @@ for number, name, query in QUERIES:
     ATTENTION.append(((q, keys_of(steps[number], name)[:num_keys, 0]), weights[:num_keys].tolist()))
 
 
+@functools.wraps(my_weights)
 def rounded_weights(q, keys):
     mine = my_weights(q, keys)
     return None if mine is None else [round(float(w), 4) for w in mine]
 
 
-viz.your_turn(
-    "the weights of three queries", rounded_weights, [(args, [round(w, 4) for w in weights]) for args, weights in ATTENTION],
-    "(keys @ q / len(q) ** 0.5).softmax(dim=-1)",
-)  # fmt: skip
+viz.your_turn("00.t2", rounded_weights, [(args, [round(w, 4) for w in weights]) for args, weights in ATTENTION])
 
 # %%
 viz.source(TorchNaiveBackend._attend)
@@ -431,6 +429,9 @@ for ax, name in zip(axes, "ca"):
 axes[1].set_box_aspect(1 / 7)
 figure.colorbar(image, ax=axes, label="attention weight, head 0", shrink=0.7)
 plt.show()
+
+# %%
+viz.answer("00.6", int((weights_of(second, "c")[0, 3] > 0).sum()))
 
 # %% [markdown]
 # c computes its whole prompt, so its picture is a triangle. a has one new token, which looks at everything that the cache has of a. That token is the
@@ -457,19 +458,23 @@ viz.table(
 
 # %%
 cup = tokenizer.encode("Once ☕", add_special_tokens=False)
+
+# %%
+viz.ask("00.7", num_tokens=len(cup))
+
+# %%
 stream = TextStream(tokenizer, [], skip_special_tokens=True)
 pieces = [stream.step(token_id) for token_id in cup]
 first_shown = next(i for i, piece in enumerate(pieces) if "☕" in piece)
-viz.predict(
-    f"\"Once ☕\" is {len(cup)} tokens. If they are sampled one after another, after how many of them does the user see the cup?", None,
-    first_shown + 1, "The detokeniser holds back an unfinished character. Showing it early would write a � that cannot be taken back.",
-)  # fmt: skip
 
 # %%
 viz.table(
     ["token", "decoded alone", "new text to show"],
     [[i + 1, repr(tokenizer.decode([t])), repr(piece)] for i, (t, piece) in enumerate(zip(cup, pieces))],
 )
+
+# %%
+viz.answer("00.7", first_shown + 1)
 
 # %% [markdown]
 # ## What the cache saves
@@ -479,12 +484,10 @@ viz.table(
 #
 # **Your turn.** How many tokens go through the model in total, with a cache and without, for a prompt of `prompt` tokens and `output` new ones?
 
-
 # %%
 def my_counts(prompt, output):
     """Returns [tokens computed with a cache, tokens computed without one]."""
     return None  # your code
-
 
 # %%
 lengths = {name: (len(r.prompt_token_ids), len(r.output_token_ids)) for name, r in requests.items()}
@@ -499,10 +502,7 @@ for name, example in EXAMPLES.items():
 COUNTS = [
     (lengths[name], [sum(s["counts"].get(name, 0) for s in steps), no_cache_tokens[name]]) for name in EXAMPLES
 ]
-viz.your_turn(
-    "tokens computed with a cache, and without", my_counts, COUNTS,
-    "with a cache each token is computed once, but the last one never; without, the passes are prompt, prompt + 1, ... tokens long",
-)  # fmt: skip
+viz.your_turn("00.t3", my_counts, COUNTS)
 
 # %%
 viz.table(
@@ -516,44 +516,23 @@ viz.table(
 # %% [markdown]
 # ## Is it all true?
 #
-# The last cell checks what this notebook claims. It also solves the three tasks, so look at it last.
-
+# The last cell checks what this notebook claims.
 
 # %%
-def solved_flat_batch(requests, block_size):
-    positions, slots, starts, lens = [], [], [0], []
-    for computed, new, table in requests:
-        mine = range(computed, computed + new)
-        positions += mine
-        slots += [table[p // block_size] * block_size + p % block_size for p in mine]
-        starts.append(starts[-1] + new)
-        lens.append(computed + new)
-    return {"positions": positions, "slots": slots, "query_start_loc": starts, "seq_lens": lens}
-
-
-def solved_weights(q, keys):
-    return [round(float(w), 4) for w in (keys @ q / len(q) ** 0.5).softmax(dim=-1)]
-
-
-for solved, cases in (
-    (solved_flat_batch, FLAT_BATCHES),
-    (solved_weights, [(args, [round(w, 4) for w in weights]) for args, weights in ATTENTION]),
-    (lambda prompt, output: [prompt + output - 1, sum(range(prompt, prompt + output))], COUNTS),
-):
-    assert "Passed" in repr(viz.your_turn("", solved, cases))
-for name, example in EXAMPLES.items():
-    assert tokenizer.decode(requests[name].output_token_ids) == "".join(example.answer_pieces[: example.max_tokens])
-assert len(steps) == 6 and second["counts"] == {"a": 1, "b": 1, "c": 12}
-assert steps[0]["logits"].shape == (2, arch.vocab_size) and second["qkv"].shape[0] == 14 and len(second["logits"]) == 3
-assert int(written.sum()) == 25 and second["computed"] == {"a": 7, "b": 6, "c": 12}
-for row, name in enumerate(second["counts"]):
-    start, end = second["metadata"].query_start_loc[row : row + 2]
-    slots = second["slots"].new_tensor(FLAT_BATCHES[2][1]["slots"])[start:end]
-    torch.testing.assert_close(second["kv_cache"][0].flatten(0, 1)[slots], second["k"][start:end])
-v = second["v"][2:].repeat_interleave(arch.num_attention_heads // arch.num_key_value_heads, dim=1)  # c's values
-by_weights = torch.einsum("hqk,khd->qhd", weights_of(second, "c"), v).reshape(12, -1)
-torch.testing.assert_close(second["attention"][2:].reshape(12, -1), by_weights, rtol=1e-4, atol=1e-5)
-torch.testing.assert_close(keys_of(second, "a")[:5], keys_of(second, "c")[:5], rtol=1e-4, atol=1e-5)  # the same words
-torch.testing.assert_close(weights_of(second, "a")[:, 0], weights_of(second, "c")[:, 6, :7], rtol=1e-4, atol=1e-5)
-assert "".join(pieces) == "Once ☕"
-print(f"all true: {len(steps)} steps, {sum(len(s['ids']) for s in steps)} tokens computed; without a cache {sum(no_cache_tokens.values())}")
+if viz.as_delivered("00", globals()):
+    for name, example in EXAMPLES.items():
+        assert tokenizer.decode(requests[name].output_token_ids) == "".join(example.answer_pieces[: example.max_tokens])
+    assert len(steps) == 6 and second["counts"] == {"a": 1, "b": 1, "c": 12}
+    assert steps[0]["logits"].shape == (2, arch.vocab_size) and second["qkv"].shape[0] == 14 and len(second["logits"]) == 3
+    assert int(written.sum()) == 25 and second["computed"] == {"a": 7, "b": 6, "c": 12}
+    for row, name in enumerate(second["counts"]):
+        start, end = second["metadata"].query_start_loc[row : row + 2]
+        slots = second["slots"].new_tensor(FLAT_BATCHES[2][1]["slots"])[start:end]
+        torch.testing.assert_close(second["kv_cache"][0].flatten(0, 1)[slots], second["k"][start:end])
+    v = second["v"][2:].repeat_interleave(arch.num_attention_heads // arch.num_key_value_heads, dim=1)  # c's values
+    by_weights = torch.einsum("hqk,khd->qhd", weights_of(second, "c"), v).reshape(12, -1)
+    torch.testing.assert_close(second["attention"][2:].reshape(12, -1), by_weights, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(keys_of(second, "a")[:5], keys_of(second, "c")[:5], rtol=1e-4, atol=1e-5)  # the same words
+    torch.testing.assert_close(weights_of(second, "a")[:, 0], weights_of(second, "c")[:, 6, :7], rtol=1e-4, atol=1e-5)
+    assert "".join(pieces) == "Once ☕"
+    print(f"all true: {len(steps)} steps, {sum(len(s['ids']) for s in steps)} tokens computed; without a cache {sum(no_cache_tokens.values())}")

@@ -6,8 +6,9 @@
 # dozen parameters whose names are well known and whose order is not. Here you put a distribution of 12 words on the bench and watch what
 # each parameter of the **real sampler** does to it.
 #
-# *30 minutes. Read "Choosing a token" in [learn/01](../docs/learn/01_basic_inference.md) with it; the code is in
-# `folovllm/sample/sampler.py`. Answer each **Predict** before you run the cell below it. Next: [02](02_roofline.ipynb).*
+# *30 minutes. Read "Choosing a token" in [learn/01](../docs/learn/01_basic_inference.md) first; the code is in `folovllm/sample/sampler.py`.
+# **Predict** asks before an experiment, and **Answer** follows it; `viz.ask("01.1", guess=4)` has your guess judged.
+# Next: [02](02_roofline.ipynb).*
 
 # %% tags=["parameters"]
 FAST = False  # True: fewer repetitions (the builder sets it when it only checks)
@@ -50,7 +51,7 @@ viz.table(
 # Some rows are sure (b0: a comma, 93 %), and some are not (b2: five tokens have 17 % together, and 49,147 others share the rest). One setting has to
 # serve both.
 #
-# ## The bench
+# ## What you can change: the bench
 #
 # Here is what a model might think after "The cat sat on the". We write probabilities, because they are easy to read, and turn them into logits
 # with a logarithm. A constant is added to all logits, which softmax does not see. (One parameter will.) You can change all of it.
@@ -130,15 +131,11 @@ ax.set(title="after \"The cat sat on the\"", ylabel="probability");
 # number T. A *difference* of logits is a *ratio* of probabilities, so all ratios are raised to the power 1/T.
 
 # %%
+viz.ask("01.1")
+
+# %%
 cold = final(SamplingParams(temperature=0.5), output=[])
 ratio = float(cold[ids["mat"]] / cold[ids["sofa"]])
-viz.predict(
-    "\"mat\" is twice as likely as \"sofa\". How many times as likely is it at temperature 0.5?",
-    [1, 2, 4, 8],
-    round(ratio),
-    "2 to the power 1 / 0.5. For T -> 0 the best word takes everything, which is greedy sampling. For a large T all words are alike.",
-)
-
 
 # %%
 def draw_temperature(ax, value):
@@ -149,6 +146,9 @@ def draw_temperature(ax, value):
 
 
 viz.explore(draw_temperature, "temperature", [0.3, 0.7, 1.0, 1.5, 3.0], size=(10, 2.8))
+
+# %%
+viz.answer("01.1", round(ratio))
 
 # %% [markdown]
 # Temperature never removes a word. "idea" stays possible, and at T = 3 it is likelier than before. One absurd word in 200 sounds rare, but an
@@ -163,33 +163,38 @@ viz.explore(draw_temperature, "temperature", [0.3, 0.7, 1.0, 1.5, 3.0], size=(10
 # - **min_p** keeps the words that are at least p times as likely as the best one.
 
 # %%
-viz.predict(
-    "top_k = 3. How many words stay? (Look at the bars of \"floor\" and \"bed\".)",
-    [2, 3, 4],
-    survivors(SamplingParams(top_k=3)),
-    "The rule is \"not smaller than the third largest\", and the third and the fourth are equal. To throw out one of two "
-    "equals would need a second rule. Ties are common among 50,000 logits in bf16.",
-)
+viz.ask("01.2")
 
 # %%
-warm, plain = SamplingParams(temperature=2.0, top_p=0.7), SamplingParams(top_p=0.7)
-viz.predict(
-    f"top_p = 0.7 keeps {survivors(plain)} words. How many does it keep if the temperature is 2 as well?",
-    [survivors(plain) - 1, survivors(plain), survivors(warm)],
-    survivors(warm),
-    "Temperature comes first. It flattens the distribution, so more words are needed to reach 0.7. A high temperature "
-    "therefore lengthens the tail that top_p leaves.",
-)
+plain = survivors(SamplingParams(top_p=0.7))
+
+# %%
+viz.ask("01.3", options=[plain - 1, plain, plain + 2], plain=plain)
+
+# %%
+warm_probs, plain_probs = (final(SamplingParams(temperature=t, top_p=0.7), output=[]) for t in (2.0, 1.0))
+three_probs = final(SamplingParams(top_k=3), output=[])
+_, axes = plt.subplots(1, 3, figsize=(10, 2.6), sharex=True, sharey=True)
+shown = {"top_k 3": three_probs, "top_p 0.7": plain_probs, "temperature 2, then top_p 0.7": warm_probs}
+for ax, (title, probs) in zip(axes, shown.items()):
+    viz.bars(ax, words, probs.tolist(), viz.PALETTE[2])
+    ax.label_outer()
+    ax.set_title(f"{title}: {int((probs > 0).sum())} stay")
+axes[0].set_ylabel("probability");
+
+# %%
+viz.answer("01.2", int((three_probs > 0).sum()))
+
+# %%
+viz.answer("01.3", int((warm_probs > 0).sum()))
 
 # %% [markdown]
 # **Your turn.** Write top_p. Which words stay, if the probabilities are given from the most likely to the least likely?
-
 
 # %%
 def my_top_p(probs, p):
     """How many of `probs`, which are sorted and sum to 1, stay. E.g. my_top_p([0.5, 0.3, 0.15, 0.05], 0.7) is 2."""
     return None  # your code
-
 
 # %%
 def engine_top_p(probs, p):
@@ -200,9 +205,7 @@ def engine_top_p(probs, p):
 
 TOP_P = [([0.5, 0.3, 0.15, 0.05], p) for p in (0.01, 0.45, 0.7, 0.9, 0.99)] + [([0.25, 0.24, 0.2, 0.17, 0.14], 0.6)]
 TOP_P = [((probs, p), engine_top_p(probs, p)) for probs, p in TOP_P]
-viz.your_turn(
-    "top_p", my_top_p, TOP_P, "go through the list and add; the word whose probability makes the sum reach p stays, the next ones go",
-)  # fmt: skip
+viz.your_turn("01.t1", my_top_p, TOP_P)
 
 # %% [markdown]
 # The engine goes the other way: it adds up from the least likely word, and removes words while the sum is at most 1 - p.
@@ -214,18 +217,10 @@ viz.source(topk_topp.nucleus_by_sorting)
 # What happens if the model is sure, and what if it has no idea? We take a sharp and a flat version of our distribution.
 
 # %%
-sure, unsure = (logits * 2.5).softmax(dim=-1), (logits * 0.35).softmax(dim=-1)
-viz.predict(
-    f"The best word has {sure[0]:.0%} in the sharp version and {unsure[0]:.0%} in the flat one. Under which rule does the number of words "
-    "that stay change most between the two?",
-    ["top_k 5", "top_p 0.9", "min_p 0.1"],
-    max(
-        (abs(survivors(SamplingParams(**{k: v}), logits=logits * 2.5) - survivors(SamplingParams(**{k: v}), logits=logits * 0.35)), f"{k} {v}")
-        for k, v in (("top_k", 5), ("top_p", 0.9), ("min_p", 0.1))
-    )[1],
-    "min_p compares with the best word, so it is strict when the model is sure and lets nearly everything pass when it is not. top_k does not look at the "
-    "probabilities at all.",
-)
+sure, unsure = (float((logits * sharpness).softmax(dim=-1).max()) for sharpness in (2.5, 0.35))
+
+# %%
+viz.ask("01.4", sure=sure, unsure=unsure)
 
 # %%
 rules = {"top_k 5": {"top_k": 5}, "top_p 0.9": {"top_p": 0.9}, "min_p 0.1": {"min_p": 0.1}}
@@ -242,6 +237,9 @@ for axis_row, (kind, these) in zip(axes, kinds.items(), strict=True):
 figure.supylabel("probability (outline: what came in)", size=9)
 plt.show()
 
+# %%
+viz.answer("01.4", max(rules, key=lambda rule: abs(kept["sure", rule] - kept["unsure", rule])))
+
 # %% [markdown]
 # ## Penalties against repetition
 #
@@ -254,12 +252,10 @@ plt.show()
 #
 # **Your turn.** Write it for one word, in plain Python. The engine's sampler is asked for the same logit.
 
-
 # %%
 def my_penalised(logit, in_prompt, count, repetition, frequency, presence):
     """The logit afterwards. `count` is how often the word occurs in the output, `in_prompt` whether the prompt has it."""
     return None  # your code
-
 
 # %%
 def engine_penalised(logit, in_prompt, count, repetition, frequency, presence):
@@ -275,10 +271,7 @@ PENALISED = [
     (-3.0, True, 1, 2.0, 0.0, 0.0), (1.0, False, 3, 1.0, 0.5, 0.25), (-1.0, False, 1, 2.0, 0.5, 1.0),
 ]  # fmt: skip
 PENALISED = [(case, engine_penalised(*case)) for case in PENALISED]
-viz.your_turn(
-    "the three penalties", my_penalised, PENALISED,
-    "first repetition, if the word is in the prompt or in the output; then count * frequency; then presence if count > 0",
-)  # fmt: skip
+viz.your_turn("01.t2", my_penalised, PENALISED)
 
 # %%
 viz.source(penalties.apply_penalties_)
@@ -286,6 +279,9 @@ viz.source(penalties.apply_penalties_)
 # %% [markdown]
 # Softmax does not see a constant that is added to all logits: a model may put out [3, 2] or [103, 102] for the same opinion. Which of the penalties can
 # tell the two apart?
+
+# %%
+viz.ask("01.5")
 
 # %%
 strengths = {
@@ -298,13 +294,6 @@ changed = [
     for name, params in strengths.items()
     if not torch.allclose(final(params), final(params, logits=logits - 5), atol=1e-4)
 ]
-viz.predict(
-    "We subtract 5 from every logit. Under which penalty do the final probabilities change?",
-    ["none", "repetition", "frequency and presence", "all three"],
-    " and ".join(changed) if changed else "none",
-    "It multiplies, so it depends on where zero happens to lie. The others subtract, and differences stay what they are. The "
-    "same repetition_penalty can therefore be mild for one model and brutal for another.",
-)
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(10, 2.8), sharex=True, sharey=True)
@@ -312,6 +301,9 @@ for ax, (name, params) in zip(axes, strengths.items(), strict=True):
     viz.bars(ax, words, final(params).tolist(), viz.PALETTE[5], before=logits.softmax(dim=-1).tolist())
     ax.set(title=f"{name} after \"{' '.join(OUTPUT)}\"", ylabel="probability")
     ax.label_outer()
+
+# %%
+viz.answer("01.5", changed)
 
 # %% [markdown]
 # ## All of them, in order
@@ -323,13 +315,13 @@ for ax, (name, params) in zip(axes, strengths.items(), strict=True):
 viz.source(Sampler._sample_rows)
 
 # %%
-path = stages(PARAMS)
 alone_top_p = survivors(SamplingParams(top_p=PARAMS.top_p), output=[])
-viz.predict(
-    f"Alone, top_p = {PARAMS.top_p} keeps {alone_top_p} of the 12 words. After penalties, temperature, min_p and top_k = {PARAMS.top_k}, how many does it keep?",
-    [5, 7, 8, 9], int((path[-1][1] > 0).sum()),
-    "top_k leaves 8 words and their probabilities are scaled to sum to 1 again. Without the least likely of them, the sum still reaches 0.9.",
-)  # fmt: skip
+
+# %%
+viz.ask("01.6", top_p=PARAMS.top_p, top_k=PARAMS.top_k, alone=alone_top_p)
+
+# %%
+path = stages(PARAMS)
 
 # %%
 figure, axes = plt.subplots(2, 3, figsize=(10, 4.6), sharex=True, sharey=True)
@@ -343,6 +335,9 @@ for i, (ax, (name, probs)) in enumerate(zip(axes.flat, path)):
 figure.supylabel("probability (outline: the step before)", size=9)
 plt.show()
 
+# %%
+viz.answer("01.6", int((path[-1][1] > 0).sum()))
+
 # %% [markdown]
 # ## The draw: a race of alarm clocks
 #
@@ -352,32 +347,30 @@ plt.show()
 # %%
 theory = path[-1][1]  # [V]
 p_floor, p_chair = (float(theory[ids[word]]) for word in ("floor", "chair"))
+
+# %%
+viz.ask("01.7", p_floor=p_floor, p_chair=p_chair)
+
+# %%
+chance = p_floor / max(p_floor + p_chair, 1e-9)
 many = exponential_noise(range(DRAWS), [0] * DRAWS, V, "cpu")  # [DRAWS, V]
 share = float((many[:, ids["floor"]] / p_floor < many[:, ids["chair"]] / p_chair).float().mean())
-viz.predict(
-    f"\"floor\" has {p_floor:.2f} and \"chair\" {p_chair:.2f}. How often does the clock of \"floor\" ring before that of \"chair\"?",
-    ["always", "about half of the time", "two times out of three", "nine times out of ten"],
-    "two times out of three" if abs(share - 2 / 3) < 0.03 else "?",
-    f"{share:.1%} of {DRAWS:,} races. Between two words the chance is p1 / (p1 + p2) = {p_floor / (p_floor + p_chair):.1%}, whatever the other words have.",
-)
+
+# %%
+viz.answer("01.7", share, DRAWS=DRAWS, chance=chance)
 
 # %% [markdown]
 # **Your turn.** Write the draw. `probs` are the probabilities, some of which are 0, and `noise` the numbers q. Return the index of the word whose clock rings
 # first.
-
 
 # %%
 def my_draw(probs, noise):
     """E.g. my_draw([0.5, 0.0, 0.5], [0.9, 0.1, 0.3]) is 2: the clocks ring at 1.8, never, and 0.6."""
     return None  # your code
 
-
 # %%
 RACES = [((theory.tolist(), many[i].tolist()), int(topk_topp.race(theory, many[i : i + 1].clone())[0])) for i in range(50)]
-viz.your_turn(
-    "the draw", my_draw, RACES,
-    "a word with probability 0 must not win, and 1 / 0 raises an error: the largest p / q is the smallest q / p",
-)  # fmt: skip
+viz.your_turn("01.t3", my_draw, RACES)
 
 # %%
 viz.source(topk_topp.race)
@@ -421,6 +414,8 @@ ax.set_title("how often each word was drawn");
 # %%
 viz.source(random_key)
 
+# %%
+viz.ask("01.8", SEED=SEED)
 
 # %%
 def answer(seed, company=0, length=20):
@@ -436,13 +431,9 @@ def answer(seed, company=0, length=20):
 
 alone, crowded, other = answer(SEED), answer(SEED, company=63), answer(SEED + 1)
 differ = sum(a != b for a, b in zip(alone, crowded, strict=True))
-viz.predict(
-    f"A request with seed {SEED} draws 20 tokens alone, then 20 in a batch with 63 other requests. How many differ?",
-    [0, "about half", 20],
-    differ,
-    "Other requests cannot change the noise of yours. A draw that is thrown away cannot either: after a preemption the token is "
-    "drawn again with the same key.",
-)
+
+# %%
+viz.answer("01.8", differ)
 
 # %% [markdown]
 # In the picture each row is a request, and each column is the index of an output token. The distribution is the same everywhere, so all you see is noise. If the
@@ -466,45 +457,24 @@ ax.set(xlabel="index of the output token", title="which word each (seed, index) 
 # %% [markdown]
 # ## Is it all true?
 #
-# The last cell checks what this notebook claims. The statistical check uses five standard deviations and fixed seeds, so it passes always or never. The cell also
-# solves the three tasks, so look at it last.
-
+# The last cell checks what this notebook claims. The statistical check uses five standard deviations and fixed seeds, so it passes always or never.
 
 # %%
-def solved_top_p(probs, p):
-    total = 0.0
-    for number, prob in enumerate(probs, start=1):
-        total += prob
-        if total >= p:
-            return number
-
-
-def solved_penalised(logit, in_prompt, count, repetition, frequency, presence):
-    if in_prompt or count:
-        logit = logit / repetition if logit > 0 else logit * repetition
-    return logit - count * frequency - (count > 0) * presence
-
-
-def solved_draw(probs, noise):
-    return max(range(len(probs)), key=lambda i: probs[i] / noise[i])
-
-
-for solved, cases in ((solved_top_p, TOP_P), (solved_penalised, PENALISED), (solved_draw, RACES)):
-    assert "Passed" in repr(viz.your_turn("", solved, cases))
-assert abs(share - p_floor / (p_floor + p_chair)) < 0.03
-asked = row(SamplingParams(**{**PARAMS.__dict__, "logprobs": V}))
-own = sampler(logits.unsqueeze(0), SamplingMetadata.build([asked], V, "cpu")).logprobs[0]
-by_sampler = torch.zeros(V)
-by_sampler[own.token_ids] = torch.tensor(own.logprobs).exp()
-torch.testing.assert_close(theory, by_sampler)
-for _, probs in path:
-    torch.testing.assert_close(probs.sum(), torch.tensor(1.0))
-assert [int((p > 0).sum()) for _, p in path] == sorted((int((p > 0).sum()) for _, p in path), reverse=True)
-assert all(counts[i] == 0 for i in range(V) if theory[i] == 0), "a word that was cut off was drawn"
-assert all(abs(counts[i] - expected[i]) <= 5 * sigma[i] + 1e-9 for i in range(V)), "the draw is not fair"
-assert min(kept.values()) >= 1, "the best word always stays"
-assert all(kept["sure", rule] < kept["unsure", rule] for rule in ("top_p 0.9", "min_p 0.1")), "these two adapt"
-assert torch.allclose(cold, logits.softmax(dim=-1) ** 2 / (logits.softmax(dim=-1) ** 2).sum(), atol=1e-6)
-assert alone == crowded and alone == answer(SEED) and alone != other
-assert winner == words[sampler(logits.unsqueeze(0), SamplingMetadata.build([row(PARAMS, SEED)], V, "cpu")).sampled_token_ids[0]]
-print(f"all true: {DRAWS:,} draws, {len(counts)} of {V} words; seed {SEED} says {' '.join(alone[:6])} ...")
+if viz.as_delivered("01", globals()):
+    assert abs(share - chance) < 0.03
+    asked = row(SamplingParams(**{**PARAMS.__dict__, "logprobs": V}))
+    own = sampler(logits.unsqueeze(0), SamplingMetadata.build([asked], V, "cpu")).logprobs[0]
+    by_sampler = torch.zeros(V)
+    by_sampler[own.token_ids] = torch.tensor(own.logprobs).exp()
+    torch.testing.assert_close(theory, by_sampler)
+    for _, probs in path:
+        torch.testing.assert_close(probs.sum(), torch.tensor(1.0))
+    assert [int((p > 0).sum()) for _, p in path] == sorted((int((p > 0).sum()) for _, p in path), reverse=True)
+    assert all(counts[i] == 0 for i in range(V) if theory[i] == 0), "a word that was cut off was drawn"
+    assert all(abs(counts[i] - expected[i]) <= 5 * sigma[i] + 1e-9 for i in range(V)), "the draw is not fair"
+    assert min(kept.values()) >= 1, "the best word always stays"
+    assert all(kept["sure", rule] < kept["unsure", rule] for rule in ("top_p 0.9", "min_p 0.1")), "these two adapt"
+    assert torch.allclose(cold, logits.softmax(dim=-1) ** 2 / (logits.softmax(dim=-1) ** 2).sum(), atol=1e-6)
+    assert alone == crowded and alone == answer(SEED) and alone != other
+    assert winner == words[sampler(logits.unsqueeze(0), SamplingMetadata.build([row(PARAMS, SEED)], V, "cpu")).sampled_token_ids[0]]
+    print(f"all true: {DRAWS:,} draws, {len(counts)} of {V} words; seed {SEED} says {' '.join(alone[:6])} ...")

@@ -6,8 +6,8 @@
 # **blocks**, gives a request a block when one of its tokens needs it, and keeps a **table** of which blocks are whose.
 # In this notebook the engine's own block pool does that, and you count every slot.
 #
-# Read [learn/03](../docs/learn/03_paged_kv_cache.md) first. Answer each **Predict** before you run the cell below it. In the three cells **Your turn**
-# you write a few lines yourself, and the cell after it checks them. About 25 minutes. Next: [05](05_attention_tiles.ipynb).
+# *25 minutes. Read [learn/03](../docs/learn/03_paged_kv_cache.md) first. **Predict** asks before an experiment, and **Answer** follows it;
+# `viz.ask("04.1", guess=2)` has your guess judged. Next: [05](05_attention_tiles.ipynb).*
 
 # %% tags=["parameters"]
 FAST = False  # True: fewer repetitions (the builder sets it when it only checks)
@@ -54,6 +54,9 @@ viz.table(
 )
 
 # %%
+viz.ask("04.1")
+
+# %%
 core = example_core(block_size=BLOCK_SIZE, num_kv_blocks=10)
 pool = core.scheduler.kv_cache_manager.block_pool
 
@@ -70,17 +73,9 @@ for step in run_example(core):
     queue = free_list(pool)
     free_after.append(queue)
 
-viz.predict(
-    "b's prompt has 4 tokens and fills its block exactly. In which step does b get its second block?", [0, 1, 2, 3],
-    next(step.number for step in steps if len(step.blocks["b"]) == 2),
-    "Step 0 computes positions 0 to 3. Step 1 computes position 4, the first generated token, and that needs a block. "
-    "A block is taken when a token needs it, and not before.",
-)  # fmt: skip
-
 # %% [markdown]
 # Now look. "5 = c0" reads: physical block 5 is block 0 of request c. Full squares hold K/V, hatched ones are reserved and empty, grey ones
 # are free. Block 0 is the null block, which no request ever gets.
-
 
 # %%
 def draw(ax, step, num_blocks, columns):
@@ -98,6 +93,13 @@ figure, axes = plt.subplots(len(shown), 1, figsize=(9, 1.35 * len(shown)))
 for ax, number in zip(axes, shown):
     draw(ax, steps[number], num_blocks=10, columns=10)
 
+# %%
+viz.answer("04.1", next(step.number for step in steps if len(step.blocks["b"]) == 2))
+
+# %% [markdown]
+# In step 5, b gets block 8 as its third and not block 7, which has a smaller number and is free as well. Free blocks stand in a queue, and block 8 is
+# at its head then. The section on the free queue says why.
+
 # %% [markdown]
 # ## From a position to a slot
 #
@@ -107,62 +109,67 @@ for ax, number in zip(axes, shown):
 viz.source(BlockTable.slot_mapping)
 
 # %%
-viz.predict(
-    "A request has the table [2, 1, 5]. In which slot is position 9?", None,
-    int(sequence_slots(torch.tensor([2, 1, 5]), 12, BLOCK_SIZE)[9]),
-    "9 // 4 = 2, and entry 2 of the table is block 5. 9 % 4 = 1, so the slot is 5 * 4 + 1.",
-)  # fmt: skip
+viz.ask("04.2")
+
+# %%
+slots = sequence_slots(torch.tensor([2, 1, 5]), 12, BLOCK_SIZE).tolist()
+print("slots of the positions 0 to 11:", slots)
+
+# %%
+viz.answer("04.2", abs(slots[4] - slots[3]), last=slots[3], first=slots[4])
 
 # %% [markdown]
 # The other direction is as useful when you debug a wrong table: which position is in a given slot? Return the position, or -1 if the slot
 # is in none of the request's blocks.
-
 
 # %%
 # Your turn: replace the body.
 def position_of(table, slot, block_size):
     raise NotImplementedError  # e.g. position_of([2, 1, 5], 21, 4) is 9
 
-
 # %%
-POSITIONS = [(([2, 1, 5], 21, 4), 9), (([2, 1, 5], 8, 4), 0), (([7, 2], 47, 16), 31), (([2, 1, 5], 12, 4), -1)]
-viz.your_turn(
-    "position_of: from a slot back to a position", position_of, POSITIONS,
-    "slot // block_size is the physical block. list.index finds its place in the table.",
-)  # fmt: skip
+def engine_position_of(table, slot, block_size):
+    slots = sequence_slots(torch.tensor(table), len(table) * block_size, block_size).tolist()
+    return slots.index(slot) if slot in slots else -1
+
+
+POSITIONS = [([2, 1, 5], 21, 4), ([2, 1, 5], 8, 4), ([7, 2], 47, 16), ([2, 1, 5], 12, 4)]
+POSITIONS = [(case, engine_position_of(*case)) for case in POSITIONS]
+viz.your_turn("04.t1", position_of, POSITIONS)
 
 # %% [markdown]
 # ## When the blocks run out
 #
-# The same requests, and only 6 usable blocks.
+# The same requests, and only 6 usable blocks. c arrives before step 2 and needs 3 blocks for its 12 prompt tokens.
+
+# %%
+viz.ask("04.3")
 
 # %%
 tight = list(run_example(example_core(block_size=BLOCK_SIZE, num_kv_blocks=7)))
-viz.predict(
-    "In step 5, b and c run. Both need one more block, and one is free. Which request is preempted?", ["b", "c"],
-    tight[5].preempted[0],
-    "The scheduler serves b first, which was admitted first. For c nothing is left, and the request admitted last gives up its blocks: c itself.",
-)  # fmt: skip
 
 # %%
 figure, axes = plt.subplots(4, 1, figsize=(9, 5.8))
 for ax, number in zip(axes, (3, 4, 5, 6)):
     draw(ax, tight[number], num_blocks=7, columns=7)
 
+# %%
+viz.answer("04.3", 6 - sum(map(len, tight[3].blocks.values())))
+
 # %% [markdown]
-# In step 4 four blocks are free, 16 slots, but no 12 slots in a row: a cache in one piece would have refused c.
+# Before step 4, when a has left, the blocks 1, 2, 5 and 6 are free. These are 16 slots, but no 12 slots in a row: a cache in one piece would
+# have refused c. In step 5, b and c each need one more block, and one is free. b gets it, c is preempted, and in step 6 it comes back with four
+# blocks (notebook 03 shows why).
 #
 # The scheduler asks for blocks with `allocate_slots`. Its contract: it returns the **new** blocks, which may be an empty list, or `None` if the
 # tokens do not fit, and then **nothing has changed**. Write the core of it on plain lists. `owned` is the request's table and `free` is the free
 # queue; change both in place.
 
-
 # %%
 # Your turn: replace the body.
 def allocate(owned, free, num_slots, block_size):
-    """Lets `owned` hold `num_slots` slots. Takes blocks from the front of `free`, and returns the new ones or None."""
+    """Lets `owned` hold `num_slots` slots in all. Takes blocks from the front of `free`, and returns the new ones or None."""
     raise NotImplementedError
-
 
 # %%
 def outcome(owned, free, num_slots, block_size):
@@ -189,32 +196,24 @@ def engine_outcome(owned, free, num_slots, block_size):
 
 
 ALLOCATED = [(call, engine_outcome(*call)) for call in CALLS]
-viz.your_turn(
-    "allocate: count first, take afterwards", outcome, ALLOCATED,
-    "-(-num_slots // block_size) blocks are needed in all. Compare before you change anything.",
-)  # fmt: skip
+viz.your_turn("04.t2", outcome, ALLOCATED)
 
 # %% [markdown]
-# The engine's version. The hits belong to prefix caching (notebook 07).
+# The part of the engine's version that does this. The hits belong to prefix caching (notebook 07). There are none here.
 
 # %%
-viz.source(KVCacheManager.allocate_slots)
+viz.source(KVCacheManager.allocate_slots, "num_held =", "return new_blocks")
 
 # %% [markdown]
 # ## The order of the free queue
 #
-# Back to the first run, with 9 usable blocks. A request gives its blocks back in reverse, and the pool puts them at the **head** of the queue,
-# because no later request can find anything useful in them. The next request takes blocks from the head.
+# Back to the first run, with 9 usable blocks. A request gives its blocks back in reverse, the last one first. (If prefix caching is on, blocks with
+# a text that may come again go to the tail of the queue, and the beginning of a text is kept longest. See notebook 07.) Prefix caching is off
+# here, so no later request can find anything useful in the blocks, and the pool puts them at the **head**. The next request takes blocks from the
+# head.
 
 # %%
-viz.source(BlockPool.enqueue)
-
-# %%
-viz.predict(
-    f"At the end of step 3, first a ({steps[3].blocks['a']}) and then c ({steps[3].blocks['c']}) finish. Block 9 was free. What is the queue now?",
-    [[1, 2, 5, 6, 7, 8, 9], [2, 1, 8, 7, 6, 5, 9], [8, 7, 6, 5, 2, 1, 9]], free_after[3],
-    "a puts 2, 1 before 9. Then c puts 8, 7, 6, 5 before those.",
-)  # fmt: skip
+viz.ask("04.4", a=steps[3].blocks["a"], c=steps[3].blocks["c"])
 
 # %%
 viz.table(
@@ -226,6 +225,10 @@ viz.table(
     ],
 )  # fmt: skip
 
+# %%
+queue = free_after[3]
+viz.answer("04.4", queue)
+
 # %% [markdown]
 # In step 5, b computes its last token, in position 8, and then it finishes. What is the queue after that step?
 
@@ -234,16 +237,16 @@ viz.table(
 queue_after_step_5 = None
 
 # %%
-viz.your_turn(
-    "The free queue after step 5", queue_after_step_5, free_after[5],
-    f"Before the step the queue is {free_before[5]}, and b has the table {steps[4].blocks['b']}. Position 8 needs a block.",
-)  # fmt: skip
+viz.your_turn("04.t3", queue_after_step_5, free_after[5])
 
 # %% [markdown]
 # ## What is wasted
 #
 # A request wastes only the empty end of its last block: between 0 and B - 1 slots for blocks of B tokens. Workload A is 32 requests of
-# 227 tokens on average.
+# 227 tokens on average, of which the last one is never computed.
+
+# %%
+viz.ask("04.5")
 
 # %%
 workload = make_workload("A", 49152).requests
@@ -257,11 +260,6 @@ def wasted(block_size):
 
 
 share = {size: 100 * sum(wasted(size)) / (sum(lengths) + sum(wasted(size))) for size in SIZES}
-viz.predict(
-    "Which share of the reserved slots is unused with blocks of 16, vLLM's default?", ["under 1 %", "about 3 %", "about 12 %", "about 50 %"],
-    "about 3 %" if 2.5 < share[16] < 3.5 else "another",
-    f"{share[16]:.1f} %: half a block, 7.5 slots, beside 227 tokens.",
-)  # fmt: skip
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
@@ -281,15 +279,22 @@ right.set_xticks(SIZES[1:], SIZES[1:])
 right.set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
 right.minorticks_off();
 
+# %%
+viz.answer("04.5", share[16], unused=np.mean(wasted(16)), used=np.mean(lengths))
+
 # %% [markdown]
 # ## The same memory, more requests
 #
-# 8 blocks of 2,048 tokens (M2) are 1,024 blocks of 16 (M3). Both engines get workload A, the same scheduler and the same memory.
+# 8 blocks of 2,048 tokens (M2) are 1,024 blocks of 16 (M3). Both engines get workload A, the same scheduler and the same memory. (The page
+# measures with more memory, so its numbers are larger.)
 
 # %%
-NUM_LONG_BLOCKS = 2 if FAST else 8
+NUM_LONG_BLOCKS = 2 if FAST else 8  # you can change it
 
+# %%
+viz.ask("04.6", NUM_LONG_BLOCKS=NUM_LONG_BLOCKS)
 
+# %%
 def utilisation(rung, num_blocks):
     """The used share of the reserved slots, and the requests that run, in every step of workload A."""
     config = EngineConfig.from_args(preset=rung, max_model_len=2048, num_kv_blocks=num_blocks + 1)
@@ -306,10 +311,6 @@ def utilisation(rung, num_blocks):
 
 
 m2, m3 = utilisation("m2", NUM_LONG_BLOCKS), utilisation("m3", NUM_LONG_BLOCKS * 128)
-viz.predict(
-    f"M2 runs {NUM_LONG_BLOCKS} requests at once. How many does M3 run at its busiest?", None, max(m3[1]),
-    "M3 reserves about a tenth as much for each request. Workload A has 32 requests, so no more than 32 can run.",
-)  # fmt: skip
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), sharex=True)
@@ -321,8 +322,11 @@ right.set(xlabel="step", title="requests that run", ylim=(0, 36))
 left.legend(loc="center")
 right.legend(loc="upper right");
 
+# %%
+viz.answer("04.6", max(m3[1]))
+
 # %% [markdown]
-# ## Poison
+# ## Old numbers in a reused block
 #
 # A block is handed on with the K/V that its last owner left in it. So attention must read the slots of its own sequence and no others:
 
@@ -330,8 +334,12 @@ right.legend(loc="upper right");
 viz.source(TorchNaiveBackend.forward)
 
 # %% [markdown]
-# We put a sequence of 10 tokens into the blocks 5, 2 and 7 and fill **every other slot** of the cache with NaN, also the two empty slots at the end of block 7.
-# Then the same sequence goes into the blocks 9, 1 and 3.
+# We put a sequence of 10 tokens into the blocks 5, 2 and 7 and fill **all slots that do not belong to the sequence** with NaN, also the two empty
+# slots at the end of block 7. Then the same sequence goes into the blocks 9, 1 and 3. The result is the same, without a NaN, because attention reads
+# 10 slots. Could it not read whole blocks, which is simpler, and give the two empty slots the weight 0?
+
+# %%
+viz.ask("04.7")
 
 # %%
 backend = TorchNaiveBackend(AttentionSpec(4, 2, 8, torch.float32, torch.device("cpu"), BLOCK_SIZE))
@@ -341,7 +349,7 @@ query = torch.randn(10, 4, 8, generator=generator)  # [seq_len, num_heads, head_
 
 
 def attend(filling, block_ids):
-    """Attention over a cache in which every other slot holds `filling`."""
+    """Attention over a cache in which all slots that do not belong to the sequence hold `filling`."""
     cache = torch.full(backend.kv_cache_shape(10), filling)
     metadata = AttentionMetadata.single_sequence(10, block_ids, BLOCK_SIZE)
     backend.prepare(metadata)
@@ -351,50 +359,34 @@ def attend(filling, block_ids):
 
 nan = float("nan")
 clean, poisoned, elsewhere = attend(0.0, [5, 2, 7]), attend(nan, [5, 2, 7]), attend(nan, [9, 1, 3])
-viz.predict(
-    "How many of the 320 numbers of the result are NaN, and how many change when the sequence lies in other blocks?",
-    ["0 and 0", "some and 0", "0 and all", "all and all"],
-    "0 and 0" if not poisoned.isnan().any() and torch.equal(poisoned, elsewhere) else "another",
-    "Only the sequence's own slots are read, and the numbers of its blocks mean nothing.",
-)  # fmt: skip
+whole_value = torch.cat([value, torch.full((2, 2, 8), nan)])  # [12 slots, num_kv_heads, head_size]
+weight = torch.cat([torch.full((10,), 0.1), torch.zeros(2)])  # [12 slots]: the two empty ones weigh nothing
+whole_block = (weight[:, None, None] * whole_value).sum(dim=0)  # [num_kv_heads, head_size]
+print(f"only the sequence's slots are read: {int(poisoned.isnan().sum())} of {poisoned.numel()} numbers are NaN")
+print(f"other blocks: {int((poisoned != elsewhere).sum())} numbers change")
+print(f"whole blocks, weight 0 for the empty slots: {int(whole_block.isnan().sum())} of {whole_block.numel()} numbers are NaN")
 
 # %%
-print(f"NaN: {int(poisoned.isnan().sum())} of {poisoned.numel()}")
-print(f"changed in other blocks: {int((poisoned != elsewhere).sum())}")
+viz.answer("04.7", bool(whole_block.isnan().any()))
 
 # %% [markdown]
 # Next: write the real thing. `folovllm learn m3` puts the exercises into your folder: the slot mapping, the block pool, `allocate_slots` and the gather.
 #
 # ## Is it all true?
 #
-# The last cell checks what this notebook claims. It also solves the three tasks, so look at it last.
-
+# The last cell checks what this notebook claims.
 
 # %%
-def solved_position_of(table, slot, block_size):
-    block, offset = divmod(slot, block_size)
-    return table.index(block) * block_size + offset if block in table else -1
-
-
-def solved_outcome(owned, free, num_slots, block_size):
-    needed = -(-num_slots // block_size) - len(owned)
-    if needed > len(free):
-        return {"returned": None, "owned": owned, "free": free}
-    new = [free.pop(0) for _ in range(needed)]
-    owned += new
-    return {"returned": new, "owned": owned, "free": free}
-
-
-for answer, expected in ((solved_position_of, POSITIONS), (solved_outcome, ALLOCATED), ([8, 4, 3, 7, 6, 5, 2, 1, 9], free_after[5])):
-    assert "Passed" in repr(viz.your_turn("", answer, expected))
-for run in (steps, tight):
-    for name, example in EXAMPLES.items():
-        tokens = [token for step in run for token in step.sampled.get(name, [])]
-        assert tokens == list(example.answer_token_ids[: example.max_tokens]), "the tokens depend on the blocks"
-assert sorted(free_after[5]) == list(range(1, 10)), "a block was lost, or the null block was handed out"
-assert tight[3].waiting == ["c"] and tight[4].blocks["c"] == [2, 1, 5] and tight[6].blocks["c"] == [6, 4, 3, 5]
-assert list(share.values()) == sorted(share.values()) and share[16] < 5 < 80 < share[2048]
-assert max(m2[1]) == NUM_LONG_BLOCKS and max(m3[1]) >= 3 * NUM_LONG_BLOCKS
-assert np.mean(m3[0]) > 90 > 40 > np.mean(m2[0])
-assert not poisoned.isnan().any() and torch.equal(clean, poisoned) and torch.equal(poisoned, elsewhere)
-print(f"all true: {share[16]:.1f} % unused in blocks of 16, {share[2048]:.1f} % in one block of 2,048 for each request")
+if viz.as_delivered("04", globals()):
+    for run in (steps, tight):
+        for name, example in EXAMPLES.items():
+            tokens = [token for step in run for token in step.sampled.get(name, [])]
+            assert tokens == list(example.answer_token_ids[: example.max_tokens]), "the tokens depend on the blocks"
+    assert sorted(free_after[5]) == list(range(1, 10)), "a block was lost, or the null block was handed out"
+    assert tight[3].waiting == ["c"] and tight[4].blocks["c"] == [2, 1, 5] and tight[6].blocks["c"] == [6, 4, 3, 5]
+    assert list(share.values()) == sorted(share.values()) and share[16] < 5 < 80 < share[2048]
+    assert max(m2[1]) == NUM_LONG_BLOCKS and max(m3[1]) >= 3 * NUM_LONG_BLOCKS
+    assert np.mean(m3[0]) > 90 > 40 > np.mean(m2[0])
+    assert not poisoned.isnan().any() and torch.equal(clean, poisoned) and torch.equal(poisoned, elsewhere)
+    assert whole_block.isnan().all()
+    print(f"all true: {share[16]:.1f} % unused in blocks of 16, {share[2048]:.1f} % in one block of 2,048 for each request")

@@ -6,8 +6,9 @@
 # matrix. It computes one tile of scores at a time, corrects its sums, and forgets the tile. The result is exact. In this
 # notebook you write the correction, see which tiles are computed, count the memory, and cut the work of one query into parts.
 #
-# *30 minutes. Read [learn/04](../docs/learn/04_flash_attention.md) with it; the code is in `folovllm/attention/backends/torch_flash.py`.
-# Answer each **Predict** before you run the cell below it. Next: [06](06_chunked_prefill.ipynb).*
+# *30 minutes. Read [learn/04](../docs/learn/04_flash_attention.md) first; the code is in `folovllm/attention/backends/torch_flash.py`.
+# **Predict** asks before an experiment, and **Answer** follows it; `viz.ask("05.1", guess=290)` has your guess judged.
+# Next: [06](06_chunked_prefill.ipynb).*
 
 # %% tags=["parameters"]
 FAST = False  # True: fewer repetitions (the builder sets it when it only checks)
@@ -32,8 +33,9 @@ from matplotlib.patches import Rectangle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from folovllm import viz
-from folovllm.attention.backend import AttentionMetadata, AttentionSpec, sequence_slots
-from folovllm.attention.backends.torch_flash import TorchFlashBackend, group_queries, ungroup_queries
+from folovllm.attention.backend import AttentionSpec, sequence_slots
+from folovllm.attention.backends.torch_flash import SoftmaxState, TorchFlashBackend, group_queries, ungroup_queries
+from folovllm.attention.example_cache import CachedSequences
 from folovllm.attention.selector import load_backend, refusal
 from folovllm.csrc.build import load_ops
 from folovllm.learn.three_requests import example_core, run_example
@@ -44,7 +46,7 @@ with contextlib.redirect_stderr(io.StringIO()):
 CPU = torch.device("cpu")
 
 # %% [markdown]
-# ## What you can turn
+# ## What you can change
 
 # %%
 SCORES = [1.0, 3.0, 2.0, 0.5, 5.0, 4.0, 1.5, 2.5, 3.5, 7.0, 0.0, 1.0]  # of one query, key by key
@@ -55,21 +57,19 @@ PARTS = 4  # pieces that the keys of a decoding token are cut into
 BACKENDS = ("torch_naive", "torch_sdpa", "torch_flash", "cpu_paged")
 torch.set_num_threads(1)  # for the clock at the end: with more threads, other work on your machine disturbs it
 
+# %%
+SPEC = AttentionSpec(HEADS, KV_HEADS, SIZE, torch.float32, CPU, BLOCK)
+
 # %% [markdown]
 # ## The matrix
 #
-# One layer's scores are kept in fp32. Q, K, V and the output are in bf16.
+# One layer's scores are computed in fp32, 4 bytes each. Q, K, V and the output are in bf16.
+
+# %%
+viz.ask("05.1")
 
 # %%
 passes = 30 * 4 * 4 * HEADS * 8192**2 / 1e9  # 30 layers, 4 passes, 4 bytes
-options = [0.3, 9.7, 290, 7_300]
-viz.predict(
-    "The scores are written, read by softmax, written again as weights, and read again to be multiplied with V. For a prompt of "
-    "8,192 tokens, how many GB is that in all 30 layers?",
-    options,
-    min(options, key=lambda option: abs(option - passes)),
-    "Each pass is 2.4 GB, and there are 4 in each of the 30 layers. Q, K, V and the output of all layers together are 0.8 GB.",
-)
 
 # %%
 rows = []
@@ -79,23 +79,66 @@ for length in (512, 2048, 8192, 32768):
     rows.append([length, round(inputs / 1e6, 1), round(matrix / 1e6, 1), round(matrix / inputs)])
 viz.table(["tokens", "MB of Q, K, V, output", "MB of scores", "times as much"], rows)
 
+# %%
+viz.answer("05.1", passes)
+
 # %% [markdown]
 # ## A softmax that can be corrected
 #
 # Go through the keys once, a tile at a time, and carry three numbers: `m`, the largest score so far; `l`, the sum of
 # `exp(score - m)`; and `O`, the sum of `exp(score - m) * v`. When a tile brings a larger maximum, all earlier terms were
-# computed with the old one. They all have the same wrong factor, so one multiplication by `exp(m_old - m_new)` corrects them.
-# The engine does it in four lines:
+# computed with the old one. They all have the same wrong factor, so one multiplication corrects them.
 
 # %%
-viz.source(TorchFlashBackend.update_softmax)
+viz.ask("05.2", first_tile=SCORES[:TILE], second_tile=SCORES[TILE : 2 * TILE])
 
 # %%
 scores = torch.tensor(SCORES)  # [keys]
 values = torch.linspace(-1, 1, len(SCORES)) ** 3 + 0.5  # [keys]: one number per key, so that it can be drawn
 exact = float((scores.softmax(0) * values).sum())
+first_max, second_max = max(SCORES[:TILE]), max(SCORES[: 2 * TILE])
+correction = math.exp(first_max - second_max)
+
+# %%
+viz.answer("05.2", correction, first=first_max, second=second_max)
+
+# %% [markdown]
+# ### Your turn: the correction
+#
+# Write the step from one tile to the next, with plain Python numbers. It is compared with the engine's own method.
+
+# %%
+def my_update(m, l, O, tile_scores, tile_values):  # noqa: E741
+    """The new (m, l, O) after a tile. `tile_scores` and `tile_values` are lists of the same length."""
+
+# %%
+def engine_update(m, l, O, tile_scores, tile_values):  # noqa: E741
+    """The same by the engine, for one query head: [num_kv_heads, rows, ...] = [1, 1, ...]."""
+    flash = TorchFlashBackend(AttentionSpec(1, 1, 1, torch.float64, CPU, BLOCK))
+    state = SoftmaxState(*(torch.tensor([[[x]]], dtype=torch.float64) for x in (m, l, O)))
+    tile_scores = torch.tensor([[tile_scores]], dtype=torch.float64)  # [1, 1, tile]
+    tile_values = torch.tensor(tile_values, dtype=torch.float64).view(1, -1, 1)  # [1, tile, 1]
+    return tuple(float(x) for x in flash.update_softmax(state, tile_scores, tile_values))
 
 
+CASES = [(5.0, 2.0, 3.0, [1.0], [10.0]), (2.0, 1.5, 0.5, [4.0, 3.0], [1.0, -1.0])]
+known = engine_update(-1e30, 0.0, 0.0, SCORES[:TILE], values[:TILE].tolist())
+for i in range(TILE, len(SCORES), TILE):
+    CASES.append((*known, SCORES[i : i + TILE], values[i : i + TILE].tolist()))
+    known = engine_update(*CASES[-1])
+viz.your_turn("05.t1", my_update, [(case, engine_update(*case)) for case in CASES])
+
+# %% [markdown]
+# The engine does it in five lines, for all queries and heads at once. In its shapes, `group` is the number of query heads that share a KV head. They
+# stand below each other in one matrix, so each KV head has `group * num_rows` rows.
+
+# %%
+viz.source(TorchFlashBackend.update_softmax)
+
+# %% [markdown]
+# Here it runs over the scores above, tile by tile, once with the correction and once without it.
+
+# %%
 def online(tile, rescale=True):
     """What is known after each tile: (keys seen, m, l, O)."""
     m, l, O = -torch.inf, 0.0, 0.0  # noqa: E741 - the names of the paper
@@ -113,16 +156,6 @@ def online(tile, rescale=True):
 
 
 path = online(TILE)
-first, second = max(SCORES[:TILE]), max(SCORES[: 2 * TILE])
-viz.predict(
-    f"The first tile has the scores {SCORES[:TILE]}, the second one {SCORES[TILE : 2 * TILE]}. By what are l and O of the first tile "
-    "multiplied when the second tile has been seen?",
-    [0.14, 0.5, 1.0, 7.39],
-    round(math.exp(first - second), 2),
-    f"exp({first:g} - {second:g}). The keys of the first tile were measured against {first:g}, and are now measured against {second:g}.",
-)
-
-# %%
 viz.table(["keys seen", "m", "l", "O", "O / l"], [[n, f"{m:g}", *(f"{x:.4f}" for x in (l, O, O / l))] for n, m, l, O in path])
 
 # %%
@@ -146,69 +179,17 @@ right.set(xlabel="keys seen", ylabel="O / l", ylim=(-0.1, 0.82), title="the answ
 
 # %% [markdown]
 # `O / l` is a right answer at *every* point: the attention over the keys seen so far. This is used again further down.
-#
-# ### Your turn: the correction
-#
-# Write the step from one tile to the next, with plain Python numbers.
-
-# %%
-def my_update(m, l, O, tile_scores, tile_values):  # noqa: E741
-    """The new (m, l, O) after a tile. `tile_scores` and `tile_values` are lists of the same length."""
-
-
-CASES = []
-for i in range(1, len(path)):
-    tile = slice(path[i - 1][0], path[i][0])
-    CASES.append(((*path[i - 1][1:], SCORES[tile], values[tile].tolist()), path[i][1:]))
-CASES.append(((5.0, 2.0, 3.0, [1.0], [10.0]), (5.0, 2.0 + math.exp(-4), 3.0 + 10 * math.exp(-4))))
-viz.your_turn(
-    "The correction",
-    my_update,
-    CASES,
-    hint="First the new maximum. Then multiply l and O by math.exp(m - new_m), and add the tile's own terms.",
-)
 
 # %% [markdown]
 # ## The tiles, and the corner that is never computed
 #
 # A causal model lets the token at position i see the positions 0 to i. So tiles above the diagonal need not even be read. With a
 # KV cache the new queries are the *last* positions of the sequence, and the diagonal ends in the bottom right corner.
-# This function decides whether a tile needs the mask:
 
 # %%
-viz.source(TorchFlashBackend.mask_future)
-
+viz.ask("05.3")
 
 # %%
-class Cached:
-    """A backend, and one sequence of `length` tokens in its cache, in blocks that lie anywhere."""
-
-    def __init__(self, backend, length, dtype=torch.float32, num_seqs=1, seed=0):
-        backend = load_backend(backend) if isinstance(backend, str) else backend
-        self.backend = backend(AttentionSpec(HEADS, KV_HEADS, SIZE, dtype, CPU, BLOCK))
-        generator = torch.Generator().manual_seed(seed)
-        each = -(-length // BLOCK)
-        order = 1 + torch.randperm(num_seqs * each, generator=generator)
-        self.table, self.length, self.num_seqs = order.view(num_seqs, each).int(), length, num_seqs
-        self.key, self.value = torch.randn(2, num_seqs * length, KV_HEADS, SIZE, generator=generator).to(dtype)
-        self.query = torch.randn(num_seqs * length, HEADS, SIZE, generator=generator).to(dtype)
-        self.cache = torch.full(self.backend.kv_cache_shape(1 + num_seqs * each), float("nan"), dtype=dtype)
-        self.backend.write(self.key, self.value, self.cache, self.step(length))
-
-    def step(self, new):
-        """The metadata of a step that computes the last `new` tokens of every sequence."""
-        positions = torch.arange(self.length - new, self.length)
-        slots = (self.table[:, positions // BLOCK].long() * BLOCK + positions % BLOCK).flatten()
-        starts = [i * new for i in range(self.num_seqs + 1)]
-        metadata = AttentionMetadata(starts, [self.length] * self.num_seqs, self.table, slots, BLOCK)
-        self.backend.prepare(metadata)
-        return metadata
-
-    def attend(self, new):
-        query = self.query.view(self.num_seqs, self.length, HEADS, SIZE)[:, self.length - new :].reshape(-1, HEADS, SIZE)
-        return self.backend.forward(query, self.cache, self.step(new))
-
-
 def visited(length, new, tile=4):
     """(first query, queries, first key, keys, masked) of every tile that torch_flash computes, noted while it runs."""
     seen = []
@@ -221,21 +202,17 @@ def visited(length, new, tile=4):
             seen.append((position, num_rows, first_key, keys, first_key + keys - 1 > position))
             super().mask_future(scores, first_key, position, num_rows)
 
-    Cached(Noting, length).attend(new)
+    CachedSequences(Noting, SPEC, length).attend(new)
     return seen
 
 
 many = len(visited(256, 256))
-options = ["all", "three quarters", "a bit more than half", "a quarter"]
-viz.predict(
-    "A prompt of 256 tokens is cut into tiles of 4 x 4, so there are 64 x 64. About what share of them is computed?",
-    options,
-    "a bit more than half" if 0.5 < many / 64**2 < 0.55 else "all",
-    f"{many:,} of 4,096: n (n + 1) / 2. torch_naive computes all of them, and then masks half of the scores.",
-)
+
+# %%
+viz.answer("05.3", many / 64**2, many=many)
 
 # %% [markdown]
-# The tiles of the three requests in step 2 of page 03: a and b decode, and c computes its prompt. In the last panel 4 of c's
+# The tiles of the three requests in step 2 of [Start here](../docs/learn/00_start_here.md): a and b decode, and c computes its prompt. In the last panel 4 of c's
 # tokens come from the prefix cache, so c has 8 new queries behind 4 cached keys.
 
 # %%
@@ -270,19 +247,24 @@ figure.suptitle("light blue: every query sees every key. Pink: needs the mask. G
 def my_tile(position, num_rows, first_key, num_keys):
     """Returns "skip", "all" or "mask"."""
 
-
+# %%
 def kind_of(position, num_rows, first_key, num_keys):
     sees = [[key <= query for key in range(first_key, first_key + num_keys)] for query in range(position, position + num_rows)]
     return "skip" if not any(map(any, sees)) else "all" if all(map(all, sees)) else "mask"
 
 
 TILES = [(0, 4, 0, 4), (4, 4, 0, 4), (4, 4, 4, 4), (0, 4, 4, 4), (6, 1, 4, 3), (4, 4, 2, 4), (3, 4, 0, 4), (3, 2, 4, 4), (4, 2, 6, 2)]
-viz.your_turn(
-    "Which tiles are computed?",
-    my_tile,
-    [(tile, kind_of(*tile)) for tile in TILES],
-    hint="Compare the first key with the last query, and the last key with the first query.",
-)
+viz.your_turn("05.t2", my_tile, [(tile, kind_of(*tile)) for tile in TILES])
+
+# %% [markdown]
+# The engine skips by cutting the list of slots: `slots[:last]` ends with the last key that some query of the tile may see. What is left is
+# masked where it must be.
+
+# %%
+viz.source(TorchFlashBackend.attend_query_tile)
+
+# %%
+viz.source(TorchFlashBackend.mask_future)
 
 # %% [markdown]
 # ### The trap called is_causal
@@ -291,17 +273,13 @@ viz.your_turn(
 # `scaled_dot_product_attention` has a switch `is_causal=True`.
 
 # %%
+viz.ask("05.4")
+
+# %%
 q, k, v = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 4, 8), torch.eye(4, 8).view(1, 1, 4, 8)  # this v shows the weights
 trap = F.scaled_dot_product_attention(q, k, v, is_causal=True)[0, 0, :, :4]  # [2, 4]
 mask = torch.ones(2, 4, dtype=torch.bool).tril(diagonal=4 - 2)
 wanted_weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0, 0, :, :4]  # [2, 4]
-viz.predict(
-    "Token 2 must see the keys 0, 1 and 2. How many keys does it see with is_causal=True?",
-    [1, 2, 3, 4],
-    int((trap[0] > 0).sum()),
-    "The triangle is put into the top left corner, as if the two queries were tokens 0 and 1. No error is raised; the text "
-    "gets worse as soon as a cache is used.",
-)
 
 # %%
 viz.table(
@@ -309,11 +287,19 @@ viz.table(
     [[f"token {i + 2}", " ".join(f"{w:.2f}" for w in a), " ".join(f"{w:.2f}" for w in b)] for i, (a, b) in enumerate(zip(trap, wanted_weights))],
 )
 
+# %%
+viz.answer("05.4", int((trap[0] > 0).sum()))
+
 # %% [markdown]
 # ## The largest tensor
 #
 # The claim "never builds the matrix" can be checked: a dispatch mode sees every tensor that a torch operator makes.
 
+# %%
+longer = LENGTHS[-1] // LENGTHS[0]
+
+# %%
+viz.ask("05.5", options=[longer, 2 * longer, longer**2], shortest=LENGTHS[0], longest=LENGTHS[-1], longer=longer)
 
 # %%
 class LargestTensor(TorchDispatchMode):
@@ -331,7 +317,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def largest(name, length):
-    cached = Cached(name, length)
+    cached = CachedSequences(load_backend(name), SPEC, length)
     metadata = cached.step(length)
     with LargestTensor() as mode:
         cached.backend.forward(cached.query, cached.cache, metadata)
@@ -340,14 +326,6 @@ def largest(name, length):
 
 memory = {name: [largest(name, length) for length in LENGTHS] for name in ("torch_naive", "torch_flash")}
 growth = {name: sizes[-1] / sizes[0] for name, sizes in memory.items()}
-longer = LENGTHS[-1] // LENGTHS[0]
-viz.predict(
-    f"From {LENGTHS[0]} to {LENGTHS[-1]} tokens, {longer} times as many, how many times as large does the largest tensor of "
-    "torch_naive become?",
-    [longer, 2 * longer, longer**2],
-    min([longer, 2 * longer, longer**2], key=lambda option: abs(option - growth["torch_naive"])),
-    f"It is the matrix of scores. The largest tensor of torch_flash becomes {growth['torch_flash']:.1f} times as large.",
-)
 
 # %%
 figure, ax = plt.subplots(figsize=(7, 3))
@@ -360,7 +338,12 @@ ax.annotate("queries and output,\nfor scale", (LENGTHS[-1], scale[-1]), (6, -6),
 ax.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel="MB", title="the largest tensor made in one layer")
 ax.set_xlim(LENGTHS[0] * 0.9, LENGTHS[-1] * 1.9)
 ax.set_xticks(LENGTHS, LENGTHS)
+ax.set_yticks([1, 10], ["1", "10"])
 ax.minorticks_off();
+
+# %%
+nearest = min([longer, 2 * longer, longer**2], key=lambda option: abs(option - growth["torch_naive"]))
+viz.answer("05.5", nearest, flash=growth["torch_flash"])
 
 # %% [markdown]
 # ## Tiles and blocks
@@ -372,8 +355,8 @@ ax.minorticks_off();
 viz.source(TorchFlashBackend.attend_tiles)
 
 # %%
-cached = Cached("torch_flash", 200)
-oracle = Cached("torch_naive", 200).attend(200)  # [200, heads, size]
+cached = CachedSequences(TorchFlashBackend, SPEC, 200)
+oracle = CachedSequences(load_backend("torch_naive"), SPEC, 200).attend(200)  # [200, heads, size]
 by_slot = cached.backend.by_slot(cached.cache)  # [2, slots, kv_heads, size]
 slots = sequence_slots(cached.table[0], 200, BLOCK)  # [200]
 q = group_queries(cached.query * SIZE**-0.5, KV_HEADS)  # [kv_heads, group * 200, size]
@@ -385,8 +368,11 @@ print("blocks", cached.table[0].tolist(), "| largest difference to torch_naive:"
 # ## Split-KV: one query, many workers
 #
 # A decoding sequence has one query, so one row of tiles, and one worker would compute it from left to right while the others
-# wait. But `O / l` is right for any set of keys. So the *keys* are cut: each worker attends to its part alone, and also
-# returns how much weight its part holds, `lse = log(sum of exp(score))`.
+# wait. But `O / l` is right for any set of keys. So the *keys* are cut into parts of equal length, and each worker attends to
+# its part alone. How do the results become one?
+
+# %%
+viz.ask("05.6")
 
 # %%
 position = 199  # the last token decodes
@@ -397,15 +383,6 @@ merged, total = cached.backend.merge_partials([o for o, _ in parts], [e for _, e
 plain_mean = torch.stack([o for o, _ in parts]).mean(0)
 shares = torch.stack([(e - total).exp()[0, 0] for _, e in parts])  # of KV head 0's first query head
 wanted = group_queries(oracle[-1:], KV_HEADS)
-viz.predict(
-    "Each part holds the same number of keys. Is the attention over all keys the mean of the parts' results?",
-    ["yes", "no"],
-    "yes" if (plain_mean - wanted).abs().max() < 1e-4 else "no",
-    "A part counts as much as the weight that softmax gives to its keys: its share is exp(lse_i - lse).",
-)
-
-# %%
-viz.source(TorchFlashBackend.merge_partials)
 
 # %%
 print(f"merged by weight: {(merged - wanted).abs().max():.1e} off; the plain mean: {(plain_mean - wanted).abs().max():.2f} off")
@@ -414,42 +391,56 @@ viz.table(
     [[i, f"{a} to {b - 1}", f"{float(s):.1%}", float((o - wanted).abs().max())] for i, (a, b, s, (o, _)) in enumerate(zip(cuts, cuts[1:], shares, parts))],
 )
 
+# %%
+viz.answer("05.6", bool((plain_mean - wanted).abs().max() < 1e-4))
+
 # %% [markdown]
 # ### Your turn: merge two parts
 #
-# Merge the results of two parts, plain numbers `out_1` and `out_2` with their `lse_1` and `lse_2`, into the result over all keys.
+# So each part also returns how much weight it holds: `lse = log(sum of exp(score))`. Merge the results of two parts, plain
+# numbers `out_1` and `out_2` with their `lse_1` and `lse_2`, into the result over all keys.
 
 # %%
 def my_merge(out_1, lse_1, out_2, lse_2):
     """The attention over the keys of both parts."""
 
-
+# %%
 def part_of(keys):
     return float((scores[keys].softmax(0) * values[keys]).sum()), float(scores[keys].logsumexp(0))
 
 
-MERGES = [((*part_of(slice(0, n)), *part_of(slice(n, None))), exact) for n in (3, 6, 10)]
-viz.your_turn(
-    "Merge two parts",
-    my_merge,
-    MERGES + [((1.0, 0.0, 3.0, 0.0), 2.0)],
-    hint="The weights are math.exp(lse_1) and math.exp(lse_2). Subtract the larger lse first, so that exp cannot overflow.",
-)
+def engine_merge(*parts):
+    outs, lses = (torch.tensor(x, dtype=torch.float64) for x in (parts[::2], parts[1::2]))
+    out, _ = cached.backend.merge_partials([o.view(1, 1) for o in outs], [e.view(1) for e in lses])
+    return float(out)
+
+
+MERGES = [(*part_of(slice(0, n)), *part_of(slice(n, None))) for n in (3, 6, 10)] + [(1.0, 0.0, 3.0, 0.0)]
+viz.your_turn("05.t3", my_merge, [(case, engine_merge(*case)) for case in MERGES])
+
+# %%
+viz.source(TorchFlashBackend.merge_partials)
 
 # %% [markdown]
 # ## The clock
 #
 # One layer, the backends that can run here, and two kinds of work: a whole prompt, and 8 sequences that decode one token each.
-
+#
+# - `torch_naive` makes the matrix of all scores, for one sequence after the other.
+# - `torch_sdpa` copies K and V of a sequence together and calls PyTorch's `scaled_dot_product_attention`.
+# - `torch_flash` is the loop over tiles above, in Python.
+# - `cpu_paged` is C++ (if a compiler is found): tiles as well, and K and V are read in their blocks, without a copy.
 
 # %%
-available = [name for name in BACKENDS if refusal(name, AttentionSpec(HEADS, KV_HEADS, SIZE, torch.float32, CPU, BLOCK)) is None]
+available = [name for name in BACKENDS if refusal(name, SPEC) is None]
 
+# %%
+viz.ask("05.7", options=available, longest=LENGTHS[-1])
 
+# %%
 def milliseconds(name, length, new, num_seqs):
-    cached = Cached(name, length, num_seqs=num_seqs)
-    query = cached.query[: num_seqs * new]
-    metadata, times = cached.step(new), []
+    cached = CachedSequences(load_backend(name), SPEC, length, num_seqs)
+    query, metadata, times = cached.last_queries(new), cached.step(new), []
     while len(times) < (2 if FAST else 7) and sum(times) < 0.5:
         start = time.perf_counter()
         cached.backend.forward(query, cached.cache, metadata)
@@ -462,13 +453,6 @@ with torch.inference_mode():
         name: ([milliseconds(name, n, n, 1) for n in LENGTHS], [milliseconds(name, n, 1, 8) for n in LENGTHS])
         for name in available
     }
-viz.predict(
-    f"8 sequences of {LENGTHS[-1]} tokens decode. Which backend is the fastest?",
-    available,
-    min(available, key=lambda name: clock[name][1][-1]),
-    "In decoding there is hardly a matrix: one row per head. The time goes into gathering K and V from the blocks. cpu_paged, where a "
-    "compiler is found, reads the blocks where they are.",
-)
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9.4, 3.4), sharex=True, sharey=True)
@@ -481,27 +465,32 @@ for ax, which, title in ((axes[0], 0, "a prompt"), (axes[1], 1, "8 sequences, on
 axes[0].set_ylabel("ms per layer (fp32)")
 axes[1].legend(fontsize=8);
 
+# %%
+last = {name: clock[name][1][-1] for name in available}
+viz.answer("05.7", min(last, key=last.get), flash=last["torch_flash"], naive=last["torch_naive"])
+
 # %% [markdown]
-# For a prompt, the time of torch_naive grows with the square of the length, because its matrix does. In decoding, tiles alone
-# gain nothing.
+# For a prompt, the time of torch_naive grows with the square of the length, because its matrix does. In decoding there is hardly a
+# matrix, and tiles alone lose: each of them costs a dozen calls into torch.
 #
 # ## Is it all true?
 
 # %%
-for tile in range(1, len(SCORES) + 1):
-    *_, (_, m, l, O) = online(tile)
-    assert abs(O / l - exact) < 1e-6 and m == max(SCORES), "any tile size gives the softmax of the whole row"
-assert abs(online(TILE, rescale=False)[-1][3] / online(TILE, rescale=False)[-1][2] - exact) > 0.01, "the correction matters"
-prefix = online(TILE)[1]
-assert abs(prefix[3] / prefix[2] - float((scores[: 2 * TILE].softmax(0) * values[: 2 * TILE]).sum())) < 1e-6
-assert many == 64 * 65 // 2 and [len(seen) for seen in tiles.values()] == [2, 2, 6, 5]
-assert all(kind_of(*tile[:4]) == ("mask" if tile[4] else "all") for seen in tiles.values() for tile in seen)
-assert trap[0, 1:].abs().max() == 0 and wanted_weights[0, :3].min() > 0 and wanted_weights[0, 3] == 0
-assert growth["torch_naive"] > 0.9 * longer**2 and growth["torch_flash"] <= longer
-torch.testing.assert_close(paged, oracle, rtol=1e-4, atol=1e-5)
-torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=1e-5)
-assert (plain_mean - wanted).abs().max() > 0.01 and abs(float(shares.sum()) - 1) < 1e-5
-answers = {name: Cached(name, 150).attend(40) for name in available}
-for name, answer in answers.items():
-    torch.testing.assert_close(answer, answers["torch_naive"], rtol=1e-4, atol=1e-5, msg=name)
-print(f"all true: {len(available)} backends agree; the largest tensor of torch_naive grew {growth['torch_naive']:.0f} times, torch_flash's {growth['torch_flash']:.1f} times")
+if viz.as_delivered("05", globals()):
+    for tile in range(1, len(SCORES) + 1):
+        *_, (_, m, l, O) = online(tile)
+        assert abs(O / l - exact) < 1e-6 and m == max(SCORES), "any tile size gives the softmax of the whole row"
+    assert abs(online(TILE, rescale=False)[-1][3] / online(TILE, rescale=False)[-1][2] - exact) > 0.01, "the correction matters"
+    prefix = online(TILE)[1]
+    assert abs(prefix[3] / prefix[2] - float((scores[: 2 * TILE].softmax(0) * values[: 2 * TILE]).sum())) < 1e-6
+    assert many == 64 * 65 // 2 and [len(seen) for seen in tiles.values()] == [2, 2, 6, 5]
+    assert all(kind_of(*tile[:4]) == ("mask" if tile[4] else "all") for seen in tiles.values() for tile in seen)
+    assert trap[0, 1:].abs().max() == 0 and wanted_weights[0, :3].min() > 0 and wanted_weights[0, 3] == 0
+    assert growth["torch_naive"] > 0.9 * longer**2 and growth["torch_flash"] <= longer
+    torch.testing.assert_close(paged, oracle, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=1e-5)
+    assert (plain_mean - wanted).abs().max() > 0.01 and abs(float(shares.sum()) - 1) < 1e-5
+    answers = {name: CachedSequences(load_backend(name), SPEC, 150).attend(40) for name in available}
+    for name, answer in answers.items():
+        torch.testing.assert_close(answer, answers["torch_naive"], rtol=1e-4, atol=1e-5, msg=name)
+    print(f"all true: {len(available)} backends agree; the largest tensor of torch_naive grew {growth['torch_naive']:.0f} times, torch_flash's {growth['torch_flash']:.1f} times")

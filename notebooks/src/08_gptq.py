@@ -9,7 +9,8 @@
 # *40 minutes. Read first: [learn/07](../docs/learn/07_gptq_quantization.md), the algorithm, and
 # [learn/07b](../docs/learn/07b_gptq_in_practice.md), the file, the kernel and the cost. The exercises behind "your turn"
 # are [rtn](../milestones/m7/exercises/rtn/README.md), [gptq_step](../milestones/m7/exercises/gptq_step/README.md) and
-# [pack_int4](../milestones/m7/exercises/pack_int4/README.md). Next: [09](09_ablation.ipynb).*
+# [pack_int4](../milestones/m7/exercises/pack_int4/README.md). **Predict** asks before an experiment, and **Answer** follows
+# it; `viz.ask("08.1", guess="about 17")` has your guess judged. Next: [09](09_ablation.ipynb).*
 
 # %% tags=["parameters"]
 FAST = False  # True: fewer repetitions (the builder sets it when it only checks)
@@ -33,6 +34,7 @@ from folovllm.model_executor.layers.quantization.packing import Packing
 from folovllm.quantize.example_layer import example_layer
 from folovllm.quantize.gptq import GPTQ, Hessian, output_error, rtn_quantize
 from folovllm.quantize.grid import Grid
+from folovllm.model_shapes import shape_architecture
 from folovllm.sim.hardware import HARDWARE
 
 viz.style()
@@ -53,8 +55,10 @@ COLOURS = dict(zip(["RTN", "GPTQ", "act-order"], viz.PALETTE[5:6] + viz.PALETTE[
 # %% [markdown]
 # ## The grid
 #
-# One group of 64 weights (blue) and the levels they may take (grey). The grid reaches as far as the largest weight. More
-# bits make it denser. The more weights share one grid, the likelier one of them is large and makes all steps coarse.
+# One group of 64 weights (blue) and the levels they may take (grey). More bits make the grid denser. The more weights share
+# one grid, the likelier one of them is large and makes all steps coarse. The grids are symmetric: the largest |weight| sets
+# the step. One of the 2, 4, 8, ... levels stands for zero, so there is one more below zero than above it, and the largest
+# weight, at 2.75, is cut to the highest level. With 2 bits this costs most.
 
 # %% tags=["given"]
 weights = torch.randn(1, 64, generator=torch.Generator().manual_seed(2))
@@ -74,43 +78,42 @@ for ax, bits in zip(axes, (2, 3, 4), strict=True):
     ax.set(title=f"{bits} bits: {2**bits} levels, mean squared error {rounding_error(bits):.4f}", yticks=[])
 
 # %%
-ratio = rounding_error(4) / rounding_error(8)
-viz.predict(
-    "From 4 bits to 8 the steps become 17 times smaller (15 steps before, 255 now). And the squared error?",
-    ["about 17 times smaller", "about 290 times smaller"],
-    "about 290 times smaller" if ratio > 100 else "about 17 times smaller",
-    f"It falls with the square of the step: 17 x 17 = 289. On these 64 weights the ratio is {ratio:.0f}.",
-)  # fmt: skip
-
-# %% [markdown]
-# Rounding to nearest (RTN) is one line of the engine:
+viz.ask("08.1")
 
 # %%
-viz.source(Grid.levels)
+ratio = rounding_error(4) / rounding_error(8)
 
+# %%
+viz.answer("08.1", ratio)
+
+# %% [markdown]
+# Rounding to nearest (RTN) takes one line. **Your turn**: write it for the weights of one group.
 
 # %%
 def nearest_levels(weights, scale, zero, max_level):
     """The nearest level of each weight, as whole numbers. A level stands for scale * (level - zero)."""
     # Your turn: replace this line by a list, such as [... for w in weights].
 
+# %%
+def engine_levels(weights, scale, zero, max_level):
+    grid = Grid(torch.tensor([scale]), torch.tensor([float(zero)]), max_level)
+    return [int(level) for level in grid.levels(torch.tensor([weights]))[0]]
 
-viz.your_turn(
-    "Round a group to nearest. Levels run from 0 to max_level.", nearest_levels,
-    [(([-0.3, 0.9, 0.1, 0.5], 0.4, 1, 3), [0, 3, 1, 2]),
-     (([-0.3, 0.9, 0.1, 0.5], 0.6, 2, 3), [2, 3, 2, 3]),
-     (([5.0, -5.0], 0.5, 8, 15), [15, 0])],
-    hint="round(w / scale) + zero, and then min and max keep it within 0 .. max_level",
-)  # fmt: skip
+
+GROUPS = [([-0.3, 0.9, 0.1, 0.5], 0.4, 1, 3), ([-0.35, 0.9, 0.1, 0.5], 0.6, 2, 3), ([5.0, -5.0], 0.5, 8, 15)]
+viz.your_turn("08.t1", nearest_levels, [(group, engine_levels(*group)) for group in GROUPS])
+
+# %%
+viz.source(Grid.levels)
 
 # %% [markdown]
 # ## What the inputs say: H
 #
-# H = X X^T, summed over the tokens of a text. The pictures show it as correlations: blue is two inputs that move
+# H = X X^T: for each pair of inputs, the sum of their products over the tokens of a text. The pictures show it as
+# correlations: blue is two inputs that move
 # together, red is two that move against each other. In both cases a weight of one input can do the work of the other.
 # On the left is the layer of the page. On the right are 96 inputs in eight families of twelve; the inputs of a family
 # share a signal, as strongly as CORRELATION says, and have nothing in common with the other families.
-
 
 # %%
 def make_inputs(correlation=CORRELATION, seed=0, tokens=TOKENS):
@@ -141,34 +144,40 @@ for ax, h, title in (
     image = ax.imshow(h / scale[:, None] / scale, cmap="RdBu", vmin=-1, vmax=1)
     ax.set(title=title, xlabel="input", ylabel="input")
 figure.colorbar(image, ax=axes, label="correlation");
+
 # %% [markdown]
 # ## One step
 #
 # If a column is fixed at its rounded value, the columns after it move so that the outputs change least. U is the
-# triangle with U^T U = H^-1:
-
-# %%
-viz.source(GPTQ.step)
-
+# triangle with U^T U = H^-1. The error of column i, divided by U_ii, is taken off all columns from i on, each times its
+# entry of row i of U. **Your turn:**
 
 # %%
 def one_step(weights, i, rounded, u):
     """One row of weights after weight i is fixed at `rounded`. u is row i of U; entries before i are 0."""
-    # Your turn: return a new list. Weights before i stay, weight i becomes `rounded`, later ones make up for it.
+    # Your turn: return a new list. Weights before i stay, weight i becomes `rounded`, later ones move.
+
+# %%
+def engine_step(weights, i, rounded, u):
+    work, root = torch.tensor([weights], dtype=torch.float64), torch.zeros(len(u), len(u), dtype=torch.float64)
+    root[i] = torch.tensor(u)
+    GPTQ(GPTQConfig(4)).step(work, i, torch.tensor([rounded]), root)
+    return work[0].tolist()
 
 
-viz.your_turn(
-    "One step of GPTQ for a single output.", one_step,
-    [(([0.4, 0.4], 0, 0.0, [1.0, -0.5]), [0.0, 0.6]),
-     (([0.5, 0.25, -0.75], 1, 0.5, [0.0, 2.0, 1.0]), [0.5, 0.5, -0.625]),
-     (([1.0, 2.0, 2.5], 2, 3.0, [0.0, 0.0, 0.5]), [1.0, 2.0, 3.0])],
-    hint="error = (weights[i] - rounded) / u[i]; then subtract error * u[j] from every weight j from i on",
-)  # fmt: skip
+ROWS = [([0.4, 0.4], 0, 0.0, [1.0, -0.5]), ([0.5, 0.25, -0.75], 1, 0.5, [0.0, 2.0, 1.0]), ([1.0, 2.0, 2.5], 2, 3.0, [0.0, 0.0, 0.5])]
+viz.your_turn("08.t2", one_step, [(row, engine_step(*row)) for row in ROWS])
+
+# %%
+viz.source(GPTQ.step)
 
 # %% [markdown]
 # ## Column by column
 #
 # The 8 x 8 layer of the page with 3 bits. First, a question about what comes out:
+
+# %%
+viz.ask("08.2")
 
 # %%
 weight, hessian = example_layer()
@@ -183,11 +192,6 @@ for i in range(8):
     lost["RTN"].append(100 * output_error(weight, plain, hessian))
     rows.append([f"column {i}", *(f"{v + 0.0:.2f}" + ("" if j > i else " *") for j, v in enumerate(work[2].tolist()))])
 further = float(((weight - work) ** 2).sum() / ((weight - plain) ** 2).sum())
-viz.predict(
-    "Compare the weights themselves, not the outputs: are RTN's or GPTQ's further from the original ones?",
-    ["RTN's", "GPTQ's"], "GPTQ's" if further > 1 else "RTN's",
-    f"{further:.2f} times the squared distance. RTN is the best there is for weights, but the next layer sees outputs.",
-)  # fmt: skip
 
 # %% [markdown]
 # What row 2 becomes (* is fixed), and below it the share of *all* outputs that is lost after every column. With RTN no
@@ -203,11 +207,17 @@ for name, values in lost.items():
     ax.text(8.1, values[-1], name, va="center", color=COLOURS[name])
 ax.set(xlabel="columns rounded", ylabel="% of the output lost", xlim=(0, 8.8));
 
+# %%
+viz.answer("08.2", further)
+
 # %% [markdown]
 # ## When can it help?
 #
-# The same layer of 96 inputs, with more and more in common. Two questions before the picture:
+# The same layer of 96 inputs, with more and more in common. The picture also shows *act-order*, GPTQ that takes the strongest inputs
+# first. The next section is about it.
 
+# %%
+viz.ask("08.3")
 
 # %%
 def relative_errors(correlation, seed, bits=BITS, group=GROUP):
@@ -225,21 +235,6 @@ same = torch.equal(
     GPTQ(GPTQConfig(BITS, GROUP)).quantize(make_weight(), independent).levels,
     rtn_quantize(make_weight(), GPTQConfig(BITS, GROUP)).levels,
 )
-viz.predict(
-    "H is exactly diagonal: no two inputs are correlated. What does GPTQ do?",
-    ["it is still better than RTN", "it is exactly RTN"],
-    "it is exactly RTN" if same else "it is still better than RTN",
-    "No input can do the work of another, so nothing moves. All that GPTQ uses is what inputs have in common.",
-)  # fmt: skip
-
-# %%
-left = float(curves[shares.index(0.9), 0])
-viz.predict(
-    "And with a correlation of 0.9 within each family: which share of RTN's error is left?",
-    ["about a tenth", "about a fifth", "about a half"],
-    min({0.1: "about a tenth", 0.2: "about a fifth", 0.5: "about a half"}.items(), key=lambda x: abs(x[0] - left))[1],
-    f"{left:.2f} of it.",
-)  # fmt: skip
 
 # %%
 figure, ax = plt.subplots(figsize=(7, 2.6))
@@ -250,11 +245,16 @@ for column, name in enumerate(("GPTQ", "act-order")):
 ax.set(xlabel="correlation within a family", ylabel="error / RTN's error", ylim=(0, 1.1))
 ax.legend(loc="lower left");
 
+# %%
+viz.answer("08.3", same, measured=float(curves[0, 0]))
+
 # %% [markdown]
 # ## In which order?
 #
 # Columns that come late have few free columns to make up for their errors. So which should come last?
 
+# %%
+viz.ask("08.4")
 
 # %%
 def with_order(weight, h, order, bits=BITS):
@@ -271,15 +271,13 @@ for seed in SEEDS:
     for name, order in zip(orders, (falling, torch.arange(INPUTS), falling.flip(0)), strict=True):
         orders[name].append(with_order(w, h, order) / nearest)
 mean_of_order = {name: sum(values) / len(values) for name, values in orders.items()}
-viz.predict(
-    "Act-order takes the strongest inputs first. What if one takes the weakest first?",
-    ["no difference", "worse than both others", "better than both others"],
-    {"weakest first": "worse than both others"}.get(max(mean_of_order, key=mean_of_order.get), "no difference"),
-    "Then the strong inputs come last, when hardly a column is free to help, and their errors cost most.",
-)  # fmt: skip
 
 # %%
 viz.table(["order", "error / RTN's"], [[name, value] for name, value in mean_of_order.items()])
+
+# %%
+worst, best = (pick(mean_of_order, key=mean_of_order.get) for pick in (max, min))
+viz.answer("08.4", (worst == "weakest first") - (best == "weakest first"))
 
 # %% [markdown]
 # ## Grids that grow
@@ -287,6 +285,8 @@ viz.table(["order", "error / RTN's"], [[name, value] for name, value in mean_of_
 # The grid of a group is fixed when its first column comes up. By then the weights have made up for earlier errors, and
 # some have grown. `static_groups=True` takes all grids from the original weights instead.
 
+# %%
+viz.ask("08.5")
 
 # %%
 def tangled_layer(seed=0, inputs=256):
@@ -300,20 +300,12 @@ def tangled_layer(seed=0, inputs=256):
 
 
 w, h = tangled_layer()
-growth, static_lost = {}, []
+growth, static_lost = {}, {}
 for bits in (2, 3, 4):
     c = GPTQConfig(bits, 32)
     growing, static = (GPTQ(c, static_groups=fixed).quantize(w, h) for fixed in (False, True))
     growth[bits] = (growing.scales.mean(1) / static.scales.mean(1)).tolist()
-    found = [output_error(w, q.dequantize(), h) for q in (rtn_quantize(w, c), growing, static)]
-    static_lost.append([bits, *(f"{100 * error:.2f}" for error in found)])
-grown = growth[2][-1]
-viz.predict(
-    "2 bits, eight groups of 32 inputs. How large are the scales of the last group, compared with the original weights'?",
-    ["the same", "a tenth larger", "twice as large"],
-    "twice as large" if grown > 1.6 else "a tenth larger" if grown > 1.05 else "the same",
-    f"{grown:.2f} times. Errors at 2 bits are large, so the weights that make up for them must move far.",
-)  # fmt: skip
+    static_lost[bits] = [100 * output_error(w, q.dequantize(), h) for q in (rtn_quantize(w, c), growing, static)]
 
 # %%
 figure, ax = plt.subplots(figsize=(7, 2.4))
@@ -321,32 +313,32 @@ for (bits, values), colour in zip(growth.items(), viz.PALETTE, strict=False):
     ax.plot(range(8), values, "o-", ms=4, color=colour, label=f"{bits} bits")
 ax.set(xlabel="group, in the order of rounding", ylabel="scale / original scale", ylim=(0.9, None))
 ax.legend();
+
 # %%
-viz.table(["bits", "% lost, RTN", "% lost, GPTQ", "% lost, GPTQ with static groups"], static_lost)
+viz.table(["bits", "% lost, RTN", "% lost, GPTQ", "% lost, GPTQ with static groups"], [[bits, *lost_by] for bits, lost_by in static_lost.items()])
+
+# %%
+grown = {bits: values[-1] for bits, values in growth.items()}
+viz.answer("08.5", max(grown, key=grown.get), two=grown[2], four=grown[4], growing=static_lost[2][1], static=static_lost[2][2])
 
 # %% [markdown]
 # ## Bits and groups: what does a weight cost, and what does it buy?
 #
 # Each group brings a scale of 16 bits and a zero. So a group of 8 is expensive:
 
-
 # %%
 def bits_per_weight(bits, group):
     return bits + (16 + bits) / (INPUTS if group == -1 else group)
 
+# %%
+viz.ask("08.6", small=bits_per_weight(3, 8), one=bits_per_weight(4, -1))
 
+# %%
 points = {}
 for bits in (2, 3, 4):
-    for group in (-1, 96, 48, 32, 16, 8):
+    for group in (-1, *(size for size in (96, 48, 32, 16, 8) if INPUTS % size == 0)):
         w, h = make_weight(), hessian_of(make_inputs())
         points[bits, group] = 100 * output_error(w, GPTQ(GPTQConfig(bits, group)).quantize(w, h).dequantize(), h)
-viz.predict(
-    f"3 bits in groups of 8 cost {bits_per_weight(3, 8):.1f} bits per weight, 4 bits in one group "
-    f"{bits_per_weight(4, -1):.1f}. Which loses less?",
-    ["3 bits in groups of 8", "4 bits in one group"],
-    "4 bits in one group" if points[4, -1] < points[3, 8] else "3 bits in groups of 8",
-    f"{points[4, -1]:.2f} % against {points[3, 8]:.2f} % here: small groups are an expensive way to buy accuracy.",
-)  # fmt: skip
 
 # %%
 figure, ax = plt.subplots(figsize=(7, 2.8))
@@ -360,11 +352,19 @@ ax.set(xlabel="bits per weight, scales and zeros counted (at the points: group s
 ax.set_yticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
 ax.minorticks_off()
 ax.legend();
+
+# %%
+viz.answer("08.6", points[4, -1] < points[3, 8], one=points[4, -1], small=points[3, 8])
+
 # %% [markdown]
 # ## How much text does it need?
 #
-# H is estimated from calibration tokens. With fewer tokens than inputs H is singular, and only damping makes it
-# invertible. The error below is measured on *other* tokens of the same kind.
+# H is estimated from calibration tokens. With fewer tokens than inputs H is singular, and only *damping* makes it
+# invertible: a share of the mean of H's diagonal is added to the diagonal
+# ([learn/07](../docs/learn/07_gptq_quantization.md)). The error below is measured on *other* tokens of the same kind.
+
+# %%
+viz.ask("08.7", INPUTS=INPUTS)
 
 # %%
 counts, damps = [8, 16, 48, 96, 192, 400, 1500], (0.0001, 0.01, 0.1)
@@ -385,12 +385,6 @@ def errors_on_other_text(seed):
 
 learnt = dict(zip(damps, torch.tensor([errors_on_other_text(seed) for seed in SEEDS]).mean(0).tolist(), strict=True))
 overfitted = learnt[0.0001][counts.index(48)]
-viz.predict(
-    f"48 calibration tokens for {INPUTS} inputs, and little damping (0.0001). Is GPTQ then better than RTN?",
-    ["yes", "no"], "yes" if overfitted < 1 else "no",
-    f"Its error on other text is {overfitted:.1f} times RTN's. It makes up for errors exactly as these 48 tokens tell it "
-    "to, and moves weights far in directions of which they say nothing. More damping means moving less.",
-)  # fmt: skip
 
 # %%
 figure, ax = plt.subplots(figsize=(7, 2.8))
@@ -404,26 +398,30 @@ ax.set(xscale="log", xlabel="calibration tokens", ylabel="error / RTN's, other t
 ax.set_xticks(counts, map(str, counts))
 ax.minorticks_off()
 ax.legend(loc="upper right");
+
+# %%
+viz.answer("08.7", overfitted)
+
 # %% [markdown]
 # ## What lies in the file
 #
-# The levels of eight inputs of one output are one word of `qweight`:
-
-# %%
-viz.source(Packing.pack_rows)
-
+# The levels of eight inputs of one output are one word of `qweight`. **Your turn:**
 
 # %%
 def pack_word(levels):
     """Eight levels of 4 bits in one number below 2**32, the first in the lowest four bits."""
     # Your turn: return a number.
 
+# %%
+def engine_word(levels):
+    return int(Packing(4).pack_rows(torch.tensor(levels).unsqueeze(1))) % 2**32  # int32 has a sign
 
-viz.your_turn(
-    "Pack eight levels into a word.", pack_word,
-    [(([0, 1, 2, 3, 4, 5, 6, 7],), 0x76543210), (([6, 2, 3, 6, 1, 4, 2, 15],), 0xF2416326), (([8] * 8,), 0x88888888)],
-    hint="add up level << (4 * i)",
-)  # fmt: skip
+
+WORDS = [[0, 1, 2, 3, 4, 5, 6, 7], [6, 2, 3, 6, 1, 4, 2, 15], [8] * 8]
+viz.your_turn("08.t3", pack_word, [((levels,), engine_word(levels)) for levels in WORDS])
+
+# %%
+viz.source(Packing.pack_rows)
 
 # %% [markdown]
 # The 8 x 8 layer again, with 4 bits: read the hexadecimal digits of a word from the right. All zeros are 8, and the
@@ -488,7 +486,6 @@ viz.table(
 # table shows how far the log probabilities of a text move. (A model with random weights has no opinion on anything, so
 # every change moves it far; trained models are tougher.)
 
-
 # %%
 def score(folder):
     return engine_scorer(folder, quantization="auto")(random_tokens(1, 200, seed=5)[0], 1)
@@ -506,6 +503,9 @@ viz.table(
 # The second question: does *running* packed weights change anything, compared with the same weights unpacked?
 
 # %%
+viz.ask("08.8")
+
+# %%
 prompts = [{"prompt_token_ids": [3 + (7 * i + k) % 200 for k in range(12)]} for i in range(4)]
 params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.0, detokenize=False)
 with contextlib.redirect_stderr(io.StringIO()):
@@ -516,44 +516,47 @@ with contextlib.redirect_stderr(io.StringIO()):
         )
         answers = llm.generate(prompts, params, use_tqdm=False)
         tokens[quantization] = [tuple(answer.outputs[0].token_ids) for answer in answers]
-viz.predict(
-    "48 greedy tokens of the packed 4-bit checkpoint, and of the same one dequantised: how many are equal?", None,
-    sum(a == b for pair in zip(*tokens.values(), strict=True) for a, b in zip(*pair, strict=True)),
-    "The file is what is lossy. Running it is exact, up to the order of sums.",
-)  # fmt: skip
+
+# %%
+viz.answer("08.8", sum(a == b for pair in zip(*tokens.values(), strict=True) for a, b in zip(*pair, strict=True)))
 
 # %% [markdown]
 # ## Where are four bits slower?
 #
 # The roofline of [learn/07b](../docs/learn/07b_gptq_in_practice.md): reading against multiplying, for the linear layers
-# of SmolLM2-135M on the reference machine (two cores, measured rates). Two predictions, and then the picture:
+# of SmolLM2-135M on the reference machine (two cores, measured rates). In memory a weight has 4.5 bits: 4, and a share of the
+# scale. The kernel keeps one scale in fp32 for 64 weights, and no zeros, because the grids are symmetric. (The file has scales
+# of 16 bits, and zeros.)
 
 # %%
-WEIGHTS, BF16, INT4 = 106_168_320, 16, 4.5  # bits per weight: groups of 64, each with a scale in fp32
+viz.ask("08.9")
+
+# %%
+viz.ask("08.10")
+
+# %%
+arch = shape_architecture("smollm2-135m")
+WEIGHTS = arch.num_parameters() - arch.vocab_size * arch.hidden_size - (2 * arch.num_hidden_layers + 1) * arch.hidden_size
+BF16, INT4 = 16, 4 + 32 / 64  # bits per weight
 CPU = HARDWARE["cpu"]
+# Vector instructions for a line of 128 weights (learn/07b): DOTS for each token, with or without unpacking. Unpacking needs
+# UNPACK more for each tile of up to TILE tokens, and SCALE more for each token, once in LINES lines.
+DOTS, UNPACK, TILE, SCALE, LINES = 4, 4, 6, 10, 16
+BF16_LINE = 4 + 4 / 8  # dot products, and 4 loads for each tile of 8 tokens
 
 
 def seconds(tokens, bits, machine=CPU, free_unpacking=False):
-    """The longer of reading and multiplying. Unpacking and scaling on our CPU are counted in instructions (07b)."""
+    """The longer of reading and multiplying, which takes as long as its instructions beside those of bf16."""
     work = tokens
     if bits == INT4 and not free_unpacking:
-        work = (tokens * (4 + 10 / 16) + -(-tokens // 6) * 4) / 4.5
+        work = (tokens * (DOTS + SCALE / LINES) + -(-tokens // TILE) * UNPACK) / BF16_LINE
     return max(WEIGHTS * bits / 8 / machine.bandwidth, 2 * WEIGHTS * work / machine.flops)
 
 
 gain = seconds(1, BF16) / seconds(1, INT4)
-viz.predict(
-    "One token: how many times faster are these layers with 4.5 bits per weight?", None, round(gain, 1),
-    "16 / 4.5: only reading counts. The head, attention and Python stay, so the whole token gains less.",
-)  # fmt: skip
 
 # %%
 crossover = max(n for n in range(1, 100) if seconds(n, INT4) <= seconds(n, BF16))
-viz.predict(
-    "Up to how many tokens in a step do 4 bits win in this model?", ["2", "10", "100"], str(crossover),
-    f"bf16 waits for memory up to {int(CPU.knee)} tokens. 4 bits begin to be bound by arithmetic at 3, and unpacking is "
-    "arithmetic. Measured on such machines: 6 to 8 (the page says why it is less).",
-)  # fmt: skip
 
 # %% [markdown]
 # On the right, the same for GPUs, *as if unpacking cost nothing*: the upper bound of what any 4-bit kernel can gain.
@@ -564,8 +567,7 @@ figure, axes = plt.subplots(1, 2, figsize=(10, 2.9))
 counts_cpu, counts_gpu = range(1, 33), range(1, 513)
 for bits, colour in ((BF16, viz.PALETTE[0]), (INT4, viz.PALETTE[5])):
     axes[0].plot(counts_cpu, [1e3 * seconds(n, bits) for n in counts_cpu], color=colour, label=f"{bits} bits")
-axes[0].axvline(crossover, color=viz.INK, lw=0.8, ls=":")
-axes[0].text(crossover + 0.5, 1, f"4 bits win up to {crossover} tokens", color=viz.INK)
+axes[0].axvline(crossover, color=viz.INK, lw=0.8, ls=":", label=f"4 bits win up to {crossover} tokens")
 axes[0].set(title="the reference CPU", xlabel="tokens in the step", ylabel="ms", ylim=(0, None), xlim=(1, 32))
 axes[0].legend()
 for name, colour in (("a100", viz.PALETTE[2]), ("h100", viz.PALETTE[3])):
@@ -576,20 +578,29 @@ axes[1].set(title="GPUs, upper bound of the gain", xlabel="tokens in the step", 
 axes[1].set(ylim=(0, 4))
 axes[1].set_xticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
 axes[1].legend();
+
+# %%
+viz.answer("08.9", round(gain, 1))
+
+# %%
+many = seconds(32, BF16) / seconds(32, INT4)
+viz.answer("08.10", many, crossover=crossover, knee=int(CPU.knee))
+
 # %% [markdown]
 # ## Is it all true?
 
 # %%
-assert 100 < ratio < 1000 and lost["GPTQ"][-1] < lost["RTN"][-1] / 2 and further > 1
-assert same and curves[0, 0] > 0.9 and curves[-1].max() < 0.2
-assert all(a >= b - 0.02 for a, b in zip(curves[:, 0], curves[1:, 0], strict=False)), "the more in common, the better"
-assert mean_of_order["strongest first"] < mean_of_order["as they come"] < mean_of_order["weakest first"]
-assert growth[2][0] == 1.0 and growth[2][-1] > 1.5 > 1.2 > growth[3][-1] > growth[4][-1]
-assert points[2, -1] > points[3, -1] > points[4, -1] and points[4, 8] < points[4, -1] < points[3, 8]
-assert learnt[0.01][-1] < learnt[0.01][0] and overfitted > 1.1 > 1 > learnt[0.0001][-1]
-assert words == [f"{sum(int(v) << 4 * i for i, v in enumerate(row)):08X}" for row in quantized.levels.tolist()]
-assert tokens["auto"] == tokens["dequantize"]
-assert sizes[8] > sizes[4] > sizes[2] and moved[8] < moved[4] < moved[2]
-assert all(entry.error < entry.rtn_error for entry in errors[4] + errors[2])
-assert crossover == 10 and round(gain, 1) == 3.6
-print("all true: the error is less where inputs have something in common, and running it loses nothing")
+if viz.as_delivered("08", globals()):
+    assert 100 < ratio < 1000 and lost["GPTQ"][-1] < lost["RTN"][-1] / 2 and further > 1
+    assert same and curves[0, 0] > 0.9 and curves[-1].max() < 0.2
+    assert all(a >= b - 0.02 for a, b in zip(curves[:, 0], curves[1:, 0], strict=False)), "the more in common, the better"
+    assert mean_of_order["strongest first"] < mean_of_order["as they come"] < mean_of_order["weakest first"]
+    assert growth[2][0] == 1.0 and growth[2][-1] > 1.5 > 1.2 > growth[3][-1] > growth[4][-1]
+    assert points[2, -1] > points[3, -1] > points[4, -1] and points[4, 8] < points[4, -1] < points[3, 8]
+    assert learnt[0.01][-1] < learnt[0.01][0] and overfitted > 1.1 > 1 > learnt[0.0001][-1]
+    assert words == [f"{sum(int(v) << 4 * i for i, v in enumerate(row)):08X}" for row in quantized.levels.tolist()]
+    assert tokens["auto"] == tokens["dequantize"]
+    assert sizes[8] > sizes[4] > sizes[2] and moved[8] < moved[4] < moved[2]
+    assert all(entry.error < entry.rtn_error for entry in errors[4] + errors[2])
+    assert WEIGHTS == 106_168_320 and crossover == 10 and round(gain, 1) == 3.6
+    print("all true: the error is less where inputs have something in common, and running it loses nothing")

@@ -8,8 +8,8 @@
 # Everything is counted by the **real scheduler and KV cache**. Times are modelled on the reference machine ([the simulator](../docs/learn/simulator.md)),
 # or measured and read from result files.
 #
-# *40 minutes. Read [Start here](../docs/learn/00_start_here.md) and any of the learning pages 02 to 07 before. Answer each **Predict** before you run
-# the cell below it. Next: the exercises (`folovllm learn`), or any notebook again.*
+# *40 minutes. Read [Start here](../docs/learn/00_start_here.md) and any of the learning pages 02 to 07 first. **Predict** asks before an experiment, and
+# **Answer** follows it; `viz.ask("09.1", guess="m2")` has your guess judged. Next: the exercises (`folovllm learn`), or any notebook again.*
 
 # %% tags=["parameters"]
 FAST = False  # True: fewer repetitions (the builder sets it when it only checks)
@@ -78,6 +78,11 @@ viz.table(
 # The three requests of the learning pages, at every rung. All rungs have about the same memory: two blocks of 16 tokens (M1 and M2), or nine blocks of 4. M5 may
 # compute 6 tokens in a step.
 
+# %%
+viz.ask("09.1", total=sum(e.max_tokens for e in EXAMPLES.values()))
+
+# %%
+viz.ask("09.2")
 
 # %%
 def three_requests(rung):
@@ -108,18 +113,6 @@ def count(steps, block_size):
 
 three = {rung: three_requests(rung) for rung in RUNGS}
 counts = {rung: count(*run) for rung, run in three.items()}
-viz.predict(
-    f"M1 takes {counts['m1']['steps']} steps. Which single rung saves most of them?", ["m2", "m3", "m5", "m6"],
-    max(RUNGS[1:], key=lambda r: counts[RUNGS[RUNGS.index(r) - 1]]["steps"] - counts[r]["steps"]),
-    "Steps become fewer when requests share them. The other rungs save memory, long steps, computed tokens or time per step.",
-)  # fmt: skip
-
-# %%
-viz.predict(
-    "Which of the rungs m2 to m7 change the number of tokens that are computed?", ["all", "m2 and m6", "only m6"],
-    "only m6" if [counts[r]["tokens computed"] for r in RUNGS].count(counts["m1"]["tokens computed"]) == 5 else "?",
-    "Batching, paging, kernels and chunks compute the same tokens, at another time or in another place. A cached prefix is not computed at all.",
-)  # fmt: skip
 
 # %%
 NAMES = list(counts["m1"])
@@ -135,6 +128,17 @@ for ax, name in zip(axes, NAMES):
     ax.set_ylim(0, max(values) * 1.2)
 figure.suptitle("three requests: orange bars differ from the rung before", x=0.01, ha="left", size=10);
 
+# %%
+def rung_before(rung):
+    return RUNGS[RUNGS.index(rung) - 1]
+
+
+viz.answer("09.1", max(RUNGS[1:], key=lambda rung: counts[rung_before(rung)]["steps"] - counts[rung]["steps"]))
+
+# %%
+tokens_computed = {rung: counts[rung]["tokens computed"] for rung in RUNGS}
+viz.answer("09.2", [rung for rung in RUNGS[1:] if tokens_computed[rung] != tokens_computed[rung_before(rung)]])
+
 # %% [markdown]
 # m2 halves the steps. m3 admits c two steps earlier in the same 32 slots, so one step has 14 tokens. m5 makes no step larger than its budget, and pays with a step. m6 finds the 4 tokens of
 # a's first block. m4 and m7 change nothing here, because they change how long a step takes and not what it does.
@@ -144,6 +148,11 @@ figure.suptitle("three requests: orange bars differ from the rung before", x=0.0
 # Workload A is 32 requests with 32 to 256 prompt tokens and 32 to 128 output tokens. It has been measured with the real model on the reference machine. The
 # simulator runs the same requests with the same memory through the same scheduler, and a step takes as long as the roofline of the machine says.
 
+# %%
+viz.ask("09.3", options=RUNGS[1:])
+
+# %%
+viz.ask("09.4", options=RUNGS[1:-1])
 
 # %%
 def is_on(rung, preset, without):
@@ -188,18 +197,6 @@ measured = {
     for mode, (key, _) in MODES.items()
 }
 steps_measured = {rung: int(ladder_file["arms"][rung]["modes"]["batch"]["num_steps"]) for rung in RUNGS[:-1]}
-viz.predict(
-    "32 requests together, measured in tokens per second. Which rung multiplies the throughput most?", RUNGS[1:],
-    max(RUNGS[1:], key=lambda r: measured["together"][r] / measured["together"][RUNGS[RUNGS.index(r) - 1]]),
-    "m2 takes 168 steps instead of 2,283, but its steps are slow: the textbook attention is a Python loop over the requests. The kernels of m4 make all steps fast.",
-)  # fmt: skip
-
-# %%
-viz.predict(
-    "And one request at a time, up to m6: which rung multiplies the throughput most?", RUNGS[1:-1],
-    max(RUNGS[1:-1], key=lambda r: measured["one by one"][r] / measured["one by one"][RUNGS[RUNGS.index(r) - 1]]),
-    "A single request has nobody to share with, its cache is never full, its prompt is short, and no prefix repeats. Only the kernels matter.",
-)  # fmt: skip
 
 # %%
 figure, axes = plt.subplots(2, 2, figsize=(10, 5), sharex=True, sharey="row")
@@ -220,6 +217,16 @@ for row, mode in zip(axes, MODES):
 for ax in axes[:, 0]:
     ax.set_ylabel("output tokens per second")
 
+# %%
+def multiplies(rung, mode):
+    return measured[mode][rung] / measured[mode][rung_before(rung)]
+
+
+viz.answer("09.3", max(RUNGS[1:], key=lambda rung: multiplies(rung, "together")))
+
+# %%
+viz.answer("09.4", max(RUNGS[1:-1], key=lambda rung: multiplies(rung, "one by one")))
+
 # %% [markdown]
 # Each bar begins where the rung before ended; green is gained, orange is lost. m5 and m6 gain nothing here, because the prompts of workload A are short and share no
 # prefix. The measured m7 is from another run (`milestones/m7/results/compare_peers_q4_1_cpu.json`), so its distance to m6 contains the noise between two hours.
@@ -237,7 +244,7 @@ viz.table(
         ["cached tokens", *(modelled["together"][r]["hit_tokens"] for r in RUNGS)],
         ["tokens per second, modelled", *(round(modelled["together"][r]["tok_per_s"]) for r in RUNGS)],
         ["measured", *(round(measured["together"][r]) for r in RUNGS)],
-        ["modelled / measured", *(modelled["together"][r]["tok_per_s"] / measured["together"][r] for r in RUNGS)],
+        ["modelled / measured", *(f"{modelled['together'][r]['tok_per_s'] / measured['together'][r]:.2f}" for r in RUNGS)],
     ],
 )
 
@@ -253,10 +260,20 @@ viz.table(
 # - **A**: the 32 requests above, all at once.
 # - **documents**: short prompts decode, and one user in six brings a document of 1,200 to 1,800 tokens.
 # - **shared**: questions behind one of three system prompts of 400 tokens.
+#
+# ### What you can change
 
 # %%
-NUM = 12 if FAST else 24
-BUDGET = 256
+NUM = 12 if FAST else 24  # requests of the workloads "documents" and "shared"
+BUDGET = 256  # the most tokens in a step
+
+# %%
+viz.ask("09.5", options=RUNGS[1:])
+
+# %%
+viz.ask("09.6")
+
+# %%
 WORKLOADS = {
     "A": as_sim(workload_a.requests),
     "documents": follow_recipe(Recipe("documents", 5.0, (30, 120), (20, 80), document=(1200, 1800)), "documents", NUM),
@@ -272,22 +289,6 @@ off = {
 def largest_effect(workload, metric):
     """The rung whose absence changes the metric most for the worse."""
     return max(RUNGS[1:], key=lambda rung: off[workload][rung][metric] / full[workload][metric])
-
-
-viz.predict(
-    "documents: without which rung is the longest gap between two tokens of a user largest?", RUNGS[1:],
-    largest_effect("documents", "longest_gap"),
-    "Without chunks the document is one long step, in which nobody else gets a token. Without m4 that would be chunks of slow steps.",
-)  # fmt: skip
-
-# %%
-computed = {rung: off["shared"][rung]["computed_tokens"] for rung in RUNGS[1:]}
-viz.predict(
-    f"shared: the full engine computes {full['shared']['computed_tokens']:,} tokens. Without which rungs does it compute {max(computed.values()):,}?",
-    ["m6", "m3 and m6", "m5 and m6", "m2 and m6"],
-    " and ".join(rung for rung, tokens in computed.items() if tokens == max(computed.values())),
-    "Without m3 a block is as long as the longest request. No block is ever full, and only full blocks are shared. m6 is on, and finds nothing.",
-)  # fmt: skip
 
 # %%
 METRICS = {"seconds": "total time", "ttft_p50": "median TTFT", "longest_gap": "longest gap between tokens"}
@@ -307,6 +308,14 @@ axes[0, 0].set_yticks(range(len(RUNGS) - 1), [f"without {rung}" for rung in RUNG
 axes[0, 0].set_xticks([0.2, 1, 10, 100], ["0.2", "1", "10", "100"])
 for ax in axes[-1]:
     ax.set_xlabel("times the full engine (modelled)")
+
+# %%
+viz.answer("09.5", largest_effect("documents", "longest_gap"))
+
+# %%
+computed = {rung: off["shared"][rung]["computed_tokens"] for rung in RUNGS[1:]}
+most = [rung for rung in computed if computed[rung] == max(computed.values())]
+viz.answer("09.6", most, most=max(computed.values()), full=full["shared"]["computed_tokens"])
 
 # %% [markdown]
 # A bar to the right says that the engine is worse without the rung. Each workload has rungs of its own that matter. A bar to the left is a price: without m2, in a static batch, no prompt of a
@@ -350,10 +359,8 @@ viz.table(
 # %%
 my_suspects = None  # a dict: from each of "X", "Y" and "Z" to a rung such as "m2"
 
-viz.your_turn(
-    "the missing rungs", my_suspects, suspects,
-    "find the counter that differs most from the full engine, and ask what can change it",
-)  # fmt: skip
+# %%
+viz.your_turn("09.t1", my_suspects, suspects)
 
 # %% [markdown]
 # ## Three rungs
@@ -371,10 +378,7 @@ for three_rungs in itertools.combinations(RUNGS[1:], 3):
     left_out = [rung for rung in RUNGS[1:] if rung not in three_rungs]
     throughput[three_rungs] = simulate(file_of_prompts, without=left_out, max_num_batched_tokens=BUDGET)["tok_per_s"]
 best = max(throughput, key=throughput.get)
-viz.your_turn(
-    "the three rungs with the highest throughput", my_three and sorted(my_three), list(best),
-    "most of the prompt tokens are system prompts; they should be computed only once, and what does sharing need?",
-)  # fmt: skip
+viz.your_turn("09.t2", my_three and sorted(my_three), list(best))
 
 # %%
 ranking = sorted(throughput, key=throughput.get, reverse=True)
@@ -392,6 +396,9 @@ viz.Shown(
 # they are built now, which takes minutes once. `make setup` builds them, too.)
 
 # %%
+viz.ask("09.7")
+
+# %%
 scratch = tempfile.TemporaryDirectory()
 model = str(write_tiny_model(Path(scratch.name)))
 PARAMS = [SamplingParams(temperature=0.0, max_tokens=e.max_tokens, ignore_eos=True) for e in EXAMPLES.values()]
@@ -406,14 +413,12 @@ def answers(**engine_args):
 
 texts = {f"preset={rung!r}": answers(preset=rung) for rung in ("m1", "m7")}
 texts |= {f"without=[{rung!r}]": answers(preset="m7", without=[rung]) for rung in RUNGS[1:]}
-viz.predict(
-    "Eight engines: m1, m7, and m7 without each of its rungs. How many different sets of answers do they give?", [1, 2, 8],
-    len({tuple(answer) for answer in texts.values()}),
-    "In fp32 all rungs give the same greedy tokens. In bf16, rungs from M4 on may differ, because sums are added in another order and rounded to 8 significant bits.",
-)  # fmt: skip
 
 # %%
 viz.table(["engine", *EXAMPLES], [[name, *map(repr, answer)] for name, answer in texts.items()])
+
+# %%
+viz.answer("09.7", len({tuple(answer) for answer in texts.values()}))
 
 # %% [markdown]
 # ## A part of your own
@@ -423,7 +428,6 @@ viz.table(["engine", *EXAMPLES], [[name, *map(repr, answer)] for name, answer in
 
 # %%
 viz.source(load_part)
-
 
 # %%
 def part_of(cls):
@@ -439,12 +443,10 @@ viz.source(FCFSRequestQueue)
 # **Your turn.** When many requests wait, one long prompt delays all behind it. Write a queue that serves the shortest prompt first. Only `add_request` has to change:
 # `self._requests` is a deque in the order of service, and a request has `num_prompt_tokens`.
 
-
 # %%
 class ShortestFirst(FCFSRequestQueue):
     def add_request(self, request):
         raise NotImplementedError  # your code
-
 
 # %%
 def order_of_service(queue, prompt_lens):
@@ -457,10 +459,7 @@ def order_of_service(queue, prompt_lens):
 
 CROWDS = [([9, 3, 5],), ([4, 4, 2, 8, 1, 7],), ([30, 20, 10],), ([5],)]
 CROWDS = [(case, sorted(range(len(case[0])), key=lambda i: (case[0][i], i))) for case in CROWDS]
-verdict = viz.your_turn(
-    "the shortest prompt first", lambda prompt_lens: order_of_service(ShortestFirst, prompt_lens), CROWDS,
-    "insert before the first request that has a longer prompt, or sort the deque again; equal prompts keep their order",
-)  # fmt: skip
+verdict = viz.your_turn("09.t3", lambda prompt_lens: order_of_service(ShortestFirst, prompt_lens), CROWDS)
 verdict
 
 # %% [markdown]
@@ -524,29 +523,29 @@ for name, text in zip(EXAMPLES, mine):
 #
 # ## Is it all true?
 #
-# The last cell checks what this notebook claims. It also solves the three tasks, so look at it last.
-
+# The last cell checks what this notebook claims. It also solves the last task, so look at it last.
 
 # %%
-class SolvedQueue(FCFSRequestQueue):
-    def add_request(self, request):
-        longer = [i for i, other in enumerate(self._requests) if other.num_prompt_tokens > request.num_prompt_tokens]
-        self._requests.insert(longer[0] if longer else len(self._requests), request)
+if viz.as_delivered("09", globals()):
+    class SolvedQueue(FCFSRequestQueue):
+        def add_request(self, request):
+            longer = [i for i, other in enumerate(self._requests) if other.num_prompt_tokens > request.num_prompt_tokens]
+            self._requests.insert(longer[0] if longer else len(self._requests), request)
 
 
-solved_order = [order_of_service(SolvedQueue, case[0]) for case, _ in CROWDS]
-assert solved_order == [expected for _, expected in CROWDS]
-shortest, first_come = ttfts(SolvedQueue), queues["first come, first served"]
-assert shortest[len(shortest) // 2] < first_come[len(first_come) // 2] and shortest[-1] >= 0.95 * first_come[-1]
-assert [counts[r]["steps"] for r in RUNGS[:4]] == [12, 6, 6, 6] and counts["m6"]["cached tokens"] == 4
-assert all(counts[r]["tokens computed"] + counts[r]["cached tokens"] == 30 for r in RUNGS)
-assert {r: modelled["together"][r]["steps"] for r in RUNGS[:-1]} == steps_measured
-ratios = {r: modelled["together"][r]["tok_per_s"] / measured["together"][r] for r in RUNGS}
-assert min(ratios["m2"], ratios["m3"]) > 1.75 and all(0.9 < ratios[r] <= 1.105 for r in ("m1", "m4", "m5", "m6"))
-assert 1.15 < ratios["m7"] < 1.25 and 1.5 < modelled["one by one"]["m7"]["tok_per_s"] / measured["one by one"]["m7"] < 1.6
-for name in WORKLOADS:
-    assert all(off[name][rung]["tokens"] == full[name]["tokens"] for rung in RUNGS[1:]), "a rung changed the tokens"
-assert largest_effect("documents", "longest_gap") == "m5" and set(best) == {"m3", "m4", "m6"}
-assert off["shared"]["m3"]["hit_tokens"] == 0 < full["shared"]["hit_tokens"]
-assert {tuple(answer) for answer in texts.values()} == {tuple(mine)}
-print(f"all true: {len(RUNGS)} rungs, {sum(len(o) for o in off.values())} ablations, best three {' '.join(best)}")
+    solved_order = [order_of_service(SolvedQueue, case[0]) for case, _ in CROWDS]
+    assert solved_order == [expected for _, expected in CROWDS]
+    shortest, first_come = ttfts(SolvedQueue), queues["first come, first served"]
+    assert shortest[len(shortest) // 2] < first_come[len(first_come) // 2] and shortest[-1] >= 0.95 * first_come[-1]
+    assert [counts[r]["steps"] for r in RUNGS[:4]] == [12, 6, 6, 6] and counts["m6"]["cached tokens"] == 4
+    assert all(counts[r]["tokens computed"] + counts[r]["cached tokens"] == 30 for r in RUNGS)
+    assert {r: modelled["together"][r]["steps"] for r in RUNGS[:-1]} == steps_measured
+    ratios = {r: modelled["together"][r]["tok_per_s"] / measured["together"][r] for r in RUNGS}
+    assert min(ratios["m2"], ratios["m3"]) > 1.75 and all(0.9 < ratios[r] <= 1.105 for r in ("m1", "m4", "m5", "m6"))
+    assert 1.15 < ratios["m7"] < 1.25 and 1.5 < modelled["one by one"]["m7"]["tok_per_s"] / measured["one by one"]["m7"] < 1.6
+    for name in WORKLOADS:
+        assert all(off[name][rung]["tokens"] == full[name]["tokens"] for rung in RUNGS[1:]), "a rung changed the tokens"
+    assert largest_effect("documents", "longest_gap") == "m5" and set(best) == {"m3", "m4", "m6"}
+    assert off["shared"]["m3"]["hit_tokens"] == 0 < full["shared"]["hit_tokens"]
+    assert {tuple(answer) for answer in texts.values()} == {tuple(mine)}
+    print(f"all true: {len(RUNGS)} rungs, {sum(len(o) for o in off.values())} ablations, best three {' '.join(best)}")

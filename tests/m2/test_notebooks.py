@@ -107,6 +107,13 @@ def test_a_notebook_runs_and_its_tasks_can_be_done(source: Path, monkeypatch: py
     notebook_checks.check_tasks(source, monkeypatch, done)
 
 
+@pytest.mark.parametrize(("source", "turn"), notebook_checks.turns_of(*MILESTONE, marks=MILESTONE))
+def test_no_other_value_of_a_knob_breaks_it(
+    source: Path, turn: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook_checks.check_turned(source, turn, monkeypatch)
+
+
 @pytest.mark.parametrize("source", NOTEBOOKS)
 def test_the_committed_notebook_is_its_source(source: Path) -> None:
     notebook_checks.check_committed(source)

@@ -1,5 +1,6 @@
 """viz: the code that a notebook shows, and the tasks that it sets."""
 
+import functools
 import sys
 
 import numpy as np
@@ -29,6 +30,13 @@ def test_source_shows_the_code_and_where_it_is():
     assert lines[-1] == "    return blocks"
     as_html = shown._repr_html_()
     assert "folovllm/core/block_pool.py" in as_html and "get_new_blocks" in as_html and "style=" in as_html
+
+
+def test_source_of_a_part_says_so():
+    text = repr(viz.source(slot_of, start="return"))
+    assert text.splitlines()[0] == "# slot_of, in part" and text.splitlines()[1].startswith("return table[")
+    lines = repr(viz.source(BlockPool.get_new_blocks, "blocks =", "return")).splitlines()
+    assert lines[1].startswith("blocks = ") and lines[-1] == "return blocks"
 
 
 @pytest.mark.parametrize("obj", [KVCacheBlock, BlockPool.usage, slot_of], ids=["class", "property", "not the engine's"])
@@ -96,10 +104,12 @@ def test_right_answers_pass(answer, expected):
         ([4, 20], [4, 21], "Entry 1: 20 is too small."),
         ([4], [4, 21], "Its length is 1; expected 2."),
         (4, [4, 21], "4 is not a list."),
-        (np.array([1.0, 2.0]), [1.0, 3.0], "Entry 1: 2.0 is too small."),
+        (np.array([1.0, 2.0]), [1.0, 3.0], "Entry 1: 2 is too small."),
         ({"a": 1}, {"b": 1}, "The keys are ['a']; one of them is wrong or missing."),
         ({"a": 1}, {"a": 2}, "The value of 'a' is 1, which is not it."),
         (float("nan"), 1.0, "nan is not it."),
+        (2 / 3, 1.5, "0.6667 is too small."),
+        (2.6, 3, "2.6 would be right after rounding: the answer is a whole number."),
     ],
 )
 def test_wrong_answers_are_told_what_differs_and_not_the_answer(answer, expected, why):
@@ -117,6 +127,32 @@ def test_a_function_is_shown_its_first_failing_case():
     assert cases == [CASES[1], CASES[0]] and cases[0][0][0] == [7, 2, 9]
 
 
+def test_a_forgotten_return_is_not_a_task_undone():
+    def forgotten(table, position, block_size):
+        slot_of(table, position, block_size)
+
+    def documented(table, position, block_size):
+        """Only a docstring."""
+
+    assert "forgotten([7, 2, 9], 20, 16) returned None: is the return missing?" in said(forgotten, CASES)
+    assert "\nTo do." in said(documented, CASES)
+
+
+def test_a_wrapped_function_is_not_begun_if_the_readers_is_not():
+    def mine(table, position, block_size):
+        return None
+
+    @functools.wraps(mine)
+    def rounded(*args):
+        return mine(*args)
+
+    assert "\nTo do." in said(rounded, CASES)
+
+
+def test_long_arguments_are_cut():
+    assert len(said(lambda x: 0, [(list(range(1000)), 1)])) < 500
+
+
 def test_an_exception_of_the_readers_function_is_shown():
     def broken(table, position, block_size):
         return table[position]
@@ -124,3 +160,14 @@ def test_an_exception_of_the_readers_function_is_shown():
     assert "broken([7, 2, 9], 20, 16) raised IndexError: list index out of range" in said(broken, CASES)
     as_html = viz.your_turn("<b>", lambda x: 1 / x, [(0, 1)])._repr_html_()
     assert "ZeroDivisionError" in as_html and "&lt;b&gt;" in as_html
+
+
+# ---- tables
+
+
+def test_a_table_shows_no_digits_that_say_nothing():
+    rows = [["x", 1234567, 34.6, 2.0, 0.125], ["y", 8, 8.0, 3.0, 0.5]]
+    lines = repr(viz.table(["", "bytes", "GB/s", "times", "share"], rows)).splitlines()
+    assert lines[1].split() == ["x", "1,234,567", "34.6", "2", "0.12"]
+    assert lines[2].split() == ["y", "8", "8.0", "3", "0.50"]
+    assert [len(line) for line in lines[1:]] == [len(lines[0])] * 2  # numbers are aligned right

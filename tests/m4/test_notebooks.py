@@ -32,13 +32,14 @@ ANSWERS_05 = {
 """,
 }
 ANSWERS_02 = {
-    '''    """Replace the line below. `peak` is in FLOP/s, `bandwidth` in bytes/s."""
-    return None''': """
+    '''    """`peak` is in FLOP/s, `bandwidth` in bytes/s."""
+    return None  # your code''': """
     return peak / bandwidth * bytes_per_weight / 2""",
     "my_sequences = None": "my_sequences = weights_bytes // (1000 * kv_bytes)",
     "my_ms = None": "my_ms = arch.num_parameters() / 2 / REFERENCE.bandwidth * 1000",
 }
-NOTEBOOKS = [pytest.param(source, id=source.stem) for source in notebook_checks.sources(*NUMBERS)]
+SOURCES = notebook_checks.sources(*NUMBERS)
+NOTEBOOKS = [pytest.param(source, id=source.stem) for source in SOURCES]
 
 
 @pytest.fixture(autouse=True)
@@ -51,11 +52,24 @@ def test_both_are_there() -> None:
     assert len(NOTEBOOKS) == len(NUMBERS)
 
 
-@pytest.mark.parametrize("source", NOTEBOOKS)
-def test_a_notebook_runs_and_its_asserts_hold(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("source", "answers"),
+    [pytest.param(*pair, id=pair[0].stem) for pair in zip(SOURCES, (ANSWERS_02, ANSWERS_05), strict=True)],
+)
+def test_a_notebook_runs_and_its_asserts_hold(
+    source: Path, answers: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With right answers to its tasks. It rejects wrong ones."""
     dtype = torch.get_default_dtype()
-    notebook_checks.run_fast(source, monkeypatch)
+    notebook_checks.check_tasks(source, monkeypatch, answers)
     assert torch.get_default_dtype() is dtype, "it must leave torch as it found it"
+
+
+@pytest.mark.parametrize(("source", "turn"), notebook_checks.turns_of(*NUMBERS))
+def test_no_other_value_of_a_knob_breaks_it(
+    source: Path, turn: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook_checks.check_turned(source, turn, monkeypatch)
 
 
 @pytest.mark.parametrize("source", NOTEBOOKS)
@@ -66,13 +80,3 @@ def test_the_committed_notebook_is_its_source(source: Path) -> None:
 @pytest.mark.parametrize("source", NOTEBOOKS)
 def test_a_notebook_asks_and_checks(source: Path) -> None:
     notebook_checks.check_asks(source)
-
-
-def test_the_tasks_of_05_accept_right_answers_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    (source,) = notebook_checks.sources("05")
-    notebook_checks.check_tasks(source, monkeypatch, ANSWERS_05)
-
-
-def test_the_tasks_of_02_accept_right_answers_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    (source,) = notebook_checks.sources("02")
-    notebook_checks.check_tasks(source, monkeypatch, ANSWERS_02)

@@ -4,6 +4,7 @@ Milestone: M5. vLLM counterpart: none. What is checked: tests/notebook_checks.py
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,12 +15,9 @@ pytestmark = pytest.mark.m5
 (SOURCE,) = notebook_checks.sources("06")
 
 ANSWERS = {
-    '''    """How many tokens of a request the step computes. Replace the line below."""
-    return None''': """
-    wanted = min(missing, threshold) if threshold else missing
-    return wanted if wanted <= budget else budget if chunked else 0""",
-    '''    """Replace the line below. Nothing else arrives, and no request ends meanwhile."""
-    return None''': """
+    "my_first_steps = None": "my_first_steps = [5, 9]",
+    '''    """Nothing else arrives, and no request ends meanwhile."""
+    return None  # your code''': """
     return -(-prompt // (budget - decodes))""",
     "my_budget = None": "my_budget = 128",
 }
@@ -32,7 +30,15 @@ def pictures_go_nowhere() -> Iterator[None]:
 
 
 def test_it_runs_and_its_asserts_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    notebook_checks.run_fast(SOURCE, monkeypatch)
+    """With right answers to its tasks. It rejects wrong ones."""
+    notebook_checks.check_tasks(SOURCE, monkeypatch, ANSWERS)
+
+
+@pytest.mark.parametrize(("source", "turn"), notebook_checks.turns_of("06"))
+def test_no_other_value_of_a_knob_breaks_it(
+    source: Path, turn: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook_checks.check_turned(source, turn, monkeypatch)
 
 
 def test_the_committed_notebook_is_its_source() -> None:
@@ -41,7 +47,3 @@ def test_the_committed_notebook_is_its_source() -> None:
 
 def test_it_asks_and_checks() -> None:
     notebook_checks.check_asks(SOURCE)
-
-
-def test_its_tasks_accept_right_answers_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    notebook_checks.check_tasks(SOURCE, monkeypatch, ANSWERS)

@@ -4,6 +4,7 @@ Milestone: M6. vLLM counterpart: none. What is checked: tests/notebook_checks.py
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -34,7 +35,15 @@ def pictures_go_nowhere() -> Iterator[None]:
 
 
 def test_it_runs_and_its_asserts_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    notebook_checks.run_fast(SOURCE, monkeypatch)
+    """With right answers to its tasks. It rejects wrong ones."""
+    notebook_checks.check_tasks(SOURCE, monkeypatch, ANSWERS)
+
+
+@pytest.mark.parametrize(("source", "turn"), notebook_checks.turns_of("07"))
+def test_no_other_value_of_a_knob_breaks_it(
+    source: Path, turn: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook_checks.check_turned(source, turn, monkeypatch)
 
 
 def test_the_committed_notebook_is_its_source() -> None:
@@ -43,7 +52,3 @@ def test_the_committed_notebook_is_its_source() -> None:
 
 def test_it_asks_and_checks() -> None:
     notebook_checks.check_asks(SOURCE)
-
-
-def test_its_tasks_accept_right_answers_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    notebook_checks.check_tasks(SOURCE, monkeypatch, ANSWERS)
