@@ -19,8 +19,11 @@ UPSTREAM_FILE = re.compile(r"(?<![\w/`])(?:vllm|csrc|cmake|benchmarks)/[\w./{},*
 
 def files(folder: Path) -> str:
     """One table per folder. Files without a text, such as an empty __init__.py, are left out."""
-    groups = sorted({file.parent for file in shown_files()})
-    return "\n".join(f"### {at.relative_to(ROOT).as_posix()}/\n\n{table_of(at, folder)}" for at in groups)
+    shown = shown_files()
+    groups = {at: [file for file in shown if file.parent == at] for at in sorted({file.parent for file in shown})}
+    return "\n".join(
+        f"### {at.relative_to(ROOT).as_posix()}/\n\n{table_of(group, folder)}" for at, group in groups.items()
+    )
 
 
 def shown_files() -> list[Path]:
@@ -28,9 +31,9 @@ def shown_files() -> list[Path]:
     return sorted(path for path in found if head_of(path))
 
 
-def table_of(at: Path, folder: Path) -> str:
+def table_of(group: list[Path], folder: Path) -> str:
     rows = []
-    for file in (file for file in shown_files() if file.parent == at):
+    for file in group:
         head = head_of(file)
         rows.append((link(f"`{file.name}`", file, folder), cell(first_sentence(head)), counterpart(head)))
     return table("file | what it is | in vLLM", rows)
