@@ -35,7 +35,6 @@ PATIENCE = 120  # seconds
 def with_sessions(text: str) -> str:
     """`text` with every console block as its commands print it now."""
     with tempfile.TemporaryDirectory(prefix="folovllm-page-") as folder:
-        (Path(folder) / "work").mkdir()  # or else a learner's folder work/ above it would be found
         return STEP.sub(lambda match: _step(match, Path(folder)), text)
 
 

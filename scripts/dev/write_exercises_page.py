@@ -91,7 +91,6 @@ def _duration(exercises: list[Exercise]) -> str:
 def with_output(text: str) -> str:
     """`text` with the output of each command in its console blocks replaced by what the command prints now."""
     with tempfile.TemporaryDirectory(prefix="folovllm-page-") as folder:
-        (Path(folder) / "work").mkdir()  # or else a folder work/ above, of somebody who learns in /tmp, would be found
         return STEP.sub(lambda match: _step(match, Path(folder)), text)
 
 
