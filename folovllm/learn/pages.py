@@ -124,8 +124,8 @@ def page_number(name: str) -> str:
 def find_page(name: str) -> Page:
     """The page called "03", "3", "m3", "04b", "03_paged_kv_cache", "paged" or "docs/learn/03_paged_kv_cache.md".
 
-    If two pages have the same number, the first in the reading order is meant. An unknown name raises ValueError, and so
-    does a part of a name that several pages have.
+    If two pages have the same number, the first in the reading order is meant. An unknown name raises ValueError, and
+    so does a part of a name that several pages have.
     """
     pages = load_pages()
     wanted = Path(name).name.removesuffix(".md")

@@ -104,7 +104,7 @@ def select(questions: Iterable[Question], chapter: str | None, kind: str | None)
 def in_order(questions: Sequence[Question], boxes: Boxes, rng: random.Random) -> list[Question]:
     """Returns the due questions first, and those of a low box before those of a high one, else at random.
 
-    Among those that were never asked, the short and basic ones come first, so a newcomer does not begin with the deepest.
+    Among those that were never asked, short and basic ones come first, so a newcomer does not begin with the deepest.
     """
     shuffled = rng.sample(list(questions), len(questions))
     now = datetime.now(UTC)

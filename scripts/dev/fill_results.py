@@ -140,11 +140,10 @@ def int4_speed(folder: Path) -> str:
     file = ROOT / "milestones/m7/results/bench_gptq.json"
     result = json.loads(file.read_text(encoding="utf-8"))
     memory, speed = (result["arms"][runtime] for runtime in ("memory", "speed"))
-    return (
-        f"[another measurement]({os.path.relpath(file, folder)}), beside bf16: one request {memory['single_ratio']:.2f}x "
-        f"({ratios(result, 'memory', 'single')}), {result['settings']['batch']} together {memory['batch_ratio']:.2f}x, or "
-        f"{speed['batch_ratio']:.2f}x with weights kept twice"
-    )
+    one = f"one request {memory['single_ratio']:.2f}x ({ratios(result, 'memory', 'single')})"
+    many = f"{result['settings']['batch']} together {memory['batch_ratio']:.2f}x"
+    twice = f"or {speed['batch_ratio']:.2f}x with weights kept twice"
+    return f"[another measurement]({os.path.relpath(file, folder)}), beside bf16: {one}, {many}, {twice}"
 
 
 def gptq_table(result: dict[str, Any], link: str) -> str:
