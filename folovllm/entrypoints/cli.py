@@ -1,9 +1,12 @@
 """`folovllm`: the command line. Also `python -m folovllm`.
 
 Milestone: M1. vLLM counterpart: vllm/entrypoints/cli. Left out: shell completion; `serve` and others join with their
-milestones: a command is one function in `commands/`, and one line at the end of this file.
+milestones: a command is one function in `commands/`, and one line at the end of this file. __main__.py starts it.
 """
 
+import contextlib
+import errno
+import os
 import sys
 import traceback
 from typing import Annotated, Any
@@ -44,6 +47,18 @@ class FriendlyGroup(TyperGroup):
                 traceback.print_exc()
             typer.secho(f"error: {error}", fg="red", err=True)
             raise typer.Exit(EXIT_USER_ERROR) from None
+        except OSError as error:
+            if error.errno != errno.ENOSPC:  # a pipe that is closed early is the business of typer
+                raise
+            _discard_output()
+            typer.secho(f"error: {error.filename or 'the output'}: {error.strerror}", fg="red", err=True)
+            raise typer.Exit(EXIT_USER_ERROR) from None
+
+
+def _discard_output() -> None:
+    """Sends stdout to nowhere, because Python would try to write the rest of its buffer once more at the exit."""
+    with contextlib.suppress(OSError, ValueError):  # a stdout that is no file, as in tests
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 app = typer.Typer(
@@ -107,9 +122,5 @@ app.command(context_settings=_PASS_ON, add_help_option=False)(bench)
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Reads the command line. The entry point is __main__.py."""
     sys.exit(app())
-
-
-if __name__ == "__main__":
-    main()

@@ -20,6 +20,7 @@ from folovllm.utils import did_you_mean
 PACKAGE = Path(__file__).parents[1]
 WORDS_PER_MINUTE = 130
 MINUTES_PER_EXAMPLE = 1
+NEAR = 0.7  # how similar a page's name is at least to what was typed, to be suggested
 
 FENCE = re.compile(r"^```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^```[^\S\n]*$", re.MULTILINE | re.DOTALL)
 EXAMPLE = re.compile(
@@ -115,22 +116,28 @@ def name_of(page: Page) -> str:
     return page.short if first == page else page.stem
 
 
-def find_page(name: str) -> Page:
-    """The page called "03", "3", "04b", "03_paged_kv_cache", "paged" or "docs/learn/03_paged_kv_cache.md".
+def page_number(name: str) -> str:
+    """E.g. "03" for "3" and "m3", and "04b" for "4b". Any other name as it is."""
+    return re.sub(r"^m?(?=\d[a-z]?$)", "0", name.lower())
 
-    If two pages have the same number, the first in the reading order is meant. An unknown name raises ValueError.
+
+def find_page(name: str) -> Page:
+    """The page called "03", "3", "m3", "04b", "03_paged_kv_cache", "paged" or "docs/learn/03_paged_kv_cache.md".
+
+    If two pages have the same number, the first in the reading order is meant. An unknown name raises ValueError, and
+    so does a part of a name that several pages have.
     """
     pages = load_pages()
     wanted = Path(name).name.removesuffix(".md")
-    for matches in (
-        lambda page: wanted in (page.stem, page.short),
-        lambda page: f"0{wanted}" == page.short,
-        lambda page: wanted in page.stem,
-    ):
-        if wanted and (found := [page for page in pages if matches(page)]):
-            return found[0]
+    if exact := [page for page in pages if wanted == page.stem or page_number(wanted) == page.short]:
+        return exact[0]
+    near = [page for page in pages if wanted and wanted in page.stem]
+    if len(near) == 1:
+        return near[0]
+    if near:
+        raise ValueError(f"{name!r} may be {' or '.join(page.stem for page in near)}")
     names = [name_of(page) for page in pages]
-    hint = did_you_mean(wanted, [*names, *(page.stem for page in pages)])
+    hint = did_you_mean(wanted, [*names, *(page.stem for page in pages)], NEAR)
     raise ValueError(f"no page {name!r}; there are {', '.join(names)}{hint}")
 
 

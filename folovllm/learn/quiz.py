@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from folovllm.learn.files import append_record, read_records
-from folovllm.learn.questions import KINDS, Question
+from folovllm.learn.questions import KINDS, LEVELS, Question
 from folovllm.utils import unknown_name_message
 
 INTERVALS = (0, 1, 2, 4, 8, 16)  # days, by box; box 0: never asked
@@ -102,10 +102,18 @@ def select(questions: Iterable[Question], chapter: str | None, kind: str | None)
 
 
 def in_order(questions: Sequence[Question], boxes: Boxes, rng: random.Random) -> list[Question]:
-    """Returns the questions with the due ones first, those of a low box before those of a high one, else at random."""
+    """Returns the due questions first, and those of a low box before those of a high one, else at random.
+
+    Among those that were never asked, short and basic ones come first, so a newcomer does not begin with the deepest.
+    """
     shuffled = rng.sample(list(questions), len(questions))
     now = datetime.now(UTC)
-    return sorted(shuffled, key=lambda q: (boxes.due_at(q.id) > now, boxes.box.get(q.id, 0)))
+
+    def rank(question: Question) -> tuple[bool, int, int]:
+        box = boxes.box.get(question.id, 0)
+        return boxes.due_at(question.id) > now, box, 0 if box else LEVELS.index(question.level)
+
+    return sorted(shuffled, key=rank)
 
 
 # ---- one question

@@ -3,6 +3,8 @@
 Milestone: M0. vLLM counterpart: none.
 """
 
+import itertools
+import tempfile
 from pathlib import Path
 
 from folovllm.learn.exercise import ALL_PARTS, Exercise, find_exercises, milestones_dir
@@ -14,13 +16,19 @@ TUTOR = "AGENTS.md"  # rules for a coding assistant that helps in this folder
 
 
 def find_work(asked: Path | None = None, here: Path | None = None) -> Path:
-    """Returns the folder asked for, or ./work. Raises ValueError if there is one above instead, or if it is a file."""
-    here = here or Path.cwd()
+    """Returns the folder asked for, or ./work. Raises ValueError if there is one above instead, or if it is a file.
+
+    The system's folder for temporary files ends the search, because a learner's files in it have nothing to do with the
+    temporary folders of tests and of generated pages below it.
+    """
+    here = (here or Path.cwd()).resolve()
+    shared = Path(tempfile.gettempdir()).resolve()
     work = asked or WORK
     if (here / work).exists() and not (here / work).is_dir():
         raise ValueError(f"{work} is not a folder; rename that file, or choose another folder with --work")
     if asked is None and not (here / WORK).is_dir():
-        above = next((p for p in here.parents if (p / WORK / FILE).is_file()), None)
+        own = itertools.takewhile(lambda folder: folder != shared, here.parents)
+        above = next((folder for folder in own if (folder / WORK / FILE).is_file()), None)
         if above is not None:
             raise ValueError(f"no folder work/ here, but there is one in {above}; run this there: cd {above}")
     return work

@@ -125,7 +125,7 @@ def ladder_row(rung: Any, result: dict[str, Any], folder: Path) -> str:
     switches = [f"`{name}={value!r}`" for name, value in rung.on.items()]
     switch = ", ".join(switches[:2] + ["..."] * (len(switches) > 2))
     speed = int4_speed(folder) if rung.id == "m7" else batch_speed(result, rung.id)
-    name = "M0" if rung.id == "m0" else page.stem[:2]  # "00" is the page to start with
+    name = "project setup" if rung.id == "m0" else page.stem[:2]  # "00" is the page to start with
     link = f"[{name}]({os.path.relpath(ROOT / page, folder)})"
     return f"| {rung.id.upper()} {rung.title} | {rung.adds} | {switch or '-'} | {speed} | {link} |".replace("'", '"')
 
@@ -136,10 +136,14 @@ def batch_speed(result: dict[str, Any], arm: str) -> str:
 
 
 def int4_speed(folder: Path) -> str:
-    """M7 changes the checkpoint, so its cell says what 4 bits are worth where they are: for one request at a time."""
+    """M7 changes the checkpoint, so its cell compares 4 bits with bf16: what one request gains, and what 32 lose."""
     file = ROOT / "milestones/m7/results/bench_gptq.json"
-    gains = ratios(json.loads(file.read_text(encoding="utf-8")), "memory", "single")
-    return f"[another measurement]({os.path.relpath(file, folder)}): one request, {gains} of bf16"
+    result = json.loads(file.read_text(encoding="utf-8"))
+    memory, speed = (result["arms"][runtime] for runtime in ("memory", "speed"))
+    one = f"one request {memory['single_ratio']:.2f}x ({ratios(result, 'memory', 'single')})"
+    many = f"{result['settings']['batch']} together {memory['batch_ratio']:.2f}x"
+    twice = f"or {speed['batch_ratio']:.2f}x with weights kept twice"
+    return f"[another measurement]({os.path.relpath(file, folder)}), beside bf16: {one}, {many}, {twice}"
 
 
 def gptq_table(result: dict[str, Any], link: str) -> str:

@@ -120,6 +120,8 @@ def paging(folder: Path) -> str:
     two, three = (arm(LADDER, name) for name in ("m2", "m3"))
     many, paged = (arm(EQUAL_BATCH, name) for name in ("m2", "m3"))
     return (
+        f"HuggingFace is about as fast as M2: it runs all {running(arm(LADDER, 'hf'))} requests in one padded batch, "
+        f"while M2's memory holds {running(two)} at once.\n\n"
         "**Why M3 gains so little here.** Paging saves memory, not arithmetic: in the same memory M3 runs "
         f"{running(three)} requests at once and M2 {running(two)}, because {used(three)} of its KV slots are in use "
         f"instead of {used(two)}.\nTextbook attention dominates the steps of both, and its speed varies from run to "

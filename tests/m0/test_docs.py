@@ -26,6 +26,7 @@ from tests.page_checks import (
     WORDS_PER_PICTURE,
     dead_links,
     imports_tests,
+    problem_of_link,
     relative,
     runnable_examples,
     slug,
@@ -250,6 +251,8 @@ def test_manifest_entry(rung_id: str, pytestconfig: pytest.Config) -> None:
     ]
     absent = [f for f in files if not (ROOT / f).exists()]
     assert not absent, f"{rung_id} names {', '.join(absent)}"
+    for page in entry.get("read_first", []):
+        assert (problem := problem_of_link(ROOT / "README.md", page)) is None, problem
     assert (ROOT / "milestones" / rung_id / "README.md").exists()
     markers = [line.partition(":")[0] for line in pytestconfig.getini("markers")]
     assert entry["tests"] in markers

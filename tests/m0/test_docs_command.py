@@ -63,10 +63,18 @@ def test_the_pages_with_their_times(here: Path) -> None:
         "01        First (4 minutes, 3 examples)",
     ]
     assert "Later" not in "".join(lines)
+    assert docs("list").splitlines() == lines
 
 
-def test_the_examples_of_a_page(here: Path) -> None:
-    printed = docs("list", "01")
+def test_a_number_is_not_shown_twice(here: Path) -> None:
+    file = here / "data/pages.toml"
+    file.write_text(file.read_text().replace('"First"', '"01 First"'))
+    assert "01        First (4 minutes, 3 examples)" in docs()
+
+
+@pytest.mark.parametrize("words", [["list", "01"], ["01"], ["m1"], ["1"], ["first"], ["docs/learn/01_first.md"]])
+def test_the_examples_of_a_page(here: Path, words: list[str]) -> None:
+    printed = docs(*words)
     assert "  1  line   4  adds\n" in printed
     assert "  2  line  13  value = math.sqrt(9)\n" in printed
 
@@ -90,12 +98,26 @@ def test_a_failing_example_shows_its_own_lines_and_the_others_still_run(here: Pa
     ("args", "words"),
     [
         (["run", "09"], "no page '09'; there are 00, 00_setup, 01"),
+        (["run", "0x"], "no page '0x'; there are 00, 00_setup, 01\n"),
+        (["run", "01_frist"], "did you mean '01_first'?"),
+        (["lst", "01"], "no page 'lst'; there are 00, 00_setup, 01\n"),
+        (["run", "00_"], "'00_' may be 00_start or 00_setup"),
         (["run", "01", "4"], "page 01 has examples 1 to 3, not 4"),
+        (["run", "01", "0"], "page 01 has examples 1 to 3, not 0"),
+        (["run", "01", "x"], "page 01 has examples 1 to 3, not x"),
+        (["run", "01", "-1"], "page 01 has examples 1 to 3, not -1"),
+        (["m0"], "page 00 has no examples"),
         (["list", "00"], "page 00 has no examples; these have some: 01"),
     ],
 )
 def test_a_mistake_gives_one_line_that_names_the_fix(here: Path, args: list[str], words: str) -> None:
     assert words in docs(*args, code=2)
+
+
+def test_the_second_page_of_a_number_is_named(here: Path) -> None:
+    (here / "learn/00_start.md").write_text(GOOD)
+    assert "Another page has this number: folovllm docs list 00_setup" in docs("m0")
+    assert "Another page" not in docs("00_start") and "Another page" not in docs("01")
 
 
 def test_the_wheel_carries_the_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -343,6 +343,22 @@ def test_outside_the_folder_the_right_one_is_named(here, monkeypatch, folder):
     assert "0 of 3" in learn("--work", str(here / "work"))
 
 
+def test_files_in_the_folder_for_temporary_files_are_not_above(here, monkeypatch):
+    """A learner in /tmp is not the learner of a test below /tmp, and not that of a page that is being generated."""
+    learn("m2")
+    (here / "folovllm-page-x").mkdir()
+    monkeypatch.setattr(workspace.tempfile, "gettempdir", lambda: str(here))
+    monkeypatch.chdir(here / "folovllm-page-x")
+    assert "work/m2/queue.py (new)" in learn("m2")
+
+
+def test_the_first_milestone_sends_a_beginner_to_start_here(monkeypatch, tmp_path):
+    """Its page, on the project's setup, says that it is to be read after 02."""
+    monkeypatch.chdir(tmp_path)
+    assert "00_start_here.md, then " in learn("m0") and "00_project_setup.md#the-states-of-a-request\n" in learn("m0")
+    assert "docs/learn/01_basic_inference.md\n" in learn("m1")
+
+
 def test_a_line_that_is_no_json_is_left_out_and_nothing_is_lost(here):
     solve(here)
     learn("m2", "check", "queue")

@@ -76,6 +76,17 @@ def test_the_path_through_a_milestone_takes_the_minutes_that_it_says(rung_id: st
 
 
 @pytest.mark.m0
+def test_start_here_says_how_long_the_plans_are() -> None:
+    readmes = [MILESTONES / rung.id / "README.md" for rung in LADDER]
+    minutes = [
+        int(re.findall(r"^\*\*(\d+) minutes\.\*\*$", file.read_text(encoding="utf-8"), re.MULTILINE)[0])
+        for file in readmes
+    ]
+    text = (ROOT / "docs/learn/00_start_here.md").read_text(encoding="utf-8")
+    assert f"is a plan of {min(minutes)} to {max(minutes)} minutes" in text
+
+
+@pytest.mark.m0
 def test_generated_parts_of_the_pages_are_up_to_date() -> None:
     pages = load_script("write_milestones").written_pages()
     stale = [page.relative_to(ROOT) for page, text in pages.items() if page.read_text(encoding="utf-8") != text]

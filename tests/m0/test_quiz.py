@@ -216,6 +216,17 @@ def test_due_questions_come_first_and_low_boxes_before_high_ones(tmp_path: Path)
         assert in_order([later, high, low, new], boxes, random.Random(seed)) == [new, low, high, later]
 
 
+def test_a_newcomer_begins_with_the_basic_questions(tmp_path: Path) -> None:
+    """What was never asked comes in the order of the levels; what was missed comes by its box, whatever its level."""
+    boxes = Boxes(tmp_path / "quiz.jsonl")
+    screen, core, deep = (dataclasses.replace(EXPLAIN, id=f"m3-{n}", level=n) for n in ("screen", "core", "deep"))
+    for seed in range(5):
+        assert in_order([deep, core, screen], boxes, random.Random(seed)) == [screen, core, deep]
+    boxes.box |= dict.fromkeys([screen.id, core.id, deep.id], 1)
+    boxes.asked |= dict.fromkeys([screen.id, core.id, deep.id], datetime.now(UTC) - timedelta(days=99))
+    assert {in_order([deep, core, screen], boxes, random.Random(seed))[0].level for seed in range(20)} > {"deep"}
+
+
 def test_a_seed_repeats_questions_and_numbers() -> None:
     first, second, other = (quiz("drill", "--n", "3", "--seed", seed, answers="?\n?\n?\n") for seed in ("7", "7", "8"))
     Path("work/quiz.jsonl").unlink()

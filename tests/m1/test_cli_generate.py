@@ -1,15 +1,18 @@
 """`folovllm generate` on a tiny model: what it prints is what LLM gives."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from folovllm import LLM, CompletionOutput, RequestOutput, SamplingParams
 from folovllm.entrypoints.cli import app
+from folovllm.entrypoints.commands import generate as command
 
 pytestmark = pytest.mark.m1
 
@@ -97,6 +100,34 @@ def test_stop_text_ends_the_answer(folder, expected):
 def test_a_prompt_that_does_not_fit_is_an_error_line(folder):
     result = CliRunner().invoke(app, ["generate", "-m", folder, "x" * 600])
     assert result.exit_code == 2 and result.stderr.startswith("error: prompt 0: the prompt (length 600) is longer")
+
+
+@pytest.mark.parametrize(
+    ("args", "note"),
+    [
+        ([], "(ended after 9 tokens; --max-tokens sets the limit)"),
+        (["--max-tokens", "99", "--max-model-len", "16"], "tokens; --max-model-len sets the limit)"),
+        (["--stop"], ""),
+    ],
+)
+def test_on_a_terminal_it_says_that_a_limit_ended_the_answer(folder, expected, monkeypatch, args, note):
+    """An answer that stops in the middle of a sentence looks like a fault; a pipe gets the answer alone."""
+    args = [*args, expected[0].text[2]] if args == ["--stop"] else args
+    for terminal in (True, False):
+        monkeypatch.setattr(command.sys, "stderr", Screen(terminal))
+        with pytest.raises(SystemExit):
+            typer.main.get_command(app)(["generate", "-m", folder, "--max-tokens", "9", PROMPTS[0], *args])
+        shown = command.sys.stderr.getvalue()
+        assert note in shown if terminal and note else not shown
+
+
+class Screen(io.StringIO):
+    def __init__(self, terminal):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
 
 
 def test_a_closed_pipe_ends_it_without_a_traceback(folder):

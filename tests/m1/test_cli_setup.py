@@ -143,6 +143,27 @@ def test_ctrl_c_exits_with_130(monkeypatch):
     assert result.exit_code == 130 and "Traceback" not in result.output
 
 
+def test_ctrl_c_while_the_commands_are_imported_is_quiet():
+    script = (
+        "import sys, folovllm.__main__ as entry\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'folovllm.entrypoints.cli': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "entry.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "folovllm", "docs", "list", "03"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: the output: No space left on device\n")
+
+
 def test_engine_args_are_read_as_python_would():
     items = [
         "block_size=32",

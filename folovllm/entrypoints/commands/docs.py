@@ -4,11 +4,13 @@ Milestone: M0. vLLM counterpart: none. The work is done in folovllm/learn/pages.
 """
 
 import difflib
+import re
 import textwrap
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from folovllm.entrypoints.commands.learn_progress import pages_base
 from folovllm.learn.pages import (
@@ -20,14 +22,24 @@ from folovllm.learn.pages import (
     load_pages,
     minutes,
     name_of,
+    page_number,
     run_example,
 )
 
 EXIT_DIFFERENT = 1  # an example failed, or printed something else than the page shows
 
-docs_app = typer.Typer(invoke_without_command=True)
 
-PageArgument = Annotated[str, typer.Argument(metavar="PAGE", help="E.g. 03, 04b, or 03_paged_kv_cache.")]
+class DocsGroup(TyperGroup):
+    """Reads `docs 03`, with the name of a page where a command should be, as `docs list 03`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if not args[0].startswith("-") and args[0] not in self.commands:
+            find_page(args[0])  # raises ValueError with the pages there are
+            args = ["list", *args]
+        return super().resolve_command(ctx, args)
+
+
+docs_app = typer.Typer(cls=DocsGroup, invoke_without_command=True)
 
 
 @docs_app.callback()
@@ -36,7 +48,7 @@ def docs(ctx: typer.Context) -> None:
 
     \b
       folovllm docs              the pages in reading order
-      folovllm docs list 03      the examples of page 03
+      folovllm docs 03           the examples of page 03; also: docs list 03
       folovllm docs run 03 2     run its second example
       folovllm docs run 03       run them all
     """
@@ -52,31 +64,40 @@ def _list_pages() -> None:
         text = page.text()
         count = len(examples_of(text))
         parts = [counted(sum(minutes(text)), "minute"), *([counted(count, "example")] if count else [])]
-        typer.echo(f"{name:{width}}  {page.title} ({', '.join(parts)})")
+        title = page.title.removeprefix(f"{page.short} ")  # "01 Basic inference"
+        typer.echo(f"{name:{width}}  {title} ({', '.join(parts)})")
     typer.echo(f"\nRead them in {pages_base()}docs/learn. The examples of one: folovllm docs list {names[1]}")
 
 
 @docs_app.command("list")
-def list_examples(page: PageArgument) -> None:
+def list_examples(
+    page: Annotated[
+        str | None, typer.Argument(metavar="[PAGE]", help="E.g. 03, m3, or 03_paged_kv_cache; default: list the pages.")
+    ] = None,
+) -> None:
     """List the examples of a page."""
+    if page is None:
+        _list_pages()
+        return
     chosen = find_page(page)
     typer.echo(f"{chosen.title}: {pages_base()}docs/{chosen.file}")
     for example in _examples(chosen):
         typer.echo(f"{example.number:3}  line {example.line:3}  {example.title}")
     typer.echo(f"\nRun one: folovllm docs run {name_of(chosen)} 1")
+    for other in load_pages():
+        if other.short == chosen.short and name_of(other) != name_of(chosen) == page_number(page):
+            typer.echo(f"Another page has this number: folovllm docs list {name_of(other)}")
 
 
-@docs_app.command("run")
+@docs_app.command("run", context_settings={"ignore_unknown_options": True})  # -1 is a wrong number, not an option
 def run(
-    page: PageArgument,
-    number: Annotated[int | None, typer.Argument(metavar="[K]", help="Which example; default: all.")] = None,
+    page: Annotated[str, typer.Argument(metavar="PAGE", help="E.g. 03, m3, 04b, or 03_paged_kv_cache.")],
+    number: Annotated[str | None, typer.Argument(metavar="[K]", help="Which example; default: all.")] = None,
 ) -> None:
     """Run examples of a page, and say whether they print what the page shows. Exit code 1 if they do not."""
     chosen = find_page(page)
     examples = _examples(chosen)
-    if number is not None and not 1 <= number <= len(examples):
-        raise ValueError(f"page {name_of(chosen)} has examples 1 to {len(examples)}, not {number}")
-    wanted = examples if number is None else [examples[number - 1]]
+    wanted = examples if number is None else [_numbered(examples, number, chosen)]
     results = [_run(chosen, example) for example in wanted]
     if len(results) > 1:
         typer.echo(f"{sum(results)} of {len(results)} examples print what the page shows.")
@@ -91,6 +112,14 @@ def _examples(page: Page) -> list[Example]:
         with_some = [name_of(other) for other in load_pages() if examples_of(other.text())]
         raise ValueError(f"page {name_of(page)} has no examples; these have some: {', '.join(with_some)}")
     return examples
+
+
+def _numbered(examples: list[Example], number: str, page: Page) -> Example:
+    """Raises ValueError for anything but the number of an example."""
+    found = next((example for example in examples if re.fullmatch(f"0*{example.number}", number)), None)
+    if found is None:
+        raise ValueError(f"page {name_of(page)} has examples 1 to {len(examples)}, not {number}")
+    return found
 
 
 def _run(page: Page, example: Example) -> bool:

@@ -90,12 +90,17 @@ def _finite(value: Any) -> Any:
 
 def _stream(llm: "LLM", prompt: Any, params: SamplingParams) -> None:
     logprobs: list[LogprobsOnePosition] = []
+    num_tokens, reason = 0, None
     for output in llm.stream(prompt, params):
         completion = output.outputs[0]
         typer.echo(completion.text, nl=False)  # flushes, so it shows at once
         logprobs += completion.logprobs or []
+        num_tokens, reason = num_tokens + len(completion.token_ids), completion.finish_reason
     typer.echo()
     typer.echo(_logprobs_text(logprobs), nl=False)
+    if reason == "length" and sys.stderr.isatty():
+        limit = "--max-tokens" if num_tokens == params.max_tokens else "--max-model-len"
+        typer.secho(f"(ended after {num_tokens} tokens; {limit} sets the limit)", dim=True, err=True)
 
 
 def _with_heading(output: "RequestOutput", number: str) -> str:

@@ -94,7 +94,9 @@ def _goals(milestone: str) -> str:
     text = (milestones_dir() / milestone / "README.md").read_text(encoding="utf-8")
     found = re.search(r"\*\*Goals\.\*\*.*?(?=\n\n)", text, re.DOTALL)
     goals = found[0].replace("**Goals.** ", "").replace("**", "").replace("`", "") if found else ""
-    return f"{goals}\nRead first: {pages_base()}{_manifest()[milestone]['learn']}"
+    entry = _manifest()[milestone]
+    pages = ", then ".join(f"{pages_base()}{page}" for page in entry.get("read_first", [entry["learn"]]))
+    return f"{goals}\nRead first: {pages}"
 
 
 def _manifest() -> dict[str, Any]:
