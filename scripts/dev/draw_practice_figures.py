@@ -115,10 +115,11 @@ def long_prompt(path: Path) -> None:
     others = [name for name in names if name != document and _decodes_through(runs, name, zero, end)]
     rows = [document, *others[:4]]
     for ax, (preset, steps) in zip(axes, runs.items(), strict=True):
-        for step in (step for step in steps if zero - SPACE < step["t0"] < end + SPACE):
+        begun = _span(steps, document)[0]
+        for step in (step for step in steps if -SPACE < step["t0"] - begun < end - zero + SPACE):
             for entry in step["sched"]:
                 if entry["req"] in rows:
-                    _draw_work(ax, step, entry, rows.index(entry["req"]), zero)
+                    _draw_work(ax, step, entry, rows.index(entry["req"]), begun)
         ax.set(ylim=(len(rows) - 0.4, -0.6), xlim=(-1e3 * SPACE / 2, 1e3 * (end - zero + SPACE)))
         ax.set_yticks(range(len(rows)), ["document", *(f"user {i}" for i in range(1, len(rows)))], fontsize=10)
         ax.set_title(texts[preset], loc="left", fontsize=10)
