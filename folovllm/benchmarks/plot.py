@@ -264,8 +264,9 @@ def _draw_hit_rates(result: Result, groups: Groups, colours: Colours) -> Figure:
     axes[1].set(ylabel="times faster than the first of its kind")
     axes[1].set_title("What the cached prefix is worth", fontsize=10)
     for ax in axes:
-        ax.margins(x=0.08, y=0.12)  # room for the ratio above the last point
-        ax.set(xlabel="% of the prompt that others share", ylim=(0, None))
+        top = 1.1 * ax.dataLim.ymax  # room for the ratio above the last point
+        ax.set(xlabel="% of the prompt that others share", ylim=(0, top))
+        ax.margins(x=0.08)
         _grid_and_legend(ax)
     return figure
 
