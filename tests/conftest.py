@@ -10,11 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from folovllm.entrypoints.commands.options import parse_parts
 from folovllm.learn.mine import my_parts
 from folovllm.learn.workspace import find_work
 from folovllm.parts import PARTS, load_class, load_part
+
+# No test depends on the clock: a busy machine may take seconds to draw its first example.
+settings.register_profile("folovllm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("folovllm")
 
 MILESTONE_MARKERS = {f"m{i}" for i in range(9)}
 
