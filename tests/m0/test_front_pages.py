@@ -278,7 +278,7 @@ def test_a_page_may_run_two_programs_only() -> None:
         shell.with_sessions("```console\nx\n```\n")
 
 
-@pytest.mark.slow  # .ci/run has it
+@pytest.mark.slow  # the answers are bf16: they hold on a processor like that of the pages
 @pytest.mark.weights
 @pytest.mark.parametrize("page", writer.SESSIONS)
 def test_the_pages_show_what_their_commands_print(page: str) -> None:
