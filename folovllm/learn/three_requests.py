@@ -63,6 +63,7 @@ EXAMPLES: dict[str, Example] = {
         arrival=2,
     ),
 }
+LESSONS = [(example.pieces, example.answer_pieces) for example in EXAMPLES.values()]  # for hub.tiny_model
 PIECES: dict[int, str] = {
     token_id: piece
     for example in EXAMPLES.values()

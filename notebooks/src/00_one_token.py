@@ -36,8 +36,8 @@ from folovllm.attention.backends.torch_naive import TorchNaiveBackend
 from folovllm.engine.core import EngineCore
 from folovllm.engine.detokenizer import TextStream
 from folovllm.forward_context import get_attn_metadata
-from folovllm.learn.three_requests import EXAMPLES
-from folovllm.learn.tiny_model import write_tiny_model
+from folovllm.hub.tiny_model import write_tiny_model
+from folovllm.learn.three_requests import EXAMPLES, LESSONS
 from folovllm.worker.block_table import BlockTable
 from folovllm.worker.model_runner import ModelRunner
 from folovllm.worker.naive import NaiveModel, generate_naive
@@ -64,7 +64,7 @@ if USE_REAL_MODEL:
     model_folder = find_model("smollm2-135m")  # says what to do if it is not here
 else:
     scratch = tempfile.TemporaryDirectory()
-    model_folder = write_tiny_model(Path(scratch.name))
+    model_folder = write_tiny_model(Path(scratch.name), LESSONS)
 
 llm = LLM(
     str(model_folder), preset="m3", block_size=BLOCK_SIZE, max_model_len=16, num_kv_blocks=max(10, 1 + 36 // BLOCK_SIZE), dtype="float32",

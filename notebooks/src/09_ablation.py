@@ -36,11 +36,11 @@ from folovllm import LLM, SamplingParams, milestones, viz
 from folovllm.benchmarks.workloads import make_workload
 from folovllm.config import CacheConfig, SchedulerConfig
 from folovllm.core.sched.request_queue import FCFSRequestQueue
+from folovllm.hub.tiny_model import write_tiny_model
 from folovllm.learn.exercise import find_exercises
 from folovllm.learn.mine import my_engine_args, my_parts, passed_exercises
 from folovllm.learn.record import read_record
-from folovllm.learn.three_requests import EXAMPLES, example_core, run_example
-from folovllm.learn.tiny_model import write_tiny_model
+from folovllm.learn.three_requests import EXAMPLES, LESSONS, example_core, run_example
 from folovllm.learn.toy_engine import drive, make_core, make_request
 from folovllm.parts import load_part
 from folovllm.sim.counting import CountingExecutor, counters_of
@@ -400,7 +400,7 @@ viz.ask("09.7")
 
 # %%
 scratch = tempfile.TemporaryDirectory()
-model = str(write_tiny_model(Path(scratch.name)))
+model = str(write_tiny_model(Path(scratch.name), LESSONS))
 PARAMS = [SamplingParams(temperature=0.0, max_tokens=e.max_tokens, ignore_eos=True) for e in EXAMPLES.values()]
 
 

@@ -8,7 +8,6 @@ package. Here the source is only parsed, and the result is Markdown that GitHub 
     python scripts/dev/build_api.py --check    exit code 1 if a page is not what the source says
 """
 
-import argparse
 import ast
 import inspect
 import re
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+import page_files
 from page_links import Links
 from page_symbols import PIN, ROOT, syntax_tree, vllm_symbols
 
@@ -73,26 +73,11 @@ GROUPS = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; say which pages are out of date")
-    check = parser.parse_args().check
-    wanted = pages()
-    stale = stale_pages(wanted)
-    for path in stale if not check else ():
-        if path in wanted:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(wanted[path], encoding="utf-8")
-        else:
-            path.unlink()
-    verb = "out of date" if check else "written"
-    print("\n".join(f"{verb}: {path.relative_to(ROOT)}" for path in stale) or "all pages are up to date")
-    return 1 if check and stale else 0
+    return page_files.write_or_check(__doc__, pages, stale_pages)
 
 
 def stale_pages(wanted: dict[Path, str]) -> list[Path]:
-    """The pages that differ from the source, and those that no group asks for."""
-    differing = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
-    return [*differing, *sorted(set(API.glob("*.md")) - set(wanted))]
+    return page_files.stale_pages(wanted, API.glob("*.md"))
 
 
 def pages() -> dict[Path, str]:

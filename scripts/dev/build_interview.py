@@ -9,13 +9,13 @@ python scripts/dev/build_interview.py            write all pages, remove those t
 python scripts/dev/build_interview.py --check    exit code 1 if a page is not what the records say
 """
 
-import argparse
 import os
 import re
 import sys
 from collections import defaultdict
 from pathlib import Path
 
+import page_files
 from page_links import Links
 
 from folovllm.learn.questions import LEVELS, Question, load_questions
@@ -58,27 +58,11 @@ Two talk tracks, which `scripts/dev/build_interview.py` makes from the spoken an
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; say which pages are out of date")
-    check = parser.parse_args().check
-    wanted = pages(load_questions())
-    stale = stale_pages(wanted)
-    for path in stale if not check else ():
-        if path in wanted:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(wanted[path], encoding="utf-8")
-        else:
-            path.unlink()
-    verb = "out of date" if check else "written"
-    print("\n".join(f"{verb}: {path.relative_to(ROOT)}" for path in stale) or "all pages are up to date")
-    return 1 if check and stale else 0
+    return page_files.write_or_check(__doc__, lambda: pages(load_questions()), stale_pages)
 
 
 def stale_pages(wanted: dict[Path, str]) -> list[Path]:
-    """Returns the pages that differ from the records, and those that no record asks for any more."""
-    there = {path for folder in FOLDERS for path in (DOCS / folder).glob("*.md")}
-    differing = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
-    return [*differing, *sorted(there - set(wanted))]
+    return page_files.stale_pages(wanted, (path for folder in FOLDERS for path in (DOCS / folder).glob("*.md")))
 
 
 def pages(questions: dict[str, Question]) -> dict[Path, str]:

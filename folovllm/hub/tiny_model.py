@@ -1,23 +1,23 @@
-"""A tiny Llama that has learned the answers of the three requests by heart, for notebooks and examples without weights.
+"""A tiny Llama that has learned a few answers by heart, for notebooks and examples without weights.
 
 Milestone: M1. vLLM counterpart: none. Left out: everything else that a language model knows.
 
-Its vocabulary has a token for each piece of the three requests and one for each byte, so every prompt has as many
-tokens as for SmolLM2, and any other text can be encoded, too. It has two layers and is trained in about a second. The
-engine loads its folder like that of any other model. (`learn.defaults.tiny_model` has random weights and no tokenizer,
-and needs no training.)
+Its vocabulary has a token for each given piece of text and one for each byte. The three requests of the pages therefore
+have as many tokens as for SmolLM2, and any other text can be encoded, too. It has two layers and is trained in about a
+second. The engine loads its folder like that of any other model. (`learn.defaults.tiny_model` has random weights and no
+tokenizer, and needs no training.)
 
-    folder = write_tiny_model(Path(scratch))
-    LLM(str(folder), dtype="float32").generate("The capital of France is", params)      # " Paris.\\n\\n"
+    folder = write_tiny_model(Path(scratch), [(("The", " sky", " is"), (" blue", "."))])
+    LLM(str(folder), dtype="float32").generate("The sky is", params)      # " blue."
 
 Imports torch and transformers inside the functions only.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from folovllm.learn.three_requests import EXAMPLES, PIECES
-
+Pieces = Sequence[str]  # the tokens of a text
 TRAINING_STEPS, LEARNING_RATE = 60, 3e-3
 END = "<|endoftext|>"
 MAX_LENGTH = 512  # tokens; the rotary embedding goes no further
@@ -33,21 +33,21 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def write_tiny_model(folder: Path) -> Path:
-    """Trains the model and writes it to `folder`, with its tokenizer. Returns `folder`."""
+def write_tiny_model(folder: Path, lessons: Sequence[tuple[Pieces, Pieces]]) -> Path:
+    """Trains the model on prompts with their answers and writes it to `folder`, with its tokenizer. Returns that."""
     from transformers.utils import logging
 
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    tokenizer = _make_tokenizer()
-    _train(tokenizer).save_pretrained(folder)
+    tokenizer = _make_tokenizer(lessons)
+    _train(tokenizer, lessons).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if shows_progress:
         logging.enable_progress_bar()
     return folder
 
 
-def _make_tokenizer() -> Any:
+def _make_tokenizer(lessons: Sequence[tuple[Pieces, Pieces]]) -> Any:
     """Byte-level BPE that is trained on the pieces until each of them is one token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -62,19 +62,20 @@ def _make_tokenizer() -> Any:
         special_tokens=[END],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(PIECES.values(), trainer)
+    pieces = dict.fromkeys(piece for prompt, answer in lessons for piece in (*prompt, *answer))
+    tokenizer.train_from_iterator(pieces, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=MAX_LENGTH
     )
 
 
-def _train(tokenizer: Any) -> Any:
-    """Returns the model. Only the answers are learned: after "Paris." requests a and c go on differently."""
+def _train(tokenizer: Any, lessons: Sequence[tuple[Pieces, Pieces]]) -> Any:
+    """Returns the model. Only answers are learned, because two prompts may begin alike and go on differently."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    texts = [tokenizer.encode(example.text) for example in EXAMPLES.values()]
-    answers = [[tokenizer.encode(piece)[0] for piece in example.answer_pieces] for example in EXAMPLES.values()]
+    texts = [tokenizer.encode("".join(prompt)) for prompt, _ in lessons]
+    answers = [[tokenizer.encode(piece)[0] for piece in answer] for _, answer in lessons]
     length = max(len(text) + len(answer) for text, answer in zip(texts, answers, strict=True))
     input_ids = torch.full((len(texts), length), tokenizer.pad_token_id)  # [num_requests, length]
     labels = torch.full_like(input_ids, -100)  # [num_requests, length]; -100: not learned
