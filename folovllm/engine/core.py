@@ -26,7 +26,8 @@ from folovllm.interrupts import HeldInterrupts
 from folovllm.outputs import EngineCoreOutput, EngineStats
 from folovllm.parts import load_part
 from folovllm.request import Request, RequestStatus
-from folovllm.trace.writer import NullTrace, make_trace
+from folovllm.trace.recorder import NullTrace
+from folovllm.trace.writer import make_trace
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ from folovllm.sim.executor import SimExecutor
 from folovllm.sim.hardware import HARDWARE
 from folovllm.sim.metrics import SLO, Served, make_metrics
 from folovllm.sim.workloads import SimWorkload
-from folovllm.trace.writer import TraceWriter, make_header
+from folovllm.trace.header import make_header
+from folovllm.trace.writer import TraceWriter
 from folovllm.utils import cdiv, unknown_name_message
 
 MAX_IDLE_STEPS = 1_000  # in a row; a scheduler that computes nothing for so long never will

@@ -1,10 +1,13 @@
 """What the engine did, step by step: records to look at, to check against the rules, and to compare with others.
 
 Milestone: M2. vLLM counterpart: none (its stats loggers keep sums, and its OpenTelemetry spans times, not decisions).
-Left out so far: a live view of a running engine.
 
     record.py   the schema, and the reader that fills in what the writer left out
-    writer.py   TraceWriter, and NullTrace, which records nothing
+    recorder.py Recorder, which makes the records, and NullTrace, which makes none
+    writer.py   TraceWriter: the records as a file
+    live.py     the records of a running engine, which begin with a snapshot
+    watch.py    hands those on to everyone who watches
+    header.py   the first line
     replay.py   the state of the engine, rebuilt from the records alone
     lint.py     the rules of scheduling and paging, checked on a trace
     diff.py     the first step in which two traces differ, and why

@@ -33,6 +33,7 @@ Events, in the order in which they happened:
                                   or because its step failed
     ["free", request, [blocks]]   its whole table, in order    ["sample", request, [token ids]]
     ["finish", request, "stop" | "length" | "abort" | "error"]
+A live trace (live.py) has no token ids: its "sample" events have their number.
 """
 
 import json

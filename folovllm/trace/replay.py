@@ -63,7 +63,7 @@ class Replay:
                 self.release(request_id)
             case "sample":
                 if request_id in self.requests:
-                    self.requests[request_id].num_tokens += len(rest[0])
+                    self.requests[request_id].num_tokens += rest[0] if isinstance(rest[0], int) else len(rest[0])
             case "finish":
                 self._leave_queues(request_id)
                 self.requests.pop(request_id, None)

@@ -1,7 +1,7 @@
 """view: one or two traces as a single HTML page that opens from a file, without a network.
 
-Milestone: M2. vLLM counterpart: none. Left out: a live page of a running engine. viewer/model.js and viewer/draw.js are
-written so that such a page can feed them record by record.
+Milestone: M2. vLLM counterpart: none. Left out: the live page of a running engine, which is the server's
+(entrypoints/web). It feeds viewer/model.js and viewer/draw.js record by record.
 
 Row 1: no torch. The page consists of the files in viewer/ and the records as JSON. The records are replayed in the
 browser (viewer/model.js), as replay.py does it, so the page contains little more than the trace file itself. The first

@@ -17,8 +17,9 @@ from folovllm.executor.fake import fake_tokens
 from folovllm.outputs import ModelRunnerOutput, RequestOutput
 from folovllm.request import Request, RequestStatus
 from folovllm.sampling_params import RequestOutputKind
+from folovllm.trace.header import make_header
 from folovllm.trace.lint import lint
-from folovllm.trace.writer import TraceWriter, make_header
+from folovllm.trace.writer import TraceWriter
 from tests import core_helpers as helpers
 from tests.core_helpers import AttendingExecutor, make_config, make_core, make_request
 

@@ -13,11 +13,13 @@ import pytest
 from folovllm.config import EngineConfig
 from folovllm.core.kv_cache_utils import KVCacheConfig
 from folovllm.executor.fake import fake_tokens
+from folovllm.trace.header import make_header
 from folovllm.trace.lint import lint
 from folovllm.trace.record import TIMES, Trace, read_trace
+from folovllm.trace.recorder import MAX_WAITING_SHOWN, NullTrace
 from folovllm.trace.replay import Replay
 from folovllm.trace.show import show
-from folovllm.trace.writer import MAX_WAITING_SHOWN, NullTrace, TraceWriter, make_header, make_trace
+from folovllm.trace.writer import TraceWriter, make_trace
 from tests.core_helpers import AttendingExecutor, make_config, make_core, make_request, tiny_arch
 from tests.m2.trace_helpers import record_run, six_requests, traced_core
 

@@ -10,7 +10,9 @@ import pytest
 from folovllm.core.kv_cache_utils import make_kv_cache_config
 from folovllm.engine.core import EngineCore
 from folovllm.executor.fake import FakeExecutor
-from folovllm.trace.writer import MAX_WAITING_SHOWN, TraceWriter, make_header
+from folovllm.trace.header import make_header
+from folovllm.trace.recorder import MAX_WAITING_SHOWN
+from folovllm.trace.writer import TraceWriter
 from tests.core_helpers import make_config, make_request
 
 pytestmark = pytest.mark.m2

@@ -1,6 +1,7 @@
 // model.js: the records of a trace, replayed into the state of the engine at any step. Milestone M2.
 // The same account as folovllm/trace/replay.py, plus what a picture needs: how full each block is, and the life of each
-// request as runs of steps. It reads no page, so a live page can feed it record by record with `push`.
+// request as runs of steps. It reads no page, so the live page (entrypoints/web/live.js) feeds it record by record with
+// `push`.
 "use strict";
 
 const SNAPSHOT_EVERY = 64; // steps between two stored states: any state is at most so many records away
@@ -87,10 +88,13 @@ class TraceModel {
     } else if (kind === "free") {
       release(state, id);
     } else if (kind === "sample") {
-      if (request) request.known += rest[0].length;
+      if (request) request.known += rest[0].length ?? rest[0]; // the token ids or, in a live trace, their number
     } else if (kind === "finish") {
       leaveQueues(state, id);
       state.requests.delete(id);
+    } else if (kind === "cached") { // the snapshot that a live trace begins with: free blocks that can still be hit
+      for (const block of rest[0]) state.filled.set(block, this.blockSize);
+      this.maxBlock = Math.max(this.maxBlock, ...rest[0]);
     }
   }
 
