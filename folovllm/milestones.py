@@ -19,7 +19,11 @@ class RungNotBuiltError(ValueError):
 
 @dataclass(frozen=True)
 class Rung:
-    """One milestone. `on` and `off` map engine argument names to values; a rung without `off` cannot be left out."""
+    """One milestone. `on` and `off` map engine argument names to values; a rung without `off` cannot be left out.
+
+    A rung with neither adds something around the engine: m0 the ground it stands on, m8 the server. The engine as of m8
+    is therefore that of m7.
+    """
 
     id: str
     title: str
@@ -107,6 +111,7 @@ LADDER: tuple[Rung, ...] = (
         off={"quantization": "dequantize"},
         built=True,
     ),
+    Rung("m8", "Serving", "the engine behind an OpenAI-compatible server", built=True),
 )
 RUNG_IDS = tuple(rung.id for rung in LADDER)
 
@@ -126,9 +131,14 @@ def _did_you_mean(name: Any) -> str:
     return f"; did you mean {spellings[near]!r}?" if near else ""
 
 
+def engine_rungs() -> tuple[Rung, ...]:
+    """Returns the built rungs that switch something: each of them is an engine of its own."""
+    return tuple(rung for rung in LADDER if rung.built and rung.on)
+
+
 def top_rung() -> Rung:
-    """Returns the highest rung that is built, which an engine without a preset runs."""
-    return [rung for rung in LADDER if rung.built][-1]
+    """Returns the highest of the engine's rungs, which an engine without a preset runs."""
+    return engine_rungs()[-1]
 
 
 def fold(top: str, without: Iterable[str] = ()) -> dict[str, Any]:
@@ -170,9 +180,15 @@ def _removable(without: Iterable[str], up_to: tuple[Rung, ...]) -> frozenset[str
     left_out = frozenset(get_rung(rung_id).id for rung_id in without)
     for rung_id in sorted(left_out):
         if not get_rung(rung_id).off:
-            raise ValueError(f"without={rung_id!r}: {rung_id} is the ground the others stand on; drop it from without")
+            raise ValueError(f"without={rung_id!r}: {_why_it_stays(get_rung(rung_id))}; drop it from without")
         if rung_id not in {rung.id for rung in up_to}:
             raise ValueError(
                 f"without={rung_id!r}: the preset {up_to[-1].id!r} does not include it; drop it from without"
             )
     return left_out
+
+
+def _why_it_stays(rung: Rung) -> str:
+    if not rung.on and rung.id != "m0":
+        return f"{rung.id} switches nothing in the engine"
+    return f"{rung.id} is the ground the others stand on"

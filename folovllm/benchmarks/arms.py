@@ -68,8 +68,8 @@ def in_words(text: str) -> str:
 
 
 def default_arms(workload: str = "A") -> list[str]:
-    """Every rung that is built and has an engine, as far as the workload was made for it."""
-    built = [rung.id for rung in milestones.LADDER if rung.built and rung.id != "m0"]
+    """Every rung that has an engine of its own, as far as the workload was made for it."""
+    built = [rung.id for rung in milestones.engine_rungs()]
     rungs = WORKLOADS[workload].rungs
     return [rung for rung in built if rungs is None or rung in rungs] or built[-1:]
 

@@ -57,7 +57,7 @@ class Question:
     code: tuple[str, ...]
     source: tuple[str, ...]
     file: Path
-    chapter: str  # "m0" .. "m7", "design", "drill"
+    chapter: str  # "m0" .. "m8", "design", "drill"
     say3min: Text = field(default_factory=dict)
     follow: tuple[str, ...] = ()
     fact: int | None = None

@@ -50,7 +50,7 @@ from folovllm.sim.workloads import Recipe, SimRequest, SimWorkload, follow_recip
 
 torch.set_num_threads(1)
 viz.style()
-RUNGS = [rung.id for rung in milestones.LADDER if rung.id != "m0"]
+RUNGS = [rung.id for rung in milestones.engine_rungs()]
 RUNG_COLOURS = dict(zip(RUNGS[1:], viz.PALETTE))
 
 # %% [markdown]
@@ -67,8 +67,7 @@ viz.table(
     ["rung", "title", "it adds", "switched on by"],
     [
         [r.id, r.title, r.adds, next(f"{k}={v!r}" for k, v in r.on.items() if r.id != "m2" or k == "batching")]
-        for r in milestones.LADDER
-        if r.id != "m0"
+        for r in milestones.engine_rungs()
     ],
 )
 
@@ -498,7 +497,7 @@ viz.table(
     ["milestone", "exercises", "passed"],
     [
         [rung, len(of_rung), ", ".join(e.name for e in of_rung if record.state(e) in ("passed", "assisted")) or "-"]
-        for rung, of_rung in ((rung, [e for e in exercises if e.milestone == rung]) for rung in ["m0", *RUNGS])
+        for rung, of_rung in ((rung, [e for e in exercises if e.milestone == rung]) for rung in milestones.RUNG_IDS)
     ],
 )
 

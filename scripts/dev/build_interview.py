@@ -35,6 +35,7 @@ TITLES = {
     "m5": "M5, chunked prefill",
     "m6": "M6, prefix caching",
     "m7": "M7, GPTQ",
+    "m8": "M8, Serving",
     "design": "system design",
     "drill": "number drills",
 }

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from folovllm import milestones
+from folovllm.benchmarks.arms import ablation_arms, default_arms
 from folovllm.config import EngineConfig, engine_arg_names
 from folovllm.milestones import LADDER, RUNG_IDS, RungNotBuiltError, fold, get_rung, top_rung
 
@@ -46,7 +47,7 @@ def switches(config: EngineConfig, names: Any) -> dict[str, Any]:
 
 def test_the_rungs_are_m0_upwards() -> None:
     assert tuple(f"m{i}" for i in range(len(LADDER))) == RUNG_IDS
-    assert {"m0", "m1", "m2", "m3", "m4", "m5", "m6", "m7"} <= set(RUNG_IDS)
+    assert {"m0", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8"} <= set(RUNG_IDS)
 
 
 def test_built_rungs_come_first() -> None:
@@ -100,6 +101,30 @@ def test_m4_alone_leaves_plain_torch() -> None:
     on = get_rung("m4").on
     assert get_rung("m4").off == M4_OFF and all(on[name] != off for name, off in M4_OFF.items())
     assert not any(set(rung.on) & set(M4_OFF) for rung in LADDER if rung.id != "m4")
+
+
+@pytest.mark.m8
+def test_m8_switches_nothing() -> None:
+    """The server stands around the engine, so that the engine as of m8 is that of m7."""
+    assert fold("m8") == fold("m7") and EngineConfig.preset("m8") == EngineConfig.preset("m7")
+    assert get_rung("m8").built and top_rung().id == "m7"
+    assert fold("m8", without=["m2", "m6"]) == fold("m7", without=["m2", "m6"])
+
+
+@pytest.mark.m8
+def test_only_rungs_that_switch_something_are_engines_of_their_own() -> None:
+    """Benchmarks, ablations and the tests of every preset go through these, and so measure no engine twice."""
+    ids = [rung.id for rung in milestones.engine_rungs()]
+    assert ids == ["m1", "m2", "m3", "m4", "m5", "m6", "m7"]
+    assert default_arms() == ids and ablation_arms() == ["m7", *(f"m7-{rung}" for rung in ids[1:])]
+
+
+@pytest.mark.m8
+def test_what_switches_nothing_cannot_be_left_out() -> None:
+    with pytest.raises(ValueError, match="without='m8': m8 switches nothing in the engine; drop it from without"):
+        EngineConfig.from_args(preset="m8", without=["m8"])
+    with pytest.raises(ValueError, match="without='m1': m1 is the ground the others stand on"):
+        EngineConfig.from_args(without=["m1"])
 
 
 def test_m0_has_no_engine() -> None:
@@ -167,7 +192,7 @@ def test_a_rung_that_is_not_built_yet_cannot_be_left_out() -> None:
 
 @pytest.mark.usefixtures("m3_unbuilt")
 def test_every_rung_above_the_top_is_refused() -> None:
-    assert [rung.id for rung in milestones.rungs_above_top()] == ["m3", "m4", "m5", "m6", "m7"]
+    assert [rung.id for rung in milestones.rungs_above_top()] == ["m3", "m4", "m5", "m6", "m7", "m8"]
     for rung in milestones.rungs_above_top():
         with pytest.raises(RungNotBuiltError, match=rf"{rung.id} \({rung.title}\) is not built yet"):
             EngineConfig.preset(rung.id)

@@ -17,7 +17,7 @@ from folovllm.config import EngineConfig
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.executor.uniproc import UniProcExecutor
 from folovllm.hf_config import load_hf_config
-from folovllm.milestones import LADDER
+from folovllm.milestones import engine_rungs
 from folovllm.sampling_params import SamplingParams
 from tests.parity_helpers import (
     MIN_GAP,
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.m1
 
 NUM_TOKENS = 64
 PROMPT_LENGTHS = [1, 3, 17, 40, 130]
-PRESETS = [rung.id for rung in LADDER if rung.built and rung.id != "m0"]
+PRESETS = [rung.id for rung in engine_rungs()]
 
 MakeTiny = Callable[[str], Path]
 JobsOf = Callable[[str], list[Job]]

@@ -358,7 +358,7 @@ def worker_of(engine: LLMEngine) -> Worker:
     return executor.worker
 
 
-PRESETS = [rung.id for rung in milestones.LADDER if rung.built and rung.id != "m0"]
+PRESETS = [rung.id for rung in milestones.engine_rungs()]
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)

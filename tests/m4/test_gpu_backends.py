@@ -16,7 +16,7 @@ from folovllm import LLM, SamplingParams
 from folovllm.attention.backend import AttentionBackend, AttentionMetadata, sequence_slots
 from folovllm.attention.backends.torch_naive import TorchNaiveBackend
 from folovllm.attention.selector import load_backend, refusal
-from folovllm.milestones import LADDER
+from folovllm.milestones import engine_rungs
 from tests.m4.conformance import (
     BLOCK_SIZES,
     DTYPES,
@@ -42,7 +42,7 @@ pytestmark = [
 DEVICE = "cuda"
 BACKENDS = ("triton_paged", "flash_attn", "torch_sdpa", "torch_flash")
 NUM_RANDOM = 200  # per backend and dtype
-PRESETS = [rung.id for rung in LADDER if rung.built and rung.id != "m0"]
+PRESETS = [rung.id for rung in engine_rungs()]
 MAX_MODEL_LEN = 64
 SHAPES = [(1, 30), (16, 20), (17, 24), (40, 20), (5, 24)]  # (prompt length, output tokens)
 

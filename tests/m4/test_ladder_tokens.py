@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from folovllm import LLM, SamplingParams
-from folovllm.milestones import LADDER
+from folovllm.milestones import engine_rungs
 
 pytestmark = [pytest.mark.m4, pytest.mark.weights]
 
@@ -24,7 +24,7 @@ FIXTURE: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "data/hf
 ]
 PROMPTS = [{"prompt_token_ids": entry["prompt_token_ids"]} for entry in FIXTURE]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-PRESETS = [rung.id for rung in LADDER if rung.built and rung.id != "m0"]
+PRESETS = [rung.id for rung in engine_rungs()]
 
 Tokens = list[list[int]]
 

@@ -173,7 +173,7 @@ def test_a_model_without_gguf_is_refused_for_peers_that_read_gguf(tmp_path):
     assert weights.find_weights(catalog.FOLDER, "org/name", tmp_path, "bfloat16", tmp_path, None, print) == tmp_path
 
 
-@pytest.mark.parametrize("rung", [r.id for r in milestones.LADDER if r.built and r.id != "m0"])
+@pytest.mark.parametrize("rung", [r.id for r in milestones.engine_rungs()])
 def test_ours_never_caches_prefixes(rung):
     """The batch repeats the prompts of the single stream; the peers do not cache either."""
     preset, *without = ours(rung).split("-")

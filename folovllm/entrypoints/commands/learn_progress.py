@@ -248,9 +248,11 @@ def diff(
         raise ValueError(f"{b} does not come after {a}; write the earlier milestone first")
     before = {} if first.id == "m0" else fold(first.id)
     typer.secho(f"Engine arguments, {a} -> {b}:", bold=True)
-    for name, value in fold(second.id).items():
-        if not before or before[name] != value:
-            typer.echo(f"  {name:24} {f'{before[name]!r} -> ' if before else ''}{value!r}")
+    changed = {name: value for name, value in fold(second.id).items() if not before or before[name] != value}
+    for name, value in changed.items():
+        typer.echo(f"  {name:24} {f'{before[name]!r} -> ' if before else ''}{value!r}")
+    if not changed:
+        typer.echo("  none: the engine is the same")
     manifest = _manifest()
     for rung in between:
         typer.secho(f"{rung.id}, {rung.title}: {rung.adds}", bold=True)
