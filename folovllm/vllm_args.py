@@ -45,7 +45,7 @@ _NO_REMOTE_CODE = "code from a model's repository is never run: use a model of a
 _NO_TRACING = "use trace='steps.jsonl' and folovllm trace: one record per step"
 _NO_OFFLOAD = "weights are never offloaded: use a smaller or a quantised model"
 _NO_TRANSFER = "a KV cache is never handed to another engine: remove it"
-_NO_SERVER = "there is no server yet: remove it"
+_ONE_SERVER = "one server process serves one engine: remove it"
 
 VLLM_ARGS: dict[str, Answer] = {
     # --- The model and its files
@@ -143,8 +143,8 @@ VLLM_ARGS: dict[str, Answer] = {
     "worker_extension_cls": Answer("use parts= to replace a part of the engine (folovllm.parts lists them)", ("",)),
     "kv_transfer_config": Answer(_NO_TRANSFER),
     "kv_events_config": Answer(_NO_TRANSFER),
-    "_api_process_count": Answer(_NO_SERVER, (1,)),
-    "_api_process_rank": Answer(_NO_SERVER, (0,)),
+    "_api_process_count": Answer(_ONE_SERVER, (1,)),
+    "_api_process_rank": Answer(_ONE_SERVER, (0,)),
     # --- LoRA
     "enable_lora": Answer(_NO_LORA, (False,)),
     "enable_lora_bias": Answer(_NO_LORA, (False,)),

@@ -4,11 +4,8 @@ Milestone: M0. vLLM counterpart: none (its argument tables are made from the doc
 The meaning of an argument is the comment behind its field, so code and page say the same.
 """
 
-import ast
 import dataclasses
-import io
 import re
-import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from front_index import link, table
 
 from folovllm import config
 from folovllm.entrypoints.cli import app
+from folovllm.entrypoints.field_comments import field_comments
 from folovllm.milestones import LADDER, fold, top_rung
 from folovllm.parts import PARTS
 
@@ -25,19 +23,6 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_AN_ARGUMENT = {"architecture"}
 SHOWN_FOR_ALL = "m1"  # all milestones have the same commands below `folovllm learn`
 REPEATED = re.compile(rf"^learn (?!{SHOWN_FOR_ALL} )m\d(?! race)")
-
-
-def comments_of(file: Path, class_name: str) -> dict[str, str]:
-    """Field -> the comment behind it, for a class of annotated fields."""
-    source = file.read_text(encoding="utf-8")
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    (cls,) = (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == class_name)
-    found = {}
-    for node in cls.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            found[node.target.id] = comments.get(node.end_lineno or 0, "")
-    return found
 
 
 def in_cell(text: str) -> str:
@@ -65,7 +50,7 @@ def heading(cls: Any) -> str:
 
 
 def table_of(cls: Any) -> str:
-    meanings = comments_of(ROOT / "folovllm/config.py", cls.__name__)
+    meanings = field_comments(cls)
     fields = [f for f in dataclasses.fields(cls) if f.name not in {*NOT_AN_ARGUMENT, *config._PARTS}]
     silent = [f.name for f in fields if not meanings[f.name]]
     if silent:
@@ -90,7 +75,7 @@ def milestone_of(name: str) -> str:
 def sampling_parameters(folder: Path) -> str:
     from folovllm.sampling_params import RequestOutputKind, SamplingParams
 
-    meanings = comments_of(ROOT / "folovllm/sampling_params.py", "SamplingParams")
+    meanings = field_comments(SamplingParams)
     rows = []
     for field in dataclasses.fields(SamplingParams):
         default = f"`{field.default}`" if isinstance(field.default, RequestOutputKind) else code(field.default)

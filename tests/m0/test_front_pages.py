@@ -12,6 +12,7 @@ import typer
 
 from folovllm.config import EngineConfig, engine_arg_names
 from folovllm.entrypoints.cli import app
+from folovllm.entrypoints.field_comments import field_comments
 from folovllm.learn.pages import FENCE, load_pages, num_words
 from folovllm.milestones import RUNG_IDS
 from folovllm.sampling_params import SamplingParams
@@ -89,18 +90,9 @@ def test_the_defaults_are_those_that_an_engine_has() -> None:
 
 
 def test_an_argument_without_a_comment_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = reference.comments_of
-    monkeypatch.setattr(reference, "comments_of", lambda file, name: real(file, name) | {"block_size": ""})
+    monkeypatch.setattr(reference, "field_comments", lambda cls: field_comments(cls) | {"block_size": ""})
     with pytest.raises(ValueError, match="no comment behind block_size"):
         reference.engine_arguments(DOCS)
-
-
-def test_comments_are_read_from_the_source(tmp_path: Path) -> None:
-    file = tmp_path / "c.py"
-    file.write_text(
-        'class C:\n    a: int = 1  # one # two\n    b: str = "#no"\n    c: int = (\n        2\n    )  # last\n'
-    )
-    assert reference.comments_of(file, "C") == {"a": "one # two", "b": "", "c": "last"}
 
 
 # ---- the project's structure

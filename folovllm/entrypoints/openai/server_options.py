@@ -20,9 +20,9 @@ class ServerOptions:
     """The options of `folovllm serve` that are the server's own. Raises ValueError for a value out of range."""
 
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: every network of this machine
-    port: int = 8000  # 0: any free port, which the start block names
+    port: int = 8000  # the port to listen on; 0: any free one, which the start names
     uds: str | None = None  # listen on this Unix domain socket instead of host and port
-    api_key: tuple[str, ...] = ()  # a key that /v1 asks for; repeatable
+    api_key: tuple[str, ...] = ()  # clients of /v1 need one of these keys; repeatable
     chat_template: str | None = None  # a file with a jinja template, or the template itself; None: the model's
     max_queue: int = 256  # requests that may wait beyond max_num_seqs; more are answered 429
     max_body_size: int = 32 * MIB  # bytes of a request's body; a larger one is answered 413
@@ -30,7 +30,9 @@ class ServerOptions:
     root_path: str = ""  # the path under which a proxy shows the server
     shutdown_timeout: float = 30.0  # seconds that open answers get after SIGTERM or Ctrl-C
     log_requests: bool = False  # log the sampling parameters and the lengths of each request, never its text
-    uvicorn_log_level: str = "info"  # critical, error, warning, info, debug or trace
+    disable_uvicorn_access_log: bool = False  # do not log a line for each request
+    uvicorn_log_level: str = "warning"  # of the HTTP library: critical, error, warning, info, debug or trace
+    disable_fastapi_docs: bool = False  # no /openapi.json
     disable_frontend_multiprocessing: bool = False  # run the engine in a thread instead of a process
 
     def __post_init__(self) -> None:
@@ -39,8 +41,13 @@ class ServerOptions:
         check_int("max_body_size", self.max_body_size, low=1)
         check_number("shutdown_timeout", self.shutdown_timeout, 0.0, 86400.0)
         check_choice("uvicorn_log_level", self.uvicorn_log_level, LOG_LEVELS)
-        check_bool("log_requests", self.log_requests)
-        check_bool("disable_frontend_multiprocessing", self.disable_frontend_multiprocessing)
+        for name in (
+            "log_requests",
+            "disable_uvicorn_access_log",
+            "disable_fastapi_docs",
+            "disable_frontend_multiprocessing",
+        ):
+            check_bool(name, getattr(self, name))
         for key in self.api_key:
             if not key or not key.isascii() or not key.isprintable():
                 raise ValueError("api_key must be printable ASCII and not empty: a client sends it in a header")
