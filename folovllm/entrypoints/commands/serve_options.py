@@ -1,4 +1,4 @@
-"""The command line of `folovllm serve`: every engine argument and every option of the server, made from the dataclasses.
+"""The command line of `folovllm serve`: every engine argument and every option of the server.
 
 Milestone: M8. vLLM counterpart: vllm/entrypoints/openai/cli_args.py and the add_cli_args of vllm/engine/arg_utils.py.
 
@@ -74,7 +74,7 @@ def _engine_args(given: dict[str, Any]) -> dict[str, Any]:
         given["parts"] = own | parse_parts(part)
     for name in extra.keys() & given.keys() - {"disable_log_stats"}:
         raise ValueError(f"{name} is given twice: keep --{_dashed(name)} or --engine-arg {name}=..., not both")
-    return {"model": DEFAULT_MODEL} | needed | given | extra | {"model": name for name in models}
+    return {"model": next(iter(models), DEFAULT_MODEL)} | needed | given | extra
 
 
 def _server_options(own: dict[str, Any]) -> ServerOptions:
@@ -261,6 +261,8 @@ def _help(parser: Parser, argv: Sequence[str]) -> Sequence[str]:
             formatter.end_section()
     if not found:
         titles = ", ".join(group.title or "" for group in parser._action_groups[2:])
-        raise ValueError(f"no option has {wanted[0]!r} in its name; --help lists all of them, and the groups are {titles}")
+        raise ValueError(
+            f"no option has {wanted[0]!r} in its name; --help lists all of them, and the groups are {titles}"
+        )
     print(formatter.format_help())
     raise SystemExit(0)

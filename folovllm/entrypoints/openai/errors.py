@@ -7,14 +7,16 @@ framework included.
     {"error": {"message": "...", "type": "invalid_request_error", "param": "temperature", "code": 400}}
 
 A route raises an ApiError. Everything else that a route may raise is translated by `as_api_error`, so that no traceback
-reaches a client.
+reaches a client: the complaints of pydantic and of the web framework, the engine's ValueErrors, and internal errors.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ ERROR_TYPES = {
     500: "server_error",
     503: "unavailable_error",
 }
+LONGEST_MESSAGE = 2000  # characters: a message may quote what the client has sent
 INTERNAL_ERROR = "internal error: the server's log has the cause under this answer's X-Request-Id"
 
 
@@ -44,7 +47,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = _printable(message)
         self.type = type or ERROR_TYPES.get(status, "invalid_request_error")
         self.param = param
         self.code = status if code is None else code
@@ -69,7 +72,7 @@ def shutting_down() -> ApiError:
 
 
 def internal_error() -> ApiError:
-    """The answer to a fault of ours. Its cause is in the log and nowhere else."""
+    """The answer to an error in the server itself. Its cause is in the log and nowhere else."""
     return ApiError(500, INTERNAL_ERROR)
 
 
@@ -83,12 +86,16 @@ def error_response(error: ApiError) -> JSONResponse:
 
 
 def as_api_error(error: BaseException, request_id: str = "-") -> ApiError:
-    """The ApiError for anything that a route or a stream may raise. A fault of ours is logged with its traceback.
+    """Returns the ApiError for anything that a route or a stream may raise. Logs an internal error with its traceback.
 
-    A ValueError is the engine's or a template's answer to bad input; its message names the fix.
+    A ValueError is the engine's or a template's answer to bad input, and its message names the fix.
     """
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, RequestValidationError):
+        return _of_validation(error.errors())
+    if isinstance(error, HTTPException):
+        return _of_framework(error)
     if isinstance(error, ValueError):
         return bad_request(str(error))
     from folovllm.engine.async_llm import EngineClosingError, EngineDeadError, RequestFailedError
@@ -100,3 +107,47 @@ def as_api_error(error: BaseException, request_id: str = "-") -> ApiError:
     if not isinstance(error, RequestFailedError):  # the engine has logged those
         logger.error("request %s failed", request_id, exc_info=error)
     return internal_error()
+
+
+def _of_validation(faults: Sequence[Any]) -> ApiError:
+    """The ApiError for pydantic's complaints about a body. It names the first fields and leaves out what they held."""
+    if faults and faults[0]["type"] == "json_invalid":
+        place, what = faults[0]["loc"][-1], faults[0].get("ctx", {}).get("error", "")
+        return bad_request(f"the body is not valid JSON: {what} at character {place}")
+    named = [(_field(fault["loc"]), str(fault["msg"]).removeprefix("Value error, ")) for fault in faults]
+    shown = "; ".join(f"{field}: {message}" if field else f"the body: {message}" for field, message in named[:3])
+    return bad_request(shown + ("; ..." if len(named) > 3 else ""), param=named[0][0] or None)
+
+
+def _field(location: Sequence[str | int]) -> str:
+    """E.g. ("body", "messages", 0, "role") -> "messages.0.role"."""
+    return ".".join(map(str, location[1:] if location and location[0] in ("body", "path", "query") else location))
+
+
+def _of_framework(error: HTTPException) -> ApiError:
+    """The ApiError for one that the web framework raises: no such path, another method, a body that cannot be read."""
+    cause = error.__cause__
+    if isinstance(cause, ApiError):  # from `middleware.BodyLimit`, while the framework read the body
+        return cause
+    messages = {
+        400: _unreadable(cause),
+        404: "there is nothing at this path; the API is below /v1, such as /v1/chat/completions",
+        405: f"this path does not take this method; it takes {(error.headers or {}).get('Allow', 'others')}",
+    }
+    return ApiError(error.status_code, messages.get(error.status_code, str(error.detail)), headers=error.headers)
+
+
+def _unreadable(cause: BaseException | None) -> str:
+    if isinstance(cause, RecursionError):
+        return "the body is nested too deeply"
+    if isinstance(cause, UnicodeDecodeError):
+        return "the body is not valid UTF-8"
+    if isinstance(cause, ValueError):  # Python's limit on the digits of an integer
+        return "the body holds an integer with too many digits"
+    return "the body cannot be read"
+
+
+def _printable(text: str) -> str:
+    """`text` in a length and in characters that any answer can hold: half of a surrogate pair has no UTF-8 form."""
+    short = text if len(text) <= LONGEST_MESSAGE else text[: LONGEST_MESSAGE - 4] + " ..."
+    return short.encode("utf-8", "backslashreplace").decode("utf-8")

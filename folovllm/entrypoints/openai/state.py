@@ -36,7 +36,7 @@ class ServerState:
     num_admitting: int = 0  # requests that have passed `admit` and are not in the engine yet
 
     def check_model(self, name: str | None) -> None:
-        """Raises ApiError (404) unless `name` is one of ours, empty or missing."""
+        """Raises ApiError (404) unless `name` is served here, empty or missing."""
         if name and name not in self.model_names:
             served = ", ".join(map(repr, self.model_names))
             raise not_found(
