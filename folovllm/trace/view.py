@@ -21,7 +21,7 @@ from folovllm.trace.record import SchedEntry, Trace
 from folovllm.trace.replay import Replay
 
 VIEWER = Path(__file__).parent / "viewer"
-SCRIPTS = ("model.js", "why.js", "draw.js", "page.js")  # in this order: the last one starts the page
+SCRIPTS = ("model.js", "why.js", "draw.js", "colours.js", "page.js")  # in this order: the last one starts the page
 
 
 def render_view(traces: Sequence[Trace], names: Sequence[str]) -> str:

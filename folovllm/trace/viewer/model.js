@@ -93,8 +93,10 @@ class TraceModel {
       leaveQueues(state, id);
       state.requests.delete(id);
     } else if (kind === "cached") { // the snapshot that a live trace begins with: free blocks that can still be hit
-      for (const block of rest[0]) state.filled.set(block, this.blockSize);
-      this.maxBlock = Math.max(this.maxBlock, ...rest[0]);
+      for (const block of rest[0]) {
+        state.filled.set(block, this.blockSize);
+        this.maxBlock = Math.max(this.maxBlock, block);
+      }
     }
   }
 

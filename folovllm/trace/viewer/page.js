@@ -130,7 +130,7 @@ function render() {
   byId("slider").max = numSteps - 1;
   byId("slider").value = place.step;
   byId("step").textContent = numSteps ? `step ${place.step} of 0..${numSteps - 1}` : "no steps";
-  const view = { ...place, divergence, zoom: zoom(), colours: readColours(), isDark: isDark() };
+  const view = { ...place, divergence, zoom: zoom(), colours: readColours(byId("probe")), isDark: isDark() };
   document.body.dataset.cells = panes.reduce((cells, pane) => cells + renderPane(pane, view), 0);
 }
 
@@ -149,22 +149,6 @@ function renderPane(pane, view) {
   part("why").replaceChildren(...explain(model, state).map(whyLine));
   part("request").replaceChildren(...describeRequest(model, state));
   return pane.drawn.cells;
-}
-
-function isDark() {
-  const theme = document.documentElement.dataset.theme;
-  return theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-}
-
-// The colours stand in style.css only. A canvas needs them computed, so an invisible element is asked for each.
-function readColours() {
-  const names = "text faint line bar cursor chosen divergence waiting preempted idle prefill chunk decode hit cached onColour onBlock ground";
-  const probe = byId("probe");
-  const read = (name) => {
-    probe.style.color = `var(--${name})`;
-    return [name, getComputedStyle(probe).color];
-  };
-  return Object.fromEntries(names.split(" ").map(read));
 }
 
 function describeStep({ step, record }) {
