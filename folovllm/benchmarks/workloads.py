@@ -159,7 +159,8 @@ def random_requests(
     return requests
 
 
-workload_a = partial(random_requests, prompt_len=(32, 256), output_len=(32, 128))
+A_PROMPT_LEN, A_OUTPUT_LEN = (32, 256), (32, 128)
+workload_a = partial(random_requests, prompt_len=A_PROMPT_LEN, output_len=A_OUTPUT_LEN)
 smoke = partial(random_requests, prompt_len=(4, 16), output_len=(3, 8))
 
 

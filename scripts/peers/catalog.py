@@ -60,8 +60,9 @@ VLLM = Environment(
 )
 LLAMACPP = Environment(
     "llamacpp",
-    ("llama-cpp-python==0.3.36",),
-    probe="import llama_cpp, numpy; llama_cpp.llama_backend_init()",
+    # Two lines: an environment that has the library already needs only the packages of its server.
+    ("llama-cpp-python==0.3.36", "llama-cpp-python[server]==0.3.36"),
+    probe="import llama_cpp, llama_cpp.server.app, numpy; llama_cpp.llama_backend_init()",
     about="compiles llama.cpp for this processor: 6 minutes on 2 cores, longer beside other work",
     needs_compiler=True,
     variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON"},

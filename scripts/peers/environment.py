@@ -6,13 +6,14 @@ Milestone: M4. vLLM counterpart: none.
     ~/.cache/folovllm/peers/vllm/folovllm_peer.json   written last: an interrupted install has none and is done again
     ~/.cache/folovllm/peers/vllm.log         what pip said
 
-An environment without that file is taken over as it is if the peer's import works in it: a user made it by hand.
+An environment without that file is taken over as it is if the peer's import works in it: a user made it by hand. If a
+peer has got more requirements since its environment was made, only the new ones are installed.
 """
 
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -40,7 +41,7 @@ def python_of(peer: Peer, root: Path) -> str:
 def state_of(environment: Environment, root: Path) -> str:
     """For `--list`: "ready", "not installed" or what is between."""
     folder = root / environment.name
-    if _is_marked(folder, environment):
+    if _is_complete(folder, environment):
         return "ready"
     return "not marked as complete" if _python(folder).exists() else "not installed"
 
@@ -50,13 +51,15 @@ def ensure_environment(environment: Environment, root: Path, say: Say) -> None:
     folder = root / environment.name
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f".{environment.name}.lock"):  # another run may be at it: wait for it
-        if _is_marked(folder, environment):
+        if _is_complete(folder, environment):
             return
         log = root / f"{environment.name}.log"
         log.unlink(missing_ok=True)
         if not (folder / MARKER).exists() and _python(folder).exists() and _works(environment, folder, log):
             say(f"[setup] {environment.name}: taking over the environment in {folder}")
             _remove_unwanted(environment, folder, log)
+        elif (missing := _missing(environment, folder)) is not None:
+            _install_packages(missing, environment, folder, log, say)
         else:
             _install(environment, folder, log, say)
         (folder / MARKER).write_text(json.dumps({"requirements": environment.requirements}) + "\n")
@@ -67,7 +70,11 @@ def _install(environment: Environment, folder: Path, log: Path, say: Say) -> Non
     shutil.rmtree(folder, ignore_errors=True)
     say(f"[setup] {environment.name}: new environment in {folder} ({environment.about}); log: {log}")
     _run([sys.executable, "-m", "venv", str(folder)], environment, log, "python -m venv")
-    for requirement in environment.requirements:
+    _install_packages(environment.requirements, environment, folder, log, say)
+
+
+def _install_packages(requirements: Sequence[str], environment: Environment, folder: Path, log: Path, say: Say) -> None:
+    for requirement in requirements:
         say(f"[setup] {environment.name}: pip install {requirement} ...")
         _run([*_pip(folder), "install", requirement], environment, log, f"pip install {requirement}")
     _remove_unwanted(environment, folder, log)  # before the probe, which a torchvision of another build breaks
@@ -109,12 +116,19 @@ def _works(environment: Environment, folder: Path, log: Path) -> bool:
         return False
 
 
-def _is_marked(folder: Path, environment: Environment) -> bool:
+def _is_complete(folder: Path, environment: Environment) -> bool:
+    return _missing(environment, folder) == []
+
+
+def _missing(environment: Environment, folder: Path) -> list[str] | None:
+    """The requirements that the environment still lacks; None if it is not there, or was made for other versions."""
     try:
-        marker = json.loads((folder / MARKER).read_text())
-    except (OSError, ValueError):
-        return False
-    return bool(marker.get("requirements") == list(environment.requirements)) and _python(folder).exists()
+        installed = json.loads((folder / MARKER).read_text())["requirements"]
+    except (OSError, ValueError, KeyError):
+        return None
+    if not _python(folder).exists() or not set(installed) <= set(environment.requirements):
+        return None
+    return [requirement for requirement in environment.requirements if requirement not in installed]
 
 
 def _pip(folder: Path) -> list[str]:
