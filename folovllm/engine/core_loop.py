@@ -30,6 +30,7 @@ from folovllm.engine.messages import (
 )
 from folovllm.outputs import EngineCoreOutput
 from folovllm.request import Request, RequestStatus
+from folovllm.trace.live import LiveFeed
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,12 @@ class EngineCoreLoop:
         self._num_failed_steps = 0  # in a row
         self._late_outputs: list[EngineCoreOutput] = []  # of requests that did not end in a step
         self._has_news = False  # something has changed since the last StepOutputs
-        self._calls: dict[str, Callable[..., Any]] = {"reset_prefix_cache": core.reset_prefix_cache}
+        self._feed = LiveFeed(core)
+        self._calls: dict[str, Callable[..., Any]] = {
+            "reset_prefix_cache": core.reset_prefix_cache,
+            "watch": self._feed.snapshot,
+            "unwatch": self._feed.stop,
+        }
 
     def run(self) -> None:
         """Serves until a Stop arrives. An exception that comes out means that the engine is dead."""
@@ -158,7 +164,7 @@ class EngineCoreLoop:
     def _report(self, outputs: list[EngineCoreOutput]) -> None:
         outputs, self._late_outputs = self._late_outputs + outputs, []
         self._has_news = False
-        self._send(StepOutputs(outputs, self.core.stats()))
+        self._send(StepOutputs(outputs, self.core.stats(), self._feed.take()))
 
 
 def describe(error: BaseException) -> str:

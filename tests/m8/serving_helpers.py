@@ -113,6 +113,8 @@ async def eventually(condition: Callable[[], bool]) -> None:
 
 async def assert_all_free(engine: AsyncLLM) -> None:
     """No request is left on either side, and no block is held."""
-    await eventually(lambda: engine.stats.num_running == engine.stats.num_waiting == 0 and not engine._leaving)
+    await eventually(
+        lambda: engine._requests.is_settled() and engine.stats.num_running == engine.stats.num_waiting == 0
+    )
     assert engine.num_unfinished == 0 and engine.stats.kv_cache_usage == 0.0
-    assert not engine._collectors and not engine._calls
+    assert not engine._calls
