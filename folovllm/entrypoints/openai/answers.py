@@ -99,14 +99,14 @@ async def respond(
     state: "ServerState",
     body: GenerationRequest,
     raw_request: Request,
-    request_id: str,
     start: Callable[[], Awaitable[tuple[Answer, Generation]]],
 ) -> Response:
     """Sends the answer that `start` begins, streamed or not. The generation ends with it, and if the client leaves."""
     if body.stream:
         answer, generation = await start()
         encode = state.event_stream.encode
-        return EventStreamResponse(generation, answer.chunks(generation.outputs(), encode), encode, request_id)
+        chunks = answer.chunks(generation.outputs(), encode)
+        return EventStreamResponse(generation, chunks, encode, raw_request.state.request_id)
 
     async def run() -> Response:
         answer, generation = await start()

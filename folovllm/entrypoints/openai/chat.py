@@ -55,7 +55,7 @@ async def create_chat_completion(state: ServerState, body: ChatCompletionRequest
             answer = ChatAnswer(body, prompt, request_id, state.model_names[0])
             return answer, await Generation.start(state, body, request_id, [prompt], params)
 
-    return await respond(state, body, raw_request, request_id, start)
+    return await respond(state, body, raw_request, start)
 
 
 def check_messages(body: ChatCompletionRequest) -> None:

@@ -56,7 +56,7 @@ async def create_completion(state: ServerState, body: CompletionRequest, raw_req
             answer = CompletionAnswer(body, prompts, request_id, state.model_names[0], state.engine.tokenizer)
             return answer, await Generation.start(state, body, request_id, prompts, params)
 
-    return await respond(state, body, raw_request, request_id, start)
+    return await respond(state, body, raw_request, start)
 
 
 class CompletionAnswer:

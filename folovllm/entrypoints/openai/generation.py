@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from fastapi import Request
 from fastapi.responses import Response
 
-from folovllm.engine.request_stream import RequestStream
 from folovllm.entrypoints.openai.errors import bad_request
 from folovllm.entrypoints.openai.prompts import TokenizedPrompt
 from folovllm.entrypoints.openai.protocol import GenerationRequest
@@ -23,6 +22,7 @@ from folovllm.outputs import RequestOutput
 from folovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from folovllm.engine.request_stream import RequestStream
     from folovllm.entrypoints.openai.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Generation:
     """One stream per prompt. `aclose`, or the end of an `async with`, aborts those that have not finished."""
 
     def __init__(self) -> None:
-        self._streams: list[RequestStream] = []
+        self._streams: list["RequestStream"] = []
         self._pumps: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -151,7 +151,7 @@ def _check_priority(state: "ServerState", body: GenerationRequest) -> None:
 
 
 async def _pump(
-    index: int, stream: RequestStream, queue: "asyncio.Queue[tuple[int, RequestOutput | Exception | None]]"
+    index: int, stream: "RequestStream", queue: "asyncio.Queue[tuple[int, RequestOutput | Exception | None]]"
 ) -> None:
     """Moves the outputs of one stream into the queue, then None; or the exception that ends them."""
     try:
