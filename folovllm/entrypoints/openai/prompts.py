@@ -7,7 +7,6 @@ A text is refused by its length in characters before it is tokenised: tokenising
 longer than the longest entry of the vocabulary.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +28,8 @@ class TokenizedPrompt(NamedTuple):
     token_ids: list[int]
 
     def for_engine(self, cache_salt: str | None) -> dict[str, Any]:
-        return {"prompt": self.text, "prompt_token_ids": self.token_ids, "cache_salt": cache_salt}
+        # Without the text: its length has been checked, and it may be much longer than a truncated prompt.
+        return {"prompt_token_ids": self.token_ids, "cache_salt": cache_salt}
 
 
 async def completion_prompts(
@@ -109,7 +109,7 @@ class Limit(NamedTuple):
         """Raises ApiError (400) if a text of `count` characters has too many tokens, however it is tokenised."""
         if tokenizer is None or self.keep is not None:
             return
-        most = self.max_model_len * longest_token(tokenizer)
+        most = self.max_model_len * tokenizer.max_chars_per_token
         if count > most:
             raise self._too_long(f"has {count} characters, and {most} are more than {self.max_model_len} tokens hold")
 
@@ -129,12 +129,6 @@ class Limit(NamedTuple):
             self.field,
             "context_length_exceeded",
         )
-
-
-@functools.lru_cache(maxsize=4)
-def longest_token(tokenizer: Tokenizer) -> int:
-    """Characters of the longest entry of the vocabulary. Byte-level vocabularies spell a byte as a character."""
-    return max(map(len, tokenizer.backend.get_vocab(with_added_tokens=True)))
 
 
 def _check_template(state: "ServerState") -> None:

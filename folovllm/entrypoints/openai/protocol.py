@@ -88,9 +88,9 @@ class CompletionRequest(GenerationRequest):
         """
         prompts = [prompt] if isinstance(prompt, str) or _is_token_ids(prompt) else prompt
         if not isinstance(prompts, list) or not (all(map(_is_text, prompts)) or all(map(_is_token_ids, prompts))):
-            raise ValueError(f"prompt must be {_PROMPT_FORMS}; no list may be empty, and the forms cannot be mixed")
+            raise ValueError(f"must be {_PROMPT_FORMS}; no list may be empty, and the forms cannot be mixed")
         if not prompts:
-            raise ValueError(f"prompt is an empty list; it must be {_PROMPT_FORMS}")
+            raise ValueError(f"is an empty list; it must be {_PROMPT_FORMS}")
         return prompts
 
 
