@@ -28,7 +28,6 @@ from folovllm.engine.chat.template import compile_template
 from folovllm.entrypoints.commands.serve_options import ServeCommand
 from folovllm.entrypoints.openai.listen import bind
 from folovllm.entrypoints.openai.server_options import ServerOptions
-from folovllm.entrypoints.openai.start_block import served_names, start_block
 
 if TYPE_CHECKING:
     from folovllm.engine.async_llm import AsyncLLM
@@ -56,6 +55,9 @@ async def _serve(command: ServeCommand, chat_template: str | None, listener: soc
     if engine is None:
         return EXIT_SIGNAL + signals.number
     try:
+        from folovllm.entrypoints.openai.start_block import start_block
+        from folovllm.entrypoints.openai.state import make_state
+
         state = make_state(engine, command.options, chat_template)
         return await run_until_end(state, listener, signals, lambda: print(start_block(state, listener), flush=True))
     finally:
@@ -80,19 +82,6 @@ async def _start_engine(command: ServeCommand) -> "AsyncLLM":
         return await starting
     finally:
         starting.cancel()
-
-
-def make_state(engine: "AsyncLLM", options: ServerOptions, chat_template: str | None = None) -> "ServerState":
-    from folovllm.entrypoints.openai.state import ServerState
-    from folovllm.metrics.prometheus import ServerMetrics
-
-    names = served_names(engine.config.model_config)
-    metrics = ServerMetrics(
-        names[0], engine.config, engine.kv_cache_config, log_stats=not engine.config.disable_log_stats
-    )
-    for observer in metrics.observers:
-        engine.add_observer(observer)
-    return ServerState(engine, options, names, chat_template, dict(engine.sampling_defaults), metrics)
 
 
 async def run_until_end(
