@@ -51,6 +51,7 @@ def serve(command: ServeCommand) -> int:
 
 async def _serve(command: ServeCommand, chat_template: str | None, listener: socket.socket) -> int:
     signals = Signals()
+    signals.listen()
     engine = await _unless(signals.first, _start_engine(command))
     if engine is None:
         return EXIT_SIGNAL + signals.number
@@ -59,6 +60,8 @@ async def _serve(command: ServeCommand, chat_template: str | None, listener: soc
         from folovllm.entrypoints.openai.state import make_state
 
         state = make_state(engine, command.options, chat_template)
+        gc.collect()
+        gc.freeze()  # what has been made so far stays: no collection looks at it again
         return await run_until_end(state, listener, signals, lambda: print(start_block(state, listener), flush=True))
     finally:
         await engine.shutdown()
@@ -93,8 +96,6 @@ async def run_until_end(
     server = HttpServer(state, on_ready)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     death = DeathWatch(state.engine)
-    gc.collect()
-    gc.freeze()  # what has been made so far stays: no collection looks at it again
     try:
         await _first(serving, signals.first.wait(), death.happened.wait())
         if signals.first.is_set() and not death.happened.is_set():
@@ -123,11 +124,14 @@ async def _drain(state: "ServerState") -> None:
 
 
 class Signals:
-    """SIGINT and SIGTERM, as two events. They are handled on the event loop from here on."""
+    """SIGINT and SIGTERM, as two events."""
 
     def __init__(self) -> None:
         self.first, self.second = asyncio.Event(), asyncio.Event()
         self.number = 0
+
+    def listen(self) -> None:
+        """From here on the event loop handles both signals. It must run in the main thread."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.receive, number)
