@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from folovllm.config import EngineConfig
+    from folovllm.engine.async_llm import AsyncLLM
     from folovllm.engine.llm_engine import LLMEngine
     from folovllm.entrypoints.llm import LLM
+    from folovllm.entrypoints.start import start_async_llm
     from folovllm.outputs import CompletionOutput, RequestOutput
     from folovllm.sampling_params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "AsyncLLM": "folovllm.engine.async_llm",
     "LLM": "folovllm.entrypoints.llm",
+    "start_async_llm": "folovllm.entrypoints.start",
     "LLMEngine": "folovllm.engine.llm_engine",
     "EngineConfig": "folovllm.config",
     "SamplingParams": "folovllm.sampling_params",
@@ -27,6 +31,7 @@ _HOME = {
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "EngineConfig",
     "LLMEngine",
@@ -34,6 +39,7 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "__version__",
+    "start_async_llm",
 ]
 
 

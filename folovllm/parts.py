@@ -90,6 +90,16 @@ PARTS: dict[str, Part] = {
             ("step", "flush"),
         ),
         Part(
+            "engine.output_collector",
+            "folovllm.engine.output_collector:RequestOutputCollector",
+            ("put", "get", "get_nowait"),
+        ),
+        Part(
+            "engine.request_stream",
+            "folovllm.engine.request_stream:RequestStream",
+            ("__aiter__", "__anext__", "aclose", "__aenter__", "__aexit__"),
+        ),
+        Part(
             "worker.block_table",
             "folovllm.worker.block_table:BlockTable",
             ("add_row", "append_row", "move_row", "slot_mapping"),

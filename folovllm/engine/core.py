@@ -66,6 +66,7 @@ class EngineCore:
         executor.initialize_kv_cache(self.kv_cache_config)
         self.scheduler: Scheduler = load_part("core.scheduler", config.parts)(config, self.kv_cache_config)
         self.trace = trace or make_trace(config, self.kv_cache_config)
+        self.last_scheduled: SchedulerOutput | None = None  # of the latest step, also if it raised
         self._is_broken = False  # an exception came, and the state is not repaired yet
 
     # ---- requests
@@ -82,16 +83,18 @@ class EngineCore:
                 self._repair(lambda _: self.scheduler.recover([request], RequestStatus.FINISHED_ERROR))
             raise
 
-    def abort_requests(self, request_ids: Iterable[str]) -> None:
-        """Ends requests at any moment. Unknown ids are ignored."""
+    def abort_requests(
+        self, request_ids: Iterable[str], status: RequestStatus = RequestStatus.FINISHED_ABORTED
+    ) -> None:
+        """Ends requests at any moment, with `status`. Unknown ids are ignored."""
         self._settle()
         ids = list(request_ids)
         requests = [self.scheduler.requests[i] for i in ids if i in self.scheduler.requests]
         try:
-            finished = self.scheduler.finish_requests(ids, RequestStatus.FINISHED_ABORTED)
+            finished = self.scheduler.finish_requests(ids, status)
             self.trace.finished(self.scheduler, finished)
         except BaseException:
-            self._repair(lambda _: self.scheduler.recover(requests, RequestStatus.FINISHED_ABORTED))
+            self._repair(lambda _: self.scheduler.recover(requests, status))
             raise
 
     def reset_prefix_cache(self, reset_running: bool = False) -> bool:
@@ -127,9 +130,10 @@ class EngineCore:
         if not self.scheduler.has_requests():
             return []
         phase, scheduler_output = Phase.SCHEDULE, None
+        self.last_scheduled = None
         try:
             self.trace.begin("schedule")
-            scheduler_output = self.scheduler.schedule()
+            scheduler_output = self.last_scheduled = self.scheduler.schedule()
             phase = Phase.EXECUTE
             self.trace.scheduled(self.scheduler, scheduler_output)
             self.trace.begin("forward")

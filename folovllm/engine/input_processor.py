@@ -11,7 +11,9 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
+from folovllm.config import EngineConfig
 from folovllm.engine.tokenizer import Tokenizer
+from folovllm.parts import load_part
 from folovllm.request import Request
 from folovllm.rope_config import RopeConfig
 from folovllm.sampling_params import SamplingParams
@@ -52,6 +54,25 @@ class InputProcessor:
         self.rope = rope or RopeConfig()
         self._request_class = request_class
         self._seeds = random.Random(seed)
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, tokenizer: Tokenizer | None) -> "InputProcessor":
+        """The input processor of an engine with this resolved config."""
+        arch = config.model_config.arch
+        eos_token_id = None if tokenizer is None else tokenizer.eos_token_id
+        if eos_token_id is not None and eos_token_id >= arch.vocab_size:
+            eos_token_id = None  # added to the tokenizer alone: the model can never sample it
+        return cls(
+            tokenizer,
+            vocab_size=arch.vocab_size,
+            max_model_len=config.max_model_len,
+            max_logprobs=config.model_config.max_logprobs,
+            eos_token_id=eos_token_id,
+            extra_eos_token_ids=tuple(i for i in arch.eos_token_ids if i < arch.vocab_size),
+            seed=config.model_config.seed,
+            rope=arch.rope,
+            request_class=load_part("core.request", config.parts),
+        )
 
     def process(
         self,
@@ -100,7 +121,19 @@ class InputProcessor:
             return _check_token_ids(prompt)
         if self.tokenizer is None:
             raise ValueError("this engine has no tokenizer: pass {'prompt_token_ids': [...]} instead of text")
+        self.check_text(prompt)
         return self.tokenizer.encode(prompt)
+
+    def check_text(self, text: str) -> None:
+        """Raises ValueError for a text with more characters than any prompt that fits, without tokenising it."""
+        if self.tokenizer is None or len(text) <= self.max_model_len:
+            return
+        limit = self.max_model_len * self.tokenizer.max_chars_per_token
+        if len(text) > limit:
+            raise ValueError(
+                f"the prompt of {len(text)} characters is longer than the maximum model length of {self.max_model_len} "
+                f"tokens, which are at most {limit} characters: shorten it, or raise max_model_len if the model allows"
+            )
 
     def _check_length(self, prompt_len: int) -> None:
         if prompt_len == 0:

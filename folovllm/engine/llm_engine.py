@@ -44,23 +44,9 @@ class LLMEngine:
     """`add_request`, then `step` until nothing is unfinished. `config` must be resolved; `tokenizer` may be None."""
 
     def __init__(self, config: EngineConfig, executor: Executor, tokenizer: Tokenizer | None) -> None:
-        arch = config.model_config.arch
         self.config = config
         self.tokenizer = tokenizer
-        eos_token_id = None if tokenizer is None else tokenizer.eos_token_id
-        if eos_token_id is not None and eos_token_id >= arch.vocab_size:
-            eos_token_id = None  # added to the tokenizer alone: the model can never sample it
-        self.input_processor = InputProcessor(
-            tokenizer,
-            vocab_size=arch.vocab_size,
-            max_model_len=config.max_model_len,
-            max_logprobs=config.model_config.max_logprobs,
-            eos_token_id=eos_token_id,
-            extra_eos_token_ids=tuple(i for i in arch.eos_token_ids if i < arch.vocab_size),
-            seed=config.model_config.seed,
-            rope=arch.rope,
-            request_class=load_part("core.request", config.parts),
-        )
+        self.input_processor = InputProcessor.from_config(config, tokenizer)
         self.output_processor = OutputProcessor(tokenizer, text_stream=load_part("engine.text_stream", config.parts))
         # Outputs of requests that did not end in a step. The next step returns them.
         self._late_outputs: list[RequestOutput] = []

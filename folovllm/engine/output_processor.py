@@ -1,7 +1,7 @@
 """OutputProcessor: what the engine core emits per step becomes what users see: text, logprobs, timing.
 
 Milestone: M1. vLLM counterpart: vllm/v1/engine/output_processor.py.
-Left out: pooling outputs, LoRA statistics, the asyncio queues (they belong to the server, after M7).
+Left out: pooling outputs, LoRA statistics; the asyncio queues are in output_collector.py (M8).
 
     EngineCoreOutput --> RequestState: detokenise, find stop strings, collect logprobs, observe times
                      --> CompletionOutput --> (ParentRequest if n > 1) --> RequestOutput
@@ -105,6 +105,11 @@ class RequestState:
         self.timer = RequestTimer(request.arrival_time)
         self.num_cached_tokens: int | None = None
         self._num_sent_tokens = 0
+
+    @property
+    def user_request_id(self) -> str:
+        """The id that the user gave: the parent's, if there is one."""
+        return self.request_id if self.parent is None else self.parent.request_id
 
     def _new_detokenizer(self) -> IncrementalDetokenizer:
         params = self.request.sampling_params

@@ -8,6 +8,7 @@ transformers takes seconds to import, `tokenizers` and jinja2 hundredths of a se
 needs runs on those two.
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,16 @@ class Tokenizer:
         eos = self.special_tokens.get("eos_token")
         return None if eos is None else self.backend.token_to_id(eos)
 
+    @cached_property
+    def max_chars_per_token(self) -> int:
+        """Characters of the longest token. A text of n tokens is n times as long at most."""
+        return max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         try:
-            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            # Unlike `encode`, this one releases the GIL: other threads go on while a long text is encoded.
+            (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return list(encoding.ids)
         except TypeError:  # half of a surrogate pair, as JSON may hold: no character, so no bytes
             raise ValueError(f"the text is not valid Unicode, it has a lone surrogate: {text[:80]!r}") from None
 
@@ -120,3 +128,17 @@ class Tokenizer:
             raise ValueError("tokenize=True: pass the text to encode(text, add_special_tokens=False) instead")
         keywords |= {"add_generation_prompt": add_generation_prompt, "chat_template": chat_template}
         return render_chat(self.chat_templates, self.special_tokens, messages, keywords, allow_fixed_text)
+
+    def chat_prompt(
+        self,
+        messages: list[dict[str, Any]],
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        **keywords: Any,
+    ) -> dict[str, Any]:
+        """The prompt for a conversation, as text and token ids; the template brings its own special tokens.
+
+        `keywords` and errors are those of `apply_chat_template`, and a template that reads no content is refused.
+        """
+        text = self.apply_chat_template(messages, add_generation_prompt, chat_template, False, **keywords)
+        return {"prompt": text, "prompt_token_ids": self.encode(text, add_special_tokens=False)}

@@ -22,15 +22,13 @@ from tqdm import tqdm  # not tqdm.auto, which warns in notebooks without ipywidg
 from folovllm.config import DEFAULT_MODEL, EngineConfig
 from folovllm.engine.input_processor import Prompt, check_sampling_params
 from folovllm.engine.llm_engine import LLMEngine
+from folovllm.engine.start_core import resolve_config
 from folovllm.engine.tokenizer import Tokenizer
 from folovllm.entrypoints.keywords import check_keywords, drop_vllm_keywords
+from folovllm.entrypoints.start import announce_defaults, find_model_files
 from folovllm.executor.uniproc import UniProcExecutor
-from folovllm.generation_config import default_sampling_params
-from folovllm.hf_config import load_hf_config
-from folovllm.hub import find_model, find_tokenizer
 from folovllm.interrupts import HeldInterrupts
 from folovllm.outputs import EngineStats, RequestOutput
-from folovllm.platforms import choose_device, has_native_bf16
 from folovllm.request import Request
 from folovllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -83,28 +81,14 @@ class LLM:
         without: Iterable[str] = (),
         **engine_args: Any,
     ) -> None:
-        config = EngineConfig.from_args(preset=preset, without=without, model=model, **engine_args)
-        options = config.model_config
-        self.model_path = find_model(
-            options.model,
-            options.download_dir,
-            pull=True,
-            tokenizer=options.tokenizer is None and not options.skip_tokenizer_init,
-            weights=options.load_format != "dummy",
+        model_files = find_model_files(
+            EngineConfig.from_args(preset=preset, without=without, model=model, **engine_args)
         )
-        arch = load_hf_config(self.model_path, options.hf_overrides, options.generation_config)
-        self._default_sampling = default_sampling_params(
-            self.model_path, options.generation_config, options.override_generation_config
-        )
+        self.model_path = model_files.path
+        self._default_sampling = model_files.sampling_defaults
         self._defaults_announced = False
-        device = choose_device(config.device)
-        self.config = config.resolve(arch, device, has_native_bf16(device))
-        if (
-            config.model_config.dtype == "auto"
-            and self.config.model_config.dtype != self.config.model_config.arch.dtype
-        ):
-            logger.warning("this processor has no native bfloat16: running in float32 (dtype='bfloat16' forces it)")
-        tokenizer = self._load_tokenizer()
+        self.config = resolve_config(model_files.config, model_files.arch)
+        tokenizer = model_files.load_tokenizer()
         self.llm_engine = LLMEngine(self.config, UniProcExecutor(self.config, self.model_path), tokenizer)
         self._log_what_runs()
         # A trace is complete only once it is closed: at the latest when this object or the interpreter goes.
@@ -127,14 +111,6 @@ class LLM:
         """What runs: each layer's method, attention backend, sampler, threads, and what replaced parts of the model."""
         return self.llm_engine.engine_core.executor.describe()
 
-    def _load_tokenizer(self) -> Tokenizer | None:
-        options = self.config.model_config
-        if options.skip_tokenizer_init:
-            return None
-        if options.tokenizer is None:
-            return Tokenizer.from_folder(self.model_path)
-        return Tokenizer.from_folder(find_tokenizer(options.tokenizer, options.download_dir))
-
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises ValueError if the engine was started without one."""
         if self.llm_engine.tokenizer is None:
@@ -152,10 +128,7 @@ class LLM:
         """What generation_config.json and `override_generation_config` set. The first call logs it."""
         if self._default_sampling and not self._defaults_announced:
             self._defaults_announced = True
-            logger.warning(
-                "sampling defaults from the model's generation_config.json: %s (generation_config='vllm' ignores it)",
-                self._default_sampling,
-            )
+            announce_defaults(self._default_sampling)
         return dict(self._default_sampling)
 
     def stats(self) -> EngineStats:
@@ -220,10 +193,8 @@ class LLM:
         `chat_keywords` are vLLM's `tools`, `documents`, `continue_final_message`, `chat_template_content_format` and
         `chat_template_kwargs`, and any variable that the template reads. Raises TypeError for another keyword.
         """
-        tokenizer = self.get_tokenizer()
         keywords = drop_vllm_keywords(chat_keywords)
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt, chat_template, False, **keywords)
-        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+        return self.get_tokenizer().chat_prompt(messages, chat_template, add_generation_prompt, **keywords)
 
     @check_keywords
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:

@@ -196,4 +196,3 @@ async def first_model(client: OpenAIClient) -> Body:
     if not cards:
         raise ServerError(f"{client.base_url} serves no model")
     return cards[0]
-

@@ -1,0 +1,123 @@
+"""Builds the engine core and runs its loop: in a thread, or as the whole of a process.
+
+Milestone: M8. vLLM counterpart: `EngineCoreProc.run_engine_core` in vllm/v1/engine/core.py.
+Left out: several engines, handshakes over addresses, huge-page and NUMA settings of the process.
+
+Row 3. torch is imported inside the functions that need it, because the front end's process imports this module too, to
+name the process's main function, and must stay small.
+"""
+
+import contextlib
+import logging
+import queue
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from folovllm.config import EngineConfig
+from folovllm.engine.core import EngineCore
+from folovllm.engine.core_loop import EngineCoreLoop, Inbox, describe
+from folovllm.engine.messages import Dead, DownMessage, Ready, StartFailed, Stop, UpMessage
+from folovllm.executor.base import Executor
+from folovllm.hf_config import ModelArchitecture, load_hf_config
+from folovllm.parts import load_part
+
+logger = logging.getLogger(__name__)
+
+ExecutorFactory = Callable[[EngineConfig], Executor]
+
+
+def resolve_config(config: EngineConfig, arch: ModelArchitecture) -> EngineConfig:
+    """The config with all that depends on the model and on this machine filled in. Imports torch."""
+    from folovllm.platforms import choose_device, has_native_bf16
+
+    device = choose_device(config.device)
+    resolved = config.resolve(arch, device, has_native_bf16(device))
+    if config.model_config.dtype == "auto" and resolved.model_config.dtype != arch.dtype:
+        logger.warning("this processor has no native bfloat16: running in float32 (dtype='bfloat16' forces it)")
+    return resolved
+
+
+def build_core(config: EngineConfig, model_path: Path, executor_factory: ExecutorFactory | None = None) -> EngineCore:
+    """The engine core for `config`. `executor_factory` replaces the model: then `config` must be resolved."""
+    if executor_factory is not None:
+        return EngineCore(config, executor_factory(config))
+    from folovllm.executor.uniproc import UniProcExecutor
+
+    options = config.model_config
+    config = resolve_config(config, load_hf_config(model_path, options.hf_overrides, options.generation_config))
+    return EngineCore(config, UniProcExecutor(config, model_path))
+
+
+def run_core(make_core: Callable[[], EngineCore], inbox: Inbox, send: Callable[[UpMessage], None]) -> None:
+    """Makes the core, says that it is ready, and serves until it is stopped or dies. The last message says which."""
+    try:
+        core = make_core()
+    except Exception as error:
+        is_user_error = isinstance(error, ValueError)
+        if not is_user_error:
+            logger.exception("the engine could not be started")
+        send(StartFailed(str(error) if is_user_error else describe(error), is_user_error))
+        return
+    try:
+        send(Ready(core.config, core.kv_cache_config, core.executor.describe()))
+        EngineCoreLoop(core, inbox, send).run()
+    except BaseException as error:
+        logger.exception("the engine is dead")
+        send(Dead(describe(error)))
+    finally:
+        with contextlib.suppress(Exception):
+            core.shutdown()
+
+
+class QueueInbox:
+    """The inbox of a loop that runs in a thread."""
+
+    def __init__(self) -> None:
+        self._messages: queue.SimpleQueue[DownMessage] = queue.SimpleQueue()
+
+    def put(self, message: DownMessage) -> None:
+        self._messages.put(message)
+
+    def take(self, wait: bool) -> list[DownMessage]:
+        messages = [self._messages.get()] if wait else []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                messages.append(self._messages.get_nowait())
+        return messages
+
+
+class PipeInbox:
+    """The inbox of a loop that is a process. The end of the pipe is a Stop: the front end has gone."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def take(self, wait: bool) -> list[DownMessage]:
+        messages: list[DownMessage] = []
+        try:
+            while (wait and not messages) or self._connection.poll():
+                messages.append(self._connection.recv())
+        except (EOFError, ConnectionError):
+            messages.append(Stop())
+        return messages
+
+
+def run_core_process(
+    connection: Connection, config: EngineConfig, model_path: Path, executor_factory: ExecutorFactory | None = None
+) -> None:
+    """The main function of the engine's process. It ends when the front end says so, or closes the pipe.
+
+    Signals to stop are the front end's affair: Ctrl-C reaches all processes of a terminal, and a service manager sends
+    SIGTERM to all processes of a service, but the open streams are to end in order. So this process ignores both.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    load_part("core.request", config.parts)  # a class from a learner's file must be loaded before one is unpickled
+
+    def send(message: UpMessage) -> None:
+        with contextlib.suppress(ConnectionError):  # the front end has gone: the inbox will say so
+            connection.send(message)
+
+    run_core(lambda: build_core(config, model_path, executor_factory), PipeInbox(connection), send)

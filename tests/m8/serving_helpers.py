@@ -1,0 +1,120 @@
+"""Builders for tests of serving: an AsyncLLM on the fake model, in a thread, with a tiny tokenizer. No weights.
+
+E.g.  async with make_async_llm(max_num_seqs=2) as engine: ...
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from folovllm.config import EngineConfig
+from folovllm.engine.async_llm import AsyncLLM
+from folovllm.engine.start_core import ExecutorFactory
+from folovllm.engine.tokenizer import Tokenizer
+from folovllm.executor.fake import FakeExecutor, fake_tokens
+from folovllm.learn.toy_engine import make_config
+from folovllm.outputs import RequestOutput
+from folovllm.sampling_params import RequestOutputKind, SamplingParams
+from tests.m1.tiny_tokenizers import byte_level
+
+VOCAB_SIZE = 400  # at most the tokenizer's 420 ids: each token of the fake model has a text
+TIMEOUT = 60.0  # seconds; no test waits for it unless it fails
+
+
+def serving_config(**engine_args: Any) -> EngineConfig:
+    """A resolved config: small blocks, chunked prefill and prefix caching as in the server's default."""
+    defaults: dict[str, Any] = {
+        "max_model_len": 256,
+        "block_size": 16,
+        "num_kv_blocks": 257,
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+    }
+    config = make_config(**defaults | engine_args)
+    arch = dataclasses.replace(config.model_config.arch, vocab_size=VOCAB_SIZE, eos_token_ids=())
+    return dataclasses.replace(config, model_config=dataclasses.replace(config.model_config, architecture=arch))
+
+
+def fake_executor(config: EngineConfig) -> FakeExecutor:
+    """The executor of `make_async_llm`; a function of a module, so that a spawned process can import it."""
+    return FakeExecutor(vocab_size=VOCAB_SIZE)
+
+
+@contextlib.asynccontextmanager
+async def make_async_llm(
+    executor_factory: ExecutorFactory = fake_executor,
+    tokenizer: Tokenizer | None = None,
+    in_process: bool = False,
+    sampling_defaults: dict[str, Any] | None = None,
+    skip_tokenizer: bool = False,
+    **engine_args: Any,
+) -> AsyncIterator[AsyncLLM]:
+    """An AsyncLLM on a fake executor, in a thread unless `in_process`; it is shut down at the end."""
+    if not skip_tokenizer and tokenizer is None:
+        tokenizer = byte_level()
+    engine = await AsyncLLM.start(
+        serving_config(**engine_args),
+        Path("unused"),
+        tokenizer,
+        in_process=in_process,
+        executor_factory=executor_factory,
+        sampling_defaults=sampling_defaults,
+    )
+    try:
+        yield engine
+    finally:
+        await engine.shutdown()
+
+
+def run_async(make_coroutine: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    """Runs an async test, bounded in time, on a fresh event loop."""
+
+    async def bounded() -> Any:
+        return await asyncio.wait_for(make_coroutine(), TIMEOUT)
+
+    return asyncio.run(bounded())
+
+
+def greedy(max_tokens: int = 8, **changes: Any) -> SamplingParams:
+    """Parameters under which the fake model's answer is the oracle's. Streams deltas unless told otherwise."""
+    defaults: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "output_kind": RequestOutputKind.DELTA}
+    return SamplingParams(max_tokens=max_tokens, **defaults | changes)
+
+
+def oracle(prompt: list[int], max_tokens: int) -> list[int]:
+    """The tokens that the fake model must give."""
+    return fake_tokens(prompt, max_tokens, VOCAB_SIZE)
+
+
+def prompt_ids(seed: int, length: int = 10) -> list[int]:
+    """Different token ids for different seeds."""
+    return [(seed * 131 + i * 7 + seed * i) % VOCAB_SIZE for i in range(length)]
+
+
+async def collect(stream: AsyncIterator[RequestOutput], index: int = 0) -> list[int]:
+    """All token ids of one completion of a stream of deltas."""
+    token_ids: list[int] = []
+    async for output in stream:
+        token_ids += [i for completion in output.outputs if completion.index == index for i in completion.token_ids]
+    return token_ids
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Waits until the condition holds: what another thread does takes a moment."""
+    for _ in range(int(TIMEOUT / 0.005)):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it did not happen in time")
+
+
+async def assert_all_free(engine: AsyncLLM) -> None:
+    """No request is left on either side, and no block is held."""
+    await eventually(
+        lambda: engine._requests.is_settled() and engine.stats.num_running == engine.stats.num_waiting == 0
+    )
+    assert engine.num_unfinished == 0 and engine.stats.kv_cache_usage == 0.0
+    assert not engine._calls
