@@ -129,6 +129,11 @@ PARTS: dict[str, Part] = {
             "folovllm.quantize.gptq:GPTQ",
             ("quantize",),
         ),
+        Part(
+            "serve.event_stream",
+            "folovllm.entrypoints.openai.sse:EventStream",
+            ("encode", "feed"),
+        ),
     )
 }  # fmt: skip
 
