@@ -13,10 +13,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from folovllm import __version__
-from folovllm.entrypoints.openai import health, models, responses, tokenization
+from folovllm.entrypoints.openai import chat, completions, health, metrics, models, responses, tokenization
 from folovllm.entrypoints.openai.errors import ApiError, as_api_error, error_response
-from folovllm.entrypoints.openai.middleware import BodyLimit, Gate, RequestLog
+from folovllm.entrypoints.openai.middleware import AnswerErrors, BodyLimit, Gate, RequestLog
 from folovllm.entrypoints.openai.state import ServerState
+from folovllm.entrypoints.web import routes as web
 
 
 class ErrorDetail(BaseModel):
@@ -39,7 +40,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def build_app(state: ServerState) -> FastAPI:
-    """Returns the application. Its layers from the outside: the log, CORS, the key, the size of a body, the routes."""
+    """Returns the application. Its layers from the outside: log, CORS, errors, key, size of a body, routes."""
     options = state.options
     app = FastAPI(
         title="FoloVLLM",
@@ -52,17 +53,22 @@ def build_app(state: ServerState) -> FastAPI:
         responses=_ERRORS,
     )
     app.state.server = state
-    for router in (health.router, models.router, tokenization.router, responses.router):
-        app.include_router(router)
+    for module in (completions, chat, responses, models, tokenization, health, metrics, web):
+        app.include_router(module.router)
     for kind in (ApiError, ValueError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)
     app.add_middleware(BodyLimit, limit=options.max_body_size)  # the layer that is added last is the outermost
     app.add_middleware(Gate, state=state)
+    app.add_middleware(AnswerErrors)
     if options.allowed_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=options.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
         )
-    app.add_middleware(RequestLog, log=not options.disable_uvicorn_access_log)
+    app.add_middleware(RequestLog, state=state)
     return app
 
 

@@ -28,7 +28,6 @@ from folovllm.engine.chat.template import compile_template
 from folovllm.entrypoints.commands.serve_options import ServeCommand
 from folovllm.entrypoints.openai.listen import bind
 from folovllm.entrypoints.openai.server_options import ServerOptions
-from folovllm.entrypoints.openai.start_block import served_names, start_block
 
 if TYPE_CHECKING:
     from folovllm.engine.async_llm import AsyncLLM
@@ -52,11 +51,17 @@ def serve(command: ServeCommand) -> int:
 
 async def _serve(command: ServeCommand, chat_template: str | None, listener: socket.socket) -> int:
     signals = Signals()
+    signals.listen()
     engine = await _unless(signals.first, _start_engine(command))
     if engine is None:
         return EXIT_SIGNAL + signals.number
     try:
+        from folovllm.entrypoints.openai.start_block import start_block
+        from folovllm.entrypoints.openai.state import make_state
+
         state = make_state(engine, command.options, chat_template)
+        gc.collect()
+        gc.freeze()  # what has been made so far stays: no collection looks at it again
         return await run_until_end(state, listener, signals, lambda: print(start_block(state, listener), flush=True))
     finally:
         await engine.shutdown()
@@ -82,19 +87,6 @@ async def _start_engine(command: ServeCommand) -> "AsyncLLM":
         starting.cancel()
 
 
-def make_state(engine: "AsyncLLM", options: ServerOptions, chat_template: str | None = None) -> "ServerState":
-    from folovllm.entrypoints.openai.state import ServerState
-    from folovllm.metrics.prometheus import ServerMetrics
-
-    names = served_names(engine.config.model_config)
-    metrics = ServerMetrics(
-        names[0], engine.config, engine.kv_cache_config, log_stats=not engine.config.disable_log_stats
-    )
-    for observer in metrics.observers:
-        engine.add_observer(observer)
-    return ServerState(engine, options, names, chat_template, dict(engine.sampling_defaults), metrics)
-
-
 async def run_until_end(
     state: "ServerState", listener: socket.socket, signals: "Signals", on_ready: Callable[[], None]
 ) -> int:
@@ -104,8 +96,6 @@ async def run_until_end(
     server = HttpServer(state, on_ready)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     death = DeathWatch(state.engine)
-    gc.collect()
-    gc.freeze()  # what has been made so far stays: no collection looks at it again
     try:
         await _first(serving, signals.first.wait(), death.happened.wait())
         if signals.first.is_set() and not death.happened.is_set():
@@ -134,11 +124,14 @@ async def _drain(state: "ServerState") -> None:
 
 
 class Signals:
-    """SIGINT and SIGTERM, as two events. They are handled on the event loop from here on."""
+    """SIGINT and SIGTERM, as two events."""
 
     def __init__(self) -> None:
         self.first, self.second = asyncio.Event(), asyncio.Event()
         self.number = 0
+
+    def listen(self) -> None:
+        """From here on the event loop handles both signals. It must run in the main thread."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.receive, number)

@@ -3,10 +3,11 @@
 Milestone: M8. vLLM counterpart: AuthenticationMiddleware, XRequestIdMiddleware and validate_json_request
 (vllm/entrypoints/openai/api_server.py).
 
-All three are plain ASGI: they call the next application and may wrap `receive` and `send`. Starlette's
+All are plain ASGI: they call the next application and may wrap `receive` and `send`. Starlette's
 BaseHTTPMiddleware would put a queue between the route and the socket, and the route would not see a client leave.
 """
 
+import asyncio
 import hmac
 import logging
 import time
@@ -22,8 +23,11 @@ access_log = logging.getLogger("folovllm.access")
 
 REQUEST_ID_HEADER = b"x-request-id"
 LONGEST_REQUEST_ID = 128
+LONGEST_PATH = 200  # in the log
 GUARDED = ("/v1", "/live", "/tokenize", "/detokenize")  # these need a key, and end when the server drains
-POLLED = ("/health", "/ping", "/metrics", "/live")  # logged only if they fail
+POLLED = ("/health", "/ping", "/version", "/metrics", "/live")
+CLIENT_LEFT = 499  # nginx's status for the client that leaves before its answer begins
+BODY_TIMEOUT = 60.0  # seconds that a client may take between two pieces of its body
 
 
 def header(scope: Scope, name: bytes) -> str | None:
@@ -32,15 +36,16 @@ def header(scope: Scope, name: bytes) -> str | None:
 
 
 class RequestLog:
-    """The outermost layer. Gives the request an id, answers whatever its route raises, and logs one line.
+    """The outermost layer: gives the request an id, counts its answer, and logs one line.
 
     The id is the client's X-Request-Id, or a new one, and every answer has it. Prompts, keys, query strings and bodies
     are never logged. Routes find the id in `request.state.request_id`.
     """
 
-    def __init__(self, app: ASGIApp, log: bool = True) -> None:
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self.app = app
-        self.log = log
+        self.logs = not state.options.disable_uvicorn_access_log
+        self.metrics = state.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,25 +63,47 @@ class RequestLog:
 
         try:
             await self.app(scope, receive, send_with_id)
-        except Exception as error:
-            answer = error_response(as_api_error(error, request_id))
-            if not status:  # else the answer has begun; the connection is closed, which tells the client
-                await answer(scope, receive, send_with_id)
         finally:
-            self._log(scope, status, time.perf_counter() - start, request_id)
+            self._record(scope, status or CLIENT_LEFT, time.perf_counter() - start, request_id)
 
-    def _log(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
-        if self.log and not (scope["path"] in POLLED and 200 <= status < 300):
-            path = (
-                scope.get("raw_path", b"").decode("latin-1").partition("?")[0][:200]
-            )  # as it was sent: no line breaks
-            access_log.info("%s %s %s %.3f s %s", scope["method"], path, status or "left", seconds, request_id)
+    def _record(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+        """What is polled is not counted, as in vLLM, and logged only if it fails."""
+        is_polled = scope["path"] in POLLED
+        if self.metrics is not None and not is_polled:
+            route = getattr(scope.get("route"), "path", "none")
+            self.metrics.http.observe(route, scope["method"], status, seconds)
+        if self.logs and not (is_polled and status < 300):
+            # The path as it was sent: a decoded one could break the line.
+            path = scope.get("raw_path", b"").decode("latin-1").partition("?")[0][:LONGEST_PATH]
+            access_log.info("%s %s %s %.3f s %s", scope["method"], path, status, seconds, request_id)
 
 
 def _request_id(given: str | None) -> str:
     if given and len(given) <= LONGEST_REQUEST_ID and given.isascii() and given.isprintable():
         return given
     return f"req-{uuid.uuid4().hex}"
+
+
+class AnswerErrors:
+    """Answers whatever the layers below raise. It is inside CORS, so that a web page can read the errors, too."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched_send)
+        except Exception as error:
+            answer = error_response(as_api_error(error, scope.get("state", {}).get("request_id", "-")))
+            if not has_begun:  # else the connection is closed, which tells the client
+                await answer(scope, receive, send)
 
 
 class Gate:
@@ -133,12 +160,17 @@ class BodyLimit:
             raise self._too_large()
         if length != "0" or header(scope, b"transfer-encoding") is not None:
             _check_content_type(header(scope, b"content-type"))
-        size = 0
+        size, is_complete = 0, False
 
         async def counted_receive() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, is_complete
+            try:
+                async with asyncio.timeout(None if is_complete else BODY_TIMEOUT):
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(408, "the rest of the body did not come", headers={"Connection": "close"}) from None
             size += len(message.get("body", b""))
+            is_complete = not message.get("more_body", False)
             if size > self.limit:
                 raise self._too_large()
             return message

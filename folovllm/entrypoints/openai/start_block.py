@@ -4,27 +4,12 @@ Milestone: M8. vLLM counterpart: none; its log lists the routes.
 """
 
 import socket
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from folovllm.config import ModelConfig
 from folovllm.entrypoints.openai.server_options import ServerOptions
-
-if TYPE_CHECKING:
-    from folovllm.entrypoints.openai.state import ServerState
+from folovllm.entrypoints.openai.state import ServerState
 
 
-def served_names(model: ModelConfig) -> list[str]:
-    """The names that clients use: --served-model-name, or the model's. A folder has its last part as its name."""
-    names = model.served_model_name
-    if names:
-        return [names] if isinstance(names, str) else list(names)
-    path = Path(model.model).expanduser()
-    is_folder = model.model.startswith((".", "/", "~")) or path.is_dir()
-    return [path.resolve().name if is_folder else model.model]
-
-
-def start_block(state: "ServerState", listener: socket.socket) -> str:
+def start_block(state: ServerState, listener: socket.socket) -> str:
     """What a user wants to know first: where, what, how much room, and a line to try."""
     config, options, name = state.engine.config, state.options, state.model_names[0]
     room = state.engine.kv_cache_config.num_usable_blocks * config.block_size
@@ -33,7 +18,10 @@ def start_block(state: "ServerState", listener: socket.socket) -> str:
         ("model", f"{', '.join(state.model_names)}, {config.model_config.dtype} on {config.device}"),
         ("KV cache", f"{room:,} tokens: {room // config.max_model_len} requests of {config.max_model_len:,} tokens"),
         ("requests", f"{config.max_num_seqs} run at once, {options.max_queue} more may wait"),
-        ("API key", "needed" if options.api_key else "none: whoever reaches this address can use the model"),
+        (
+            "API key",
+            "needed" if options.api_key else "none: every client that reaches this address is served (--api-key)",
+        ),
     ]
     lines = [f"FoloVLLM serves at {url}", "", *(f"  {label:<10}{text}" for label, text in rows), ""]
     key = " -H 'Authorization: Bearer KEY'" if options.api_key else ""

@@ -9,12 +9,16 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 
+from folovllm.config import ModelConfig
 from folovllm.entrypoints.openai.errors import not_found, shutting_down, too_many_requests
 from folovllm.entrypoints.openai.server_options import ServerOptions
+from folovllm.metrics.prometheus import ServerMetrics
+from folovllm.parts import load_part
 
 if TYPE_CHECKING:
     from folovllm.engine.async_llm import AsyncLLM
@@ -29,7 +33,8 @@ class ServerState:
     model_names: list[str]  # the first one is shown; all are accepted
     chat_template: str | None = None  # the text of --chat-template
     sampling_defaults: dict[str, Any] = field(default_factory=dict)  # of the model's generation_config.json
-    metrics: Any = None  # folovllm.metrics' collector, or None with --disable-log-stats
+    metrics: Any = None  # a ServerMetrics (made by make_state)
+    event_stream: Any = None  # the part "serve.event_stream": how an event of a stream is written
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
     unknown_fields: set[str] = field(default_factory=set)  # those that the log has named already
@@ -69,3 +74,30 @@ class ServerState:
 def server_state(request: Request) -> ServerState:
     state: ServerState = request.app.state.server
     return state
+
+
+def make_state(engine: "AsyncLLM", options: ServerOptions, chat_template: str | None = None) -> ServerState:
+    """The state of a new server; its metrics observe `engine` from here on."""
+    config, names = engine.config, served_names(engine.config.model_config)
+    metrics = ServerMetrics(names[0], config, engine.kv_cache_config, log_stats=not config.disable_log_stats)
+    for observer in metrics.observers:
+        engine.add_observer(observer)
+    return ServerState(
+        engine,
+        options,
+        names,
+        chat_template,
+        sampling_defaults=dict(engine.sampling_defaults),
+        metrics=metrics,
+        event_stream=load_part("serve.event_stream", config.parts)(),
+    )
+
+
+def served_names(model: ModelConfig) -> list[str]:
+    """The names that clients use: --served-model-name, or the model's. A folder has its last part as its name."""
+    names = model.served_model_name
+    if names:
+        return [names] if isinstance(names, str) else list(names)
+    path = Path(model.model).expanduser()
+    is_folder = model.model.startswith((".", "/", "~")) or path.is_dir()
+    return [path.resolve().name if is_folder else model.model]
