@@ -26,6 +26,7 @@ from folovllm.entrypoints.commands.options import DebugOption
 from folovllm.entrypoints.commands.pull import pull
 from folovllm.entrypoints.commands.quantize import quantize
 from folovllm.entrypoints.commands.quiz import quiz
+from folovllm.entrypoints.commands.run_batch import run_batch
 from folovllm.entrypoints.commands.serve import serve
 from folovllm.entrypoints.commands.sim import sim
 from folovllm.entrypoints.commands.trace import trace_app
@@ -95,7 +96,9 @@ def folovllm(
       folovllm generate --json "One, two," "A, b," > answers.jsonl
       folovllm chat                               talk to the model
       folovllm chat -m ./my-model --preset m1     as of milestone M1
+      folovllm chat --url http://localhost:8000   to the model of a server
       folovllm serve --port 8000                  for any client of the OpenAI API
+      folovllm run-batch -i in.jsonl -o out.jsonl many requests from a file
       folovllm info smollm2-135m                  its shape, its KV cache
       folovllm learn                              write parts of the engine yourself
       folovllm docs run 03 2                      an example of a learning page
@@ -118,10 +121,11 @@ app.command()(sim)
 app.add_typer(trace_app, name="trace")
 app.add_typer(learn_app, name="learn")
 app.add_typer(docs_app, name="docs")
-# Everything after these two belongs to a parser of their own, --help included.
+# Everything after these belongs to a parser of their own, --help included.
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command(context_settings=_PASS_ON, add_help_option=False)(bench)
 app.command(context_settings=_PASS_ON, add_help_option=False)(serve)
+app.command("run-batch", context_settings=_PASS_ON, add_help_option=False)(run_batch)
 
 
 def main() -> None:

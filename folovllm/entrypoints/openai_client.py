@@ -9,7 +9,7 @@ then aborts the request.
 
 import json
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -74,6 +74,20 @@ class OpenAIClient:
             raise ServerError(f"{self.base_url}/models is no list of models: is {self.base_url} an OpenAI API?")
         return cards
 
+    async def model_card(self, name: str | None = None) -> Body:
+        """The card of the model `name`, or of the one that the server shows first."""
+        try:
+            cards = await self.models()
+        except ServerError as error:
+            if name is None or error.status in (None, 401, 403):
+                raise
+            return {"id": name}  # a server without /v1/models; it will say whether it knows the name
+        found = [card for card in cards if name in (None, card["id"])]
+        if not found:
+            names = ", ".join(repr(card["id"]) for card in cards)
+            raise ServerError(f"{self.base_url} has no model {name!r}; it serves {names or 'none'}")
+        return found[0]
+
     async def get(self, path: str) -> Answer:
         """Raises ServerError if the status is not 2xx."""
         return self._checked(await self.send("GET", path))
@@ -82,15 +96,25 @@ class OpenAIClient:
         """Raises ServerError if the status is not 2xx."""
         return self._checked(await self.send("POST", path, body))
 
+    async def count_tokens(self, model: str, messages: Sequence[Body]) -> int | None:
+        """The length of a conversation's prompt; None if the server has no /tokenize. OpenAI's API has none."""
+        root = self.base_url.rpartition("/")[0]
+        answer = await self._send("POST", f"{root}/tokenize", {"model": model, "messages": list(messages)})
+        count = answer.body.get("count") if isinstance(answer.body, dict) else None
+        return count if isinstance(count, int) else None
+
     async def send(self, method: str, path: str, body: Body | None = None) -> Answer:
         """Sends a request, and returns the answer whatever its status. `path` comes after /v1, e.g. /models."""
+        return await self._send(method, self.base_url + path, body)
+
+    async def _send(self, method: str, url: str, body: Body | None) -> Answer:
         try:
-            async with self._open.request(method, self.base_url + path, json=body) as response:
+            async with self._open.request(method, url, json=body) as response:
                 return Answer(response.status, read_json(await response.read()), response.headers)
         except _BROKEN as error:
             self._explain(error)
 
-    async def stream(self, path: str, body: Body) -> AsyncIterator[Body]:
+    async def stream(self, path: str, body: Body) -> AsyncGenerator[Body, None]:
         """Yields the JSON of each event of a streamed answer.
 
         Raises ServerError if the server answers with an error, sends one as an event, or stops in mid-answer.
@@ -114,10 +138,10 @@ class OpenAIClient:
         if not is_done:  # some servers leave [DONE] out, but each says why an answer ended
             raise ServerError(f"the answer of {self.base_url} broke off: the server or the connection has ended")
 
-    def stream_chat(self, model: str, messages: Sequence[Body], **fields: Any) -> AsyncIterator[Body]:
+    def stream_chat(self, model: str, messages: Sequence[Body], **fields: Any) -> AsyncGenerator[Body, None]:
         return self.stream("/chat/completions", {"model": model, "messages": list(messages), **fields})
 
-    def stream_completion(self, model: str, prompt: str | list[int], **fields: Any) -> AsyncIterator[Body]:
+    def stream_completion(self, model: str, prompt: str | list[int], **fields: Any) -> AsyncGenerator[Body, None]:
         return self.stream("/completions", {"model": model, "prompt": prompt, **fields})
 
     @property
@@ -147,13 +171,12 @@ class OpenAIClient:
 
 def base_url(url: str) -> str:
     """The URL that ends with /v1. E.g. "localhost:8000/" -> "http://localhost:8000/v1". Raises ValueError."""
-    text = url.strip().rstrip("/")
-    if "://" not in text:
-        text = f"http://{text}"
-    parts = urlsplit(text)
+    text = url.strip()
+    text = (text if "://" in text else f"http://{text}").rstrip("/")
     try:
+        parts = urlsplit(text)
         is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:  # the port is no number
+    except ValueError:  # e.g. the port is no number
         is_good = False
     if not is_good or parts.query or parts.fragment:
         raise ValueError(f"{url!r} is not the URL of a server; write e.g. http://127.0.0.1:8000")
@@ -188,11 +211,3 @@ def _is_error_json(body: Any) -> bool:
 def _is_last(event: Body) -> bool:
     choices = event.get("choices")
     return isinstance(choices, list) and any(isinstance(c, dict) and c.get("finish_reason") for c in choices)
-
-
-async def first_model(client: OpenAIClient) -> Body:
-    """The card of the model that a server shows first. Raises ServerError if it serves none."""
-    cards = await client.models()
-    if not cards:
-        raise ServerError(f"{client.base_url} serves no model")
-    return cards[0]

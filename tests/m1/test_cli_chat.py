@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from folovllm import LLM, SamplingParams
 from folovllm.entrypoints.cli import app
 from folovllm.entrypoints.commands.chat import Conversation
+from folovllm.entrypoints.commands.chat_models import LocalModel
 
 pytestmark = pytest.mark.m1
 
@@ -78,7 +79,7 @@ def test_a_question_that_does_not_fit_is_refused_and_the_talk_goes_on(folder, ll
 
 
 def test_the_oldest_exchanges_are_forgotten_with_a_notice(llm, capsys):
-    talk = Conversation(llm, SamplingParams(temperature=0, max_tokens=8), system="be brief")
+    talk = Conversation(LocalModel(llm, SamplingParams(temperature=0, max_tokens=8)), system="be brief")
     for number in range(6):
         talk.ask(f"{number} " + "word " * 25)
     captured = capsys.readouterr()
@@ -99,7 +100,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(llm, capsys, monkeypatc
             yield output
 
     monkeypatch.setattr(llm, "stream", interrupted)
-    talk = Conversation(llm, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+    talk = Conversation(LocalModel(llm, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)))
     talk.ask("hello")
     captured = capsys.readouterr()
     assert "4 tokens" in captured.err and "stopped" in captured.err

@@ -1,7 +1,7 @@
 """`folovllm chat`: a conversation in the terminal, in which each answer is printed as it is generated.
 
-Milestone: M1. vLLM counterpart: vllm/entrypoints/cli/openai.py (`vllm chat`, against a server). Left out: images,
-tools, saving a conversation.
+Milestone: M1; with --url, M8. vLLM counterpart: vllm/entrypoints/cli/openai.py (`vllm chat`). Left out: images, tools,
+saving a conversation. chat_models.py has what answers: an engine in this process, or a server.
 
 Only answers go to stdout. Hints, errors and speeds go to stderr, so `echo hi | folovllm chat > answer` is clean.
 """
@@ -10,17 +10,21 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from folovllm.entrypoints.commands.options import DebugOption, EngineOptions, SamplingOptions, with_options
+from folovllm.entrypoints.commands.chat_models import ChatModel, LocalModel, Message, ServedModel
+from folovllm.entrypoints.commands.options import (
+    ApiKeyOption,
+    DebugOption,
+    EngineOptions,
+    SamplingOptions,
+    UrlOption,
+    with_options,
+)
 from folovllm.interrupts import HeldInterrupts
-from folovllm.sampling_params import SamplingParams
 from folovllm.text_files import stdin_lines
-
-if TYPE_CHECKING:
-    from folovllm.entrypoints.llm import LLM
 
 DEFAULTS: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "max_tokens": 512}
 HELP = """\
@@ -35,76 +39,98 @@ def chat(
     engine: EngineOptions,
     sampling: SamplingOptions,
     system: Annotated[str | None, typer.Option(help="The system prompt.", metavar="TEXT")] = None,
+    url: UrlOption = None,
+    api_key: ApiKeyOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Talk to the model, over as many turns as you like. /help lists what you can type.
+
+    With --url the model is a server's: --model is the name that the server gives it (default: its first one), and a
+    sampling option that you leave out is the server's.
 
     \b
       folovllm chat
       folovllm chat --temperature 0 --system "You answer in one sentence."
       folovllm chat --mine
+      folovllm chat --url http://127.0.0.1:8000
       echo "What is the capital of France?" | folovllm chat
     """
     sampling.sampling_params(**DEFAULTS)  # a wrong option is refused before the model is loaded
-    llm = engine.load()
-    conversation = Conversation(llm, sampling.sampling_params(**DEFAULTS | llm.sampling_defaults()), system)
-    if sys.stdin.isatty():
-        _note(f"{llm.config.model_config.shown_name}: type a message; /help lists commands, Ctrl-D leaves")
-    for line in _lines():
-        if not _handle(conversation, line.strip()):
-            return
+    with contextlib.closing(_model(engine, sampling, url, api_key)) as model:
+        conversation = Conversation(model, system)
+        if sys.stdin.isatty():
+            _note(f"{model.name}: type a message; /help lists commands, Ctrl-D leaves")
+        for line in _lines():
+            if not _handle(conversation, line.strip()):
+                return
+
+
+def _model(engine: EngineOptions, sampling: SamplingOptions, url: str | None, api_key: str | None) -> ChatModel:
+    if url is None:
+        if api_key is not None:
+            raise ValueError("--api-key is for a server: name it with --url")
+        llm = engine.load()
+        return LocalModel(llm, sampling.sampling_params(**DEFAULTS | llm.sampling_defaults()))
+    engine.refuse_with_url()
+    fields = {"max_tokens": DEFAULTS["max_tokens"], **sampling.given()}
+    fields.pop("logprobs", None)  # nothing shows them
+    return ServedModel(url, api_key, engine.model, fields)
 
 
 class Conversation:
-    """The turns so far and the engine that answers. A question that fails leaves the conversation unchanged."""
+    """The turns so far and the model that answers. A question that fails leaves the conversation unchanged."""
 
-    def __init__(self, llm: "LLM", params: SamplingParams, system: str | None = None) -> None:
-        self.llm = llm
-        self.params = params
+    def __init__(self, model: ChatModel, system: str | None = None) -> None:
+        self.model = model
         self.system = system
-        self.turns: list[dict[str, Any]] = []  # user, assistant, user, assistant, ...
+        self.turns: list[Message] = []  # user, assistant, user, assistant, ...
 
     def ask(self, text: str) -> None:
         """Prints the answer to `text` and remembers both. Ctrl-C ends the answer early; what was printed counts as the
         answer.
         """
-        turns, prompt = self._fit([*self.turns, {"role": "user", "content": text}])
+        turns = self._fit([*self.turns, {"role": "user", "content": text}])
         answer = ""
         start, first, num_tokens, reason = time.monotonic(), None, 0, None
-        with HeldInterrupts() as interrupts:
-            for output in self.llm.stream(prompt, self.params):
-                first = first or time.monotonic()
-                completion = output.outputs[0]
-                answer += completion.text
-                num_tokens += len(completion.token_ids)
-                typer.echo(completion.text, nl=False)
-                reason = "stopped" if interrupts.count else completion.finish_reason
-                if interrupts.count:
-                    break
+        with HeldInterrupts() as interrupts, contextlib.closing(self.model.stream(self._messages(turns))) as pieces:
+            try:
+                for piece in pieces:
+                    if piece.num_tokens:
+                        first = first or time.monotonic()
+                    answer += piece.text
+                    num_tokens += piece.num_tokens
+                    if piece.text:
+                        typer.echo(piece.text, nl=False)
+                    reason = "stopped" if interrupts.count else piece.finish_reason or reason
+                    if interrupts.count:
+                        break
+            finally:
+                if answer:
+                    typer.echo()  # before the message of an error, too
             interrupts.clear()  # ending the answer is what Ctrl-C was for
-        typer.echo()
+        if not answer:
+            typer.echo()
         _note(_speed(num_tokens, time.monotonic() - start, (first or start) - start, reason))
         self.turns = [*turns, {"role": "assistant", "content": answer}]
 
-    def _fit(self, turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Drops the oldest exchanges until the prompt leaves room to answer. Returns the remaining turns and the
-        prompt.
+    def _fit(self, turns: list[Message]) -> list[Message]:
+        """Drops the oldest exchanges until the prompt leaves room to answer. Returns the remaining turns.
 
-        E.g. max_model_len 512, max_tokens 512: the prompt may have 384 tokens, so that an answer has at least 128.
+        E.g. a limit of 512, max_tokens 512: the prompt may have 384 tokens, so that an answer has at least 128. Nothing
+        is dropped if a server does not say how long a prompt is; the server then refuses what does not fit.
         """
-        limit = self.llm.config.max_model_len
-        room = min(self.params.max_tokens or limit, limit // 4)
-        prompt, total = self._prompt(turns), len(turns)
-        while len(turns) > 1 and len(prompt["prompt_token_ids"]) + room > limit:
+        limit, total = self.model.limit, len(turns)
+        if limit is None:
+            return turns
+        room = min(self.model.max_tokens or limit, limit // 4)
+        while len(turns) > 1 and (self.model.count_tokens(self._messages(turns)) or 0) + room > limit:
             turns = turns[2:]
-            prompt = self._prompt(turns)
         if len(turns) < total:
             _note(f"the conversation no longer fits in {limit} tokens: forgot the oldest {total - len(turns)} messages")
-        return turns, prompt
+        return turns
 
-    def _prompt(self, turns: list[dict[str, Any]]) -> dict[str, Any]:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return self.llm.chat_prompt(system + turns)
+    def _messages(self, turns: list[Message]) -> list[Message]:
+        return [{"role": "system", "content": self.system}, *turns] if self.system else turns
 
 
 def _handle(conversation: Conversation, line: str) -> bool:

@@ -34,6 +34,15 @@ def set_debug(ctx: typer.Context, debug: bool) -> bool:
 DebugOption = Annotated[
     bool, typer.Option("--debug", callback=set_debug, help="Show the traceback of an error, not just its message.")
 ]
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        metavar="URL",
+        help="Ask this server (any OpenAI API), e.g. http://127.0.0.1:8000, and start no engine.",
+    ),
+]
+ApiKeyOption = Annotated[str | None, typer.Option("--api-key", metavar="KEY", help="The key of the server at --url.")]
 DownloadDirOption = Annotated[
     str | None, typer.Option("--download-dir", metavar="DIR", help="Where models are kept.", rich_help_panel=ENGINE)
 ]
@@ -120,6 +129,16 @@ class EngineOptions:
             )
         return defaults | extra | own
 
+    def refuse_with_url(self) -> None:
+        """Raises ValueError if an option is given that the engine of a server at --url cannot take from here."""
+        given = [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value is not None]
+        given = [option for option in given if option != "--model"]  # names the server's model
+        if given:
+            raise ValueError(
+                f"--url asks a server that has an engine already: give {', '.join(given)} to that server instead, when "
+                "it starts"
+            )
+
     def load(self, **defaults: Any) -> "LLM":
         """Starts the engine. If the model has not been pulled, it is pulled first."""
         args = self.engine_args(**defaults)
@@ -174,12 +193,16 @@ class SamplingOptions:
         typer.Option(help="Report this many log-probabilities per token (generate).", rich_help_panel=SAMPLING),
     ] = None
 
-    def sampling_params(self, **defaults: Any) -> SamplingParams:
-        """Returns SamplingParams of the given options over `defaults`. Raises ValueError for a value out of range."""
+    def given(self) -> dict[str, Any]:
+        """The given options, under the names that SamplingParams and OpenAI's API have for them."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         if "sampling_seed" in given:
             given["seed"] = given.pop("sampling_seed")
-        return SamplingParams(**(defaults | given))
+        return given
+
+    def sampling_params(self, **defaults: Any) -> SamplingParams:
+        """Returns SamplingParams of the given options over `defaults`. Raises ValueError for a value out of range."""
+        return SamplingParams(**(defaults | self.given()))
 
 
 def with_options(function: Callable[..., None]) -> Callable[..., None]:

@@ -1,0 +1,307 @@
+"""`folovllm run-batch`: the format, every line answered, and what is kept when something goes wrong."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from folovllm.entrypoints.cli import app
+from folovllm.entrypoints.openai.batch import Summary, answer_all, read_batch
+from folovllm.entrypoints.openai_client import Answer, ServerError
+from tests.m8.openai_double import running_double
+
+pytestmark = pytest.mark.m8
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+
+
+def request(custom_id="a", url="/v1/completions", method="POST", body=None, **more):
+    body = {"prompt": f"prompt of {custom_id}", "max_tokens": 4} if body is None else body
+    return json.dumps({"custom_id": custom_id, "method": method, "url": url, "body": body} | more)
+
+
+def run(lines, send, num_at_once=4):
+    written, summary = [], Summary(0)
+    items = read_batch(lines)
+    asyncio.run(answer_all(items, send, lambda line: written.append(json.loads(line)), num_at_once, summary))
+    assert summary.num_answered == len(written) == len(items)
+    assert summary.num_failed == sum(answer["error"] is not None for answer in written)
+    return written
+
+
+async def echo(url, body):
+    """A server that answers with what it got."""
+    return Answer(200, {"url": url, "got": body}, {"X-Request-Id": "req-1"})
+
+
+# ---- the format
+
+
+def test_an_answer_has_vllms_fields():
+    [answer] = run([request("a", body={"prompt": "hi"})], echo)
+    assert answer.pop("id").startswith("batch-")
+    assert answer == {
+        "custom_id": "a",
+        "response": {
+            "status_code": 200,
+            "request_id": "req-1",
+            "body": {"url": "/v1/completions", "got": {"prompt": "hi"}},
+        },
+        "error": None,
+    }
+
+
+@pytest.mark.parametrize(
+    "line, custom_id, wanted",
+    [
+        ("{", None, "no JSON"),
+        ("[" * 100_000, None, "no JSON"),
+        ("5", None, "no JSON object"),
+        ("{}", None, "custom_id"),
+        (request(5), None, "custom_id must be a string"),
+        (request("x", method="GET"), "x", 'method must be "POST"'),
+        (request("x", url="/v1/embeddings"), "x", "/v1/chat/completions"),
+        (request("x", url=["/v1/completions"]), "x", "url must be"),
+        (request("x", body=[1]), "x", "body must be a JSON object, got list"),
+        (request("x", body={"prompt": "a", "stream": True}), "x", "not streamed"),
+    ],
+)
+def test_a_bad_line_is_answered_and_stops_no_other(line, custom_id, wanted):
+    answers = run([request("before"), line, request("after")], echo)
+    assert {a["custom_id"] for a in answers if a["error"] is None} == {"before", "after"}
+    [bad] = [a for a in answers if a["error"] is not None]
+    assert bad["custom_id"] == custom_id and bad["response"]["status_code"] == 400
+    assert bad["error"]["message"].startswith("line 2: ") and wanted in bad["error"]["message"]
+    assert bad["response"]["body"] == {"error": bad["error"]}
+
+
+def test_a_custom_id_that_is_used_twice_is_reported():
+    answers = run([request("a"), request("b"), request("a")], echo, num_at_once=1)
+    assert [a["custom_id"] for a in answers] == ["a", "b", "a"]
+    assert [a["error"] is None for a in answers] == [True, True, False]
+    assert "line 1" in answers[2]["error"]["message"]
+
+
+def test_blank_lines_are_skipped_and_numbers_stay_those_of_the_file():
+    [good, bad] = run([request("a"), "", "  ", "{"], echo)
+    assert good["error"] is None and bad["error"]["message"].startswith("line 4:")
+
+
+@pytest.mark.parametrize("custom_id", ["\ud800", "a\u2028b\nc", "你好"])
+def test_every_answer_is_one_line_that_can_be_written(custom_id):
+    lines = []
+    asyncio.run(answer_all(read_batch([request(custom_id)]), echo, lines.append, 1, Summary(1)))
+    assert json.loads(lines[0].encode().decode())["custom_id"] == custom_id and "\n" not in lines[0]
+
+
+# ---- what a server may do
+
+
+def test_an_error_of_the_server_is_the_error_of_the_line():
+    async def send(url, body):
+        return Answer(404, {"error": {"message": "no such model", "type": "not_found_error"}}, {})
+
+    [answer] = run([request()], send)
+    assert answer["response"]["status_code"] == 404 and answer["error"]["message"] == "no such model"
+
+    async def other(url, body):
+        return Answer(502, "<html>Bad Gateway</html>", {})
+
+    [answer] = run([request()], other)
+    assert answer["error"]["message"] == "<html>Bad Gateway</html>" and answer["error"]["code"] == 502
+
+
+def test_a_request_that_raises_fails_alone(caplog):
+    async def send(url, body):
+        if "b" in body["prompt"]:
+            raise ServerError("the connection broke")
+        if "c" in body["prompt"]:
+            raise RuntimeError("a fault with a secret path")
+        return await echo(url, body)
+
+    answers = {a["custom_id"]: a for a in run([request(c, body={"prompt": c}) for c in "abcd"], send)}
+    assert answers["a"]["error"] is None and answers["d"]["error"] is None
+    assert answers["b"]["error"]["message"] == "the connection broke"
+    assert answers["c"]["response"]["status_code"] == 500 and "secret" not in json.dumps(answers["c"])
+    assert "a fault with a secret path" in caplog.text
+
+
+def test_a_busy_server_is_asked_again():
+    tries = []
+
+    async def send(url, body):
+        tries.append(body)
+        return await echo(url, body) if len(tries) > 2 else Answer(429, {}, {"Retry-After": "0"})
+
+    [answer] = run([request()], send)
+    assert answer["error"] is None and len(tries) == 3
+
+
+def test_no_more_requests_are_open_than_allowed():
+    now, most = 0, 0
+
+    async def send(url, body):
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0)
+        now -= 1
+        return await echo(url, body)
+
+    run([request(str(i)) for i in range(50)], send, num_at_once=7)
+    assert most == 7
+
+
+def test_an_output_that_cannot_be_written_ends_the_run_and_its_requests():
+    open_requests = 0
+
+    async def send(url, body):
+        nonlocal open_requests
+        open_requests += 1
+        try:
+            await asyncio.sleep(0 if body["prompt"] == "0" else 60)
+        finally:
+            open_requests -= 1
+        return await echo(url, body)
+
+    def write(line):
+        raise OSError(28, "No space left on device")
+
+    items = read_batch([request(str(i), body={"prompt": str(i)}) for i in range(4)])
+    with pytest.raises(OSError, match="No space"):
+        asyncio.run(answer_all(items, send, write, 4, Summary(4)))
+    assert open_requests == 0
+
+
+# ---- the command at a server
+
+
+@pytest.fixture
+def double():
+    with running_double() as double:
+        double.answer = lambda body: (200, {"model": body["model"], "got": body.get("prompt") or body.get("messages")})
+        yield double
+
+
+def invoke(*args, **more):
+    return CliRunner().invoke(app, ["run-batch", *map(str, args)], **more)
+
+
+def read(path):
+    return {a["custom_id"]: a for a in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+
+
+def test_a_file_at_a_server(double, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    chat = {"messages": [{"role": "user", "content": "hi"}], "model": "other"}
+    source.write_text("\n".join([request("a"), request("b", "/v1/chat/completions", body=chat), "{"]), encoding="utf-8")
+    result = invoke("-i", source, "-o", target, "--url", double.url, "--api-key", "k")
+    assert result.exit_code == 0, result.output
+    answers = read(target)
+    assert answers["a"]["response"]["body"] == {"model": "tiny", "got": "prompt of a"}
+    assert answers["b"]["response"]["body"] == {"model": "other", "got": chat["messages"]}
+    assert answers[None]["error"]["message"].startswith("line 3: ")
+    assert "3 of 3 answered, 1 of them with an error" in result.stderr
+    assert all(headers["Authorization"] == "Bearer k" for _, _, headers in double.calls)
+
+
+def test_from_stdin_to_stdout(double):
+    result = invoke("-i", "-", "-o", "-", "--url", double.url, input="\ufeff" + request("a") + "\r\n")
+    assert result.exit_code == 0 and json.loads(result.stdout)["custom_id"] == "a"
+
+
+def test_the_input_is_never_overwritten(double, tmp_path):
+    source, link = tmp_path / "in.jsonl", tmp_path / "link.jsonl"
+    source.write_text(request())
+    link.symlink_to(source)
+    for target in (source, tmp_path / "." / "in.jsonl", link):
+        result = invoke("-i", source, "-o", target, "--url", double.url)
+        assert result.exit_code == 2 and "is the input file" in result.stderr
+        assert source.read_text() == request()
+
+
+@pytest.mark.parametrize("text, wanted", [(None, "cannot read"), ("", "holds no requests"), ("\n \n", "no requests")])
+def test_an_input_without_requests_is_refused(tmp_path, text, wanted):
+    source = tmp_path / "in.jsonl"
+    if text is not None:
+        source.write_text(text)
+    result = invoke("-i", source, "-o", tmp_path / "out.jsonl")
+    assert result.exit_code == 2 and wanted in result.stderr and not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_input_that_is_no_text_is_refused(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b'{"custom_id": "\xff"}')
+    result = invoke("-i", source, "-o", tmp_path / "out.jsonl")
+    assert result.exit_code == 2 and "not UTF-8" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "args, wanted",
+    [
+        (("--url", "http://127.0.0.1:1", "--dtype", "float32"), "--dtype"),
+        (("--api-key", "k"), "--url"),
+        (("--port", "9000"), "--port is for folovllm serve"),
+        (("--max-concurrency", "0"), "--max-concurrency"),
+        (("--max-num-seqs", "x"), "--max-num-seqs"),
+        (("--nosuch", "1"), "--nosuch"),
+        (("--url", "http://127.0.0.1:1"), "folovllm serve"),
+    ],
+)
+def test_a_wrong_option_is_answered_before_anything_starts(tmp_path, args, wanted):
+    source = tmp_path / "in.jsonl"
+    source.write_text(request())
+    result = invoke("-i", source, "-o", tmp_path / "out.jsonl", *args)
+    assert result.exit_code == 2 and wanted in result.stderr
+
+
+def test_an_output_that_cannot_be_opened_is_refused(double, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text(request())
+    result = invoke("-i", source, "-o", tmp_path / "nosuch" / "out.jsonl", "--url", double.url)
+    assert result.exit_code == 2 and "cannot write" in result.stderr and not double.calls
+
+
+def test_the_answers_of_an_earlier_run_go_when_the_new_ones_can_come(double, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(request())
+    target.write_text("the answers of yesterday\n" * 100)
+    assert invoke("-i", source, "-o", target, "--url", "http://127.0.0.1:1").exit_code == 2
+    assert target.read_text().startswith("the answers of yesterday")
+    assert invoke("-i", source, "-o", target, "--url", double.url).exit_code == 0
+    assert list(read(target)) == ["a"]
+
+
+def test_ctrl_c_keeps_what_is_done(double, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(request(str(i)) for i in range(100)))
+    good = double.answer
+
+    def answer(body):
+        if len(double.calls) < 40:
+            return good(body)
+        double.hang = True
+        return ["data: 1\n\n"]  # an answer that does not end
+
+    double.answer = answer
+    command = [sys.executable, "-m", "folovllm", "run-batch", "-i", source, "-o", target, "--url", double.url]
+    process = subprocess.Popen(
+        [*command, "--max-concurrency", "1"], cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while not double.hang and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(2)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    answers = read(target)
+    assert len(answers) > 30 and set(answers) == {str(i) for i in range(len(answers))}
+    assert f"{len(answers)} of 100 answered" in errors.decode()
