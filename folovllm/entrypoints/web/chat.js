@@ -2,7 +2,7 @@
 "use strict";
 
 import { ask, errorText, events, useKey } from "./client.js";
-import { markMine, reconnect, render, watchEngine } from "./live.js";
+import { colourOfMine, markMine, reconnect, render, watchEngine } from "./live.js";
 
 const byId = (id) => document.getElementById(id);
 let conversation = []; // {role, content}: what the next request sends
@@ -46,7 +46,9 @@ async function stream(messages, answer, measured, signal) {
     stream: true,
     stream_options: { include_usage: true, continuous_usage_stats: true },
   };
-  const response = await ask("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal });
+  const id = newId();
+  markMine(`chatcmpl-${id}`); // so the server calls a chat with this X-Request-Id, also in the live trace
+  const response = await ask("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal, id });
   if (response.status === 401) askForKey();
   if (!response.ok) throw new Error(await errorText(response));
   let isWhole = false;
@@ -55,15 +57,12 @@ async function stream(messages, answer, measured, signal) {
     const chunk = JSON.parse(data);
     if (chunk.error) throw new Error(chunk.error.message);
     takeChunk(chunk, answer, measured);
+    answer.root.style.setProperty("--owner", colourOfMine(chunk.id) ?? "var(--line)");
   }
   if (!isWhole) throw new Error("the server ended the stream too early");
 }
 
 function takeChunk(chunk, answer, measured) {
-  if (chunk.id && !answer.id) {
-    answer.id = chunk.id;
-    for (const id of [chunk.id, `${chunk.id}-0`]) answer.root.style.setProperty("--owner", markMine(id));
-  }
   const choice = chunk.choices[0];
   const text = choice?.delta?.content ?? "";
   measured.take(text, chunk.usage, choice?.finish_reason);
@@ -72,6 +71,11 @@ function takeChunk(chunk, answer, measured) {
     answer.text.append(text); // as text: whatever the model writes is never HTML
     answer.foot.textContent = measured.describe();
   });
+}
+
+function newId() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16)); // randomUUID would need HTTPS
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 // Empty fields are left out: the server then decides.

@@ -23,11 +23,19 @@ let connection = null; // what ends the present stream
 const colourOf = new Map(); // request id -> index of its colour, which a new model must not change
 const mine = new Set(); // ids of this page's own requests
 
-// A request of this page: its chip is marked. Returns its colour.
+// A request of this page begins, which is called `id` or, if it has several answers, `id`-0, `id`-1, ...
 export function markMine(id) {
   mine.add(id);
-  colourOf.set(id, colourOf.get(id) ?? colourOf.size);
-  return ownerColour({ index: colourOf.get(id) }, { isDark: isDark() });
+}
+
+function isMine(id) {
+  return mine.has(id) || mine.has(id.replace(/-\d+$/, ""));
+}
+
+// The colour of such a request, once the engine has told of it.
+export function colourOfMine(id) {
+  const index = colourOf.get(id) ?? colourOf.get(`${id}-0`);
+  return index === undefined ? null : ownerColour({ index }, { isDark: isDark() });
 }
 
 // ---- the stream
@@ -39,16 +47,18 @@ export async function watchEngine() {
     try {
       connection = new AbortController();
       const response = await ask("live", { signal: connection.signal });
+      if (response.status === 401) patience = Infinity; // until there is a key
       if (!response.ok) throw new Error(await errorText(response));
       for await (const line of events(response)) {
-        patience = 1;
+        patience = 0.5;
         take(JSON.parse(line));
       }
       say("lost", "the stream has ended");
     } catch (error) {
-      if (!document.hidden) say("lost", error instanceof TypeError ? "no connection" : error.message);
+      if (connection.signal.aborted) continue; // by `reconnect`, or because the page is out of sight
+      say("lost", error instanceof TypeError ? "no connection" : error.message);
     }
-    await Promise.race([pause(patience * 1000), wish]);
+    await Promise.race([patience === Infinity ? new Promise(() => {}) : pause(patience * 1000), wish]);
   }
 }
 
@@ -182,9 +192,9 @@ function updateChip(chip, id, state, view) {
   const { computed, known, prompt } = request;
   const progress = !state.running.includes(id) ? (request.preemptions ? "preempted" : `prompt ${prompt}`)
     : computed < prompt ? `prompt ${computed}/${prompt}` : `+${known - prompt}`;
-  chip.textContent = `${mine.has(id) ? "you " : ""}${shortNames(id)} ${progress}`; // text, never HTML: an id may be a stranger's
+  chip.textContent = `${isMine(id) ? "you " : ""}${shortNames(id)} ${progress}`; // text, never HTML: an id may be a stranger's
   chip.title = `${id}: ${prompt} prompt tokens, ${known - prompt} generated, ${computed} computed`;
-  chip.classList.toggle("mine", mine.has(id));
+  chip.classList.toggle("mine", isMine(id));
   chip.setAttribute("aria-pressed", id === chosen);
   chip.style.setProperty("--owner", ownerColour({ index: colourOf.get(id) ?? 0 }, view));
   return chip;
