@@ -8,8 +8,11 @@ export function useKey(text) {
 }
 
 // The addresses are relative, so the page also works behind a proxy that gives it a folder.
-export function ask(path, options = {}) {
-  const headers = { ...(options.body ? { "Content-Type": "application/json" } : {}) };
+// `id` becomes the request's name.
+export function ask(path, { id, ...options } = {}) {
+  const headers = {};
+  if (options.body) headers["Content-Type"] = "application/json";
+  if (id) headers["X-Request-Id"] = id;
   if (key) headers.Authorization = `Bearer ${key}`;
   return fetch(path, { ...options, headers });
 }
