@@ -188,7 +188,7 @@ def test_failed_requests_are_counted_and_named(tmp_path, capsys):
         status, result = bench(fake, tmp_path, "--request-rate", "50")
     figures = result["figures"]
     assert status == 1 and (figures["completed"], figures["failed"]) == (3, 3)
-    assert figures["errors"] == {"HTTP 429: the queue is full": 2, "the stream ended without [DONE]": 1}
+    assert figures["errors"] == {"HTTP 429: the queue is full": 2, "the stream ended in mid-answer": 1}
     assert "warning: 2 failed: HTTP 429: the queue is full" in capsys.readouterr().out
 
 
@@ -209,7 +209,7 @@ def test_a_server_that_is_not_there_is_one_line(capsys):
     with fake_server(completion) as fake:
         pass
     assert main(["--base-url", fake.url]) == 2
-    assert "no server answers at" in capsys.readouterr().err
+    assert "no server at" in capsys.readouterr().err
 
 
 def test_a_chat_and_a_file(tmp_path):
