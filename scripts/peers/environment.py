@@ -121,7 +121,10 @@ def _is_complete(folder: Path, environment: Environment) -> bool:
 
 
 def _missing(environment: Environment, folder: Path) -> list[str] | None:
-    """The requirements that the environment still lacks; None if it is not there, or was made for other versions."""
+    """Returns the requirements that the environment still lacks.
+
+    Returns None if the environment is not there, or was made for other versions and must be made anew.
+    """
     try:
         installed = json.loads((folder / MARKER).read_text())["requirements"]
     except (OSError, ValueError, KeyError):

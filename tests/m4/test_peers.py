@@ -238,6 +238,19 @@ def test_other_requirements_than_the_marked_ones_mean_a_new_install(tmp_path, mo
     assert installed == [("./another",)]
 
 
+def test_an_environment_gets_only_the_requirements_that_are_new(tmp_path, monkeypatch):
+    """llama.cpp got the packages of its server. To compile it again for them would take 6 minutes."""
+    hand_made(tmp_path, works=True)
+    environment.ensure_environment(broken(), tmp_path, lambda text: None)
+    commands: list[list[str]] = []
+    monkeypatch.setattr(environment, "_run", lambda command, *rest: commands.append(command))
+    extended = Environment("broken", (*broken().requirements, "./another"), probe="import json", about="fails")
+    assert environment.state_of(extended, tmp_path) == "not marked as complete"
+    environment.ensure_environment(extended, tmp_path, lambda text: None)
+    assert [command[-2:] for command in commands] == [["install", "./another"]]
+    assert environment.state_of(extended, tmp_path) == "ready"
+
+
 def test_what_breaks_the_import_is_removed_before_the_probe(tmp_path, monkeypatch):
     """PyPI's torchvision does not load beside torch's CPU build ("operator torchvision::nms does not exist")."""
     commands: list[str] = []

@@ -11,9 +11,9 @@ from typing import Any
 from folovllm.benchmarks.serve.load import Exchange
 from folovllm.benchmarks.serve.traffic import ServeRequest
 from folovllm.entrypoints.openai.sse import DONE, EventStream
+from folovllm.entrypoints.openai_client import error_text, read_json
 
 FAILED_REASONS = ("abort", "error")  # finish reasons of an answer that the server gave up
-LONGEST_ERROR = 200  # characters
 
 
 @dataclass
@@ -63,8 +63,8 @@ def read_answer(seen: Exchange, request: ServeRequest) -> Answer:
     """Parse an exchange. An answer that is not complete is failed, and its `error` says how."""
     answer = Answer(seen.sent, seen.ended, prompt_tokens=request.prompt_len)
     if seen.status is not None and seen.status != 200:
-        body = b"".join(chunk for _, chunk in seen.chunks).decode(errors="replace")
-        answer.error = f"HTTP {seen.status}: {_message(body)}"
+        body = read_json(b"".join(chunk for _, chunk in seen.chunks))
+        answer.error = f"HTTP {seen.status}: {error_text(body) or 'an empty body'}"
         return answer
     is_done, num_token_ids = False, 0
     for moment, data in _events(seen):
@@ -74,8 +74,9 @@ def read_answer(seen: Exchange, request: ServeRequest) -> Answer:
         try:
             num_token_ids += _read_chunk(answer, moment, json.loads(data))
         except (ValueError, TypeError, AttributeError):
-            answer.error = f"not a chunk of a completion: {data:.{LONGEST_ERROR}}"
-    answer.error = answer.error or seen.error or (None if is_done else f"the stream ended without {DONE}")
+            answer.error = f"not a chunk of a completion: {error_text(data)}"
+    is_done = is_done or answer.finish_reason is not None  # some servers leave [DONE] out
+    answer.error = answer.error or seen.error or (None if is_done else "the stream ended in mid-answer")
     if answer.output_tokens is None and num_token_ids:
         answer.output_tokens = num_token_ids
     elif answer.output_tokens is None and answer.finish_reason == "length":
@@ -94,7 +95,7 @@ def _events(seen: Exchange) -> Iterator[tuple[float, str]]:
 def _read_chunk(answer: Answer, moment: float, chunk: dict[str, Any]) -> int:
     """Add a chunk to the answer; the number of token ids in it, which few servers send."""
     if chunk.get("error"):
-        answer.error = f"error in the stream: {_message(json.dumps(chunk))}"
+        answer.error = f"error in the stream: {error_text(chunk)}"
     if usage := chunk.get("usage"):
         answer.prompt_tokens = usage.get("prompt_tokens", answer.prompt_tokens)
         answer.output_tokens = usage.get("completion_tokens", answer.output_tokens)
@@ -109,14 +110,3 @@ def _read_chunk(answer: Answer, moment: float, chunk: dict[str, Any]) -> int:
     if answer.finish_reason in FAILED_REASONS:
         answer.error = f"the server ended it: finish_reason {answer.finish_reason!r}"
     return num_token_ids
-
-
-def _message(body: str) -> str:
-    """The message of an error body in OpenAI's form, or the body as it is."""
-    try:
-        found = json.loads(body)
-        found = found.get("error", found)
-        body = str(found.get("message") or found.get("detail") or found) if isinstance(found, dict) else str(found)
-    except (ValueError, AttributeError):
-        pass
-    return " ".join(body.split())[:LONGEST_ERROR] or "an empty body"

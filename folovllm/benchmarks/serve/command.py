@@ -6,8 +6,6 @@ Milestone: M8. vLLM counterpart: `main_async` and `benchmark` in vllm/benchmarks
 import asyncio
 import json
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -31,6 +29,7 @@ from folovllm.benchmarks.serve.traffic import (
 )
 from folovllm.benchmarks.workloads import A_OUTPUT_LEN, A_PROMPT_LEN
 from folovllm.engine.tokenizer import Tokenizer
+from folovllm.entrypoints.openai_client import OpenAIClient, first_model
 from folovllm.hub import ALIASES, HubError, find_model
 from folovllm.hub.find import find_tokenizer
 
@@ -67,7 +66,7 @@ def shown_command(argv: Sequence[str], options: ServeOptions) -> str:
 def measure(options: ServeOptions, tokenizer: Tokenizer | None = None) -> tuple[Result, list[Answer]]:
     """Run the load that the options describe. Raises ValueError if the server cannot be measured at all."""
     machine = machine_header()  # first: the load average should not be ours
-    options = replace(options, model=options.model or ask_model(options))
+    options = replace(options, model=options.model or asyncio.run(ask_model(options)))
     requests = make_requests(options, tokenizer or find_its_tokenizer(options))
     if options.num_warmups:
         warm_up(options, requests)
@@ -91,18 +90,10 @@ def measure(options: ServeOptions, tokenizer: Tokenizer | None = None) -> tuple[
     return result, answers
 
 
-def ask_model(options: ServeOptions) -> str:
+async def ask_model(options: ServeOptions) -> str:
     """The first model that the server names."""
-    request = urllib.request.Request(f"{options.base_url}/v1/models", headers=dict(options.header))
-    try:
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return str(json.load(response)["data"][0]["id"])
-    except urllib.error.HTTPError as error:
-        raise ValueError(f"{request.full_url} answered {error.code} {error.reason}: see --header and --model") from None
-    except OSError as error:
-        raise ValueError(f"no server answers at {request.full_url} ({error}): start one with folovllm serve") from None
-    except (ValueError, LookupError, TypeError):
-        raise ValueError(f"{request.full_url} names no model: name it with --model") from None
+    async with OpenAIClient(options.base_url, options.api_key) as client:
+        return str((await first_model(client))["id"])
 
 
 def find_its_tokenizer(options: ServeOptions) -> Tokenizer | None:

@@ -14,6 +14,7 @@ from typing import Any
 from folovllm.benchmarks.options import names, positive
 from folovllm.benchmarks.serve.metrics import LATENCIES
 from folovllm.benchmarks.workloads import A_OUTPUT_LEN, A_PROMPT_LEN
+from folovllm.entrypoints.openai_client import base_url
 from folovllm.utils import unknown_name_message
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -62,7 +63,11 @@ class ServeOptions:
 
     @property
     def url(self) -> str:
-        return self.base_url + self.endpoint
+        return base_url(self.base_url).removesuffix("/v1") + self.endpoint
+
+    @property
+    def api_key(self) -> str | None:
+        return dict(self.header).get("Authorization", "").removeprefix("Bearer ") or None
 
     @property
     def is_chat(self) -> bool:
@@ -133,7 +138,7 @@ def parse_options(argv: Sequence[str]) -> ServeOptions:
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     address = f"http://{given.pop('host', '127.0.0.1')}:{given.pop('port', 8000)}"
-    given["base_url"] = given.get("base_url", address).rstrip("/").removesuffix("/v1")
+    given["base_url"] = given.get("base_url", address)
     for name in ("goodput", "percentile_metrics", "header"):
         if name in given:
             given[name] = tuple(given[name])
@@ -146,8 +151,7 @@ def parse_options(argv: Sequence[str]) -> ServeOptions:
 
 
 def _check(options: ServeOptions) -> None:
-    if not options.base_url.startswith(("http://", "https://")):
-        raise ValueError(f"--base-url {options.base_url}: begin it with http://")
+    base_url(options.base_url)
     for name in [*options.percentile_metrics, *(name for name, _ in options.goodput)]:
         if name not in LATENCIES:
             raise ValueError(unknown_name_message("latency", name, LATENCIES))

@@ -123,9 +123,8 @@ def _file_request(item: Any, tokenizer: Tokenizer | None, output_len: int | None
     item = {"prompt": item} if isinstance(item, str) else item
     if not isinstance(item, dict):
         raise ValueError(f"{where}: expected a text or an object, got {item!r:.60}")
-    prompt, answer = item.get("prompt"), None
-    if "conversations" in item:
-        prompt, answer = ([*(turn.get("value") for turn in item["conversations"]), None, None])[:2]
+    turns = [turn.get("value") for turn in item.get("conversations", ()) if isinstance(turn, dict)]
+    prompt, answer, *_ = [*turns, None, None] if turns else [item.get("prompt"), None]
     wanted = output_len or item.get("output_len")
     if wanted is None and answer and tokenizer is not None:
         wanted = len(tokenizer.encode(answer, add_special_tokens=False))
