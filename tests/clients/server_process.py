@@ -109,7 +109,7 @@ class ServerProcess:
     # ---- what it does now
 
     def metrics(self) -> dict[str, float]:
-        """Sums over the labels: {"vllm:num_requests_running": 0.0, ...}."""
+        """The value of each metric, such as "vllm:num_requests_running", summed over its labels."""
         status, body, _ = self.get("/metrics")
         assert status == 200, body
         sums: dict[str, float] = {}
