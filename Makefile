@@ -7,11 +7,13 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := .venv-clients
+CLIENTS_STAMP := $(CLIENTS)/.installed
 MODEL ?= smollm2-135m
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-browser bench lint docs site notebook build-notebooks clean
+.PHONY: help setup demo test test-browser test-clients bench lint docs site notebook build-notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -43,6 +45,19 @@ test-browser: $(STAMP)  ## the tests of the trace viewer, in headless Chromium
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 		{ echo "test-browser needs Chromium. Try: apt-get install chromium"; exit 1; }
 	@$(BIN)/python -m pytest -n $(WORKERS) -m browser
+
+# The client libraries are no dependencies of the project, and some of them want other versions than it has.
+$(CLIENTS_STAMP): tests/clients/requirements.txt tests/clients/constraints.txt
+	@echo "test-clients: installs openai, litellm, langchain-openai, lm-eval and schemathesis in $(CLIENTS) (1.2 GB)"
+	@$(PYTHON) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS) \
+		-c tests/clients/constraints.txt -r tests/clients/requirements.txt
+	@touch $(CLIENTS_STAMP)
+
+test-clients: $(STAMP) $(CLIENTS_STAMP)  ## OpenAI clients, load, faults and fuzz against real server processes
+	@echo "test-clients: starts folovllm serve on free ports of 127.0.0.1 and talks to it (about 4 minutes)"
+	@$(BIN)/folovllm pull $(MODEL) --quiet
+	@$(CLIENTS)/bin/python -m pytest --confcutdir=tests/clients --timeout=300 tests/clients
 
 bench: $(STAMP)  ## throughput and latency beside HuggingFace, with a plot
 	@echo "bench: every milestone beside HuggingFace on workload A; writes JSON and PNG under bench_results/"
@@ -82,5 +97,5 @@ build-notebooks: $(STAMP)  ## execute the notebooks again from notebooks/src
 	@$(BIN)/python scripts/build_notebooks.py
 
 clean:  ## remove the virtual environment and caches of the tools (not the models)
-	@echo "clean: removes $(VENV) and tool caches"
-	@rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .coverage bench_results build site *.egg-info
+	@echo "clean: removes $(VENV), $(CLIENTS) and tool caches"
+	@rm -rf $(VENV) $(CLIENTS) .pytest_cache .ruff_cache .mypy_cache .coverage bench_results build site *.egg-info
