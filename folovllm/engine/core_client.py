@@ -64,15 +64,15 @@ class CoreClient(ABC):
         try:
             self._launch()
             message = await self._first_message
-            if isinstance(message, StartFailed):
-                raise ValueError(message.cause) if message.is_user_error else EngineDeadError(message.cause)
-            if isinstance(message, Dead):
-                raise EngineDeadError(message.cause)
-            assert isinstance(message, Ready)
-            return message
         except BaseException:
             self.close(timeout=0.0)
             raise
+        if isinstance(message, Ready):
+            return message
+        self.close(timeout=5.0)  # it is ending by itself
+        assert isinstance(message, StartFailed | Dead)
+        is_user_error = isinstance(message, StartFailed) and message.is_user_error
+        raise ValueError(message.cause) if is_user_error else EngineDeadError(message.cause)
 
     def subscribe(self, receive: Callable[[UpMessage], None]) -> None:
         """From now on `receive` is called on the event loop with each message."""

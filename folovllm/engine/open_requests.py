@@ -3,19 +3,21 @@
 Milestone: M8. vLLM counterpart: `AsyncLLM.output_handler` and the queues in vllm/v1/engine/output_processor.py.
 Left out: chunks that give other tasks a turn between the outputs of one step (for batches of hundreds).
 
-A request leaves in one of four ways, and its id is free again when both sides have heard of it:
+A request leaves in one of four ways:
 
-    it ends in the core        the step's last output says so
+    it ends in the core        its last output says so
     its text ends (stop)       the core is told to abort it, and confirms
     it is aborted              the stream gets what there is; the core is told, and confirms
     it fails                   the stream raises RequestFailedError; the core is told if it does not know
 
-Until the core confirms, the outputs of that id come too late and are dropped. Row 3, without torch.
+Until the core confirms, what it sends for that id comes too late and is dropped. Messages keep their order in both
+directions, so the user may give the id to a new request at once. Row 3, without torch.
 """
 
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
@@ -59,7 +61,7 @@ class OpenRequests:
         self._make_stream: type[RequestStream] = load_part("engine.request_stream", config.parts)
         self._send = send
         self._collectors: dict[str, RequestOutputCollector] = {}  # by the id that the user gave
-        self._leaving: set[str] = set()  # ids of the core: ended here, and not confirmed yet
+        self._leaving: Counter[str] = Counter()  # requests of the core that ended here, and are not confirmed yet
         self.observers: list[EngineObserver] = []
         self.stats = EngineStats(0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0)
         self.all_done = asyncio.Event()
@@ -83,8 +85,6 @@ class OpenRequests:
         """
         parent = ParentRequest(request) if request.sampling_params.n > 1 else None
         requests = [request] if parent is None else parent.children()
-        if not self._leaving.isdisjoint(core_request.request_id for core_request in requests):
-            raise ValueError(f"request id {request.request_id!r} has just been aborted: give every request its own id")
         try:
             for index, core_request in enumerate(requests):
                 self._processor.add_request(core_request, text, parent, index)
@@ -127,8 +127,13 @@ class OpenRequests:
         if output.request_id not in self._leaving:
             return False
         if output.finished:
-            self._leaving.discard(output.request_id)
+            self._confirm(output.request_id)
         return True
+
+    def _confirm(self, core_id: str) -> None:
+        self._leaving[core_id] -= 1
+        if not self._leaving[core_id]:
+            del self._leaving[core_id]
 
     def _process(self, outputs: list[EngineCoreOutput]) -> ProcessedOutputs:
         """What the outputs of a step mean to the users. A request whose output cannot be processed fails alone."""
@@ -154,7 +159,7 @@ class OpenRequests:
                 user_request_id = self._processor.states[output.request_id].user_request_id
                 result.request_outputs += self._end(user_request_id, "error")
                 if output.finished:
-                    self._leaving.discard(output.request_id)
+                    self._confirm(output.request_id)
         return result
 
     # ---- from the outputs to the streams
