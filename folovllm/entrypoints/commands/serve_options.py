@@ -80,7 +80,8 @@ def _engine_args(given: dict[str, Any]) -> dict[str, Any]:
 def _server_options(own: dict[str, Any]) -> ServerOptions:
     if "allowed_origins" in own:
         own["allowed_origins"] = [origin for item in own["allowed_origins"] for origin in _json_list(item)]
-    return ServerOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in own.items()})
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
+    return ServerOptions(**fields)
 
 
 def _json_list(text: str) -> list[str]:
