@@ -5,11 +5,13 @@ reads in the same way. So code, `folovllm serve --help` and pages say the same.
 """
 
 import ast
+import functools
 import inspect
 import io
 import tokenize
 
 
+@functools.cache
 def field_comments(cls: type) -> dict[str, str]:
     """Field -> the comment behind it, or "" where there is none. `cls` is a class at the top of its module.
 

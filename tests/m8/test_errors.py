@@ -21,6 +21,7 @@ class Message(BaseModel):
 class Body(BaseModel):
     messages: list[Message]
     n: int = 1
+    stop: str | list[str] | None = None
 
 
 def validation_error(value: object) -> RequestValidationError:
@@ -58,6 +59,11 @@ def test_many_faults_are_cut_short() -> None:
     error = as_api_error(validation_error({"messages": [{"role": 1}] * 50, "n": "x"}))
     assert error.param == "messages.0.role" and error.message.endswith("; ...")
     assert error.message.count("role") == 3
+
+
+def test_a_field_of_several_types_has_one_name() -> None:
+    error = as_api_error(validation_error({"messages": [], "stop": ["a", 5]}))
+    assert error.param == "stop" and "str]" not in error.message
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.m8
 
 
 def test_a_model_is_served_under_all_its_names() -> None:
-    with running_server({"served_model_name": ["org/first", "second"]}) as server:
+    with running_server() as server:
+        server.state.model_names = ["org/first", "second"]
         cards = server.get("/v1/models").json
         assert cards["object"] == "list" and [card["id"] for card in cards["data"]] == ["org/first", "second"]
         card = server.get("/v1/models/org/first").json

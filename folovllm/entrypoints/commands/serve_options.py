@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -80,7 +81,8 @@ def _engine_args(given: dict[str, Any]) -> dict[str, Any]:
 def _server_options(own: dict[str, Any]) -> ServerOptions:
     if "allowed_origins" in own:
         own["allowed_origins"] = [origin for item in own["allowed_origins"] for origin in _json_list(item)]
-    return ServerOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in own.items()})
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
+    return ServerOptions(**fields)
 
 
 def _json_list(text: str) -> list[str]:
@@ -104,6 +106,12 @@ class Parser(argparse.ArgumentParser):
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
     """Writes a switch as one name, "--[no-]mine", so that the names fit beside their meaning."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Text of several lines stays as it is; the one line below a heading is wrapped."""
+        if "\n" in text:
+            return super()._fill_text(text, width, indent)
+        return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, argparse.BooleanOptionalAction):
@@ -224,20 +232,19 @@ def _arity(parser: Parser) -> dict[str, bool]:
 
 
 def _several_values(argv: list[str], parser: Parser) -> list[str]:
-    """Writes vLLM's `MODEL --api-key a b` as `MODEL --api-key a --api-key b`.
+    """Writes vLLM's `MODEL --api-key=a b` as `MODEL --api-key=a --api-key=b`.
 
     This is done after the model only: before it, the last value could be the model.
     """
     repeatable = {n for a in parser._actions if isinstance(a, argparse._AppendAction) for n in a.option_strings}
-    arity, result = _arity(parser), list[str]()
+    result = list[str]()
     has_model, option = False, ""
-    for index, item in enumerate(argv):
-        is_value = bool(option) and argv[index - 1] == option
-        if item.startswith("-") and not is_value:
-            option = item if arity.get(item) else ""
-        elif not is_value and has_model and option in repeatable:
-            result.append(option)
-        elif not is_value:
+    for item in argv:
+        if item.startswith("-"):
+            option = item.partition("=")[0]
+        elif has_model and option in repeatable:
+            item = f"{option}={item}"
+        else:
             has_model, option = True, ""
         result.append(item)
     return result

@@ -6,7 +6,6 @@ here. The engine's own are in folovllm.vllm_args. As there, a value that changes
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from folovllm.entrypoints.commands.options import parse_value
 from folovllm.utils import did_you_mean
@@ -53,6 +52,7 @@ VLLM_SERVER_ARGS: dict[str, Answer] = {
     "h11_max_header_count": Answer("leave it out", ANYTHING),
     "log_error_stack": Answer("the log always has the traceback of an internal error: leave it out", ANYTHING),
 }
+ALL = VLLM_SERVER_ARGS | VLLM_ARGS
 _SHORT = {
     "-tp": "tensor_parallel_size",
     "-pp": "pipeline_parallel_size",
@@ -68,22 +68,25 @@ _FLAGS = ("enable_", "disable_", "skip_", "use_", "no_")  # how the names of opt
 def without_vllm_options(argv: Sequence[str], takes_value: Mapping[str, bool]) -> list[str]:
     """`argv` without the options that only vLLM has, if their values change nothing.
 
-    `takes_value` has our own options, such as {"--port": True, "--log-requests": False}; their names may be written
-    with underscores, as in vLLM. Raises ValueError for any other option: with what to do instead, or with the nearest
-    name of ours.
+    `takes_value` has our own options, such as {"--port": True, "--log-requests": False}. They are written with their
+    values, "--port=8000", and with dashes: vLLM takes underscores as well. Raises ValueError for any other option, with
+    what to do instead, or with the nearest name of ours.
     """
     kept: list[str] = []
     rest = deque(argv)
     while rest:
-        name, equals, value = rest.popleft().partition("=")
+        item = rest.popleft()
+        name, equals, value = item.partition("=")
         option = "--" + name[2:].replace("_", "-") if name.startswith("--") else name
         option = _RENAMED.get(option, option)
-        if option in takes_value or not option.startswith("-") or not option.strip("-"):
-            kept.append((option if option in takes_value else name) + equals + value)
-            if takes_value.get(option) and not equals and rest:
-                kept.append(rest.popleft())
+        if option in takes_value:
+            if takes_value[option] and not equals and rest and rest[0] not in takes_value:
+                equals, value = "=", rest.popleft()
+            kept.append(option + equals + value)
+        elif item.startswith("-") and item.strip("-"):
+            _drop(name, value if equals else None, rest, list(takes_value))
         else:
-            _drop(option, value if equals else None, rest, list(takes_value))
+            kept.append(item)
     return kept
 
 
@@ -92,20 +95,25 @@ def _drop(option: str, value: str | None, rest: deque[str], known: list[str]) ->
     base, dot, below = option.partition(".")
     if dot and base in known:
         raise ValueError(f"{option} is not an option: write the value as JSON, {base} '{{\"{below}\": ...}}'")
-    name = _SHORT.get(base, base.removeprefix("--").replace("-", "_"))
-    wanted: Any = True
-    if name not in VLLM_SERVER_ARGS | VLLM_ARGS and name.startswith("no_"):
+    name, wanted = _name_of(base), True
+    if name not in ALL and name.startswith("no_"):
         name, wanted = name.removeprefix("no_"), False
-    answer = (VLLM_SERVER_ARGS | VLLM_ARGS).get(name)
-    if answer is None:
+    if name not in ALL:
         near = did_you_mean(option, known) or "; folovllm serve --help lists the options"
         raise ValueError(f"there is no option {option}{near}")
+    answer = ALL[name]
     if value is None and not _is_flag(name, answer) and rest and not rest[0].startswith("-"):
         value = rest.popleft()
     given = wanted if value is None else parse_value(value)
     if dot or given not in answer.harmless:
         shown = option if value is None else f"{option} {value}"
         raise ValueError(f"{shown} is an option of vLLM that FoloVLLM does not have; {answer.instead}")
+
+
+def _name_of(option: str) -> str:
+    """E.g. "--swap-space" and "--swap_space" -> "swap_space", "-tp" -> "tensor_parallel_size"."""
+    short = "-O" if option.startswith("-O") else option  # -O3
+    return _SHORT.get(short, option.removeprefix("--").replace("-", "_"))
 
 
 def _is_flag(name: str, answer: Answer) -> bool:

@@ -120,8 +120,14 @@ def _of_validation(faults: Sequence[Any]) -> ApiError:
 
 
 def _field(location: Sequence[str | int]) -> str:
-    """E.g. ("body", "messages", 0, "role") -> "messages.0.role"."""
-    return ".".join(map(str, location[1:] if location and location[0] in ("body", "path", "query") else location))
+    """E.g. ("body", "messages", 0, "role") -> "messages.0.role".
+
+    Where a field may have several types, pydantic adds the name of the one it has tried: ("body", "stop", "list[str]",
+    0) -> "stop".
+    """
+    names = list(map(str, location[1:] if location and location[0] in ("body", "path", "query") else location))
+    types = [i for i, name in enumerate(names) if name in ("str", "int", "float", "bool") or "[" in name]
+    return ".".join(names[: types[0]] if types else names)
 
 
 def _of_framework(error: HTTPException) -> ApiError:

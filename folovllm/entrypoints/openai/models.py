@@ -9,6 +9,7 @@ from typing import Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
+from folovllm.entrypoints.openai.errors import not_found
 from folovllm.entrypoints.openai.state import ServerState, server_state
 
 router = APIRouter()
@@ -42,5 +43,7 @@ async def list_models(request: Request) -> ModelList:
 @router.get("/v1/models/{name:path}")  # a HuggingFace id has a slash
 async def get_model(name: str, request: Request) -> ModelCard:
     state = server_state(request)
+    if not name:
+        raise not_found("a model's name belongs to this path, as in /v1/models/NAME")
     state.check_model(name)
     return model_card(state, name)

@@ -6,9 +6,10 @@ reasoning items, stored responses and background mode. Each is refused by its na
 A request becomes a conversation and is then a chat like any other. Only the words of the answer differ.
 """
 
+import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -20,7 +21,7 @@ from folovllm.entrypoints.openai.generation import Generation, unless_client_lea
 from folovllm.entrypoints.openai.prompts import TokenizedPrompt, chat_prompt
 from folovllm.entrypoints.openai.protocol import ApiModel, ChatCompletionRequest, Int
 from folovllm.entrypoints.openai.refusals import check_extra_fields
-from folovllm.entrypoints.openai.sampling import as_bad_request, chat_params
+from folovllm.entrypoints.openai.sampling import chat_params
 from folovllm.entrypoints.openai.state import ServerState, server_state
 from folovllm.outputs import CompletionOutput
 
@@ -41,6 +42,7 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "prompt": ("prompt templates are not stored; send input", ()),
     "truncation": ("a conversation is never cut; shorten it, or leave this out", ("disabled",)),
 }
+OWN_NAMES = {"max_tokens": "max_output_tokens", "messages": "input"}  # of a chat's fields
 
 
 class ResponsesRequest(ApiModel):
@@ -71,16 +73,14 @@ async def create_response(state: ServerState, body: ResponsesRequest, raw_reques
     state.check_model(body.model)
     chat = as_chat(body)
     check_extra_fields(chat, state.unknown_fields)
-    params = chat_params(chat, state.sampling_defaults, state.engine.config.max_model_len)
+    with fields_of_responses():
+        params = chat_params(chat, state.sampling_defaults, state.engine.config.max_model_len)
 
     async def start() -> tuple[ResponseAnswer, Generation]:
-        with state.admit(1):
-            try:
-                prompt = await chat_prompt(state, chat)
-            except ValueError as error:
-                raise as_bad_request(error, chat) from None
+        with state.admit(1), fields_of_responses():
+            prompt = await chat_prompt(state, chat, params.max_tokens)
             answer = ResponseAnswer(body, prompt, state.model_names[0], params.temperature, params.top_p)
-            return answer, await Generation.start(state, chat, [prompt], params)
+            return answer, await Generation.start(state, chat, answer.id, [prompt], params)
 
     async def run() -> Response:
         answer, generation = await start()
@@ -94,6 +94,18 @@ async def create_response(state: ServerState, body: ResponsesRequest, raw_reques
     answer, generation = await start()
     events = answer.events(generation, state.event_stream.encode, raw_request.state.request_id)
     return GenerationStream(generation, events)
+
+
+@contextlib.contextmanager
+def fields_of_responses() -> Iterator[None]:
+    """Writes the names that this API has for a field into the errors of a chat."""
+    try:
+        yield
+    except ApiError as error:
+        if error.param in OWN_NAMES:
+            error.message = error.message.replace(error.param, OWN_NAMES[error.param])
+            error.param = OWN_NAMES[error.param]
+        raise
 
 
 def as_chat(body: ResponsesRequest) -> ChatCompletionRequest:
@@ -141,10 +153,11 @@ class ResponseAnswer:
         self, body: ResponsesRequest, prompt: TokenizedPrompt, model: str, temperature: float, top_p: float
     ) -> None:
         self.usage = Usage([prompt], 1)
+        self.id = f"resp_{uuid.uuid4().hex}"
         self._item_id = f"msg_{uuid.uuid4().hex}"
         self._number = -1  # of the last event
         self._shared: dict[str, Any] = {
-            "id": f"resp_{uuid.uuid4().hex}",
+            "id": self.id,
             "object": "response",
             "created_at": int(time.time()),
             "model": model,
