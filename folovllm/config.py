@@ -273,7 +273,7 @@ class EngineConfig:
     quantization_config: QuantizationConfig = field(default_factory=QuantizationConfig)
     device: str = "auto"  # "cpu" or "cuda"; "auto": CUDA if there is one
     enforce_eager: bool = False  # CUDA graphs are a rung after M7; until then every step is eager
-    disable_log_stats: bool = True  # the server logs no statistics and has no GET /metrics; LLM ignores it
+    disable_log_stats: bool = True  # the server logs no throughput, and GET /metrics has no vllm: names
     trace: str | None = None  # write one record per step to this file (folovllm.trace)
     parts: Mapping[str, str] | None = None  # part -> "path.py:Class" (folovllm.parts)
 

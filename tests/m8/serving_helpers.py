@@ -25,7 +25,8 @@ TIMEOUT = 60.0  # seconds; no test waits for it unless it fails
 
 
 def serving_config(**engine_args: Any) -> EngineConfig:
-    """A resolved config: small blocks, chunked prefill and prefix caching as in the server's default."""
+    """A resolved config: small blocks; chunked prefill, prefix caching and statistics as in the server's default."""
+    disable_log_stats = engine_args.pop("disable_log_stats", False)
     defaults: dict[str, Any] = {
         "max_model_len": 256,
         "block_size": 16,
@@ -35,7 +36,8 @@ def serving_config(**engine_args: Any) -> EngineConfig:
     }
     config = make_config(**defaults | engine_args)
     arch = dataclasses.replace(config.model_config.arch, vocab_size=VOCAB_SIZE, eos_token_ids=())
-    return dataclasses.replace(config, model_config=dataclasses.replace(config.model_config, architecture=arch))
+    model_config = dataclasses.replace(config.model_config, architecture=arch)
+    return dataclasses.replace(config, model_config=model_config, disable_log_stats=disable_log_stats)
 
 
 def fake_executor(config: EngineConfig) -> FakeExecutor:

@@ -11,6 +11,7 @@ from folovllm.entrypoints.cli import app
 from folovllm.entrypoints.commands.chat import Conversation
 from folovllm.entrypoints.commands.chat_models import ServedModel
 from tests.m8.openai_double import DONE, chunk, event, running_double, usage
+from tests.m8.server_process import running_server
 
 pytestmark = pytest.mark.m8
 
@@ -157,3 +158,43 @@ def test_ctrl_c_stops_the_answer_and_closes_the_connection(double, capsys, texts
         assert talk.turns[-1] == message("assistant", "ok")
     finally:
         model.close()
+
+
+# ---- our own server
+
+
+def test_a_conversation_with_our_server():
+    with running_server(engine={"max_model_len": 256}, api_key=("secret",)) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        refused = chat(url, ["hi"])
+        assert refused.exit_code == 2 and "--api-key" in refused.stderr
+        args = ("--api-key", "secret", "--temperature", "0", "--max-tokens", "6")
+        result = chat(url, ["\u4f60", "\u597d"], *args)
+        assert result.exit_code == 0, result.output
+        messages = [message("user", "\u4f60")]
+        for text in result.stdout.removesuffix("\n").split("\n"):
+            body = {"messages": messages, "temperature": 0, "max_tokens": 6}
+            answer = server.post("/v1/chat/completions", body, Authorization="Bearer secret").json
+            assert answer["choices"][0]["message"]["content"] == text
+            messages += [message("assistant", text), message("user", "\u597d")]
+        assert result.stderr.count("6 tokens, ") == 2
+        # The model's context is 256 tokens: the server counts, and the client forgets.
+        result = chat(url, ["\u4f60" * 60] * 5, *args)
+        assert "no longer fits in 256 tokens: forgot the oldest" in result.stderr and "error" not in result.stderr
+
+
+def test_ctrl_c_aborts_the_request_at_our_server():
+    with running_server(engine={"max_model_len": 8192, "num_kv_blocks": 1000}) as server:
+        model = ServedModel(f"http://127.0.0.1:{server.port}", None, None, {"ignore_eos": True})
+        try:
+            pieces = model.stream([message("user", "\u4f60")])
+            while not next(pieces).num_tokens:
+                pass
+            assert server.state.engine.num_unfinished == 1
+            pieces.close()
+            deadline = time.monotonic() + 10
+            while server.state.engine.stats.kv_cache_usage and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert server.state.engine.num_unfinished == 0 and server.state.engine.stats.kv_cache_usage == 0
+        finally:
+            model.close()

@@ -20,6 +20,7 @@ from folovllm.metrics.stats import Histogram, length_buckets
 from folovllm.outputs import EngineStats
 from folovllm.sampling_params import RequestOutputKind, SamplingParams
 from tests.core_helpers import make_config
+from tests.m8.server_process import running_server
 
 pytestmark = pytest.mark.m8
 
@@ -335,3 +336,76 @@ def test_requests_that_are_stuck_are_logged_too(clock, caplog):
         for _ in range(4):
             clock.advance(10)
     assert len(caplog.messages) == 4 and len(clock.timers) == 1
+
+
+# ---- a server
+
+
+@pytest.fixture(scope="module")
+def running():
+    with running_server() as running:
+        yield running
+
+
+def page_of(running):
+    answer = running.get("/metrics")
+    assert answer.status == 200 and answer.headers["content-type"].startswith("text/plain; version=")
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(answer.body.decode())
+        for sample in family.samples
+    }
+
+
+def change(before, after, name, **labels):
+    model = next(dict(key[1])["model_name"] for key in after if key[0] == "vllm:num_requests_running")
+    if name.startswith("vllm:"):
+        labels |= {"model_name": model, "engine": "0"}
+    key = (name, tuple(sorted(labels.items())))
+    return after[key] - before.get(key, 0.0)
+
+
+def test_the_page_of_a_server(running):
+    before = page_of(running)
+    body = {"prompt": [[5, 6, 7], [8, 9]], "max_tokens": 4, "n": 2, "ignore_eos": True, "temperature": 1}
+    assert running.post("/v1/completions", body).status == 200
+    assert running.post("/v1/completions", body | {"stream": True}).status == 200
+    assert running.post("/v1/completions", body | {"n": -1}).status == 400
+    after = page_of(running)
+    assert change(before, after, "vllm:generation_tokens_total") == 32
+    assert change(before, after, "vllm:request_success_total", finished_reason="length") == 8
+    assert change(before, after, "vllm:request_params_n_sum") == 8
+    assert change(before, after, "vllm:request_params_n_count") == 4
+    assert change(before, after, "vllm:inter_token_latency_seconds_count") == 24
+    route = {"handler": "/v1/completions", "method": "POST"}
+    assert change(before, after, "http_requests_total", status="2xx", **route) == 2
+    assert change(before, after, "http_requests_total", status="4xx", **route) == 1
+    assert change(before, after, "http_request_duration_seconds_count", **route) == 3
+    assert not any("/metrics" in dict(labels).get("handler", "") for _, labels in after)  # it does not count itself
+
+
+def test_a_stop_string_counts_as_stop_and_a_client_that_leaves_as_abort(running):
+    prompt = {"prompt": [5, 6, 7], "max_tokens": 40, "ignore_eos": True, "temperature": 0}
+    text = running.post("/v1/completions", prompt).json["choices"][0]["text"]
+    stop = next(character for character in text if character.isascii() and character.isalnum())
+    before = page_of(running)
+    assert running.post("/v1/completions", prompt | {"stop": [stop]}).json["choices"][0]["finish_reason"] == "stop"
+
+    async def leave():
+        stream = await running.state.engine.add_request(
+            "left", {"prompt_token_ids": [1, 2]}, SamplingParams(max_tokens=99)
+        )
+        async with stream:
+            await anext(stream)
+
+    running.in_loop(leave)
+    after = page_of(running)
+    assert change(before, after, "vllm:request_success_total", finished_reason="stop") == 1
+    assert change(before, after, "vllm:request_success_total", finished_reason="abort") == 1
+    assert not running.state.metrics.observers[0]._unfinished
+
+
+def test_disable_log_stats():
+    with running_server(engine={"disable_log_stats": True}) as running:
+        body = running.get("/metrics").body.decode()
+    assert "vllm:" not in body and "process_resident_memory_bytes" in body

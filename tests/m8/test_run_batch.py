@@ -6,14 +6,21 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from typer.testing import CliRunner
 
 from folovllm.entrypoints.cli import app
+from folovllm.entrypoints.openai.app import build_app
 from folovllm.entrypoints.openai.batch import Summary, answer_all, read_batch
+from folovllm.entrypoints.openai.senders import post
+from folovllm.entrypoints.openai.server_options import ServerOptions
+from folovllm.entrypoints.openai.state import make_state
 from folovllm.entrypoints.openai_client import Answer, ServerError
 from tests.m8.openai_double import running_double
+from tests.m8.server_process import CHAT_TEMPLATE, running_server
+from tests.m8.serving_helpers import assert_all_free, eventually, make_async_llm, oracle, run_async
 
 pytestmark = pytest.mark.m8
 
@@ -305,3 +312,102 @@ def test_ctrl_c_keeps_what_is_done(double, tmp_path):
     answers = read(target)
     assert len(answers) > 30 and set(answers) == {str(i) for i in range(len(answers))}
     assert f"{len(answers)} of 100 answered" in errors.decode()
+
+
+# ---- the engine in this process
+
+
+def without_ids(answer):
+    """What two answers to the same request have in common."""
+    return {name: value for name, value in answer.items() if name not in ("id", "created")}
+
+
+def in_process(items, num_at_once=64, **engine_args):
+    """Answers through the application, as the command does. Returns the answers, and the engine after it."""
+
+    async def main():
+        async with make_async_llm(**engine_args) as engine:
+            options = ServerOptions(max_queue=10**9)
+            application = build_app(make_state(engine, options, CHAT_TEMPLATE))
+            written = []
+            await answer_all(items, partial(post, application), written.append, num_at_once, Summary(len(items)))
+            await assert_all_free(engine)
+            return {a["custom_id"]: a for a in map(json.loads, written)}
+
+    return run_async(main)
+
+
+def test_the_answers_are_those_of_the_server():
+    chat = {"messages": [{"role": "user", "content": "\u4f60"}], "max_tokens": 5}
+    bodies = {
+        "text": ("/v1/completions", {"prompt": "\u4f60", "max_tokens": 6, "temperature": 0}),
+        "ids": ("/v1/completions", {"prompt": [[1, 2, 3], [4]], "n": 2, "seed": 3, "max_tokens": 4, "echo": True}),
+        "chat": ("/v1/chat/completions", chat | {"seed": 1}),
+        "bad field": ("/v1/completions", {"prompt": "a", "top_p": 7}),
+        "bad type": ("/v1/chat/completions", {"messages": 5}),
+        "no model": ("/v1/completions", {"prompt": "a", "model": "nosuch"}),
+        "too long": ("/v1/completions", {"prompt": [1] * 300}),
+        "not a number": ("/v1/completions", {"prompt": [1], "temperature": float("nan")}),
+    }
+    answers = in_process(read_batch([request(name, url, body=body) for name, (url, body) in bodies.items()]))
+    assert set(answers) == set(bodies)
+    with running_server() as server:
+        for name, (url, body) in bodies.items():
+            theirs, ours = server.post(url, body), answers[name]
+            assert ours["response"]["status_code"] == theirs.status, name
+            assert without_ids(ours["response"]["body"]) == without_ids(theirs.json), name
+            assert ours["response"]["request_id"].startswith("req-")
+            assert ours["error"] == (None if theirs.status == 200 else theirs.json["error"])
+    assert [answers[name]["error"] is None for name in bodies] == [True] * 3 + [False] * 5
+
+
+def test_many_more_requests_than_run_at_once():
+    prompts = {str(i): [1 + i % 300, 2 + i % 7, 3] for i in range(300)}
+    lines = [
+        request(
+            name, body={"prompt": ids, "max_tokens": 5, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        )
+        for name, ids in prompts.items()
+    ]
+    answers = in_process(read_batch(lines), max_num_seqs=4)
+    assert len(answers) == 300
+    for name, ids in prompts.items():
+        assert answers[name]["response"]["body"]["choices"][0]["token_ids"] == oracle(ids, 5)
+
+
+def test_a_batch_that_is_cancelled_leaves_nothing_in_the_engine():
+    async def main():
+        async with make_async_llm(max_model_len=8192, num_kv_blocks=2000) as engine:
+            application = build_app(make_state(engine, ServerOptions()))
+            items = read_batch(
+                [request(str(i), body={"prompt": [i + 1], "max_tokens": 8000, "ignore_eos": True}) for i in range(9)]
+            )
+            run = asyncio.create_task(answer_all(items, partial(post, application), print, 9, Summary(9)))
+            await eventually(lambda: engine.stats.num_running == 9)
+            run.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await run
+            await assert_all_free(engine)
+
+    run_async(main)
+
+
+@pytest.mark.weights
+def test_the_command_with_the_real_model(tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    greedy = {"max_tokens": 4, "temperature": 0}
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "model": "mine"} | greedy
+    lines = [
+        request("a", body={"prompt": "The capital of France is"} | greedy),
+        request("b", "/v1/chat/completions", body=chat),
+    ]
+    source.write_text("\n".join([*lines, "{"]))
+    command = [sys.executable, "-m", "folovllm", "run-batch", "-i", source, "-o", target]
+    options = ["--max-num-seqs", "2", "--max-model-len", "256", "--served-model-name", "mine"]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "3 of 3 answered, 1 of them with an error" in done.stderr and "Traceback" not in done.stderr
+    answers = read(target)
+    assert answers["a"]["response"]["body"]["choices"][0]["text"].startswith(" Paris")
+    assert answers["b"]["response"]["body"]["choices"][0]["message"]["content"] and answers["b"]["error"] is None
+    assert answers[None]["error"]["message"].startswith("line 3")
