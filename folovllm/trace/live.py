@@ -79,6 +79,11 @@ class LiveTrace(Recorder):
         self.attach(scheduler)
         return self
 
+    @property
+    def has_pending_events(self) -> bool:
+        """Whether something has happened since the last record."""
+        return bool(self._events)
+
     def attach(self, scheduler: Scheduler) -> None:
         """Emits the header and a snapshot of the present state. Call it between two steps."""
         self._reset()
@@ -220,6 +225,12 @@ class LiveFeed:
         self._lines = []
 
     def take(self) -> list[Line]:
-        """The lines since the last call, oldest first."""
+        """The lines since the last call, oldest first.
+
+        If the last requests were aborted, no step follows whose record would tell of it, so a snapshot does.
+        """
+        is_idle = not self._core.scheduler.has_unfinished_requests()
+        if self._live is not None and self._watched is not None and is_idle and self._live.has_pending_events:
+            self._live.attach(self._core.scheduler)
         lines, self._lines = self._lines, []
         return lines

@@ -185,6 +185,20 @@ def test_a_request_that_ends_between_steps_is_told_with_the_next_record() -> Non
     assert replay.running == ["b"]
 
 
+def test_the_abort_of_the_last_request_is_told_though_no_step_follows() -> None:
+    core = make_core()
+    core.add_request(make_request("a", 5, 6))
+    core.step()
+    feed, replay = LiveFeed(core), Replay()
+    feed.snapshot()
+    play(replay, feed.take()[1])
+    core.abort_requests(["a"])
+    _, snapshot = feed.take()
+    play(replay, snapshot)
+    assert_agrees(replay, core)
+    assert replay.requests == {} and replay.holders == {} and feed.take() == []
+
+
 def test_free_blocks_that_can_still_be_hit_are_in_the_snapshot() -> None:
     core = make_core(enable_prefix_caching=True)
     core.add_request(make_request("a", 9, 2))

@@ -47,7 +47,7 @@ async function stream(messages, answer, measured, signal) {
     stream_options: { include_usage: true, continuous_usage_stats: true },
   };
   const id = newId();
-  markMine(`chatcmpl-${id}`); // so the server calls a chat with this X-Request-Id, also in the live trace
+  markMine(id); // the server takes the X-Request-Id into the request's name, also in the live trace
   const response = await ask("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal, id });
   if (response.status === 401) askForKey();
   if (!response.ok) throw new Error(await errorText(response));
@@ -57,7 +57,7 @@ async function stream(messages, answer, measured, signal) {
     const chunk = JSON.parse(data);
     if (chunk.error) throw new Error(chunk.error.message);
     takeChunk(chunk, answer, measured);
-    answer.root.style.setProperty("--owner", colourOfMine(chunk.id) ?? "var(--line)");
+    answer.root.style.setProperty("--owner", colourOfMine(id) ?? "var(--line)");
   }
   if (!isWhole) throw new Error("the server ended the stream too early");
 }

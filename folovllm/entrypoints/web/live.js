@@ -21,21 +21,22 @@ let isPaused = false;
 let isWaitingForFrame = false;
 let connection = null; // what ends the present stream
 const colourOf = new Map(); // request id -> index of its colour, which a new model must not change
-const mine = new Set(); // ids of this page's own requests
+const mine = new Map(); // id of a request of this page -> index of its colour, or null
 
-// A request of this page begins, which is called `id` or, if it has several answers, `id`-0, `id`-1, ...
+// A request of this page begins. The engine's name for it contains `id`.
 export function markMine(id) {
-  mine.add(id);
-}
-
-function isMine(id) {
-  return mine.has(id) || mine.has(id.replace(/-\d+$/, ""));
+  mine.set(id, null);
 }
 
 // The colour of such a request, once the engine has told of it.
 export function colourOfMine(id) {
-  const index = colourOf.get(id) ?? colourOf.get(`${id}-0`);
-  return index === undefined ? null : ownerColour({ index }, { isDark: isDark() });
+  const index = mine.get(id);
+  return index === null ? null : ownerColour({ index }, { isDark: isDark() });
+}
+
+function ownId(id) {
+  const found = id.match(/[0-9a-f]{32}/)?.[0];
+  return mine.has(found) ? found : null;
 }
 
 // ---- the stream
@@ -93,6 +94,7 @@ function take(line) {
   for (const life of model.lives.slice(known)) {
     if (!colourOf.has(life.id)) colourOf.set(life.id, colourOf.size);
     life.index = colourOf.get(life.id);
+    if (ownId(life.id)) mine.set(ownId(life.id), life.index);
   }
   record = line;
   if (!line.type) history.push({ batch: line.sched.length, held: model.last.holders.size / model.usableBlocks });
@@ -125,12 +127,13 @@ function renderSoon() {
 }
 
 export function render() {
-  if (!model || !byId("engine").clientWidth) return; // nothing to show, or not shown on this small screen
+  if (!model) return;
+  const isBusy = model.last.requests.size > 0;
+  say(isBusy ? "busy" : "idle", isBusy ? "working" : "idle");
+  if (!byId("engine").clientWidth) return; // a small screen shows the chat now
   const view = { colours: readColours(byId("probe")), isDark: isDark(), chosen };
   const state = { ...model.last, step: model.records.length - 1, record };
   const { num_waiting: numWaiting } = record.queues;
-  const isBusy = state.requests.size > 0;
-  say(isBusy ? "busy" : "idle", isBusy ? "working" : "idle");
   byId("step").textContent = (record.step + 1).toLocaleString("en");
   byId("tokens").textContent = isBusy ? `${record.budget.used} of ${record.budget.tokens}` : "–";
   byId("blocks-held").textContent = `${state.holders.size} of ${model.usableBlocks}`;
@@ -144,7 +147,6 @@ export function render() {
   const unseen = model.usableBlocks - grid.shown;
   byId("unseen").textContent = unseen ? `${unseen.toLocaleString("en")} more blocks were never held and are not drawn.` : "";
   if (byId("why-box").open) byId("why").replaceChildren(...whyLines());
-  document.body.dataset.step = record.step;
 }
 
 // The engine's own order, which by priority is another than that of arrival; a very long queue comes without names.
@@ -192,18 +194,21 @@ function updateChip(chip, id, state, view) {
   const { computed, known, prompt } = request;
   const progress = !state.running.includes(id) ? (request.preemptions ? "preempted" : `prompt ${prompt}`)
     : computed < prompt ? `prompt ${computed}/${prompt}` : `+${known - prompt}`;
-  chip.textContent = `${isMine(id) ? "you " : ""}${shortNames(id)} ${progress}`; // text, never HTML: an id may be a stranger's
+  chip.textContent = `${ownId(id) ? "you " : ""}${shortNames(id)} ${progress}`; // text, never HTML: an id may be a stranger's
   chip.title = `${id}: ${prompt} prompt tokens, ${known - prompt} generated, ${computed} computed`;
-  chip.classList.toggle("mine", isMine(id));
+  chip.classList.toggle("mine", ownId(id) !== null);
   chip.setAttribute("aria-pressed", id === chosen);
   chip.style.setProperty("--owner", ownerColour({ index: colourOf.get(id) ?? 0 }, view));
   return chip;
 }
 
-// Of "chatcmpl-0f3a91c2...-1" the beginning of the random part tells requests apart, and the number tells answers apart.
+// Of "chatcmpl-0f3a91c2...-1" the beginning of the random part tells requests apart, the last number tells the prompts of
+// one request apart, and a number in front tells its answers apart.
+const LONG_NAME = /(?<![0-9a-z])(?:(\d{1,4})_)?(?:chatcmpl|cmpl|resp)-([0-9a-z]{6})[0-9a-z-]*?(-\d{1,4})?(?![0-9a-z-])/g;
+
 function shortNames(text) {
-  return text.replace(/\b(?:chatcmpl|cmpl|resp)-([0-9a-z]{6})[0-9a-z-]*?(-\d{1,4})?(?![0-9a-z-])/g, (_, name, index) =>
-    index && index !== "-0" ? name + index : name);
+  return text.replace(LONG_NAME, (_, answer, name, prompt) =>
+    name + (prompt && prompt !== "-0" ? prompt : "") + (answer ? `/${answer}` : ""));
 }
 
 function whyLines() {
