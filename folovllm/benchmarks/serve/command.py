@@ -29,7 +29,7 @@ from folovllm.benchmarks.serve.traffic import (
 )
 from folovllm.benchmarks.workloads import A_OUTPUT_LEN, A_PROMPT_LEN
 from folovllm.engine.tokenizer import Tokenizer
-from folovllm.entrypoints.openai_client import OpenAIClient, first_model
+from folovllm.entrypoints.openai_client import OpenAIClient
 from folovllm.hub import ALIASES, HubError, find_model
 from folovllm.hub.find import find_tokenizer
 
@@ -93,7 +93,7 @@ def measure(options: ServeOptions, tokenizer: Tokenizer | None = None) -> tuple[
 async def ask_model(options: ServeOptions) -> str:
     """The first model that the server names."""
     async with OpenAIClient(options.base_url, options.api_key) as client:
-        return str((await first_model(client))["id"])
+        return str((await client.model_card())["id"])
 
 
 def find_its_tokenizer(options: ServeOptions) -> Tokenizer | None:
