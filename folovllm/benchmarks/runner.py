@@ -95,9 +95,22 @@ def run_child(
     Its output is appended to `log`; without one, its stderr is ours. Raises TimeoutError after `timeout` seconds.
     However this ends, no process that the command started is left.
     """
+    process = start_child(command, log, variables)
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"took longer than {timeout:.0f} s and was ended") from None
+    finally:
+        end_group(process)
+
+
+def start_child(
+    command: Sequence[str], log: Path | None = None, variables: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Starts `command` in a session of its own, which ends with this process. Close it with `end_group`."""
     with contextlib.ExitStack() as files:
         out = files.enter_context(log.open("ab")) if log else subprocess.DEVNULL
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-I", "-S", str(GUARD), *command],
             stdin=subprocess.PIPE,
             stdout=out,
@@ -105,15 +118,9 @@ def run_child(
             start_new_session=True,
             env={**os.environ, **(variables or {})},
         )
-    try:
-        return process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        raise TimeoutError(f"took longer than {timeout:.0f} s and was ended") from None
-    finally:
-        _end_group(process)
 
 
-def _end_group(process: subprocess.Popen[bytes]) -> None:
+def end_group(process: subprocess.Popen[bytes]) -> None:
     """End what is left of the group: nothing after a clean end, unless the command forgot a process."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS answers EPERM where all are dead
         os.killpg(process.pid, signal.SIGKILL)
