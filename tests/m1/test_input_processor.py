@@ -212,3 +212,14 @@ def test_a_refused_or_seeded_request_does_not_shift_the_seeds_of_others() -> Non
         process([0], InputProcessor(byte_level(), 1, 9), bad_words=["dog"])
     process(processor=disturbed, seed=5)
     assert process(processor=plain).seed == process(processor=disturbed).seed
+
+
+def test_a_text_with_too_many_characters_is_refused_before_it_is_encoded() -> None:
+    """A text of 20 MB would take seconds, and no token is longer than the vocabulary's longest."""
+    limit = LIMIT * byte_level().max_chars_per_token
+    with pytest.raises(ValueError, match=rf"\(length \d+\) is longer than the maximum model length of {LIMIT}"):
+        process("a" * limit)
+    message = f"of {limit + 1} characters is longer than .* {LIMIT} tokens, which are at most {limit} characters"
+    with pytest.raises(ValueError, match=message):
+        process("a" * (limit + 1))
+    assert len(process({"prompt": "a" * (limit + 1), "prompt_token_ids": [3, 4]}).prompt_token_ids) == 2
