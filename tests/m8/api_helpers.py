@@ -207,7 +207,7 @@ def with_client(**arguments: Any) -> Callable[[Callable[..., Coroutine[Any, Any,
 
 
 def join_choices(chunks: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """What a client makes of the chunks of a completion: per choice the texts, ids and logprobs joined, the rest last."""
+    """What a client makes of the chunks of a completion: per choice, texts, ids and logprobs are joined."""
     joined: list[dict[str, Any]] = [{} for _ in range(count)]
     for chunk in chunks:
         for choice in chunk["choices"]:

@@ -19,7 +19,7 @@ from tests.m8.serving_helpers import VOCAB_SIZE, eventually, oracle, prompt_ids,
 pytestmark = pytest.mark.m8
 
 PATH = "/v1/completions"
-TEXT = "the quick brown fox"
+TEXT = "two words here"
 IDS = byte_level().encode(TEXT)
 LIMIT = 256  # max_model_len of the server under test
 POISON = 399  # a token id at which PoisonedExecutor raises
@@ -254,7 +254,7 @@ async def test_continuous_usage(client):
 @pytest.mark.parametrize("kept", [False, True])
 @with_client()
 async def test_a_stop_string(client, kept):
-    prompt, count = hits(byte_level().encode("x")[0])
+    prompt, _ = hits(byte_level().encode("x")[0])
     fields = {"prompt": prompt, "max_tokens": 200, "stop": ["never said", "x"], "include_stop_str_in_output": kept}
     (choice,) = (await client.complete(**fields)).json["choices"]
     assert choice["finish_reason"] == "stop" and choice["stop_reason"] == "x"
