@@ -53,22 +53,19 @@ class Usage:
     def __init__(self, prompts: Sequence[TokenizedPrompt], num_choices: int) -> None:
         self._num_choices = num_choices
         self._prompt_tokens = [len(prompt.token_ids) for prompt in prompts]
-        self._cached_tokens: list[int | None] = [None] * len(prompts)
+        self._cached_tokens = [0] * len(prompts)
         self._completion_tokens = [0] * (len(prompts) * num_choices)
 
     def add(self, prompt_index: int, output: RequestOutput) -> None:
         """Counts the new tokens of an output: all that it has, or with DELTA what has come since the last one."""
         for completion in output.outputs:
             self._completion_tokens[prompt_index * self._num_choices + completion.index] += len(completion.token_ids)
-        cached, before = output.num_cached_tokens, self._cached_tokens[prompt_index]
-        # With n > 1, later answers find what the first one cached; the fewest is what was there before the request.
-        if cached is not None:
-            self._cached_tokens[prompt_index] = cached if before is None else min(before, cached)
+        if output.num_cached_tokens is not None:
+            self._cached_tokens[prompt_index] = output.num_cached_tokens
 
     def total(self) -> dict[str, Any]:
-        cached = sum(count or 0 for count in self._cached_tokens)
         usage = _usage(sum(self._prompt_tokens), sum(self._completion_tokens))
-        return {**usage, "prompt_tokens_details": {"cached_tokens": cached}}
+        return {**usage, "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)}}
 
     def so_far(self, choice_index: int) -> dict[str, Any]:
         """The usage of one choice, for `continuous_usage_stats`."""
