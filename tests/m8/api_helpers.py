@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI
-from folovllm.engine.async_llm import AsyncLLM
 
 from folovllm.config import EngineConfig
 from folovllm.core.sched.output import SchedulerOutput
+from folovllm.engine.async_llm import AsyncLLM
 from folovllm.engine.tokenizer import Tokenizer
 from folovllm.entrypoints.openai.app import build_app
 from folovllm.entrypoints.openai.server_options import ServerOptions

@@ -8,7 +8,7 @@ processors that compute the tokens.
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -19,10 +19,8 @@ from folovllm.entrypoints.openai.generation import Generation, unless_client_lea
 from folovllm.entrypoints.openai.prompts import TokenizedPrompt
 from folovllm.entrypoints.openai.protocol import GenerationRequest
 from folovllm.entrypoints.openai.sse import DONE
+from folovllm.entrypoints.openai.state import ServerState
 from folovllm.outputs import RequestOutput
-
-if TYPE_CHECKING:
-    from folovllm.entrypoints.openai.state import ServerState
 
 Encode = Callable[[str], bytes]  # EventStream.encode
 dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
@@ -93,7 +91,7 @@ class Answer(Protocol):
 
 
 async def respond(
-    state: "ServerState",
+    state: ServerState,
     body: GenerationRequest,
     raw_request: Request,
     start: Callable[[], Awaitable[tuple[Answer, Generation]]],
