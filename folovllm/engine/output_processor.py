@@ -314,9 +314,10 @@ class OutputProcessor:
         if not completions:
             return []
         output = _request_output(state, parent.request_id, completions, not parent.unfinished, metrics)
+        # Of child 0, which found what was cached before this request came; its siblings find what it has cached itself.
+        output.num_cached_tokens = parent.num_cached_tokens
         if parent.final_only:
             output.metrics = merge_metrics(parent.metrics)
-            output.num_cached_tokens = parent.num_cached_tokens
         if state.output_kind is not RequestOutputKind.DELTA:
             output.prompt_logprobs = parent.prompt_logprobs  # child 0 computed them for all
         return [output]

@@ -1,5 +1,6 @@
 """Server-sent events: what is encoded comes back, however the bytes are cut."""
 
+import itertools
 import json
 
 import pytest
@@ -18,7 +19,7 @@ def parse(stream: bytes, cuts: list[int] | None = None) -> list[str]:
     """The events of a stream that arrives in pieces, cut at `cuts`."""
     places = [0, *sorted(cut % (len(stream) + 1) for cut in cuts or []), len(stream)]
     parser = EventStream()
-    return [event for a, b in zip(places, places[1:], strict=False) for event in parser.feed(stream[a:b])]
+    return [event for a, b in itertools.pairwise(places) for event in parser.feed(stream[a:b])]
 
 
 def unix_lines(data: str) -> str:

@@ -8,7 +8,7 @@ processors that compute the tokens.
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -19,10 +19,8 @@ from folovllm.entrypoints.openai.generation import Generation, unless_client_lea
 from folovllm.entrypoints.openai.prompts import TokenizedPrompt
 from folovllm.entrypoints.openai.protocol import GenerationRequest
 from folovllm.entrypoints.openai.sse import DONE
+from folovllm.entrypoints.openai.state import ServerState
 from folovllm.outputs import RequestOutput
-
-if TYPE_CHECKING:
-    from folovllm.entrypoints.openai.state import ServerState
 
 Encode = Callable[[str], bytes]  # EventStream.encode
 dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
@@ -53,22 +51,19 @@ class Usage:
     def __init__(self, prompts: Sequence[TokenizedPrompt], num_choices: int) -> None:
         self._num_choices = num_choices
         self._prompt_tokens = [len(prompt.token_ids) for prompt in prompts]
-        self._cached_tokens: list[int | None] = [None] * len(prompts)
+        self._cached_tokens = [0] * len(prompts)
         self._completion_tokens = [0] * (len(prompts) * num_choices)
 
     def add(self, prompt_index: int, output: RequestOutput) -> None:
         """Counts the new tokens of an output: all that it has, or with DELTA what has come since the last one."""
         for completion in output.outputs:
             self._completion_tokens[prompt_index * self._num_choices + completion.index] += len(completion.token_ids)
-        cached, before = output.num_cached_tokens, self._cached_tokens[prompt_index]
-        # With n > 1, later answers find what the first one cached; the fewest is what was there before the request.
-        if cached is not None:
-            self._cached_tokens[prompt_index] = cached if before is None else min(before, cached)
+        if output.num_cached_tokens is not None:
+            self._cached_tokens[prompt_index] = output.num_cached_tokens
 
     def total(self) -> dict[str, Any]:
-        cached = sum(count or 0 for count in self._cached_tokens)
         usage = _usage(sum(self._prompt_tokens), sum(self._completion_tokens))
-        return {**usage, "prompt_tokens_details": {"cached_tokens": cached}}
+        return {**usage, "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)}}
 
     def so_far(self, choice_index: int) -> dict[str, Any]:
         """The usage of one choice, for `continuous_usage_stats`."""
@@ -96,7 +91,7 @@ class Answer(Protocol):
 
 
 async def respond(
-    state: "ServerState",
+    state: ServerState,
     body: GenerationRequest,
     raw_request: Request,
     start: Callable[[], Awaitable[tuple[Answer, Generation]]],

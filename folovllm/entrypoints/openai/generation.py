@@ -9,25 +9,24 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
 
+from folovllm.engine.request_stream import RequestStream
 from folovllm.entrypoints.openai.errors import bad_request
 from folovllm.entrypoints.openai.prompts import TokenizedPrompt
 from folovllm.entrypoints.openai.protocol import GenerationRequest
 from folovllm.entrypoints.openai.sampling import as_bad_request
+from folovllm.entrypoints.openai.state import ServerState
 from folovllm.outputs import RequestOutput
 from folovllm.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from folovllm.engine.request_stream import RequestStream
-    from folovllm.entrypoints.openai.state import ServerState
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Outputs = asyncio.Queue[tuple[int, RequestOutput | Exception | None]]
 MAX_ID_LENGTH = 128
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for the access log; the client is not there to read it
 
@@ -36,13 +35,13 @@ class Generation:
     """One stream per prompt. `aclose`, or the end of an `async with`, aborts those that have not finished."""
 
     def __init__(self) -> None:
-        self._streams: list["RequestStream"] = []
+        self._streams: list[RequestStream] = []
         self._pumps: list[asyncio.Task[None]] = []
 
     @classmethod
     async def start(
         cls,
-        state: "ServerState",
+        state: ServerState,
         body: GenerationRequest,
         request_id: str,
         prompts: Sequence[TokenizedPrompt],
@@ -80,17 +79,17 @@ class Generation:
                 yield 0, output
             return
         # A queue of one: while the reader is slow, the streams collect what comes (see RequestOutputCollector).
-        queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(maxsize=1)
+        queue: Outputs = asyncio.Queue(maxsize=1)
         self._pumps = [asyncio.create_task(_pump(i, stream, queue)) for i, stream in enumerate(self._streams)]
         num_open = len(self._pumps)
         while num_open:
-            index, output = await queue.get()
-            if isinstance(output, Exception):
-                raise output
-            if output is None:
+            index, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
                 num_open -= 1
             else:
-                yield index, output
+                yield index, item
 
     async def aclose(self) -> None:
         """Aborts what has not finished. Calling it twice is fine."""
@@ -141,7 +140,7 @@ def _is_id(text: str) -> bool:
     return 0 < len(text) <= MAX_ID_LENGTH and text.isascii() and text.isprintable()
 
 
-def _check_priority(state: "ServerState", body: GenerationRequest) -> None:
+def _check_priority(state: ServerState, body: GenerationRequest) -> None:
     if body.priority and state.engine.config.scheduler_config.scheduling_policy != "priority":
         raise bad_request(
             f"priority {body.priority} has no effect: the server was started without --scheduling-policy priority;"
@@ -150,9 +149,7 @@ def _check_priority(state: "ServerState", body: GenerationRequest) -> None:
         )
 
 
-async def _pump(
-    index: int, stream: "RequestStream", queue: "asyncio.Queue[tuple[int, RequestOutput | Exception | None]]"
-) -> None:
+async def _pump(index: int, stream: RequestStream, queue: Outputs) -> None:
     """Moves the outputs of one stream into the queue, then None; or the exception that ends them."""
     try:
         async for output in stream:

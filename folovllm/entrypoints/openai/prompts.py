@@ -8,15 +8,13 @@ longer than the longest entry of the vocabulary.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from folovllm.engine.tokenizer import Tokenizer
 from folovllm.entrypoints.openai.errors import ApiError, bad_request
 from folovllm.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from folovllm.entrypoints.openai.sampling import as_bad_request
-
-if TYPE_CHECKING:
-    from folovllm.entrypoints.openai.state import ServerState
+from folovllm.entrypoints.openai.state import ServerState
 
 MAX_COMPLETIONS = 1024  # in one request: prompts x n
 
@@ -33,7 +31,7 @@ class TokenizedPrompt(NamedTuple):
 
 
 async def completion_prompts(
-    state: "ServerState", body: CompletionRequest, max_tokens: int | None
+    state: ServerState, body: CompletionRequest, max_tokens: int | None
 ) -> list[TokenizedPrompt]:
     """The prompts of a completion, in order. Raises ApiError (400) for one that does not fit."""
     check_count(body, len(body.prompt))
@@ -50,7 +48,7 @@ async def completion_prompts(
     return prompts
 
 
-async def chat_prompt(state: "ServerState", body: ChatCompletionRequest, max_tokens: int | None) -> TokenizedPrompt:
+async def chat_prompt(state: ServerState, body: ChatCompletionRequest, max_tokens: int | None) -> TokenizedPrompt:
     """The conversation as the chat template renders it. Raises ApiError (400) for bad messages."""
     _check_template(state)
     check_count(body, 1)
@@ -94,7 +92,7 @@ class Limit(NamedTuple):
     keep: int | None  # truncate_prompt_tokens, resolved: the prompt's last tokens
 
     @classmethod
-    def of(cls, state: "ServerState", body: GenerationRequest, field: str, max_tokens: int | None) -> "Limit":
+    def of(cls, state: ServerState, body: GenerationRequest, field: str, max_tokens: int | None) -> "Limit":
         max_model_len, keep = state.engine.config.max_model_len, body.truncate_prompt_tokens
         if keep is not None and not (keep == -1 or 1 <= keep <= max_model_len):
             raise bad_request(
@@ -131,7 +129,7 @@ class Limit(NamedTuple):
         )
 
 
-def _check_template(state: "ServerState") -> None:
+def _check_template(state: ServerState) -> None:
     tokenizer = state.engine.tokenizer
     if tokenizer is None:
         raise bad_request("this server has no tokenizer: send token ids to /v1/completions", "messages")
@@ -141,7 +139,7 @@ def _check_template(state: "ServerState") -> None:
         )
 
 
-def _decode(state: "ServerState", token_ids: list[int]) -> str:
+def _decode(state: ServerState, token_ids: list[int]) -> str:
     """The text of a prompt that was given as ids, for `echo`."""
     if state.engine.tokenizer is None:
         raise bad_request('echo needs the text of the prompt, and this server has no tokenizer: send "echo": false',

@@ -63,11 +63,15 @@ def as_bad_request(error: ValueError, body: GenerationRequest) -> ApiError:
 
     E.g. "temperature must be in [0, inf), got -1" -> param "temperature"; "messages[2] needs ..." -> "messages".
     """
-    fields = type(body).model_fields
-    names = sorted({*fields, "prompt"} - {"model"}, key=len, reverse=True)
-    found = re.search(rf"\b({'|'.join(names)})\b", str(error))
+    names = sorted({*type(body).model_fields, "prompt"} - {"model"}, key=len, reverse=True)
+    message = str(error)
+    found = re.search(rf"\b({'|'.join(names)})\b", message)
     name = found[1] if found else None
-    return bad_request(str(error), "messages" if name == "prompt" and "messages" in fields else name)
+    if isinstance(body, ChatCompletionRequest) and name == "prompt":
+        name = "messages"
+    if isinstance(body, ChatCompletionRequest) and name == "logprobs":  # SamplingParams calls it so
+        name, message = "top_logprobs", message.replace("logprobs", "top_logprobs", 1)
+    return bad_request(message, name)
 
 
 def _params(
