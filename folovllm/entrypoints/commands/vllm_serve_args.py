@@ -70,7 +70,7 @@ def without_vllm_options(argv: Sequence[str], takes_value: Mapping[str, bool]) -
 
     `takes_value` has our own options, such as {"--port": True, "--log-requests": False}. They are written with their
     values, "--port=8000", and with dashes: vLLM takes underscores as well. Raises ValueError for any other option, with
-    what to do instead, or with the nearest name of ours.
+    what to do instead, or with the nearest known name.
     """
     kept: list[str] = []
     rest = deque(argv)
