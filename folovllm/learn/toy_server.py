@@ -1,0 +1,111 @@
+"""The toy server: clients of the toy engine, without HTTP, threads or a clock.
+
+Milestone: M8. vLLM counterpart: none. Exercises about serving and the demo of the milestone play their scenes on it.
+
+    server = ToyServer(stream_class=mine.cls, num_kv_blocks=20)
+    async with server.open("a") as stream:
+        server.step()                                  # the engine computes; nobody else runs meanwhile
+        print(await anext(stream), server.num_used_blocks)
+
+A real server steps its engine in a process of its own. Here a step happens when the scene says so, so that blocks can
+be counted between two events.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from folovllm.engine.output_collector import RequestOutputCollector
+from folovllm.engine.request_stream import RequestStream
+from folovllm.learn.toy_engine import MAX_STEPS, check_core, make_core, make_request
+from folovllm.outputs import CompletionOutput, EngineCoreOutput, RequestOutput
+from folovllm.sampling_params import RequestOutputKind
+
+DELTA = RequestOutputKind.DELTA
+Scene = TypeVar("Scene")
+
+
+def text_of(token_ids: Sequence[int]) -> str:
+    """The toy text of tokens. E.g. [12, 7] -> "12 7 "."""
+    return "".join(f"{token_id} " for token_id in token_ids)
+
+
+class ToyServer:
+    """The toy engine, and a collector and a stream for each client. `aborted` lists the ids that were aborted."""
+
+    def __init__(
+        self,
+        stream_class: Callable[..., Any] = RequestStream,
+        collector_class: Callable[..., Any] = RequestOutputCollector,
+        **config_args: Any,
+    ) -> None:
+        config = {"max_model_len": 64, "block_size": 4, "num_kv_blocks": 65, "max_num_seqs": 8} | config_args
+        self.core = make_core(**config)
+        self.stream_class, self.collector_class = stream_class, collector_class
+        self.collectors: dict[str, Any] = {}
+        self.prompts: dict[str, list[int]] = {}
+        self.aborted: list[str] = []
+
+    def open(self, request_id: str, prompt: int = 8, max_tokens: int = 24) -> Any:
+        """Queues a request and returns the stream of its client."""
+        request = make_request(request_id, prompt, max_tokens)
+        self.prompts[request_id] = list(request.prompt_token_ids)
+        self.collectors[request_id] = collector = self.collector_class(DELTA)
+        self.core.add_request(request)
+        return self.stream_class(request_id, collector, self.abort)
+
+    def step(self) -> list[EngineCoreOutput]:
+        """One step of the engine. Each request that got tokens has them in its collector afterwards."""
+        outputs = self.core.step()
+        check_core(self.core)
+        for output in outputs:
+            self._deliver(output.request_id, output.new_token_ids, output.finish_reason)
+        return outputs
+
+    async def serve(self) -> None:
+        """Steps until no request is left. After each step the clients run for as long as they have something to do."""
+        for _ in range(MAX_STEPS):
+            if not self.core.has_unfinished_requests():
+                return
+            self.step()
+            await clients_run()
+        raise AssertionError(f"not done after {MAX_STEPS} steps: {self.core.stats()}")
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request now: its blocks are free before the next step. Unknown and finished ids are ignored."""
+        self.aborted.append(request_id)
+        if request_id in self.collectors:
+            self.core.abort_requests([request_id])
+            self._deliver(request_id, [], "abort")
+
+    @property
+    def num_used_blocks(self) -> int:
+        pool = self.core.scheduler.kv_cache_manager.block_pool
+        return self.core.kv_cache_config.num_usable_blocks - pool.get_num_free_blocks()
+
+    def _deliver(self, request_id: str, token_ids: list[int], finish_reason: str | None) -> None:
+        completion = CompletionOutput(0, text_of(token_ids), list(token_ids), finish_reason=finish_reason)
+        finished = finish_reason is not None
+        collector = self.collectors.pop(request_id) if finished else self.collectors[request_id]
+        collector.put(RequestOutput(request_id, None, self.prompts[request_id], [completion], finished))
+
+
+async def clients_run(turns: int = 5) -> None:
+    """Lets every other task run until it waits again. A few turns of the event loop are enough for the toy clients."""
+    for _ in range(turns):
+        await asyncio.sleep(0)
+
+
+def play(scene: Coroutine[Any, Any, Scene], seconds: float = 5.0) -> Scene:
+    """Runs a scene to its end. Raises AssertionError if it hangs: some task waits for what never comes."""
+
+    async def with_limit() -> Scene:
+        asyncio.get_running_loop().set_exception_handler(
+            lambda loop, context: None
+        )  # what a task raises, the scene tells
+        return await asyncio.wait_for(scene, seconds)
+
+    try:
+        return asyncio.run(with_limit())
+    except TimeoutError:
+        raise AssertionError(f"the scene was not over after {seconds:g} seconds: a task waits for ever") from None

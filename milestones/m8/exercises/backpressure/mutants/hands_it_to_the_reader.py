@@ -1,0 +1,62 @@
+# killed-by: a_cancelled_get_loses_nothing | just after
+"""An output is handed to the reader that waits, through its future, and is kept nowhere else.
+
+If the reader is cancelled before its turn, the output is lost. asyncio's own queue did it (python/asyncio issue 201).
+"""
+
+import asyncio
+import dataclasses
+
+from folovllm.engine.output_collector import RequestOutputCollector as Reference
+from folovllm.outputs import CompletionOutput, RequestOutput
+from folovllm.sampling_params import RequestOutputKind
+
+
+class RequestOutputCollector(Reference):
+    def __init__(self, output_kind: RequestOutputKind) -> None:
+        self.adds_up = output_kind is RequestOutputKind.DELTA
+        self.output: RequestOutput | None = None
+        self.error: Exception | None = None
+        self.waiting: asyncio.Future[RequestOutput] | None = None
+
+    def put(self, output: RequestOutput | Exception) -> None:
+        if isinstance(output, Exception):
+            self.error = output
+        elif self.waiting is not None and not self.waiting.done():
+            self.waiting.set_result(output)
+        elif self.output is None:
+            self.output = output
+        else:
+            self.output = self.merged(self.output, output)
+        if self.error is not None and self.waiting is not None and not self.waiting.done():
+            self.waiting.set_exception(self.error)
+
+    async def get(self) -> RequestOutput:
+        if (output := self.get_nowait()) is not None:
+            return output
+        self.waiting = asyncio.get_running_loop().create_future()
+        return await self.waiting
+
+    def get_nowait(self) -> RequestOutput | None:
+        output, self.output = self.output, None
+        if output is None and self.error is not None:
+            raise self.error
+        return output
+
+    def merged(self, old: RequestOutput, new: RequestOutput) -> RequestOutput:
+        completions = {c.index: c for c in old.outputs}
+        for c in new.outputs:
+            joins = self.adds_up and c.index in completions
+            completions[c.index] = self.joined(completions[c.index], c) if joins else c
+        return dataclasses.replace(
+            new,
+            outputs=list(completions.values()),
+            finished=old.finished or new.finished,
+            prompt_logprobs=new.prompt_logprobs or old.prompt_logprobs,
+        )
+
+    def joined(self, old: CompletionOutput, new: CompletionOutput) -> CompletionOutput:
+        logprobs = None if old.logprobs is None else old.logprobs + (new.logprobs or [])
+        return dataclasses.replace(
+            new, text=old.text + new.text, token_ids=old.token_ids + new.token_ids, logprobs=logprobs
+        )
