@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from folovllm.benchmarks.options import parse_options
+from folovllm.benchmarks.serve.options import parse_options as parse_serve_options
 from folovllm.entrypoints.cli import app
 from folovllm.learn.exercise import ALL_PARTS, find_exercises, milestones_dir
 from folovllm.milestones import LADDER, RUNG_IDS
@@ -147,12 +148,15 @@ def test_the_claims_of_a_bench_hold(rung_id: str) -> None:
 
 @EACH
 def test_a_bench_names_commands_that_measure_the_real_engine(rung_id: str) -> None:
-    measure = bench_of(rung_id).measure
-    scripts = [shlex.split(command)[1] for command in measure]
-    assert scripts and all((ROOT / script).is_file() for script in scripts), scripts
-    for command in measure:
-        if "compare_perf.py" in command:
-            assert parse_options(shlex.split(command)[2:]).arms
+    commands = [shlex.split(command) for command in bench_of(rung_id).measure]
+    assert commands
+    for program, script, *arguments in commands:
+        if program == "folovllm":  # a server, from outside
+            assert (script, arguments[0]) == ("bench", "serve") and parse_serve_options(arguments[1:]).num_prompts
+        else:
+            assert (ROOT / script).is_file(), script
+        if script.endswith("compare_perf.py"):
+            assert parse_options(arguments).arms
 
 
 @EACH
