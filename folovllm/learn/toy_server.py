@@ -4,7 +4,7 @@ Milestone: M8. vLLM counterpart: none. Exercises about serving and the demo of t
 
     server = ToyServer(stream_class=mine.cls, num_kv_blocks=20)
     async with server.open("a") as stream:
-        server.step()                                  # the engine computes; nobody else runs meanwhile
+        server.step()                                  # the engine computes, and no task runs meanwhile
         print(await anext(stream), server.num_used_blocks)
 
 A real server steps its engine in a process of its own. Here a step happens when the scene says so, so that blocks can
@@ -12,12 +12,17 @@ be counted between two events.
 """
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+from folovllm.core.sched.output import SchedulerOutput
+from folovllm.engine.async_llm import AsyncLLM
 from folovllm.engine.output_collector import RequestOutputCollector
 from folovllm.engine.request_stream import RequestStream
-from folovllm.learn.toy_engine import MAX_STEPS, check_core, make_core, make_request
+from folovllm.executor.base import Executor
+from folovllm.learn.toy_engine import MAX_STEPS, AttendingExecutor, check_core, make_config, make_core, make_request
 from folovllm.outputs import CompletionOutput, EngineCoreOutput, RequestOutput
 from folovllm.sampling_params import RequestOutputKind
 
@@ -108,4 +113,36 @@ def play(scene: Coroutine[Any, Any, Scene], seconds: float = 5.0) -> Scene:
     try:
         return asyncio.run(with_limit())
     except TimeoutError:
-        raise AssertionError(f"the scene was not over after {seconds:g} seconds: a task waits for ever") from None
+        raise AssertionError(f"the scene was not over after {seconds:g} seconds: a task waits forever") from None
+
+
+# ---- the real front end on the fake model
+
+
+class HeldExecutor(AttendingExecutor):
+    """A fake model that computes a step only when `allow` lets it, so that a scene can act between two steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps = threading.Semaphore(0)
+        self._is_held = True
+
+    def execute(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
+        if self._is_held and scheduler_output.total_num_scheduled_tokens:
+            self._steps.acquire()
+        return super().execute(scheduler_output)
+
+    def allow(self, num_steps: int) -> None:
+        self._steps.release(num_steps)
+
+    def go_on(self) -> None:
+        """Holds no step any more."""
+        self._is_held = False
+        self._steps.release()
+
+
+async def start_toy_llm(executor: Executor | None = None, **config_args: Any) -> AsyncLLM:
+    """An AsyncLLM whose engine runs the fake model in a thread. Prompts are token ids, and there is no text."""
+    config = make_config(**{"max_model_len": 64, "block_size": 4, "num_kv_blocks": 65, "max_num_seqs": 8} | config_args)
+    model = executor or AttendingExecutor()
+    return await AsyncLLM.start(config, Path(), None, in_process=False, executor_factory=lambda _: model)

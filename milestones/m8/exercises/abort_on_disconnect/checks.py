@@ -9,9 +9,10 @@ from typing import Any
 from folovllm.engine.output_collector import RequestOutputCollector
 from folovllm.engine.request_stream import RequestStream
 from folovllm.learn.check import Mine, check
-from folovllm.learn.toy_server import ToyServer, clients_run, play
-from folovllm.sampling_params import RequestOutputKind
+from folovllm.learn.toy_server import HeldExecutor, ToyServer, clients_run, play, start_toy_llm
+from folovllm.sampling_params import RequestOutputKind, SamplingParams
 
+DELTA = RequestOutputKind.DELTA
 PROMPT, ANSWER = 8, 24
 
 
@@ -99,7 +100,8 @@ def what_has_finished_is_not_aborted(mine: Mine) -> None:
 
     aborted, num_tokens = play(scene())
     assert aborted == [] and num_tokens == ANSWER, (
-        f"request 'a' finished, a new request took its id, and the old stream was closed: abort was called with {aborted}, "
+        "request 'a' finished, a new request took its id, and the old stream was closed: abort was called with "
+        f"{aborted}, "
         f"and the new request got {num_tokens} of {ANSWER} tokens, so one client has ended the request of another"
     )
 
@@ -222,7 +224,7 @@ def an_error_of_the_engine_ends_the_stream(mine: Mine) -> None:
     """The reader gets the error, then StopAsyncIteration. There is no request left that could be aborted."""
 
     async def scene() -> tuple[list[Any], list[str]]:
-        collector, aborted, seen = RequestOutputCollector(RequestOutputKind.DELTA), list[str](), list[Any]()
+        collector, aborted, seen = RequestOutputCollector(DELTA), list[str](), list[Any]()
         async with mine.cls("a", collector, aborted.append) as stream:
             collector.put(RuntimeError("the engine failed"))
             try:
@@ -244,7 +246,7 @@ def an_error_of_the_engine_ends_the_stream(mine: Mine) -> None:
 
 @check("property", spec="R8.3", hint=2)
 def those_who_stay_lose_nothing(mine: Mine) -> None:
-    """Random clients of one engine leave in random ways. Each is aborted once, all blocks come back, the others read on."""
+    """Random clients leave in random ways. Each is aborted once, all blocks come back, and the others read on."""
     for seed in range(40):
         rng = random.Random(seed)
         plans = {f"r{i}": rng.choice(list(WAYS)) for i in range(1 + seed // 5)}
@@ -300,3 +302,36 @@ async def many_clients(cls: Any, plans: dict[str, str], rng: random.Random) -> t
     clients = [WAYS[how](server.open(name, rng.randint(1, 20), ANSWER)) for name, how in plans.items()]
     *tokens, _ = await asyncio.gather(*clients, server.serve())
     return server, dict(zip(plans, tokens, strict=True))
+
+
+# ---- the real front end
+
+
+@check("engine", spec="R8.3", hint=3)
+def one_leaves_and_two_stay(mine: Mine) -> None:
+    """An AsyncLLM with its engine in a thread: a client leaves in mid-stream beside two that stay."""
+    num_tokens, computed, usage = play(three_clients(mine))
+    assert num_tokens == [ANSWER, ANSWER], f"the clients that stayed got {num_tokens} tokens, expected {ANSWER} each"
+    most = 2 * ANSWER + 5  # it left after at most 4 steps, and the next one may have begun
+    assert computed <= most, (
+        f"client b left after at most 4 of its {ANSWER} tokens, and the engine generated {computed} tokens in all, "
+        f"expected at most {most}: b's answer was computed to its end"
+    )
+    assert usage == 0, f"all clients are gone, and {usage:.0%} of the KV cache is still in use"
+
+
+async def three_clients(mine: Mine) -> tuple[list[int], int, float]:
+    """The tokens of the two that stay, the tokens that the engine generated, and the share of its cache in use."""
+    held = HeldExecutor()
+    greedy = SamplingParams(max_tokens=ANSWER, ignore_eos=True, temperature=0.0, output_kind=DELTA)
+    async with await start_toy_llm(held, parts=mine.parts) as llm:
+        try:
+            a, b, c = [await llm.add_request(name, [ord(name)] * PROMPT, greedy) for name in "abc"]
+            held.allow(4)  # the first may hold a alone; then b gets 3 tokens
+            async with b:
+                await read(b, 1)
+            held.go_on()
+            stayed = [len(tokens) for tokens in await asyncio.gather(read(a), read(c))]
+            return stayed, llm.stats.num_generation_tokens, llm.stats.kv_cache_usage
+        finally:
+            held.go_on()

@@ -78,7 +78,8 @@ def what_was_put_can_be_taken_once(mine: Mine) -> None:
 
     got, expected = play(scene()), [None, [(0, "the", [5], None)], None, [(0, " cat", [6], None)], None]
     assert got == expected, (
-        f"get_nowait, put 'the', get, get_nowait, put ' cat', get_nowait, get_nowait returned {got}, expected {expected}"
+        f"get_nowait, put 'the', get, get_nowait, put ' cat', get_nowait, get_nowait returned {got}, expected "
+        f"{expected}"
     )
 
 
@@ -104,7 +105,8 @@ def get_waits_for_a_put(mine: Mine) -> None:
 
     got = "".join(play(scene()))
     assert got == "a|b|c|", (
-        f"a reader waited in get; a, b and c were put one by one, and after each the reader had a turn (|): it got {got!r}, "
+        "a reader waited in get; a, b and c were put one by one, and after each the reader had a turn (|): it got "
+        f"{got!r}, "
         "expected 'a|b|c|'"
     )
 
@@ -125,7 +127,8 @@ def deltas_are_put_together(mine: Mine) -> None:
     )
     expected = [(0, "the cat", [5, 6, 7], "stop")]
     assert shown(got) == expected, (
-        f"'the', ' cat' and the end were put, and get_nowait() returned {shown(got)}, expected {expected}: a reader that "
+        f"'the', ' cat' and the end were put, and get_nowait() returned {shown(got)}, expected {expected}: a "
+        "reader that "
         "sleeps for three steps must find everything"
     )
     (completion,) = got.outputs
@@ -168,7 +171,8 @@ def the_newest_cumulative_output_is_enough(mine: Mine) -> None:
     for kind in (CUMULATIVE, FINAL_ONLY):
         got = shown(collected(mine, kind, *outputs))
         assert got == expected, (
-            f"{kind.name}: completion 0 said 'the', 1 said 'a', 0 said 'the cat': it came out as {got}, expected {expected}"
+            f"{kind.name}: completion 0 said 'the', 1 said 'a', 0 said 'the cat': it came out as {got}, expected "
+            f"{expected}"
         )
 
 
@@ -184,8 +188,9 @@ def put_changes_nothing_that_it_is_given(mine: Mine) -> None:
         collected(mine, kind, *outputs)
         changed = [i for i in range(len(outputs)) if outputs[i] != before[i]]
         assert not changed, (
-            f"{kind.name}: four outputs were put and merged; number {changed[0] + 1} was {shown(before[changed[0]])} and "
-            f"is {shown(outputs[changed[0]])} now, so whoever else holds it counts tokens twice"
+            f"{kind.name}: four outputs were put and merged; number {changed[0] + 1} was "
+            f"{shown(before[changed[0]])} and "
+            f"is {shown(outputs[changed[0]])} now, so the metrics, which hold it too, count tokens twice"
         )
 
 
@@ -199,7 +204,8 @@ def an_error_comes_after_the_text(mine: Mine) -> None:
         got = play(errors_seen(mine, put_first))
         expected = [*["the cat"] * put_first, "ValueError: failed"]
         assert got == expected, (
-            f"{'the deltas of `the cat`, then ' if put_first else ''}an error was put, and the reader got {got}, expected "
+            f"{'the deltas of `the cat`, then ' if put_first else ''}an error was put, and the reader got {got}, "
+            "expected "
             f"{expected}: the error must reach it, and must not throw away what came before"
         )
 
@@ -256,7 +262,8 @@ def a_cancelled_get_loses_nothing(mine: Mine) -> None:
     for put_first in (True, False):
         got = play(scene(put_first))
         assert got == "the", (
-            f"a reader waited in get and was cancelled {'just after' if put_first else 'before'} 'the' was put; the next "
+            f"a reader waited in get and was cancelled {'just after' if put_first else 'before'} 'the' was put; "
+            "the next "
             f"get found {got!r}, expected 'the'"
         )
 
@@ -266,7 +273,7 @@ def a_cancelled_get_loses_nothing(mine: Mine) -> None:
 
 @check("property", spec="R8.4", hint=2)
 def nothing_is_lost_in_any_order(mine: Mine) -> None:
-    """Whenever the reader takes: of each completion it gets every token once and in order, and never two outputs at once."""
+    """Whenever the reader takes, it gets every token of each completion once and in order, as one output."""
     for seed in range(60):
         rng = random.Random(seed)
         events = [rng.choice(("get", "0", "1")) for _ in range(1 + seed // 3)]
@@ -289,7 +296,8 @@ async def puts_and_gets(mine: Mine, kind: RequestOutputKind, events: list[str]) 
             second = collector.get_nowait()
             assert second is None, f"{kind.name}, {events}: two outputs waited, the second one is {shown(second)}"
     assert got == made, (
-        f"{kind.name}: after the events {events} (0 and 1: a token of that completion was put) and a last get, the reader "
+        f"{kind.name}: after the events {events} (0 and 1: a token of that completion was put) and a last get, the "
+        "reader "
         f"has {got}, expected {made}"
     )
 
@@ -310,7 +318,8 @@ def a_sleeping_reader_delays_nobody(mine: Mine) -> None:
         f"the reader that was awake got outputs of {sizes['awake']} tokens, expected 1 each"
     )
     assert max(sizes["sleeper"]) == 13, (
-        f"the sleeper missed 12 steps and read after the next; its outputs have {sizes['sleeper']} tokens, expected one of "
+        f"the sleeper missed 12 steps and read after the next; its outputs have {sizes['sleeper']} tokens, "
+        "expected one of "
         "13: it must catch up at once, and not output by output"
     )
 
@@ -318,7 +327,7 @@ def a_sleeping_reader_delays_nobody(mine: Mine) -> None:
 async def two_readers(
     mine: Mine, max_tokens: int, naps: dict[int, int]
 ) -> tuple[int, dict[str, list[int]], dict[str, str]]:
-    """Steps of the engine, and per reader the sizes of its outputs and its text. naps: step -> steps without reading."""
+    """Steps of the engine, and the outputs' sizes and the text of each reader. naps: step -> steps without reading."""
     server = ToyServer(RequestStream, mine.cls)
     streams = {name: server.open(name, max_tokens=max_tokens) for name in ("awake", "sleeper")}
     sizes: dict[str, list[int]] = {name: [] for name in streams}
@@ -353,7 +362,8 @@ def what_is_kept_does_not_grow(mine: Mine) -> None:
     for kind in (DELTA, CUMULATIVE):
         alive = play(unread(mine, kind, 2000))
         assert alive <= 3, (
-            f"{kind.name}: 2000 outputs were put and none was taken; {alive} of them are still in memory, expected at most "
+            f"{kind.name}: 2000 outputs were put and none was taken; {alive} of them are still in memory, expected "
+            "at most "
             "3: a client that never reads would fill the server's memory"
         )
 
@@ -403,6 +413,7 @@ def waiting_costs_nothing(mine: Mine) -> None:
     with asyncio.Runner(loop_factory=CountingLoop) as runner:
         extra = runner.run(calls(wait=True)) - runner.run(calls(wait=False))
     assert extra <= 1, (
-        f"while a reader waited in get for 100 turns of the event loop, it ran {extra} times, expected 0: it polls, and a "
+        f"while a reader waited in get for 100 turns of the event loop, it ran {extra} times, expected 0: it "
+        "polls, and a "
         "thousand waiting readers would leave no time for the others"
     )

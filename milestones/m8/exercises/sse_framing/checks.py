@@ -28,6 +28,11 @@ def fed(cls: Any, chunks: list[bytes]) -> list[list[str]]:
     return [stream.feed(chunk) for chunk in chunks]
 
 
+def events_of(cls: Any, chunks: list[bytes]) -> list[str]:
+    """All events that feed returns."""
+    return [event for events in fed(cls, chunks) for event in events]
+
+
 # ---- encode
 
 
@@ -71,7 +76,8 @@ def a_chunk_holds_any_number_of_events(mine: Mine) -> None:
     got = fed(mine.cls, [b"data: a\n\ndata: b\n\ndata: ", b"c", b"\n", b"\ndata: d\n"])
     expected = [["a", "b"], [], [], ["c"]]
     assert got == expected, (
-        f"the chunks 'data: a⏎⏎data: b⏎⏎data: ', 'c', '⏎', '⏎data: d⏎' gave {got}, expected {expected}: a chunk is what "
+        f"the chunks 'data: a⏎⏎data: b⏎⏎data: ', 'c', '⏎', '⏎data: d⏎' gave {got}, expected {expected}: a chunk is "
+        "what "
         "the network delivers, and no event; 'd' is not complete"
     )
 
@@ -106,7 +112,7 @@ def a_character_may_be_cut(mine: Mine) -> None:
     """A character of several bytes may lie in two chunks."""
     wire = "data: 你😀é\n\n".encode()
     for i in range(len(wire)):
-        got = sum(fed(mine.cls, [wire[:i], wire[i:]]), [])
+        got = events_of(mine.cls, [wire[:i], wire[i:]])
         assert got == ["你😀é"], (
             f"{wire!r} cut after {i} bytes gave {got}, expected ['你😀é']: a chunk that is decoded by itself loses a "
             "character at its end"
@@ -132,9 +138,10 @@ def all_three_line_ends_count(mine: Mine) -> None:
 def a_cr_and_its_lf_may_be_cut(mine: Mine) -> None:
     """A LF at the beginning of a chunk belongs to the CR at the end of the one before, also across an empty chunk."""
     for chunks in ([b"data: a\r", b"\ndata: b\r\n\r\n"], [b"data: a\r", b"", b"\ndata: b\r\n\r\n"]):
-        got = sum(fed(mine.cls, chunks), [])
+        got = events_of(mine.cls, chunks)
         assert got == ["a\nb"], (
-            f"the chunks {chunks} gave {got}, expected ['a\\nb']: CR and LF are one line end, and two would be an empty "
+            f"the chunks {chunks} gave {got}, expected ['a\\nb']: CR and LF are one line end, and two would be an "
+            "empty "
             "line, which ends the event"
         )
 
@@ -144,7 +151,8 @@ def an_event_is_not_held_back(mine: Mine) -> None:
     """A CR ends its line at once, so an event is returned without waiting for what comes next."""
     got = fed(mine.cls, [b"data: a\r\n\r", b"\ndata: b\r\r", b"data: c\r\r"])
     assert got == [["a"], ["b"], ["c"]], (
-        f"the chunks 'data: a\\r\\n\\r', '\\ndata: b\\r\\r', 'data: c\\r\\r' gave {got}, expected [['a'], ['b'], ['c']]: "
+        f"the chunks 'data: a\\r\\n\\r', '\\ndata: b\\r\\r', 'data: c\\r\\r' gave {got}, expected [['a'], ['b'], "
+        "['c']]: "
         "if the event waits for the byte behind it, every token is shown late, and the last one never"
     )
 
@@ -153,7 +161,7 @@ def an_event_is_not_held_back(mine: Mine) -> None:
 def a_byte_order_mark_is_skipped_once(mine: Mine) -> None:
     """Some servers begin with a byte order mark, which may be cut as well. Later it is a character like others."""
     for chunks in ([b"\xef\xbb\xbfdata: a\n\n"], [b"\xef", b"\xbb\xbfda", b"ta: a\n\n"]):
-        got = sum(fed(mine.cls, [*chunks, b"data: \xef\xbb\xbfb\n\n"]), [])
+        got = events_of(mine.cls, [*chunks, b"data: \xef\xbb\xbfb\n\n"])
         assert got == ["a", "\ufeffb"], (
             f"{chunks} and then b'data: \\xef\\xbb\\xbfb\\n\\n' gave {got}, expected ['a', '\\ufeffb']"
         )
@@ -170,7 +178,7 @@ def any_cut_gives_the_same_events(mine: Mine) -> None:
         wire, expected = random_stream(rng, 1 + size // 12)
         places = sorted(rng.choices(range(len(wire) + 1), k=rng.randint(0, 1 + size // 4)))
         chunks = [wire[a:b] for a, b in zip([0, *places], [*places, len(wire)], strict=True)]
-        got = sum(fed(mine.cls, chunks), [])
+        got = events_of(mine.cls, chunks)
         assert got == expected, f"the chunks {chunks} gave {got}, expected {expected}"
 
 
@@ -195,7 +203,7 @@ def what_is_encoded_is_read(mine: Mine) -> None:
     for size in range(1, 40):
         data = "".join(rng.choices([*LINES, "\n", "\r", "\r\n"], k=size // 3))
         wire = mine.cls().encode(data)
-        got = sum(fed(mine.cls, [wire[i : i + 1] for i in range(len(wire))]), [])
+        got = events_of(mine.cls, [wire[i : i + 1] for i in range(len(wire))])
         expected = [data.replace("\r\n", "\n").replace("\r", "\n")]
         assert got == expected, f"encode({data!r}) returned {wire!r}, and byte by byte feed made {got} of it"
 

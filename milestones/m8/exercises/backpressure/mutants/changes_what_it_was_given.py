@@ -1,4 +1,4 @@
-# killed-by: put_changes_nothing_that_it_is_given | counts tokens twice
+# killed-by: put_changes_nothing_that_it_is_given | count tokens twice
 """It appends to the output that waits, which is the object that the engine put.
 
 vLLM's RequestOutput.add works in place, too. That is sound as long as the collector is the only one that has the

@@ -6,7 +6,6 @@ Fabric's chat page did it (pull 2203): fine in English, and now and then a broke
 
 import re
 
-
 LINE_END = re.compile("\r\n|\r|\n")
 
 

@@ -1,12 +1,12 @@
 # killed-by: lines_of_an_event_are_joined | events of two and of three data lines
 """Every data line is returned by itself, and the empty line is ignored.
 
-It works with OpenAI, which writes JSON in one line, and fails with servers that write it in several (term-llm, pull 454).
+It works with OpenAI, which writes JSON in one line, and fails with servers that write it in several (term-llm,
+pull 454).
 """
 
 import codecs
 import re
-
 
 LINE_END = re.compile("\r\n|\r|\n")
 

@@ -7,7 +7,6 @@ parser (issue 52830) the second half of a long event was dropped.
 
 import re
 
-
 LINE_END = re.compile("\r\n|\r|\n")
 
 

@@ -7,7 +7,6 @@ A token such as " the" begins with a space, so a server that streams plain text 
 import codecs
 import re
 
-
 LINE_END = re.compile("\r\n|\r|\n")
 
 

@@ -7,7 +7,6 @@ The event ends too early, and only where the network cuts between the two bytes.
 import codecs
 import re
 
-
 LINE_END = re.compile("\r\n|\r|\n")
 
 

@@ -7,7 +7,6 @@ The parse is right, and the last event of a stream comes when the next one does:
 import codecs
 import re
 
-
 LINE_END = re.compile("\r\n|\r|\n")
 
 

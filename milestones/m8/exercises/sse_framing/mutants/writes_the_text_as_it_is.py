@@ -8,7 +8,6 @@ event, and what follows is read as another one.
 import codecs
 import re
 
-
 LINE_END = re.compile("\r\n|\r|\n")
 
 
