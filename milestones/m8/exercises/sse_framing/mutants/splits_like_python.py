@@ -1,7 +1,8 @@
 # killed-by: other_separators_stay_in_the_line | str.splitlines splits too much
 """Lines are split by str.splitlines(), which also splits at U+2028 and other characters.
 
-httpx-sse did it (issue 34): a JSON text with U+2028 was torn, and clients of tool servers waited forever.
+httpx-sse did it (https://github.com/florimondmanca/httpx-sse/issues/34): a JSON text with U+2028 was torn, and
+clients of tool servers waited forever.
 """
 
 import codecs
