@@ -497,6 +497,16 @@ async def test_a_client_that_leaves_while_its_text_is_tokenised(client):
     assert client.state.num_admitting == 0
 
 
+class SlowExecutor(LogprobsExecutor):
+    def execute(self, scheduler_output):
+        time.sleep(0.01)
+        return super().execute(scheduler_output)
+
+
+def slow(config):
+    return SlowExecutor()
+
+
 class PoisonedExecutor(LogprobsExecutor):
     """Raises as long as a request with POISON in its prompt is in the batch."""
 
@@ -529,6 +539,23 @@ async def test_a_stream_that_fails_tells_so_and_ends(client, prompt):
     assert "error" in answer.chunks[-1]  # nothing follows but [DONE]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_the_shutdown_cuts_off_says_so(stream):
+    """It ends like any other, with what there is so far."""
+
+    async def main():
+        async with make_client(executor_factory=slow) as client:
+            call = asyncio.create_task(client.complete(prompt=[IDS, [5]], max_tokens=200, stream=stream))
+            await eventually(lambda: client.engine.stats.num_generation_tokens > 3)
+            assert await client.engine.drain(0.0) == 2
+            answer = await call
+            choices = join_choices(answer.chunks, 2) if stream else answer.json["choices"]
+            assert [choice["finish_reason"] for choice in choices] == ["abort", "abort"]
+            assert (await client.complete(prompt=IDS)).status == 503
+
+    run_async(main)
+
+
 # ---- the part serve.event_stream
 
 
@@ -559,16 +586,6 @@ async def test_what_comes_together_is_sent_together(client):
 
 
 # ---- over a socket
-
-
-class SlowExecutor(LogprobsExecutor):
-    def execute(self, scheduler_output):
-        time.sleep(0.01)
-        return super().execute(scheduler_output)
-
-
-def slow(config):
-    return SlowExecutor()
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/chat/completions"])
