@@ -1,7 +1,10 @@
 """POST /v1/completions: the shapes of its answers, streamed and not, and what it refuses."""
 
 import asyncio
+import http.client
+import json
 import logging
+import time
 
 import pytest
 
@@ -14,7 +17,8 @@ from tests.m8.api_helpers import (
     make_client,
     with_client,
 )
-from tests.m8.serving_helpers import VOCAB_SIZE, eventually, oracle, prompt_ids, run_async
+from tests.m8.server_process import running_server
+from tests.m8.serving_helpers import VOCAB_SIZE, assert_all_free, eventually, oracle, prompt_ids, run_async
 
 pytestmark = pytest.mark.m8
 
@@ -340,7 +344,7 @@ async def test_a_request_has_at_most_1024_completions(client):
 
 @with_client()
 async def test_special_tokens_of_a_text(client):
-    """The tiny tokenizer adds none; whether the field arrives shows in what the tokenizer is asked."""
+    """The tiny tokenizer adds none, so the test looks at what it is asked for."""
     asked = []
     encode = client.engine.encode
 
@@ -493,6 +497,16 @@ async def test_a_client_that_leaves_while_its_text_is_tokenised(client):
     assert client.state.num_admitting == 0
 
 
+class SlowExecutor(LogprobsExecutor):
+    def execute(self, scheduler_output):
+        time.sleep(0.01)
+        return super().execute(scheduler_output)
+
+
+def slow(config):
+    return SlowExecutor()
+
+
 class PoisonedExecutor(LogprobsExecutor):
     """Raises as long as a request with POISON in its prompt is in the batch."""
 
@@ -525,6 +539,23 @@ async def test_a_stream_that_fails_tells_so_and_ends(client, prompt):
     assert "error" in answer.chunks[-1]  # nothing follows but [DONE]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_the_shutdown_cuts_off_says_so(stream):
+    """It ends like any other, with what there is so far."""
+
+    async def main():
+        async with make_client(executor_factory=slow) as client:
+            call = asyncio.create_task(client.complete(prompt=[IDS, [5]], max_tokens=200, stream=stream))
+            await eventually(lambda: client.engine.stats.num_generation_tokens > 3)
+            assert await client.engine.drain(0.0) == 2
+            answer = await call
+            choices = join_choices(answer.chunks, 2) if stream else answer.json["choices"]
+            assert [choice["finish_reason"] for choice in choices] == ["abort", "abort"]
+            assert (await client.complete(prompt=IDS)).status == 503
+
+    run_async(main)
+
+
 # ---- the part serve.event_stream
 
 
@@ -552,3 +583,30 @@ async def test_what_comes_together_is_sent_together(client):
     body = {"prompt": IDS, "n": 4, "temperature": 1, "max_tokens": 4, "stream": True, "ignore_eos": True}
     await client.post(PATH, body, answer=answer)
     assert len(answer.events) > len(answer.pieces)
+
+
+# ---- over a socket
+
+
+@pytest.mark.parametrize("path", [PATH, "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_closed_connection_ends_the_request(path, stream):
+    """uvicorn tells the application that the client has gone only if the application listens."""
+    body = {"prompt": [IDS, [5]]} if path == PATH else {"messages": [{"role": "user", "content": "Hi"}]}
+    body = {**body, "max_tokens": 200, "ignore_eos": True, "stream": stream}
+    with running_server({"executor_factory": slow}) as server:
+        engine = server.state.engine
+
+        async def computing():
+            await eventually(lambda: engine.stats.num_generation_tokens > 3)
+
+        async def gone():
+            await eventually(lambda: engine.num_unfinished == 0)
+            await assert_all_free(engine)
+
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        server.in_loop(computing)
+        connection.close()
+        server.in_loop(gone)
+        assert engine.stats.num_generation_tokens < 200, "the request ran to its end"
