@@ -32,6 +32,7 @@ REQUEST_SECONDS = (
 )  # fmt: skip
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 NUM_COMPLETIONS = (1, 2, 5, 10, 20)
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 # Of prometheus_fastapi_instrumentator, which counts vLLM's HTTP requests.
 HTTP_SECONDS = (0.1, 0.5, 1.0)
 HTTP_FINE_SECONDS = (
@@ -163,7 +164,11 @@ class HttpMetrics:
         self.fine_seconds = Histogram(HTTP_FINE_SECONDS)  # of all routes together
 
     def observe(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Counts one answer; a stream counts when it ends."""
+        """Counts one answer; a stream counts when it ends.
+
+        A method that a client has made up counts as "OTHER": else each would start series that stay for good.
+        """
+        method = method if method in METHODS else "OTHER"
         self.num_requests[route, method, f"{status // 100}xx"] += 1
         self.seconds.setdefault((route, method), Histogram(HTTP_SECONDS)).observe(seconds)
         self.fine_seconds.observe(seconds)

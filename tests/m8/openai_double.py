@@ -38,6 +38,7 @@ class OpenAIDouble:
         self.hang = False  # after the last text of a stream: never end
         self.drop = False  # after the last text of a stream: cut the connection
         self.num_left = 0  # clients that left in mid-stream
+        self.num_open = self.most_open = 0  # streams that are open now, and the most that were
         self.url = ""
 
     async def _handle(self, request):
@@ -61,6 +62,8 @@ class OpenAIDouble:
     async def _stream(self, request, texts):
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        self.num_open += 1
+        self.most_open = max(self.most_open, self.num_open)
         try:
             for text in texts:
                 data = text.encode()
@@ -73,6 +76,8 @@ class OpenAIDouble:
         except (ConnectionError, asyncio.CancelledError):
             self.num_left += 1
             raise
+        finally:
+            self.num_open -= 1
         if self.drop:
             request.transport.abort()
         return response

@@ -196,5 +196,6 @@ def test_ctrl_c_aborts_the_request_at_our_server():
             while server.state.engine.stats.kv_cache_usage and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert server.state.engine.num_unfinished == 0 and server.state.engine.stats.kv_cache_usage == 0
+            assert server.state.metrics.observers[0].num_finished["abort"] == 1
         finally:
             model.close()

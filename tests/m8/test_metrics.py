@@ -253,6 +253,12 @@ def test_http_requests_are_counted_by_route_method_and_class_of_status(server):
     assert samples["http_request_duration_highr_seconds_count", ()] == 3
 
 
+def test_a_client_cannot_make_up_series(server):
+    for number in range(50):
+        server.metrics.http.observe("none", f"METHOD{number}", 404, 0.1)
+    assert server.samples()["http_requests_total", (("handler", "none"), ("method", "OTHER"), ("status", "4xx"))] == 50
+
+
 def test_a_bucket_holds_the_values_up_to_its_bound():
     histogram = Histogram((1, 2, 5))
     for value in (0, 1, 1.5, 2, 5, 6):
