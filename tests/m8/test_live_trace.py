@@ -21,9 +21,11 @@ from folovllm.trace.live import LiveFeed
 from folovllm.trace.record import TIMES, read_trace
 from folovllm.trace.recorder import NullTrace
 from folovllm.trace.replay import Replay
+from folovllm.trace.view import VIEWER
 from folovllm.trace.watch import MAX_LINES, Watchers
 from folovllm.trace.writer import TraceWriter
 from tests.core_helpers import make_config, make_request
+from tests.m2.browser_helpers import needs_browser, open_page
 from tests.m2.trace_helpers import six_requests, traced_core
 
 pytestmark = pytest.mark.m8
@@ -183,6 +185,57 @@ def test_a_request_that_ends_between_steps_is_told_with_the_next_record() -> Non
         play(replay, line)
     assert_agrees(replay, core)
     assert replay.running == ["b"]
+
+
+REPLAYED = """(() => {
+  const [header, ...lines] = JSON.parse(document.getElementById('data').textContent);
+  const model = new TraceModel({ name: "live", header, steps: [] });
+  return lines.map((line) => {
+    model.push(line);
+    const { running, waiting, tables, holders, requests, cachedIsProved } = model.last;
+    return { running: [...running], waiting: [...waiting], tables: Object.fromEntries(tables), holders: Object.fromEntries(holders), cachedIsProved,
+             tokens: Object.fromEntries([...requests].map(([id, r]) => [id, [r.computed, r.known]])) };
+  });
+})()"""
+
+
+@pytest.mark.parametrize("num_steps_before", [0, 3, 8])
+def test_the_page_s_model_follows_a_live_trace(num_steps_before: int, tmp_path: Path) -> None:
+    """It agrees with the replay at every step, and knows which free blocks are cached, also those from before."""
+    core = make_core(**TIGHT, enable_prefix_caching=True)
+    for request in six_requests():
+        core.add_request(request)
+    for _ in range(num_steps_before):
+        core.step()
+    feed = LiveFeed(core)
+    feed.snapshot()
+    while core.has_unfinished_requests():
+        core.step()
+    lines, replay, expected = feed.take(), Replay(), []
+    for line in lines[1:]:
+        play(replay, line)
+        expected.append(
+            {
+                "running": [*replay.running],
+                "waiting": [*replay.waiting],
+                "tables": {r: [*table] for r, table in replay.tables.items() if table},
+                "holders": {str(block): [*held] for block, held in replay.holders.items()},
+                "tokens": {r.request_id: [r.num_computed_tokens, r.num_tokens] for r in replay.requests.values()},
+                "cachedIsProved": True,
+            }
+        )
+    script = (VIEWER / "model.js").read_text()
+    data = f'<script id="data" type="application/json">{json.dumps(lines)}</script>'
+    page = f'<body>{data}<pre id="answer"></pre></body>'
+    run = f"{script}\ndocument.getElementById('answer').textContent = JSON.stringify({REPLAYED});"
+    seen = json.loads(open_page(tmp_path, page, script=run).parts["answer"][0])
+    for state in seen:
+        state["tables"] = {r: table for r, table in state["tables"].items() if table}
+    assert seen == expected and any(line["pool"]["cached"] for line in lines[1:])
+
+
+for mark in needs_browser:
+    test_the_page_s_model_follows_a_live_trace = mark(test_the_page_s_model_follows_a_live_trace)
 
 
 def test_the_abort_of_the_last_request_is_told_though_no_step_follows() -> None:

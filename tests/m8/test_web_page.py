@@ -6,6 +6,7 @@ The server is the real one, in a thread; its model is the fake one, or a script.
 import asyncio
 import contextlib
 import functools
+import itertools
 import json
 import re
 import time
@@ -20,7 +21,7 @@ from folovllm.core.sched.output import NewRequestData, SchedulerOutput
 from folovllm.entrypoints.web.routes import FILES, WEB
 from folovllm.executor.fake import FakeExecutor, FakeRequest
 from folovllm.outputs import ModelRunnerOutput
-from folovllm.trace.recorder import NullTrace
+from folovllm.trace.watch import MAX_LINES
 from tests.m1.tiny_tokenizers import byte_ids
 from tests.m2.browser_helpers import needs_browser
 from tests.m8.chromium import Page, chromium_page
@@ -101,10 +102,11 @@ def test_watchers_come_and_go_and_recording_stops_with_the_last() -> None:
 
 
 async def _watch_twice(server: RunningServer) -> None:
-    watchers = server.state.engine._watchers
+    watchers, recorded = server.state.engine._watchers, []
+    put = watchers.put
+    watchers.put = lambda lines: (recorded.append(len(lines)), put(lines))  # type: ignore[method-assign]
     async with aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as session:
-        body = {"prompt": "the dog", "max_tokens": 400, "stream": True}
-        answering = await session.post("/v1/completions", json=body)
+        answering = await session.post("/v1/completions", json={"prompt": [7], "max_tokens": 500, "stream": True})
         streams = [await session.get("/live") for _ in range(2)]
         assert streams[0].headers["content-type"].startswith("text/event-stream")
         for stream in streams:
@@ -116,17 +118,8 @@ async def _watch_twice(server: RunningServer) -> None:
         assert [line async for line in first_lines(streams[1], 3)]
         streams[1].close()
         await until(lambda: len(watchers) == 0)
-        await until(lambda: not any("watched" in type(trace).__name__.lower() for trace in engine_traces()))
+        await until(lambda: recorded[-5:] == [0] * 5)
         answering.close()
-
-
-def engine_traces() -> list[NullTrace]:
-    """The traces of all engines in this process."""
-    import gc
-
-    from folovllm.engine.core import EngineCore
-
-    return [thing.trace for thing in gc.get_objects() if isinstance(thing, EngineCore)]
 
 
 async def first_lines(stream: aiohttp.ClientResponse, count: int) -> AsyncIterator[dict[str, Any]]:
@@ -142,6 +135,38 @@ async def first_lines(stream: aiohttp.ClientResponse, count: int) -> AsyncIterat
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():
         await asyncio.sleep(0.02)
+
+
+def test_a_client_that_does_not_read_costs_a_bounded_amount_of_memory() -> None:
+    """The socket fills up, then the watcher's own queue; what is dropped is replaced by a snapshot."""
+    with page_server(num_kv_blocks=1500, max_model_len=4096) as server:
+        asyncio.run(asyncio.wait_for(_read_late(server), TIMEOUT))
+
+
+async def _read_late(server: RunningServer) -> None:
+    watchers, asked = server.state.engine._watchers, []
+    ask = watchers._ask
+    watchers._ask = lambda what: (asked.append(what), ask(what))  # type: ignore[assignment, func-returns-value]
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=2**20)
+    writer.write(b"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as session:
+        body = {"prompt": [[i] * 200 for i in range(24)], "max_tokens": 3500, "stream": True, "ignore_eos": True}
+        answering = await session.post("/v1/completions", json=body)
+        while len(asked) < 4:  # the first one is the watcher's coming
+            assert all(len(watcher._lines) <= MAX_LINES + 1 for watcher in watchers._watchers)
+            await asyncio.sleep(0.001)
+        answering.close()
+        await until(lambda: server.state.engine.num_unfinished == 0)
+    lines: list[dict[str, Any]] = []
+    while not lines or lines[-1]["queues"].get("running") != [] or lines[-1]["queues"]["num_waiting"]:
+        text = await reader.readline()
+        if text.startswith(b"data: ") and b'"header"' not in text:
+            lines.append(json.loads(text[6:]))
+    writer.close()
+    assert sum(line.get("type") == "snapshot" for line in lines) > 1
+    for before, line in itertools.pairwise(lines):
+        if "type" not in line:
+            assert line["step"] == before["step"] + 1, "after a gap there is a snapshot"
 
 
 def test_a_watcher_does_not_hold_up_the_end_of_the_server() -> None:
