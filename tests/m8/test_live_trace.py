@@ -193,7 +193,8 @@ REPLAYED = """(() => {
   return lines.map((line) => {
     model.push(line);
     const { running, waiting, tables, holders, requests, cachedIsProved } = model.last;
-    return { running: [...running], waiting: [...waiting], tables: Object.fromEntries(tables), holders: Object.fromEntries(holders), cachedIsProved,
+    return { running: [...running], waiting: [...waiting], cachedIsProved,
+             tables: Object.fromEntries(tables), holders: Object.fromEntries(holders),
              tokens: Object.fromEntries([...requests].map(([id, r]) => [id, [r.computed, r.known]])) };
   });
 })()"""

@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import re
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -147,12 +148,16 @@ async def _read_late(server: RunningServer) -> None:
     watchers, asked = server.state.engine._watchers, []
     ask = watchers._ask
     watchers._ask = lambda what: (asked.append(what), ask(what))  # type: ignore[assignment, func-returns-value]
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=2**20)
+    narrow = socket.socket()
+    narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # so that it is full soon
+    narrow.connect(("127.0.0.1", server.port))
+    narrow.setblocking(False)
+    reader, writer = await asyncio.open_connection(sock=narrow, limit=2**20)
     writer.write(b"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
     async with aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as session:
         body = {"prompt": [[i] * 200 for i in range(24)], "max_tokens": 3500, "stream": True, "ignore_eos": True}
         answering = await session.post("/v1/completions", json=body)
-        while len(asked) < 4:  # the first one is the watcher's coming
+        while len(asked) < 3:  # the first one is the watcher's coming
             assert all(len(watcher._lines) <= MAX_LINES + 1 for watcher in watchers._watchers)
             await asyncio.sleep(0.001)
         answering.close()
@@ -244,7 +249,7 @@ async def test_an_answer_is_streamed_and_the_engine_shows_it(tmp_path: Path) -> 
             await page.until(f"{BUSY_BLOCKS} && {COLOURED}")
             assert "you" in await page.text("running") and await page.text("num-running") == "1"
             assert await page.text("state") == "working"
-            assert re.fullmatch(r"1 of \d+", await page.text("tokens"))
+            assert re.fullmatch(r"1 of [\d,]+", await page.text("tokens"))
             used, reserved = re.fullmatch(r"(\d+) of (\d+)", await page.text("slots")).groups()  # type: ignore[union-attr]
             assert 0 < int(used) <= int(reserved) and int(reserved) % 16 == 0
             partial = await page.evaluate("document.querySelector('.assistant .text').textContent")
@@ -319,6 +324,22 @@ async def test_a_new_conversation_begins_with_the_system_prompt_alone(tmp_path: 
             lengths.append(re.search(r"of (\d+) prompt", (await page.evaluate(FOOTS))[-1]))
             first, second, third, fourth = (int(found[1]) for found in lengths if found)
             assert first == third < second and fourth > first
+
+
+@in_browser
+async def test_several_answers_at_once_share_a_batch(tmp_path: Path) -> None:
+    with page_server(0.02) as server:
+        async with open_chat(server, tmp_path) as page:
+            await page.evaluate("document.getElementById('max-tokens').value = 60")
+            await page.evaluate("document.getElementById('at-once').value = 3")
+            await say(page, "Hello")
+            await page.until("document.querySelectorAll('#running .chip.mine').length === 3")
+            names = await page.evaluate("[...document.querySelectorAll('#running .chip')].map((c) => c.textContent)")
+            assert len({name.split()[1] for name in names}) == 3, f"one name for two answers: {names}"
+            await page.until(IS_DONE)
+            (foot,) = await page.evaluate(FOOTS)
+            assert foot.startswith("60 tokens · ") and re.search(r" · 3 answers: [\d.]+ tok/s together$", foot)
+            assert await page.evaluate("document.querySelectorAll('.message').length") == 2
 
 
 @in_browser

@@ -1,7 +1,8 @@
-// chat.js: the conversation. Answers are streamed from /v1/chat/completions, and their speed is measured here. Milestone M8.
+// chat.js: the conversation: the messages, the settings, and how the answers come in. Milestone M8.
 "use strict";
 
-import { ask, errorText, events, useKey } from "./client.js";
+import { Measured, chunksOf, newId } from "./answer.js";
+import { ask, useKey } from "./client.js";
 import { colourOfMine, markMine, reconnect, render, watchEngine } from "./live.js";
 
 const byId = (id) => document.getElementById(id);
@@ -18,105 +19,40 @@ async function send(text) {
   const answer = show("assistant", "");
   const measured = new Measured();
   const { signal } = (running = new AbortController());
-  const keep = () => thread.push(said, { role: "assistant", content: answer.text.textContent });
   setBusy(true);
   try {
-    await stream([...thread, said], answer, measured, signal);
-    keep();
+    await stream(makeRequest([...thread, said]), answer, measured, signal);
     finish(answer, measured.describe());
   } catch (error) {
-    if (signal.aborted) {
-      keep();
-      finish(answer, measured.describe("stopped"));
-    } else {
-      finish(answer, error instanceof TypeError ? "no connection to the server" : error.message, true);
-      giveBack(text, answer);
-    }
+    if (error.status === 401) askForKey();
+    if (error.name === "AbortError") finish(answer, measured.describe("stopped"));
+    else fail(answer, error instanceof TypeError ? "no connection to the server" : error.message, text);
   }
+  const content = answer.text.textContent;
+  if (content) thread.push(said, { role: "assistant", content });
   running = null;
   setBusy(false);
 }
 
-async function stream(messages, answer, measured, signal) {
-  const system = byId("system").value.trim();
-  const body = {
-    ...(modelName ? { model: modelName } : {}),
-    messages: system ? [{ role: "system", content: system }, ...messages] : messages,
-    ...numbers(),
-    stream: true,
-    stream_options: { include_usage: true, continuous_usage_stats: true },
-  };
-  const id = newId();
-  markMine(id); // the server takes the X-Request-Id into the request's name, also in the live trace
-  const response = await ask("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal, id });
-  if (response.status === 401) askForKey();
-  if (!response.ok) throw new Error(await errorText(response));
-  let isWhole = false;
-  for await (const data of events(response)) {
-    if ((isWhole = data === "[DONE]")) continue; // the stream ends by itself
-    const chunk = JSON.parse(data);
-    if (chunk.error) throw new Error(chunk.error.message);
-    takeChunk(chunk, answer, measured);
-    answer.root.style.setProperty("--owner", colourOfMine(id) ?? "var(--line)");
-  }
-  if (!isWhole) throw new Error("the server ended the stream too early");
-}
-
-function takeChunk(chunk, answer, measured) {
-  const choice = chunk.choices[0];
-  const text = choice?.delta?.content ?? "";
-  measured.take(text, chunk.usage, choice?.finish_reason);
-  if (!text) return;
-  keepInSight(() => {
-    answer.text.append(text); // as text: whatever the model writes is never HTML
-    answer.foot.textContent = measured.describe();
-  });
-}
-
-function newId() {
-  const bytes = crypto.getRandomValues(new Uint8Array(16)); // randomUUID would need HTTPS
-  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
-}
-
 // Empty fields are left out: the server then decides.
-function numbers() {
+function makeRequest(messages) {
   const read = (id) => byId(id).value.trim();
-  const sent = {};
-  if (read("temperature")) sent.temperature = Number(read("temperature"));
-  if (read("max-tokens")) sent.max_tokens = Number(read("max-tokens"));
-  return sent;
+  const request = { messages };
+  if (modelName) request.model = modelName;
+  if (read("system")) request.messages = [{ role: "system", content: read("system") }, ...messages];
+  if (read("temperature")) request.temperature = Number(read("temperature"));
+  if (read("max-tokens")) request.max_tokens = Number(read("max-tokens"));
+  if (Number(read("at-once")) > 1) request.n = Number(read("at-once")); // the first one is shown: the others are for the engine
+  return request;
 }
 
-// Times and tokens of one answer, as this page sees them: the way through the network is included.
-class Measured {
-  sent = performance.now();
-  first = null; // when the first text came, and how many tokens had come by then
-  tokensAtFirst = 0;
-  last = null;
-  usage = null;
-  reason = null;
-
-  take(text, usage, reason) {
-    this.usage = usage ?? this.usage;
-    this.reason = reason ?? this.reason;
-    if (!text) return;
-    this.last = performance.now();
-    if (this.first !== null) return;
-    this.first = this.last;
-    this.tokensAtFirst = this.usage?.completion_tokens ?? 1;
-  }
-
-  describe(end = null) {
-    const { usage } = this;
-    const parts = [];
-    if (usage) parts.push(`${usage.completion_tokens} token${usage.completion_tokens === 1 ? "" : "s"}`);
-    const later = (usage?.completion_tokens ?? 0) - this.tokensAtFirst;
-    if (later > 0 && this.last > this.first) parts.push(`${((later * 1000) / (this.last - this.first)).toFixed(1)} tok/s`);
-    if (this.first !== null) parts.push(`first token after ${((this.first - this.sent) / 1000).toFixed(2)} s`);
-    if (usage) parts.push(`${usage.prompt_tokens_details?.cached_tokens ?? 0} of ${usage.prompt_tokens} prompt tokens cached`);
-    const ends = { length: "ended at the limit of tokens", abort: "ended by the server" };
-    end ??= ends[this.reason];
-    return [...parts, ...(end ? [end] : [])].join(" · ");
+async function stream(request, answer, measured, signal) {
+  const id = newId();
+  markMine(id);
+  for await (const chunk of chunksOf(request, id, signal)) {
+    const text = measured.take(chunk);
+    answer.root.style.setProperty("--owner", colourOfMine(id) ?? "var(--line)");
+    if (text) add(answer, text, measured.describe());
   }
 }
 
@@ -141,14 +77,22 @@ function show(role, text) {
   return parts;
 }
 
-function finish(answer, foot, isFailed = false) {
+function add(answer, text, foot) {
+  keepInSight(() => {
+    answer.text.append(text); // as text: whatever the model writes is never HTML
+    answer.foot.textContent = foot;
+  });
+}
+
+function finish(answer, foot) {
   answer.root.classList.remove("running");
-  answer.root.classList.toggle("failed", isFailed);
   keepInSight(() => (answer.foot.textContent = foot));
 }
 
-// A message that got no answer can be sent again.
-function giveBack(text, answer) {
+// A message that got no answer comes back, so that it can be sent again.
+function fail(answer, why, text) {
+  answer.root.classList.add("failed");
+  finish(answer, why);
   if (!answer.text.textContent && !byId("prompt").value) byId("prompt").value = text;
 }
 

@@ -134,9 +134,9 @@ export function render() {
   const view = { colours: readColours(byId("probe")), isDark: isDark(), chosen };
   const state = { ...model.last, step: model.records.length - 1, record };
   const { num_waiting: numWaiting } = record.queues;
-  byId("step").textContent = (record.step + 1).toLocaleString("en");
-  byId("tokens").textContent = isBusy ? `${record.budget.used} of ${record.budget.tokens}` : "–";
-  byId("blocks-held").textContent = `${state.holders.size} of ${model.usableBlocks}`;
+  byId("step").textContent = number(record.step + 1);
+  byId("tokens").textContent = isBusy ? `${number(record.budget.used)} of ${number(record.budget.tokens)}` : "–";
+  byId("blocks-held").textContent = `${number(state.holders.size)} of ${number(model.usableBlocks)}`;
   byId("slots").textContent = slots(state);
   byId("num-running").textContent = state.running.length || "";
   byId("num-waiting").textContent = numWaiting || "";
@@ -145,7 +145,7 @@ export function render() {
   drawChart(byId("chart"), view);
   grid = drawBlocks(byId("blocks"), model, state, view);
   const unseen = model.usableBlocks - grid.shown;
-  byId("unseen").textContent = unseen ? `${unseen.toLocaleString("en")} more blocks were never held and are not drawn.` : "";
+  byId("unseen").textContent = unseen ? `${number(unseen)} more blocks were never held and are not drawn.` : "";
   if (byId("why-box").open) byId("why").replaceChildren(...whyLines());
 }
 
@@ -155,10 +155,12 @@ function waitingIds(state) {
   return (waiting ?? []).filter((id) => state.requests.has(id));
 }
 
+const number = (value) => value.toLocaleString("en");
+
 function slots(state) {
   const used = state.running.reduce((sum, id) => sum + state.requests.get(id).computed, 0);
   const reserved = [...state.tables.values()].reduce((sum, table) => sum + table.length * model.blockSize, 0);
-  return reserved ? `${used} of ${reserved}` : "–";
+  return reserved ? `${number(used)} of ${number(reserved)}` : "–";
 }
 
 // Chips are kept and changed, not made anew, so that one can be clicked and keeps the focus while steps go by.

@@ -19,7 +19,7 @@ from folovllm.trace.view import VIEWER
 
 WEB = Path(__file__).parent
 MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-FILES = {name: WEB / name for name in ("chat.js", "live.js", "client.js", "style.css", "icon.svg")}
+FILES = {name: WEB / name for name in ("chat.js", "answer.js", "live.js", "client.js", "style.css", "icon.svg")}
 FILES |= {name: VIEWER / name for name in ("model.js", "why.js", "draw.js", "colours.js")}
 FILES["viewer.css"] = VIEWER / "style.css"
 HEADERS = {
@@ -77,4 +77,4 @@ async def _events(state: ServerState) -> AsyncIterator[bytes]:
                 return
             else:
                 silent = 0.0
-                yield f"data: {line}\n\n".encode()
+                yield state.event_stream.encode(line)

@@ -1,6 +1,6 @@
 // draw.js: one step of a trace as pictures on three canvases. Milestone M2. Draws only the steps and rows in sight, so
-// the cost of a picture does not depend on the length of the trace. It keeps nothing and reads no page: a live page
-// can call drawTrace(canvases, model, state, view) after every record.
+// the cost of a picture does not depend on the length of the trace. It keeps nothing and reads no page, so the live page
+// (entrypoints/web/live.js) draws its blocks with it after every record.
 //   canvases  {overview, gantt, blocks}
 //   model     a TraceModel;   state   model.stateAt(step)
 //   view      {colours, chosen: id or null, divergence: step or null, zoom: pixels per step, firstRow}
@@ -199,7 +199,8 @@ function drawBlocks(canvas, model, state, view) {
     if (held.length) drawHeld(context, x, y, size, held.map((id) => lives.get(id)), share, view);
     else drawFree(context, x, y, size, cached.has(block), state.cachedIsProved, view);
     if (held.includes(view.chosen)) outline(context, x + 1, y + 1, size - 1, size - 2, view.colours.cursor);
-    if (cell >= 22) drawBlockText(context, x, y, size, block, held, view);
+    const isOnColour = held.length > 1 || (held.length === 1 && (share > 0.5 || !view.isDark)); // else on the dark page
+    if (cell >= 22) drawBlockText(context, x, y, size, block, held, view.colours[isOnColour ? "onBlock" : "faint"], view);
   }
   const sum = `${state.holders.size} blocks held, ${cached.size} free and cached, `;
   canvas.setAttribute("aria-label", `${sum}${model.usableBlocks - state.holders.size - cached.size} free.`);
@@ -233,7 +234,7 @@ function drawFree(context, x, y, size, isCached, isProved, view) {
   context.globalAlpha = 1;
 }
 
-function drawBlockText(context, x, y, size, block, held, view) {
+function drawBlockText(context, x, y, size, block, held, colour, view) {
   const isShared = held.length > 1;
   if (isShared) {
     context.globalAlpha = 0.7; // a ground that the stripes do not show through
@@ -241,7 +242,7 @@ function drawBlockText(context, x, y, size, block, held, view) {
     context.fillRect(x + 4, y + 4, size - 8, size - 8);
     context.globalAlpha = 1;
   }
-  context.fillStyle = view.colours[held.length ? "onBlock" : "faint"];
+  context.fillStyle = colour;
   context.font = "10px system-ui, sans-serif";
   context.textAlign = "center";
   context.fillText(block, x + size / 2, y + size / 2 - (isShared ? 5 : 0));
