@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -78,7 +78,7 @@ class AsyncLLM:
         cls,
         config: EngineConfig,
         model_path: Path,
-        tokenizer: Tokenizer | None,
+        tokenizer: Tokenizer | Callable[[], Tokenizer | None] | None,
         *,
         in_process: bool = True,
         executor_factory: ExecutorFactory | None = None,
@@ -86,16 +86,18 @@ class AsyncLLM:
     ) -> "AsyncLLM":
         """Starts the engine, in a process of its own or (`in_process=False`) in a thread, and waits until it is ready.
 
-        Raises ValueError for a bad argument, EngineDeadError if the engine cannot be started. `executor_factory` takes
-        the place of the model; `config` must then be resolved.
+        Raises ValueError for a bad argument, EngineDeadError if the engine cannot be started. If `tokenizer` is a
+        function, it is called while the engine starts. `executor_factory` takes the place of the model; `config` must
+        then be resolved.
         """
         make_client = ProcessCoreClient if in_process else ThreadCoreClient
         client = make_client(config, model_path, executor_factory)
-        ready = await client.start()
         try:
-            return cls(client, ready, tokenizer, sampling_defaults)
+            client.launch()
+            loaded = tokenizer() if callable(tokenizer) else tokenizer
+            return cls(client, await client.ready(), loaded, sampling_defaults)
         except BaseException:
-            client.close()
+            client.close(timeout=0.0)
             raise
 
     # ---- requests

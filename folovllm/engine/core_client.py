@@ -48,8 +48,8 @@ class CoreClient(ABC):
         self._is_closing = False
 
     @abstractmethod
-    def _launch(self) -> None:
-        """Starts the engine. It sends one message when it is ready, or when it cannot be."""
+    def launch(self) -> None:
+        """Begins to start the engine. It sends one message when it is ready, or when it cannot be."""
 
     @abstractmethod
     def send(self, message: DownMessage) -> None:
@@ -59,14 +59,9 @@ class CoreClient(ABC):
     def close(self, timeout: float = 10.0) -> None:
         """Stops the engine, and waits up to `timeout` seconds for the end of its step. Blocks. Idempotent."""
 
-    async def start(self) -> Ready:
-        """Starts the engine and waits until it is ready. Raises ValueError or EngineDeadError if it cannot be."""
-        try:
-            self._launch()
-            message = await self._first_message
-        except BaseException:
-            self.close(timeout=0.0)
-            raise
+    async def ready(self) -> Ready:
+        """Waits until the engine is ready. Raises ValueError or EngineDeadError if it cannot be started."""
+        message = await self._first_message
         if isinstance(message, Ready):
             return message
         self.close(timeout=5.0)  # it is ending by itself
@@ -102,7 +97,7 @@ class ThreadCoreClient(CoreClient):
         arguments = (make_core, self._inbox, self._deliver)
         self._thread = threading.Thread(target=run_core, args=arguments, name="folovllm-engine", daemon=True)
 
-    def _launch(self) -> None:
+    def launch(self) -> None:
         self._thread.start()
 
     def send(self, message: DownMessage) -> None:
@@ -128,7 +123,7 @@ class ProcessCoreClient(CoreClient):
         self._writer = threading.Thread(target=self._write, name="folovllm-writer", daemon=True)
         self._reader = threading.Thread(target=self._read, name="folovllm-reader", daemon=True)
 
-    def _launch(self) -> None:
+    def launch(self) -> None:
         # At exit multiprocessing waits for its children, so ours must be told before. Last in, first out.
         atexit.register(self.close, timeout=1.0)
         self._process.start()
@@ -152,7 +147,7 @@ class ProcessCoreClient(CoreClient):
         self._outbox.put(None)
         self._process.join(timeout)
         if self._process.is_alive():
-            logger.warning("the engine process did not end within %g s: it is killed", timeout)
+            logger.info("the engine process did not end within %g s: it is killed", timeout)
             self._process.kill()
             self._process.join()
 
@@ -174,6 +169,8 @@ class ProcessCoreClient(CoreClient):
             logger.exception("a message of the engine process cannot be read")
             self._process.kill()
             self._deliver(Dead(f"a message of the engine process cannot be read: {error}"))
+        finally:
+            self._connection.close()
 
 
 def cause_of_death(exit_code: int | None) -> str:

@@ -7,7 +7,6 @@ Left out: pooling outputs, LoRA statistics; the asyncio queues are in output_col
                      --> CompletionOutput --> (ParentRequest if n > 1) --> RequestOutput
 """
 
-import dataclasses
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -82,7 +82,7 @@ async def start_async_llm(
     return await AsyncLLM.start(
         files.config,
         files.path,
-        files.load_tokenizer(),
+        files.load_tokenizer,
         in_process=in_process,
         sampling_defaults=files.sampling_defaults,
     )

@@ -292,6 +292,21 @@ def test_a_request_that_is_cancelled_while_its_text_is_encoded_leaves_nothing():
     run_async(test)
 
 
+def test_a_request_whose_text_was_being_encoded_when_the_drain_began_is_refused():
+    async def test() -> None:
+        tokenizer = SlowTokenizer()
+        async with make_async_llm(tokenizer=tokenizer) as engine:
+            adding = asyncio.create_task(engine.add_request("r", "a" * (LONG_TEXT + 1), greedy(3)))
+            await asyncio.sleep(0.01)
+            assert await engine.drain(0.0) == 0
+            tokenizer.may_go.set()
+            with pytest.raises(EngineClosingError):
+                await adding
+            await assert_all_free(engine)
+
+    run_async(test)
+
+
 def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded():
     async def test() -> None:
         tokenizer = SlowTokenizer()  # would wait

@@ -1,5 +1,6 @@
 """EngineCoreLoop and FaultFinder: messages in order, blocks freed at once, and a failing request that fails alone."""
 
+import dataclasses
 import logging
 import random
 from collections.abc import Callable, Iterable
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.engine.core import EngineCore
 from folovllm.engine.core_loop import MAX_FAILED_STEPS, EngineCoreLoop
+from folovllm.engine.fault_finder import FaultFinder
 from folovllm.engine.messages import AbortRequests, AddRequests, Call, CallResult, DownMessage, StepOutputs, Stop
 from folovllm.executor.fake import FakeExecutor
 from folovllm.learn.toy_engine import assert_nothing_leaked, expected_tokens, make_config, make_request
 from folovllm.outputs import EngineCoreOutput, ModelRunnerOutput
-from folovllm.request import Request
+from folovllm.request import Request, RequestStatus
 
 pytestmark = pytest.mark.m8
 
@@ -34,10 +36,12 @@ class FaultyExecutor(FakeExecutor):
         super().__init__()
         self._raises = raises
         self.num_raised = 0
+        self.raised_with: list[int] = []  # how many requests were in those steps
 
     def sample(self, handle: SchedulerOutput) -> ModelRunnerOutput:
         if self._raises(self, handle):
             self.num_raised += 1
+            self.raised_with.append(len(handle.num_scheduled_tokens))
             raise RuntimeError("a fault in the model")
         return super().sample(handle)
 
@@ -217,6 +221,47 @@ def test_a_request_that_raises_at_its_fifth_token_keeps_the_four_before(args):
     assert len(run.tokens("X")) == 4
 
 
+def test_the_innocent_are_undone_at_most_twice():
+    """The last trial of a suspect is a step without others."""
+    run, _ = run_with_faults(lambda _, handle: "X" in handle.num_scheduled_tokens)
+    assert isinstance(run.core.executor, FaultyExecutor)
+    everyone, some, alone = run.core.executor.raised_with
+    assert everyone == 9 and alone == 1 and some <= 9
+
+
+def test_one_suspect_at_a_time_is_admitted():
+    """Also if its prompt takes several steps, and if new requests come meanwhile."""
+    core = make_core(max_num_batched_tokens=8)
+    finder = FaultFinder(core.scheduler)
+    for name in "abc":
+        core.add_request(make_request(name, prompt=20, max_tokens=30))
+    assert finder.step_failed(None) is None
+    running = []
+    for step in range(8):
+        finder.before_step()
+        outputs = core.step()
+        finder.step_succeeded([output.request_id for output in outputs])
+        running.append(len(core.scheduler.running))
+        if step == 0:
+            core.add_request(make_request("new", prompt=20, max_tokens=30))
+            finder.joined("new")
+    assert running[:3] == [1, 1, 1] and running[3:6] == [2, 2, 2] and running[6] == 3
+
+
+def test_a_suspect_is_not_blamed_for_a_newcomer():
+    core = make_core()
+    finder = FaultFinder(core.scheduler)
+    core.add_request(make_request("a", prompt=5))
+    assert finder.step_failed(None) is None and finder.is_searching
+    scheduled = core.scheduler.schedule()
+    core.scheduler.recover([], RequestStatus.FINISHED_ERROR)
+    for i in range(4):
+        core.add_request(make_request(f"new{i}", prompt=5))
+        finder.joined(f"new{i}")
+        step = dataclasses.replace(scheduled, num_scheduled_tokens={"a": 5, f"new{i}": 5})
+        assert finder.step_failed(step) is None
+
+
 def test_two_poisonous_requests_fail_and_no_other():
     run, expected = run_with_faults(lambda _, handle: bool({"X", "r2"} & handle.num_scheduled_tokens.keys()))
     assert run.reason("X") == run.reason("r2") == "error"
@@ -258,6 +303,7 @@ def test_an_aborted_suspect_does_not_hold_up_the_others():
     assert run.reason("X") == run.reason("r0") == "abort"
     for request_id in expected.keys() - {"X", "r0"}:
         assert run.tokens(request_id) == expected[request_id]
+    assert run.core.scheduler.max_num_seqs == run.core.config.max_num_seqs  # the search has ended
 
 
 def test_a_request_that_the_scheduler_cannot_handle_fails_alone():
