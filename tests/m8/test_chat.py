@@ -321,7 +321,7 @@ BAD = {
         "messages",
     ),
     "audio": ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, "messages"),
-    "surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, None),
+    "surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
     "template": ({"chat_template": CHAT_TEMPLATE}, "chat_template"),
     "nested template": ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
     "documents": ({"documents": ["d"]}, "documents.0"),

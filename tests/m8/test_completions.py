@@ -367,7 +367,7 @@ BAD = {
     "no such token": ({"prompt": [5, VOCAB_SIZE]}, "prompt"),
     "negative token": ({"prompt": [-1]}, "prompt"),
     "huge token": ({"prompt": [10**30]}, "prompt"),
-    "lone surrogate": ({"prompt": "a\ud800"}, None),
+    "lone surrogate": ({"prompt": "a\ud800"}, "prompt"),
     "temperature": ({"temperature": -1}, "temperature"),
     "logit_bias of an unknown token": ({"logit_bias": {"12345": 1}}, "logit_bias"),
     "stop token": ({"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids"),
@@ -539,18 +539,23 @@ async def test_a_stream_that_fails_tells_so_and_ends(client, prompt):
     assert "error" in answer.chunks[-1]  # nothing follows but [DONE]
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_that_the_shutdown_cuts_off_says_so(stream):
+def test_an_answer_that_the_shutdown_cuts_off_says_so(stream, late):
     """It ends like any other, with what there is so far."""
 
     async def main():
         async with make_client(executor_factory=slow) as client:
-            call = asyncio.create_task(client.complete(prompt=[IDS, [5]], max_tokens=200, stream=stream))
-            await eventually(lambda: client.engine.stats.num_generation_tokens > 3)
+            fields = {"prompt": [IDS, [5]], "max_tokens": 200, "stream": stream, "echo": True, "logprobs": 0}
+            call = asyncio.create_task(client.complete(**fields))
+            await eventually(lambda: client.engine.num_unfinished == 2)
+            if late:
+                await eventually(lambda: client.engine.stats.num_generation_tokens > 3)
             assert await client.engine.drain(0.0) == 2
             answer = await call
             choices = join_choices(answer.chunks, 2) if stream else answer.json["choices"]
             assert [choice["finish_reason"] for choice in choices] == ["abort", "abort"]
+            assert all(choice["text"].startswith(text) for choice, text in zip(choices, (TEXT, "#"), strict=True))
             assert (await client.complete(prompt=IDS)).status == 503
 
     run_async(main)

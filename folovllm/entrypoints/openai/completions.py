@@ -82,7 +82,7 @@ class CompletionAnswer:
         choices = []
         for prompt_index, output in enumerate(outputs):
             self._usage.add(prompt_index, output)
-            self._prompt_logprobs[prompt_index] = output.prompt_logprobs or []
+            self._prompt_logprobs[prompt_index] = self._of_prompt(prompt_index, output)
             for completion in output.outputs:
                 choice = self._choice(prompt_index, completion)
                 choices.append({**choice, "prompt_logprobs": prompt_logprobs(output.prompt_logprobs)})
@@ -116,9 +116,12 @@ class CompletionAnswer:
         waiting += output.outputs
         if output.prompt_logprobs is None and not output.finished:
             return []
-        nothing: PromptLogprobs = [None] * len(self._prompts[prompt_index].token_ids)  # aborted before they were known
-        self._prompt_logprobs[prompt_index] = output.prompt_logprobs or nothing
+        self._prompt_logprobs[prompt_index] = self._of_prompt(prompt_index, output)
         return self._waiting.pop(prompt_index)
+
+    def _of_prompt(self, prompt_index: int, output: RequestOutput) -> PromptLogprobs:
+        """The logprobs of a prompt: nulls if the request was aborted before they were computed."""
+        return output.prompt_logprobs or [None] * len(self._prompts[prompt_index].token_ids)
 
     def _choice(self, prompt_index: int, completion: CompletionOutput) -> dict[str, Any]:
         """A choice of the answer, or of a chunk: the first chunk of a choice brings the prompt, if asked."""

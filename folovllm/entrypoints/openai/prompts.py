@@ -40,8 +40,8 @@ async def completion_prompts(
     for prompt in body.prompt:
         if isinstance(prompt, str):
             limit.check_characters(len(prompt), state.engine.tokenizer)
-            special = body.add_special_tokens is not False
-            prompts.append(TokenizedPrompt(prompt, limit.fit(await state.engine.encode(prompt, special))))
+            token_ids = await _encode(state, body, prompt, body.add_special_tokens is not False)
+            prompts.append(TokenizedPrompt(prompt, limit.fit(token_ids)))
         else:
             token_ids = limit.fit(prompt)
             prompts.append(TokenizedPrompt(_decode(state, token_ids) if body.echo else None, token_ids))
@@ -65,10 +65,10 @@ async def chat_prompt(state: ServerState, body: ChatCompletionRequest, max_token
             chat_template_kwargs=body.chat_template_kwargs,
         )
     except ValueError as error:
-        raise as_bad_request(error, body) from None
+        raise as_bad_request(error, body, "messages") from None
     text, token_ids = rendered["prompt"], rendered["prompt_token_ids"]
     if body.add_special_tokens:  # in addition to those of the template
-        token_ids = await state.engine.encode(text, True)
+        token_ids = await _encode(state, body, text, True)
     return TokenizedPrompt(text, limit.fit(token_ids))
 
 
@@ -137,6 +137,13 @@ def _check_template(state: ServerState) -> None:
         raise bad_request(
             "this model has no chat template: use /v1/completions, or start the server with --chat-template", "messages"
         )
+
+
+async def _encode(state: ServerState, body: GenerationRequest, text: str, add_special_tokens: bool) -> list[int]:
+    try:
+        return await state.engine.encode(text, add_special_tokens)
+    except ValueError as error:  # half of a surrogate pair, or a server without a tokenizer
+        raise as_bad_request(error, body, "prompt") from None
 
 
 def _decode(state: ServerState, token_ids: list[int]) -> str:

@@ -58,15 +58,16 @@ def check_stream_fields(body: GenerationRequest) -> None:
                           "prompt_logprobs")  # fmt: skip
 
 
-def as_bad_request(error: ValueError, body: GenerationRequest) -> ApiError:
-    """The answer to a ValueError of SamplingParams, the engine or the chat template, with the field it names.
+def as_bad_request(error: ValueError, body: GenerationRequest, otherwise: str | None = None) -> ApiError:
+    """The answer to a ValueError of SamplingParams, the engine or the chat template, with the field it names, or else
+    the field `otherwise`.
 
     E.g. "temperature must be in [0, inf), got -1" -> param "temperature"; "messages[2] needs ..." -> "messages".
     """
     names = sorted({*type(body).model_fields, "prompt"} - {"model"}, key=len, reverse=True)
     message = str(error)
     found = re.search(rf"\b({'|'.join(names)})\b", message)
-    name = found[1] if found else None
+    name = found[1] if found else otherwise
     if isinstance(body, ChatCompletionRequest) and name == "prompt":
         name = "messages"
     if isinstance(body, ChatCompletionRequest) and name == "logprobs":  # SamplingParams calls it so
