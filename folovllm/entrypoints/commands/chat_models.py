@@ -35,11 +35,11 @@ class ChatModel(Protocol):
     """A model that answers conversations."""
 
     name: str
-    limit: int | None  # tokens of a prompt and its answer; None if a server does not say
+    limit: int | None  # tokens of a prompt and its answer, or None if a server does not say
     max_tokens: int | None  # the longest answer
 
     def count_tokens(self, messages: list[Message]) -> int | None:
-        """The length of the prompt that these messages make; None if a server does not say."""
+        """Returns the length of the prompt that these messages make, or None if a server does not say."""
 
     def stream(self, messages: list[Message]) -> Pieces:
         """The answer, piece by piece. If the generator is closed early, the request ends in the engine, too."""
