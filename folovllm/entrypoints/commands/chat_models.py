@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Coroutine, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from folovllm.interrupts import HeldInterrupts
 from folovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class ServedModel:
         self.fields = fields
         self.max_tokens: int | None = fields.get("max_tokens")
         self._client = OpenAIClient(url, api_key)
-        self._loop = asyncio.new_event_loop()
+        self._runner = asyncio.Runner()
         try:
             self._run(self._client.__aenter__())
             card = self._run(self._client.model_card(model))
@@ -103,7 +104,7 @@ class ServedModel:
         task: asyncio.Task[dict[str, Any] | None] | None = None
         try:
             while True:
-                task = task or self._loop.create_task(_next(events))
+                task = task or self._runner.get_loop().create_task(_next(events))
                 self._run(asyncio.wait([task], timeout=POLL_SECONDS))
                 if not task.done():
                     yield Piece()
@@ -121,12 +122,12 @@ class ServedModel:
             self._run(events.aclose())
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return self._loop.run_until_complete(coroutine)
+        return self._runner.run(coroutine)
 
     def close(self) -> None:
-        if not self._loop.is_closed():
+        with HeldInterrupts(patience=None):
             self._run(self._client.__aexit__(None, None, None))
-            self._loop.close()
+            self._runner.close()  # ends what an interrupted call has left
 
 
 async def _next(events: AsyncGenerator[T, None]) -> T | None:
