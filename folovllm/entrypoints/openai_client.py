@@ -54,9 +54,11 @@ class OpenAIClient:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        # An answer may take as long as it takes; the user's Ctrl-C ends it. No limit of connections of our own.
+        # An answer may take as long as it takes; the user's Ctrl-C ends it.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
-        connector = aiohttp.TCPConnector(limit=0)
+        # As many connections as there are requests, each for one of them: a server closes idle connections after a few
+        # seconds, and a request on one that it is just closing is lost.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         self._session = aiohttp.ClientSession(headers=self._headers, timeout=timeout, connector=connector)
         return self
 
@@ -97,7 +99,7 @@ class OpenAIClient:
         return self._checked(await self.send("POST", path, body))
 
     async def count_tokens(self, model: str, messages: Sequence[Body]) -> int | None:
-        """The length of a conversation's prompt; None if the server has no /tokenize. OpenAI's API has none."""
+        """Returns the length of a conversation's prompt, or None if the server has no /tokenize (OpenAI has none)."""
         root = self.base_url.rpartition("/")[0]
         answer = await self._send("POST", f"{root}/tokenize", {"model": model, "messages": list(messages)})
         count = answer.body.get("count") if isinstance(answer.body, dict) else None
@@ -170,7 +172,7 @@ class OpenAIClient:
 
 
 def base_url(url: str) -> str:
-    """The URL that ends with /v1. E.g. "localhost:8000/" -> "http://localhost:8000/v1". Raises ValueError."""
+    """Returns the URL that ends with /v1, e.g. http://localhost:8000/v1 for localhost:8000/. Raises ValueError."""
     text = url.strip()
     text = (text if "://" in text else f"http://{text}").rstrip("/")
     try:

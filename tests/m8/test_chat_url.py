@@ -1,6 +1,9 @@
 """`folovllm chat --url`: the same conversation as with an engine in the process, against a server double."""
 
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -158,6 +161,38 @@ def test_ctrl_c_stops_the_answer_and_closes_the_connection(double, capsys, texts
         assert talk.turns[-1] == message("assistant", "ok")
     finally:
         model.close()
+
+
+def test_a_pause_between_two_questions(double, capsys):
+    """A server closes idle connections. While the user types, the client does not see it, so it must not reuse one."""
+    model = ServedModel(double.url, None, None, {})
+    try:
+        talk = Conversation(model)
+        talk.ask("hi")
+        time.sleep(0.5)  # the double closes after 0.1 s, uvicorn after 5 s
+        talk.ask("again")
+    finally:
+        model.close()
+    assert capsys.readouterr().out == "Hello\nHello\n"
+
+
+def test_ctrl_c_while_the_server_does_not_answer_at_all():
+    """No traceback of the event loop, and the status that a shell expects."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        silent.settimeout(60)
+        command = [sys.executable, "-m", "folovllm", "chat", "--url", f"127.0.0.1:{silent.getsockname()[1]}"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        try:
+            connection, _ = silent.accept()
+            connection.recv(1)  # the request has begun
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        connection.close()
+    assert process.returncode == 130 and errors.strip() == b""
 
 
 # ---- our own server

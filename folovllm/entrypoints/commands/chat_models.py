@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Coroutine, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from folovllm.interrupts import HeldInterrupts
 from folovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -35,11 +36,11 @@ class ChatModel(Protocol):
     """A model that answers conversations."""
 
     name: str
-    limit: int | None  # tokens of a prompt and its answer; None if a server does not say
+    limit: int | None  # tokens of a prompt and its answer, or None if a server does not say
     max_tokens: int | None  # the longest answer
 
     def count_tokens(self, messages: list[Message]) -> int | None:
-        """The length of the prompt that these messages make; None if a server does not say."""
+        """Returns the length of the prompt that these messages make, or None if a server does not say."""
 
     def stream(self, messages: list[Message]) -> Pieces:
         """The answer, piece by piece. If the generator is closed early, the request ends in the engine, too."""
@@ -81,7 +82,7 @@ class ServedModel:
         self.fields = fields
         self.max_tokens: int | None = fields.get("max_tokens")
         self._client = OpenAIClient(url, api_key)
-        self._loop = asyncio.new_event_loop()
+        self._runner = asyncio.Runner()
         try:
             self._run(self._client.__aenter__())
             card = self._run(self._client.model_card(model))
@@ -103,7 +104,7 @@ class ServedModel:
         task: asyncio.Task[dict[str, Any] | None] | None = None
         try:
             while True:
-                task = task or self._loop.create_task(_next(events))
+                task = task or self._runner.get_loop().create_task(_next(events))
                 self._run(asyncio.wait([task], timeout=POLL_SECONDS))
                 if not task.done():
                     yield Piece()
@@ -121,12 +122,12 @@ class ServedModel:
             self._run(events.aclose())
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return self._loop.run_until_complete(coroutine)
+        return self._runner.run(coroutine)
 
     def close(self) -> None:
-        if not self._loop.is_closed():
+        with HeldInterrupts(patience=None):
             self._run(self._client.__aexit__(None, None, None))
-            self._loop.close()
+            self._runner.close()  # ends what an interrupted call has left
 
 
 async def _next(events: AsyncGenerator[T, None]) -> T | None:

@@ -2,9 +2,9 @@
 
 Milestone: M8. vLLM counterpart: vllm/entrypoints/openai/run_batch.py. Left out: embeddings, scores, audio.
 
-    in:   {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hello"}}
-    out:  {"id": "batch-1f", "custom_id": "a", "error": null,
-           "response": {"status_code": 200, "request_id": "req-2c", "body": {"choices": [...], ...}}}
+    input   {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hello"}}
+    output  {"id": "batch-1f", "custom_id": "a", "error": null,
+             "response": {"status_code": 200, "request_id": "req-2c", "body": {"choices": [...], ...}}}
 
 Every line is answered, in the order in which answers come. An answer is written as soon as it is there, so a run that
 is interrupted keeps what it has. If a request fails, `error` holds OpenAI's error object. `response.body` is what the
