@@ -6,7 +6,7 @@ Milestone: M2. vLLM counterpart: none (its stats loggers keep sums, and its Open
     recorder.py Recorder, which makes the records, and NullTrace, which makes none
     writer.py   TraceWriter: the records as a file
     live.py     the records of a running engine, which begin with a snapshot
-    watch.py    hands those on to everyone who watches
+    watch.py    hands those on to all watchers of a server
     header.py   the first line
     replay.py   the state of the engine, rebuilt from the records alone
     lint.py     the rules of scheduling and paging, checked on a trace

@@ -1,4 +1,4 @@
-"""Watchers: hand the lines of a live trace on to everyone who watches; the front end's half of live.py.
+"""Watchers: hand the lines of a live trace on to all watchers of a server; the front end's half of live.py.
 
 Milestone: M8. vLLM counterpart: none.
 
@@ -66,7 +66,7 @@ class Watcher:
 
 
 class Watchers:
-    """Everyone who watches one engine. `ask("watch")` asks the engine for a snapshot, and `ask("unwatch")` to stop."""
+    """All watchers of one engine. `ask("watch")` asks the engine for a snapshot, and `ask("unwatch")` to stop."""
 
     def __init__(self, ask: Callable[[str], None]) -> None:
         self._ask = ask

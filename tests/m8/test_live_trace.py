@@ -354,7 +354,7 @@ def test_live_lines_contain_no_tokens_no_path_and_nothing_of_the_machine(tmp_pat
     assert set(json.loads(text)[0]["config"]) == set(live.SHOWN_CONFIG)
 
 
-def test_nothing_is_left_when_nobody_watches(tmp_path: Path) -> None:
+def test_nothing_is_left_when_watching_ends(tmp_path: Path) -> None:
     for core, kind in ((make_core(), NullTrace), (traced_core(tmp_path / "t.jsonl"), TraceWriter)):
         before = core.trace
         feed = LiveFeed(core)
@@ -368,14 +368,14 @@ def test_nothing_is_left_when_nobody_watches(tmp_path: Path) -> None:
         core.shutdown()
 
 
-def test_cost_of_a_step_while_somebody_watches_is_printed() -> None:
+def test_cost_of_a_watched_step_is_printed() -> None:
     """`pytest -s` prints it; a clock is no gate."""
     core = make_core(max_model_len=8192, block_size=16, max_num_seqs=32, max_num_batched_tokens=32 * 8192)
     for i in range(32):
         core.add_request(make_request(f"request-{i}", 100, max_tokens=4000))
     core.step()
     feed, medians = LiveFeed(core), {}
-    for name, act in (("nobody watches", feed.stop), ("somebody watches", feed.snapshot)):
+    for name, act in (("alone", feed.stop), ("watched", feed.snapshot)):
         act()
         costs = []
         for _ in range(300):
@@ -387,7 +387,7 @@ def test_cost_of_a_step_while_somebody_watches_is_printed() -> None:
     t0 = time.thread_time()
     feed.snapshot()
     snapshot = (time.thread_time() - t0) * 1e6
-    extra = medians["somebody watches"] - medians["nobody watches"]
+    extra = medians["watched"] - medians["alone"]
     print(f"\n32 decodes: a watched step costs {extra:.0f} us more; a snapshot {snapshot:.0f} us")
     assert len(json.dumps(feed.take())) < 100_000
 
@@ -408,12 +408,12 @@ class Engine:
             self.core.step()
             self.watchers.put(self.feed.take())
         self.obey()
+        self.watchers.put(self.feed.take())
 
     def obey(self) -> None:
         for what in self.asked:
             {"watch": self.feed.snapshot, "unwatch": self.feed.stop}[what]()
         self.asked.clear()
-        self.watchers.put(self.feed.take())
 
 
 def busy_engine() -> Engine:
@@ -448,13 +448,25 @@ async def test_several_watchers_come_and_go() -> None:
         engine.run(3)
         with engine.watchers.join() as second:
             engine.run(2)
-            assert [line.get("type") for line in await taken(second)] == ["header", "snapshot", None, None]
+            assert [line.get("type") for line in await taken(second)] == ["header", "snapshot", None]
         engine.run(1)
         lines = await taken(first)
         assert [line["step"] for line in lines if "type" not in line] == [2, 3, 4, 5, 6, 7]
         assert len(engine.watchers) == 1 and type(engine.core.trace) is not NullTrace
     engine.run(1)
     assert type(engine.core.trace) is NullTrace and len(engine.watchers) == 0
+
+
+@in_loop
+async def test_many_watchers_that_come_at_once_cost_one_snapshot() -> None:
+    engine = busy_engine()
+    with engine.watchers.join() as first:
+        engine.run(1)
+        assert len(await taken(first)) == 3
+        crowd = [engine.watchers.join() for _ in range(20)]
+        engine.run(1)
+        assert [line.get("type") for line in await taken(crowd[-1])] == ["header", "snapshot"]
+        assert [line.get("type") for line in await taken(first)] == [None, "header", "snapshot"]
 
 
 @in_loop
@@ -500,7 +512,7 @@ async def test_closing_ends_every_watch_after_its_last_line() -> None:
         await waiting
     engine.obey()
     assert [line async for line in watcher] == []
-    assert [line async for line in engine.watchers.join()] == [], "nobody can watch an engine that has ended"
+    assert [line async for line in engine.watchers.join()] == [], "an engine that has ended cannot be watched"
     watcher.__exit__()
     engine.watchers.close()
 

@@ -62,7 +62,7 @@ async def live(request: Request) -> StreamingResponse:
 
 
 async def _events(state: ServerState) -> AsyncIterator[bytes]:
-    """Ends within a second of the beginning of a shutdown, which therefore never waits for those who watch."""
+    """Ends within a second of the beginning of a shutdown, which therefore never waits for watchers."""
     silent = 0.0
     with state.engine.watch() as watcher:
         while not state.is_draining:
