@@ -160,7 +160,10 @@ class AsyncLLM:
         **chat_keywords: Any,
     ) -> dict[str, Any]:
         """The prompt for a conversation, as text and token ids: see `Tokenizer.chat_prompt`."""
-        return await self._async_tokenizer.chat_prompt(messages, chat_template, add_generation_prompt, **chat_keywords)
+        check_text = self.input_processor.check_text
+        return await self._async_tokenizer.chat_prompt(
+            messages, chat_template, add_generation_prompt, check_text, **chat_keywords
+        )
 
     async def _encode_long(self, prompt: Prompt) -> Prompt:
         """A prompt with a long text gets its token ids. Every other prompt stays as it is."""
@@ -218,7 +221,7 @@ class AsyncLLM:
     def watch(self) -> Watcher:
         """The live trace: `with engine.watch() as watcher: async for line in watcher: ...`, one line per step.
 
-        The engine makes records only while someone watches.
+        The engine makes records only while there is a watcher.
         """
         return self._watchers.join()
 
@@ -244,7 +247,7 @@ class AsyncLLM:
             raise EngineClosingError("the engine is shutting down and takes no new requests")
 
     def _die(self, cause: str) -> None:
-        """Tells everyone who waits that nothing more will come."""
+        """Ends all streams, calls and watchers with the cause."""
         if self.dead_error is not None:
             return
         logger.error("the engine is dead: %s", cause)

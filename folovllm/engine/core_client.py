@@ -77,7 +77,7 @@ class CoreClient(ABC):
 
     def _deliver(self, message: UpMessage) -> None:
         """Hands a message to the event loop, from any thread."""
-        with contextlib.suppress(RuntimeError):  # the event loop is closed: there is no one to tell
+        with contextlib.suppress(RuntimeError):  # the event loop is closed, and with it all streams
             self._event_loop.call_soon_threadsafe(self._dispatch, message)
 
     def _dispatch(self, message: UpMessage) -> None:

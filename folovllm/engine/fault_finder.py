@@ -31,7 +31,7 @@ class FaultFinder:
         self._max_num_seqs = scheduler.max_num_seqs  # the limit while nothing is wrong
         self._suspects: set[str] = set()
         self._failed_trials: Counter[str] = Counter()
-        self._next_trial: str | None = None  # who is on trial if `schedule` itself raises
+        self._next_trial: str | None = None  # the request on trial if `schedule` itself raises
 
     @property
     def is_searching(self) -> bool:

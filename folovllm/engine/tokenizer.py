@@ -8,6 +8,7 @@ transformers takes seconds to import, `tokenizers` and jinja2 hundredths of a se
 needs runs on those two.
 """
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -134,11 +135,15 @@ class Tokenizer:
         messages: list[dict[str, Any]],
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        check_text: Callable[[str], None] | None = None,
         **keywords: Any,
     ) -> dict[str, Any]:
         """The prompt for a conversation, as text and token ids; the template brings its own special tokens.
 
         `keywords` and errors are those of `apply_chat_template`, and a template that reads no content is refused.
+        `check_text` sees the text before it is encoded, and raises ValueError to refuse it.
         """
         text = self.apply_chat_template(messages, add_generation_prompt, chat_template, False, **keywords)
+        if check_text is not None:
+            check_text(text)
         return {"prompt": text, "prompt_token_ids": self.encode(text, add_special_tokens=False)}

@@ -194,7 +194,8 @@ class LLM:
         `chat_template_kwargs`, and any variable that the template reads. Raises TypeError for another keyword.
         """
         keywords = drop_vllm_keywords(chat_keywords)
-        return self.get_tokenizer().chat_prompt(messages, chat_template, add_generation_prompt, **keywords)
+        check_text = self.llm_engine.input_processor.check_text
+        return self.get_tokenizer().chat_prompt(messages, chat_template, add_generation_prompt, check_text, **keywords)
 
     @check_keywords
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:

@@ -313,6 +313,8 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded():
         async with make_async_llm(tokenizer=tokenizer) as engine:
             with pytest.raises(ValueError, match=r"the prompt of 20000000 characters is longer than .* 256 tokens"):
                 await engine.add_request("r", "a" * 20_000_000, greedy())
+            with pytest.raises(ValueError, match=r"the prompt of 400000 characters is longer than"):
+                await engine.render_chat([{"role": "user", "content": "a" * 400_000}], "{{ messages[0].content }}")
 
     run_async(test)
 
@@ -328,7 +330,7 @@ async def test_without_a_tokenizer_prompts_are_token_ids(engine: AsyncLLM):
 @engine_test()
 async def test_render_chat_gives_text_and_token_ids(engine: AsyncLLM):
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    for content in ("the fox", "the fox " * LONG_TEXT):
+    for content in ("the fox", "the fox " * 300, "好" * (LONG_TEXT // 2)):
         prompt = await engine.render_chat([{"role": "user", "content": content}], template)
         assert prompt == {"prompt": content, "prompt_token_ids": byte_level().encode(content)}
 
@@ -591,7 +593,7 @@ async def test_watching_and_observing(engine: AsyncLLM):
 
 
 @gated_test()
-async def test_a_reader_that_sleeps_holds_up_nobody_and_gets_everything(engine, executor):
+async def test_a_reader_that_sleeps_holds_up_no_other_and_gets_everything(engine, executor):
     slow = await engine.add_request("slow", prompt_ids(1), greedy(200))
     assert await collect(await engine.add_request("fast", prompt_ids(2), greedy(200))) == oracle(prompt_ids(2), 200)
     await assert_all_free(engine)
