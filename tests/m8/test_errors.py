@@ -55,6 +55,13 @@ def test_a_fault_of_a_field_names_the_field_and_not_its_value() -> None:
     assert "http" not in error.message, "pydantic's errors have a URL each"
 
 
+def test_an_error_of_pydantic_itself_has_no_url() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Body.model_validate({"messages": "x"})
+    error = as_api_error(caught.value)
+    assert (error.status, error.param) == (400, "messages") and "http" not in error.message
+
+
 def test_many_faults_are_cut_short() -> None:
     error = as_api_error(validation_error({"messages": [{"role": 1}] * 50, "n": "x"}))
     assert error.param == "messages.0.role" and error.message.endswith("; ...")

@@ -96,6 +96,11 @@ def test_a_stream_has_the_events_in_order(server: RunningServer) -> None:
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_output_tokens": 10**6}, "max_output_tokens"),
         ({"temperature": -1}, "temperature"),
+        ({"n": 2}, "n"),
+        ({"documents": 5}, "documents"),
+        ({"max_tokens": 5}, "max_tokens"),
+        ({"stop": ["a"]}, "stop"),
+        ({"guided_regex": "a"}, "guided_regex"),
         ({"model": "other"}, "model"),
     ],
 )
@@ -107,5 +112,14 @@ def test_what_is_not_there_is_refused_by_its_name(server: RunningServer, fields:
 
 
 def test_fields_that_ask_for_nothing_are_accepted(server: RunningServer) -> None:
-    fields = {"store": False, "tools": [], "tool_choice": "auto", "text": {"format": {"type": "text"}}, "include": None}
-    assert server.post("/v1/responses", BODY | fields).status == 200
+    fields = {
+        "store": False,
+        "tools": [],
+        "tool_choice": "auto",
+        "text": {"format": {"type": "text"}},
+        "include": None,
+        "n": None,
+        "unheard_of": 1,
+    }
+    answer = server.post("/v1/responses", BODY | fields)
+    assert answer.status == 200, answer.body

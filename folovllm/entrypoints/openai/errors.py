@@ -16,7 +16,10 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+
+from folovllm.engine.async_llm import EngineClosingError, EngineDeadError, RequestFailedError
 
 logger = logging.getLogger(__name__)
 
@@ -92,14 +95,12 @@ def as_api_error(error: BaseException, request_id: str = "-") -> ApiError:
     """
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, RequestValidationError):
+    if isinstance(error, (RequestValidationError, ValidationError)):
         return _of_validation(error.errors())
     if isinstance(error, HTTPException):
         return _of_framework(error)
     if isinstance(error, ValueError):
         return bad_request(str(error))
-    from folovllm.engine.async_llm import EngineClosingError, EngineDeadError, RequestFailedError
-
     if isinstance(error, EngineClosingError):
         return shutting_down()
     if isinstance(error, EngineDeadError):

@@ -24,13 +24,15 @@ from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from folovllm.config import EngineConfig
+from folovllm.engine.async_llm import AsyncLLM, EngineDeadError
 from folovllm.engine.chat.template import compile_template
 from folovllm.entrypoints.commands.serve_options import ServeCommand
 from folovllm.entrypoints.openai.listen import bind
 from folovllm.entrypoints.openai.server_options import ServerOptions
+from folovllm.entrypoints.start import find_model_files, start_async_llm
 
 if TYPE_CHECKING:
-    from folovllm.engine.async_llm import AsyncLLM
     from folovllm.entrypoints.openai.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -45,15 +47,23 @@ def serve(command: ServeCommand) -> int:
     """Runs a server until it ends, and returns the exit status. Raises ValueError for what the user can mend."""
     log_to_stderr(command.options)
     template = read_template(command.options.chat_template)
-    with bind(command.options) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(command, template, listener))
+    config = EngineConfig.from_args(preset=command.preset, without=command.without, **command.engine_args)
+    with bind(command.options) as listener:
+        find_model_files(config)  # before the event loop runs: there a Ctrl-C would wait for the end of a download
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(_serve(command, template, listener))
 
 
 async def _serve(command: ServeCommand, chat_template: str | None, listener: socket.socket) -> int:
     signals = Signals()
     signals.listen()
-    engine = await _unless(signals.first, _start_engine(command))
+    try:
+        engine = await _unless(signals.first, _start_engine(command))
+    except EngineDeadError as error:
+        logger.error("the engine could not be started: %s", error)
+        return EXIT_ENGINE_DIED
     if engine is None:
+        logger.info("stopped before the engine was ready")
         return EXIT_SIGNAL + signals.number
     try:
         from folovllm.entrypoints.openai.start_block import start_block
@@ -67,10 +77,8 @@ async def _serve(command: ServeCommand, chat_template: str | None, listener: soc
         await engine.shutdown()
 
 
-async def _start_engine(command: ServeCommand) -> "AsyncLLM":
+async def _start_engine(command: ServeCommand) -> AsyncLLM:
     """Starts the engine's process first, because loading the model takes longest."""
-    from folovllm.entrypoints.start import start_async_llm
-
     starting = asyncio.create_task(
         start_async_llm(
             preset=command.preset,
@@ -144,7 +152,7 @@ class Signals:
 class DeathWatch:
     """Observes the engine: `happened` is set when it has died, and `cause` tells why."""
 
-    def __init__(self, engine: "AsyncLLM") -> None:
+    def __init__(self, engine: AsyncLLM) -> None:
         self.happened, self.cause = asyncio.Event(), ""
         engine.add_observer(self)
         if engine.dead_error is not None:

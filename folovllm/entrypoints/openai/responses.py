@@ -110,11 +110,15 @@ def fields_of_responses() -> Iterator[None]:
 
 def as_chat(body: ResponsesRequest) -> ChatCompletionRequest:
     """The same request in the words of /v1/chat/completions. Raises ApiError (400) for what has no such words."""
-    extra = dict(body.model_extra or {})
+    extra = {name: value for name, value in (body.model_extra or {}).items() if value is not None}
     for name, (instead, off) in REFUSED.items():
         value = extra.pop(name, None)
         if value is not None and value not in off:
             raise bad_request(f"{name} is not supported: {instead}", name)
+    for name in extra:
+        if name in ChatCompletionRequest.model_fields:
+            instead = f"send {OWN_NAMES[name]}" if name in OWN_NAMES else "use POST /v1/chat/completions"
+            raise bad_request(f"{name} is no field of /v1/responses: {instead}", name)
     messages = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else _messages(body.input)
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})

@@ -10,25 +10,23 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import Request
 
 from folovllm.config import ModelConfig
+from folovllm.engine.async_llm import AsyncLLM
 from folovllm.entrypoints.openai.errors import not_found, shutting_down, too_many_requests
 from folovllm.entrypoints.openai.server_options import ServerOptions
 from folovllm.metrics.prometheus import ServerMetrics
 from folovllm.parts import load_part
-
-if TYPE_CHECKING:
-    from folovllm.engine.async_llm import AsyncLLM
 
 
 @dataclass
 class ServerState:
     """The engine, the options, and the counts that a route reads or changes. It lives on the event loop only."""
 
-    engine: "AsyncLLM"
+    engine: AsyncLLM
     options: ServerOptions
     model_names: list[str]  # the first one is shown; all are accepted
     chat_template: str | None = None  # the text of --chat-template
@@ -76,7 +74,7 @@ def server_state(request: Request) -> ServerState:
     return state
 
 
-def make_state(engine: "AsyncLLM", options: ServerOptions, chat_template: str | None = None) -> ServerState:
+def make_state(engine: AsyncLLM, options: ServerOptions, chat_template: str | None = None) -> ServerState:
     """The state of a new server; its metrics observe `engine` from here on."""
     config, names = engine.config, served_names(engine.config.model_config)
     metrics = ServerMetrics(names[0], config, engine.kv_cache_config, log_stats=not config.disable_log_stats)
