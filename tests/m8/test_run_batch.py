@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from folovllm.engine.async_llm import AsyncLLM
 from folovllm.entrypoints.cli import app
 from folovllm.entrypoints.openai.app import build_app
 from folovllm.entrypoints.openai.batch import Summary, answer_all, read_batch
@@ -19,9 +21,19 @@ from folovllm.entrypoints.openai.senders import post
 from folovllm.entrypoints.openai.server_options import ServerOptions
 from folovllm.entrypoints.openai.state import make_state
 from folovllm.entrypoints.openai_client import Answer, ServerError
+from folovllm.executor.fake import FakeExecutor
+from tests.m1.tiny_tokenizers import byte_level
 from tests.m8.openai_double import running_double
 from tests.m8.server_process import CHAT_TEMPLATE, running_server
-from tests.m8.serving_helpers import assert_all_free, eventually, make_async_llm, oracle, run_async
+from tests.m8.serving_helpers import (
+    VOCAB_SIZE,
+    assert_all_free,
+    eventually,
+    make_async_llm,
+    oracle,
+    run_async,
+    serving_config,
+)
 
 pytestmark = pytest.mark.m8
 
@@ -392,6 +404,32 @@ def test_a_batch_that_is_cancelled_leaves_nothing_in_the_engine():
             await assert_all_free(engine)
 
     run_async(main)
+
+
+class Mortal(FakeExecutor):
+    """Ends its process, if it had one, in the step that holds token 7."""
+
+    def execute(self, scheduler_output):
+        if any(7 in new.prompt_token_ids for new in scheduler_output.scheduled_new_reqs):
+            raise SystemExit("out of luck")
+        return super().execute(scheduler_output)
+
+
+def test_if_the_engine_dies_the_rest_is_answered_with_errors_and_the_status_is_1(tmp_path, monkeypatch):
+    async def start(**engine_args):
+        make = lambda config: Mortal(vocab_size=VOCAB_SIZE)  # noqa: E731
+        return await AsyncLLM.start(
+            serving_config(max_num_seqs=1), Path("unused"), byte_level(), in_process=False, executor_factory=make
+        )
+
+    monkeypatch.setattr("folovllm.entrypoints.start.start_async_llm", start)
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts = {"a": [1], "b": [2], "c": [7], "d": [3], "e": [4]}
+    source.write_text("\n".join(request(name, body={"prompt": ids}) for name, ids in prompts.items()))
+    result = invoke("-i", source, "-o", target, "--max-concurrency", "1")
+    assert result.exit_code == 1 and "the engine has died: SystemExit: out of luck" in result.stderr
+    assert "5 of 5 answered, 3 of them with an error" in result.stderr
+    assert [read(target)[name]["response"]["status_code"] for name in prompts] == [200, 200, 500, 500, 500]
 
 
 @pytest.mark.weights
