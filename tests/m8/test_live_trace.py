@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import statistics
 import time
@@ -35,6 +36,13 @@ TIGHT = {"num_kv_blocks": 8, "max_num_seqs": 4, "max_num_batched_tokens": 16, "e
 
 def make_core(**config_args: Any) -> EngineCore:
     return EngineCore(make_config(**config_args), FakeExecutor())
+
+
+def assert_pool_agrees(line: dict[str, Any], core: EngineCore) -> None:
+    """The record's counts of the pool are the pool's."""
+    pool = core.scheduler.kv_cache_manager.block_pool
+    assert line["pool"]["ref"] == {block.block_id: block.ref_cnt for block in pool.blocks if block.ref_cnt > 1}
+    assert line["pool"]["free"] + line["pool"]["cached"] == pool.get_num_free_blocks()
 
 
 def play(replay: Replay, line: dict[str, Any]) -> None:
@@ -140,12 +148,15 @@ def test_a_snapshot_in_mid_run_agrees_with_the_scheduler_at_every_following_step
                 snapshot = feed.take()[-1]
                 play(replay, snapshot)
                 assert_agrees(replay, core)
+                assert_pool_agrees(snapshot, core)
                 continue
             case "step":
                 core.step()
                 if is_on:
                     for line in feed.take():
                         play(replay, line)
+                        if line["step"] == core.scheduler.num_steps - 1:
+                            assert_pool_agrees(line, core)
                     assert_agrees(replay, core)
                 continue
     while core.has_unfinished_requests():
@@ -170,6 +181,35 @@ def fail_once(core: EngineCore, blames: bool) -> None:
             core.step(blamed=None if blames else ())
     finally:
         del core.executor.sample
+
+
+def test_preempted_requests_keep_their_order_in_a_snapshot() -> None:
+    core = make_core(enable_prefix_caching=True)
+    for name in "abc":
+        core.add_request(make_request(name, 5, 6))
+    core.step()
+    core.add_request(make_request("d", 5, 6))
+    core.reset_prefix_cache(reset_running=True)
+    feed, replay = LiveFeed(core), Replay()
+    feed.snapshot()
+    play(replay, feed.take()[-1])
+    assert_agrees(replay, core)
+    assert replay.waiting == ["a", "b", "c", "d"]
+
+
+def test_shared_blocks_are_counted_from_the_snapshot_on() -> None:
+    core = make_core(enable_prefix_caching=True, max_num_batched_tokens=16, enable_chunked_prefill=True)
+    for name in "abc":
+        core.add_request(make_request(name, list(range(9)), 6))
+    for _ in range(4):
+        core.step()
+    feed = LiveFeed(core)
+    feed.snapshot()
+    core.step()
+    for line in feed.take()[-3:]:
+        if line.get("type") != "header":
+            assert line["pool"]["ref"] == {1: 3, 2: 3}
+    assert_pool_agrees(line, core)
 
 
 def test_a_request_that_ends_between_steps_is_told_with_the_next_record() -> None:
@@ -343,13 +383,14 @@ def test_live_lines_contain_no_tokens_no_path_and_nothing_of_the_machine(tmp_pat
     secret = [123456, 234567, 345678, 456789, 567890]
     core.add_request(make_request("a", secret, 6))
     core.step()
-    sampled = core.scheduler.requests["a"].output_token_ids[0]
+    request = core.scheduler.requests["a"]
     feed.snapshot()
     while core.has_unfinished_requests():
         core.step()
     text = json.dumps(feed.take())
     core.shutdown()
-    assert not any(str(token) in text for token in [*secret, sampled])
+    assert len(request.output_token_ids) == 6
+    assert not any(str(token) in text for token in request.all_token_ids)
     assert str(tmp_path) not in text and "machine" not in text and "model" not in json.loads(text)[0]
     assert set(json.loads(text)[0]["config"]) == set(live.SHOWN_CONFIG)
 
@@ -480,6 +521,8 @@ async def test_a_slow_watcher_gets_a_snapshot_for_what_it_lost() -> None:
             assert len(slow._lines) <= MAX_LINES + 1
         assert seen == 1500, "a slow watcher costs the quick one nothing"
         lines, replay = await taken(slow), Replay()
+        for before, line in itertools.pairwise(lines):
+            assert "type" in line or line["step"] == before["step"] + 1, "after a gap there is a snapshot"
         start = max(i for i, line in enumerate(lines) if line.get("type") == "header")
         assert lines[start + 1]["type"] == "snapshot"
         for line in lines[start + 1 :]:

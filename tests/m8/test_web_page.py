@@ -163,7 +163,7 @@ async def _read_late(server: RunningServer) -> None:
         answering.close()
         await until(lambda: server.state.engine.num_unfinished == 0)
     lines: list[dict[str, Any]] = []
-    while not lines or lines[-1]["queues"].get("running") != [] or lines[-1]["queues"]["num_waiting"]:
+    while len(lines) < 10 or lines[-1]["queues"].get("running") != [] or lines[-1]["queues"]["num_waiting"]:
         text = await reader.readline()
         if text.startswith(b"data: ") and b'"header"' not in text:
             lines.append(json.loads(text[6:]))
