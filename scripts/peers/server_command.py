@@ -176,7 +176,7 @@ def make_task(plan: Plan, server: Server) -> ServerTask:
         ensure_environment(server.peer.environment, args.peers_dir, say)
         model = find_weights(server.weights, args.model, plan.folder, args.dtype, args.peers_dir, None, say)
         python = python_of(server.peer, args.peers_dir)
-    return ServerTask(model, python, args.dtype, args.threads, args.max_model_len, args.max_num_seqs, 1, free_port())
+    return ServerTask(model, python, args.dtype, args.threads, free_port(), args.max_model_len, args.max_num_seqs)
 
 
 def load_name(rate: float) -> str:

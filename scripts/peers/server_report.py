@@ -114,5 +114,6 @@ def _latencies(ax: Any, servers: Result, rates: list[str], kind: str) -> None:
             ax.annotate(f"{p50:,.0f} / {p99:,.0f}", (place, max(p50, p99)), (0, 3), textcoords="offset points",
                 ha="center", fontsize=8)  # fmt: skip
     ax.set_xticks(range(len(rates)), [f"{rate} requests/s" for rate in rates])
-    ax.set_yscale("log")
+    if ax.dataLim.ymax > 0:
+        ax.set_yscale("log")
     ax.margins(y=0.2)

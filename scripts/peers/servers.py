@@ -39,10 +39,10 @@ class ServerTask:
     python: str
     dtype: str
     threads: int
-    max_model_len: int
-    max_num_seqs: int
-    kv_cache_gib: int
     port: int
+    max_model_len: int = 2048
+    max_num_seqs: int = 64
+    kv_cache_gib: int = 1
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,11 @@ class Running:
 
     def memory_bytes(self) -> int:
         """Resident memory of all its processes; a page that several of them share counts once where Linux says so."""
-        return sum(_memory(process) for process in self.processes())
+        return sum(self.memory_by_process())
 
-    def processes(self) -> list[psutil.Process]:
-        """All of them but guard.py, which only waits."""
-        return psutil.Process(self.process.pid).children(recursive=True)
+    def memory_by_process(self) -> list[int]:
+        """The process that was started comes first. guard.py, which only waits for it, is left out."""
+        return [_memory(process) for process in psutil.Process(self.process.pid).children(recursive=True)]
 
 
 def _memory(process: psutil.Process) -> int:
@@ -193,13 +193,20 @@ def first_token(found: Running) -> None:
 
 def end_gently(process: subprocess.Popen[bytes]) -> None:
     """SIGTERM, so that shared memory and sockets are given back, and SIGKILL for what is still there after GRACE."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
+    with contextlib.suppress(ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+        members = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGTERM)
-        for _ in range(int(GRACE / POLL)):
-            process.poll()
-            os.killpg(process.pid, 0)  # raises when none is left
+        deadline = time.perf_counter() + GRACE
+        while any(map(is_alive, members)) and time.perf_counter() < deadline:
             time.sleep(POLL)
     end_group(process)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it still runs. A process that has ended and that its parent has not asked about does not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def free_port() -> int:
