@@ -138,6 +138,12 @@ def test_the_parent_of_a_benchmark_runs_without_torch():
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
+def test_the_front_end_of_the_server_runs_without_torch():
+    """Its engine is another process. With torch it would start seconds later and hold 200 MB more."""
+    script = "import sys, folovllm.entrypoints.start; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
 def test_the_engine_outweighs_what_measures_it():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
     benchmarks = {path: count for path, count in lines.items() if path.is_relative_to(PACKAGE / "benchmarks")}
