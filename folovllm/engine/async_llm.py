@@ -270,12 +270,15 @@ class AsyncLLM:
         self.abort(rest)
         return len(rest)
 
-    async def shutdown(self) -> None:
-        """Ends everything: unfinished requests are aborted, and the engine stops. Calling it twice is fine."""
+    async def shutdown(self, timeout: float = 10.0) -> None:
+        """Ends everything: unfinished requests are aborted, and the engine stops. Calling it twice is fine.
+
+        The engine's process is killed if it has not ended after `timeout` seconds.
+        """
         self._is_closing = True
         self.abort(self._requests.request_ids())
         self._watchers.close()
-        await asyncio.to_thread(self._client.close)
+        await asyncio.to_thread(self._client.close, timeout)
         self._async_tokenizer.shutdown()
         for future in self._calls.values():
             future.cancel()

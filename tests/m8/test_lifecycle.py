@@ -272,6 +272,15 @@ def test_the_start_names_the_address_the_room_and_a_command() -> None:
     assert "Bearer KEY" in text and "secret" not in text
 
 
+def test_a_server_on_every_network_is_shown_by_an_address_that_can_be_asked() -> None:
+    with running_server() as server:
+        server.state.options = ServerOptions(host="0.0.0.0", port=0)
+        with bind(server.state.options) as listener:
+            text = start_block(server.state, listener)
+    assert text.startswith("FoloVLLM serves at http://127.0.0.1:") and "every network" in text.splitlines()[0]
+    assert "http://0.0.0.0" not in text and "every client that reaches this address is served" in text
+
+
 def test_signals_are_counted() -> None:
     async def main() -> Signals:
         signals = Signals()

@@ -40,6 +40,8 @@ T = TypeVar("T")
 
 EXIT_ENGINE_DIED = 1
 EXIT_SIGNAL = 128  # plus the signal's number, as in a shell
+SECONDS_OF_A_STEP = 10.0  # the engine ends the step that it computes, and its process is killed after this long
+SECONDS_AT_ONCE = 0.5
 SECONDS_WITH_CAUSE = 2.0  # how long /health tells why the engine died
 
 
@@ -74,7 +76,7 @@ async def _serve(command: ServeCommand, chat_template: str | None, listener: soc
         gc.freeze()  # what has been made so far stays: no collection looks at it again
         return await run_until_end(state, listener, signals, lambda: print(start_block(state, listener), flush=True))
     finally:
-        await engine.shutdown()
+        await engine.shutdown(timeout=SECONDS_AT_ONCE if signals.second.is_set() else SECONDS_OF_A_STEP)
 
 
 async def _start_engine(command: ServeCommand) -> AsyncLLM:
@@ -125,7 +127,7 @@ async def _drain(state: "ServerState") -> None:
     """Lets the open answers run on until they or the time are over."""
     state.is_draining = True
     count, timeout = state.engine.num_unfinished, state.options.shutdown_timeout
-    logger.info("shutting down: %d open requests get up to %g s; a second signal ends at once", count, timeout)
+    logger.info("shutting down, %d unfinished, up to %g s; a second signal ends at once", count, timeout)
     aborted = await state.engine.drain(timeout)
     if aborted:
         logger.warning("%d requests were cut off after %g s", aborted, timeout)
