@@ -70,7 +70,7 @@ class OpenAIDouble:
                 for start in range(0, len(data), self.cut):
                     await response.write(data[start : start + self.cut])
                     await asyncio.sleep(0)
-            for _ in range(200 if self.hang else 0):  # at most 10 s
+            for _ in range(1200 if self.hang else 0):  # at most a minute
                 await asyncio.sleep(0.05)
                 await response.write(b": still here\n\n")
         except (ConnectionError, asyncio.CancelledError):
