@@ -70,7 +70,7 @@ class OpenAIDouble:
                 for start in range(0, len(data), self.cut):
                     await response.write(data[start : start + self.cut])
                     await asyncio.sleep(0)
-            for _ in range(200 if self.hang else 0):  # at most 10 s
+            for _ in range(1200 if self.hang else 0):  # at most a minute
                 await asyncio.sleep(0.05)
                 await response.write(b": still here\n\n")
         except (ConnectionError, asyncio.CancelledError):
@@ -82,10 +82,10 @@ class OpenAIDouble:
             request.transport.abort()
         return response
 
-    async def _serve(self, started, stop):
+    async def _serve(self, started, stop, idle_timeout):
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", self._handle)
-        runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True, keepalive_timeout=0.1)
+        runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True, keepalive_timeout=idle_timeout)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
@@ -96,9 +96,10 @@ class OpenAIDouble:
 
 
 @contextmanager
-def running_double():
+def running_double(idle_timeout=60.0):
+    """`idle_timeout`: after how many seconds without a request a connection is closed."""
     double, started, stop = OpenAIDouble(), threading.Event(), threading.Event()
-    thread = threading.Thread(target=lambda: asyncio.run(double._serve(started, stop)), daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(double._serve(started, stop, idle_timeout)), daemon=True)
     thread.start()
     assert started.wait(10)
     try:

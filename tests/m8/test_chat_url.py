@@ -163,16 +163,18 @@ def test_ctrl_c_stops_the_answer_and_closes_the_connection(double, capsys, texts
         model.close()
 
 
-def test_a_pause_between_two_questions(double, capsys):
+def test_a_pause_between_two_questions(capsys):
     """A server closes idle connections. While the user types, the client does not see it, so it must not reuse one."""
-    model = ServedModel(double.url, None, None, {})
-    try:
-        talk = Conversation(model)
-        talk.ask("hi")
-        time.sleep(0.5)  # the double closes after 0.1 s, uvicorn after 5 s
-        talk.ask("again")
-    finally:
-        model.close()
+    with running_double(idle_timeout=0.1) as double:  # uvicorn's is 5 s
+        double.answer = lambda body: [chunk("Hello"), chunk("", "stop"), DONE]
+        model = ServedModel(double.url, None, None, {})
+        try:
+            talk = Conversation(model)
+            talk.ask("hi")
+            time.sleep(0.5)
+            talk.ask("again")
+        finally:
+            model.close()
     assert capsys.readouterr().out == "Hello\nHello\n"
 
 

@@ -195,7 +195,7 @@ def test_many_requests_at_once_are_not_held_back(double):
         async def first():
             async with contextlib.aclosing(client.stream_completion("tiny", "a")) as events:
                 await anext(events)
-                while double.most_open < 120 and double.num_open:  # the double ends a stream after 10 s
+                while double.most_open < 120 and double.num_open:  # the double ends a stream after a minute
                     await asyncio.sleep(0.01)
 
         await asyncio.gather(*[first() for _ in range(120)])
