@@ -61,39 +61,49 @@ def test_no_route_answers_500(fuzzed: ServerProcess) -> None:
 
 
 def fuzz(operation: schemathesis.APIOperation, deadline: float) -> Counter[int]:
-    """Sends requests to one route until `deadline`: how many answers had which status.
+    """Sends requests to one route until `deadline`. Returns how many answers had which status.
 
-    Three kinds: what the schema allows, what it does not, and a request that works, with a few fields of the first kind.
+    Three kinds: a request that works with a few odd fields, what the schema allows, and what it does not.
     """
     statuses: Counter[int] = Counter()
     positive, negative = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
-    kinds = [(positive, None), (negative, None)]
-    if operation.path in VALID:
-        kinds.insert(0, (positive, VALID[operation.path]))
+    valid = VALID.get(operation.path)
+    kinds = [(positive, valid)] if valid else []
+    kinds += [(positive, None), (negative, None)]
     started = time.monotonic()
-    for place, (mode, valid) in enumerate(kinds, 1):
-        until = started + (deadline - started) * place / len(kinds)
-
-        @hypothesis.settings(
-            max_examples=EXAMPLES,
-            deadline=None,
-            database=None,
-            derandomize=True,
-            suppress_health_check=list(hypothesis.HealthCheck),
-        )
-        @hypothesis.given(case=operation.as_strategy(generation_mode=mode), count=hypothesis.strategies.integers(0, 4))
-        def send(case: schemathesis.Case, count: int, valid: Any = valid, until: float = until) -> None:
-            if time.monotonic() > until:
-                return
-            if valid is not None and isinstance(case.body, dict):
-                case.body = dict(list(case.body.items())[:count]) | valid
-            response = case.call(timeout=30)
-            statuses[response.status_code] += 1
-            check(case, response)
-
-        with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # e.g. no request to /health breaks its schema
-            send()
+    for place, (mode, fields) in enumerate(kinds, 1):
+        send_kind(operation, mode, fields, started + (deadline - started) * place / len(kinds), statuses)
     return statuses
+
+
+def send_kind(
+    operation: schemathesis.APIOperation,
+    mode: schemathesis.GenerationMode,
+    valid: dict[str, Any] | None,
+    deadline: float,
+    statuses: Counter[int],
+) -> None:
+    """Sends EXAMPLES requests of one kind; `valid`: the fields that make one work."""
+
+    @hypothesis.settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(case=operation.as_strategy(generation_mode=mode), count=hypothesis.strategies.integers(0, 4))
+    def send(case: schemathesis.Case, count: int) -> None:
+        if time.monotonic() > deadline:
+            return
+        if valid is not None and isinstance(case.body, dict):
+            case.body = dict(list(case.body.items())[:count]) | valid
+        response = case.call(timeout=30)
+        statuses[response.status_code] += 1
+        check(case, response)
+
+    with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # e.g. no request to /health breaks its schema
+        send()
 
 
 def check(case: schemathesis.Case, response: requests.Response) -> None:
