@@ -107,7 +107,7 @@ def test_headers_that_come_byte_by_byte(server: ServerProcess) -> None:
 def test_clients_that_never_read_cost_no_memory(serve_tiny: Callable[..., Any], tmp_path: Path) -> None:
     """16 streams of 2,000 events are not read at all, and the server's memory does not grow with the events.
 
-    A UNIX socket has a small buffer, so the server has to keep what the clients do not take: merged, not event by event.
+    A UNIX socket has a small buffer, so the server has to keep what the clients do not take, and should keep it merged.
     A long name of the model makes each event long: 32,000 of them would be 70 MB.
     """
     options = ["--served-model-name", "m" * 2000, "--num-kv-blocks", "4000"]
