@@ -8,6 +8,7 @@ import contextlib
 import functools
 import inspect
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,6 +77,18 @@ class LogprobsExecutor(FakeExecutor):
 
 def logprobs_executor(config: EngineConfig) -> LogprobsExecutor:
     return LogprobsExecutor()
+
+
+class SlowExecutor(LogprobsExecutor):
+    """Takes its time: what a test does in the middle of an answer is done in the middle."""
+
+    def execute(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
+        time.sleep(0.01)
+        return super().execute(scheduler_output)
+
+
+def slow_executor(config: EngineConfig) -> SlowExecutor:
+    return SlowExecutor()
 
 
 def chat_tokenizer() -> Tokenizer:

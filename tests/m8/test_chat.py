@@ -13,6 +13,7 @@ from tests.m8.api_helpers import (
     join_choices,
     logprob_of,
     make_client,
+    slow_executor,
     with_client,
 )
 from tests.m8.serving_helpers import VOCAB_SIZE, eventually, oracle, run_async
@@ -368,7 +369,7 @@ async def test_another_model_is_404(client):
 
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}, {"stream": True, "n": 3, "temperature": 1}])
-@with_client()
+@with_client(executor_factory=slow_executor)
 async def test_a_client_that_leaves_frees_its_blocks(client, fields):
     leaving = asyncio.Event()
     body = {"messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True, **fields}

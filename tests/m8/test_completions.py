@@ -4,7 +4,6 @@ import asyncio
 import http.client
 import json
 import logging
-import time
 
 import pytest
 
@@ -15,6 +14,7 @@ from tests.m8.api_helpers import (
     join_choices,
     logprob_of,
     make_client,
+    slow_executor,
     with_client,
 )
 from tests.m8.server_process import running_server
@@ -232,6 +232,16 @@ async def test_the_chunks_join_to_the_whole_answer(client, case):
         assert all(chunk["usage"] is None for chunk in chunks[:-1])
 
 
+@with_client(long_prefill_token_threshold=8)
+async def test_a_choice_that_overtakes_waits_for_the_logprobs_of_the_prompt(client):
+    """Choice 0 computes the prompt in five steps, as it needs its logprobs. The others find it in the cache."""
+    fields = {"prompt": [9] * 40, "n": 3, "temperature": 1, "echo": True, "logprobs": 0, "max_tokens": 12}
+    whole = (await client.complete(**fields)).json["choices"]
+    choices = join_choices((await client.complete(**fields, stream=True)).chunks, 3)
+    assert [choice["logprobs"] for choice in choices] == [choice["logprobs"] for choice in whole]
+    assert all(choice["logprobs"]["token_logprobs"][1] == logprob_of(9) for choice in choices)
+
+
 @with_client()
 async def test_continuous_usage(client):
     options = {"include_usage": True, "continuous_usage_stats": True}
@@ -307,6 +317,7 @@ async def test_a_prompt_that_is_too_long(client, prompt):
     assert answer.status == 400 and answer.error["param"] == "prompt"
     assert answer.error["code"] == "context_length_exceeded" and str(LIMIT) in answer.error["message"]
     assert len(answer.error["message"]) < 300
+    assert ("20000000 characters" in answer.error["message"]) == ("x" * 20_000_000 in prompt)
 
 
 @with_client()
@@ -421,6 +432,7 @@ async def test_without_a_tokenizer_ids_are_served_and_texts_refused(client):
 async def test_one_bad_prompt_of_many_leaves_nothing_behind(client):
     answer = await client.complete(prompt=[IDS, [5], [VOCAB_SIZE]], max_tokens=100)
     assert answer.status == 400 and "out of vocabulary" in answer.error["message"]
+    assert client.engine.num_unfinished == 0
 
 
 @with_client()
@@ -469,7 +481,7 @@ async def test_two_clients_may_choose_the_same_id(client):
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}, {"stream": True, "n": 3, "temperature": 1}])
 @pytest.mark.parametrize("prompt", [IDS, [IDS, [5], [6]]])
-@with_client()
+@with_client(executor_factory=slow_executor)
 async def test_a_client_that_leaves_frees_its_blocks(client, fields, prompt):
     leaving = asyncio.Event()
     body = {"prompt": prompt, "max_tokens": 250, "ignore_eos": True, **fields}
@@ -495,16 +507,6 @@ async def test_a_client_that_leaves_while_its_text_is_tokenised(client):
     leaving.set()
     assert (await call).status == 499
     assert client.state.num_admitting == 0
-
-
-class SlowExecutor(LogprobsExecutor):
-    def execute(self, scheduler_output):
-        time.sleep(0.01)
-        return super().execute(scheduler_output)
-
-
-def slow(config):
-    return SlowExecutor()
 
 
 class PoisonedExecutor(LogprobsExecutor):
@@ -545,7 +547,7 @@ def test_an_answer_that_the_shutdown_cuts_off_says_so(stream, late):
     """It ends like any other, with what there is so far."""
 
     async def main():
-        async with make_client(executor_factory=slow) as client:
+        async with make_client(executor_factory=slow_executor) as client:
             fields = {"prompt": [IDS, [5]], "max_tokens": 200, "stream": stream, "echo": True, "logprobs": 0}
             call = asyncio.create_task(client.complete(**fields))
             await eventually(lambda: client.engine.num_unfinished == 2)
@@ -599,7 +601,7 @@ def test_a_closed_connection_ends_the_request(path, stream):
     """uvicorn tells the application that the client has gone only if the application listens."""
     body = {"prompt": [IDS, [5]]} if path == PATH else {"messages": [{"role": "user", "content": "Hi"}]}
     body = {**body, "max_tokens": 200, "ignore_eos": True, "stream": stream}
-    with running_server({"executor_factory": slow}) as server:
+    with running_server({"executor_factory": slow_executor}) as server:
         engine = server.state.engine
 
         async def computing():
