@@ -232,7 +232,7 @@ async def test_the_chunks_join_to_the_whole_answer(client, case):
         assert all(chunk["usage"] is None for chunk in chunks[:-1])
 
 
-@with_client(long_prefill_token_threshold=8)
+@with_client(executor_factory=slow_executor, long_prefill_token_threshold=8)
 async def test_a_choice_that_overtakes_waits_for_the_logprobs_of_the_prompt(client):
     """Choice 0 computes the prompt in five steps, as it needs its logprobs. The others find it in the cache."""
     fields = {"prompt": [9] * 40, "n": 3, "temperature": 1, "echo": True, "logprobs": 0, "max_tokens": 12}
