@@ -45,7 +45,7 @@ from scripts.peers.servers import NAME, Running, Server, ServerTask, free_port, 
 OUTPUT = Path(__file__).resolve().parents[2] / "milestones" / "m8" / "results" / "server.json"
 CHILD = "--offline-child"
 CONCURRENCY = 32
-SMALL_POOL = 256 * 2**20  # bytes: soon written in full, so that what grows after that is a leak
+SMALL_POOL = 256 * 2**20  # bytes: soon written in full; what grows after that is a leak
 TARGETS = {"start": "under 6 s", "http_share": "p50 under 10 ms", "throughput": "0.9 or more", "memory": "flat"}
 Result = dict[str, Any]
 
@@ -67,9 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown = ("value", "unit", "target")
     rows = [{"what": name.replace("_", " "), **{key: part[key] for key in shown}} for name, part in found.items()]
     facts = {"schema": "folovllm.server/1", "date": datetime.now().isoformat(timespec="seconds")}
-    command = command_line("scripts/dev/measure_server.py", argv)
-    result = {"command": command, "machine": machine, "unit": "seconds", "results": rows, "parts": found}
-    write_json(facts | result, args.output)
+    facts |= {"command": command_line("scripts/dev/measure_server.py", argv), "unit": "seconds"}
+    write_json({**facts, "machine": machine, "results": rows, "parts": found}, args.output)
     print("\n".join(f"{row['what']:12} {row['value']:10.2f} {row['unit']:24} {row['target']}" for row in rows))
     return 0
 

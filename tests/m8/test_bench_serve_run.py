@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -114,7 +115,11 @@ def test_arrivals_do_not_wait_for_answers():
 
 
 def test_no_more_requests_than_max_concurrency_are_out_at_once():
-    with fake_server(completion) as fake:
+    def answer(number: int, body: dict) -> tuple[int, list[str]]:
+        time.sleep(0.1)  # long enough for all 12 to come if nothing holds them back
+        return completion(number, body)
+
+    with fake_server(answer) as fake:
         run = load(fake, [0.0] * 12, max_concurrency=3)
     assert len(fake.bodies) == 12 and fake.most_open <= 3
     assert all(seen.status == 200 for seen in run.exchanges)

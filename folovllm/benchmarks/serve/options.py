@@ -97,8 +97,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--timeout", type=_above_zero, metavar="SECONDS", help="of one whole answer (default: 600)")
     add = parser.add_argument_group("the requests").add_argument
     add("--dataset-name", choices=[RANDOM, SHAREGPT],
-        help=f"{RANDOM} (default): random tokens, {A_PROMPT_LEN} in and {A_OUTPUT_LEN} out as in workload A, unless "
-        f"lengths are given; {SHAREGPT}: prompts of a file")  # fmt: skip
+        help=f"{RANDOM} (default): random tokens, as long as those of workload A ({A_PROMPT_LEN[0]}-{A_PROMPT_LEN[1]} "
+        f"in, {A_OUTPUT_LEN[0]}-{A_OUTPUT_LEN[1]} out) or as given; {SHAREGPT}: prompts of a file")  # fmt: skip
     add("--dataset-path", type=Path, metavar="FILE",
         help='JSON lines or a list: texts, objects with "prompt" and "output_len", or conversations in ShareGPT\'s '
         "form")  # fmt: skip
