@@ -40,7 +40,7 @@ test: $(STAMP)  ## every test but the slow, GPU and browser ones, with coverage
 	@$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not browser" \
 		--cov --cov-report=term:skip-covered --cov-fail-under=90
 
-test-browser: $(STAMP)  ## the tests of the trace viewer, in headless Chromium
+test-browser: $(STAMP)  ## the tests of the trace viewer and the chat page, in headless Chromium
 	@echo "test-browser: the tests marked browser"
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 		{ echo "test-browser needs Chromium. Try: apt-get install chromium"; exit 1; }

@@ -521,6 +521,7 @@ async def test_a_slow_watcher_gets_a_snapshot_for_what_it_lost() -> None:
             assert len(slow._lines) <= MAX_LINES + 1
         assert seen == 1500, "a slow watcher costs the quick one nothing"
         lines, replay = await taken(slow), Replay()
+        assert lines[0].get("type") == "header", "nothing of the lost part is left"
         for before, line in itertools.pairwise(lines):
             assert "type" in line or line["step"] == before["step"] + 1, "after a gap there is a snapshot"
         start = max(i for i, line in enumerate(lines) if line.get("type") == "header")

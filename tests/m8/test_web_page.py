@@ -268,16 +268,45 @@ async def test_an_answer_is_streamed_and_the_engine_shows_it(tmp_path: Path) -> 
             assert int(await page.text("step")) >= 120
 
 
+EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script><b>bold</b>"
+ONE_EVIL_CHUNK = """(() => {
+  const [ask, chunk] = [fetch, JSON.stringify({ choices: [{ index: 0, delta: { content: EVIL } }] })];
+  const answer = () => new Response(`data: ${chunk}\\n\\ndata: [DONE]\\n\\n`);
+  globalThis.fetch = async (path, options) => path.startsWith("v1/chat") ? answer() : ask(path, options);
+})()""".replace("EVIL", json.dumps(EVIL))
+NO_ELEMENTS = "document.querySelectorAll('#messages :is(img, script, b), #engine img, .chip *, #why li *').length"
+
+
 @in_browser
 async def test_what_the_model_writes_is_text(tmp_path: Path) -> None:
+    """Also if the whole attack comes in one chunk, and in the user's own message."""
     with page_server() as server:
         async with open_chat(server, tmp_path) as page:
             await page.evaluate("document.getElementById('max-tokens').value = 200")
-            await say(page, "<b>bold</b>")
+            await say(page, EVIL)
             await page.until(IS_DONE)
-            inside = "document.querySelector('#messages').querySelectorAll('img, script, b').length"
-            assert await page.evaluate(inside) == 0 and await page.evaluate("document.title") == "FoloVLLM"
-            assert "<b>bold</b>" in await page.text("messages") and "<script>" in await page.text("messages")
+            await page.evaluate(ONE_EVIL_CHUNK)
+            await say(page, "again")
+            await page.until(f"{IS_DONE} && document.querySelectorAll('.message').length === 4")
+            texts = await page.evaluate("[...document.querySelectorAll('.text')].map((text) => text.textContent)")
+            assert texts == [EVIL, (ANSWER * 2)[:200], "again", EVIL]
+            assert await page.evaluate(NO_ELEMENTS) == 0 and await page.evaluate("document.title") == "FoloVLLM"
+
+
+@in_browser
+async def test_a_stranger_s_request_id_is_text(tmp_path: Path) -> None:
+    """A client chooses it with X-Request-Id, and every page that watches the engine shows it."""
+    evil = "<img src=x onerror=document.title='owned'>"
+    with page_server(0.02) as server:
+        async with open_chat(server, tmp_path) as page, aiohttp.ClientSession() as session:
+            await page.evaluate("document.getElementById('why-box').open = true")
+            body = {"prompt": [7], "max_tokens": 400, "stream": True}
+            url = f"http://127.0.0.1:{server.port}/v1/completions"
+            answer = await session.post(url, json=body, headers={"X-Request-Id": evil})
+            await page.until(f"document.getElementById('running').innerText.includes({json.dumps(evil)})")
+            await page.until(f"document.getElementById('why').innerText.includes({json.dumps(evil)})")
+            assert await page.evaluate(NO_ELEMENTS) == 0 and await page.evaluate("document.title") == "FoloVLLM"
+            answer.close()
 
 
 @in_browser
@@ -403,8 +432,9 @@ async def test_several_requests_have_colours_and_a_queue(tmp_path: Path) -> None
                 )
                 await page.click("pause")
                 step = await page.text("step")
-                await asyncio.sleep(0.4)
-                assert await page.text("step") == step
+                await until(lambda: len(server.state.engine._watchers) == 0)
+                await page.evaluate("document.querySelector('#running .chip').click()")
+                assert await page.text("step") == step and await page.text("state") == "paused"
                 await page.click("pause")
                 await page.until(f"document.getElementById('step').innerText !== '{step}'")
             for answer in answers:

@@ -20,6 +20,7 @@ let chosen = null; // the request whose blocks are outlined
 let isPaused = false;
 let isWaitingForFrame = false;
 let connection = null; // what ends the present stream
+let trouble = null; // why there is no stream
 const colourOf = new Map(); // request id -> index of its colour, which a new model must not change
 const mine = new Map(); // id of a request of this page -> index of its colour, or null
 
@@ -41,10 +42,11 @@ function ownId(id) {
 
 // ---- the stream
 
-// Follows the engine for as long as the page is in sight. A stream that breaks off is opened again.
+// Follows the engine while the page is in sight and not paused: for a page that does not look, the engine records
+// nothing. A stream that breaks off is opened again.
 export async function watchEngine() {
   for (let patience = 1; ; patience = Math.min(patience * 2, 30)) {
-    await untilInSight();
+    await untilWanted();
     try {
       connection = new AbortController();
       const response = await ask("live", { signal: connection.signal });
@@ -54,11 +56,12 @@ export async function watchEngine() {
         patience = 0.5;
         take(JSON.parse(line));
       }
-      say("lost", "the stream has ended");
+      trouble = "the stream has ended";
     } catch (error) {
-      if (connection.signal.aborted) continue; // by `reconnect`, or because the page is out of sight
-      say("lost", error instanceof TypeError ? "no connection" : error.message);
+      if (connection.signal.aborted) continue;
+      trouble = error instanceof TypeError ? "no connection" : error.message;
     }
+    showState();
     await Promise.race([patience === Infinity ? new Promise(() => {}) : pause(patience * 1000), wish]);
   }
 }
@@ -73,14 +76,12 @@ export function reconnect() {
   wish = new Promise((resolve) => (fulfil = resolve));
 }
 
-const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
-
-function untilInSight() {
-  if (!document.hidden) return Promise.resolve();
-  return new Promise((resolve) => document.addEventListener("visibilitychange", resolve, { once: true }));
+async function untilWanted() {
+  while (document.hidden || isPaused) await wish;
 }
 
-// The engine records nothing for a page that is out of sight.
+const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+
 document.addEventListener("visibilitychange", () => (document.hidden ? connection?.abort() : reconnect()));
 
 function take(line) {
@@ -88,7 +89,10 @@ function take(line) {
     header = line;
     return;
   }
-  if (line.type === "snapshot") model = new TraceModel({ name: "live", header, steps: [] });
+  if (line.type === "snapshot") {
+    model = new TraceModel({ name: "live", header, steps: [] });
+    if (record?.step !== line.step) history = []; // steps are missing, or it is another engine
+  }
   const known = model.lives.length;
   model.push(line);
   for (const life of model.lives.slice(known)) {
@@ -97,6 +101,7 @@ function take(line) {
     if (ownId(life.id)) mine.set(ownId(life.id), life.index);
   }
   record = line;
+  trouble = null;
   if (!line.type) history.push({ batch: line.sched.length, held: model.last.holders.size / model.usableBlocks });
   history = history.slice(-STEPS_SHOWN);
   forgetColours();
@@ -111,28 +116,30 @@ function forgetColours() {
 
 // ---- the page
 
-function say(is, text) {
-  byId("state").dataset.is = is;
-  byId("state").textContent = text;
+function showState() {
+  const isBusy = model?.last.requests.size > 0;
+  const now = isPaused ? ["paused", "paused"] : trouble ? ["lost", trouble] : isBusy ? ["busy", "working"] : ["idle", "idle"];
+  [byId("state").dataset.is, byId("state").textContent] = now;
 }
 
 // At most ten pictures a second, one if the reader wants little motion: a fast engine makes more steps than that.
 function renderSoon() {
-  if (isWaitingForFrame || isPaused) return;
+  if (isWaitingForFrame) return;
   isWaitingForFrame = true;
-  setTimeout(() => {
+  const draw = () => {
     isWaitingForFrame = false;
-    if (!isPaused) requestAnimationFrame(render);
-  }, calm.matches ? 1000 : 100);
+    render();
+  };
+  setTimeout(() => requestAnimationFrame(draw), calm.matches ? 1000 : 100);
 }
 
 export function render() {
   if (!model) return;
-  const isBusy = model.last.requests.size > 0;
-  say(isBusy ? "busy" : "idle", isBusy ? "working" : "idle");
+  showState();
   if (!byId("engine").clientWidth) return; // a small screen shows the chat now
   const view = { colours: readColours(byId("probe")), isDark: isDark(), chosen };
   const state = { ...model.last, step: model.records.length - 1, record };
+  const isBusy = state.requests.size > 0;
   const { num_waiting: numWaiting } = record.queues;
   byId("step").textContent = number(record.step + 1);
   byId("tokens").textContent = isBusy ? `${number(record.budget.used)} of ${number(record.budget.tokens)}` : "–";
@@ -259,7 +266,9 @@ byId("pause").onclick = () => {
   isPaused = !isPaused;
   byId("pause").setAttribute("aria-pressed", isPaused);
   byId("pause").textContent = isPaused ? "Go on" : "Pause";
-  renderSoon();
+  if (isPaused) connection?.abort();
+  else reconnect();
+  render();
 };
 byId("why-box").ontoggle = () => render();
 byId("blocks").onclick = ({ offsetX, offsetY }) => {
