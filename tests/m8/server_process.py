@@ -12,19 +12,30 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from folovllm.config import EngineConfig
 from folovllm.entrypoints.openai.lifecycle import Signals, run_until_end
 from folovllm.entrypoints.openai.listen import bind
 from folovllm.entrypoints.openai.server_options import ServerOptions
 from folovllm.entrypoints.openai.state import ServerState, make_state
-from tests.m8.serving_helpers import TIMEOUT, make_async_llm
+from folovllm.executor.fake import FakeExecutor
+from tests.m8.serving_helpers import TIMEOUT, VOCAB_SIZE, make_async_llm
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|user|>{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
 )
+
+LONG_CHAT: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "hi"}],
+    "temperature": 0,
+    "ignore_eos": True,
+    "max_tokens": 200,
+    "stream": True,
+}
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,33 @@ def running_server(engine: dict[str, Any] | None = None, **options: Any) -> Iter
         thread.join(TIMEOUT)
     if failure:
         raise failure[0]
+
+
+# ---- requests that take their time
+
+
+class SlowExecutor(FakeExecutor):
+    """A step takes 20 ms, so that a stream of 200 tokens is still open when something happens to it."""
+
+    def execute(self, scheduler_output: Any) -> Any:
+        time.sleep(0.02)
+        return super().execute(scheduler_output)
+
+
+def slow_executor(config: EngineConfig) -> FakeExecutor:
+    return SlowExecutor(vocab_size=VOCAB_SIZE)
+
+
+@contextlib.contextmanager
+def open_stream(server: RunningServer, body: dict[str, Any] = LONG_CHAT) -> Iterator[http.client.HTTPResponse]:
+    """A stream of which the first event has come."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.status == 200
+        response.readline()
+        yield response
 
 
 # ---- the real command

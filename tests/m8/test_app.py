@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import pytest
 
 from folovllm.entrypoints.openai import middleware
+from folovllm.entrypoints.openai.errors import ApiError
 from folovllm.entrypoints.openai.middleware import is_one_of
-from tests.m8.server_process import RunningServer, running_server
-from tests.m8.serving_helpers import TIMEOUT
+from tests.m8.server_process import RunningServer, open_stream, running_server, slow_executor
+from tests.m8.serving_helpers import TIMEOUT, assert_all_free
 
 pytestmark = pytest.mark.m8
 
@@ -48,7 +49,7 @@ def raw(port: int, *pieces: bytes, pause: float = 0.0) -> bytes:
 
 
 def test_an_unknown_path_is_a_404_in_openais_form(server: RunningServer) -> None:
-    for path in ("/v1/nothing", "/v1/models/", "/docs", "/redoc", "/v2"):
+    for path in ("/v1/nothing", "/v1/models/", "/health/", "/docs", "/redoc", "/v2"):
         answer = server.get(path)
         assert answer.status == 404 and answer.error["type"] == "not_found_error", path
 
@@ -251,20 +252,32 @@ def test_the_schema_describes_bodies_and_errors(server: RunningServer) -> None:
     assert "folovllm.entrypoints" not in json.dumps(schema)
 
 
-def test_a_full_server_answers_429(server: RunningServer) -> None:
-    with running_server({"max_num_seqs": 1}, max_queue=0) as full:
-
-        async def occupy() -> None:
-            with full.state.admit(1):
-                pass
-            full.state.num_admitting = 1
-
-        full.in_loop(occupy)
-        answer = full.post("/v1/chat/completions", CHAT)
-        assert (answer.status, answer.headers["retry-after"]) == (429, "1")
-        assert answer.error["type"] == "rate_limit_error"
-        full.state.num_admitting = 0
+def test_a_full_server_answers_429() -> None:
+    """One request runs, and none may wait."""
+    with running_server({"max_num_seqs": 1, "executor_factory": slow_executor}, max_queue=0) as full:
+        with open_stream(full):
+            answer = full.post("/v1/chat/completions", CHAT)
+            assert (answer.status, answer.headers["retry-after"]) == (429, "1")
+            assert answer.error["type"] == "rate_limit_error"
+            assert full.post("/v1/completions", {"prompt": "a"}).status == 429
+            assert full.post("/v1/responses", {"input": "a"}).status == 429
+            assert full.get("/v1/models").status == 200
+        full.in_loop(lambda: assert_all_free(full.state.engine))
         assert full.post("/v1/chat/completions", CHAT).status == 200
+
+
+def test_a_request_that_is_being_tokenised_counts(server: RunningServer) -> None:
+    """Else any number of long prompts could come in at the same time."""
+    limit = server.state.engine.config.max_num_seqs + server.state.options.max_queue
+
+    async def two() -> None:
+        with server.state.admit(limit):
+            with pytest.raises(ApiError, match="that this server holds"), server.state.admit(1):
+                pass
+        with server.state.admit(1):
+            pass
+
+    server.in_loop(two)
 
 
 def test_an_idle_server_takes_any_number_of_prompts(server: RunningServer) -> None:

@@ -12,33 +12,32 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from folovllm.config import EngineConfig
+from folovllm.entrypoints.openai import lifecycle
 from folovllm.entrypoints.openai.lifecycle import Signals, read_template
 from folovllm.entrypoints.openai.listen import bind
 from folovllm.entrypoints.openai.server_options import ServerOptions
 from folovllm.entrypoints.openai.start_block import start_block
 from folovllm.executor.fake import FakeExecutor
-from tests.m8.server_process import Answer, RunningServer, running_server, serve_process
+from tests.m8.server_process import (
+    LONG_CHAT,
+    Answer,
+    SlowExecutor,
+    open_stream,
+    running_server,
+    serve_process,
+    slow_executor,
+)
 from tests.m8.serving_helpers import TIMEOUT, VOCAB_SIZE, assert_all_free
 
 pytestmark = pytest.mark.m8
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0, "ignore_eos": True}
-LONG = CHAT | {"max_tokens": 200, "stream": True}
-
-
-class SlowExecutor(FakeExecutor):
-    """A step takes 20 ms, so that a stream of 200 tokens is still open when something happens to it."""
-
-    def execute(self, scheduler_output: Any) -> Any:
-        time.sleep(0.02)
-        return super().execute(scheduler_output)
 
 
 class DyingExecutor(SlowExecutor):
@@ -52,25 +51,9 @@ class DyingExecutor(SlowExecutor):
         return super().execute(scheduler_output)
 
 
-def slow_executor(config: EngineConfig) -> FakeExecutor:
-    return SlowExecutor(vocab_size=VOCAB_SIZE)
-
-
 def dying_executor(config: EngineConfig) -> FakeExecutor:
     DyingExecutor.dies = threading.Event()
     return DyingExecutor(vocab_size=VOCAB_SIZE)
-
-
-@contextlib.contextmanager
-def open_stream(server: RunningServer, body: dict[str, Any] = LONG) -> Iterator[http.client.HTTPResponse]:
-    """A stream of which the first event has come."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
-    with contextlib.closing(connection):
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        assert response.status == 200
-        response.readline()
-        yield response
 
 
 def rest_of(response: http.client.HTTPResponse) -> Answer:
@@ -81,7 +64,7 @@ def rest_of(response: http.client.HTTPResponse) -> Answer:
 
 
 def test_after_a_signal_open_streams_run_on_and_new_requests_are_refused() -> None:
-    short = LONG | {"max_tokens": 50}
+    short = LONG_CHAT | {"max_tokens": 50}
     with running_server({"executor_factory": slow_executor}) as server, open_stream(server, short) as response:
         server.send_signal()
         deadline = time.monotonic() + TIMEOUT
@@ -115,7 +98,7 @@ def test_an_answer_that_is_not_streamed_ends_with_abort_too() -> None:
     with running_server({"executor_factory": slow_executor}, shutdown_timeout=0.2) as server:
         answers: list[Answer] = []
         asking = threading.Thread(
-            target=lambda: answers.append(server.post("/v1/chat/completions", LONG | {"stream": False}))
+            target=lambda: answers.append(server.post("/v1/chat/completions", LONG_CHAT | {"stream": False}))
         )
         asking.start()
         while server.state.engine.num_unfinished == 0:
@@ -128,7 +111,7 @@ def test_an_answer_that_is_not_streamed_ends_with_abort_too() -> None:
 
 def test_a_second_signal_ends_at_once() -> None:
     with running_server({"executor_factory": slow_executor}, shutdown_timeout=60.0) as server:
-        with open_stream(server, LONG | {"max_tokens": 240}):
+        with open_stream(server, LONG_CHAT | {"max_tokens": 240}):
             server.send_signal()
             server.send_signal(signal.SIGINT)
             assert server.wait() == 128 + signal.SIGINT
@@ -161,14 +144,18 @@ def test_a_watcher_of_the_live_page_does_not_keep_the_server_alive() -> None:
 # ---- the engine's death
 
 
-def test_after_the_engines_death_health_has_the_cause_and_the_status_is_1() -> None:
+def test_after_the_engines_death_health_has_the_cause_and_the_status_is_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "SECONDS_WITH_CAUSE", TIMEOUT)
     with running_server({"executor_factory": dying_executor}) as server, open_stream(server) as response:
         DyingExecutor.dies.set()
         last = rest_of(response)
         assert last.events[-1]["error"]["code"] == 500 and last.body.endswith(b"data: [DONE]\n\n")
+        time.sleep(0.3)  # a server that ended at once would be gone
         health = server.get("/health")
         assert health.status == 503 and "the model has gone" in health.error["message"]
         assert server.post("/v1/chat/completions", CHAT).status == 500
+        server.send_signal()
+        server.send_signal()
         assert server.wait() == 1
 
 
@@ -179,7 +166,7 @@ def test_after_the_engines_death_health_has_the_cause_and_the_status_is_1() -> N
 def test_a_client_that_leaves_frees_its_blocks(stream: bool) -> None:
     with running_server({"executor_factory": slow_executor}) as server:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)) as connection:
-            body = json.dumps(LONG | {"stream": stream, "max_tokens": 240})
+            body = json.dumps(LONG_CHAT | {"stream": stream, "max_tokens": 240})
             connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
             while server.state.engine.num_unfinished == 0:
                 time.sleep(0.01)
