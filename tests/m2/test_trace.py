@@ -114,9 +114,16 @@ def test_the_reader_puts_back_what_was_left_out(tmp_path: Path) -> None:
 
 
 def test_the_header_tells_what_ran_and_not_where(tmp_path: Path) -> None:
-    config = EngineConfig.preset("m2", model=str(tmp_path / "my-model"), trace=str(tmp_path / "t.jsonl"))
+    config = EngineConfig.preset(
+        "m2",
+        model=str(tmp_path / "my-model"),
+        tokenizer=str(tmp_path / "my-tokenizer"),
+        trace=str(tmp_path / "t.jsonl"),
+        parts={"core.scheduler": f"{tmp_path}/mine.py:Mine"},
+    )
     header = make_header(config.resolve(tiny_arch(64), "cpu"), KVCacheConfig(9, 64, 512))
     assert header["config"]["model"] == "my-model" and str(tmp_path) not in json.dumps(header)
+    assert header["config"]["parts"] == {"core.scheduler": "mine.py:Mine"}
     assert header["config"]["max_num_seqs"] == 64 and "trace" not in header["config"]
     assert header["switches"]["batching"] == "continuous" and header["switches"]["block_size"] == 64
     assert header["kv"] == {"block_size": 64, "usable_blocks": 8, "bytes_per_block": 512}
