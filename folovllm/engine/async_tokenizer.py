@@ -1,6 +1,6 @@
 """AsyncTokenizer: encodes long texts in threads of their own, so that the event loop goes on meanwhile.
 
-Milestone: M8. vLLM counterpart: `AsyncMicrobatchTokenizer` in vllm/utils/async_utils.py, which batches texts.
+Milestone: M8. vLLM counterpart: `AsyncMicrobatchTokenizer` in vllm/utils/__init__.py, which batches texts.
 
 The event loop carries every stream of the server. A text of a megabyte takes a second to encode, and in that second no
 stream would move. A short text is encoded on the event loop: that is faster than waking up a thread. It works because

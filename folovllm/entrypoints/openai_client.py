@@ -1,7 +1,7 @@
 """OpenAIClient: a small asynchronous client for any server with OpenAI's API: ours, vLLM's, llama.cpp's, OpenAI's own.
 
-Milestone: M8. vLLM counterpart: the package `openai`, which vLLM's `chat` and `complete` commands use. Left out:
-everything but posting a JSON body and reading the answer, whole or as a stream.
+Milestone: M8. vLLM counterpart: none; its commands in vllm/entrypoints/cli/openai.py use the package `openai`.
+Left out: everything but posting a JSON body and reading the answer, whole or as a stream.
 
 All errors are ServerErrors, whose message says what to do. Leaving a stream early closes its connection, and the server
 then aborts the request.

@@ -1,6 +1,6 @@
 """What `LLM`, `AsyncLLM` and the server do first: from a model's name to its files, defaults and tokenizer.
 
-Milestone: M8. vLLM counterpart: `EngineArgs.create_engine_config` and `AsyncLLM.from_engine_args`.
+Milestone: M8. vLLM counterpart: `EngineArgs.create_engine_config` in vllm/engine/arg_utils.py.
 
 Imports no torch: the server's front end starts here, and its engine is another process.
 """

@@ -50,10 +50,24 @@ GROUPS = (
         "llm",
         "LLM and SamplingParams",
         "what a program that uses FoloVLLM calls, with its arguments and outputs",
-        ("entrypoints/llm.py", "sampling_params.py", "outputs.py", "config.py", "milestones.py", "parts.py"),
+        (
+            "entrypoints/llm.py",
+            "entrypoints/start.py",
+            "sampling_params.py",
+            "outputs.py",
+            "config.py",
+            "milestones.py",
+            "parts.py",
+        ),
     ),
     Group(
         "engine", "Engine", "from prompts to requests, and from tokens to text", ("request.py", "engine", "executor")
+    ),
+    Group(
+        "server",
+        "Server",
+        "the OpenAI-compatible API, its page, its metrics and its client",
+        ("entrypoints/openai", "entrypoints/openai_client.py", "entrypoints/web", "metrics"),
     ),
     Group("core", "Core", "scheduler, KV cache manager, block pool and prefix index; no torch", ("core",)),
     Group("worker", "Worker", "the batch, the block table and the run of the model", ("worker",)),

@@ -1,7 +1,7 @@
 r"""EventStream: server-sent events, the format in which an answer streams over HTTP. Both halves: encode and parse.
 
-Milestone: M8. vLLM counterpart: the f-strings of its stream generators, which write "data: ...\n\n" in place; its
-clients bring their own parsers. Left out: event names, ids and retry times, which OpenAI's streams do not use.
+Milestone: M8. vLLM counterpart: none; the stream generators in vllm/entrypoints/openai/serving_chat.py write
+"data: ...\n\n" in place. Left out: event names, ids and retry times, which OpenAI's streams do not use.
 
 The format is WHATWG's (https://html.spec.whatwg.org/multipage/server-sent-events.html). An event is a group of lines,
 and an empty line ends it. A connection delivers bytes in any cut, also inside a character or between \r and \n:
