@@ -4,6 +4,7 @@ Milestone: M8. Tests with the fixture `server` use the default model; the others
 to fill buffers, and a server of their own, which some of them end.
 """
 
+import contextlib
 import json
 import signal
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.clients.conftest import MODEL, project
@@ -384,10 +386,7 @@ def test_a_second_sigterm_ends_at_once(serve_tiny: Callable[..., Any]) -> None:
         for stream in streams:
             stream.wait(10)
         assert any(not stream.finish_reasons or stream.finish_reasons == ["abort"] for stream in streams)
-        deadline = time.monotonic() + 10
-        while any(child.is_running() and child.status() != "zombie" for child in children):
-            assert time.monotonic() < deadline, "the engine's process outlived the server"
-            time.sleep(0.05)
+        assert_all_end(children)
 
 
 def test_the_engine_process_is_killed(serve_tiny: Callable[..., Any]) -> None:
@@ -411,6 +410,51 @@ def test_the_engine_process_is_killed(serve_tiny: Callable[..., Any]) -> None:
         assert "error" in json.loads(whole[0][1]) and b"Traceback" not in whole[0][1]
         assert server.wait(20) == 1
         assert any(stream.errors for stream in streams)
+
+
+def test_sigterm_does_not_wait_for_clients_that_neither_send_nor_read(
+    serve_tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Half a body, half of the headers, an idle connection, and streams that are not read: the deadline is kept."""
+    options = ["--shutdown-timeout", "2", "--served-model-name", "m" * 2000]
+    with serve_tiny(*options, uds=tmp_path / "server.sock") as server:
+        clients = [server.connect(receive_buffer=4096) for _ in range(8)]
+        try:
+            clients[0].sendall(post_bytes("/v1/completions", b"{", length=1000))
+            clients[1].sendall(b"POST /v1/completions HTTP/1.1\r\nHost: ")
+            for client in clients[4:]:
+                client.sendall(post_bytes("/v1/completions", HARD_WORK | {"stream": True}))
+            server.wait_until_running(4)
+            server.signal(signal.SIGTERM)
+            assert server.wait(30) == 0
+        finally:
+            for client in clients:
+                client.close()
+
+
+def test_the_front_end_is_killed(serve_tiny: Callable[..., Any]) -> None:
+    """The engine's process does not outlive it, whatever it was doing."""
+    with serve_tiny() as server:
+        streams = start_streams(server, [HARD_WORK] * 4)
+        children = server.processes()[1:]
+        try:
+            server.signal(signal.SIGKILL)
+            server.wait(10)
+            assert_all_end(children)
+        finally:
+            for child in children:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+        for stream in streams:
+            stream.wait(10)
+
+
+def assert_all_end(processes: list[psutil.Process], seconds: float = 20) -> None:
+    """A zombie has ended, too: its parent is only slow to say so."""
+    deadline = time.monotonic() + seconds
+    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
+        assert time.monotonic() < deadline, "the engine's process outlived the server"
+        time.sleep(0.05)
 
 
 # ---- a small pool
