@@ -15,7 +15,8 @@ import litellm
 from tests.clients.conftest import MODEL
 from tests.clients.server_process import ServerProcess
 
-pytestmark = pytest.mark.m8
+# litellm declares types that pydantic warns of.
+pytestmark = [pytest.mark.m8, pytest.mark.filterwarnings("ignore:Items? .*ReadOnly:UserWarning")]
 
 MESSAGES = [{"role": "user", "content": "Name three colors."}]
 
