@@ -264,7 +264,7 @@ def moments(rate: float) -> list[tuple[float, int, int, float]]:
         found.append((after, stats.num_waiting, stats.num_running, 1e3 * (after - before)))
         return outputs
 
-    simulation.core.step = observed  # type: ignore[method-assign]
+    simulation.core.step = observed  # type: ignore[assignment, method-assign]
     simulation.run(SLO())
     return found
 
