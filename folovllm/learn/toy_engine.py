@@ -33,7 +33,7 @@ from folovllm.utils import cdiv
 MAX_STEPS = 20_000
 
 
-def tiny_arch(max_position_embeddings: int = 4096) -> ModelArchitecture:
+def tiny_arch(max_position_embeddings: int = 4096, vocab_size: int = 1000) -> ModelArchitecture:
     """One layer, one head of size one: 8 bytes of KV per token in float32."""
     return ModelArchitecture(
         architecture="LlamaForCausalLM",
@@ -44,7 +44,7 @@ def tiny_arch(max_position_embeddings: int = 4096) -> ModelArchitecture:
         num_attention_heads=1,
         num_key_value_heads=1,
         head_dim=1,
-        vocab_size=1000,
+        vocab_size=vocab_size,
         max_position_embeddings=max_position_embeddings,
         rms_norm_eps=1e-5,
         rope=RopeConfig(),
@@ -63,6 +63,7 @@ def make_config(max_model_len: int = 16, block_size: int | str = 4, **args: Any)
     """A resolved config from flat arguments of the cache and the scheduler, whether their rungs are built or not."""
     cache_names = CacheConfig.__dataclass_fields__
     cache = {name: args.pop(name) for name in list(args) if name in cache_names}
+    vocab_size = args.pop("vocab_size", 1000)
     config = EngineConfig(
         parts=args.pop("parts", None),
         trace=args.pop("trace", None),
@@ -70,7 +71,7 @@ def make_config(max_model_len: int = 16, block_size: int | str = 4, **args: Any)
         cache_config=CacheConfig(block_size=block_size, **cache),
         scheduler_config=SchedulerConfig(**args),
     )
-    return config.resolve(tiny_arch(max(max_model_len, 64)), "cpu")
+    return config.resolve(tiny_arch(max(max_model_len, 64), vocab_size), "cpu")
 
 
 class AttendingExecutor(FakeExecutor):

@@ -11,7 +11,10 @@ After the file name, `running=32` keeps only the rows of that value, `seq_len=51
 `columns=case,forward_ms` only these columns, in this order, with `_` for a space (for files with a list of
 `results`); `arms=m2,m3` keeps only those arms (for a compare_perf file).
 `view=ladder` writes the table of the rungs with one measured column (for a compare_perf file); `view=gptq` writes
-the speeds of a bench_gptq file with the range of each ratio.
+the speeds of a bench_gptq file with the range of each ratio; `view=frontend` writes the arms of a bench_frontend file.
+
+A block whose file does not exist yet says which script will write it, if `by=bench_frontend` names one in scripts/dev
+or scripts.
 
     python scripts/dev/fill_results.py            rewrite all pages
     python scripts/dev/fill_results.py --check    exit code 1 if a page is not what its result file says
@@ -66,13 +69,17 @@ def fill(text: str, folder: Path) -> str:
     def block(match: re.Match[str]) -> str:
         file = ROOT / match[2]
         link = os.path.relpath(file, folder)
-        result = json.loads(file.read_text(encoding="utf-8"))
         wanted = dict(item.split("=") for item in match[3].split())
-        view = wanted.pop("view", None)
+        writer, view = wanted.pop("by", None), wanted.pop("view", None)
+        if writer and not file.exists():
+            return f"{match[1]}{not_measured_yet(writer)}\n{match[4]}"
+        result = json.loads(file.read_text(encoding="utf-8"))
         if view == "ladder":
             table = ladder_table(result, link, folder)
         elif view == "gptq":
             table = gptq_table(result, link)
+        elif view == "frontend":
+            table = frontend_table(result, link)
         elif result.get("schema", "").startswith("folovllm.compare_peers/"):
             table = peers_table(result, link)
         else:
@@ -80,6 +87,16 @@ def fill(text: str, folder: Path) -> str:
         return match[1] + table + match[4]
 
     return BLOCK.sub(block, text)
+
+
+def not_measured_yet(writer: str) -> str:
+    """What stands in the place of a table whose file is still to be written by the script `writer`."""
+    (script,) = (
+        path
+        for folder in ("scripts/dev", "scripts")
+        if (path := Path(folder, f"{writer}.py")) and (ROOT / path).exists()
+    )
+    return f"Not measured yet: `python {script}` writes this table."
 
 
 def table_of(result: dict[str, Any], link: str, arms: str = "") -> str:
@@ -167,6 +184,19 @@ def gptq_table(result: dict[str, Any], link: str) -> str:
             f"| {arm['linear_bytes'] / 1e6:.0f} | {arm['linear_bytes_ratio']:.0%} | {limit} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def frontend_table(result: dict[str, Any], link: str) -> str:
+    """One row per way to reach the engine, for a bench_frontend file; the figures are medians over its rounds."""
+    machine, names = result["machine"], {"llm": "`LLM.generate`", "thread": "a thread", "process": "a process"}
+    rows = []
+    for arm, figures in result["medians"].items():
+        shown = {key: value for key, value in figures.items() if key != "throughput_of_llm"}
+        cells = {heading(key): text_of(value) for key, value in shown.items()}
+        rows.append({"the engine in": names[arm], **cells, "of LLM's tok/s": f"{figures['throughput_of_llm']:.1%}"})
+    where = f"{machine['cpu']}, {machine['cores']} cores, {result['engine']['dtype']}"
+    facts = f"median of {len(result['rounds'])} rounds ([all figures]({link}), commit {machine['git']['sha'][:10]})"
+    return f"`python {result['command']}` on {where}, {facts}.\n\n{markdown_table(rows)}"
 
 
 def ratios(result: dict[str, Any], arm: str, mode: str) -> str:

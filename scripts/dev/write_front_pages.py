@@ -20,6 +20,7 @@ import front_index
 import front_plan
 import front_reference
 import front_results
+import front_serving
 from front_shell import with_sessions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +40,9 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "commands": front_reference.commands,
     "targets": front_reference.targets,
     "parts": front_reference.parts,
+    "server-options": front_serving.server_options,
+    "server-refusals": front_serving.server_refusals,
+    "server-metrics": front_serving.server_metrics,
     "files": front_files.files,
     "rows": front_files.rows,
     "roadmap": front_plan.roadmap,
