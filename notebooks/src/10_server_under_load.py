@@ -145,13 +145,13 @@ for sent, label, colour in ((stays, "b reads to its end", viz.PALETTE[5]), (leav
     held = [blocks_held(message) for message in sent]
     ax.step(range(len(held) + 1), [*held, held[-1]], where="post", color=colour, label=label)
 ax.axvline(3, color=viz.INK, ls=":", lw=1)
-ax.text(3.08, 8.9, "the abort is taken here", va="top")
-ax.set(xlabel="step", ylabel="blocks held after it", ylim=(0, 9), title="the blocks of a client that leaves")
+ax.text(3.08, 9.9, "the abort is taken here", va="top")
+ax.set(xlabel="step", ylabel="blocks held after it", ylim=(0, 10), title="the blocks of a client that leaves")
 ax.legend(loc="lower left");
 
 # %% [markdown]
-# An abort costs nothing and waits for nothing but the end of the step that is being computed: b's blocks are free before the next step is
-# scheduled. The last output of b, without a token, tells the front end that the id is out of use.
+# An abort waits only for the end of the step that is being computed: b's blocks are free before the next step is scheduled. In the picture the
+# two lines part in step 3. The last output of b, without a token, tells the front end that its id is out of use.
 #
 # ## A reader who is slower than the engine
 #
@@ -351,8 +351,8 @@ CAPACITY = NUM_REQUESTS / burst.seconds
 
 # %% [markdown]
 # `burst` had all requests in the queue from the beginning, so the batch was always full: that is what the machine can serve, `CAPACITY`
-# requests per second. Users arrive by a Poisson process, with gaps that nobody planned: sometimes four in a tenth of a second, then none for
-# half a second. `arrival_times` is the code of `folovllm bench serve`:
+# requests per second. Users know nothing of each other, so they arrive by a Poisson process: sometimes four in a tenth of a second, then none
+# for half a second. `arrival_times` is the code of `folovllm bench serve`:
 
 # %%
 viz.source(arrival_times)
@@ -417,10 +417,12 @@ first_ratio = runs[HIGH].ttft(50) / runs[LOW].ttft(50)
 viz.answer("10.6", median_itl[HIGH] / median_itl[LOW], first_ratio=first_ratio, SEATS=SEATS)
 
 # %% [markdown]
-# Look at the columns from left to right. Below the capacity, the batch breathes with the arrivals, and the queue is empty most of the time. At
-# the capacity, each burst of arrivals leaves a queue that takes long to go away. Above it, the seats are full, the dots of the ITL do not get
-# any higher, and **only the queue grows**, by the difference of the two rates, for as long as it goes on. After the last arrival the server
-# needs as long as the queue is to empty it.
+# Look at the columns from left to right. Below the capacity, the batch grows and shrinks with the arrivals, and the queue is empty most of the
+# time. At the capacity, a burst of arrivals leaves a queue that lasts for seconds. Above it, all seats are taken, and **only the queue grows**, by
+# the difference between the rate of the arrivals and the capacity. After the last arrival, the server still has to empty the queue.
+#
+# The ITL has two bands in every column. The lower one, about 10 ms, are steps with decodes alone. The dots above it are steps that also compute
+# prompts, up to 256 tokens in a step (`BUDGET`). More load means more of these dots, and no higher ones.
 #
 # ### Your turn: how many are in the server
 #
@@ -479,7 +481,7 @@ done = {load: len(run.served) / run.seconds for load, run in swept.items()}
 good = {load: run.good_share * len(run.served) / run.seconds for load, run in swept.items()}
 right.plot(rates, list(done.values()), "o-", ms=3, color=viz.PALETTE[1])
 right.plot(rates, list(good.values()), "s-", ms=3, color=viz.PALETTE[2])
-right.text(rates[-1], done[SWEEP[-1]] * 1.03, "answered", color=viz.PALETTE[1], ha="right")
+right.text(rates[-1], done[SWEEP[-1]] * 0.97, "answered", color=viz.PALETTE[1], ha="right", va="top")
 right.text(rates[-1], good[SWEEP[-1]] + 0.6, "goodput", color=viz.PALETTE[2], ha="right")
 right.set(title="requests per second", xlabel="requests per second, offered", ylim=(0, None))
 for ax in (left, right):
@@ -493,8 +495,8 @@ viz.answer("10.7", swept[HIGH].ttft(99) / swept[LOW].ttft(99), low=1000 * swept[
 viz.answer("10.8", swept[HIGH].good_share, rate=done[HIGH], best=max(done.values()))
 
 # %% [markdown]
-# The dotted line is the capacity. The knee is *before* it: at 95 % the bursts of a Poisson process already make queues. A server that is
-# loaded above its capacity works at its best and pleases nobody, because every request waits behind those whose users were lost already.
+# The dotted line is the capacity. The knee is *before* it: at 95 % of the capacity the bursts of a Poisson process already make queues. Above the
+# capacity the server answers as many requests as it can, and nearly all of them too late, because each waits behind others that are too late.
 #
 # ### Your turn: refuse some
 #
@@ -509,8 +511,8 @@ QUEUES = [0, 2, 4, 8, 16, 32, 64]
 my_queue = None  # one of QUEUES, or code
 
 # %%
-shares = {queue: serve(offered(HIGH), max_queue=queue).good_share for queue in QUEUES}
-viz.your_turn("10.t3", my_queue, max(shares, key=shares.get))
+good_shares = {queue: serve(offered(HIGH), max_queue=queue).good_share for queue in QUEUES}
+viz.your_turn("10.t3", my_queue, max(good_shares, key=good_shares.get))
 
 # %% [markdown]
 # ## Closed loop: why some benchmarks see no queue
@@ -554,8 +556,10 @@ viz.answer("10.9", worse["closed"], sent_less=sent_less)
 viz.answer("10.10", worse["open"], load=0.8 * loops["closed"][1].seconds / loops["closed"][0].seconds)
 
 # %% [markdown]
-# Both reports are true. The closed loop tells how fast the server is with 16 requests in it. The open loop tells what users feel, because
-# users do not come more slowly when the server is slow.
+# (The first dots of the closed loop are high because all clients send their first request at the same moment.)
+#
+# Both reports are true. The closed loop tells how fast the server is with as many requests in it as there are clients. The open loop tells what
+# users feel, because users do not come more slowly when the server is slow.
 #
 # ## A real engine on your machine
 #
@@ -568,6 +572,9 @@ class Panel:
     """What the engine says after each step."""
 
     def __init__(self):
+        self.restart()
+
+    def restart(self):
         self.entries, self.start = [], time.perf_counter()
 
     def on_added(self, request): ...
@@ -605,7 +612,7 @@ async def one_user(name, request, due, start):
 
 async def measure(requests, due):
     """A run like those above, with queue times. The panel starts anew."""
-    panel.__init__()
+    panel.restart()
     names = [f"{time.monotonic_ns()}-{i}" for i in range(len(due))]
     users = [one_user(name, *pair, panel.start) for name, *pair in zip(names, requests, due)]
     results = await asyncio.gather(*users)
@@ -625,20 +632,25 @@ viz.ask("10.13")
 together = [n for n in (1, 2, 4, 8, 16) if n <= SEATS]
 same = replace(REQUESTS[0], prompt=REQUESTS[0].prompt[:PROMPT[0]], prompt_len=PROMPT[0], output_len=OUTPUT[0])
 await measure([same] * SEATS, [0.0] * SEATS)  # warm up
-measured_ms = {}
-for n in together:
-    run, _ = await measure([same] * n, [0.0] * n)
-    measured_ms[n] = 1000 * percentile([gap for one in run.served.values() for gap in one.gaps], 50)
+measured_ms = dict.fromkeys(together, math.inf)
+for _ in range(3):  # other programs can only make it slower: the fastest of three counts
+    for n in together:
+        run, _ = await measure([same] * n, [0.0] * n)
+        itl = 1000 * percentile([gap for one in run.served.values() for gap in one.gaps], 50)
+        measured_ms[n] = min(measured_ms[n], itl)
 
 # %%
 num_burst = 2 * SEATS
 real_burst, _ = await measure(REQUESTS[:num_burst], [0.0] * num_burst)
 REAL_CAPACITY = num_burst / real_burst.seconds
-SECONDS = 1.0 if FAST else 7.0  # of arrivals, for each load
+
+# %%
+SECONDS = 0.5 if FAST else 5.0  # of arrivals, for each load
 REAL_LOADS = [0.5, 1.0, 2.0]
 real_runs, real_due, queued = {}, {}, {}
 for load in REAL_LOADS:
-    count = min(max(round(load * REAL_CAPACITY * SECONDS), 8), NUM_REQUESTS)
+    least = 3 * SEATS if load > 1 else 8  # on a slow machine, too, a queue must have time to grow
+    count = min(max(round(load * REAL_CAPACITY * SECONDS), least), NUM_REQUESTS)
     real_due[load] = arrival_times(count, load * REAL_CAPACITY, burstiness=1.0, seed=2)
     real_runs[load], queued[load] = await measure(REQUESTS[:count], real_due[load])
 stats = llm.stats
@@ -650,7 +662,7 @@ figure, axes = plt.subplots(4, len(REAL_LOADS), figsize=(10, 6.4), sharex="col",
 for column, (load, run) in zip(axes.T, real_runs.items()):
     milliseconds = [(t, 1000 * gap) for t, gap in gaps_over_time(run)]
     draw_panel(column, run.panel, milliseconds, real_due[load][-1])
-    column[0].set_title(f"load {load:g}: {load * REAL_CAPACITY:.1f} requests per second, measured")
+    column[0].set_title(f"load {load:g}, measured: {load * REAL_CAPACITY:.1f} per second")
     column[-1].set_xlabel("seconds (dotted: last arrival)")
 for ax, label in zip(axes[:, 0], ("waiting", "running", "KV cache held", "ITL, ms")):
     ax.set_ylabel(label)
@@ -663,9 +675,10 @@ left.plot(together, [step_ms[n] for n in together], "o--", color=viz.PALETTE[5])
 left.text(together[-1], measured_ms[together[-1]], "measured ", color=viz.PALETTE[0], ha="right", va="bottom")
 left.text(together[-1], step_ms[together[-1]], "modelled ", color=viz.PALETTE[5], ha="right", va="top")
 left.set(title="inter-token latency, ms", xlabel="streams", ylim=(0, None), xticks=together)
-for load, run in real_runs.items():
+for (load, run), colour in zip(real_runs.items(), (viz.PALETTE[4], viz.PALETTE[0], viz.PALETTE[7])):
     first = sorted(one.ttft for one in run.served.values())
-    right.plot(first, [(i + 1) / len(first) for i in range(len(first))], drawstyle="steps-post", label=f"load {load:g}")
+    shares = [(i + 1) / len(first) for i in range(len(first))]
+    right.plot(first, shares, drawstyle="steps-post", color=colour, label=f"load {load:g}")
 right.set(title="share of the requests with their first token after at most ... s", xscale="log", ylim=(0, 1.02),
           xlabel="time to first token, s")  # fmt: skip
 right.legend(loc="lower right");
@@ -696,11 +709,11 @@ got = sum(len(one.token_times) for run in real_runs.values() for one in run.serv
 viz.answer("10.13", asked - got, asked=asked)
 
 # %%
-if not FAST and (real_runs[2.0].ttft(99) < real_runs[0.5].ttft(99) or gain < 1.2):
-    print(f"The queue of an overloaded server was the shorter one: {viz.MEASURE_AGAIN}")
+if not FAST and (real_runs[2.0].ttft(99) < real_runs[0.5].ttft(99) or gain > most):
+    print(f"These measurements contradict each other: {viz.MEASURE_AGAIN}")
 
 # %% [markdown]
-# With HTTP in front the picture is the same: start `folovllm serve`, and send it `folovllm bench serve --request-rate 5 --num-prompts 60
+# With HTTP in front the panel looks the same: start `folovllm serve`, and send it `folovllm bench serve --request-rate 5 --num-prompts 60
 # --ignore-eos --goodput ttft:500 --plot`. The page at http://127.0.0.1:8000 shows queue and blocks while it runs.
 #
 # ## Is it all true?
@@ -721,4 +734,5 @@ if viz.as_delivered("10", globals()):
     assert sum(queue) / len(queue) < 0.5, "a closed loop has no queue"
     assert worse["closed"] < 3 < worse["open"]
     assert asked == got and stats.kv_cache_usage == 0.0 and stats.num_running == stats.num_waiting == 0
-    print("all true: nothing lost in", sum(len(run.served) for run in real_runs.values()), "requests to the real engine")
+    count = sum(len(run.served) for run in real_runs.values())
+    print(f"all true: nothing was lost in {count} requests to the real engine")
