@@ -1,6 +1,9 @@
 """What is asked of every notebook, whatever its milestone: tests/m*/test_notebooks.py say which ones, and what else."""
 
+import ast
+import asyncio
 import contextlib
+import inspect
 import io
 import re
 import sys
@@ -22,7 +25,7 @@ import build_notebooks  # noqa: E402
 from notebook_form import problems_of_questions  # noqa: E402
 
 MIN_PREDICTIONS = 3  # questions that a reader answers before the cell is run
-SLOW = ("00", "01", "06", "07", "08", "09")  # notebooks that take seconds for each other value of a knob
+SLOW = ("00", "01", "06", "07", "08", "09", "10")  # notebooks that take seconds for each other value of a knob
 NUM_TASKS = 3  # cells in which the reader writes something that is checked
 
 
@@ -54,11 +57,18 @@ def run_fast(source: Path, monkeypatch: pytest.MonkeyPatch, turn: Mapping[str, s
         cell.source += f"\n{name} = {value}"
     namespace: dict[str, Any] = {"__name__": "__main__"}
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), asyncio.Runner() as runner:
         for number, cell in enumerate(notebook.cells):
             if cell.cell_type == "code":
-                exec(compile(cell.source, f"{source.name}, cell {number}", "exec"), namespace)
+                run_code(cell.source, f"{source.name}, cell {number}", namespace, runner)
     return printed.getvalue()
+
+
+def run_code(code: str, name: str, namespace: dict[str, Any], runner: asyncio.Runner) -> None:
+    """Runs code that may have `await` outside of functions, as a notebook does. All cells share one event loop."""
+    result = eval(compile(code, name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), namespace)
+    if inspect.iscoroutine(result):
+        runner.run(result)
 
 
 def marks_of(number: str, marks: Mapping[str, pytest.MarkDecorator]) -> list[pytest.MarkDecorator]:
@@ -105,7 +115,8 @@ def check_tasks(source: Path, monkeypatch: pytest.MonkeyPatch, answers: Mapping[
 
     monkeypatch.setattr(viz, "your_turn", your_turn)
     monkeypatch.chdir(ROOT / "notebooks")
-    exec(compile(text.replace("FAST = False", "FAST = True"), source.name, "exec"), {"__name__": "__main__"})
+    with asyncio.Runner() as runner:
+        run_code(text.replace("FAST = False", "FAST = True"), source.name, {"__name__": "__main__"}, runner)
     assert len(verdicts) == len(answers)
     for title, right, wrong in verdicts:
         assert f"\n{viz.PASSED}." in right and f"\n{viz.FAILED}." in wrong, (title, right, wrong)

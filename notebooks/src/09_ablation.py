@@ -9,7 +9,7 @@
 # or measured and read from result files.
 #
 # *40 minutes. Read [Start here](../docs/learn/00_start_here.md) and any of the learning pages 02 to 07 first. **Predict** asks before an experiment, and
-# **Answer** follows it; `viz.ask("09.1", guess="m2")` has your guess judged. Next: the exercises (`folovllm learn`), or any notebook again.*
+# **Answer** follows it; `viz.ask("09.1", guess="m2")` has your guess judged. Next: [10](10_server_under_load.ipynb), a server under load.*
 
 # %% tags=["parameters"]
 FAST = False  # True: fewer repetitions (the builder sets it when it only checks)
