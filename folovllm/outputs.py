@@ -79,6 +79,9 @@ class EngineStats:
     preempted_prefix_cache_hits: int = 0
 
 
+NO_STATS = EngineStats(0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0)  # before the first step
+
+
 @dataclass
 class RequestMetrics:
     """Timing of one request, in seconds (R1.36). A value is None as long as it is not known."""

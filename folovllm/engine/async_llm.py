@@ -252,7 +252,7 @@ class AsyncLLM:
             return
         logger.error("the engine is dead: %s", cause)
         self.dead_error = EngineDeadError(cause)
-        self._requests.die(lambda: EngineDeadError(cause), cause)
+        self._requests.die(cause)
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(EngineDeadError(cause))

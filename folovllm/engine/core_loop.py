@@ -7,8 +7,8 @@ Row 1: no torch. The loop does not know whether it runs in a process of its own 
 
     wait for a message if there is nothing to compute --> take all messages that wait --> one step --> send its outputs
 
-What ends in here is one request where vLLM would end the engine: see fault_finder.py. The engine is given up if the
-core cannot repair itself, or if MAX_FAILED_STEPS steps in a row raise.
+If a step raises, the loop ends the request that made it raise, and the others go on: see fault_finder.py. vLLM ends the
+engine instead. Here the engine ends only if the core cannot repair itself, or if MAX_FAILED_STEPS steps in a row raise.
 """
 
 import dataclasses
@@ -133,7 +133,7 @@ class EngineCoreLoop:
             return CallResult(call.call_id, self._calls[call.name](*call.args))
         except Exception as error:
             logger.exception("the call %s raised", call.name)
-            return CallResult(call.call_id, error=f"{type(error).__name__}: {error}")
+            return CallResult(call.call_id, error=describe(error))
 
     # ---- steps
 

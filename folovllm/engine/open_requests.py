@@ -19,16 +19,16 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Protocol
 
 from folovllm.config import EngineConfig
+from folovllm.engine.core_client import EngineDeadError
 from folovllm.engine.messages import AbortRequests, AddRequests, DownMessage
 from folovllm.engine.output_collector import RequestOutputCollector
 from folovllm.engine.output_processor import OutputProcessor, ProcessedOutputs, RequestState
 from folovllm.engine.parallel_sampling import ParentRequest
 from folovllm.engine.request_stream import RequestStream
 from folovllm.engine.tokenizer import Tokenizer
-from folovllm.outputs import CompletionOutput, EngineCoreOutput, EngineStats, RequestOutput
+from folovllm.outputs import NO_STATS, CompletionOutput, EngineCoreOutput, EngineStats, RequestOutput
 from folovllm.parts import load_part
 from folovllm.request import Request
 
@@ -39,11 +39,14 @@ class RequestFailedError(RuntimeError):
     """This request failed inside the engine. Others go on."""
 
 
-class EngineObserver(Protocol):
-    """What wants to know of every request and every step: the metrics."""
+class EngineObserver:
+    """Hears of every request and every step of an AsyncLLM, on the event loop. The metrics are observers.
+
+    A class that inherits from this one needs only the methods that it has a use for.
+    """
 
     def on_added(self, request: Request) -> None:
-        """A request has entered the engine; one with n > 1 is one request."""
+        """A request has entered the engine. A request with n > 1 counts once."""
 
     def on_step(self, stats: EngineStats, outputs: list[RequestOutput]) -> None:
         """A step, or an abort, has given `outputs`."""
@@ -63,7 +66,7 @@ class OpenRequests:
         self._collectors: dict[str, RequestOutputCollector] = {}  # by the id that the user gave
         self._leaving: Counter[str] = Counter()  # requests of the core that ended here, and are not confirmed yet
         self.observers: list[EngineObserver] = []
-        self.stats = EngineStats(0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0)
+        self.stats = NO_STATS
         self.all_done = asyncio.Event()
         self.all_done.set()
 
@@ -80,8 +83,9 @@ class OpenRequests:
         return not (self._collectors or self._leaving or self._processor.states)
 
     def add(self, request: Request, text: str | None) -> RequestStream:
-        """Sends a request to the core; with n > 1 as n requests. Raises ValueError, and adds nothing, if its id is in
-        use.
+        """Sends a request to the core; with n > 1 as n requests.
+
+        Raises ValueError, and adds nothing, if the id is in use.
         """
         parent = ParentRequest(request) if request.sampling_params.n > 1 else None
         requests = [request] if parent is None else parent.children()
@@ -110,10 +114,10 @@ class OpenRequests:
         self._abort_in_core(processed.reqs_to_abort)  # a stop string ends a request that the core would continue
         self._deliver(processed.request_outputs)
 
-    def die(self, make_error: Callable[[], Exception], cause: str) -> None:
-        """The engine is dead: every stream gets an error of its own."""
+    def die(self, cause: str) -> None:
+        """Ends every stream with an EngineDeadError of its own, because a raised exception collects tracebacks."""
         for collector in self._collectors.values():
-            collector.put(make_error())
+            collector.put(EngineDeadError(cause))
         self._processor.withdraw([state.request for state in self._processor.states.values()])
         self._collectors.clear()
         self._leaving.clear()

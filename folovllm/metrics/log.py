@@ -9,15 +9,15 @@ import logging
 import time
 from collections.abc import Callable
 
+from folovllm.engine.open_requests import EngineObserver
 from folovllm.outputs import EngineStats, RequestOutput
-from folovllm.request import Request
 
 logger = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 10.0
 
 
-class ThroughputLog:
+class ThroughputLog(EngineObserver):
     """Observes an AsyncLLM. A step starts the timer; the timer goes on until an interval passes without a token.
 
     So a busy server logs a line per interval, then one with zeros, and an idle server logs nothing.
@@ -30,9 +30,6 @@ class ThroughputLog:
         self._stats: EngineStats | None = None
         self._start = 0.0  # of the interval
         self._tokens_before = (0, 0)  # prompt and generation tokens at its start
-
-    def on_added(self, request: Request) -> None:
-        """Only steps count."""
 
     def on_step(self, stats: EngineStats, request_outputs: list[RequestOutput]) -> None:
         """Called on the event loop after each step."""

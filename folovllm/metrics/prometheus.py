@@ -26,7 +26,7 @@ from folovllm.config import EngineConfig
 from folovllm.core.kv_cache_utils import KVCacheConfig
 from folovllm.metrics.log import ThroughputLog
 from folovllm.metrics.stats import EngineMetrics, Histogram, HttpMetrics
-from folovllm.outputs import EngineStats
+from folovllm.outputs import NO_STATS, EngineStats
 
 Reader = Callable[[EngineStats], float]
 
@@ -67,7 +67,6 @@ HISTOGRAMS = (
     ("request_prefill_time_seconds", "From the first step to the first token.", "prefill_time"),
     ("request_decode_time_seconds", "From the first token to the last one.", "decode_time"),
 )
-NO_STATS = EngineStats(*[0] * 10)  # before the first step
 
 
 class ServerMetrics:

@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections import Counter
 from itertools import accumulate
 
+from folovllm.engine.open_requests import EngineObserver
 from folovllm.outputs import EngineStats, RequestMetrics, RequestOutput
 from folovllm.request import Request
 
@@ -71,7 +72,7 @@ class Progress:
         self.longest = 0  # tokens of its longest finished completion
 
 
-class EngineMetrics:
+class EngineMetrics(EngineObserver):
     """Observes an AsyncLLM. `stats` is the engine's newest snapshot, and every histogram is an attribute."""
 
     def __init__(self, max_model_len: int) -> None:

@@ -1,4 +1,4 @@
-"""A page in headless Chromium, driven over its DevTools protocol: for pages that talk to a server while a test looks.
+"""Pages in headless Chromium, driven over its DevTools protocol: for pages that talk to a server while a test looks.
 
 tests/m2/browser_helpers.py is enough for pages that only have to be opened.
 """
@@ -7,7 +7,9 @@ import asyncio
 import base64
 import contextlib
 import json
-from collections.abc import AsyncIterator
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +94,8 @@ class Page:
         await self.evaluate(f"document.getElementById({json.dumps(element_id)}).click()")
 
     async def resize(self, width: int, height: int, dark: bool = False, calm: bool = False) -> None:
-        await self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
-                        mobile=width < 600)  # fmt: skip
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        await self.call("Emulation.setDeviceMetricsOverride", **screen)
         features = {
             "prefers-color-scheme": "dark" if dark else "light",
             "prefers-reduced-motion": "reduce" if calm else "",
@@ -107,36 +109,43 @@ class Page:
         path.write_bytes(base64.b64decode(told["data"]))
 
 
-@contextlib.asynccontextmanager
-async def chromium_page(profile: Path) -> AsyncIterator[Page]:
-    """Starts a browser with a new profile; ends it with the block."""
+@contextlib.contextmanager
+def chromium(profile: Path) -> Iterator[str]:
+    """A browser with a new profile, which ends with the block: the address at which it takes commands."""
     assert CHROMIUM is not None
     profile.mkdir(parents=True, exist_ok=True)
-    process = await asyncio.create_subprocess_exec(
-        CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "--remote-debugging-port=0", "about:blank",
-        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "--remote-debugging-port=0", "about:blank"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        port = await asyncio.wait_for(_port(profile / "DevToolsActivePort"), START_TIMEOUT)
-        async with aiohttp.ClientSession() as session:
-            async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
-                tabs = [tab for tab in await answer.json(content_type=None) if tab["type"] == "page"]
-            async with session.ws_connect(tabs[0]["webSocketDebuggerUrl"], max_msg_size=2**26) as socket:
+        yield f"http://127.0.0.1:{_port(profile / 'DevToolsActivePort')}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.asynccontextmanager
+async def chromium_page(browser: str) -> AsyncIterator[Page]:
+    """A new tab of the browser at this address; it is closed with the block."""
+    async with aiohttp.ClientSession(browser) as session:
+        async with session.put("/json/new?about:blank") as answer:
+            tab = await answer.json(content_type=None)
+        try:
+            async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=2**26) as socket:
                 page = Page(socket)
                 listening = asyncio.create_task(page.listen())
                 for domain in ("Page", "Runtime", "Log"):
                     await page.call(f"{domain}.enable")
                 yield page
                 listening.cancel()
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+        finally:
+            await (await session.get(f"/json/close/{tab['id']}")).read()
 
 
-async def _port(file: Path) -> int:
+def _port(file: Path) -> int:
     """The port that the browser has chosen. It writes it into its profile."""
-    while True:
+    end = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < end:
         if file.exists() and (lines := file.read_text().split()):
             return int(lines[0])
-        await asyncio.sleep(0.05)
+        time.sleep(0.02)
+    raise AssertionError("the browser did not start")

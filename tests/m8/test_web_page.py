@@ -11,8 +11,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 import aiohttp
@@ -25,7 +24,7 @@ from folovllm.outputs import ModelRunnerOutput
 from folovllm.trace.watch import MAX_LINES
 from tests.m1.tiny_tokenizers import byte_ids
 from tests.m2.browser_helpers import needs_browser
-from tests.m8.chromium import Page, chromium_page
+from tests.m8.chromium import Page, chromium, chromium_page
 from tests.m8.server_process import RunningServer, running_server
 from tests.m8.serving_helpers import TIMEOUT, VOCAB_SIZE, run_async
 
@@ -200,6 +199,13 @@ def test_live_needs_the_key_and_the_page_does_not() -> None:
 # ---- in the browser
 
 
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One browser for all tests: each has a server, and therefore an origin, of its own."""
+    with chromium(tmp_path_factory.mktemp("chromium")) as address:
+        yield address
+
+
 def in_browser(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
     @functools.wraps(test)
     def run(**arguments: Any) -> None:
@@ -211,9 +217,9 @@ def in_browser(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., 
 
 
 @contextlib.asynccontextmanager
-async def open_chat(server: RunningServer, tmp_path: Path, **size: Any) -> AsyncIterator[Page]:
+async def open_chat(server: RunningServer, browser: str, **size: Any) -> AsyncIterator[Page]:
     """The page, connected with the engine. No error may be in its console at the end."""
-    async with chromium_page(tmp_path / "profile") as page:
+    async with chromium_page(browser) as page:
         await page.resize(**{"width": 1280, "height": 860} | size)
         await page.open(f"http://127.0.0.1:{server.port}/")
         await page.until("document.getElementById('state').textContent !== 'connecting'")
@@ -240,9 +246,9 @@ COLOURED = """(() => {
 
 
 @in_browser
-async def test_an_answer_is_streamed_and_the_engine_shows_it(tmp_path: Path) -> None:
+async def test_an_answer_is_streamed_and_the_engine_shows_it(browser: str) -> None:
     with page_server(0.02) as server:
-        async with open_chat(server, tmp_path) as page:
+        async with open_chat(server, browser) as page:
             await page.until(NO_BLOCKS)
             await page.evaluate("document.getElementById('max-tokens').value = 120")
             await say(page, "What is a block?")
@@ -278,10 +284,10 @@ NO_ELEMENTS = "document.querySelectorAll('#messages :is(img, script, b), #engine
 
 
 @in_browser
-async def test_what_the_model_writes_is_text(tmp_path: Path) -> None:
+async def test_what_the_model_writes_is_text(browser: str) -> None:
     """Also if the whole attack comes in one chunk, and in the user's own message."""
     with page_server() as server:
-        async with open_chat(server, tmp_path) as page:
+        async with open_chat(server, browser) as page:
             await page.evaluate("document.getElementById('max-tokens').value = 200")
             await say(page, EVIL)
             await page.until(IS_DONE)
@@ -294,11 +300,11 @@ async def test_what_the_model_writes_is_text(tmp_path: Path) -> None:
 
 
 @in_browser
-async def test_a_stranger_s_request_id_is_text(tmp_path: Path) -> None:
+async def test_a_stranger_s_request_id_is_text(browser: str) -> None:
     """A client chooses it with X-Request-Id, and every page that watches the engine shows it."""
     evil = "<img src=x onerror=document.title='owned'>"
     with page_server(0.02) as server:
-        async with open_chat(server, tmp_path) as page, aiohttp.ClientSession() as session:
+        async with open_chat(server, browser) as page, aiohttp.ClientSession() as session:
             await page.evaluate("document.getElementById('why-box').open = true")
             body = {"prompt": [7], "max_tokens": 400, "stream": True}
             url = f"http://127.0.0.1:{server.port}/v1/completions"
@@ -310,10 +316,10 @@ async def test_a_stranger_s_request_id_is_text(tmp_path: Path) -> None:
 
 
 @in_browser
-async def test_stop_aborts_the_request(tmp_path: Path) -> None:
+async def test_stop_aborts_the_request(browser: str) -> None:
     """By the button and by Escape. What has come stays, and the conversation goes on from there."""
     with page_server(0.02) as server:
-        async with open_chat(server, tmp_path) as page:
+        async with open_chat(server, browser) as page:
             for number, stop in enumerate((lambda: page.click("stop"), lambda: page.press("Escape", 27)), start=1):
                 await say(page, "Go on for ever")
                 await page.until(f"document.querySelectorAll('.assistant .text')[{number - 1}]?.textContent.length > 5")
@@ -332,9 +338,9 @@ async def test_stop_aborts_the_request(tmp_path: Path) -> None:
 
 
 @in_browser
-async def test_a_new_conversation_begins_with_the_system_prompt_alone(tmp_path: Path) -> None:
+async def test_a_new_conversation_begins_with_the_system_prompt_alone(browser: str) -> None:
     with page_server() as server:
-        async with open_chat(server, tmp_path) as page:
+        async with open_chat(server, browser) as page:
             await page.evaluate("document.getElementById('max-tokens').value = 2")
             lengths = []
             for _ in range(2):
@@ -356,9 +362,9 @@ async def test_a_new_conversation_begins_with_the_system_prompt_alone(tmp_path: 
 
 
 @in_browser
-async def test_several_answers_at_once_share_a_batch(tmp_path: Path) -> None:
+async def test_several_answers_at_once_share_a_batch(browser: str) -> None:
     with page_server(0.02) as server:
-        async with open_chat(server, tmp_path) as page:
+        async with open_chat(server, browser) as page:
             await page.evaluate("document.getElementById('max-tokens').value = 60")
             await page.evaluate("document.getElementById('at-once').value = 3")
             await say(page, "Hello")
@@ -372,9 +378,9 @@ async def test_several_answers_at_once_share_a_batch(tmp_path: Path) -> None:
 
 
 @in_browser
-async def test_an_error_of_the_server_is_said_and_the_message_comes_back(tmp_path: Path) -> None:
+async def test_an_error_of_the_server_is_said_and_the_message_comes_back(browser: str) -> None:
     with page_server() as server:
-        async with chromium_page(tmp_path / "profile") as page:
+        async with chromium_page(browser) as page:
             await page.open(f"http://127.0.0.1:{server.port}/")
             await page.evaluate("document.getElementById('max-tokens').value = 100000")
             await say(page, "Too long")
@@ -386,12 +392,12 @@ async def test_an_error_of_the_server_is_said_and_the_message_comes_back(tmp_pat
 
 
 @in_browser
-async def test_the_key_is_asked_for_only_where_there_is_one(tmp_path: Path) -> None:
+async def test_the_key_is_asked_for_only_where_there_is_one(browser: str) -> None:
     with page_server() as server:
-        async with open_chat(server, tmp_path / "open") as page:
+        async with open_chat(server, browser) as page:
             assert await page.evaluate("document.getElementById('key-row').hidden")
     with page_server(api_key=("secret",)) as server:
-        async with chromium_page(tmp_path / "closed") as page:
+        async with chromium_page(browser) as page:
             await page.open(f"http://127.0.0.1:{server.port}/")
             await page.until("!document.getElementById('key-row').hidden")
             await page.until("document.getElementById('state').dataset.is === 'lost'")
@@ -408,7 +414,7 @@ async def test_the_key_is_asked_for_only_where_there_is_one(tmp_path: Path) -> N
 
 
 @in_browser
-async def test_several_requests_have_colours_and_a_queue(tmp_path: Path) -> None:
+async def test_several_requests_have_colours_and_a_queue(browser: str) -> None:
     """Two seats, four requests, a pool that preempts: queues, chips, the page after a reload in mid-run."""
     with page_server(0.02, max_num_seqs=2) as server:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as session:
@@ -416,7 +422,7 @@ async def test_several_requests_have_colours_and_a_queue(tmp_path: Path) -> None
             answers = [await session.post("/v1/completions", json={"prompt": [7, i], **body}) for i in range(2)]
             waiting = [asyncio.ensure_future(session.post("/v1/completions", json={"prompt": [8, i], **body}))
                        for i in range(2)]  # fmt: skip
-            async with open_chat(server, tmp_path) as page:
+            async with open_chat(server, browser) as page:
                 await page.until("document.querySelectorAll('#running .chip').length === 2")
                 await page.until("document.querySelectorAll('#waiting .chip').length === 2")
                 colours = await page.evaluate(
@@ -444,10 +450,10 @@ async def test_several_requests_have_colours_and_a_queue(tmp_path: Path) -> None
 
 
 @in_browser
-async def test_on_a_phone_the_parts_take_turns_and_nothing_is_wider_than_the_screen(tmp_path: Path) -> None:
+async def test_on_a_phone_the_parts_take_turns_and_nothing_is_wider_than_the_screen(browser: str) -> None:
     fits = "document.documentElement.scrollWidth <= innerWidth"
     with page_server(0.02) as server:
-        async with open_chat(server, tmp_path, width=360, height=720, dark=True, calm=True) as page:
+        async with open_chat(server, browser, width=360, height=720, dark=True, calm=True) as page:
             await say(page, "A long word: " + "x" * 200)
             await page.until("document.querySelector('.assistant .text')?.textContent.length > 5")
             animation = "getComputedStyle(document.querySelector('.running .text'), '::after').animationName"
@@ -465,9 +471,9 @@ async def test_on_a_phone_the_parts_take_turns_and_nothing_is_wider_than_the_scr
 
 
 @in_browser
-async def test_every_control_has_a_name_and_can_be_reached_with_the_keyboard(tmp_path: Path) -> None:
+async def test_every_control_has_a_name_and_can_be_reached_with_the_keyboard(browser: str) -> None:
     with page_server() as server:
-        async with open_chat(server, tmp_path) as page:
+        async with open_chat(server, browser) as page:
             reached, focused = set(), "document.activeElement.id || document.activeElement.textContent.trim()"
             for _ in range(16):
                 await page.press("Tab", 9)

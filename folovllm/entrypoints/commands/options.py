@@ -31,6 +31,12 @@ def set_debug(ctx: typer.Context, debug: bool) -> bool:
     return debug
 
 
+def without_debug(ctx: typer.Context) -> list[str]:
+    """The arguments of a command that parses its own, without --debug, which is stored."""
+    set_debug(ctx, "--debug" in ctx.args)
+    return [item for item in ctx.args if item != "--debug"]
+
+
 DebugOption = Annotated[
     bool, typer.Option("--debug", callback=set_debug, help="Show the traceback of an error, not just its message.")
 ]

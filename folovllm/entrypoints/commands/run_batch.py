@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 import typer
 from tqdm import tqdm
 
+from folovllm.entrypoints.commands.options import without_debug
 from folovllm.entrypoints.commands.serve_options import Parser, ServeCommand, parse_command
 from folovllm.text_files import read_stdin, read_text_file, split_lines
 
@@ -42,20 +43,17 @@ _USED = ("chat_template", "disable_frontend_multiprocessing")
 
 def run_batch(ctx: typer.Context) -> None:
     """Answer the requests of a file (OpenAI's batch format): folovllm run-batch --help lists the options."""
-    argv = list(ctx.args)
-    if "--debug" in argv:
-        ctx.find_root().meta["folovllm.debug"] = True
-        argv.remove("--debug")
-    given, engine_argv = make_parser().parse_known_args(argv)
+    given, engine_argv = make_parser().parse_known_args(without_debug(ctx))
     command = parse_engine(given, engine_argv)
     items = read_items(given.input_file)
     check_output(given.input_file, given.output_file)
-    from folovllm.entrypoints.openai.batch import EngineDied, Summary
+    from folovllm.engine.async_llm import EngineDeadError
+    from folovllm.entrypoints.openai.batch import Summary
 
     summary = Summary(len(items))
     try:
         asyncio.run(_run(given, command, items, summary))
-    except EngineDied as error:
+    except EngineDeadError as error:
         typer.secho(f"error: the engine has died: {error}", fg="red", err=True)
         raise typer.Exit(EXIT_DIED) from None
     finally:

@@ -12,13 +12,10 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "aiohttp")  # the extra `se
 
 def serve(ctx: typer.Context) -> None:
     """Serve a model over HTTP, for any client of the OpenAI API."""
+    from folovllm.entrypoints.commands.options import without_debug
     from folovllm.entrypoints.commands.serve_options import parse_command
 
-    argv = list(ctx.args)
-    if "--debug" in argv:
-        ctx.find_root().meta["folovllm.debug"] = True
-        argv.remove("--debug")
-    command = parse_command(argv)
+    command = parse_command(without_debug(ctx))
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ValueError(f"the server needs {', '.join(missing)}: pip install 'folovllm[serve]'")
     from folovllm.entrypoints.openai.lifecycle import serve as run

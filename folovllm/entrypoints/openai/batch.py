@@ -33,10 +33,6 @@ BUSY = (429, 503)  # the server asks to come again later
 MAX_TRIES, LONGEST_WAIT = 600, 30.0  # of a request that a busy server refuses; seconds between two tries
 
 
-class EngineDied(RuntimeError):
-    """The engine that answers a batch has stopped. Its message is the cause."""
-
-
 class BadLine(ValueError):
     """A line of the input that is no request."""
 

@@ -16,6 +16,7 @@ from fastapi.responses import Response
 
 from folovllm.engine.request_stream import RequestStream
 from folovllm.entrypoints.openai.errors import bad_request
+from folovllm.entrypoints.openai.middleware import CLIENT_CLOSED_REQUEST, MAX_REQUEST_ID_LENGTH, is_request_id
 from folovllm.entrypoints.openai.prompts import TokenizedPrompt
 from folovllm.entrypoints.openai.protocol import GenerationRequest
 from folovllm.entrypoints.openai.sampling import as_bad_request
@@ -27,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Outputs = asyncio.Queue[tuple[int, RequestOutput | Exception | None]]
-MAX_ID_LENGTH = 128
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for the access log; the client is not there to read it
 
 
 class Generation:
@@ -127,17 +126,13 @@ def answer_id(prefix: str, body: GenerationRequest, raw_request: Request) -> str
 
     As in vLLM, the client chooses it with the header X-Request-Id, or with the field `request_id`.
     """
-    if body.request_id is not None and not _is_id(body.request_id):
+    if body.request_id is not None and not is_request_id(body.request_id):
         raise bad_request(
-            f"request_id must be 1 to {MAX_ID_LENGTH} printable ASCII characters, got {body.request_id[:80]!r}",
+            f"request_id must be 1 to {MAX_REQUEST_ID_LENGTH} printable ASCII characters, got {body.request_id[:80]!r}",
             "request_id",
         )
     header = raw_request.headers.get("x-request-id", "")
-    return f"{prefix}-{header if _is_id(header) else body.request_id or uuid.uuid4().hex}"
-
-
-def _is_id(text: str) -> bool:
-    return 0 < len(text) <= MAX_ID_LENGTH and text.isascii() and text.isprintable()
+    return f"{prefix}-{header if is_request_id(header) else body.request_id or uuid.uuid4().hex}"
 
 
 def _check_priority(state: ServerState, body: GenerationRequest) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from folovllm.config import EngineConfig
-from folovllm.engine.async_llm import AsyncLLM, EngineDeadError
+from folovllm.engine.async_llm import AsyncLLM, EngineDeadError, EngineObserver
 from folovllm.engine.chat.template import compile_template
 from folovllm.entrypoints.commands.serve_options import ServeCommand
 from folovllm.entrypoints.openai.listen import bind
@@ -151,7 +151,7 @@ class Signals:
         (self.second if self.first.is_set() else self.first).set()
 
 
-class DeathWatch:
+class DeathWatch(EngineObserver):
     """Observes the engine: `happened` is set when it has died, and `cause` tells why."""
 
     def __init__(self, engine: AsyncLLM) -> None:
@@ -159,12 +159,6 @@ class DeathWatch:
         engine.add_observer(self)
         if engine.dead_error is not None:
             self.on_dead(str(engine.dead_error))
-
-    def on_added(self, request: Any) -> None:
-        pass
-
-    def on_step(self, stats: Any, request_outputs: Any) -> None:
-        pass
 
     def on_dead(self, cause: str) -> None:
         self.cause = cause

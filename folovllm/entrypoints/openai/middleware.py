@@ -22,11 +22,11 @@ from folovllm.entrypoints.openai.state import ServerState
 access_log = logging.getLogger("folovllm.access")
 
 REQUEST_ID_HEADER = b"x-request-id"
-LONGEST_REQUEST_ID = 128
+MAX_REQUEST_ID_LENGTH = 128
 LONGEST_PATH = 200  # in the log
 GUARDED = ("/v1", "/live", "/tokenize", "/detokenize")  # these need a key, and end when the server drains
 POLLED = ("/health", "/ping", "/version", "/metrics", "/live")
-CLIENT_LEFT = 499  # nginx's status for the client that leaves before its answer begins
+CLIENT_CLOSED_REQUEST = 499  # nginx's status, for the log: the client has left before its answer began
 BODY_TIMEOUT = 60.0  # seconds that a client may take between two pieces of its body
 
 
@@ -64,12 +64,12 @@ class RequestLog:
         try:
             await self.app(scope, receive, send_with_id)
         finally:
-            self._record(scope, status or CLIENT_LEFT, time.perf_counter() - start, request_id)
+            self._record(scope, status or CLIENT_CLOSED_REQUEST, time.perf_counter() - start, request_id)
 
     def _record(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
         """What is polled is not counted, as in vLLM, and logged only if it fails."""
         is_polled = scope["path"] in POLLED
-        if self.metrics is not None and not is_polled:
+        if not is_polled:
             route = getattr(scope.get("route"), "path", "none")
             self.metrics.http.observe(route, scope["method"], status, seconds)
         if self.logs and not (is_polled and status < 300):
@@ -78,10 +78,13 @@ class RequestLog:
             access_log.info("%s %s %s %.3f s %s", scope["method"], path, status, seconds, request_id)
 
 
+def is_request_id(text: str) -> bool:
+    """Whether a client may choose this id. It goes into headers and into the log, so it must be printable ASCII."""
+    return 0 < len(text) <= MAX_REQUEST_ID_LENGTH and text.isascii() and text.isprintable()
+
+
 def _request_id(given: str | None) -> str:
-    if given and len(given) <= LONGEST_REQUEST_ID and given.isascii() and given.isprintable():
-        return given
-    return f"req-{uuid.uuid4().hex}"
+    return given if given is not None and is_request_id(given) else f"req-{uuid.uuid4().hex}"
 
 
 class AnswerErrors:

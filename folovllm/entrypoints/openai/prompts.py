@@ -149,8 +149,8 @@ async def _encode(state: ServerState, body: GenerationRequest, text: str, add_sp
 def _decode(state: ServerState, token_ids: list[int]) -> str:
     """The text of a prompt that was given as ids, for `echo`."""
     if state.engine.tokenizer is None:
-        raise bad_request('echo needs the text of the prompt, and this server has no tokenizer: send "echo": false',
-                          "echo")  # fmt: skip
+        message = 'echo needs the text of the prompt, and this server has no tokenizer: send "echo": false'
+        raise bad_request(message, "echo")
     return state.engine.tokenizer.decode(token_ids, skip_special_tokens=False)
 
 

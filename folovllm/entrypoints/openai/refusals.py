@@ -26,6 +26,11 @@ class Refusal(NamedTuple):
     instead: str
     off: tuple[Any, ...] = ()
 
+    def check(self, name: str, value: Any) -> None:
+        """Raises ApiError (400) unless `value` asks for nothing."""
+        if value is not None and value not in self.off:
+            raise bad_request(f"{name} is not supported: {self.instead}", name)
+
 
 _NO_STRUCTURE = Refusal(
     "the output cannot be constrained; describe the format in the prompt, and check the answer in the client", ({}, "")
@@ -70,10 +75,8 @@ def check_extra_fields(body: GenerationRequest, logged: set[str]) -> None:
     """
     extra = body.model_extra or {}
     for name, refusal in REFUSALS.items():
-        value = extra.get(name)
-        if value is None or value in refusal.off or (name == "best_of" and value == body.num_choices):
-            continue
-        raise bad_request(f"{name} is not supported: {refusal.instead}", name)
+        if name != "best_of" or extra.get(name) != body.num_choices:  # ranking n answers of n changes nothing
+            refusal.check(name, extra.get(name))
     _check_finite(body)
     _log_once([name for name in extra if name not in REFUSALS], logged)
 

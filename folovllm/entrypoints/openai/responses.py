@@ -7,6 +7,7 @@ A request becomes a conversation and is then a chat like any other. Only the wor
 """
 
 import contextlib
+import dataclasses
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -15,32 +16,32 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from folovllm.entrypoints.openai.answers import GenerationStream, Usage, dumps, json_answer
+from folovllm.entrypoints.openai.answers import Encode, GenerationStream, Usage, dumps, json_answer
 from folovllm.entrypoints.openai.errors import ApiError, as_api_error, bad_request, error_body
 from folovllm.entrypoints.openai.generation import Generation, unless_client_leaves
 from folovllm.entrypoints.openai.prompts import TokenizedPrompt, chat_prompt
 from folovllm.entrypoints.openai.protocol import ApiModel, ChatCompletionRequest, Int
-from folovllm.entrypoints.openai.refusals import check_extra_fields
+from folovllm.entrypoints.openai.refusals import Refusal, check_extra_fields
 from folovllm.entrypoints.openai.sampling import chat_params
 from folovllm.entrypoints.openai.state import ServerState, server_state
 from folovllm.outputs import CompletionOutput
 
 router = APIRouter()
 
-# Fields that ask for what the server does not have, and the values that ask for nothing (null always does).
-REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "store": ("answers are not stored: keep them in the client, or leave it out", (False,)),
-    "previous_response_id": ("answers are not stored: send the whole conversation as input", ()),
-    "conversation": ("conversations are not stored: send the whole one as input", ()),
-    "background": ("a response ends with its request: leave it out", (False,)),
-    "tools": ("calls in an answer are not parsed; describe the functions in the instructions", ([],)),
-    "tool_choice": ("calls in an answer are not parsed; leave it out", ("none", "auto")),
-    "include": ("there is nothing to include; leave it out", ([],)),
-    "reasoning": ("the output is not parsed for reasoning; leave it out", ({},)),
-    "text": ('only {"format": {"type": "text"}} is supported', ({}, {"format": {"type": "text"}})),
-    "top_logprobs": ("use POST /v1/chat/completions for logprobs", (0,)),
-    "prompt": ("prompt templates are not stored; send input", ()),
-    "truncation": ("a conversation is never cut; shorten it, or leave this out", ("disabled",)),
+# The fields of this API that ask for what the server does not have.
+REFUSALS = {
+    "store": Refusal("answers are not stored: keep them in the client, or leave it out", (False,)),
+    "previous_response_id": Refusal("answers are not stored: send the whole conversation as input"),
+    "conversation": Refusal("conversations are not stored: send the whole one as input"),
+    "background": Refusal("a response ends with its request: leave it out", (False,)),
+    "tools": Refusal("calls in an answer are not parsed; describe the functions in the instructions", ([],)),
+    "tool_choice": Refusal("calls in an answer are not parsed; leave it out", ("none", "auto")),
+    "include": Refusal("there is nothing to include; leave it out", ([],)),
+    "reasoning": Refusal("the output is not parsed for reasoning; leave it out", ({},)),
+    "text": Refusal('only {"format": {"type": "text"}} is supported', ({}, {"format": {"type": "text"}})),
+    "top_logprobs": Refusal("use POST /v1/chat/completions for logprobs", (0,)),
+    "prompt": Refusal("prompt templates are not stored; send input"),
+    "truncation": Refusal("a conversation is never cut; shorten it, or leave this out", ("disabled",)),
 }
 OWN_NAMES = {"max_tokens": "max_output_tokens", "messages": "input"}  # of a chat's fields
 
@@ -111,10 +112,8 @@ def fields_of_responses() -> Iterator[None]:
 def as_chat(body: ResponsesRequest) -> ChatCompletionRequest:
     """The same request in the words of /v1/chat/completions. Raises ApiError (400) for what has no such words."""
     extra = {name: value for name, value in (body.model_extra or {}).items() if value is not None}
-    for name, (instead, off) in REFUSED.items():
-        value = extra.pop(name, None)
-        if value is not None and value not in off:
-            raise bad_request(f"{name} is not supported: {instead}", name)
+    for name, refusal in REFUSALS.items():
+        refusal.check(name, extra.pop(name, None))
     for name in extra:
         if name in ChatCompletionRequest.model_fields:
             instead = f"send {OWN_NAMES[name]}" if name in OWN_NAMES else "use POST /v1/chat/completions"
@@ -190,7 +189,7 @@ class ResponseAnswer:
         item = self._item(status, [_text_part(completion.text)])
         return self._response(status, [item], {"reason": why} if why else None, self._usage())
 
-    async def events(self, generation: Generation, encode: Any, request_id: str) -> AsyncIterator[bytes]:
+    async def events(self, generation: Generation, encode: Encode, request_id: str) -> AsyncIterator[bytes]:
         """The events of a stream, in OpenAI's order. An error in the middle becomes the last event."""
         text, last = "", CompletionOutput(0, "", [])
         place = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
@@ -198,7 +197,7 @@ class ResponseAnswer:
         def event(kind: str, **fields: Any) -> bytes:
             self._number += 1
             data = dumps({"type": kind, "sequence_number": self._number, **fields})
-            return b"event: " + kind.encode() + b"\n" + bytes(encode(data))
+            return b"event: " + kind.encode() + b"\n" + encode(data)
 
         yield event("response.created", response=self._response("in_progress"))
         yield event("response.in_progress", response=self._response("in_progress"))
@@ -214,8 +213,7 @@ class ResponseAnswer:
         except Exception as error:
             yield event("error", **_error(as_api_error(error, request_id)))
             return
-        last.text = text
-        response = self.whole(last)
+        response = self.whole(dataclasses.replace(last, text=text))
         yield event("response.output_text.done", **place, text=text, logprobs=[])
         yield event("response.content_part.done", **place, part=_text_part(text))
         yield event("response.output_item.done", output_index=0, item=response["output"][0])

@@ -54,8 +54,8 @@ def check_stream_fields(body: GenerationRequest) -> None:
     if body.stream_options is not None and not body.stream:
         raise bad_request('stream_options needs "stream": true', "stream_options")
     if body.stream and body.prompt_logprobs:
-        raise bad_request('prompt_logprobs cannot be streamed: send "stream": false, or "echo" with "logprobs"',
-                          "prompt_logprobs")  # fmt: skip
+        message = 'prompt_logprobs cannot be streamed: send "stream": false, or "echo" with "logprobs"'
+        raise bad_request(message, "prompt_logprobs")
 
 
 def as_bad_request(error: ValueError, body: GenerationRequest, otherwise: str | None = None) -> ApiError:

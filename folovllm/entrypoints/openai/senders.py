@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message
 
 from folovllm.entrypoints.commands.serve_options import ServeCommand
-from folovllm.entrypoints.openai.batch import EngineDied, Send
+from folovllm.entrypoints.openai.batch import Send
 from folovllm.entrypoints.openai_client import Answer, Body, OpenAIClient, read_json
 
 SERVER_REQUESTS = 64  # at a time; the server queues what it cannot run
@@ -43,32 +43,28 @@ async def server_at(url: str, api_key: str | None) -> AsyncIterator[tuple[Send, 
 async def engine_here(command: ServeCommand) -> AsyncIterator[tuple[Send, int]]:
     """Starts the engine, and yields the function that answers a request, and how many to send at a time.
 
-    Raises EngineDied if the engine cannot start, and at the end if it has died meanwhile.
+    Raises EngineDeadError if the engine cannot start, and at the end if it has died meanwhile.
     """
-    from folovllm.engine.async_llm import EngineDeadError
     from folovllm.entrypoints.openai.app import build_app
     from folovllm.entrypoints.openai.lifecycle import read_template
     from folovllm.entrypoints.openai.state import make_state
     from folovllm.entrypoints.start import start_async_llm
 
     template = read_template(command.options.chat_template)
+    engine = await start_async_llm(
+        preset=command.preset,
+        without=command.without,
+        in_process=not command.options.disable_frontend_multiprocessing,
+        **command.engine_args,
+    )
     try:
-        engine = await start_async_llm(
-            preset=command.preset,
-            without=command.without,
-            in_process=not command.options.disable_frontend_multiprocessing,
-            **command.engine_args,
-        )
-        try:
-            # The batch itself limits how many requests are there at a time: no request may find the queue full.
-            options = dataclasses.replace(command.options, max_queue=NO_LIMIT, disable_uvicorn_access_log=True)
-            app = build_app(make_state(engine, options, template))
-            yield functools.partial(post, app), 2 * engine.config.max_num_seqs
-            engine.check_health()
-        finally:
-            await engine.shutdown()
-    except EngineDeadError as error:
-        raise EngineDied(str(error)) from None
+        # The batch itself limits how many requests are there at a time: no request may find the queue full.
+        options = dataclasses.replace(command.options, max_queue=NO_LIMIT, disable_uvicorn_access_log=True)
+        app = build_app(make_state(engine, options, template))
+        yield functools.partial(post, app), 2 * engine.config.max_num_seqs
+        engine.check_health()
+    finally:
+        await engine.shutdown()
 
 
 async def post(app: ASGIApp, path: str, body: Body) -> Answer:

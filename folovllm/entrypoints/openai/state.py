@@ -18,6 +18,7 @@ from folovllm.config import ModelConfig
 from folovllm.engine.async_llm import AsyncLLM
 from folovllm.entrypoints.openai.errors import not_found, shutting_down, too_many_requests
 from folovllm.entrypoints.openai.server_options import ServerOptions
+from folovllm.entrypoints.openai.sse import EventStream
 from folovllm.metrics.prometheus import ServerMetrics
 from folovllm.parts import load_part
 
@@ -29,10 +30,9 @@ class ServerState:
     engine: AsyncLLM
     options: ServerOptions
     model_names: list[str]  # the first one is shown; all are accepted
+    metrics: ServerMetrics
+    event_stream: EventStream  # the part "serve.event_stream": how an event of a stream is written
     chat_template: str | None = None  # the text of --chat-template
-    sampling_defaults: dict[str, Any] = field(default_factory=dict)  # of the model's generation_config.json
-    metrics: Any = None  # a ServerMetrics (made by make_state)
-    event_stream: Any = None  # the part "serve.event_stream": how an event of a stream is written
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
     unknown_fields: set[str] = field(default_factory=set)  # those that the log has named already
@@ -45,6 +45,11 @@ class ServerState:
             raise not_found(
                 f"the model {name!r} does not exist; this server has {served}", "model", code="model_not_found"
             )
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Those of the model's generation_config.json."""
+        return self.engine.sampling_defaults
 
     @contextlib.contextmanager
     def admit(self, count: int) -> Iterator[None]:
@@ -80,15 +85,8 @@ def make_state(engine: AsyncLLM, options: ServerOptions, chat_template: str | No
     metrics = ServerMetrics(names[0], config, engine.kv_cache_config, log_stats=not config.disable_log_stats)
     for observer in metrics.observers:
         engine.add_observer(observer)
-    return ServerState(
-        engine,
-        options,
-        names,
-        chat_template,
-        sampling_defaults=dict(engine.sampling_defaults),
-        metrics=metrics,
-        event_stream=load_part("serve.event_stream", config.parts)(),
-    )
+    event_stream = load_part("serve.event_stream", config.parts)()
+    return ServerState(engine, options, names, metrics, event_stream, chat_template)
 
 
 def served_names(model: ModelConfig) -> list[str]:
