@@ -10,7 +10,7 @@ longer than the longest entry of the vocabulary.
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from folovllm.engine.tokenizer import Tokenizer
+from folovllm.engine.input_processor import InputProcessor
 from folovllm.entrypoints.openai.errors import ApiError, bad_request
 from folovllm.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from folovllm.entrypoints.openai.sampling import as_bad_request
@@ -39,7 +39,7 @@ async def completion_prompts(
     prompts = []
     for prompt in body.prompt:
         if isinstance(prompt, str):
-            limit.check_characters(len(prompt), state.engine.tokenizer)
+            limit.check_characters(len(prompt))
             token_ids = await _encode(state, body, prompt, body.add_special_tokens is not False)
             prompts.append(TokenizedPrompt(prompt, limit.fit(token_ids)))
         else:
@@ -53,7 +53,7 @@ async def chat_prompt(state: ServerState, body: ChatCompletionRequest, max_token
     _check_template(state)
     check_count(body, 1)
     limit = Limit.of(state, body, "messages", max_tokens)
-    limit.check_characters(sum(map(len, _texts(body.messages))), state.engine.tokenizer)
+    limit.check_characters(sum(map(len, _texts(body.messages))))
     try:
         rendered = await state.engine.render_chat(
             body.messages,
@@ -88,7 +88,7 @@ class Limit(NamedTuple):
     """How long the prompts of a request may be, and the field that holds them."""
 
     field: str
-    max_model_len: int
+    input_processor: InputProcessor
     keep: int | None  # truncate_prompt_tokens, resolved: the prompt's last tokens
 
     @classmethod
@@ -101,15 +101,17 @@ class Limit(NamedTuple):
             )
         if keep == -1:
             keep = max_model_len - min(max_tokens or 1, max_model_len - 1)
-        return cls(field, max_model_len, keep)
+        return cls(field, state.engine.input_processor, keep)
 
-    def check_characters(self, count: int, tokenizer: Tokenizer | None) -> None:
+    @property
+    def max_model_len(self) -> int:
+        return self.input_processor.max_model_len
+
+    def check_characters(self, count: int) -> None:
         """Raises ApiError (400) if a text of `count` characters has too many tokens, however it is tokenised."""
-        if tokenizer is None or self.keep is not None:
-            return
-        most = self.max_model_len * tokenizer.max_chars_per_token
-        if count > most:
-            raise self._too_long(f"has {count} characters, and {most} are more than {self.max_model_len} tokens hold")
+        if self.keep is None and not self.input_processor.may_fit(count):
+            most = self.input_processor.max_characters
+            raise self._too_long(f"has {count} characters, and {self.max_model_len} tokens hold at most {most}")
 
     def fit(self, token_ids: list[int]) -> list[int]:
         """The token ids, truncated if the request says so. Raises ApiError (400) if there is no room for an answer."""
