@@ -278,8 +278,8 @@ class EngineConfig:
     parts: Mapping[str, str] | None = None  # part -> "path.py:Class" (folovllm.parts)
 
     def __post_init__(self) -> None:
-        for name, part in _PARTS.items():
-            check_type(name, getattr(self, name), part)
+        for name, cls in CONFIG_GROUPS.items():
+            check_type(name, getattr(self, name), cls)
         check_choice("device", self.device, DEVICES)
         check_bool("enforce_eager", self.enforce_eager)
         check_bool("disable_log_stats", self.disable_log_stats)
@@ -303,11 +303,11 @@ class EngineConfig:
         engine_args = without_vllms_own(engine_args, known)
         flat = milestones.fold(milestones.top_rung().id if preset is None else preset, without) | engine_args
         _refuse_unbuilt_switches(flat)
-        parts: dict[str, dict[str, Any]] = {}
+        groups: dict[str, dict[str, Any]] = {}
         for name, value in flat.items():
-            parts.setdefault(known[name], {})[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
-        own = parts.pop("", {})
-        return cls(**{part: _PARTS[part](**args) for part, args in parts.items()}, **own)
+            groups.setdefault(known[name], {})[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
+        own = groups.pop("", {})
+        return cls(**{group: CONFIG_GROUPS[group](**args) for group, args in groups.items()}, **own)
 
     @classmethod
     def preset(cls, rung: str, without: Iterable[str] = (), **engine_args: Any) -> "EngineConfig":
@@ -412,7 +412,8 @@ class EngineConfig:
         return budget
 
 
-_PARTS: dict[str, Any] = {
+# The fields of EngineConfig that are config classes of their own.
+CONFIG_GROUPS: dict[str, Any] = {
     "model_config": ModelConfig,
     "cache_config": CacheConfig,
     "scheduler_config": SchedulerConfig,
@@ -423,9 +424,10 @@ _PARTS: dict[str, Any] = {
 
 
 def engine_arg_names() -> dict[str, str]:
-    """Every flat engine argument -> the part of EngineConfig it belongs to ("" for EngineConfig itself)."""
-    names = {f.name: part for part, cls in _PARTS.items() for f in dataclasses.fields(cls) if f.name != "architecture"}
-    return names | {f.name: "" for f in dataclasses.fields(EngineConfig) if f.name not in _PARTS}
+    """Every flat engine argument -> the group of EngineConfig that it belongs to ("" for EngineConfig itself)."""
+    groups = CONFIG_GROUPS.items()
+    names = {f.name: group for group, cls in groups for f in dataclasses.fields(cls) if f.name != "architecture"}
+    return names | {f.name: "" for f in dataclasses.fields(EngineConfig) if f.name not in CONFIG_GROUPS}
 
 
 def _refuse_unbuilt_switches(flat: Mapping[str, Any]) -> None:

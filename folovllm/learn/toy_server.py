@@ -105,9 +105,8 @@ def play(scene: Coroutine[Any, Any, Scene], seconds: float = 5.0) -> Scene:
     """Runs a scene to its end. Raises AssertionError if it hangs: some task waits for what never comes."""
 
     async def with_limit() -> Scene:
-        asyncio.get_running_loop().set_exception_handler(
-            lambda loop, context: None
-        )  # what a task raises, the scene tells
+        # The scene itself shows what its tasks raise, so the event loop need not log it.
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
         return await asyncio.wait_for(scene, seconds)
 
     try:

@@ -17,10 +17,8 @@ from folovllm.config import EngineConfig, engine_arg_names
 from folovllm.core.kv_cache_utils import KVCacheConfig
 from folovllm.trace.record import VERSION
 
-_PRIVATE_ARGS = (
-    "trace",
-    "download_dir",
-)  # what only this machine understands stays out of a trace, which may be shared
+# A trace may be shared, so what only this machine understands stays out of it.
+_PRIVATE_ARGS = ("trace", "download_dir")
 
 
 def make_header(config: EngineConfig, kv_cache_config: KVCacheConfig) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from folovllm.text_files import read_text_file, split_lines
 
 VERSION = 1
 Event = list[Any]
+to_json = json.JSONEncoder(separators=(",", ":")).encode  # how a line of a trace is written
 
 
 class SchedEntry(TypedDict):

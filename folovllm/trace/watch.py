@@ -8,13 +8,13 @@ place. Each line is encoded once, for all watchers.
 """
 
 import asyncio
-import json
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from folovllm.trace.record import to_json
+
 MAX_LINES = 256  # that a watcher has not taken yet
-_to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Watcher:
@@ -100,7 +100,7 @@ class Watchers:
             return
         behind = {watcher for watcher in self._watchers if watcher.needs_snapshot}  # these have asked already
         for line in lines:
-            text = _to_json(line)
+            text = to_json(line)
             for watcher in self._watchers:
                 watcher.put(line.get("type"), text)
         if any(watcher.needs_snapshot and watcher not in behind for watcher in self._watchers):

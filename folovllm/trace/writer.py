@@ -6,7 +6,6 @@ Row 1: no torch. The records themselves are made in recorder.py.
 """
 
 import contextlib
-import json
 import logging
 import os
 import time
@@ -19,11 +18,10 @@ from folovllm.config import EngineConfig
 from folovllm.core.kv_cache_utils import KVCacheConfig
 from folovllm.core.sched.scheduler import Scheduler
 from folovllm.trace.header import make_header
-from folovllm.trace.record import VERSION
+from folovllm.trace.record import VERSION, to_json
 from folovllm.trace.recorder import NullTrace, Recorder
 
 logger = logging.getLogger(__name__)
-_to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def make_trace(config: EngineConfig, kv_cache_config: KVCacheConfig) -> NullTrace:
@@ -54,7 +52,7 @@ class TraceWriter(Recorder):
     def emit(self, line: dict[str, Any]) -> None:
         if not self._file.closed:
             with self._stopping_on_failure():
-                self._file.write(_to_json(line) + "\n")
+                self._file.write(to_json(line) + "\n")
 
     def went_idle(self) -> None:
         """Flushes what is buffered."""

@@ -84,7 +84,8 @@ async def run_async(requests: list[BenchRequest], in_process: bool) -> Figures:
     async with await start_async_llm(in_process=in_process, **ENGINE_ARGS) as engine:
         await asyncio.gather(*(read(engine, f"w{i}", request) for i, request in enumerate(requests[:NUM_WARM_UP])))
         await engine.reset_prefix_cache()
-        ttfts.clear(), itls.clear()
+        ttfts.clear()
+        itls.clear()
         start = time.monotonic()
         answers = await asyncio.gather(*(read(engine, f"r{i}", request) for i, request in enumerate(requests)))
         return summary(answers, time.monotonic() - start, ttfts, itls)

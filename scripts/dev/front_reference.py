@@ -38,7 +38,7 @@ def code(value: Any) -> str:
 
 def engine_arguments(folder: Path) -> str:
     """One table per part of EngineConfig. The default is that of the newest engine, as `LLM(model)` builds it."""
-    groups = [*config._PARTS.values(), config.EngineConfig]
+    groups = [*config.CONFIG_GROUPS.values(), config.EngineConfig]
     return "\n".join(f"**{heading(cls)}**\n\n{table_of(cls)}" for cls in groups)
 
 
@@ -51,7 +51,7 @@ def heading(cls: Any) -> str:
 
 def table_of(cls: Any) -> str:
     meanings = field_comments(cls)
-    fields = [f for f in dataclasses.fields(cls) if f.name not in {*NOT_AN_ARGUMENT, *config._PARTS}]
+    fields = [f for f in dataclasses.fields(cls) if f.name not in {*NOT_AN_ARGUMENT, *config.CONFIG_GROUPS}]
     silent = [f.name for f in fields if not meanings[f.name]]
     if silent:
         raise ValueError(f"folovllm/config.py: no comment behind {', '.join(silent)}; the quick reference shows it")

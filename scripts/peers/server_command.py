@@ -27,14 +27,13 @@ from folovllm.engine.tokenizer import Tokenizer
 from folovllm.hub import HubError, find_model
 from scripts.peers.catalog import OURS, PeerError
 from scripts.peers.environment import default_peers_dir, ensure_environment, python_of
-from scripts.peers.server_report import headline, problems, server_rows, write_plot
+from scripts.peers.server_report import SATURATED, headline, problems, server_rows, write_plot
 from scripts.peers.servers import NAME, SERVERS, Server, ServerTask, free_port, running
 from scripts.peers.weights import find_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "scripts/compare_servers.py"
 SCHEMA = "folovllm.compare_servers/1"
-SATURATED = "inf"  # the load that sends everything at once
 FIGURES = ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "median_itl_ms", "p99_itl_ms")
 COUNTS = ("completed", "failed", "duration", "total_output_tokens", "output_throughput", "request_throughput")
 NOTES = (

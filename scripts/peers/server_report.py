@@ -11,6 +11,7 @@ from folovllm.benchmarks.plot import ARM_COLOURS, BASELINE_GREY, WIDTH, plt, sav
 from scripts.peers.catalog import OURS
 
 Result = dict[str, Any]
+SATURATED = "inf"  # the load that sends everything at once
 SHOWN = {
     "median_ttft_ms": "TTFT p50",
     "p99_ttft_ms": "TTFT p99",
@@ -30,7 +31,7 @@ def headline(result: Result) -> str:
 
 
 def load_names(result: Result) -> list[str]:
-    return [*(f"{rate:g}" for rate in result["run"]["rates"]), "inf"]
+    return [*(f"{rate:g}" for rate in result["run"]["rates"]), SATURATED]
 
 
 def server_rows(result: Result) -> list[dict[str, str]]:
@@ -53,7 +54,7 @@ def _row(name: str, server: Result, load: str) -> dict[str, str]:
 
     return {
         "engine": server["label"],
-        "requests/s": "all at once" if load == "inf" else load,
+        "requests/s": "all at once" if load == SATURATED else load,
         **{title: cell(f"{load} {key}", 1 if "tpot" in key else 0) for key, title in SHOWN.items()},
         "tok/s": cell(f"{load} output_throughput"),
         "first token after, s": f"{found['startup_seconds']:.1f}",
@@ -84,7 +85,7 @@ def write_plot(result: Result, path: Path) -> list[Path]:
         axes[kind].set_title(f"{title} at equal request rates: bar to p50, line to p99, ms (log)", fontsize=10)
     axes["ttft"].legend(fontsize=8)
     for key, place, title, unit in (
-        ("inf output_throughput", "speed", "All at once, tokens/s", 1),
+        (f"{SATURATED} output_throughput", "speed", "All at once, tokens/s", 1),
         ("startup_seconds", "start", "First token after, s", 1),
         ("memory_bytes", "memory", "Resident memory, MiB", 2**20),
     ):

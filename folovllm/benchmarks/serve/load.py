@@ -63,7 +63,7 @@ async def run_load(
 ) -> LoadRun:
     """Send each of `bodies` at its second `due`, and wait for all answers. No failure of a request raises."""
     exchanges = [Exchange(moment) for moment in due]
-    slots = asyncio.Semaphore(max_concurrency or len(exchanges) or 1)
+    places = asyncio.Semaphore(max_concurrency or len(exchanges) or 1)
     timeout = aiohttp.ClientTimeout(total=target.timeout)
     headers = {"Content-Type": "application/json", **target.headers}
     # A limit of connections would hold requests back unseen. And a connection that has been idle for 5 seconds may be
@@ -75,7 +75,7 @@ async def run_load(
 
         async def exchange(seen: Exchange, body: bytes) -> None:
             seen.ready = time.perf_counter() - start
-            async with slots:
+            async with places:
                 seen.sent = time.perf_counter() - start
                 await _exchange(session, target.url, body, seen, start)
             seen.ended = time.perf_counter() - start

@@ -6,7 +6,7 @@ Milestone: M8. vLLM counterpart: `add_cli_args` in vllm/benchmarks/serve.py, who
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from folovllm.utils import unknown_name_message
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 RANDOM, SHAREGPT = "random", "sharegpt"
+Add = Callable[..., object]  # a group's add_argument
 DESCRIPTION = """\
 Send requests to an OpenAI-compatible server at a given rate and measure what its users feel: the time to the first
 token (TTFT), the time per output token (TPOT), the gaps between chunks (ITL), throughput, and goodput under an SLO.
@@ -86,7 +87,14 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    add = parser.add_argument_group("the server").add_argument
+    _add_server(parser.add_argument_group("the server").add_argument)
+    _add_requests(parser.add_argument_group("the requests").add_argument)
+    _add_load(parser.add_argument_group("the load").add_argument)
+    _add_result(parser.add_argument_group("the result").add_argument)
+    return parser
+
+
+def _add_server(add: Add) -> None:
     add("--base-url", metavar="URL", help="e.g. http://127.0.0.1:8000 (default); instead of --host and --port")
     add("--host", help="default: 127.0.0.1")
     add("--port", type=positive, help="default: 8000")
@@ -95,7 +103,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--header", type=_header, nargs="+", metavar="KEY=VALUE", help="e.g. Authorization='Bearer KEY'")
     add("--extra-body", type=_json_object, metavar="JSON", help="more fields of every request")
     add("--timeout", type=_above_zero, metavar="SECONDS", help="of one whole answer (default: 600)")
-    add = parser.add_argument_group("the requests").add_argument
+
+
+def _add_requests(add: Add) -> None:
     add("--dataset-name", choices=[RANDOM, SHAREGPT],
         help=f"{RANDOM} (default): random tokens, as long as those of workload A ({A_PROMPT_LEN[0]}-{A_PROMPT_LEN[1]} "
         f"in, {A_OUTPUT_LEN[0]}-{A_OUTPUT_LEN[1]} out) or as given; {SHAREGPT}: prompts of a file")  # fmt: skip
@@ -113,14 +123,18 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tokenizer", metavar="NAME", help="alias or folder (default: the model's name, if it is one)")
     add("--ignore-eos", action="store_true", help="every answer has as many tokens as were asked for")
     add("--seed", type=int, help="of prompts and arrivals (default: 0)")
-    add = parser.add_argument_group("the load").add_argument
+
+
+def _add_load(add: Add) -> None:
     add("--request-rate", type=_above_zero, metavar="PER_SECOND",
         help="average rate of arrivals, which do not wait for answers; inf (default): all at once")  # fmt: skip
     add("--burstiness", type=_above_zero, metavar="B",
         help="1 (default): a Poisson process; below: bursts; above: evenly")  # fmt: skip
     add("--max-concurrency", type=positive, metavar="N", help="at most N requests at once")
     add("--num-warmups", type=_count, metavar="N", help="short requests before the run (default: 1)")
-    add = parser.add_argument_group("the result").add_argument
+
+
+def _add_result(add: Add) -> None:
     add("--goodput", type=_promise, nargs="+", metavar="KEY:MS",
         help="count the requests that keep all of these, e.g. ttft:500 tpot:50 e2el:3000 (milliseconds)")  # fmt: skip
     add("--percentile-metrics", type=names, metavar="ttft,...", help="the latencies to show (default: ttft,tpot,itl)")
@@ -130,7 +144,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--result-filename", metavar="NAME", help="default: serve_MODEL_RATE_DATE.json")
     add("--plot", action="store_true", help="write a picture: distributions, and the run over time")
     add("--disable-tqdm", action="store_true", help="no progress bar")
-    return parser
 
 
 def parse_options(argv: Sequence[str]) -> ServeOptions:

@@ -135,7 +135,7 @@ def make_parser() -> Parser:
         help=f"an alias, a HuggingFace folder or a HuggingFace id (default: {DEFAULT_MODEL})",
     )
     _add_fields(parser, "Server", "The HTTP server.", ServerOptions)
-    for cls in engine_config._PARTS.values():
+    for cls in engine_config.CONFIG_GROUPS.values():
         _add_fields(parser, cls.__name__, first_sentence(cls.__doc__ or ""), cls)
     _add_fields(parser, "EngineConfig", "The rest of the engine.", EngineConfig)
     _add_own(parser)
@@ -147,7 +147,7 @@ def _add_fields(parser: Parser, title: str, description: str, cls: Any) -> None:
     group = parser.add_argument_group(title, description)
     hints, comments, newest = get_type_hints(cls), field_comments(cls), fold(top_rung().id)
     for field in dataclasses.fields(cls):
-        if field.name in _NOT_GENERATED or field.name in engine_config._PARTS:
+        if field.name in _NOT_GENERATED or field.name in engine_config.CONFIG_GROUPS:
             continue
         default = newest.get(field.name, field.default)
         shown = "" if default in (None, (), "") or field.name == "disable_log_stats" else f" (default: {default})"
