@@ -142,8 +142,8 @@ class InputProcessor:
         if not self.may_fit(len(text)):
             raise ValueError(
                 f"the prompt of {len(text)} characters is longer than the maximum model length of {self.max_model_len} "
-                f"tokens, which are at most {self.max_characters} characters: shorten it, or raise max_model_len if the model"
-                " allows"
+                f"tokens, which are at most {self.max_characters} characters: shorten it, or raise max_model_len if "
+                "the model allows"
             )
 
     def _check_length(self, prompt_len: int) -> None:
