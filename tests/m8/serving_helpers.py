@@ -6,17 +6,20 @@ E.g.  async with make_async_llm(max_num_seqs=2) as engine: ...
 import asyncio
 import contextlib
 import dataclasses
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 from folovllm.config import EngineConfig
+from folovllm.core.sched.output import SchedulerOutput
 from folovllm.engine.async_llm import AsyncLLM
 from folovllm.engine.start_core import ExecutorFactory
 from folovllm.engine.tokenizer import Tokenizer
 from folovllm.executor.fake import FakeExecutor, fake_tokens
 from folovllm.learn.toy_engine import make_config
-from folovllm.outputs import RequestOutput
+from folovllm.outputs import ModelRunnerOutput, RequestOutput
 from folovllm.sampling_params import RequestOutputKind, SamplingParams
 from tests.m1.tiny_tokenizers import byte_level
 
@@ -71,6 +74,46 @@ async def make_async_llm(
         await engine.shutdown()
 
 
+class GatedExecutor(FakeExecutor):
+    """Waits in every step while `gate` is closed, so that a test can act in the middle of a step."""
+
+    def __init__(self) -> None:
+        super().__init__(VOCAB_SIZE)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.num_free_steps = 0  # that the closed gate lets through
+        self.num_entered = 0
+        self.seconds = 0.0  # that a step takes at least: a fake step is faster than the front end
+        self.error: BaseException | None = None
+
+    def sample(self, handle: SchedulerOutput) -> ModelRunnerOutput:
+        self.num_entered += 1
+        if self.num_free_steps > 0:
+            self.num_free_steps -= 1
+        else:
+            assert self.gate.wait(TIMEOUT)
+        time.sleep(self.seconds)
+        if self.error is not None:
+            raise self.error
+        return super().sample(handle)
+
+    async def stop_in_next_step(self) -> None:
+        """Closes the gate and waits until a step stands in front of it."""
+        self.gate.clear()
+        before = self.num_entered
+        await eventually(lambda: self.num_entered > before)
+
+
+class Gated:
+    """An executor factory that keeps what it made."""
+
+    def __init__(self) -> None:
+        self.executor = GatedExecutor()
+
+    def __call__(self, config: EngineConfig) -> GatedExecutor:
+        return self.executor
+
+
 def run_async(make_coroutine: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     """Runs an async test, bounded in time, on a fresh event loop."""
 
@@ -104,13 +147,17 @@ async def collect(stream: AsyncIterator[RequestOutput], index: int = 0) -> list[
     return token_ids
 
 
-async def eventually(condition: Callable[[], bool]) -> None:
+async def eventually(condition: Callable[[], Any]) -> None:
     """Waits until the condition holds: what another thread does takes a moment."""
-    for _ in range(int(TIMEOUT / 0.005)):
-        if condition():
-            return
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
         await asyncio.sleep(0.005)
-    raise AssertionError("it did not happen in time")
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    """`eventually` for a test without an event loop."""
+    asyncio.run(eventually(condition))
 
 
 async def assert_all_free(engine: AsyncLLM) -> None:

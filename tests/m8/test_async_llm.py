@@ -30,9 +30,9 @@ from folovllm.sampling_params import RequestOutputKind, SamplingParams
 from tests.m1.tiny_tokenizers import byte_level
 from tests.m8.serving_helpers import (
     VOCAB_SIZE,
+    Gated,
     assert_all_free,
     collect,
-    eventually,
     greedy,
     make_async_llm,
     oracle,
@@ -41,42 +41,6 @@ from tests.m8.serving_helpers import (
 )
 
 pytestmark = pytest.mark.m8
-
-
-class GatedExecutor(FakeExecutor):
-    """Waits in every step while `gate` is closed, so that a test can act in the middle of a step."""
-
-    def __init__(self) -> None:
-        super().__init__(VOCAB_SIZE)
-        self.gate = threading.Event()
-        self.gate.set()
-        self.num_entered = 0
-        self.seconds = 0.0  # that a step takes at least: a fake step is faster than the front end
-        self.error: BaseException | None = None
-
-    def sample(self, handle: SchedulerOutput) -> ModelRunnerOutput:
-        self.num_entered += 1
-        assert self.gate.wait(30)
-        time.sleep(self.seconds)
-        if self.error is not None:
-            raise self.error
-        return super().sample(handle)
-
-    async def stop_in_next_step(self) -> None:
-        """Closes the gate and waits until a step stands in front of it."""
-        self.gate.clear()
-        before = self.num_entered
-        await eventually(lambda: self.num_entered > before)
-
-
-class Gated:
-    """An executor factory that keeps what it made."""
-
-    def __init__(self) -> None:
-        self.executor = GatedExecutor()
-
-    def __call__(self, config: EngineConfig) -> GatedExecutor:
-        return self.executor
 
 
 class Recorder:

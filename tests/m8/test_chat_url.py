@@ -15,6 +15,7 @@ from folovllm.entrypoints.commands.chat import Conversation
 from folovllm.entrypoints.commands.chat_models import ServedModel
 from tests.m8.openai_double import DONE, chunk, event, running_double, usage
 from tests.m8.server_process import running_server
+from tests.m8.serving_helpers import wait_until
 
 pytestmark = pytest.mark.m8
 
@@ -137,9 +138,7 @@ def test_ctrl_c_stops_the_answer_and_closes_the_connection(double, capsys, texts
     main = threading.main_thread().ident
 
     def interrupt():
-        deadline = time.monotonic() + 10
-        while not bodies(double) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: bodies(double))
         time.sleep(0.2)
         signal.pthread_kill(main, signal.SIGINT)
 
@@ -151,9 +150,7 @@ def test_ctrl_c_stops_the_answer_and_closes_the_connection(double, capsys, texts
         captured = capsys.readouterr()
         assert "stopped" in captured.err and captured.out == ("some text\n" if texts else "\n")
         assert talk.turns[-1] == message("assistant", "some text" if texts else "")
-        deadline = time.monotonic() + 10
-        while not double.num_left and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: double.num_left)
         assert double.num_left == 1  # the server sees a client that has left, and aborts its request
         double.hang = False
         double.answer = lambda body: [chunk("ok"), chunk("", "stop"), DONE]
@@ -229,10 +226,8 @@ def test_ctrl_c_aborts_the_request_at_our_server():
                 pass
             assert server.state.engine.num_unfinished == 1
             pieces.close()
-            deadline = time.monotonic() + 10
-            while server.state.engine.stats.kv_cache_usage and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert server.state.engine.num_unfinished == 0 and server.state.engine.stats.kv_cache_usage == 0
+            wait_until(lambda: server.state.engine.stats.kv_cache_usage == 0)
+            assert server.state.engine.num_unfinished == 0
             assert server.state.metrics.observers[0].num_finished["abort"] == 1
         finally:
             model.close()

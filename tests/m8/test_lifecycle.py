@@ -33,7 +33,7 @@ from tests.m8.server_process import (
     serve_process,
     slow_executor,
 )
-from tests.m8.serving_helpers import TIMEOUT, VOCAB_SIZE, assert_all_free
+from tests.m8.serving_helpers import TIMEOUT, VOCAB_SIZE, Gated, assert_all_free, wait_until
 
 pytestmark = pytest.mark.m8
 
@@ -64,12 +64,13 @@ def rest_of(response: http.client.HTTPResponse) -> Answer:
 
 
 def test_after_a_signal_open_streams_run_on_and_new_requests_are_refused() -> None:
-    short = LONG_CHAT | {"max_tokens": 50}
-    with running_server({"executor_factory": slow_executor}) as server, open_stream(server, short) as response:
+    held = Gated()
+    held.executor.gate.clear()
+    held.executor.num_free_steps = 2  # a step that gives the first token, and one more
+    engine = {"executor_factory": held}
+    with running_server(engine, shutdown_timeout=TIMEOUT) as server, open_stream(server) as response:
         server.send_signal()
-        deadline = time.monotonic() + TIMEOUT
-        while not server.state.is_draining and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: server.state.is_draining)
         for path in ("/v1/models", "/live"):
             refused = server.get(path)
             assert (refused.status, refused.headers["retry-after"]) == (503, "1"), path
@@ -78,6 +79,7 @@ def test_after_a_signal_open_streams_run_on_and_new_requests_are_refused() -> No
         health = server.get("/health")
         assert health.status == 503 and "draining" in health.error["message"]
         assert server.get("/metrics").status == server.get("/version").status == 200
+        held.executor.gate.set()
         answer = rest_of(response)
         assert answer.body.endswith(b"data: [DONE]\n\n")
         assert answer.events[-1]["choices"][0]["finish_reason"] == "length"
@@ -101,8 +103,7 @@ def test_an_answer_that_is_not_streamed_ends_with_abort_too() -> None:
             target=lambda: answers.append(server.post("/v1/chat/completions", LONG_CHAT | {"stream": False}))
         )
         asking.start()
-        while server.state.engine.num_unfinished == 0:
-            time.sleep(0.01)
+        wait_until(lambda: server.state.engine.num_unfinished)
         server.send_signal()
         asking.join(TIMEOUT)
         assert answers[0].status == 200 and answers[0].json["choices"][0]["finish_reason"] == "abort"
@@ -168,8 +169,7 @@ def test_a_client_that_leaves_frees_its_blocks(stream: bool) -> None:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)) as connection:
             body = json.dumps(LONG_CHAT | {"stream": stream, "max_tokens": 240})
             connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-            while server.state.engine.num_unfinished == 0:
-                time.sleep(0.01)
+            wait_until(lambda: server.state.engine.num_unfinished)
         server.in_loop(lambda: assert_all_free(server.state.engine))
         assert server.state.engine.stats.num_generation_tokens < 200, "it was not computed to its end"
 
@@ -313,13 +313,15 @@ def test_the_death_of_the_engines_process_ends_the_command() -> None:
 
 @pytest.mark.weights
 def test_a_signal_while_the_model_is_loaded_ends_the_command() -> None:
+    psutil = pytest.importorskip("psutil")
     command = [sys.executable, "-m", "folovllm", "serve", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            time.sleep(1.5)
+            # The engine's process has been started, and takes seconds to import torch and to load the model.
+            wait_until(lambda: psutil.Process(process.pid).children())
             process.send_signal(signal.SIGTERM)
             output, errors = process.communicate(timeout=TIMEOUT)
         finally:
             process.kill()
-    assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM) and "Traceback" not in errors
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors
     assert "serves at" not in output

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from tests.m8.serving_helpers import (
     oracle,
     run_async,
     serving_config,
+    wait_until,
 )
 
 pytestmark = pytest.mark.m8
@@ -315,9 +315,7 @@ def test_an_interrupted_run_keeps_what_is_done(double, tmp_path, number):
         [*command, "--max-concurrency", "1"], cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True
     )
     try:
-        deadline = time.monotonic() + 30
-        while not double.hang and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_until(lambda: double.hang)
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)
     finally:

@@ -26,7 +26,7 @@ from tests.m1.tiny_tokenizers import byte_ids
 from tests.m2.browser_helpers import needs_browser
 from tests.m8.chromium import Page, chromium, chromium_page
 from tests.m8.server_process import RunningServer, running_server
-from tests.m8.serving_helpers import TIMEOUT, VOCAB_SIZE, run_async
+from tests.m8.serving_helpers import TIMEOUT, VOCAB_SIZE, eventually, run_async
 
 pytestmark = pytest.mark.m8
 
@@ -114,11 +114,11 @@ async def _watch_twice(server: RunningServer) -> None:
             assert kinds[:2] == ["header", "snapshot"] and None in kinds[2:]
         assert len(watchers) == 2
         streams[0].close()
-        await until(lambda: len(watchers) == 1)
+        await eventually(lambda: len(watchers) == 1)
         assert [line async for line in first_lines(streams[1], 3)]
         streams[1].close()
-        await until(lambda: len(watchers) == 0)
-        await until(lambda: recorded[-5:] == [0] * 5)
+        await eventually(lambda: len(watchers) == 0)
+        await eventually(lambda: recorded[-5:] == [0] * 5)
         answering.close()
 
 
@@ -130,11 +130,6 @@ async def first_lines(stream: aiohttp.ClientResponse, count: int) -> AsyncIterat
         if line.startswith(b"data: "):
             count -= 1
             yield json.loads(line[6:])
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.02)
 
 
 def test_a_client_that_does_not_read_costs_a_bounded_amount_of_memory() -> None:
@@ -160,7 +155,7 @@ async def _read_late(server: RunningServer) -> None:
             assert all(len(watcher._lines) <= MAX_LINES + 1 for watcher in watchers._watchers)
             await asyncio.sleep(0.001)
         answering.close()
-        await until(lambda: server.state.engine.num_unfinished == 0)
+        await eventually(lambda: server.state.engine.num_unfinished == 0)
     lines: list[dict[str, Any]] = []
     while len(lines) < 10 or lines[-1]["queues"].get("running") != [] or lines[-1]["queues"]["num_waiting"]:
         text = await reader.readline()
@@ -326,7 +321,7 @@ async def test_stop_aborts_the_request(browser: str) -> None:
                 assert server.state.engine.num_unfinished == 1
                 await stop()
                 await page.until(IS_DONE)
-                await until(lambda: server.state.engine.num_unfinished == 0)
+                await eventually(lambda: server.state.engine.num_unfinished == 0)
                 foots = await page.evaluate(FOOTS)
                 assert len(foots) == number and foots[-1].endswith(" · stopped")
                 await page.until(NO_BLOCKS)
@@ -438,7 +433,7 @@ async def test_several_requests_have_colours_and_a_queue(browser: str) -> None:
                 )
                 await page.click("pause")
                 step = await page.text("step")
-                await until(lambda: len(server.state.engine._watchers) == 0)
+                await eventually(lambda: len(server.state.engine._watchers) == 0)
                 await page.evaluate("document.querySelector('#running .chip').click()")
                 assert await page.text("step") == step and await page.text("state") == "paused"
                 await page.click("pause")
