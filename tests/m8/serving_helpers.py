@@ -14,15 +14,17 @@ from typing import Any
 
 from folovllm.config import EngineConfig
 from folovllm.core.sched.output import SchedulerOutput
-from folovllm.engine.async_llm import AsyncLLM
+from folovllm.engine.async_llm import AsyncLLM, EngineObserver
 from folovllm.engine.start_core import ExecutorFactory
 from folovllm.engine.tokenizer import Tokenizer
 from folovllm.executor.fake import FakeExecutor, fake_tokens
 from folovllm.learn.toy_engine import make_config
-from folovllm.outputs import ModelRunnerOutput, RequestOutput
+from folovllm.outputs import EngineStats, ModelRunnerOutput, RequestOutput
+from folovllm.request import Request
 from folovllm.sampling_params import RequestOutputKind, SamplingParams
 from tests.m1.tiny_tokenizers import byte_level
 
+AsyncTest = Callable[..., Coroutine[Any, Any, None]]
 VOCAB_SIZE = 400  # at most the tokenizer's 420 ids: each token of the fake model has a text
 TIMEOUT = 60.0  # seconds; no test waits for it unless it fails
 
@@ -121,6 +123,65 @@ def run_async(make_coroutine: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         return await asyncio.wait_for(make_coroutine(), TIMEOUT)
 
     return asyncio.run(bounded())
+
+
+class Recorder(EngineObserver):
+    """An observer that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.added: list[str] = []
+        self.outputs: list[RequestOutput] = []
+        self.causes: list[str] = []
+
+    def on_added(self, request: Request) -> None:
+        self.added.append(request.request_id)
+
+    def on_step(self, stats: EngineStats, outputs: list[RequestOutput]) -> None:
+        self.outputs += outputs
+
+    def on_dead(self, cause: str) -> None:
+        self.causes.append(cause)
+
+    def ends(self) -> list[tuple[str, str | None]]:
+        return [(o.request_id, o.outputs[0].finish_reason) for o in self.outputs if o.finished]
+
+
+def engine_test(**engine_args: Any) -> Callable[[AsyncTest], Callable[[], None]]:
+    """Decorator for an async test that gets an engine as its argument."""
+
+    def decorate(test: AsyncTest) -> Callable[[], None]:
+        def run() -> None:
+            async def with_engine() -> None:
+                async with make_async_llm(**engine_args) as engine:
+                    await test(engine)
+
+            run_async(with_engine)
+
+        run.__name__, run.__doc__ = test.__name__, test.__doc__
+        return run
+
+    return decorate
+
+
+def gated_test(**engine_args: Any) -> Callable[[AsyncTest], Callable[[], None]]:
+    """The same with the engine and its gated executor."""
+
+    def decorate(test: AsyncTest) -> Callable[[], None]:
+        def run() -> None:
+            async def with_engine() -> None:
+                gated = Gated()
+                async with make_async_llm(gated, **engine_args) as engine:
+                    try:
+                        await test(engine, gated.executor)
+                    finally:
+                        gated.executor.gate.set()
+
+            run_async(with_engine)
+
+        run.__name__, run.__doc__ = test.__name__, test.__doc__
+        return run
+
+    return decorate
 
 
 def greedy(max_tokens: int = 8, **changes: Any) -> SamplingParams:
