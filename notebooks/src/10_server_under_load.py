@@ -272,7 +272,7 @@ STREAMS = [1, 2, 4, 8, 16, 32, 64]
 step_ms = {n: 1000 * COST.step([(100, 1)] * n, n).seconds for n in STREAMS}
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 2.8), sharex=True)
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.6), sharex=True)
 left.plot(STREAMS, list(step_ms.values()), "o-", color=viz.PALETTE[0])
 left.set(title="inter-token latency, ms", xscale="log", ylim=(0, None), xlabel="streams")
 right.plot(STREAMS, [1000 * n / step_ms[n] for n in STREAMS], "o-", color=viz.PALETTE[1])
@@ -372,6 +372,9 @@ def offered(load, num=NUM_REQUESTS):
 runs = {load: serve(offered(load)) for load in LOADS}
 
 # %%
+CRISP = {"markeredgewidth": 0, "antialiased": False}  # thousands of dots, and yet a small file
+
+
 def gaps_over_time(run):
     """(moment, gap before it) for every token but the first of each request."""
     return [(t, gap) for one in run.served.values() for t, gap in zip(one.token_times[1:], one.gaps)]
@@ -381,13 +384,13 @@ def draw_panel(axes, panel, gaps, last_arrival):
     """Queue, batch, memory and ITL of one run, below each other."""
     times, *series = zip(*panel)
     for ax, values, colour in zip(axes, series, (viz.PALETTE[5], viz.PALETTE[0], viz.PALETTE[2])):
-        ax.plot(times, values, drawstyle="steps-post", color=colour, lw=1)
-    axes[-1].plot(*zip(*gaps), ".", ms=1.5, color=viz.PALETTE[7], rasterized=True)
+        ax.plot(times, values, drawstyle="steps-post", color=colour, lw=1, antialiased=False)
+    axes[-1].plot(*zip(*gaps), "s", ms=1.5, color=viz.PALETTE[7], **CRISP)
     for ax in axes:
         ax.axvline(last_arrival, color=viz.INK, ls=":", lw=0.8)
 
 
-figure, axes = plt.subplots(4, len(LOADS), figsize=(10, 6.4), sharex="col", sharey="row", squeeze=False)
+figure, axes = plt.subplots(4, len(LOADS), figsize=(9, 4.8), sharex="col", sharey="row", squeeze=False)
 for column, (load, run) in zip(axes.T, runs.items()):
     milliseconds = [(t, 1000 * gap) for t, gap in gaps_over_time(run)]
     draw_panel(column, run.panel, milliseconds, offered(load)[-1])
@@ -469,7 +472,7 @@ SWEEP = sorted({*([0.6, 1.0, 1.5] if FAST else [0.3, 0.45, 0.6, 0.75, 0.85, 0.95
 swept = {load: runs.get(load) or serve(offered(load)) for load in SWEEP}
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), sharex=True)
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), sharex=True)
 rates = [load * CAPACITY for load in SWEEP]
 for q, colour in zip((50, 90, 99), (viz.PALETTE[4], viz.PALETTE[0], viz.PALETTE[7])):
     left.plot(rates, [1000 * run.ttft(q) for run in swept.values()], "o-", ms=3, color=colour, label=f"p{q}")
@@ -486,7 +489,6 @@ right.text(rates[-1], good[SWEEP[-1]] + 0.6, "goodput", color=viz.PALETTE[2], ha
 right.set(title="requests per second", xlabel="requests per second, offered", ylim=(0, None))
 for ax in (left, right):
     ax.axvline(CAPACITY, color=viz.INK, ls=":", lw=1)
-    ax.grid(alpha=0.25)
 
 # %%
 viz.answer("10.7", swept[HIGH].ttft(99) / swept[LOW].ttft(99), low=1000 * swept[LOW].ttft(99), high=swept[HIGH].ttft(99))
@@ -538,11 +540,11 @@ loops = {
 }
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(10, 2.8), sharey=True)
+figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True)
 for ax, (name, pair) in zip(axes, loops.items()):
     for run, label, colour in zip(pair, ("full speed", "half speed"), (viz.PALETTE[0], viz.PALETTE[5])):
         ones = run.served.values()
-        ax.plot([one.arrival for one in ones], [one.ttft for one in ones], ".", ms=4, color=colour, label=label)
+        ax.plot([one.arrival for one in ones], [one.ttft for one in ones], "s", ms=2, color=colour, label=label, **CRISP)
     ax.set(title=f"{name} loop: each dot is a request", xlabel="seconds, when it was sent", yscale="log")
 axes[0].set_ylabel("time to first token, s")
 axes[0].legend(loc="upper right");
@@ -658,7 +660,7 @@ await llm.shutdown()
 folder.cleanup()
 
 # %%
-figure, axes = plt.subplots(4, len(REAL_LOADS), figsize=(10, 6.4), sharex="col", sharey="row")
+figure, axes = plt.subplots(4, len(REAL_LOADS), figsize=(9, 4.8), sharex="col", sharey="row")
 for column, (load, run) in zip(axes.T, real_runs.items()):
     milliseconds = [(t, 1000 * gap) for t, gap in gaps_over_time(run)]
     draw_panel(column, run.panel, milliseconds, real_due[load][-1])
@@ -669,7 +671,7 @@ for ax, label in zip(axes[:, 0], ("waiting", "running", "KV cache held", "ITL, m
     ax.set_ylim(0, None)
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 2.8))
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.6))
 left.plot(together, list(measured_ms.values()), "s-", color=viz.PALETTE[0])
 left.plot(together, [step_ms[n] for n in together], "o--", color=viz.PALETTE[5])
 left.text(together[-1], measured_ms[together[-1]], "measured ", color=viz.PALETTE[0], ha="right", va="bottom")
