@@ -20,7 +20,6 @@ from figure_shapes import COLOURS, CORE, INK, LINE, PALE, TEXT, arrow, box, canv
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from folovllm.engine.core_loop import StepBuffer
 from folovllm.engine.messages import StepOutputs
@@ -286,8 +285,9 @@ def load(path: Path) -> None:
     for ax, title in zip(axes, titles, strict=True):
         ax.set_title(title, loc="left", fontsize=10.5)
         ax.set_ylim(0)
-        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         ax.grid(alpha=0.25)
+    axes[0].set_yticks(range(0, 31, 10))
+    axes[1].set_yticks(range(0, SEATS + 1, 2))
     axes[2].set_xlabel("seconds")
     figure_files.save(figure, path)
 
