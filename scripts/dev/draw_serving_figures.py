@@ -20,7 +20,6 @@ from figure_shapes import COLOURS, CORE, INK, LINE, PALE, TEXT, arrow, box, canv
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from folovllm.engine.core_loop import StepBuffer
 from folovllm.engine.messages import StepOutputs
@@ -37,8 +36,8 @@ from folovllm.sim.workloads import Recipe, follow_recipe
 
 DELTA = RequestOutputKind.DELTA
 STEP_MS, NUM_TOKENS = 12, 10
-SEND_MS = {"a": 0, "b": 0, "slow": 100}  # how long a client takes for one piece, as in the page's first example
-ROW_COLOURS = {"a": COLOURS["a"], "b": COLOURS["b"], "slow": COLOURS["c"]}
+SEND_MS = {"a": 0, "b": 0, "phone": 100}  # how long a client takes for one piece, as in the page's first example
+ROW_COLOURS = {"a": COLOURS["a"], "b": COLOURS["b"], "phone": COLOURS["c"]}
 SEATS, RATES = 8, (4, 16)
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
@@ -96,7 +95,7 @@ def _draw_clients(ax: Axes, steps: list[float], taken: dict[str, list[Piece]]) -
                 width = piece.end - piece.start
                 ax.add_patch(Rectangle((piece.start, row - 0.36), width, 0.72, fc=PALE["c"], ec=ROW_COLOURS[name]))
             ax.plot([piece.end] * 2, [row - 0.4, row + 0.4], color=ROW_COLOURS[name], lw=2.2)
-    ax.set_yticks([-1.05, 0, 1, 2], ["steps of\nthe engine", "client a", "client b", "slow client"], fontsize=9.5)
+    ax.set_yticks([-1.05, 0, 1, 2], ["steps of\nthe engine", "client a", "client b", "phone"], fontsize=9.5)
     ax.set(xlim=(0, 1_130), ylim=(2.6, -1.6))
     ax.tick_params(axis="y", length=0)
 
@@ -208,8 +207,8 @@ def disconnect(path: Path) -> None:
 
 
 def read_slowly(merge: bool) -> list[Piece]:
-    """What the slow client takes, from a queue of outputs or from the real collector."""
-    puts = [(STEP_MS * (i + 1), RequestOutput("slow", None, [1], [CompletionOutput(0, f"{i} ", [i])], False))
+    """What the phone takes, from a queue of outputs or from the real collector."""
+    puts = [(STEP_MS * (i + 1), RequestOutput("phone", None, [1], [CompletionOutput(0, f"{i} ", [i])], False))
             for i in range(NUM_TOKENS)]  # fmt: skip
     collector, pieces, now = RequestOutputCollector(DELTA), list[Piece](), 0.0
     while puts:
@@ -220,15 +219,15 @@ def read_slowly(merge: bool) -> list[Piece]:
                 break
         output = collector.get_nowait()
         assert output is not None
-        pieces.append(Piece(now, now + SEND_MS["slow"], len(output.outputs[0].token_ids)))
+        pieces.append(Piece(now, now + SEND_MS["phone"], len(output.outputs[0].token_ids)))
         now = pieces[-1].end
     return pieces
 
 
 def merge(path: Path) -> None:
     figure, ax = plt.subplots(figsize=(9, 3.0), layout="constrained")
-    rows = {"the engine puts": None, "a queue:\nthe client takes": read_slowly(False),
-            "the collector:\nthe client takes": read_slowly(True)}  # fmt: skip
+    rows = {"the engine puts": None, "a queue:\nthe phone takes": read_slowly(False),
+            "the collector:\nthe phone takes": read_slowly(True)}  # fmt: skip
     for i in range(NUM_TOKENS):
         ax.plot([STEP_MS * (i + 1)] * 2, [-0.35, 0.35], color=INK, lw=2)
     ax.text(STEP_MS * NUM_TOKENS + 15, 0, f"{NUM_TOKENS} tokens, one every {STEP_MS} ms", va="center", fontsize=9.5)
@@ -286,8 +285,9 @@ def load(path: Path) -> None:
     for ax, title in zip(axes, titles, strict=True):
         ax.set_title(title, loc="left", fontsize=10.5)
         ax.set_ylim(0)
-        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         ax.grid(alpha=0.25)
+    axes[0].set_yticks(range(0, 31, 10))
+    axes[1].set_yticks(range(0, SEATS + 1, 2))
     axes[2].set_xlabel("seconds")
     figure_files.save(figure, path)
 

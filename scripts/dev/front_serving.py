@@ -37,6 +37,6 @@ def server_metrics(folder: Path) -> str:
     rows = [
         (f"`vllm:{name}{ending}`", kind, in_cell(text))
         for kind, metrics, ending in kinds
-        for name, text, _ in metrics  # type: ignore[attr-defined]
+        for name, text, _ in metrics
     ]
     return table("metric | kind | meaning", rows)
