@@ -17,6 +17,8 @@ from typing import Any
 from folovllm.learn.exercise import ALL_PARTS, Exercise
 from folovllm.parts import PARTS, load_file
 
+CALLED_BY_PYTHON = ("__exit__", "__aexit__")  # by position, whatever the names of their parameters
+
 
 class ContractError(ValueError):
     """What does not fit, with the fix. `line` is where in the learner's file, if it is one place."""
@@ -92,11 +94,23 @@ def plain_function(member: Any) -> Any:
     return inspect.unwrap(getattr(member, "__func__", member)) if member is not None else None
 
 
+def takes_by_position(function: Any, num_args: int) -> bool:
+    """Whether a call with this number of positional arguments, `self` among them, fits the parameters."""
+    try:
+        inspect.signature(function).bind(*[None] * num_args)
+    except TypeError:
+        return False
+    return True
+
+
 def signature_mismatch(mine: Any, reference: Any) -> str | None:
     """Returns how the parameters differ, or None if every call that the engine makes fits.
 
-    Extra parameters with a default are fine, and so is another default.
+    Extra parameters with a default are fine, and so is another default. The parameters of a method in CALLED_BY_PYTHON may
+    have any name, and `*exc` may stand for several.
     """
+    if mine.__name__ in CALLED_BY_PYTHON and takes_by_position(mine, len(inspect.signature(reference).parameters)):
+        return None
     own, wanted = (list(inspect.signature(f).parameters.values()) for f in (mine, reference))
     same = [(p.name, p.kind) for p in own[: len(wanted)]] == [(p.name, p.kind) for p in wanted]
     can_be_left_out = all(p.default is not p.empty or q.default is q.empty for p, q in zip(own, wanted, strict=False))

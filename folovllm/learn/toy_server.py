@@ -102,17 +102,31 @@ async def clients_run(turns: int = 5) -> None:
 
 
 def play(scene: Coroutine[Any, Any, Scene], seconds: float = 5.0) -> Scene:
-    """Runs a scene to its end. Raises AssertionError if it hangs: some task waits for what never comes."""
+    """Runs a scene to its end. Raises AssertionError if it hangs: some task waits for an event that never comes."""
 
     async def with_limit() -> Scene:
-        # The scene itself shows what its tasks raise, so the event loop need not log it.
+        # The scene reports what its tasks raise, so the event loop does not log it.
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
-        return await asyncio.wait_for(scene, seconds)
+        task = asyncio.create_task(scene)
+        await asyncio.wait([task], timeout=seconds)
+        if not task.done():
+            waiting = [calls_of(other) for other in asyncio.all_tasks() - {asyncio.current_task()}]
+            raise AssertionError(
+                f"the scene was not over after {seconds:g} seconds: a task waits for an event that never comes. "
+                f"Tasks that wait, each with its calls: {'; '.join(sorted(waiting))}"
+            )
+        return task.result()
 
-    try:
-        return asyncio.run(with_limit())
-    except TimeoutError:
-        raise AssertionError(f"the scene was not over after {seconds:g} seconds: a task waits forever") from None
+    return asyncio.run(with_limit())
+
+
+def calls_of(task: "asyncio.Task[Any]") -> str:
+    """The calls in which a task waits, the outermost first. E.g. "reader > get > wait"."""
+    names, coroutine = [], task.get_coro()
+    while coroutine is not None and (name := getattr(coroutine, "__name__", None)):
+        names.append(name)
+        coroutine = getattr(coroutine, "cr_await", None)
+    return " > ".join(names)
 
 
 # ---- the real front end on the fake model

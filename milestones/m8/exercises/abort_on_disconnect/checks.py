@@ -106,6 +106,26 @@ def what_has_finished_is_not_aborted(mine: Mine) -> None:
     )
 
 
+@check("unit", spec="R8.3", hint=2)
+def a_reader_may_leave_with_the_last_output(mine: Mine) -> None:
+    """A reader that breaks out of its loop at the output that is `finished` leaves nothing that could be aborted."""
+
+    async def scene() -> list[str]:
+        server = ToyServer(mine.cls)
+        async with server.open("a", PROMPT, 1) as stream:
+            server.step()
+            async for output in stream:
+                assert output.finished, "the only output of an answer of one token"
+                break
+        return server.aborted
+
+    aborted = play(scene())
+    assert aborted == [], (
+        f"the reader broke out of its loop at the last output, and abort was called with {aborted}: the request had "
+        "finished when that output was returned, and not only when the reader asked for the next one"
+    )
+
+
 # ---- a client that leaves
 
 
@@ -142,9 +162,28 @@ def closing_frees_the_blocks(mine: Mine) -> None:
     check_it_left(play(scene()), "a", "called aclose() twice, and left the block")
 
 
+@check("unit", spec="R8.3", hint=2)
+def leaving_waits_for_nothing(mine: Mine) -> None:
+    """aclose aborts before it gives other tasks a turn. A task that is cancelled again would not come back to it."""
+
+    async def scene() -> list[str]:
+        server = ToyServer(mine.cls)
+        leaving = server.open("a", PROMPT, ANSWER).aclose()
+        with contextlib.suppress(StopIteration):
+            leaving.send(None)  # runs until it ends, or until it waits
+        leaving.close()
+        return server.aborted
+
+    aborted = play(scene())
+    assert aborted == ["a"], (
+        f"aclose() ran until it waited for the first time, and abort was called with {aborted}, expected ['a']: the "
+        "engine may take its next step before the request is aborted"
+    )
+
+
 @check("unit", spec="R8.3", hint=3)
 def a_cancelled_reader_leaves(mine: Mine) -> None:
-    """A disconnect cancels the task that waits for an output, without any `async with`. The cancellation goes on."""
+    """A task that is cancelled while it waits in __anext__ has left, also without an `async with`. It stays cancelled."""
 
     async def scene() -> tuple[ToyServer, bool]:
         server = ToyServer(mine.cls)

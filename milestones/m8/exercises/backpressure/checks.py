@@ -10,7 +10,7 @@ from folovllm.engine.output_collector import RequestOutputCollector
 from folovllm.engine.request_stream import RequestStream
 from folovllm.learn.check import Mine, check
 from folovllm.learn.toy_server import ToyServer, clients_run, play
-from folovllm.outputs import CompletionOutput, Logprob, RequestOutput
+from folovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from folovllm.sampling_params import RequestOutputKind
 
 DELTA, CUMULATIVE, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE, RequestOutputKind.FINAL_ONLY
@@ -100,14 +100,16 @@ def get_waits_for_a_put(mine: Mine) -> None:
             collector.put(output(said(text, [1])))
             await clients_run()
             seen.append("|")
+        if not task.done():
+            task.cancel()
+            return seen
         await task
         return seen
 
     got = "".join(play(scene()))
     assert got == "a|b|c|", (
         "a reader waited in get; a, b and c were put one by one, and after each the reader had a turn (|): it got "
-        f"{got!r}, "
-        "expected 'a|b|c|'"
+        f"{got!r}, expected 'a|b|c|': put must wake the reader at once"
     )
 
 
@@ -138,6 +140,44 @@ def deltas_are_put_together(mine: Mine) -> None:
     rest = (completion.cumulative_logprob, completion.stop_reason, got.finished, got.prompt_logprobs)
     assert rest == (-18.0, 7, True, [None]), (
         f"(cumulative_logprob, stop_reason, finished, prompt_logprobs) is {rest}, expected (-18.0, 7, True, [None])"
+    )
+
+
+@check("unit", spec="R8.4", hint=2)
+def the_rest_is_the_newest(mine: Mine) -> None:
+    """What is not text, tokens or logprobs comes from the newest output, and no logprobs stay None."""
+    older, newer = RequestMetrics(arrival_time=1.0), RequestMetrics(arrival_time=1.0, num_generation_tokens=1)
+    for kind in (DELTA, CUMULATIVE):
+        got = collected(
+            mine,
+            kind,
+            output(said("the", [5]), metrics=older, num_cached_tokens=None),
+            output(said(" cat", [6]), metrics=newer, num_cached_tokens=4),
+        )
+        rest = (got.metrics, got.num_cached_tokens)
+        assert rest == (newer, 4), f"{kind.name}: (metrics, num_cached_tokens) is {rest}, expected {(newer, 4)}"
+        logprobs = got.outputs[0].logprobs
+        assert logprobs is None, f"{kind.name}: the request asked for no logprobs, and they are {logprobs}, not None"
+        got = collected(mine, kind, output(said("the", [5]), finished=True), output(said("", []), finished=False))
+        assert got.finished, f"{kind.name}: an output that has finished was put, and the merged one has not finished"
+
+
+@check("unit", spec="R8.4", hint=2)
+def an_output_may_carry_all_completions(mine: Mine) -> None:
+    """With n=2 an output may speak of both completions, and both are merged."""
+    got = shown(
+        collected(
+            mine,
+            DELTA,
+            output(said("a ", [8], index=1)),
+            output(said("the ", [5]), said("dog", [9], index=1)),
+            output(said("cat", [6]), said("", [], index=1, finish_reason="stop")),
+        )
+    )
+    expected = [(0, "the cat", [5, 6], None), (1, "a dog", [8, 9], "stop")]
+    assert got == expected, (
+        f"1 said 'a '; then 0 said 'the ' and 1 'dog' in one output; then 0 said 'cat' and 1 ended in one output: it "
+        f"came out as {got}, expected {expected}"
     )
 
 
@@ -265,6 +305,30 @@ def a_cancelled_get_loses_nothing(mine: Mine) -> None:
             f"a reader waited in get and was cancelled {'just after' if put_first else 'before'} 'the' was put; "
             "the next "
             f"get found {got!r}, expected 'the'"
+        )
+
+
+@check("unit", spec="R8.4", hint=3)
+def a_get_that_is_cancelled_late_loses_nothing(mine: Mine) -> None:
+    """The cancellation may also come some turns after the reader was woken: get has returned the output, or kept it."""
+
+    async def scene(turns: int) -> str:
+        collector = mine.cls(DELTA)
+        task = asyncio.create_task(collector.get())
+        await clients_run()
+        collector.put(output(said("the", [5])))
+        await clients_run(turns)
+        task.cancel()
+        await asyncio.wait([task])
+        found = collector.get_nowait() if task.cancelled() else task.result()
+        return "" if found is None else found.outputs[0].text
+
+    for turns in range(1, 6):
+        got = play(scene(turns))
+        assert got == "the", (
+            f"a reader waited in get, 'the' was put, and the reader was cancelled {turns} turns of the event loop later. "
+            f"get did not return, and the next one found {got!r}, expected 'the': an output that was taken must be "
+            "returned before anything is awaited"
         )
 
 

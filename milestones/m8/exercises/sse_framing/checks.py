@@ -59,6 +59,21 @@ def every_line_gets_a_data_line(mine: Mine) -> None:
         )
 
 
+@check("unit", spec="R8.40", hint=1)
+def encode_remembers_nothing(mine: Mine) -> None:
+    """One object encodes all answers of a server, so an event does not depend on what was encoded or fed before."""
+    frames = mine.cls()
+    frames.feed(b"data: a\n")
+    got = [frames.encode(data) for data in ("one\ntwo", "three", "one\ntwo")]
+    expected = [b"data: one\ndata: two\n\n", b"data: three\n\n", b"data: one\ndata: two\n\n"]
+    assert got == expected, f"one object encoded 'one\\ntwo', 'three', 'one\\ntwo' as {got}, expected {expected}"
+    rest = frames.feed(b"\n")
+    assert rest == ["a"], (
+        f"feed(b'data: a\\n'), three calls of encode, and feed(b'\\n') returned {rest}, expected ['a']: encode changed "
+        "what feed had kept"
+    )
+
+
 @check("unit", spec="R8.40", hint=3)
 def other_separators_stay_in_the_line(mine: Mine) -> None:
     """Only CR and LF end a line. U+2028 and its relatives are characters like others."""
@@ -147,6 +162,28 @@ def a_cr_and_its_lf_may_be_cut(mine: Mine) -> None:
 
 
 @check("unit", spec="R8.41", hint=3)
+def a_lf_belongs_to_a_cr_directly_before_it(mine: Mine) -> None:
+    """A LF that comes after other bytes ends a line of its own, however many CRs came before."""
+    for chunks in ([b"data: a\r", b"data: b\n\n"], [b"\rdata: a\n", b"data: b\n\n"]):
+        got = events_of(mine.cls, chunks)
+        assert got == ["a\nb"], (
+            f"the chunks {chunks} gave {got}, expected ['a\\nb']: between the CR and the LF are other bytes, so each "
+            "ends a line"
+        )
+
+
+@check("unit", spec="R8.41", hint=2)
+def bytes_that_are_no_utf8_are_replaced(mine: Mine) -> None:
+    """A broken byte costs one character, and neither the event nor the connection."""
+    for wire in (b"data: a\xffb\n\ndata: c\n\n", b"data: a\xe4\xbdb\n\ndata: c\n\n"):
+        try:
+            got = events_of(mine.cls, [wire])
+        except UnicodeDecodeError as error:
+            raise AssertionError(f"feed({wire!r}) raised {error}: one wrong byte ends the whole answer") from None
+        assert got == ["a\ufffdb", "c"], f"feed({wire!r}) returned {got}, expected ['a\\ufffdb', 'c']"
+
+
+@check("unit", spec="R8.41", hint=3)
 def an_event_is_not_held_back(mine: Mine) -> None:
     """A CR ends its line at once, so an event is returned without waiting for what comes next."""
     got = fed(mine.cls, [b"data: a\r\n\r", b"\ndata: b\r\r", b"data: c\r\r"])
@@ -161,9 +198,10 @@ def an_event_is_not_held_back(mine: Mine) -> None:
 def a_byte_order_mark_is_skipped_once(mine: Mine) -> None:
     """Some servers begin with a byte order mark, which may be cut as well. Later it is a character like others."""
     for chunks in ([b"\xef\xbb\xbfdata: a\n\n"], [b"\xef", b"\xbb\xbfda", b"ta: a\n\n"]):
-        got = events_of(mine.cls, [*chunks, b"data: \xef\xbb\xbfb\n\n"])
+        chunks = [*chunks, b"data: ", b"\xef\xbb\xbfb\n\n"]
+        got = events_of(mine.cls, chunks)
         assert got == ["a", "\ufeffb"], (
-            f"{chunks} and then b'data: \\xef\\xbb\\xbfb\\n\\n' gave {got}, expected ['a', '\\ufeffb']"
+            f"the chunks {chunks} gave {got}, expected ['a', '\\ufeffb']: only the mark at the very beginning is skipped"
         )
 
 
