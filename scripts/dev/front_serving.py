@@ -35,8 +35,6 @@ def server_metrics(folder: Path) -> str:
     """What GET /metrics has about the engine."""
     kinds = (("gauge", GAUGES, ""), ("counter", COUNTERS, "_total"), ("histogram", HISTOGRAMS, "_bucket"))
     rows = [
-        (f"`vllm:{name}{ending}`", kind, in_cell(text))
-        for kind, metrics, ending in kinds
-        for name, text, _ in metrics
+        (f"`vllm:{name}{ending}`", kind, in_cell(text)) for kind, metrics, ending in kinds for name, text, _ in metrics
     ]
     return table("metric | kind | meaning", rows)
