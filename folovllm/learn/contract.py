@@ -106,8 +106,8 @@ def takes_by_position(function: Any, num_args: int) -> bool:
 def signature_mismatch(mine: Any, reference: Any) -> str | None:
     """Returns how the parameters differ, or None if every call that the engine makes fits.
 
-    Extra parameters with a default are fine, and so is another default. The parameters of a method in CALLED_BY_PYTHON may
-    have any name, and `*exc` may stand for several.
+    Extra parameters with a default are fine, and so is another default. The parameters of a method in
+    CALLED_BY_PYTHON may have any name, and `*exc` may stand for several.
     """
     if mine.__name__ in CALLED_BY_PYTHON and takes_by_position(mine, len(inspect.signature(reference).parameters)):
         return None

@@ -12,10 +12,11 @@ be counted between two events.
 """
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.engine.async_llm import AsyncLLM
@@ -122,10 +123,10 @@ def play(scene: Coroutine[Any, Any, Scene], seconds: float = 5.0) -> Scene:
 
 def calls_of(task: "asyncio.Task[Any]") -> str:
     """The calls in which a task waits, the outermost first. E.g. "reader > get > wait"."""
-    names, coroutine = [], task.get_coro()
-    while coroutine is not None and (name := getattr(coroutine, "__name__", None)):
-        names.append(name)
-        coroutine = getattr(coroutine, "cr_await", None)
+    names, awaited = list[str](), cast(Any, task.get_coro())
+    while inspect.iscoroutine(awaited):
+        names.append(awaited.__name__)
+        awaited = awaited.cr_await
     return " > ".join(names)
 
 
