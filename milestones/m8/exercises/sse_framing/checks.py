@@ -114,6 +114,7 @@ def what_is_no_data_is_ignored(mine: Mine) -> None:
         (":data: no\ndataset: no\nadata: no\n data: no\ndata: yes\n\n", ["yes"]),
         ("data:a\n\ndata: a\n\ndata:  the\n\ndata: a \n\n", ["a", "a", " the", "a "]),
         ("data: a: b\n\n", ["a: b"]),
+        ("data: a\n: keep-alive\n:\ndata: b\n\n", ["a\nb"]),
         ("data\n\ndata:\n\ndata\ndata\n\n", ["", "", "\n"]),
         ("\n\n\ndata: a\n\n\n\n", ["a"]),
     ]
@@ -201,7 +202,7 @@ def a_byte_order_mark_is_skipped_once(mine: Mine) -> None:
         chunks = [*chunks, b"data: ", b"\xef\xbb\xbfb\n\n"]
         got = events_of(mine.cls, chunks)
         assert got == ["a", "\ufeffb"], (
-            f"the chunks {chunks} gave {got}, expected ['a', '\\ufeffb']: only the mark at the very beginning is skipped"
+            f"the chunks {chunks} gave {got}, expected ['a', '\\ufeffb']: only a mark at the very beginning goes"
         )
 
 
