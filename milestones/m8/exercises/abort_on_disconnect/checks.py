@@ -168,7 +168,10 @@ def leaving_waits_for_nothing(mine: Mine) -> None:
 
     async def scene() -> list[str]:
         server = ToyServer(mine.cls)
-        leaving = server.open("a", PROMPT, ANSWER).aclose()
+        stream = server.open("a", PROMPT, ANSWER)
+        server.step()
+        await read(stream, 1)
+        leaving = stream.aclose()
         with contextlib.suppress(StopIteration):
             leaving.send(None)  # runs until it ends, or until it waits
         leaving.close()
@@ -183,7 +186,7 @@ def leaving_waits_for_nothing(mine: Mine) -> None:
 
 @check("unit", spec="R8.3", hint=3)
 def a_cancelled_reader_leaves(mine: Mine) -> None:
-    """A task that is cancelled while it waits in __anext__ has left, also without an `async with`. It stays cancelled."""
+    """A task that is cancelled while it waits in __anext__ has left, also without `async with`. It stays cancelled."""
 
     async def scene() -> tuple[ToyServer, bool]:
         server = ToyServer(mine.cls)
@@ -252,6 +255,7 @@ def a_stream_that_was_left_is_over(mine: Mine) -> None:
         stream = server.open("a", PROMPT, ANSWER)
         server.step()  # an output that is never read
         await stream.aclose()
+        check_it_left(server, "a", "called aclose() before it had read an output")
         return await anext(stream, "StopAsyncIteration")
 
     got = play(scene())
