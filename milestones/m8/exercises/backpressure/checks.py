@@ -144,25 +144,6 @@ def deltas_are_put_together(mine: Mine) -> None:
 
 
 @check("unit", spec="R8.4", hint=2)
-def the_rest_is_the_newest(mine: Mine) -> None:
-    """What is not text, tokens or logprobs comes from the newest output, and no logprobs stay None."""
-    older, newer = RequestMetrics(arrival_time=1.0), RequestMetrics(arrival_time=1.0, num_generation_tokens=1)
-    for kind in (DELTA, CUMULATIVE):
-        got = collected(
-            mine,
-            kind,
-            output(said("the", [5]), metrics=older, num_cached_tokens=None),
-            output(said(" cat", [6]), metrics=newer, num_cached_tokens=4),
-        )
-        rest = (got.metrics, got.num_cached_tokens)
-        assert rest == (newer, 4), f"{kind.name}: (metrics, num_cached_tokens) is {rest}, expected {(newer, 4)}"
-        logprobs = got.outputs[0].logprobs
-        assert logprobs is None, f"{kind.name}: the request asked for no logprobs, and they are {logprobs}, not None"
-        got = collected(mine, kind, output(said("the", [5]), finished=True), output(said("", []), finished=False))
-        assert got.finished, f"{kind.name}: an output that has finished was put, and the merged one has not finished"
-
-
-@check("unit", spec="R8.4", hint=2)
 def an_output_may_carry_all_completions(mine: Mine) -> None:
     """With n=2 an output may speak of both completions, and both are merged."""
     got = shown(
@@ -214,6 +195,27 @@ def the_newest_cumulative_output_is_enough(mine: Mine) -> None:
             f"{kind.name}: completion 0 said 'the', 1 said 'a', 0 said 'the cat': it came out as {got}, expected "
             f"{expected}"
         )
+
+
+@check("unit", spec="R8.4", hint=2)
+def the_rest_is_the_newest(mine: Mine) -> None:
+    """What is not text, tokens or logprobs comes from the newest output. If there are no logprobs, they stay None."""
+    for kind in (DELTA, CUMULATIVE):
+        got = collected(
+            mine,
+            kind,
+            output(said("the", [5]), metrics=RequestMetrics(0.0, num_generation_tokens=1)),
+            output(said(" cat", [6]), metrics=RequestMetrics(0.0, num_generation_tokens=2), num_cached_tokens=4),
+        )
+        rest = (got.metrics and got.metrics.num_generation_tokens, got.num_cached_tokens)
+        assert rest == (2, 4), (
+            f"{kind.name}: two outputs were put; (metrics.num_generation_tokens, num_cached_tokens) is {rest} in the "
+            "merged one, expected those of the newer, (2, 4)"
+        )
+        logprobs = got.outputs[0].logprobs
+        assert logprobs is None, f"{kind.name}: logprobs is None in both outputs, and {logprobs} in the merged one"
+        got = collected(mine, kind, output(said("the", [5]), finished=True), output(said("", []), finished=False))
+        assert got.finished, f"{kind.name}: `finished` is true in the older output, and False in the merged one"
 
 
 @check("unit", spec="R8.4", hint=3)
@@ -326,9 +328,9 @@ def a_get_that_is_cancelled_late_loses_nothing(mine: Mine) -> None:
     for turns in range(1, 6):
         got = play(scene(turns))
         assert got == "the", (
-            f"a reader waited in get, 'the' was put, and the reader was cancelled {turns} turns of the event loop later. "
-            f"get did not return, and the next one found {got!r}, expected 'the': an output that was taken must be "
-            "returned before anything is awaited"
+            f"a reader waited in get, 'the' was put, and the reader was cancelled {turns} turn(s) of the event loop "
+            f"later. get did not return, and the next one found {got!r}, expected 'the': an output that was "
+            "taken must be returned before anything is awaited"
         )
 
 
@@ -370,7 +372,7 @@ async def puts_and_gets(mine: Mine, kind: RequestOutputKind, events: list[str]) 
 
 
 @check("engine", spec="R8.4", hint=1)
-def a_sleeping_reader_delays_nobody(mine: Mine) -> None:
+def a_sleeping_reader_delays_no_other(mine: Mine) -> None:
     """Two clients of one engine: one reads every token, one sleeps. Both get their texts, in as many steps as alone."""
     steps, sizes, texts = play(two_readers(mine, max_tokens=30, naps={5: 12}))
     alone, _, expected = play(two_readers(mine, max_tokens=30, naps={}))

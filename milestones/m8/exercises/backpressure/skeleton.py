@@ -1,4 +1,4 @@
-"""m8/backpressure: what the engine has said to one reader, and the reader has not taken yet."""
+"""m8/backpressure: the outputs of one request that its reader has not taken yet, kept as one output."""
 
 import asyncio  # noqa: F401 - you will need them
 import dataclasses  # noqa: F401
