@@ -544,7 +544,7 @@ figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True)
 for ax, (name, pair) in zip(axes, loops.items()):
     for run, label, colour in zip(pair, ("full speed", "half speed"), (viz.PALETTE[0], viz.PALETTE[5])):
         ones = run.served.values()
-        ax.plot([one.arrival for one in ones], [one.ttft for one in ones], "s", ms=2, color=colour, label=label, **CRISP)
+        ax.plot([one.arrival for one in ones], [one.ttft for one in ones], "s", ms=2.6, color=colour, label=label, **CRISP)
     ax.set(title=f"{name} loop: each dot is a request", xlabel="seconds, when it was sent", yscale="log")
 axes[0].set_ylabel("time to first token, s")
 axes[0].legend(loc="upper right");
@@ -632,14 +632,14 @@ viz.ask("10.13")
 
 # %%
 together = [n for n in (1, 2, 4, 8, 16) if n <= SEATS]
-same = replace(REQUESTS[0], prompt=REQUESTS[0].prompt[:PROMPT[0]], prompt_len=PROMPT[0], output_len=OUTPUT[0])
+same = replace(REQUESTS[0], prompt=REQUESTS[0].prompt[:PROMPT[0]], prompt_len=PROMPT[0], output_len=min(20, OUTPUT[1]))
 await measure([same] * SEATS, [0.0] * SEATS)  # warm up
 measured_ms = dict.fromkeys(together, math.inf)
 for _ in range(3):  # other programs can only make it slower: the fastest of three counts
     for n in together:
         run, _ = await measure([same] * n, [0.0] * n)
-        itl = 1000 * percentile([gap for one in run.served.values() for gap in one.gaps], 50)
-        measured_ms[n] = min(measured_ms[n], itl)
+        gaps = [gap for one in run.served.values() for gap in one.gaps if gap > 0]  # 0: two tokens in one output
+        measured_ms[n] = min(measured_ms[n], 1000 * (percentile(gaps, 50) or math.inf))
 
 # %%
 num_burst = 2 * SEATS
@@ -672,17 +672,16 @@ for ax, label in zip(axes[:, 0], ("waiting", "running", "KV cache held", "ITL, m
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.6))
-left.plot(together, list(measured_ms.values()), "s-", color=viz.PALETTE[0])
-left.plot(together, [step_ms[n] for n in together], "o--", color=viz.PALETTE[5])
-left.text(together[-1], measured_ms[together[-1]], "measured ", color=viz.PALETTE[0], ha="right", va="bottom")
-left.text(together[-1], step_ms[together[-1]], "modelled ", color=viz.PALETTE[5], ha="right", va="top")
+left.plot(together, list(measured_ms.values()), "s-", color=viz.PALETTE[0], label="measured here")
+left.plot(together, [step_ms[n] for n in together], "o--", color=viz.PALETTE[5], label="modelled")
 left.set(title="inter-token latency, ms", xlabel="streams", ylim=(0, None), xticks=together)
+left.legend()
 for (load, run), colour in zip(real_runs.items(), (viz.PALETTE[4], viz.PALETTE[0], viz.PALETTE[7])):
     first = sorted(one.ttft for one in run.served.values())
     shares = [(i + 1) / len(first) for i in range(len(first))]
     right.plot(first, shares, drawstyle="steps-post", color=colour, label=f"load {load:g}")
-right.set(title="share of the requests with their first token after at most ... s", xscale="log", ylim=(0, 1.02),
-          xlabel="time to first token, s")  # fmt: skip
+right.set(title="share of the requests that have their first token", xscale="log", ylim=(0, 1.02),
+          xlabel="seconds after the request")  # fmt: skip
 right.legend(loc="lower right");
 
 # %%
@@ -697,7 +696,7 @@ viz.table(
 
 # %%
 most = together[-1]
-gain = (most / measured_ms[most]) / (1 / measured_ms[1])
+gain = most * measured_ms[1] / measured_ms[most]
 viz.answer("10.11", gain, most=most)
 
 # %%
