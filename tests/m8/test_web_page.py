@@ -21,7 +21,7 @@ from folovllm.core.sched.output import NewRequestData, SchedulerOutput
 from folovllm.entrypoints.web.routes import FILES, WEB
 from folovllm.executor.fake import FakeExecutor, FakeRequest
 from folovllm.outputs import ModelRunnerOutput
-from folovllm.trace.watch import MAX_LINES
+from folovllm.trace import watch as trace_watch
 from tests.m1.tiny_tokenizers import byte_ids
 from tests.m2.browser_helpers import needs_browser
 from tests.m8.chromium import Page, chromium, chromium_page
@@ -132,8 +132,9 @@ async def first_lines(stream: aiohttp.ClientResponse, count: int) -> AsyncIterat
             yield json.loads(line[6:])
 
 
-def test_a_client_that_does_not_read_costs_a_bounded_amount_of_memory() -> None:
+def test_a_client_that_does_not_read_costs_a_bounded_amount_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The socket fills up, then the watcher's own queue; what is dropped is replaced by a snapshot."""
+    monkeypatch.setattr(trace_watch, "MAX_LINES", 32)  # the rest of the time goes into filling the socket
     with page_server(num_kv_blocks=1500, max_model_len=4096) as server:
         asyncio.run(asyncio.wait_for(_read_late(server), TIMEOUT))
 
@@ -152,7 +153,7 @@ async def _read_late(server: RunningServer) -> None:
         body = {"prompt": [[i] * 200 for i in range(24)], "max_tokens": 3500, "stream": True, "ignore_eos": True}
         answering = await session.post("/v1/completions", json=body)
         while len(asked) < 3:  # the first one is the watcher's coming
-            assert all(len(watcher._lines) <= MAX_LINES + 1 for watcher in watchers._watchers)
+            assert all(len(watcher._lines) <= trace_watch.MAX_LINES + 1 for watcher in watchers._watchers)
             await asyncio.sleep(0.001)
         answering.close()
         await eventually(lambda: server.state.engine.num_unfinished == 0)

@@ -28,7 +28,8 @@ export async function* events(response) {
       const blocks = (rest + value).split(/\r?\n\r?\n/);
       rest = blocks.pop();
       for (const block of blocks) {
-        const data = block.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trimStart());
+        const lines = block.split(/\r?\n/).filter((line) => line.startsWith("data:"));
+        const data = lines.map((line) => line.slice(5).replace(/^ /, "")); // one space belongs to the format, no more
         if (data.length) yield data.join("\n");
       }
     }
