@@ -175,7 +175,7 @@ def test_a_scene_that_hangs_is_an_error_and_one_that_raises_raises() -> None:
     async def raises() -> None:
         raise LookupError("of the scene")
 
-    with pytest.raises(AssertionError, match="never comes.*: hangs > get > wait$"):
+    with pytest.raises(AssertionError, match=r"never comes.*: hangs > get > wait$"):
         play(hangs(), seconds=0.05)
     with pytest.raises(LookupError, match="of the scene"):
         play(raises())
