@@ -90,9 +90,19 @@ def test_fields_of_parts_and_messages_reach_the_template() -> None:
     messages = [{"role": "tool", "content": "x", "tool_call_id": "7", "name": "f"}]
     assert render(messages, "{{ messages[0].tool_call_id ~ messages[0].name ~ messages[0].content }}") == "7fx"
     developer = {"role": "developer", "content": "d", "tools": [{"name": "t"}]}
-    assert (
-        render([developer], "{{ messages[0].role ~ messages[0].content ~ messages[0].tools[0].name }}") == "developerdt"
+    template = (
+        "{% set m = messages[0] %}{% if m.role == 'developer' %}{{ m.role ~ m.content ~ m.tools[0].name }}{% endif %}"
     )
+    assert render([developer], template) == "developerdt"
+
+
+def test_a_developer_is_the_system_to_a_template_that_does_not_know_the_name() -> None:
+    """As in vLLM 0.32. Else a template with a default system message would add it before the client's own."""
+    messages = [{"role": "developer", "content": "Be brief."}, *user("Hi")]
+    assert render(messages, SHOW) == "[system|Be brief.][user|Hi]"
+    known = SHOW + "{# developer #}{{ 'developer' if false }}"
+    assert render(messages, known) == "[developer|Be brief.][user|Hi]"
+    assert messages[0]["role"] == "developer"  # the client's own data stay as they are
 
 
 def test_tool_results_are_text_for_either_template() -> None:

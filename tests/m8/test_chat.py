@@ -67,7 +67,6 @@ async def test_the_whole_answer(client):
                     "role": "assistant",
                     "content": text_of(oracle(prompt, 5), prompt),
                     "refusal": None,
-                    "tool_calls": [],
                 },
                 "logprobs": None,
                 "finish_reason": "length",
@@ -171,7 +170,7 @@ async def test_the_chunks_join_to_the_whole_answer(client, case):
 
 @with_client()
 async def test_continuous_usage(client):
-    options = {"continuous_usage_stats": True}
+    options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = (await client.chat("Hi", stream=True, max_tokens=6, stream_options=options)).chunks
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts[0] == 0 and counts == sorted(counts) and counts[-1] == 6

@@ -112,6 +112,9 @@ def test_logprobs_of_a_completion():
     assert completion(logprobs=4, echo=True).prompt_logprobs == 4
     assert completion(logprobs=4, echo=True, prompt_logprobs=1).prompt_logprobs == 1
     assert completion(echo=True).prompt_logprobs is None
+    assert chat(logprobs=True, top_logprobs=4, echo=True).prompt_logprobs == 4
+    assert chat(logprobs=True, echo=True).prompt_logprobs == 0
+    assert chat(echo=True).prompt_logprobs is chat(logprobs=True, echo=True, stream=True).prompt_logprobs is None
 
 
 def test_logprobs_of_a_chat():

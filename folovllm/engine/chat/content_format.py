@@ -1,6 +1,7 @@
 """Does a chat template walk lists of content parts, or does it want strings? The answer is read off its syntax tree.
 
-Milestone: M1. vLLM counterpart: vllm/entrypoints/chat_utils.py (`_detect_content_format`). vLLM follows plain
+Milestone: M1. vLLM counterpart: vllm/entrypoints/chat_utils.py (`_detect_content_format`), and for the role
+"developer" `_detect_developer_role_support` (vllm/renderers/hf.py of vLLM 0.32). vLLM follows plain
 assignments; this also follows macros, namespaces, conditional expressions and `.get("content")`.
 
     {% set rest = messages[1:] %}              rest: a list of messages
@@ -15,6 +16,7 @@ from jinja2 import nodes
 
 MESSAGES, MESSAGE, CONTENT = "messages", "message", "content"
 Meaning = set[str]
+DEVELOPER = "developer"  # OpenAI's newer name of the role "system"
 PICKERS = ("first", "last", "random")  # filters that take one element out of a list
 
 
@@ -29,6 +31,11 @@ def mentions_content(tree: nodes.Template) -> bool:
     return any(node.attr == CONTENT for node in tree.find_all(nodes.Getattr)) or any(
         node.value == CONTENT for node in tree.find_all(nodes.Const)
     )
+
+
+def mentions_developer(tree: nodes.Template) -> bool:
+    """Whether the template holds the string "developer", which it does if that role is special to it."""
+    return any(node.value == DEVELOPER for node in tree.find_all(nodes.Const))
 
 
 class _Meanings:

@@ -64,6 +64,11 @@ def normalize_messages(messages: Any) -> list[Message]:
     return [_normalize(f"messages[{index}]", message) for index, message in enumerate(plain)]
 
 
+def developer_as_system(message: Message) -> Message:
+    """OpenAI's newer name of the system message, for a template that does not know it. Its model does not, either."""
+    return {**message, "role": "system"} if message["role"] == "developer" else message
+
+
 def in_dialect(message: Message, dialect: Dialect) -> Message:
     """The message in the form that `dialect` names."""
     if dialect.json_arguments and "tool_calls" in message:

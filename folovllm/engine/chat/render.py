@@ -15,6 +15,7 @@ from folovllm.engine.chat.messages import (
     TEXT,
     Dialect,
     Message,
+    developer_as_system,
     in_dialect,
     map_text,
     may_be_null,
@@ -47,6 +48,8 @@ def render_chat(
     conversation = normalize_messages(messages)
     options, variables = sort_keywords(keywords)
     template = compile_template(choose_template(templates, options.chat_template, options.tools is not None))
+    if not template.knows_developer:
+        conversation = list(map(developer_as_system, conversation))
     check_variables(variables, template.variables, nested=keywords.get("chat_template_kwargs") or ())
     given = plain_data("template variables", variables)
     variables = {**special_tokens, **_given_variables(options, template), **given}

@@ -19,12 +19,15 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """`variables`: the names that the template reads and does not set, e.g. messages, tools, enable_thinking."""
+    """`variables`: the names that the template reads and does not set, e.g. messages, tools, enable_thinking.
+    `knows_developer`: it treats the role "developer" by name.
+    """
 
     compiled: "jinja2.Template"
     variables: frozenset[str]
     walks_parts: bool
     mentions_content: bool
+    knows_developer: bool
 
     def render(self, variables: dict[str, Any]) -> str:
         """The prompt text. Raises ValueError if the template refuses what it is given, or fails."""
@@ -67,7 +70,7 @@ def compile_template(text: str) -> ChatTemplate:
     """Raises ValueError if `text` is not a jinja template."""
     from jinja2 import TemplateSyntaxError, meta
 
-    from folovllm.engine.chat.content_format import mentions_content, walks_parts
+    from folovllm.engine.chat.content_format import mentions_content, mentions_developer, walks_parts
 
     environment = _environment()
     try:
@@ -76,7 +79,7 @@ def compile_template(text: str) -> ChatTemplate:
     except TemplateSyntaxError as error:
         raise ValueError(f"the chat template refuses these messages: {error} (line {error.lineno})") from None
     variables = frozenset(meta.find_undeclared_variables(tree)) - environment.globals.keys()
-    return ChatTemplate(compiled, variables, walks_parts(tree), mentions_content(tree))
+    return ChatTemplate(compiled, variables, walks_parts(tree), mentions_content(tree), mentions_developer(tree))
 
 
 @lru_cache(maxsize=1)

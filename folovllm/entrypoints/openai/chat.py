@@ -44,7 +44,7 @@ async def create_chat_completion(state: ServerState, body: ChatCompletionRequest
     state.check_model(body.model)
     check_extra_fields(body, state.unknown_fields)
     check_stream_fields(body)
-    check_messages(body)
+    check_messages(body.messages)
     check_tools(body)
     params = chat_params(body, state.sampling_defaults, state.engine.config.max_model_len)
     request_id = answer_id("chatcmpl", body, raw_request)
@@ -58,9 +58,9 @@ async def create_chat_completion(state: ServerState, body: ChatCompletionRequest
     return await respond(state, body, raw_request, start)
 
 
-def check_messages(body: ChatCompletionRequest) -> None:
+def check_messages(messages: list[dict[str, Any]]) -> None:
     """Raises ApiError (400) for content that is null. An assistant's may be: it may have called tools instead."""
-    for index, message in enumerate(body.messages):
+    for index, message in enumerate(messages):
         if message.get("content", "") is None and message.get("role") != "assistant":
             raise bad_request(f"messages[{index}].content is null, which only an assistant's may be", "messages")
 
@@ -152,7 +152,7 @@ class ChatAnswer:
         text = self._echo + completion.text
         choice = {
             "index": completion.index,
-            "message": {"role": self._role, "content": text, "refusal": None, "tool_calls": []},
+            "message": {"role": self._role, "content": text, "refusal": None},
             "logprobs": self._logprobs(completion),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,

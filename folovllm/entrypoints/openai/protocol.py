@@ -26,7 +26,7 @@ class ApiModel(BaseModel):
 class StreamOptions(ApiModel):
     """What a stream tells beside the text."""
 
-    include_usage: bool | None = True  # a last chunk with the numbers of tokens
+    include_usage: bool | None = False  # a last chunk with the numbers of tokens
     continuous_usage_stats: bool | None = False  # and the numbers so far in every chunk
 
 

@@ -68,14 +68,15 @@ REFUSALS = {
 }
 
 
-def check_extra_fields(body: GenerationRequest, logged: set[str]) -> None:
+def check_extra_fields(body: ApiModel, logged: set[str]) -> None:
     """Raises ApiError (400) for a field that asks for what the server cannot do, and for a number that is not finite.
 
     The log names every other field that has no effect once: `logged` holds the names that it has had.
     """
     extra = body.model_extra or {}
+    num_choices = body.num_choices if isinstance(body, GenerationRequest) else 1
     for name, refusal in REFUSALS.items():
-        if name != "best_of" or extra.get(name) != body.num_choices:  # ranking n answers of n changes nothing
+        if name != "best_of" or extra.get(name) != num_choices:  # ranking n answers of n changes nothing
             refusal.check(name, extra.get(name))
     _check_finite(body)
     _log_once([name for name in extra if name not in REFUSALS], logged)

@@ -46,6 +46,8 @@ def chat_params(body: ChatCompletionRequest, defaults: Mapping[str, Any], max_mo
         raise bad_request('top_logprobs needs "logprobs": true', "top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     own = {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": body.prompt_logprobs}
+    if body.echo and body.prompt_logprobs is None and not body.stream:  # a stream has no place for them
+        own["prompt_logprobs"] = logprobs
     return _params(body, defaults, own, max_model_len)
 
 

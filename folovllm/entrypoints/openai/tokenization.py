@@ -11,8 +11,10 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from folovllm.engine.tokenizer import Tokenizer
+from folovllm.entrypoints.openai.chat import check_messages
 from folovllm.entrypoints.openai.errors import bad_request
 from folovllm.entrypoints.openai.protocol import ApiModel
+from folovllm.entrypoints.openai.refusals import check_extra_fields
 from folovllm.entrypoints.openai.state import ServerState, server_state
 
 router = APIRouter()
@@ -54,10 +56,14 @@ class DetokenizeAnswer(ApiModel):
 async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeAnswer:
     state = server_state(request)
     state.check_model(body.model)
+    check_extra_fields(body, state.unknown_fields)
     tokenizer = _tokenizer(state)
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("the body needs either a prompt or messages", "prompt")
-    token_ids = await (_of_text(state, body) if body.messages is None else _of_conversation(state, body))
+    try:
+        token_ids = await (_of_text(state, body) if body.messages is None else _of_conversation(state, body))
+    except ValueError as error:
+        raise bad_request(str(error), "prompt" if body.messages is None else "messages") from None
     strings = [tokenizer.backend.id_to_token(i) or "" for i in token_ids] if body.return_token_strs else None
     return TokenizeAnswer(
         count=len(token_ids), max_model_len=state.engine.config.max_model_len, tokens=token_ids, token_strs=strings
@@ -69,8 +75,10 @@ async def _of_text(state: ServerState, body: TokenizeRequest) -> list[int]:
 
 
 async def _of_conversation(state: ServerState, body: TokenizeRequest) -> list[int]:
+    messages = body.messages or []
+    check_messages(messages)
     prompt = await state.engine.render_chat(
-        body.messages or [],
+        messages,
         state.chat_template,
         body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
