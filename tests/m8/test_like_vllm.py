@@ -18,7 +18,7 @@ from folovllm.entrypoints.openai.app import build_app
 from folovllm.entrypoints.openai.server_options import ServerOptions
 from folovllm.entrypoints.openai.state import make_state
 from tests.m8.api_helpers import Answer, Client, join_choices
-from tests.m8.serving_helpers import assert_all_free, run_async
+from tests.m8.serving_helpers import assert_all_free
 
 pytestmark = [pytest.mark.m8, pytest.mark.weights]
 
@@ -27,6 +27,8 @@ CASES = [case for kind in ("answers", "refused", "ours") for case in RECORDED[ki
 ENGINE_ARGS = {"model": "smollm2-135m", "dtype": "float32", "max_model_len": 2048, "num_kv_blocks": 1000}
 # What no two servers have in common: names, times, and how much of a prompt was in the cache by chance.
 VOLATILE = {"id", "created", "model", "system_fingerprint", "prompt_tokens_details"}
+LIMIT = 300.0  # seconds for all of them on a machine that is busy
+ERROR_FIELDS = {"message", "type", "param", "code"}
 TOLERANCE = 2e-3  # of logprobs
 
 
@@ -69,42 +71,38 @@ def differences(expected: Any, found: Any, place: str = "") -> Iterator[str]:
         yield f"{place}: {str(expected)[:300]} != {str(found)[:300]}"
 
 
-@pytest.fixture(scope="module")
-def answered() -> dict[str, Answer]:
+async def ask_all() -> list[Answer]:
     """The answers of this server to all recorded requests, which come at once."""
-
-    async def main() -> list[Answer]:
-        async with await start_async_llm(in_process=False, **ENGINE_ARGS) as engine:
-            state = make_state(engine, ServerOptions(max_queue=len(CASES)))
-            client = Client(build_app(state), engine, state)
-            answers = await asyncio.gather(*(client.post(case["path"], case["body"]) for case in CASES))
-            await assert_all_free(engine)
-            return answers
-
-    answers: list[Answer] = []
-
-    async def run() -> None:
-        answers.extend(await main())
-
-    run_async(run)
-    return {case["name"]: answer for case, answer in zip(CASES, answers, strict=True)}
+    async with await start_async_llm(in_process=False, **ENGINE_ARGS) as engine:
+        state = make_state(engine, ServerOptions(max_queue=len(CASES)))
+        client = Client(build_app(state), engine, state)
+        answers = await asyncio.gather(*(client.post(case["path"], case["body"]) for case in CASES))
+        await assert_all_free(engine)
+        return answers
 
 
-@pytest.mark.parametrize("case", RECORDED["answers"], ids=lambda case: case["name"])
-def test_the_same_answer(answered, case):
-    answer = answered[case["name"]]
-    assert answer.status == 200, answer.json
-    found = reduced(answer.chunks) if case["body"].get("stream") not in (None, False) else plain(answer.json)
-    assert not list(differences(case["answer"], found))
+def compare(case: dict[str, Any], answer: Answer) -> Iterator[str]:
+    """What is wrong with an answer of this server."""
+    if answer.status != case.get("status", 200):
+        yield f"status {answer.status}: {answer.pieces[:1]}"
+    elif "answer" in case:
+        is_stream = answer.headers["content-type"].startswith("text/event-stream")
+        yield from differences(case["answer"], reduced(answer.chunks) if is_stream else plain(answer.json))
+    elif answer.status != 200 and not (set(answer.error) == ERROR_FIELDS and answer.error["message"]):
+        yield f"not OpenAI's form: {answer.json}"
 
 
-@pytest.mark.parametrize("case", RECORDED["refused"], ids=lambda case: case["name"])
-def test_the_same_refusal(answered, case):
-    answer = answered[case["name"]]
-    assert answer.status == case["status"]
-    assert set(answer.error) == {"message", "type", "param", "code"} and answer.error["message"]
+def test_answers_and_refusals_are_those_of_vllm():
+    """One test, as all requests share an engine: several workers would start one each."""
+    answers = asyncio.run(asyncio.wait_for(ask_all(), LIMIT))
+    wrong = [
+        f"{case['name']} {fault}"
+        for case, answer in zip(CASES, answers, strict=True)
+        for fault in compare(case, answer)
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("case", RECORDED["ours"], ids=lambda case: case["name"])
-def test_where_ours_decides_otherwise(answered, case):
-    assert answered[case["name"]].status == case["status"] != case["vllm"], case["why"]
+def test_where_this_server_decides_otherwise_the_recording_says_why():
+    assert all(case["why"] and case["status"] != case["vllm"] for case in RECORDED["ours"])
+    assert len({case["name"] for case in CASES}) == len(CASES) > 300
