@@ -11,12 +11,14 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from folovllm.engine.tokenizer import Tokenizer
-from folovllm.entrypoints.openai.errors import bad_request
+from folovllm.entrypoints.openai.errors import bad_request, refusing
+from folovllm.entrypoints.openai.prompts import MAX_CHARACTERS
 from folovllm.entrypoints.openai.protocol import ApiModel
 from folovllm.entrypoints.openai.state import ServerState, server_state
 
 router = APIRouter()
 
+MAX_TOKENS = 200_000  # the tokenizer does not give up the GIL while it decodes: all streams wait
 LONG = 4096  # tokens; more are decoded in a thread, so that streams go on
 
 
@@ -65,20 +67,25 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeAnswer:
 
 
 async def _of_text(state: ServerState, body: TokenizeRequest) -> list[int]:
-    return await state.engine.encode(body.prompt or "", body.add_special_tokens is not False)
+    text = body.prompt or ""
+    if len(text) > MAX_CHARACTERS:
+        raise bad_request(f"prompt holds {len(text)} characters: {MAX_CHARACTERS} are allowed", "prompt")
+    with refusing("prompt"):
+        return await state.engine.encode(text, body.add_special_tokens is not False)
 
 
 async def _of_conversation(state: ServerState, body: TokenizeRequest) -> list[int]:
-    prompt = await state.engine.render_chat(
-        body.messages or [],
-        state.chat_template,
-        body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        chat_template_kwargs=body.chat_template_kwargs,
-        tools=body.tools,
-    )
-    if body.add_special_tokens:
-        return await state.engine.encode(prompt["prompt"], True)
+    with refusing("messages"):
+        prompt = await state.engine.render_chat(
+            body.messages or [],
+            state.chat_template,
+            body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            chat_template_kwargs=body.chat_template_kwargs,
+            tools=body.tools,
+        )
+        if body.add_special_tokens:
+            return await state.engine.encode(prompt["prompt"], True)
     token_ids: list[int] = prompt["prompt_token_ids"]
     return token_ids
 
@@ -88,6 +95,8 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeAns
     state = server_state(request)
     state.check_model(body.model)
     tokenizer = _tokenizer(state)
+    if len(body.tokens) > MAX_TOKENS:
+        raise bad_request(f"tokens holds {len(body.tokens)} tokens: {MAX_TOKENS} are allowed", "tokens")
     if unknown := next((i for i in body.tokens if i >= tokenizer.vocab_size), None):
         raise bad_request(f"tokens: {unknown} is no token; the ids are 0 to {tokenizer.vocab_size - 1}", "tokens")
     if len(body.tokens) > LONG:
