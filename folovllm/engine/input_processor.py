@@ -54,6 +54,7 @@ class InputProcessor:
         self.rope = rope or RopeConfig()
         self._request_class = request_class
         self._seeds = random.Random(seed)
+        self._last_bad_words: tuple[list[str], list[list[int]]] = ([], [])  # and their spellings
 
     @classmethod
     def from_config(cls, config: EngineConfig, tokenizer: Tokenizer | None) -> "InputProcessor":
@@ -92,7 +93,7 @@ class InputProcessor:
             raise ValueError(f"priority must be an integer (lower is served first), got {priority!r}")
         token_ids = self._tokenize(prompt)
         self._check_length(len(token_ids))
-        self._check_vocabulary("the prompt", token_ids)
+        self.check_vocabulary("the prompt", token_ids)
         params = self._resolve(params, len(token_ids))
         return self._request_class(
             request_id,
@@ -161,21 +162,22 @@ class InputProcessor:
                 f"than the maximum model length of {limit}: shorten it, or raise max_model_len if the model allows"
             )
 
-    def _check_vocabulary(self, what: str, token_ids: Iterable[int]) -> None:
+    def check_vocabulary(self, what: str, token_ids: Iterable[int]) -> None:
+        """Raises ValueError if the model does not have one of these tokens."""
+        token_ids = list(token_ids)
+        if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
+            return
         bad = [i for i in token_ids if not 0 <= i < self.vocab_size]
-        if bad:
-            shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-            raise ValueError(
-                f"{what}: token id {shown} is out of vocabulary (valid ids are 0 to {self.vocab_size - 1})"
-            )
+        shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        raise ValueError(f"{what}: token id {shown} is out of vocabulary (valid ids are 0 to {self.vocab_size - 1})")
 
     def _resolve(self, params: SamplingParams, prompt_len: int) -> SamplingParams:
         """The same parameters with everything that depends on model and prompt filled in."""
         if self.tokenizer is None and params.stop:
             raise ValueError("stop strings need a tokenizer and this engine has none: use stop_token_ids")
-        self._check_vocabulary("stop_token_ids", params.stop_token_ids or ())
-        self._check_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
-        self._check_vocabulary("logit_bias", params.logit_bias or ())
+        self.check_vocabulary("stop_token_ids", params.stop_token_ids or ())
+        self.check_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
+        self.check_vocabulary("logit_bias", params.logit_bias or ())
         return params.replace(
             max_tokens=self._max_tokens(params, prompt_len),
             logprobs=self._num_logprobs("logprobs", params.logprobs),
@@ -221,10 +223,10 @@ class InputProcessor:
         """
         if bad_words and self.tokenizer is None:
             raise ValueError("bad_words need a tokenizer and this engine has none: use logit_bias on token ids")
-        result: list[list[int]] = []
-        for word in bad_words:
-            result += [ids for ids in self._spellings(word) if ids not in result]
-        return result
+        if bad_words != self._last_bad_words[0]:  # the prompts of one HTTP request all have the same
+            spellings = {tuple(ids): ids for word in bad_words for ids in self._spellings(word)}
+            self._last_bad_words = (list(bad_words), list(spellings.values()))
+        return self._last_bad_words[1]
 
     def _spellings(self, word: str) -> list[list[int]]:
         assert self.tokenizer is not None
@@ -234,7 +236,7 @@ class InputProcessor:
         if not all(spellings):
             raise ValueError(f"bad_words: {word!r} has no tokens in this vocabulary: remove it")
         for token_ids in spellings:
-            self._check_vocabulary(f"bad_words: {word!r}", token_ids)
+            self.check_vocabulary(f"bad_words: {word!r}", token_ids)
         return spellings
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from folovllm.engine.async_llm import EngineClosingError, EngineDeadError, RequestFailedError
-from folovllm.entrypoints.openai.errors import ApiError, as_api_error, bad_request, error_body, error_response
+from folovllm.entrypoints.openai.errors import ApiError, as_api_error, bad_request, error_body, error_response, refusing
 
 pytestmark = pytest.mark.m8
 
@@ -97,8 +97,11 @@ def test_an_api_error_from_below_the_framework_comes_through() -> None:
 
 
 def test_the_engines_errors_have_their_status() -> None:
-    assert as_api_error(ValueError("temperature must be ...")).message == "temperature must be ..."
-    assert as_api_error(ValueError("x")).status == 400
+    with pytest.raises(ApiError) as refused, refusing("temperature"):
+        raise ValueError("temperature must be ...")
+    assert (refused.value.status, refused.value.message) == (400, "temperature must be ...")
+    assert refused.value.param == "temperature"
+    assert as_api_error(ValueError("of our own")).status == 500
     assert as_api_error(EngineClosingError("closing")).status == 503
     assert as_api_error(EngineDeadError("killed")).status == 500
     assert as_api_error(RequestFailedError("failed")).status == 500

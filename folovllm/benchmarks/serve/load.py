@@ -66,9 +66,9 @@ async def run_load(
     places = asyncio.Semaphore(max_concurrency or len(exchanges) or 1)
     timeout = aiohttp.ClientTimeout(total=target.timeout)
     headers = {"Content-Type": "application/json", **target.headers}
-    # A limit of connections would hold requests back unseen. And a connection that has been idle for 5 seconds may be
-    # closed by the server (uvicorn's default) just when the next request is on its way.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+    # A limit of connections would hold requests back unseen. And each request has a connection of its own: a server
+    # closes idle ones after a few seconds, and a request on one that it is just closing is lost.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
         start, cpu_start, lags = time.perf_counter(), time.process_time(), [0.0]
         watch = asyncio.create_task(_watch_loop(lags))

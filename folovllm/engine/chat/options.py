@@ -16,6 +16,7 @@ from folovllm.utils import unknown_name_message
 logger = logging.getLogger(__name__)
 
 FORMATS = ("auto", "string", "openai")
+SHOWN_NAMES = 5  # in one line of the log: a client of the server may invent thousands
 RESERVED = ("chat_template", "chat_template_content_format", "chat_template_kwargs", "messages", "tokenize")
 
 
@@ -81,12 +82,13 @@ def check_variables(variables: dict[str, Any], readable: frozenset[str], nested:
     """
     own = [*OPTION_NAMES, "chat_template_kwargs", "messages", "sampling_params", "use_tqdm"]
     known = [*own, *sorted(readable.difference(own))]
-    for name in variables:
-        if name in readable:
-            continue
+    unread = [name for name in variables if name not in readable]
+    for name in unread:
         if name not in nested:
             raise TypeError(f"{unknown_keyword(name, known)} (the chat template does not read {name!r} either)")
-        logger.warning("chat_template_kwargs: the chat template does not read %r, so it changes nothing", name)
+    if unread:
+        shown = ", ".join(repr(name[:80]) for name in unread[:SHOWN_NAMES]) + (", ..." if unread[SHOWN_NAMES:] else "")
+        logger.warning("chat_template_kwargs: the chat template does not read %s, so it changes nothing", shown)
 
 
 def unknown_keyword(name: str, known: list[str]) -> str:

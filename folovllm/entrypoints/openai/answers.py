@@ -23,7 +23,12 @@ from folovllm.entrypoints.openai.state import ServerState
 from folovllm.outputs import RequestOutput
 
 Encode = Callable[[str], bytes]  # EventStream.encode
-dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+def dumps(content: Any) -> str:
+    """JSON that has a UTF-8 form: half of a surrogate pair, which an answer may repeat, is written as its escape."""
+    return _to_json(content).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def json_answer(content: dict[str, Any]) -> Response:

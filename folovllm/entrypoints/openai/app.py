@@ -48,14 +48,14 @@ def build_app(state: ServerState) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url=None if options.disable_fastapi_docs else "/openapi.json",
-        root_path=options.root_path,
         redirect_slashes=False,
         responses=_ERRORS,
     )
+    app.root_path = options.root_path  # FastAPI deprecates it as an argument
     app.state.server = state
     for module in (completions, chat, responses, models, tokenization, health, metrics, web):
         app.include_router(module.router)
-    for kind in (ApiError, ValueError, RequestValidationError, HTTPException):
+    for kind in (ApiError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)
     app.add_middleware(BodyLimit, limit=options.max_body_size)  # the layer that is added last is the outermost
     app.add_middleware(Gate, state=state)

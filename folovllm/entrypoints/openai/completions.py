@@ -51,7 +51,7 @@ async def create_completion(state: ServerState, body: CompletionRequest, raw_req
     request_id = answer_id("cmpl", body, raw_request)
 
     async def start() -> tuple[CompletionAnswer, Generation]:
-        with state.admit(len(body.prompt) * body.num_choices):
+        with state.admit(body.num_completions):
             prompts = await completion_prompts(state, body, params.max_tokens)
             answer = CompletionAnswer(body, prompts, request_id, state.model_names[0], state.engine.tokenizer)
             return answer, await Generation.start(state, body, request_id, prompts, params)

@@ -7,11 +7,12 @@ framework included.
     {"error": {"message": "...", "type": "invalid_request_error", "param": "temperature", "code": 400}}
 
 A route raises an ApiError. Everything else that a route may raise is translated by `as_api_error`, so that no traceback
-reaches a client: the complaints of pydantic and of the web framework, the engine's ValueErrors, and internal errors.
+reaches a client: the complaints of pydantic and of the web framework, and internal errors.
 """
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -61,6 +62,15 @@ def bad_request(message: str, param: str | None = None, code: str | int | None =
     return ApiError(400, message, param=param, code=code)
 
 
+@contextlib.contextmanager
+def refusing(param: str | None = None) -> Iterator[None]:
+    """Makes the ValueErrors of the engine's checks answers with status 400. Wrap only what checks a request."""
+    try:
+        yield
+    except ValueError as error:
+        raise bad_request(str(error), param) from None
+
+
 def not_found(message: str, param: str | None = None, code: str | int | None = None) -> ApiError:
     return ApiError(404, message, param=param, code=code)
 
@@ -91,7 +101,8 @@ def error_response(error: ApiError) -> JSONResponse:
 def as_api_error(error: BaseException, request_id: str = "-") -> ApiError:
     """Returns the ApiError for anything that a route or a stream may raise. Logs an internal error with its traceback.
 
-    A ValueError is the engine's or a template's answer to bad input, and its message names the fix.
+    A ValueError counts as internal. The engine and the chat template answer bad input with one, and what calls them
+    makes a `bad_request` of it (see `refusing`): once a request is in the engine, a ValueError is a bug of the server.
     """
     if isinstance(error, ApiError):
         return error
@@ -99,8 +110,6 @@ def as_api_error(error: BaseException, request_id: str = "-") -> ApiError:
         return _of_validation(error.errors())
     if isinstance(error, HTTPException):
         return _of_framework(error)
-    if isinstance(error, ValueError):
-        return bad_request(str(error))
     if isinstance(error, EngineClosingError):
         return shutting_down()
     if isinstance(error, EngineDeadError):

@@ -52,6 +52,7 @@ class Generation:
         generation = cls()
         try:
             for index, prompt in enumerate(prompts):
+                await asyncio.sleep(0)  # other streams have their turn between two prompts
                 generation._streams.append(
                     await state.engine.add_request(
                         f"{engine_id}-{index}", prompt.for_engine(body.cache_salt), params, priority=body.priority or 0

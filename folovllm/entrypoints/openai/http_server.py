@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from folovllm.entrypoints.openai.app import build_app
+from folovllm.entrypoints.openai.http_protocol import HttpProtocol
+from folovllm.entrypoints.openai.listen import why_not_bound
 from folovllm.entrypoints.openai.state import ServerState
 
 SECONDS_TO_FLUSH = 3  # for the last bytes of the answers; a client that does not read gets no more
@@ -22,6 +24,7 @@ class HttpServer(uvicorn.Server):
     def __init__(self, state: ServerState, on_ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
             build_app(state),
+            http=HttpProtocol,
             lifespan="off",
             ws="none",
             log_config=None,  # lifecycle.log_to_stderr
@@ -33,12 +36,16 @@ class HttpServer(uvicorn.Server):
         )
         super().__init__(config)
         self.on_ready = on_ready
+        self.options = state.options
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # two servers that start at the same time can both bind a port
+            raise ValueError(why_not_bound(self.options, error)) from None
         if self.started:
             self.on_ready()

@@ -8,6 +8,7 @@ BaseHTTPMiddleware would put a queue between the route and the socket, and the r
 """
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import time
@@ -27,6 +28,8 @@ LONGEST_PATH = 200  # in the log
 GUARDED = ("/v1", "/live", "/tokenize", "/detokenize")  # these need a key, and end when the server drains
 POLLED = ("/health", "/ping", "/version", "/metrics", "/live")
 CLIENT_CLOSED_REQUEST = 499  # nginx's status, for the log: the client has left before its answer began
+TIMES_DROPPED = 4  # of --max-body-size, of a body that is too large
+SECONDS_DROPPED = 1.0  # between two pieces of it
 BODY_TIMEOUT = 60.0  # seconds that a client may take between two pieces of its body
 
 
@@ -68,7 +71,7 @@ class RequestLog:
 
     def _record(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
         """What is polled is not counted, as in vLLM, and logged only if it fails."""
-        is_polled = scope["path"] in POLLED
+        is_polled = route_path(scope) in POLLED
         if not is_polled:
             route = getattr(scope.get("route"), "path", "none")
             self.metrics.http.observe(route, scope["method"], status, seconds)
@@ -133,8 +136,14 @@ class Gate:
 
 
 def _is_guarded(scope: Scope) -> bool:
-    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    path = route_path(scope)
     return any(path == prefix or path.startswith(f"{prefix}/") for prefix in GUARDED)
+
+
+def route_path(scope: Scope) -> str:
+    """The path without --root-path, as the router sees it: otherwise a path could need no key and find its route."""
+    root, path = scope.get("root_path", ""), scope["path"]
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def _bearer(value: str | None) -> bytes:
@@ -160,6 +169,8 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         length = header(scope, b"content-length") or "0"
         if not length.isdecimal() or int(length[:20]) > self.limit:
+            if header(scope, b"expect") is None:
+                await self._read_on(receive)
             raise self._too_large()
         if length != "0" or header(scope, b"transfer-encoding") is not None:
             _check_content_type(header(scope, b"content-type"))
@@ -175,13 +186,26 @@ class BodyLimit:
             size += len(message.get("body", b""))
             is_complete = not message.get("more_body", False)
             if size > self.limit:
+                await self._read_on(receive)
                 raise self._too_large()
             return message
 
         await self.app(scope, counted_receive, send)
 
+    async def _read_on(self, receive: Receive) -> None:
+        """Drops the rest of a body that is too large, within bounds. If the connection was closed while the client
+        still sends, the client would see a broken connection instead of the answer.
+        """
+        size, is_complete = 0, False
+        with contextlib.suppress(TimeoutError):
+            while not is_complete and size <= TIMES_DROPPED * self.limit:
+                async with asyncio.timeout(SECONDS_DROPPED):
+                    message = await receive()
+                size += len(message.get("body", b""))
+                is_complete = not message.get("more_body", False)
+
     def _too_large(self) -> ApiError:
-        # The rest of the body is not read, so the connection cannot be used again.
+        # The body may not have been read to its end, so the connection cannot be used again.
         message = f"the body is larger than {self.limit} bytes; the server's --max-body-size sets this limit"
         return ApiError(413, message, headers={"Connection": "close"})
 

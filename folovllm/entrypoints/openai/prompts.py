@@ -7,15 +7,17 @@ A text is refused by its length in characters before it is tokenised: tokenising
 longer than the longest entry of the vocabulary.
 """
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from folovllm.engine.input_processor import InputProcessor
-from folovllm.entrypoints.openai.errors import ApiError, bad_request
+from folovllm.entrypoints.openai.errors import ApiError, bad_request, refusing
 from folovllm.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from folovllm.entrypoints.openai.sampling import as_bad_request
 from folovllm.entrypoints.openai.state import ServerState
 
+MAX_CHARACTERS = 4_000_000  # of a text that is truncated or only tokenised: 30 MB take many seconds and much memory
 MAX_COMPLETIONS = 1024  # in one request: prompts x n
 
 
@@ -38,6 +40,7 @@ async def completion_prompts(
     limit = Limit.of(state, body, "prompt", max_tokens)
     prompts = []
     for prompt in body.prompt:
+        await asyncio.sleep(0)  # other streams have their turn between two prompts
         if isinstance(prompt, str):
             limit.check_characters(len(prompt))
             token_ids = await _encode(state, body, prompt, body.add_special_tokens is not False)
@@ -54,6 +57,7 @@ async def chat_prompt(state: ServerState, body: ChatCompletionRequest, max_token
     check_count(body, 1)
     limit = Limit.of(state, body, "messages", max_tokens)
     limit.check_characters(sum(map(len, _texts(body.messages))))
+    limit.check_entries(sum(map(_num_entries, body.messages)))
     try:
         rendered = await state.engine.render_chat(
             body.messages,
@@ -112,6 +116,13 @@ class Limit(NamedTuple):
         if self.keep is None and not self.input_processor.may_fit(count):
             most = self.input_processor.max_characters
             raise self._too_long(f"has {count} characters, and {self.max_model_len} tokens hold at most {most}")
+        if count > MAX_CHARACTERS and not self.input_processor.may_fit(count):
+            raise self._too_long(f"has {count} characters, and at most {MAX_CHARACTERS} may be truncated")
+
+    def check_entries(self, count: int) -> None:
+        """Raises ApiError (400) for a conversation that takes long to render, though its texts may be empty."""
+        if count > self.max_model_len:
+            raise self._too_long(f"has {count} messages, parts of messages and tool calls, more than its tokens")
 
     def fit(self, token_ids: list[int]) -> list[int]:
         """The token ids, truncated if the request says so. Raises ApiError (400) if there is no room for an answer."""
@@ -123,12 +134,9 @@ class Limit(NamedTuple):
 
     def _too_long(self, what: str) -> ApiError:
         """OpenAI's code for it, and its words: several client libraries look for either."""
-        return bad_request(
-            f"This model's maximum context length is {self.max_model_len} tokens. The prompt {what}: shorten it, or"
-            ' send "truncate_prompt_tokens": -1 to keep its end.',
-            self.field,
-            "context_length_exceeded",
-        )
+        or_else = ', or send "truncate_prompt_tokens": -1 to keep its end' if self.keep is None else ""
+        words = f"This model's maximum context length is {self.max_model_len} tokens. The prompt {what}: shorten it"
+        return bad_request(f"{words}{or_else}.", self.field, "context_length_exceeded")
 
 
 def _check_template(state: ServerState) -> None:
@@ -153,7 +161,14 @@ def _decode(state: ServerState, token_ids: list[int]) -> str:
     if state.engine.tokenizer is None:
         message = 'echo needs the text of the prompt, and this server has no tokenizer: send "echo": false'
         raise bad_request(message, "echo")
+    with refusing("prompt"):
+        state.engine.input_processor.check_vocabulary("the prompt", token_ids)
     return state.engine.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+
+def _num_entries(message: dict[str, Any]) -> int:
+    """A message, its parts and its tool calls."""
+    return 1 + sum(len(value) for value in (message.get("content"), message.get("tool_calls")) if type(value) is list)
 
 
 def _texts(messages: list[dict[str, Any]]) -> Iterator[str]:

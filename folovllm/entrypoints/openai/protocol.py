@@ -72,6 +72,11 @@ class GenerationRequest(ApiModel):
         """The number of answers to each prompt."""
         return 1 if self.n is None else self.n
 
+    @property
+    def num_completions(self) -> int:
+        """The number of answers to all prompts."""
+        return self.num_choices
+
 
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
@@ -92,6 +97,10 @@ class CompletionRequest(GenerationRequest):
         if not prompts:
             raise ValueError(f"is an empty list; it must be {_PROMPT_FORMS}")
         return prompts
+
+    @property
+    def num_completions(self) -> int:
+        return len(self.prompt) * self.num_choices
 
 
 class ChatCompletionRequest(GenerationRequest):

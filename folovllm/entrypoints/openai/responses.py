@@ -136,6 +136,8 @@ def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if item.get("type", "message") != "message":
             raise bad_request(f"{where} has the type {item['type']!r}, and only messages are supported", "input")
         content = item.get("content")
+        if content is None and item.get("role") != "assistant":
+            raise bad_request(f"{where} needs a content, which only an assistant's message may lack", "input")
         if isinstance(content, list):
             content = [_part(part, where) for part in content]
         messages.append({"role": item.get("role"), "content": content})

@@ -15,6 +15,9 @@ from folovllm.sampling_params import RequestOutputKind, SamplingParams
 
 COMPLETION_TOKENS = 16  # what /v1/completions gives if a request does not say; a chat fills the context
 MAX_STOPS = 4
+MAX_CHARACTERS = 10_000  # of all texts in `stop`, of those in `bad_words`, and of `cache_salt`
+MAX_BAD_WORDS = 1000  # each is tokenised twice
+MAX_TOKEN_IDS = 2**18  # in `logit_bias`, `allowed_token_ids` and `stop_token_ids`, times the completions
 MAX_LOGIT_BIAS = 100.0  # beyond it a bias counts as this much, as in vLLM
 _DECIDED_BY_API = ("max_tokens", "prompt_logprobs", "logit_bias")
 _SAME = [  # the other fields that a body and SamplingParams have in common
@@ -84,6 +87,7 @@ def _params(
     _check_max_tokens(body, own["max_tokens"], max_model_len)
     if isinstance(body.stop, list) and len(body.stop) > MAX_STOPS:
         raise bad_request(f"stop holds {len(body.stop)} texts: {MAX_STOPS} are allowed", "stop")
+    _check_sizes(body)
     given = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
     values = {**defaults, **given, **own, "logit_bias": _logit_bias(body.logit_bias), "output_kind": kind}
@@ -91,6 +95,29 @@ def _params(
         return SamplingParams(**values)
     except ValueError as error:
         raise as_bad_request(error, body) from None
+
+
+def _check_sizes(body: GenerationRequest) -> None:
+    """Raises ApiError (400) for a field that is too large.
+
+    Each of the completions that a request asks for has a copy on its way to the engine. And the event loop checks the
+    fields, so that all streams wait meanwhile.
+    """
+    texts = {"stop": [body.stop] if isinstance(body.stop, str) else body.stop, "bad_words": body.bad_words}
+    for name, values in [*texts.items(), ("cache_salt", [body.cache_salt or ""])]:
+        if (count := sum(map(len, values or ()))) > MAX_CHARACTERS:
+            raise bad_request(f"{name} holds {count} characters: {MAX_CHARACTERS} are allowed", name)
+    if len(body.bad_words or ()) > MAX_BAD_WORDS:
+        raise bad_request(
+            f"bad_words holds {len(body.bad_words or ())} words: {MAX_BAD_WORDS} are allowed", "bad_words"
+        )
+    for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+        if (count := len(getattr(body, name) or ()) * body.num_completions) > MAX_TOKEN_IDS:
+            raise bad_request(
+                f"{name} holds {count} token ids, counted for each completion: {MAX_TOKEN_IDS} are allowed; list fewer,"
+                " or spread the prompts over several requests",
+                name,
+            )
 
 
 def _check_max_tokens(body: GenerationRequest, max_tokens: int | None, max_model_len: int) -> None:

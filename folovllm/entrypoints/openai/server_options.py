@@ -8,6 +8,7 @@ Nothing here imports the web framework: a wrong option is answered at once. The 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from folovllm.checks import check_bool, check_choice, check_int, check_number
 
@@ -40,6 +41,12 @@ class ServerOptions:
         check_int("max_queue", self.max_queue, low=0)
         check_int("max_body_size", self.max_body_size, low=1)
         check_number("shutdown_timeout", self.shutdown_timeout, 0.0, 86400.0)
+        if self.uds is not None and not Path(self.uds).name:
+            raise ValueError(f"uds must be the path of a file, got {self.uds!r}")
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise ValueError(
+                f"root_path must begin with a slash and not end with one, as in /llm, got {self.root_path!r}"
+            )
         check_choice("uvicorn_log_level", self.uvicorn_log_level, LOG_LEVELS)
         for name in (
             "log_requests",
