@@ -57,7 +57,7 @@ async def chat_prompt(state: ServerState, body: ChatCompletionRequest, max_token
     check_count(body, 1)
     limit = Limit.of(state, body, "messages", max_tokens)
     limit.check_characters(sum(map(len, _texts(body.messages))))
-    limit.check_entries(sum(map(_num_entries, body.messages)))
+    limit.check_entries(body.messages)
     try:
         rendered = await state.engine.render_chat(
             body.messages,
@@ -119,8 +119,9 @@ class Limit(NamedTuple):
         if count > MAX_CHARACTERS and not self.input_processor.may_fit(count):
             raise self._too_long(f"has {count} characters, and at most {MAX_CHARACTERS} may be truncated")
 
-    def check_entries(self, count: int) -> None:
+    def check_entries(self, messages: list[dict[str, Any]]) -> None:
         """Raises ApiError (400) for a conversation that takes long to render, though its texts may be empty."""
+        count = sum(map(_num_entries, messages))
         if count > self.max_model_len:
             raise self._too_long(f"has {count} messages, parts of messages and tool calls, more than its tokens")
 

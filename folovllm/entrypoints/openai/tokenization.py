@@ -13,7 +13,7 @@ from pydantic import Field
 from folovllm.engine.tokenizer import Tokenizer
 from folovllm.entrypoints.openai.chat import check_messages
 from folovllm.entrypoints.openai.errors import bad_request, refusing
-from folovllm.entrypoints.openai.prompts import MAX_CHARACTERS
+from folovllm.entrypoints.openai.prompts import MAX_CHARACTERS, Limit
 from folovllm.entrypoints.openai.protocol import ApiModel
 from folovllm.entrypoints.openai.refusals import check_extra_fields
 from folovllm.entrypoints.openai.state import ServerState, server_state
@@ -62,7 +62,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeAnswer:
     tokenizer = _tokenizer(state)
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("the body needs either a prompt or messages", "prompt")
-    token_ids = await (_of_text(state, body) if body.messages is None else _of_conversation(state, body))
+    with refusing("prompt" if body.messages is None else "messages"):
+        token_ids = await (_of_text(state, body) if body.messages is None else _of_conversation(state, body))
     strings = [tokenizer.backend.id_to_token(i) or "" for i in token_ids] if body.return_token_strs else None
     return TokenizeAnswer(
         count=len(token_ids), max_model_len=state.engine.config.max_model_len, tokens=token_ids, token_strs=strings
@@ -73,24 +74,23 @@ async def _of_text(state: ServerState, body: TokenizeRequest) -> list[int]:
     text = body.prompt or ""
     if len(text) > MAX_CHARACTERS:
         raise bad_request(f"prompt holds {len(text)} characters: {MAX_CHARACTERS} are allowed", "prompt")
-    with refusing("prompt"):
-        return await state.engine.encode(text, body.add_special_tokens is not False)
+    return await state.engine.encode(text, body.add_special_tokens is not False)
 
 
 async def _of_conversation(state: ServerState, body: TokenizeRequest) -> list[int]:
     messages = body.messages or []
     check_messages(messages)
-    with refusing("messages"):
-        prompt = await state.engine.render_chat(
-            messages,
-            state.chat_template,
-            body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-            chat_template_kwargs=body.chat_template_kwargs,
-            tools=body.tools,
-        )
-        if body.add_special_tokens:
-            return await state.engine.encode(prompt["prompt"], True)
+    Limit("messages", state.engine.input_processor, keep=None).check_entries(messages)
+    prompt = await state.engine.render_chat(
+        messages,
+        state.chat_template,
+        body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        chat_template_kwargs=body.chat_template_kwargs,
+        tools=body.tools,
+    )
+    if body.add_special_tokens:
+        return await state.engine.encode(prompt["prompt"], True)
     token_ids: list[int] = prompt["prompt_token_ids"]
     return token_ids
 
