@@ -5,8 +5,9 @@ pytest -m m3 --mine
 """
 
 import dataclasses
+import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,17 @@ def pytest_configure(config: pytest.Config) -> None:
         replace_parts(mine | parse_parts(config.getoption("--part")))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were() -> Iterator[None]:
+    """A command that ran in this process may have set up the loggers, and the next test's caplog would see nothing."""
+    loggers = [logging.getLogger(name) for name in ("folovllm", "uvicorn")]
+    before = [(list(log.handlers), log.propagate, log.level) for log in loggers]
+    yield
+    for log, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        log.handlers[:], log.propagate = handlers, propagate
+        log.setLevel(level)
 
 
 def replace_parts(parts: dict[str, str]) -> None:

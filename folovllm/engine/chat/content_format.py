@@ -1,7 +1,7 @@
 """Does a chat template walk lists of content parts, or does it want strings? The answer is read off its syntax tree.
 
 Milestone: M1. vLLM counterpart: vllm/entrypoints/chat_utils.py (`_detect_content_format`), and for the role
-"developer" `_detect_developer_role_support` (vllm/renderers/hf.py of vLLM 0.32). vLLM follows plain
+"developer" a later release's `_detect_developer_role_support` (seen in 0.32). vLLM follows plain
 assignments; this also follows macros, namespaces, conditional expressions and `.get("content")`.
 
     {% set rest = messages[1:] %}              rest: a list of messages
