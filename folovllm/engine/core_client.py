@@ -3,7 +3,7 @@
 Milestone: M8. vLLM counterparts: vllm/v1/engine/core_client.py (`AsyncMPClient`) and vllm/v1/engine/utils.py
 (`CoreEngineProcManager`); there zmq sockets connect the two. Left out: several engines, remote ones, elastic scaling.
 
-A client must never make the event loop wait, nor the engine:
+A client must never make the event loop wait, nor the engine, unless the event loop is a thousand steps behind:
 
     event loop --send()--> queue --writer thread--> pipe --> the loop's inbox, which it empties between two steps
     event loop <--call_soon_threadsafe-- reader thread <-- pipe <-- the loop sends after each step
@@ -32,6 +32,8 @@ from folovllm.engine.start_core import ExecutorFactory, QueueInbox, build_core, 
 
 logger = logging.getLogger(__name__)
 
+MAX_UNDELIVERED = 1024  # messages that the event loop has not handled yet; then the engine waits for it
+
 
 class EngineDeadError(RuntimeError):
     """The engine cannot serve any more. The text is the cause."""
@@ -46,6 +48,7 @@ class CoreClient(ABC):
         self._early_messages: list[UpMessage] = []  # after the first one, and before `subscribe`
         self._receive: Callable[[UpMessage], None] = self._early_messages.append
         self._is_closing = False
+        self._undelivered = threading.Semaphore(MAX_UNDELIVERED)  # acquired for each message on its way
 
     @abstractmethod
     def launch(self) -> None:
@@ -76,11 +79,18 @@ class CoreClient(ABC):
             receive(self._early_messages.pop(0))
 
     def _deliver(self, message: UpMessage) -> None:
-        """Hands a message to the event loop, from any thread."""
-        with contextlib.suppress(RuntimeError):  # the event loop is closed, and with it all streams
+        """Hands a message to the event loop, from any thread.
+
+        If steps come faster than the event loop handles their outputs, this waits, and with it the engine. Otherwise
+        the outputs on their way would grow without bound, and every client would be further and further behind.
+        """
+        while not self._undelivered.acquire(timeout=0.1) and not self._is_closing:
+            pass
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: there is no one to tell
             self._event_loop.call_soon_threadsafe(self._dispatch, message)
 
     def _dispatch(self, message: UpMessage) -> None:
+        self._undelivered.release()
         if not self._first_message.done():
             self._first_message.set_result(message)
         elif not self._is_closing:

@@ -448,9 +448,9 @@ async def test_priority_where_the_scheduler_has_it(client):
     assert (await client.complete(prompt=IDS, max_tokens=1, priority=-5)).status == 200
 
 
-@with_client(options={"max_queue": 0}, max_num_seqs=2)
+@with_client(executor_factory=slow_executor, options={"max_queue": 0}, max_num_seqs=2)
 async def test_a_full_server_answers_429(client):
-    first = asyncio.create_task(client.complete(prompt=[IDS, [5]], max_tokens=200))
+    first = asyncio.create_task(client.complete(prompt=[IDS, [5]], max_tokens=100))
     await eventually(lambda: client.engine.num_unfinished == 2)
     answer = await client.complete(prompt=IDS)
     assert answer.status == 429 and answer.headers["retry-after"] == "1"

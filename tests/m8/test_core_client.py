@@ -220,3 +220,23 @@ def test_a_request_class_from_a_file_crosses_the_pipe(tmp_path):
             assert await collect(stream) == oracle(prompt_ids(1), 5)
 
     run_async(test)
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+def test_an_engine_that_is_too_fast_waits_for_the_event_loop(in_process, monkeypatch):
+    """Steps without a front end that handles them: at most MAX_UNDELIVERED messages are on their way to it."""
+    monkeypatch.setattr("folovllm.engine.core_client.MAX_UNDELIVERED", 4)
+    stalled_at = []
+
+    async def main() -> None:
+        async with make_async_llm(in_process=in_process, max_model_len=2048, num_kv_blocks=300) as engine:
+            stream = await engine.add_request("a", [1, 2, 3], greedy(2000))
+            await stream.__anext__()
+            time.sleep(0.3)  # the event loop stalls: hundreds of fake steps' time
+            stalled_at.append(len(engine._client._event_loop._ready))
+            tokens = [token async for output in stream for token in output.outputs[0].token_ids]
+            assert tokens == oracle([1, 2, 3], 2000)[-len(tokens) :]
+            await assert_all_free(engine)
+
+    run_async(main)
+    assert stalled_at[0] <= 4 + 4  # and a few callbacks of the event loop's own
