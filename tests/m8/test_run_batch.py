@@ -23,7 +23,7 @@ from folovllm.entrypoints.openai_client import Answer, ServerError
 from folovllm.executor.fake import FakeExecutor
 from tests.m1.tiny_tokenizers import byte_level
 from tests.m8.openai_double import running_double
-from tests.m8.server_process import CHAT_TEMPLATE, running_server
+from tests.m8.server_process import CHAT_TEMPLATE, running_server, slow_executor
 from tests.m8.serving_helpers import (
     VOCAB_SIZE,
     assert_all_free,
@@ -389,7 +389,7 @@ def test_many_more_requests_than_run_at_once():
 
 def test_a_batch_that_is_cancelled_leaves_nothing_in_the_engine():
     async def main():
-        async with make_async_llm(max_model_len=8192, num_kv_blocks=2000) as engine:
+        async with make_async_llm(slow_executor, max_model_len=8192, num_kv_blocks=2000) as engine:
             application = build_app(make_state(engine, ServerOptions()))
             items = read_batch(
                 [request(str(i), body={"prompt": [i + 1], "max_tokens": 8000, "ignore_eos": True}) for i in range(9)]
