@@ -11,27 +11,17 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
 #include <optional>
 
 #include "ops.h"
 #include "row_ops.h"
+#include "tensor_checks.h"
 #include "thread_team.h"
 
 namespace folovllm {
 namespace {
 
 constexpr int64_t kGrain = 1 << 14; // numbers; less work than this is done before another thread wakes up
-
-template <typename T>
-inline Floats load_or(const T* p, int64_t count, float otherwise) {
-  T buffer[kLanes];
-  std::fill_n(buffer, kLanes, static_cast<T>(otherwise));
-  std::memcpy(buffer, p, count * sizeof(T));
-  return load(buffer);
-}
 
 int64_t rows_per_thread(int64_t size) {
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size));
@@ -56,43 +46,6 @@ struct Rows {
 at::Tensor with_dense_rows(const at::Tensor& x) {
   const bool fits = (x.dim() == 2 || x.dim() == 3) && x.stride(-1) == 1;
   return fits ? x : x.reshape({-1, x.size(-1)}).contiguous();
-}
-
-template <typename T>
-void silu_and_mul_row(const T* gate, const T* up, T* out, int64_t size) {
-  for_each_vector(size, [&](int64_t i, int64_t count) {
-    const Floats g = load_some(gate + i, count);
-    store_some(out + i, g / (1.0f + exp(-g)) * load_some(up + i, count), count);
-  });
-}
-
-// The place of the largest of `size` numbers, the first among equals. A NaN counts as the largest. The row is passed
-// over in runs of 1,024 numbers, of which only the maxima are compared; then only the winning run is searched.
-template <typename T>
-int64_t first_argmax(const T* row, int64_t size) {
-  constexpr int64_t kRun = 1024;
-  float best = -std::numeric_limits<float>::infinity();
-  int64_t winner = 0;
-  for (int64_t first = 0; first < size; first += kRun) {
-    Floats highest = Floats{} + best;
-    Bits is_nan = {};
-    for_each_vector(std::min(kRun, size - first), [&](int64_t i, int64_t count) {
-      // The buffer of a partial vector would hold zeros beyond the row's end, which might win. The best so far cannot.
-      const Floats v = count == kLanes ? load(row + first + i) : load_or(row + first + i, count, best);
-      highest = v > highest ? v : highest;
-      is_nan |= (Bits)(v != v);
-    });
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      if (is_nan[lane] != 0) {
-        return std::find_if(row + first, row + size, [](T x) { return x != x; }) - row;
-      }
-      if (highest[lane] > best) {
-        best = highest[lane];
-        winner = first;
-      }
-    }
-  }
-  return std::find_if(row + winner, row + size, [best](T x) { return static_cast<float>(x) == best; }) - row;
 }
 
 } // namespace

@@ -12,6 +12,7 @@
 #include "ops.h"
 #include "kv_pages.h"
 #include "row_ops.h"
+#include "tensor_checks.h"
 #include "thread_team.h"
 
 namespace folovllm {
