@@ -112,7 +112,7 @@ def build(cache_dir: Path, source_dir: Path = SOURCE_DIR, extra_flags: tuple[str
 
 
 def _target(cache_dir: Path, source_dir: Path, compiler: str, extra_flags: tuple[str, ...], isa: str) -> Path:
-    """The folder of a library. What it is called depends on the flags that we want; the compiler decides which it takes."""
+    """The folder of a library. Its name depends on the flags that we want, not on those that the compiler takes."""
     files = [*sorted(source_dir.glob("*.cpp")), *sorted(source_dir.glob("*.h"))]
     wanted = (isa, *level_named(isa).flags, *extra_flags)
     return cache_dir / cache_key(files, compiler, wanted)
@@ -161,7 +161,7 @@ def _build_locked(compiler: str, isa: str, extra_flags: tuple[str, ...], sources
 
 
 def compile_flags(compiler: Compiler, isa: str) -> list[str]:
-    """The flags of a level, of those that the compiler accepts. Raises BuildError if it refuses one that must be there."""
+    """The flags of a level that the compiler accepts. Raises BuildError if it refuses one that must be there."""
     flags = compiler.require(FLAGS, f"which FoloVLLM needs; install a newer one: {how_to_install()}")
     flags += compiler.first_accepted(level_named(isa).flags, f"which cpu_isa={isa!r} needs; a newer compiler may")
     flags += compiler.accepted(GCC_FLAGS)
@@ -171,7 +171,7 @@ def compile_flags(compiler: Compiler, isa: str) -> list[str]:
 
 
 def _compile(command: list[str], sources: list[Path], folder: Path) -> None:
-    """Compiles the sources, the longest first, then links them into one library. `command`: the compiler and its flags."""
+    """Compiles the sources, longest first, then links them into one library. `command`: the compiler and its flags."""
     torch_dir = Path(torch.__file__).parent
     includes = [f"-I{torch_dir / 'include'}", f"-I{torch_dir / 'include/torch/csrc/api/include'}"]
     command = [*command, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", *includes]

@@ -59,7 +59,7 @@ class Compiler:
         return [flag for flag in flags if self.refusal((flag,)) is None]
 
     def first_accepted(self, flags: tuple[str, ...], why: str) -> list[str]:
-        """The first of `flags` that is accepted, as a list; without any flags, none. Raises BuildError if all are refused."""
+        """The first of `flags` that is accepted, as a list. Raises BuildError if all are refused."""
         refusals = []
         for flag in flags:
             refusal = self.refusal((flag,))
