@@ -34,7 +34,7 @@ SOURCE_DIR = Path(__file__).parent
 LIBRARY = "folovllm_ops.so"
 COMPILERS = ("g++", "clang++", "c++")
 # -march=native: the library stays on the machine that built it. No -ffast-math: the kernels compute with infinities.
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC")
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-pthread", "-fPIC")
 NO_PREFETCH = "-DFOLOVLLM_NO_PREFETCH"  # an extra flag: prefetch.h then compiles to nothing, for reading and measuring
 
 
