@@ -1,19 +1,21 @@
 // The threads that compute: a job is cut into parts, and each thread does one of them.
 //
-// Milestone: M4. vLLM counterpart: none (its CPU kernels open OpenMP regions, whose threads all have to arrive and all
+// Milestone: M4. vLLM counterpart: none (its CPU kernels open OpenMP regions, in which all threads have to arrive and all
 // have to finish).
 //
 // The thread that calls `run` leads: it offers a part to each worker, does its own part, and then takes back every part
-// that no worker has begun. So a worker that the operating system does not let run costs no time, but it does not help
-// either. The leader waits only for parts that have been begun.
+// that no worker has begun. So a worker that the operating system does not let run does not delay the job. The leader
+// waits only for parts that have been begun.
 //
-//   leader      offers part 1 | does part 0 ........ | part 1 is begun: waits        | next job
-//   worker 1                    | does part 1 ........................ |
+//   leader      offers part 1 | does part 0 ........ | waits for part 1             | next job
+//   worker 1                    | begins part 1 .................................. |
 //
-//   leader      offers part 1 | does part 0 ........ | takes part 1 back, does it .. | next job
+//   leader      offers part 1 | does part 0 ........ | takes part 1 back and does it | next job
 //   worker 1                    (another program runs on its core)
 //
-// How a job is cut must depend on `size()` alone and never on who takes part, so that the results do not depend on it.
+// A worker can also lose its core in the middle of a part, and then the leader does wait. If that happens repeatedly, the
+// worker sits out for a while (thread_team.cpp). How a job is cut depends on `size()` alone and never on who takes part,
+// so that the results do not depend on it.
 
 #pragma once
 
@@ -22,16 +24,23 @@
 
 namespace folovllm {
 
+// A function of a part's number, called for all parts from 0 to num_parts.
+struct Job {
+  int64_t num_parts;
+  const void* f;
+  void (*call)(const void* f, int64_t part);
+};
+
 class ThreadTeam {
  public:
-  // The number of threads that a job is planned for: that of torch, which the engine argument cpu_threads sets.
+  // The number of threads that a job is planned for: torch.get_num_threads(), which the engine argument cpu_threads sets.
   static int64_t size();
 
-  // 0 on the leader, 1 .. size() - 1 on the workers. A leader does the parts of others too, so this is not the part.
+  // 0 on the leader, 1 .. size() - 1 on the workers. The leader also does parts of others: this is not a part's number.
   static int64_t thread_index();
 
-  // Calls f(part) for each part from 0 to num_parts, in parallel, and returns when all calls have returned. The first
-  // exception is thrown again. If the team is at work already (for another caller, or because `f` calls `run`), this
+  // Calls f(part) for each part from 0 to num_parts, in parallel, and returns when all calls have returned. Throws the
+  // first exception of `f`. If the team is at work already (for another caller, or because `f` calls `run`), the calling
   // thread does all parts itself.
   template <typename F>
   static void run(int64_t num_parts, const F& f) {
@@ -49,11 +58,17 @@ class ThreadTeam {
     run(parts, [&](int64_t part) { f(count * part / parts, count * (part + 1) / parts); });
   }
 
-  struct Job {
-    int64_t num_parts;
-    const void* f;
-    void (*call)(const void* f, int64_t part);
+  // What has happened since the library was loaded.
+  struct Stats {
+    int64_t jobs;              // with more than one part
+    int64_t parts_by_workers;  // the leaders have done all other parts
+    int64_t waits;             // times a leader slept until a part was done
+    int64_t absences;          // times a worker began to sit out
   };
+  static Stats stats();
+
+  // For tests: from now on, threads come late, pause and stay away at random. 0 ends that.
+  static void disturb(uint64_t seed);
 
  private:
   static void run_job(const Job& job);
