@@ -9,13 +9,14 @@
 
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <numeric>
 #include <utility>
 #include <vector>
+
+#include "thread_team.h"
 
 namespace folovllm {
 
@@ -62,8 +63,7 @@ class AttentionPlan {
     TORCH_CHECK(num_heads % num_kv_heads_ == 0 && queries_per_kv() <= kMaxRows, num_heads, " query heads for ",
                 num_kv_heads_, " KV heads; at most ", kMaxRows, " may share one");
     check(query_start_loc, seq_lens, block_table, kv_cache.size(3) / head_size);
-    // Inside another parallel region there is only one thread. One thread gains nothing from parts.
-    const int64_t num_threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    const int64_t num_threads = ThreadTeam::size();  // one thread gains nothing from parts
     const int64_t work = list_outputs();
     assign_owners(work < kSerialWork ? 1 : num_threads);
     for (Output& output : outputs) {

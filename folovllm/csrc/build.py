@@ -41,7 +41,7 @@ SOURCE_DIR = Path(__file__).parent
 LIBRARY = "folovllm_ops.so"
 # No -ffast-math: the kernels compute with infinities. Hidden symbols, and (for g++) no symbols that are unique in the
 # process: two levels in one process must not share a function or a static variable of the headers that they include.
-FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
+FLAGS = ("-std=c++20", "-O3", "-pthread", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
 GCC_FLAGS = ("-fno-gnu-unique",)  # clang makes no such symbols and refuses the flag
 LIMITED_FLAGS = ("-mtune=native",)  # fewer instructions, arranged for this CPU
 NO_PREFETCH = "-DFOLOVLLM_NO_PREFETCH"  # an extra flag: prefetch.h then compiles to nothing, for reading and measuring

@@ -177,16 +177,14 @@ class DecoderStack : public torch::CustomClassHolder {
     list_pages(queue, kv_caches[0], seq_lens, block_table, cos, [&](int64_t sequence) { return plan.owner(sequence); });
     at::Tensor x = hidden;
     const size_t last = layers_.size() - 1;
-    ThreadTeam::in_one_region([&] {
-      for (size_t i = 0; i <= last; ++i) {
-        const bool fetched = queue.fetched();
-        if (i < last) {
-          queue.start(kv_caches[i + 1].const_data_ptr());
-        }
-        x = run_layer(step, i, x, residual, kv_caches[i], fetched, i < last ? &queue : nullptr,
-                      i == last && selection ? &*selection : nullptr);
+    for (size_t i = 0; i <= last; ++i) {
+      const bool fetched = queue.fetched();
+      if (i < last) {
+        queue.start(kv_caches[i + 1].const_data_ptr());
       }
-    });
+      x = run_layer(step, i, x, residual, kv_caches[i], fetched, i < last ? &queue : nullptr,
+                    i == last && selection ? &*selection : nullptr);
+    }
     return {x, residual};
   }
 

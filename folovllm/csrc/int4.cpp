@@ -116,7 +116,7 @@ template <typename T, bool kGated, typename Rows>
 void multiply_all(const Int4Problem& p, const Rows& x, T* out, int64_t units) {
   const int64_t total = (p.rows + kPanelRows - 1) / kPanelRows * units;
   const int64_t bytes = units * (kGated ? 2 : 1) * p.groups * p.group_bytes();
-  const int64_t workers = std::clamp<int64_t>(bytes / kGrainBytes, 1, at::get_num_threads());
+  const int64_t workers = std::clamp<int64_t>(bytes / kGrainBytes, 1, ThreadTeam::size());
   WorkRanges(total, workers).for_each([&](int64_t /*thread*/, int64_t i, int64_t next) {
     multiply_unit<T, kGated>(p, x, out, i / units, i % units, next == WorkRanges::kNone ? 0 : next % units);
   });

@@ -3,7 +3,6 @@
 // Milestone: M7. vLLM counterpart: gptq_marlin_repack (csrc/quantization/gptq_marlin). In torch either would be a dozen
 // passes over every weight, and loading took ten times as long.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -12,6 +11,7 @@
 #include <algorithm>
 
 #include "int4_layout.h"
+#include "thread_team.h"
 
 namespace folovllm {
 namespace {
@@ -32,7 +32,7 @@ at::Tensor pack_int4(const at::Tensor& levels, const at::Tensor& order, int64_t 
   const uint8_t* from = levels.const_data_ptr<uint8_t>();
   const int32_t* input_of = order.const_data_ptr<int32_t>();
   uint8_t* to = packed.mutable_data_ptr<uint8_t>();
-  at::parallel_for(0, blocks, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
+  ThreadTeam::run_ranges(blocks, /*grain=*/1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * chunks; i < end * chunks; ++i) {
       const int64_t first = i / chunks * kInt4Block, count = std::min(kInt4Block, outputs - first);
       for (int64_t j = 0; j < kInt4Chunk; ++j) {
@@ -71,7 +71,7 @@ at::Tensor int4_to_bf16(const at::Tensor& levels, const at::Tensor& scales, cons
   const int8_t* zero = zeros.numel() != 0 ? zeros.const_data_ptr<int8_t>() : nullptr;
   const int32_t* input_of = perm.numel() != 0 ? perm.const_data_ptr<int32_t>() : nullptr;
   at::BFloat16* to = packed.mutable_data_ptr<at::BFloat16>();
-  at::parallel_for(0, blocks, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
+  ThreadTeam::run_ranges(blocks, /*grain=*/1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * width; i < end * width; ++i) {
       const int64_t block = i / width, place = i % width, input = input_of == nullptr ? place : input_of[place];
       if (input < 0) {

@@ -166,7 +166,7 @@ void multiply_unit(const LinearProblem& p, int64_t panel, int64_t unit, const at
 template <bool native, bool kGated>
 void multiply_all(const LinearProblem& p, int64_t units) {
   const int64_t size = (kGated ? 2 : 1) * p.pairs * kBlock * 2, total = ceil_div(p.rows, kPanelRows) * units;
-  const int64_t workers = std::clamp<int64_t>(units * size * 2 / kGrainBytes, 1, at::get_num_threads());
+  const int64_t workers = std::clamp<int64_t>(units * size * 2 / kGrainBytes, 1, ThreadTeam::size());
   WorkRanges(total, workers).for_each([&](int64_t thread, int64_t piece, int64_t next) {
     const at::BFloat16* next_weights = next != WorkRanges::kNone
                                            ? p.packed + next % units * size

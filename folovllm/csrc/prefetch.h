@@ -15,7 +15,6 @@
 
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
@@ -23,6 +22,7 @@
 #include <vector>
 
 #include "kv_tile.h"
+#include "thread_team.h"
 
 namespace folovllm {
 
@@ -82,7 +82,7 @@ class PrefetchQueue {
 #ifdef FOLOVLLM_NO_PREFETCH
     return nullptr;
 #endif
-    const size_t thread = at::get_thread_num();
+    const size_t thread = ThreadTeam::thread_index();
     if (thread >= lists_.size()) {
       return nullptr;
     }

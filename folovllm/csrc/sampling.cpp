@@ -17,7 +17,6 @@
 //   sampling_nucleus.h    top_p
 //   sampling_draw.h       the draw
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -31,6 +30,7 @@
 #include "sampling_draw.h"
 #include "sampling_nucleus.h"
 #include "sampling_row.h"
+#include "thread_team.h"
 
 namespace folovllm {
 namespace {
@@ -125,7 +125,7 @@ at::Tensor sample_(
   at::Tensor out = at::zeros({rows}, logits.options().dtype(at::kLong));
   int64_t* tokens = out.mutable_data_ptr<int64_t>();
   float* data = logits.mutable_data_ptr<float>();
-  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+  ThreadTeam::run_ranges(rows, /*grain=*/1, [&](int64_t begin, int64_t end) {
     const c10::InferenceMode no_autograd; // of this thread: softmax writes into memory of our own
     Row row(size);
     for (int64_t r = begin; r < end; ++r) {

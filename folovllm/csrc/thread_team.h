@@ -1,164 +1,77 @@
-// A team of threads that stays together from one parallel operator to the next.
+// The threads that compute: a job is cut into parts, and each thread does one of them.
 //
-// Milestone: M4. vLLM counterpart: none (each of its CPU kernels opens an OpenMP region of its own).
+// Milestone: M4. vLLM counterpart: none (its CPU kernels open OpenMP regions, in which all threads have to arrive and all
+// have to finish).
 //
-// To open and close a parallel region takes 0.9 us if the cores are near each other, and 1.7 us if they are far apart.
-// A decoder layer would open four to eight regions, one for each parallel operator. In a team, all operators share one
-// region: thread 0 leads and runs the program, and the other threads wait in a loop for its next job. A job costs one
-// word's way from core to core and back, 0.05 to 0.3 us.
+// The thread that calls `run` leads: it offers a part to each worker, does its own part, and then takes back every part
+// that no worker has begun. So a worker that the operating system does not let run does not delay the job. The leader
+// waits only for parts that have been begun.
 //
-//   thread 0   norm | start a job: qkv, its own part | wait for the others | start a job: rotary ...
-//   thread 1   wait |                  its part      | report, wait        |              its part ...
+//   leader      offers part 1 | does part 0 ........ | waits for part 1             | next job
+//   worker 1                    | begins part 1 .................................. |
+//
+//   leader      offers part 1 | does part 0 ........ | takes part 1 back and does it | next job
+//   worker 1                    (another program runs on its core)
+//
+// A worker can also lose its core in the middle of a part, and then the leader does wait. If that happens repeatedly, the
+// worker sits out for a while (thread_team.cpp). How a job is cut depends on `size()` alone and never on who takes part,
+// so that the results do not depend on it.
 
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
-#include <atomic>
-#include <exception>
-#include <thread>
-#include <utility>
-#include <vector>
+#include <cstdint>
 
 namespace folovllm {
 
+// A function of a part's number, called for all parts from 0 to num_parts.
+struct Job {
+  int64_t num_parts;
+  const void* f;
+  void (*call)(const void* f, int64_t part);
+};
+
 class ThreadTeam {
  public:
-  // Calls f(thread) for each thread from 0 to num_threads, in parallel, and returns when all calls have returned.
-  // Within `in_one_region` the team's threads do it; otherwise it opens a parallel region.
+  // The number of threads that a job is planned for: torch.get_num_threads(), which the engine argument cpu_threads sets.
+  static int64_t size();
+
+  // 0 on the leader, 1 .. size() - 1 on the workers. The leader also does parts of others: this is not a part's number.
+  static int64_t thread_index();
+
+  // Calls f(part) for each part from 0 to num_parts, in parallel, and returns when all calls have returned. Throws the
+  // first exception of `f`. If the team is at work already (for another caller, or because `f` calls `run`), the calling
+  // thread does all parts itself.
   template <typename F>
-  static void run(int64_t num_threads, const F& f) {
-    if (current() != nullptr && num_threads > 1) {
-      return current()->run_job(num_threads, f);
+  static void run(int64_t num_parts, const F& f) {
+    if (num_parts == 1) {
+      return f(0);
     }
-    at::parallel_for(0, num_threads, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
-      for (int64_t thread = begin; thread < end; ++thread) {
-        f(thread);
-      }
-    });
+    run_job({num_parts, &f, [](const void* body, int64_t part) { (*static_cast<const F*>(body))(part); }});
   }
 
   // Calls f(begin, end) for equal parts of 0 .. count: one for each thread, or fewer if a part would be smaller than
   // `grain`.
   template <typename F>
   static void run_ranges(int64_t count, int64_t grain, const F& f) {
-    const int64_t parts = std::clamp<int64_t>((count + grain - 1) / grain, 1, at::get_num_threads());
+    const int64_t parts = std::clamp<int64_t>((count + grain - 1) / grain, 1, size());
     run(parts, [&](int64_t part) { f(count * part / parts, count * (part + 1) / parts); });
   }
 
-  // Calls program() on this thread, which becomes the leader of a team. Until `program` returns, its calls of `run`
-  // find the other threads waiting.
-  template <typename F>
-  static void in_one_region(const F& program) {
-    const int64_t num_threads = at::get_num_threads();
-    if (num_threads == 1 || at::in_parallel_region()) {
-      return program();
-    }
-    ThreadTeam team(num_threads);
-    at::parallel_for(0, num_threads, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
-      if (begin > 0) {
-        return team.follow(begin, end);
-      }
-      const Leadership leadership(team, end);
-      program();
-    });
-  }
+  // What has happened since the library was loaded.
+  struct Stats {
+    int64_t jobs;              // with more than one part
+    int64_t parts_by_workers;  // the leaders have done all other parts
+    int64_t waits;             // times a leader slept until a part was done
+    int64_t absences;          // times a worker began to sit out
+  };
+  static Stats stats();
+
+  // For tests: from now on, threads come late, pause and stay away at random. 0 ends that.
+  static void disturb(uint64_t seed);
 
  private:
-  static constexpr int64_t kEnd = -1;       // the number of the last job: followers leave
-  static constexpr int kMaxSpins = 1 << 14; // some 0.2 ms; after that another program may need the core more
-
-  struct alignas(64) Job {  // one line of the cache, which travels at once
-    std::atomic<int64_t> number{0};
-    int64_t num_threads = 0;
-    const void* f = nullptr;
-    void (*call)(const void* f, int64_t thread) = nullptr;
-  };
-  struct alignas(64) Report {  // of one follower
-    std::atomic<int64_t> number{0};  // of the job that it has finished
-    std::exception_ptr error;
-  };
-  struct Leadership {  // its destructor sends the followers home, also if the program throws
-    ThreadTeam& team;
-    Leadership(ThreadTeam& led, int64_t leader_end) : team(led) {
-      team.leader_end_ = leader_end;
-      current() = &team;
-    }
-    ~Leadership() {
-      current() = nullptr;
-      team.job_.number.store(kEnd, std::memory_order_release);
-    }
-  };
-
-  Job job_;
-  std::vector<Report> reports_;
-  int64_t leader_end_ = 1;  // the leader does parts 0 .. leader_end_: OpenMP may give fewer threads than asked for
-
-  explicit ThreadTeam(int64_t num_threads) : reports_(num_threads) {}
-
-  static ThreadTeam*& current() {
-    static thread_local ThreadTeam* team = nullptr;
-    return team;
-  }
-
-  template <typename F>
-  void run_job(int64_t num_threads, const F& f) {
-    job_.num_threads = num_threads;
-    job_.f = &f;
-    job_.call = [](const void* body, int64_t thread) { (*static_cast<const F*>(body))(thread); };
-    const int64_t number = job_.number.load(std::memory_order_relaxed) + 1;
-    job_.number.store(number, std::memory_order_release);
-    const int64_t size = static_cast<int64_t>(reports_.size());
-    std::exception_ptr error = run_parts(0, std::min(leader_end_, num_threads));
-    // A job has more parts than the team has threads only if OpenMP is set to use more threads inside a region.
-    error = error ? error : run_parts(size, num_threads);
-    for (int64_t thread = leader_end_; thread < size; ++thread) {
-      Report& report = reports_[thread];
-      spin_until([&] { return report.number.load(std::memory_order_acquire) == number; });
-      error = error ? error : std::exchange(report.error, nullptr);
-    }
-    if (error) {
-      std::rethrow_exception(error);
-    }
-  }
-
-  // Does the parts begin .. end of every job, until the leader ends the team.
-  void follow(int64_t begin, int64_t end) {
-    for (int64_t last = 0, number = 0;; last = number) {
-      spin_until([&] { return (number = job_.number.load(std::memory_order_acquire)) != last; });
-      if (number == kEnd) {
-        return;
-      }
-      reports_[begin].error = run_parts(begin, std::min(end, job_.num_threads));
-      for (int64_t thread = begin; thread < end; ++thread) {
-        reports_[thread].number.store(number, std::memory_order_release);
-      }
-    }
-  }
-
-  std::exception_ptr run_parts(int64_t begin, int64_t end) const {
-    try {
-      for (int64_t thread = begin; thread < end; ++thread) {
-        job_.call(job_.f, thread);
-      }
-    } catch (...) {
-      return std::current_exception();
-    }
-    return nullptr;
-  }
-
-  template <typename F>
-  static void spin_until(const F& is_true) {
-    for (int spins = 0; !is_true(); ++spins) {
-      if (spins >= kMaxSpins) {
-        std::this_thread::yield();
-      }
-#if defined(__x86_64__)
-      __builtin_ia32_pause();  // the core's other hardware thread may go on, and leaving the loop costs less
-#endif
-    }
-  }
+  static void run_job(const Job& job);
 };
 
 }  // namespace folovllm

@@ -40,40 +40,52 @@ class WorkRanges {
     }
   }
 
-  // Calls f(thread, piece, next) in parallel until all pieces are done. `next` is the piece that the thread does
-  // afterwards, or kNone: a thread takes it early, so that `f` can prefetch for it.
+  // Calls f(thread, piece, next) in parallel until all pieces are done. `next` is the piece that the thread will probably
+  // do afterwards, or kNone, so that `f` can prefetch for it. A thread takes one piece at a time: the pieces of a thread
+  // that loses its core have to wait for it.
   template <typename F>
   void for_each(const F& f) {
     ThreadTeam::run(num_threads(), [&](int64_t thread) {
-      for (int64_t piece = take(thread), next; piece != kNone; piece = next) {
-        next = take(thread);
-        f(thread, piece, next);
+      for (int64_t piece = take(thread); piece != kNone; piece = take(thread)) {
+        f(thread, piece, next(thread));
       }
     });
   }
 
  private:
+  struct alignas(64) Range {  // a line of its own: no thread waits for another's counter
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+
   int64_t num_threads() const {
     return static_cast<int64_t>(ranges_.size());
   }
-  // The next piece for a thread, or kNone.
-  int64_t take(int64_t thread) {
+  // The range from which a thread takes its next piece: its own, or else the first one that has pieces left, or null.
+  Range* range_for(int64_t thread) {
     for (int64_t i = 0; i < num_threads(); ++i) {
       Range& range = ranges_[(thread + i) % num_threads()];
       if (range.next.load(std::memory_order_relaxed) < range.end) {
-        const int64_t piece = range.next++;
-        if (piece < range.end) {
-          return piece;
-        }
+        return &range;
+      }
+    }
+    return nullptr;
+  }
+  int64_t next(int64_t thread) {
+    const Range* range = range_for(thread);
+    const int64_t piece = range == nullptr ? kNone : range->next.load(std::memory_order_relaxed);
+    return range == nullptr || piece >= range->end ? kNone : piece;  // another thread may just have taken the last one
+  }
+  int64_t take(int64_t thread) {
+    while (Range* range = range_for(thread)) {
+      const int64_t piece = range->next++;
+      if (piece < range->end) {
+        return piece;
       }
     }
     return kNone;
   }
 
-  struct alignas(64) Range {  // a line of its own: no thread waits for another's counter
-    std::atomic<int64_t> next;
-    int64_t end;
-  };
   std::vector<Range> ranges_;
 };
 

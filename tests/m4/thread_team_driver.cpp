@@ -1,0 +1,152 @@
+// A program that uses ThreadTeam without torch, for the thread sanitizer and for what ends the process if it fails.
+// tests/m4/test_thread_team.py compiles it with csrc/thread_team.cpp and runs one of its cases.
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "thread_team.h"
+#include "work_ranges.h"
+
+using folovllm::ThreadTeam;
+using folovllm::WorkRanges;
+
+namespace {
+
+constexpr int64_t kThreads = 4, kPieces = 100;
+
+void demand(bool condition, const char* what) {
+  if (!condition) {
+    std::fprintf(stderr, "failed: %s\n", what);
+    std::_Exit(1);
+  }
+}
+
+// Each piece is done exactly once, and `run` returns after the last one: the sums are plain numbers that it reads.
+void check_jobs(int jobs) {
+  for (int job = 0; job < jobs; ++job) {
+    std::vector<int64_t> done(kPieces, 0);
+    WorkRanges(kPieces, kThreads).for_each([&](int64_t, int64_t piece, int64_t next) {
+      demand(next == WorkRanges::kNone || (0 <= next && next < kPieces), "the next piece is a piece");
+      done[piece] += 1;
+    });
+    for (const int64_t count : done) {
+      demand(count == 1, "each piece is done once");
+    }
+    const int64_t parts = 1 + job % (2 * kThreads);  // also more parts than the team has threads
+    std::vector<int64_t> part_done(parts, 0);
+    ThreadTeam::run(parts, [&](int64_t part) { part_done[part] += part + 1; });
+    for (int64_t part = 0; part < parts; ++part) {
+      demand(part_done[part] == part + 1, "each part is done once");
+    }
+  }
+}
+
+// An exception of any part reaches the caller after all parts have ended, and the next job runs.
+void check_exceptions() {
+  for (int64_t bad = 0; bad < kThreads; ++bad) {
+    std::atomic<int> others{0};
+    bool caught = false;
+    try {
+      ThreadTeam::run(kThreads, [&](int64_t part) {
+        if (part == bad) {
+          throw std::runtime_error("part " + std::to_string(part));
+        }
+        ++others;
+      });
+    } catch (const std::runtime_error& error) {
+      caught = error.what() == "part " + std::to_string(bad);
+    }
+    demand(caught && others == kThreads - 1, "the exception of a part is thrown again");
+    check_jobs(3);
+  }
+}
+
+// A part that starts a job does it alone.
+void check_nesting() {
+  std::atomic<int> calls{0};
+  ThreadTeam::run(kThreads, [&](int64_t) {
+    const std::thread::id self = std::this_thread::get_id();
+    ThreadTeam::run(kThreads, [&](int64_t) {
+      demand(std::this_thread::get_id() == self, "a job within a job stays on its thread");
+      ++calls;
+    });
+  });
+  demand(calls == kThreads * kThreads, "all parts of all inner jobs");
+}
+
+// Several threads call at once. None waits for the others' jobs.
+void check_callers() {
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 3; ++i) {
+    callers.emplace_back([] { check_jobs(200); });
+  }
+  for (std::thread& caller : callers) {
+    caller.join();
+  }
+}
+
+// The child of a fork has no workers, and starts its own.
+void check_fork() {
+  check_jobs(10);
+  for (int i = 0; i < 5; ++i) {
+    const pid_t child = fork();
+    if (child == 0) {
+      check_jobs(10);
+      std::exit(0);  // with the handlers that end the team
+    }
+    int status = -1;
+    waitpid(child, &status, 0);
+    demand(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the child computed and ended");
+    check_jobs(10);
+  }
+}
+
+// The process may end while the workers sleep, and while another thread leads them.
+void check_exit(bool busy) {
+  check_jobs(10);
+  if (busy) {
+    std::thread([] { check_jobs(1 << 30); }).detach();
+  }
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  std::exit(0);
+}
+
+}  // namespace
+
+int64_t ThreadTeam::size() {
+  return kThreads;
+}
+
+int main(int argc, char** argv) {
+  const std::string name = argc > 1 ? argv[1] : "";
+  ThreadTeam::disturb(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0);
+  if (name == "jobs") {
+    while (ThreadTeam::stats().parts_by_workers < 100) {  // the first jobs end before the workers have started
+      check_jobs(100);
+    }
+  } else if (name == "exceptions") {
+    check_exceptions();
+  } else if (name == "nesting") {
+    check_nesting();
+  } else if (name == "callers") {
+    check_callers();
+  } else if (name == "fork") {
+    check_fork();
+  } else if (name == "exit") {
+    check_exit(false);
+  } else if (name == "busy exit") {
+    check_exit(true);
+  } else {
+    demand(false, "an unknown case");
+  }
+  std::puts("done");
+}
