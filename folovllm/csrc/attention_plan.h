@@ -9,9 +9,8 @@
 
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <algorithm>
+#include <cstdint>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -44,6 +43,14 @@ struct Output {
   int64_t num_parts;
 };
 
+// What a step's attention is about: sequence s has seq_lens[s] keys, of which the last belong to its queries, the tokens
+// query_start_loc[s] .. query_start_loc[s + 1] of the batch.
+struct AttentionShape {
+  const int32_t* query_start_loc;  // [num_reqs + 1]
+  const int32_t* seq_lens;         // [num_reqs]
+  int64_t num_reqs, num_heads, num_kv_heads, head_size;
+};
+
 class AttentionPlan {
  public:
   std::vector<Output> outputs;
@@ -51,25 +58,14 @@ class AttentionPlan {
   std::vector<int64_t> ends;  // where each thread's tasks end
   int64_t buffer_size = 0;    // numbers in the buffer for all parts
 
-  // For `num_heads` query heads. The tensors are AttentionMetadata's, which must outlive the plan.
-  AttentionPlan(const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
-                const at::Tensor& kv_cache, int64_t num_heads, int64_t head_size)
-      : query_start_loc_(query_start_loc.const_data_ptr<int32_t>()),
-        seq_lens_(seq_lens.const_data_ptr<int32_t>()),
-        num_reqs_(seq_lens.size(0)),
-        num_kv_heads_(kv_cache.size(1)),
-        num_heads_(num_heads),
-        part_row_(padded(head_size) + 2) {
-    TORCH_CHECK(num_heads % num_kv_heads_ == 0 && queries_per_kv() <= kMaxRows, num_heads, " query heads for ",
-                num_kv_heads_, " KV heads; at most ", kMaxRows, " may share one");
-    check(query_start_loc, seq_lens, block_table, kv_cache.size(3) / head_size);
-    const int64_t num_threads = ThreadTeam::size();  // one thread gains nothing from parts
+  AttentionPlan(const AttentionShape& shape, int64_t num_threads)
+      : shape_(shape), part_row_(padded(shape.head_size) + 2) {
     const int64_t work = list_outputs();
     assign_owners(work < kSerialWork ? 1 : num_threads);
     for (Output& output : outputs) {
       const int64_t share = work / (num_threads * kTasksPerThread * rows(output.whole));
       const int64_t part = (std::max(share, kMinPartKeys) + kPartMultiple - 1) / kPartMultiple * kPartMultiple;
-      output.num_parts = num_threads == 1 ? 1 : (output.whole.end_key + part - 1) / part;
+      output.num_parts = num_threads == 1 ? 1 : (output.whole.end_key + part - 1) / part;  // one gains nothing from parts
       list_tasks(output);
     }
     // Each thread does its longest task first, so that the others wait only for a short one at the end.
@@ -90,19 +86,19 @@ class AttentionPlan {
     return owners_[sequence];
   }
   int64_t num_tokens() const {
-    return query_start_loc_[num_reqs_];
+    return shape_.query_start_loc[shape_.num_reqs];
   }
   int64_t num_reqs() const {
-    return num_reqs_;
+    return shape_.num_reqs;
   }
   int64_t first_token(int64_t sequence) const {
-    return query_start_loc_[sequence];
+    return shape_.query_start_loc[sequence];
   }
   int64_t num_heads() const {
-    return num_heads_;
+    return shape_.num_heads;
   }
   int64_t queries_per_kv() const {  // query heads that share a KV head
-    return num_heads_ / num_kv_heads_;
+    return shape_.num_heads / shape_.num_kv_heads;
   }
   int64_t rows(const Task& task) const {
     return task.num_queries * queries_per_kv();
@@ -112,51 +108,33 @@ class AttentionPlan {
   }
   // Row r is head r % group of query r / group.
   int64_t token(const Task& task, int64_t row) const {
-    return query_start_loc_[task.sequence] + task.first_query + row / queries_per_kv();
+    return shape_.query_start_loc[task.sequence] + task.first_query + row / queries_per_kv();
   }
   int64_t head(const Task& task, int64_t row) const {
     return task.kv_head * queries_per_kv() + row % queries_per_kv();
   }
   // The number of keys that a query may see: those up to its own position.
   int64_t visible(int64_t sequence, int64_t query) const {
-    const int64_t q_len = query_start_loc_[sequence + 1] - query_start_loc_[sequence];
-    return seq_lens_[sequence] - q_len + query + 1;
+    const int64_t q_len = shape_.query_start_loc[sequence + 1] - shape_.query_start_loc[sequence];
+    return shape_.seq_lens[sequence] - q_len + query + 1;
   }
 
  private:
-  const int32_t* query_start_loc_;
-  const int32_t* seq_lens_;
-  int64_t num_reqs_, num_kv_heads_, num_heads_, part_row_;
+  AttentionShape shape_;
+  int64_t part_row_;
   std::vector<int64_t> owners_;
-
-  static void check(const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
-                    int64_t block_size) {
-    for (const at::Tensor* tensor : {&query_start_loc, &seq_lens, &block_table}) {
-      TORCH_CHECK(tensor->scalar_type() == at::kInt && tensor->stride(-1) == 1, "metadata must be contiguous int32");
-    }
-    const int32_t* start = query_start_loc.const_data_ptr<int32_t>();
-    const int32_t* lens = seq_lens.const_data_ptr<int32_t>();
-    const int64_t num_reqs = seq_lens.size(0);
-    TORCH_CHECK(query_start_loc.size(0) == num_reqs + 1 && block_table.size(0) == num_reqs && start[0] == 0,
-                "metadata of different batches");
-    for (int64_t s = 0; s < num_reqs; ++s) {
-      const int64_t q_len = start[s + 1] - start[s];
-      TORCH_CHECK(q_len >= 0 && q_len <= lens[s] && lens[s] <= block_table.size(1) * block_size, "sequence ", s, " has ",
-                  q_len, " queries, ", lens[s], " keys and ", block_table.size(1), " blocks of ", block_size);
-    }
-  }
 
   // Lists one output for each (sequence, KV head, up to 64 rows). Returns the work of all of them together, rows x
   // keys.
   int64_t list_outputs() {
     const int64_t step = kMaxRows / queries_per_kv();
     int64_t work = 0;
-    for (int64_t s = 0; s < num_reqs_; ++s) {
-      const int64_t q_len = query_start_loc_[s + 1] - query_start_loc_[s];
+    for (int64_t s = 0; s < shape_.num_reqs; ++s) {
+      const int64_t q_len = shape_.query_start_loc[s + 1] - shape_.query_start_loc[s];
       for (int64_t first = 0; first < q_len; first += step) {
         const int64_t count = std::min(step, q_len - first), keys = visible(s, first + count - 1);
-        work += count * queries_per_kv() * keys * num_kv_heads_;
-        for (int64_t head = 0; head < num_kv_heads_; ++head) {
+        work += count * queries_per_kv() * keys * shape_.num_kv_heads;
+        for (int64_t head = 0; head < shape_.num_kv_heads; ++head) {
           outputs.push_back({{s, head, first, count, 0, keys, -1}, 1});
         }
       }
@@ -168,13 +146,13 @@ class AttentionPlan {
   // thread, so that what is prefetched for them (PrefetchQueue) arrives in the cache of the core that reads it.
   void assign_owners(int64_t num_threads) {
     const auto work = [&](int64_t s) {
-      return static_cast<int64_t>(query_start_loc_[s + 1] - query_start_loc_[s]) * seq_lens_[s];
+      return static_cast<int64_t>(shape_.query_start_loc[s + 1] - shape_.query_start_loc[s]) * shape_.seq_lens[s];
     };
-    std::vector<int64_t> order(num_reqs_), load(num_threads, 0);
+    std::vector<int64_t> order(shape_.num_reqs), load(num_threads, 0);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return work(a) > work(b); });
     ends.assign(num_threads, 0);
-    owners_.resize(num_reqs_);
+    owners_.resize(shape_.num_reqs);
     for (const int64_t s : order) {
       owners_[s] = std::min_element(load.begin(), load.end()) - load.begin();
       load[owners_[s]] += work(s);

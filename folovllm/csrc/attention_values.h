@@ -4,6 +4,16 @@
 //
 // V is stored as it comes, so a vector holds numbers of one token's value, and each lane adds up its own number of the
 // output. R rows are computed at once, so that each vector of V is loaded once for R rows.
+//
+// fp32 and fp16 numbers are loaded one per lane. bf16 numbers are loaded in words of two. Where the CPU has no product
+// of pairs, a word is split into its even and its odd number. Where it has one, the words of two keys a and b are
+// rearranged into pairs of the same number:
+//
+//   key j      a0 a1 | a2 a3 | a4 a5 | ...       even: a0 b0 | a2 b2 | a4 b4 | ...
+//   key j + 1  b0 b1 | b2 b3 | b4 b5 | ...       odd:  a1 b1 | a3 b3 | a5 b5 | ...
+//
+// In both cases a vector of sums belongs to the even numbers of a stretch of the head, and the next one to the odd
+// numbers. `store_sums` brings them into order.
 
 #pragma once
 
@@ -11,155 +21,134 @@
 #include <cstring>
 
 #include "attention_plan.h"
-#include "attention_vectors.h"
+#include "attention_rows.h"
 #include "prefetch.h"
 
 namespace folovllm {
 namespace {
 
-// sum[r] = sum[r] * rescale[r] + weights[r] . values, for V vectors of the head from number d on.
-//
-//   weights [R, kTileKeys]    value [groups of the tile], each [16 tokens][head_size]    sums [R, padded head_size]
-template <typename T, int R, int V>
-FOLOVLLM_ALONE void add_values(const float* weights, const T* const* value, ValuePrefetcher<T> prefetcher, int64_t count,
-                               int64_t d, const float* rescale, float* sums, int64_t head_size) {
-  const int64_t width = padded(head_size);
-  Vec sum[R][V];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      sum[r][v] = Vec::loadu(sums + r * width + d + v * kWidth) * Vec(rescale[r]);
-    }
-  }
-  for (int64_t j = 0; j < count; ++j) {
-    const int64_t place = j % kKeysPerGroup * head_size + d;
-    const T* values = value[j / kKeysPerGroup] + place;
-    Vec x[V];
-    prefetcher.fetch(j / kKeysPerGroup, place, V * kWidth);
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      x[v] = load_vec(values + v * kWidth);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec weight(weights[r * kTileKeys + j]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        sum[r][v] = at::vec::fmadd(x[v], weight, sum[r][v]);
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      sum[r][v].store(sums + r * width + d + v * kWidth);
-    }
-  }
+// The words of a value from number d of the head on, 0 beyond the head: a head of 80 numbers ends with half a vector of
+// 16 words.
+inline Words load_value_words(const c10::BFloat16* value, [[maybe_unused]] int64_t numbers) {
+#if FOLOVLLM_AVX512
+  return (Words)_mm512_maskz_loadu_epi32(numbers < 2 * kWidth ? 0xff : 0xffff, value);
+#else
+  return load_words(value);
+#endif
 }
 
-#if FOLOVLLM_BF16_DOT
-// The same with bf16 dot products, two keys at a time, for the 32 * V numbers of the head from number d on. `weights`
-// are pairs of bf16. The unpack instruction, which brings the numbers of two keys into one 32-bit lane, takes 4 numbers
-// from every 8. The sums therefore stand in another order, the same for all tiles, and `restore_order` sorts them at
-// the end.
-//
-//   key j    a0 a1 .. a31        sums  0-15: a0 b0 | a1 b1 | a2 b2 | a3 b3 | a8 b8 | ...     numbers 0-3, 8-11, ...
-//   key j+1  b0 b1 .. b31        sums 16-31: a4 b4 | a5 b5 | ...                             numbers 4-7, 12-15, ...
-template <int R, int V>
-FOLOVLLM_ALONE void add_value_pairs(const float* weights, const at::BFloat16* const* value,
-                                    ValuePrefetcher<at::BFloat16> prefetcher, int64_t count, int64_t d,
-                                    const float* rescale, float* sums, int64_t head_size) {
-  const int64_t width = padded(head_size);
-  const __mmask32 inside = head_size - d >= 32 ? ~0u : 0xffffu;  // a head of 80 ends with half a vector
-  __m512 sum[R][2 * V];
+// N vectors of values, and how they are multiplied with a weight.
+template <typename T>
+struct ValueVectors {
+  static constexpr bool kInWords = std::is_same_v<T, c10::BFloat16>;
+  static constexpr int kKeysPerStep = kDotPairs<T> ? 2 : 1;
+
+  // The numbers of a key, or with kKeysPerStep == 2 those of two keys, of which the second may be missing. `left` is
+  // how many numbers the head has from here on.
+  template <int N>
+  static void load(const T* value, int64_t head_size, bool has_second, int64_t left, Vec* x) {
+    if constexpr (!kInWords) {
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < 2 * V; ++v) {
-      sum[r][v] = _mm512_mul_ps(_mm512_loadu_ps(sums + r * width + d + v * 16), _mm512_set1_ps(rescale[r]));
-    }
-  }
-  for (int64_t first = 0; first < count; first += kKeysPerGroup) {
-    const at::BFloat16* values = value[first / kKeysPerGroup] + d;
-    const ValuePrefetcher<at::BFloat16>::Lines lines(prefetcher, first / kKeysPerGroup, d);
-    const int64_t end = std::min(kKeysPerGroup, count - first);
-    for (int64_t j = 0; j < end; j += 2, values += 2 * head_size) {
-      __m512 pair[2 * V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        const __m512i a = _mm512_maskz_loadu_epi16(inside, values + v * 32);
-        const __m512i b = j + 1 < end ? _mm512_maskz_loadu_epi16(inside, values + head_size + v * 32)
-                                      : _mm512_setzero_si512();  // beyond the keys that the rows may see: perhaps NaN
-        pair[2 * v] = (__m512)_mm512_unpacklo_epi16(a, b);
-        pair[2 * v + 1] = (__m512)_mm512_unpackhi_epi16(a, b);
-        lines.fetch(j * head_size + v * 32, (j + 1) * head_size + v * 32);
+      for (int v = 0; v < N; ++v) {
+        x[v] = load_vec(value + v * kWidth);
       }
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const __m512bh weight = (__m512bh)_mm512_set1_ps(weights[r * kTileKeys + (first + j) / 2]);
-#pragma GCC unroll 4
-        for (int v = 0; v < 2 * V; ++v) {
-          sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)pair[v], weight);
+    } else {
+#pragma GCC unroll 2
+      for (int v = 0; v < N; v += 2) {
+        const Words a = load_value_words(value + v * kWidth, left - v * kWidth);
+        if constexpr (kKeysPerStep == 1) {
+          x[v] = even_halves(a);
+          x[v + 1] = odd_halves(a);
+        } else {
+          const Words b = has_second ? load_value_words(value + head_size + v * kWidth, left - v * kWidth) : Words{};
+          x[v] = (Vec)((a & 0xffffu) | b << 16);
+          x[v + 1] = (Vec)(a >> 16 | (b & 0xffff0000u));
         }
       }
     }
   }
-#pragma GCC unroll 4
+};
+
+// sum[r] = sum[r] * rescale[r] + weights[r] . values, for N vectors of sums from number d of the head on.
+//
+//   weights [R, kTileKeys]    value [groups of the tile], each [16 tokens][head_size]    sums [R, padded head_size]
+template <typename T, int R, int N>
+FOLOVLLM_ALONE void add_values(const float* weights, const T* const* value, ValuePrefetcher<T> prefetcher, int64_t count,
+                               int64_t d, const float* rescale, float* sums, int64_t head_size) {
+  using Values = ValueVectors<T>;
+  const int64_t width = padded(head_size);
+  Vec sum[R][N];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < 2 * V; ++v) {
-      _mm512_storeu_ps(sums + r * width + d + v * 16, sum[r][v]);
+    for (int v = 0; v < N; ++v) {
+      sum[r][v] = load_vec(sums + r * width + d + v * kWidth) * rescale[r];
+    }
+  }
+  for (int64_t first = 0; first < count; first += kKeysPerGroup) {
+    const T* values = value[first / kKeysPerGroup] + d;
+    const typename ValuePrefetcher<T>::Lines lines(prefetcher, first / kKeysPerGroup, d);
+    const int64_t end = std::min(kKeysPerGroup, count - first);
+    for (int64_t j = 0; j < end; j += Values::kKeysPerStep, values += Values::kKeysPerStep * head_size) {
+      Vec x[N];
+      Values::template load<N>(values, head_size, j + 1 < end, head_size - d, x);
+      lines.fetch(j * head_size, N * kWidth);
+      if constexpr (Values::kKeysPerStep == 2) {
+        lines.fetch((j + 1) * head_size, N * kWidth);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec weight = broadcast(weights[r * kTileKeys + (first + j) / Values::kKeysPerStep]);
+#pragma GCC unroll 4
+        for (int v = 0; v < N; ++v) {
+          sum[r][v] = add_product<T>(sum[r][v], x[v], weight);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) {
+      store_vec(sums + r * width + d + v * kWidth, sum[r][v]);
     }
   }
 }
 
-// Rounds fp32 weights to bf16, into the first half of their memory.
-void round_weights(float* weights, int64_t count) {
-  for (int64_t j = 0; j < count; j += 16) {
-    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(weights + j));
-    std::memcpy(weights + j / 2, &rounded, sizeof(rounded));
-  }
-}
-
-// Undoes the order of `add_value_pairs`, 32 sums at a time.
-void restore_order(float* sums, int64_t width) {
-  for (int64_t d = 0; d < width; d += 32) {
-    const __m512 a = _mm512_loadu_ps(sums + d), b = _mm512_loadu_ps(sums + d + 16);
-    // Number i is sum i / 4 % 2 * 16 + i / 8 * 4 + i % 4. The sums from 16 on are those of b.
-    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    _mm512_storeu_ps(sums + d, _mm512_permutex2var_ps(a, low, b));
-    _mm512_storeu_ps(sums + d + 16, _mm512_permutex2var_ps(a, high, b));
-  }
-}
-#endif
-
-// Adds the values of a tile to the sums of R rows, with bf16 dot products if the CPU and the type allow it.
-template <typename T, bool kDot, int R>
-void add_tile(float* weights, const T* const* value, ValuePrefetcher<T> prefetcher, int64_t count, const float* rescale,
-              float* sums, int64_t head_size) {
+// Adds the values of a tile to the sums of R rows.
+template <typename T, int R>
+void add_tile(const float* weights, const T* const* value, ValuePrefetcher<T> prefetcher, int64_t count,
+              const float* rescale, float* sums, int64_t head_size) {
+  constexpr int N = kVectorsAtOnce;
   int64_t d = 0;
-#if FOLOVLLM_BF16_DOT
-  if constexpr (kDot) {
-    for (int r = 0; r < R; ++r) {
-      round_weights(weights + r * kTileKeys, count);
-    }
-    for (; d + 64 <= head_size; d += 64) {
-      add_value_pairs<R, 2>(weights, value, prefetcher, count, d, rescale, sums, head_size);
-    }
-    for (; d < head_size; d += 32) {
-      add_value_pairs<R, 1>(weights, value, prefetcher, count, d, rescale, sums, head_size);
-    }
-    return;
+  for (; d + N * kWidth <= head_size; d += N * kWidth) {
+    add_values<T, R, N>(weights, value, prefetcher, count, d, rescale, sums, head_size);
   }
-#endif
-  for (; d + 4 * kWidth <= head_size; d += 4 * kWidth) {
-    add_values<T, R, 4>(weights, value, prefetcher, count, d, rescale, sums, head_size);
+  if constexpr (N * kWidth > 16) {  // heads are multiples of 16 numbers
+    constexpr int kRest = ValueVectors<T>::kInWords ? 2 : 1;
+    for (; d < head_size; d += kRest * kWidth) {
+      add_values<T, R, kRest>(weights, value, prefetcher, count, d, rescale, sums, head_size);
+    }
   }
-  for (; d < head_size; d += kWidth) {
-    add_values<T, R, 1>(weights, value, prefetcher, count, d, rescale, sums, head_size);
+}
+
+// out = sums * factor for one row, in the order of the head's numbers.
+template <typename T>
+void store_sums(const float* sums, float factor, T* out, int64_t head_size) {
+  if constexpr (!ValueVectors<T>::kInWords) {
+    for (int64_t d = 0; d < head_size; d += kWidth) {
+      store_vec(out + d, load_vec(sums + d) * factor);
+    }
+  } else {
+    for (int64_t d = 0; d < head_size; d += 2 * kWidth) {
+      c10::BFloat16 even[kWidth], odd[kWidth];
+      store_vec(even, load_vec(sums + d) * factor);
+      store_vec(odd, load_vec(sums + d + kWidth) * factor);
+      for (int64_t i = 0; i < std::min<int64_t>(kWidth, (head_size - d) / 2); ++i) {
+        out[d + 2 * i] = even[i];
+        out[d + 2 * i + 1] = odd[i];
+      }
+    }
   }
 }
 

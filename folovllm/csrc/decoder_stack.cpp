@@ -168,7 +168,7 @@ class DecoderStack : public torch::CustomClassHolder {
     TORCH_CHECK(!layers_.empty() && kv_caches.size() == layers_.size(), "DecoderStack: ", layers_.size(), " layers and ",
                 kv_caches.size(), " KV caches");
     const auto plan_for = [&](const at::Tensor& start_loc) {
-      return AttentionPlan(start_loc, seq_lens, block_table, kv_caches[0], num_heads_, cos.size(-1));
+      return make_plan(start_loc, seq_lens, block_table, kv_caches[0], num_heads_, cos.size(-1));
     };
     const AttentionPlan plan = plan_for(query_start_loc);
     std::optional<Selection> selection;

@@ -20,9 +20,8 @@
 
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 
 namespace folovllm {
@@ -57,13 +56,20 @@ struct Pages {
   }
 };
 
+// Writes key and value [num_kv_heads, head_size] of one token into its slot. The heads are `key_stride` and
+// `value_stride` numbers apart.
 template <typename T>
-Pages<T> pages_of(const at::Tensor& kv_cache, int64_t head_size) {
-  TORCH_CHECK(kv_cache.dim() == 4 && kv_cache.size(2) == 2 && kv_cache.is_contiguous(),
-              "kv_cache must be a contiguous [num_blocks, num_kv_heads, 2, block_size * head_size]");
-  TORCH_CHECK(head_size % 16 == 0 && head_size <= kMaxHeadSize && kv_cache.size(3) % head_size == 0,
-              "head_size must be a multiple of 16 up to ", kMaxHeadSize, " that divides a page, not ", head_size);
-  return {kv_cache.mutable_data_ptr<T>(), kv_cache.size(0), kv_cache.size(1), kv_cache.size(3) / head_size, head_size};
+void write_token(const Pages<T>& pages, const T* key, int64_t key_stride, const T* value, int64_t value_stride,
+                 int64_t slot) {
+  const int64_t block = slot / pages.block_size, offset = slot % pages.block_size;
+  const int64_t stride = pages.group_width(offset) * Pages<T>::kPerWord;
+  for (int64_t head = 0; head < pages.num_kv_heads; ++head, key += key_stride, value += value_stride) {
+    T* first_word = pages.key_word(block, head, offset);
+    for (int64_t p = 0; p < pages.words(); ++p) {
+      std::memcpy(first_word + p * stride, key + p * Pages<T>::kPerWord, 4);
+    }
+    std::memcpy(pages.value(block, head, offset), value, pages.head_size * sizeof(T));
+  }
 }
 
 }  // namespace

@@ -4,8 +4,11 @@
 
 #pragma once
 
+#include <c10/util/Half.h>
+
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "kv_pages.h"
 
@@ -27,7 +30,11 @@ struct KvTile {
   }
 };
 
-// Words of two 16-bit numbers [words][16] -> fp32 [2 * words][16].
+// Whether keys are widened to fp32 before they are multiplied: fp16, for which no CPU here has products of pairs.
+template <typename T>
+constexpr bool kWidened = std::is_same_v<T, c10::Half>;
+
+// Words of two fp16 numbers [words][16] -> fp32 [2 * words][16].
 template <typename T>
 void widen(const float* group, int64_t words, float* out) {
   for (int64_t p = 0; p < words; ++p) {
@@ -56,9 +63,9 @@ void locate(const Pages<T>& pages, const int32_t* table, int64_t head, int64_t f
 }
 
 // Makes every group of a located tile readable. A group that is not whole (e.g. in pages of 5 tokens) is copied token
-// by token into the buffers `keys` and `values`. Without kWords, 16-bit keys are widened to fp32 into the buffer
-// `widened`. Each buffer has room for a tile.
-template <typename T, bool kWords>
+// by token into the buffers `keys` and `values`. fp16 keys are widened into the buffer `widened`. Each buffer has room for
+// a tile.
+template <typename T>
 void collect(const Pages<T>& pages, const int32_t* table, int64_t head, int64_t first, float* keys, T* values,
              float* widened, KvTile<T>& tile) {
   const int64_t words = pages.words(), head_size = pages.head_size;
@@ -79,7 +86,7 @@ void collect(const Pages<T>& pages, const int32_t* table, int64_t head, int64_t 
       tile.key[g] = key;
       tile.value[g] = value;
     }
-    if constexpr (!kWords) {
+    if constexpr (kWidened<T>) {
       float* wide = widened + g * head_size * kKeysPerGroup;
       widen<T>(tile.key[g], words, wide);
       tile.key[g] = wide;

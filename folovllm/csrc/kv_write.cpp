@@ -28,20 +28,6 @@ struct TokenKV {
   int64_t key_stride, value_stride;  // from head to head
 };
 
-template <typename T>
-void write_token(const Pages<T>& pages, const TokenKV<T>& token, int64_t slot) {
-  const int64_t block = slot / pages.block_size, offset = slot % pages.block_size;
-  const int64_t stride = pages.group_width(offset) * Pages<T>::kPerWord;
-  for (int64_t head = 0; head < pages.num_kv_heads; ++head) {
-    const T* source = token.key + head * token.key_stride;
-    T* first_word = pages.key_word(block, head, offset);
-    for (int64_t p = 0; p < pages.words(); ++p) {
-      std::memcpy(first_word + p * stride, source + p * Pages<T>::kPerWord, 4);
-    }
-    std::memcpy(pages.value(block, head, offset), token.value + head * token.value_stride, pages.head_size * sizeof(T));
-  }
-}
-
 // Calls token_kv(token) for each token, and writes the K and V that it returns into the token's slot. If there is a
 // plan and the tokens are few, the thread that will read a sequence also writes it, so that its queries, keys and
 // values need not travel from core to core.
@@ -56,7 +42,8 @@ void write_tokens(const Pages<T>& pages, const at::Tensor& slot_mapping, const A
   }
   const auto write = [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
-      write_token(pages, token_kv(token), slots[token]);
+      const TokenKV<T> kv = token_kv(token);
+      write_token(pages, kv.key, kv.key_stride, kv.value, kv.value_stride, slots[token]);
     }
   };
   if (plan == nullptr || num_tokens < kTokensPerThread || num_tokens > kMaxOwnedTokens) {

@@ -308,19 +308,7 @@ struct ValuePrefetcher {
   const T* const* next_values;    // [groups of a tile]
   const float* const* next_keys;  // [groups of a tile]
 
-  // The lines beside `count` numbers of a group's values, from number `place` on.
-  FOLOVLLM_ALWAYS_INLINE void fetch(int64_t group, int64_t place, int64_t count) const {
-    for (int64_t i = 0; i < count; i += kPerLine<T>) {
-      if (next_values != nullptr) {
-        prefetch(next_values[group] + place + i);
-      }
-      if (next_keys != nullptr) {
-        prefetch(reinterpret_cast<const T*>(next_keys[group]) + place + i);
-      }
-    }
-  }
-
-  // The same where two keys' values are added at a time, for the numbers of a group from number d on.
+  // Where the lines begin for the numbers of a group from number d on.
   struct Lines {
     const T *values, *keys;
     const ValuePrefetcher& source;
@@ -330,14 +318,16 @@ struct ValuePrefetcher {
           keys(source.next_keys != nullptr ? reinterpret_cast<const T*>(source.next_keys[group]) + d : nullptr),
           source(source) {}
 
-    FOLOVLLM_ALWAYS_INLINE void fetch(int64_t place, int64_t second_place) const {
-      if (source.next_values != nullptr) {
-        prefetch(values + place);
-        prefetch(values + second_place);
-      }
-      if (source.next_keys != nullptr) {
-        prefetch(keys + place);
-        prefetch(keys + second_place);
+    // The lines that begin in `count` numbers from number `place` on. If the numbers are less than a line, the kernel
+    // visits the same line again for the next ones.
+    FOLOVLLM_ALWAYS_INLINE void fetch(int64_t place, int64_t count) const {
+      for (int64_t i = 0; i < count; i += kPerLine<T>) {
+        if (source.next_values != nullptr) {
+          prefetch(values + place + i);
+        }
+        if (source.next_keys != nullptr) {
+          prefetch(keys + place + i);
+        }
       }
     }
   };
