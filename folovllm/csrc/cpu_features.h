@@ -43,9 +43,9 @@
 #define FOLOVLLM_NEON_BF16 0
 #endif
 
-// Dot products of four bytes, which are added in int32.
-#if FOLOVLLM_AVX512 && defined(__AVX512VNNI__)
-#define FOLOVLLM_INT4_DOT 1
+// Dot products of pairs of 16-bit integers, which are added in int32 (VNNI): of 16 pairs, or of 8.
+#if (FOLOVLLM_AVX512 && defined(__AVX512VNNI__)) || (FOLOVLLM_AVX2 && !FOLOVLLM_AVX512 && defined(__AVXVNNI__))
+#define FOLOVLLM_INT16_DOT 1
 #else
-#define FOLOVLLM_INT4_DOT 0
+#define FOLOVLLM_INT16_DOT 0
 #endif

@@ -1,174 +1,182 @@
-// The inputs of an int4 linear layer, in two forms. FloatInputs serve fp32 and any CPU; IntegerInputs serve bf16 on
-// CPUs that multiply bytes with AVX-512. int4.cpp says why integers.
+// The inputs of an int4 linear layer, in two forms: FloatInputs serve fp32, IntegerInputs serve bf16. int4_kernel.h says
+// why integers.
 //
-// Milestone: M7. vLLM counterpart: none. Both classes multiply R of their rows with one group of one block (`dot`), and
-// the kernel in int4.cpp is the same for both.
+// Milestone: M7. vLLM counterpart: none. Both classes multiply R of their rows with one group of one block
+// (`add_group`), and the kernel in int4_kernel.h is the same for both.
 
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
 
 #include <algorithm>
 #include <bit>
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <vector>
 
-#include "cpu_features.h"
 #include "int4_layout.h"
+#include "int4_pairs.h"
 #include "prefetch.h"
-#include "thread_team.h"
-
-#if FOLOVLLM_INT4_DOT
-#include <immintrin.h>
-#endif
+#include "simd.h"
 
 namespace folovllm {
 
-typedef int8_t Bytes __attribute__((vector_size(16)));   // [16]
+constexpr int kLineVecs = kInt4Lanes / kWidth;  // registers that hold a line
+constexpr int kBlockVecs = 2 * kLineVecs;       // registers with a number for each output of a block
 
-inline Floats to_floats(Ints v) {
-  return __builtin_convertvector(v, Floats);
-}
-
-inline Ints load_bytes(const int8_t* p) {
-  Bytes v;
-  std::memcpy(&v, p, sizeof(v));
-  return __builtin_convertvector(v, Ints);
-}
-
-struct Int4Problem {
-  const uint8_t* levels;  // [blocks, groups, chunks, 64]
-  const float* scales;    // [blocks, groups, 32]
-  const int8_t* zeros;    // the same shape, zero - 8; null: all are 0
-  const float* bias;      // [blocks * 32] or null
-  int64_t rows, groups, chunks, out_features;
-
-  int64_t group_bytes() const {
-    return chunks * kInt4Line;
-  }
+// The weights of one group of one block, and a place in memory.
+struct Int4Group {
+  const uint8_t* levels;  // [chunks, 64]
+  const float* scales;    // [32]
+  const int8_t* zeros;    // [32] or null
+  const uint8_t* ahead;   // what Int4Prefetcher wants to be fetched meanwhile, line by line
 };
+
+inline SignedWords load_bytes(const int8_t* p) {
+  VectorOf<int8_t, kWidth>::type v;
+  std::memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, SignedWords);
+}
+
+inline Vec to_floats(SignedWords v) {
+  return __builtin_convertvector(v, Vec);
+}
 
 // ---- x as floats
 
-template <typename T>
 class FloatInputs {
  public:
-  FloatInputs(const at::Tensor& x, const Int4Problem& p)
-      : x_(x.const_data_ptr<T>()), stride_(x.stride(0)), groups_(p.groups), group_size_(p.chunks * kInt4Chunk) {
+  static constexpr int kMaxRows = kWidth == 16 ? 6 : 4;  // at a time: their sums fit 32 registers, or 16
+
+  // x [rows, groups * group_size], rows `stride` apart.
+  FloatInputs(const float* x, int64_t stride, const Int4Problem& p)
+      : x_(x), stride_(stride), groups_(p.groups), group_size_(p.group_size()) {
     if (p.zeros != nullptr) {
-      sums_.resize(p.rows * groups_);
-      ThreadTeam::run_ranges(p.rows, /*grain=*/16, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin * groups_; i < end * groups_; ++i) {
-          sums_[i] = sum_of(x_ + i / groups_ * stride_ + i % groups_ * group_size_);
-        }
-      });
+      sums_.reset(new float[p.rows * groups_]);
     }
   }
 
-  // R rows times one group of one block: the sums of (level - zero) * x, without the scales. sums [R][2 halves of 16
-  // outputs]. `ahead` is what Int4Prefetcher wants to be fetched meanwhile, line by line.
+  // Must be called for every row before `add_group` is.
+  void prepare_row(int64_t row) {
+    for (int64_t group = 0; sums_ != nullptr && group < groups_; ++group) {
+      sums_[row * groups_ + group] = sum_of(x_ + row * stride_ + group * group_size_);
+    }
+  }
+
+  // Adds the products of R rows with a group: scale * (the sum of (level - 8) * x - (zero - 8) * the sum of x).
   template <int R>
-  void dot(const uint8_t* levels, const int8_t* zeros, int64_t row, int64_t group, const uint8_t* ahead,
-           Floats (&sums)[R][2]) const {
-    const T* x = x_ + row * stride_ + group * group_size_;
-    Floats s[R][2] = {};
-    for (int64_t i = 0; i < group_size_; i += kInt4Chunk, levels += kInt4Line, ahead += kInt4Line) {
-      prefetch_int4_line<R>(ahead);
-      Bits line;
-      std::memcpy(&line, levels, sizeof(line));
+  void add_group(const Int4Group& w, int64_t row, int64_t group, Vec (&y)[R][kBlockVecs]) const {
+    const float* x = x_ + row * stride_ + group * group_size_;
 #pragma GCC unroll 4
-      for (int input = 0; input < kInt4Chunk; ++input) {
-        const Floats low = to_floats((Ints)((line >> (8 * input)) & 15u) - 8);
-        const Floats high = to_floats((Ints)((line >> (8 * input + 4)) & 15u) - 8);
+    for (int part = 0; part < kLineVecs; ++part) {
+      Vec sums[R][2] = {};
+      const uint8_t* levels = w.levels + part * sizeof(Words);
+      for (int64_t i = 0; i < group_size_; i += kInt4Chunk, levels += kInt4Line) {
+        if (part == 0) {
+          prefetch_int4_line<R>(w.ahead + i / kInt4Chunk * kInt4Line);
+        }
+        const Words line = load_words(levels);
+#pragma GCC unroll 4
+        for (int input = 0; input < kInt4Chunk; ++input) {
+          const Vec low = to_floats((SignedWords)((line >> (8 * input)) & 15u) - 8);
+          const Vec high = to_floats((SignedWords)((line >> (8 * input + 4)) & 15u) - 8);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          const float xr = static_cast<float>(x[r * stride_ + i + input]);
-          s[r][0] += low * xr;
-          s[r][1] += high * xr;
+          for (int r = 0; r < R; ++r) {
+            const Vec xr = broadcast(x[r * stride_ + i + input]);
+            sums[r][0] = fmadd(low, xr, sums[r][0]);
+            sums[r][1] = fmadd(high, xr, sums[r][1]);
+          }
         }
       }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        sums[r][half] = s[r][half];
-        if (zeros != nullptr) {
-          sums[r][half] -= to_floats(load_bytes(zeros + half * kLanes)) * sums_[(row + r) * groups_ + group];
+        const int v = half * kLineVecs + part;
+        const Vec scale = load_vec(w.scales + v * kWidth);
+        const Vec zero = w.zeros != nullptr ? to_floats(load_bytes(w.zeros + v * kWidth)) : Vec{};
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          if (w.zeros != nullptr) {
+            sums[r][half] -= zero * sums_[(row + r) * groups_ + group];
+          }
+          y[r][v] = fmadd(sums[r][half], scale, y[r][v]);
         }
       }
     }
   }
 
  private:
-  float sum_of(const T* x) const {
-    Floats total = {};
+  float sum_of(const float* x) const {
+    Vec total = {};
     int64_t i = 0;
-    for (; i + kLanes <= group_size_; i += kLanes) {
-      total += load(x + i);
+    for (; i + kWidth <= group_size_; i += kWidth) {
+      total += load_vec(x + i);
     }
-    return sum(i < group_size_ ? total + load(x + i, group_size_ - i) : total);
+    return reduce_add(i < group_size_ ? total + load_vec(x + i, group_size_ - i) : total);
   }
 
-  const T* x_;
+  const float* x_;
   int64_t stride_, groups_, group_size_;
-  std::vector<float> sums_;  // of x, [rows, groups]; only if there are zeros
+  std::unique_ptr<float[]> sums_;  // of x, [rows, groups]; null if there are no zeros
 };
 
 // ---- x as integers
 
-#if FOLOVLLM_INT4_DOT
 class IntegerInputs {
  public:
-  IntegerInputs(const at::Tensor& x, const Int4Problem& p)
-      : groups_(p.groups), group_size_(p.chunks * kInt4Chunk), stride_(2 * groups_ * group_size_),
-        digits_(new int8_t[p.rows * stride_]), scales_(new Scale[p.rows * groups_]) {
-    const at::BFloat16* rows = x.const_data_ptr<at::BFloat16>();
-    ThreadTeam::run_ranges(p.rows, /*grain=*/16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin * groups_; i < end * groups_; ++i) {
-        const at::BFloat16* group = rows + i / groups_ * x.stride(0) + i % groups_ * group_size_;
-        scales_[i] = to_integers(group, digits_.get() + i * 2 * group_size_);
-      }
-    });
+  static constexpr int kMaxRows = kWidth == 16 ? 8 : 4;  // at a time, as above
+
+
+  IntegerInputs(const c10::BFloat16* x, int64_t stride, const Int4Problem& p)
+      : x_(x), stride_(stride), groups_(p.groups), group_size_(p.group_size()), width_(groups_ * group_size_),
+        integers_(new int16_t[p.rows * width_]), scales_(new Scale[p.rows * groups_]) {}
+
+  void prepare_row(int64_t row) {
+    for (int64_t group = 0; group < groups_; ++group) {
+      const int64_t first = group * group_size_;
+      scales_[row * groups_ + group] = to_integers(x_ + row * stride_ + first, integers_.get() + row * width_ + first);
+    }
   }
 
   template <int R>
-  void dot(const uint8_t* levels, const int8_t* zeros, int64_t row, int64_t group, const uint8_t* ahead,
-           Floats (&sums)[R][2]) const {
-    const int8_t* x = digits_.get() + row * stride_ + group * 2 * group_size_;
+  void add_group(const Int4Group& w, int64_t row, int64_t group, Vec (&y)[R][kBlockVecs]) const {
+    constexpr int kChains = R == 1 ? 2 : 1;  // a single row's sums would wait for each other
+    const int16_t* x = integers_.get() + row * width_ + group * group_size_;
     const Scale* scales = scales_.get() + row * groups_ + group;
-    __m512i high[R][2], low[R][2];
+    const Words mask = broadcast(0x000f000fu);
+#pragma GCC unroll 4
+    for (int part = 0; part < kLineVecs; ++part) {
+      PairSums sums[R][2][kChains] = {};
+      const uint8_t* levels = w.levels + part * sizeof(Words);
+      for (int64_t i = 0; i < group_size_; i += kInt4Chunk, levels += kInt4Line) {
+        if (part == 0) {
+          prefetch_int4_line<R>(w.ahead + i / kInt4Chunk * kInt4Line);
+        }
+        const Words line = load_words(levels);
+#pragma GCC unroll 2
+        for (int pair = 0; pair < 2; ++pair) {  // inputs 0 and 2, then 1 and 3
+          const Words low = line >> (8 * pair) & mask, high = line >> (8 * pair + 4) & mask;
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      high[r][0] = high[r][1] = _mm512_setzero_si512();
-      low[r][0] = low[r][1] = _mm512_set1_epi32(-8 * scales[r * groups_].sum);
-    }
-    const __m512i nibble = _mm512_set1_epi8(15);
-    for (const uint8_t* end = levels + group_size_ / kInt4Chunk * kInt4Line; levels != end;
-         levels += kInt4Line, ahead += kInt4Line, x += 2 * kInt4Chunk) {
-      prefetch_int4_line<R>(ahead);
-      const __m512i line = _mm512_loadu_si512(levels);
-      const __m512i w[2] = {_mm512_and_si512(line, nibble), _mm512_and_si512(_mm512_srli_epi16(line, 4), nibble)};
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const __m512i x_high = four(x + r * stride_), x_low = four(x + r * stride_ + kInt4Chunk);
-        add_products(high[r][0], w[0], x_high);
-        add_products(high[r][1], w[1], x_high);
-        add_products(low[r][0], w[0], x_low);
-        add_products(low[r][1], w[1], x_low);
+          for (int r = 0; r < R; ++r) {
+            const Words xr = broadcast(load_pair(x + r * width_ + i + 2 * pair));
+            sums[r][0][pair % kChains].add(low, xr);
+            sums[r][1][pair % kChains].add(high, xr);
+          }
+        }
       }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        const Scale scale = scales[r * groups_];
-        Ints total = ((Ints)high[r][half] << 8) + (Ints)low[r][half];
-        if (zeros != nullptr) {
-          total -= load_bytes(zeros + half * kLanes) * scale.sum;
+        const int v = half * kLineVecs + part;
+        const Vec scale = load_vec(w.scales + v * kWidth);
+        const SignedWords zero = w.zeros != nullptr ? load_bytes(w.zeros + v * kWidth) + 8 : SignedWords{} + 8;
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          SignedWords total = sums[r][half][0].total();
+          if constexpr (kChains == 2) {
+            total += sums[r][half][1].total();
+          }
+          total -= zero * scales[r * groups_].sum;
+          y[r][v] = fmadd(to_floats(total), scale * scales[r * groups_].unit, y[r][v]);
         }
-        sums[r][half] = to_floats(total) * scale.unit;
       }
     }
   }
@@ -179,55 +187,53 @@ class IntegerInputs {
     int32_t sum;  // of the integers
   };
 
-  // As _mm512_dpbusd_epi32. For that intrinsic, GCC 12 copies every sum to another register and, with many rows, to
-  // memory.
-  static void add_products(__m512i& sums, __m512i levels, __m512i x) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(levels), "v"(x));
+  static uint32_t load_pair(const int16_t* x) {
+    uint32_t pair;
+    std::memcpy(&pair, x, sizeof(pair));
+    return pair;
   }
 
-  static __m512i four(const int8_t* x) {
-    int digits;
-    std::memcpy(&digits, x, sizeof(digits));
-    return _mm512_set1_epi32(digits);
-  }
-
-  // Turns a group of x into integers: for each 4 inputs, their 4 high bytes and then their 4 low bytes.
-  Scale to_integers(const at::BFloat16* x, int8_t* digits) const {
-    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-    __m512i largest = _mm512_setzero_si512();
-    for (int64_t i = 0; i < group_size_; i += kLanes) {
-      largest = _mm512_max_epu32(largest, _mm512_and_si512((__m512i)load_some(x + i, group_size_ - i), magnitude));
+  // Turns a group of x into integers of 16 bits, each 4 of them in the order 0, 2, 1, 3.
+  Scale to_integers(const c10::BFloat16* x, int16_t* integers) const {
+    Vec largest = {};
+    for (int64_t i = 0; i < group_size_; i += kWidth) {
+      // Bits of positive numbers compare as the numbers do, and those of a NaN are larger than all.
+      const Words magnitude = (Words)load_some(x + i, group_size_ - i) & 0x7fffffffu;
+      largest = (Vec)(magnitude > (Words)largest ? magnitude : (Words)largest);
+    }
+    uint32_t bits = 0;
+    for (int lane = 0; lane < kWidth; ++lane) {
+      bits = std::max(bits, ((Words)largest)[lane]);
     }
     // All are less than 2^(exponent - 126), and so less than 2^15 times this unit.
-    const uint32_t exponent = std::max(_mm512_reduce_max_epu32(largest) >> 23, 15u);
+    const uint32_t exponent = std::max(bits >> 23, 15u);
     const float unit = exponent == 255 ? std::numeric_limits<float>::quiet_NaN() : power_of_two(exponent - 14);
-    const __m512 inverse = _mm512_set1_ps(exponent == 255 ? 0.0f : power_of_two(268 - exponent));
-    __m512i total = _mm512_setzero_si512();
-    for (int64_t i = 0; i < group_size_; i += kLanes) {
-      const __m512i rounded = _mm512_cvtps_epi32((__m512)load_some(x + i, group_size_ - i) * inverse);
-      // The largest integer of a bf16 is 32,640, and it alone has no two such bytes: 127 * 256 + 127 is 32,639.
-      const __m512i integer = _mm512_min_epi32(rounded, _mm512_set1_epi32(32639));
-      total = _mm512_add_epi32(total, integer);
-      const __m512i up = _mm512_add_epi32(integer, _mm512_set1_epi32(128));  // low bytes are -128 .. 127
-      const __m128i high = _mm512_cvtepi32_epi8(_mm512_srai_epi32(up, 8)), low = _mm512_cvtepi32_epi8(integer);
-      const __m128i both[2] = {_mm_unpacklo_epi32(high, low), _mm_unpackhi_epi32(high, low)};
-      std::memcpy(digits + 2 * i, both, 2 * std::min(kLanes, group_size_ - i));
+    const float inverse = exponent == 255 ? 0.0f : power_of_two(268 - exponent);
+    SignedWords total = {};
+    for (int64_t i = 0; i < group_size_; i += kWidth) {
+      const SignedWords rounded = round_to_integers(load_some(x + i, group_size_ - i) * inverse);
+      total += rounded;
+      store_pairs(integers + i, rounded, std::min<int64_t>(kWidth, group_size_ - i));
     }
-    return {unit, _mm512_reduce_add_epi32(total)};
+    int32_t sum = 0;
+    for (int lane = 0; lane < kWidth; ++lane) {
+      sum += total[lane];
+    }
+    return {unit, sum};
   }
 
-  static Floats load_some(const at::BFloat16* x, int64_t count) {
-    return count >= kLanes ? load(x) : load(x, count);
+  static Vec load_some(const c10::BFloat16* x, int64_t count) {
+    return count >= kWidth ? load_vec(x) : load_vec(x, count);
   }
 
   static float power_of_two(uint32_t biased_exponent) {
     return std::bit_cast<float>(biased_exponent << 23);
   }
 
-  int64_t groups_, group_size_, stride_;
-  std::unique_ptr<int8_t[]> digits_;  // [rows, groups, chunks, (high, low), 4]
-  std::unique_ptr<Scale[]> scales_;   // [rows, groups]
+  const c10::BFloat16* x_;
+  int64_t stride_, groups_, group_size_, width_;
+  std::unique_ptr<int16_t[]> integers_;  // [rows, groups, chunks, 4]
+  std::unique_ptr<Scale[]> scales_;      // [rows, groups]
 };
-#endif
 
 }  // namespace folovllm

@@ -1,4 +1,5 @@
-// How weights of 4 bits lie in memory: for int4_pack.cpp, which packs them, and int4.cpp, which multiplies with them.
+// How weights of 4 bits lie in memory: for int4_pack.cpp, which packs them, and int4_kernel.h, which multiplies with
+// them.
 //
 // Milestone: M7. vLLM counterpart: the layout of csrc/cpu/cpu_wna16.cpp (after v0.11.0); Marlin's on GPUs.
 //
@@ -15,21 +16,42 @@
 //            high   level of output 16 ........................... output 17 ...  31
 //
 // Byte 4 * lane + i of a line belongs to input i of the chunk. Its low nibble is the level of output `lane`, its high
-// nibble that of output 16 + lane. One AND, and one more after a shift, turn a line into two vectors. Each of the 16
-// lanes of a vector is one output, with the levels of 4 inputs as bytes, as the dot product instructions for bytes need
-// them.
+// nibble that of output 16 + lane. Seen as words of 32 bits, each word belongs to two outputs:
+//
+//   bits    0-3      4-7      8-11     12-15    16-19    20-23    24-27    28-31
+//   input   0        0        1        1        2        2        3        3
+//   output  lane     16+lane  lane     16+lane  lane     16+lane  lane     16+lane
+//
+// One AND with 0x000f000f leaves the levels of inputs 0 and 2 of output `lane`, each as a number of 16 bits. After a shift
+// by 4, 8 or 12 it leaves those of output 16 + lane, or of inputs 1 and 3. Each lane of a vector then is one output, with
+// the levels of two inputs, as instructions want them that multiply pairs of 16-bit integers.
 
 #pragma once
 
 #include <cstdint>
 
-#include "simd.h"
-
 namespace folovllm {
 
-constexpr int64_t kInt4Block = 2 * kLanes;  // outputs of a block
-constexpr int64_t kInt4Chunk = 4;           // inputs of a chunk
-constexpr int64_t kInt4Line = 64;           // bytes of a chunk
-constexpr int64_t kMaxInt4Group = 128;      // inputs of a group: their integer sums must fit 32 bits, see int4.cpp
+constexpr int64_t kInt4Lanes = 16;              // words of a line
+constexpr int64_t kInt4Block = 2 * kInt4Lanes;  // outputs of a block
+constexpr int64_t kInt4Chunk = 4;               // inputs of a chunk
+constexpr int64_t kInt4Line = 64;               // bytes of a chunk
+constexpr int64_t kMaxInt4Group = 128;          // inputs of a group: their integer sums must fit 32 bits
+
+// A weight, and the sizes of a multiplication with it.
+struct Int4Problem {
+  const uint8_t* levels;  // [blocks, groups, chunks, 64]
+  const float* scales;    // [blocks, groups, 32]
+  const int8_t* zeros;    // the same shape, zero - 8; null: all are 0
+  const float* bias;      // [blocks * 32] or null
+  int64_t rows, groups, chunks, out_features;
+
+  int64_t group_size() const {
+    return chunks * kInt4Chunk;
+  }
+  int64_t group_bytes() const {
+    return chunks * kInt4Line;
+  }
+};
 
 }  // namespace folovllm
