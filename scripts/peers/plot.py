@@ -98,9 +98,10 @@ def _floor(ax: Any, floor: float, dtype: str) -> None:
 
 def _title(result: dict[str, Any]) -> str:
     run, machine = result["run"], result["machine"]
+    what = "Output" if any(speed_name(mode) == "output_tok_per_s" for mode in run["modes"]) else "Prompt"
     pairs = f"median and range of {run['repeats']} pairs" if run["repeats"] > 1 else "one pair each"
     return (
-        f"Output tokens per second; {run['model']}, workload {run['workload']['name']}, {machine['cpu']},\n"
+        f"{what} tokens per second; {run['model']}, workload {run['workload']['name']}, {machine['cpu']},\n"
         f"{run['threads']} threads{condition(run)}, {pairs}, "
         f"commit {commit_of(machine)}, {result['date'][:10]}"
     )
