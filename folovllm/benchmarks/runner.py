@@ -25,7 +25,7 @@ from folovllm.benchmarks.arms import BANDWIDTH, BASELINE, WEIGHTS, Arm, ArmTask,
 from folovllm.benchmarks.machine import describe_device, measure_bandwidth
 from folovllm.benchmarks.metrics import ArmRuns
 from folovllm.benchmarks.random_model import write_checkpoint
-from folovllm.benchmarks.workloads import BenchRequest, Feed
+from folovllm.benchmarks.workloads import BenchRequest, Feed, one_by_one
 from folovllm.config import DTYPE_BYTES
 from folovllm.hf_config import ModelArchitecture, load_hf_config
 from folovllm.utils import peak_memory_bytes
@@ -66,16 +66,23 @@ def run_task(task: ArmTask, timeout: float) -> Result:
 # ---- processes
 
 
-def ask(command: Sequence[str], task: str, timeout: float, quiet: bool = False) -> Result:
+def ask(
+    command: Sequence[str],
+    task: str,
+    timeout: float,
+    quiet: bool = False,
+    variables: Mapping[str, str] | None = None,
+) -> Result:
     """Run `command TASK_FILE RESULT_FILE`; the result that it wrote, or {"ok": False, "error": ...}.
 
-    If `quiet`, the command's output is not shown, and the end of it becomes part of the error.
+    If `quiet`, the command's output is not shown, and the end of it becomes part of the error. `variables` are
+    environment variables beside ours.
     """
     with tempfile.TemporaryDirectory(prefix="folovllm-bench-") as folder:
         task_file, result_file, log = (Path(folder, name) for name in ("task.json", "result.json", "log"))
         task_file.write_text(task)
         try:
-            status = run_child([*command, str(task_file), str(result_file)], timeout, log if quiet else None)
+            status = run_child([*command, str(task_file), str(result_file)], timeout, log if quiet else None, variables)
             error = None if result_file.exists() else f"its process ended with status {status} and left no result"
             if status == 128 + signal.SIGKILL:
                 error = "its process was killed (signal 9): most likely out of memory; lower --kv-cache-memory"
@@ -186,7 +193,7 @@ def measure_arm(task: ArmTask) -> Result:
         requests = workload.for_mode(mode)
         if mode != "warm":
             arm.forget()
-        run = run_one_by_one(arm, requests) if mode == "single" else arm.run(requests)
+        run = run_one_by_one(arm, requests) if one_by_one(mode) else arm.run(requests)
         groups = metrics.group_figures([request.group for request in requests], run.timings)
         modes[mode] = {**mode_result(run, mode, arch, DTYPE_BYTES[task.dtype]), "groups": groups}
         say(f"    {task.name} {mode}: {len(requests)} requests, {modes[mode]['output_tok_per_s']:.1f} tok/s")

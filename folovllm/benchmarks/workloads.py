@@ -11,6 +11,7 @@ Prompts are random token ids, so that no engine profits from text it has seen, a
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,8 @@ LAST_RANDOM_ID = 48_999  # within every vocabulary that the benchmark is meant f
 NUM_SINGLE_STREAM = 8  # one after another is slow: the first few requests stand for all
 MODES = ("single", "batch")
 CACHE_MODES = ("cold", "warm")  # everything twice: with an empty prefix cache, then with what the first time left
+PROMPT_LENGTHS = (256, 512, 1_000, 2_000, 4_000, 8_000)  # of the modes prompt256, prompt512, ...
+PROMPT_TOKENS = 2_048  # a prompt mode sends several short prompts, about so many tokens in all
 
 DECODING, LONG = "decoding", "long"  # the two groups of long-prompts
 NUM_DECODING = 8
@@ -50,15 +53,19 @@ class Workload:
     """Requests and the modes to run them in.
 
     "single" sends one after another, "batch" all at once. "cold" and "warm" are two batches, and the prefix cache is
-    emptied before the first of them.
+    emptied before the first of them. "prompt1000" sends prompts of 1,000 tokens one after another, each for one token
+    of output; these are requests of their own and the same for every workload.
     """
 
     name: str
     requests: list[BenchRequest] = field(repr=False)
     modes: tuple[str, ...] = MODES
     num_single: int | None = NUM_SINGLE_STREAM  # how many of them "single" sends; None: all
+    vocab_size: int = LAST_RANDOM_ID + 1
 
     def for_mode(self, mode: str) -> list[BenchRequest]:
+        if length := prompt_length(mode):
+            return prompts_of_length(length, self.vocab_size)
         return self.requests[: self.num_single] if mode == "single" else self.requests
 
     @property
@@ -130,6 +137,24 @@ class Feed:
         if request.follows is not None:
             return request.follows in self._answers
         return request.arrival <= tokens_each
+
+
+def prompt_length(mode: str) -> int | None:
+    """The tokens of each prompt in a prompt mode, None for another mode. E.g. "prompt1000" -> 1000."""
+    match = re.fullmatch(r"prompt([1-9]\d*)", mode)
+    return int(match[1]) if match else None
+
+
+def one_by_one(mode: str) -> bool:
+    """Whether the mode sends a request when the one before is complete, and not all at once."""
+    return mode == "single" or prompt_length(mode) is not None
+
+
+def prompts_of_length(length: int, vocab_size: int) -> list[BenchRequest]:
+    """Prompts of `length` tokens with one token of output each. E.g. 8 prompts of 256 tokens, 1 of 4,000."""
+    rng = random.Random(f"prompts {length}")
+    count = max(1, PROMPT_TOKENS // length)
+    return [BenchRequest(random_ids(rng, length, vocab_size), output_len=1) for _ in range(count)]
 
 
 def random_ids(rng: random.Random, count: int, vocab_size: int) -> list[int]:
@@ -292,4 +317,4 @@ def make_workload(name: str, vocab_size: int, count: int | None = None, hit_rate
     recipe = WORKLOADS[name]
     extra = (hit_rates or recipe.hit_rates,) if recipe.hit_rates else ()
     requests = recipe.make(count or recipe.default_count, vocab_size, *extra)
-    return Workload(name, requests, recipe.modes, recipe.num_single)
+    return Workload(name, requests, recipe.modes, recipe.num_single, vocab_size)

@@ -1,4 +1,4 @@
-"""Blocks with measured numbers: what is proven (docs/project_summary.md), tuning (quick_reference.md), paging (README).
+"""Blocks with measured numbers: proven (docs/project_summary.md), tuning (quick_reference.md), peers (README), paging.
 
 Milestone: M0. vLLM counterpart: none. Every number is read from a committed result file, and its row links that file.
 """
@@ -15,11 +15,18 @@ MILESTONES = Path(__file__).resolve().parents[2] / "milestones"
 LADDER = "m4/results/compare_perf_A_cpu.json"
 EQUAL_BATCH = "m3/results/equal_batch_A_cpu.json"
 PEERS = "m4/results/compare_peers_A_cpu.json"
+# The columns of the table of peers: the condition that a file was measured in, and the file.
+CONDITIONS = {
+    "idle machine": PEERS,
+    "limited to AVX2": "m4/results/compare_peers_avx2_cpu.json",
+    "another process busy": "m4/results/compare_peers_busy1_cpu.json",
+}
 LONG_PROMPTS = "m5/results/long_prompts_cpu.json"
 CHUNK_SIZES = "m5/results/tune_chunk_size.json"
 SHARED_PREFIX = "m6/results/shared_prefix_cpu.json"
 GPTQ_SPEED = "m7/results/bench_gptq.json"
 GPTQ_LOSS = "m7/results/eval_ppl.json"
+OURS = "folovllm"
 PEER_NAMES = {
     "hf": "HuggingFace `generate`",
     "llamacpp": "llama.cpp",
@@ -128,6 +135,32 @@ def paging(folder: Path) -> str:
         f"run. With {running(many)} requests in both, M3 makes {speed(paged)} and M2 {speed(many)} tokens per\n"
         f"second ({link('all figures', MILESTONES / EQUAL_BATCH, folder)}).\n"
     )
+
+
+def peers(folder: Path) -> str:
+    """Ours and each peer in every condition: one request, then 32 together. A missing measurement is a dash."""
+    columns = {name: arms_of(file) for name, file in CONDITIONS.items()}
+    heads = [link(name, MILESTONES / CONDITIONS[name], folder) if arms else name for name, arms in columns.items()]
+    names = {OURS: "FoloVLLM", **PEER_NAMES}
+    rows = [(label, *(speeds_cell(arms.get(name)) for arms in columns.values())) for name, label in names.items()]
+    where = "output tok/s: one request, 32 together"
+    return table(" | ".join([where, *heads]), rows, right="1 2 3")
+
+
+def arms_of(file: str) -> dict[str, Any]:
+    """The arms of a compare_peers file; none if it has not been measured yet."""
+    found: dict[str, Any] = result(file)["arms"] if (MILESTONES / file).exists() else {}
+    return found
+
+
+def speeds_cell(measured: dict[str, Any] | None) -> str:
+    """E.g. "73, 147 (1.39x, 3.00x)": the speeds of an arm, and how many times faster ours was in the same pairs."""
+    if measured is None or "modes" not in measured:
+        return "-"
+    modes = [measured["modes"][mode] for mode in ("single", "batch")]
+    speeds = ", ".join(f"{figures['output_tok_per_s']['median']:.0f}" for figures in modes)
+    ratios = ", ".join(f"{figures['ratio']['median']:.2f}x" for figures in modes if "ratio" in figures)
+    return f"{speeds} ({ratios})" if ratios else speeds
 
 
 # ---- the sentences

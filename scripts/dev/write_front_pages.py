@@ -51,6 +51,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "proven": front_results.proven,
     "tuning": front_results.tuning,
     "paging": front_results.paging,
+    "peers": front_results.peers,
 }
 
 

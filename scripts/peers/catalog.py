@@ -1,10 +1,10 @@
-"""The peers as data: what to install, which file drives them, which weights they read.
+"""The peers as data: what to install, which file drives them, which weights they read, what limits them.
 
 Milestone: M4. vLLM counterpart: none. No torch. A new peer is an entry here and a file in adapters/.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,11 @@ ADAPTERS = Path(__file__).parent / "adapters"
 OURS = "folovllm"
 FOLDER, Q4_1, Q8_0 = "folder", "Q4_1", "Q8_0"  # how a peer wants the model: see weights.py
 CONVERTED = "converted"  # the GGUF file in the dtype of the run
+NATIVE = "native"  # every instruction of this CPU
+# Keeps torch's libraries to an instruction set. Our own kernels obey the engine argument cpu_isa.
+ISA_VARIABLES = {
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+}
 
 
 class PeerError(ValueError):
@@ -39,15 +44,19 @@ class Environment:
 
 @dataclass(frozen=True)
 class Peer:
-    """One engine to measure beside ours. Without `environment` it runs in ours (HuggingFace: a dependency anyway)."""
+    """One engine to measure beside ours. Without `environment` it runs in ours (HuggingFace: a dependency anyway).
+
+    Without `adapter` it is an arm of the benchmark: `arm`, or ours if that is empty, with `options` in its task.
+    """
 
     name: str
     label: str
     weights: str  # FOLDER | CONVERTED | Q4_1 | Q8_0
     about: str
     environment: Environment | None = None
-    adapter: Path | None = None  # None: the benchmark's own arm of that name
-    options: Mapping[str, Any] = field(default_factory=dict)  # for the adapter
+    adapter: Path | None = None
+    arm: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)  # for the adapter, or fields of the arm's task
 
 
 VLLM = Environment(
@@ -67,6 +76,18 @@ LLAMACPP = Environment(
     needs_compiler=True,
     variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
 )
+LLAMACPP_AVX2 = Environment(
+    "llamacpp-avx2",
+    ("llama-cpp-python==0.3.36",),
+    probe="import llama_cpp as lc, numpy; lc.llama_backend_init(); info = lc.llama_print_system_info().decode(); "
+    "assert 'AVX2 = 1' in info and 'AVX512' not in info, info",
+    about="compiles llama.cpp for AVX2 and no more: 6 minutes on 2 cores",
+    needs_compiler=True,
+    variables={
+        "CMAKE_ARGS": "-DGGML_NATIVE=OFF -DGGML_SSE42=ON -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON "
+        "-DGGML_BMI2=ON -DGGML_AVX_VNNI=OFF -DGGML_AVX512=OFF"
+    },
+)
 OPENVINO = Environment(
     "openvino",
     ("openvino-genai==2026.4.1.0", "numpy"),
@@ -77,7 +98,14 @@ OPENVINO = Environment(
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer("hf", "HuggingFace generate", FOLDER, "generate; the batch is static, padded on the left"),
+        Peer("hf", "HuggingFace generate", FOLDER, "generate; the batch is static, padded on the left", arm="hf"),
+        Peer(
+            "one-thread",
+            "FoloVLLM on one thread",
+            FOLDER,
+            "our own engine, to see what its other threads are worth beside busy processes",
+            options={"threads": 1},
+        ),
         Peer("vllm", "vLLM CPU", FOLDER, "vLLM's CPU build, with all threads", VLLM, ADAPTERS / "vllm_peer.py"),
         Peer(
             "vllm-auto",
@@ -86,7 +114,7 @@ PEERS: dict[str, Peer] = {
             "the same, but vLLM binds its threads (it leaves one core to its scheduler)",
             VLLM,
             ADAPTERS / "vllm_peer.py",
-            {"bind": "auto"},
+            options={"bind": "auto"},
         ),
         Peer(
             "llamacpp",
@@ -106,6 +134,8 @@ PEERS: dict[str, Peer] = {
     )
 }
 DEFAULT_PEERS = ("hf", "vllm", "llamacpp", "openvino")
+# Instruction set -> the environment of a peer -> the same peer compiled for no more than that.
+LIMITED_ENVIRONMENTS = {"avx2": {LLAMACPP.name: LLAMACPP_AVX2}}
 
 
 def get_peers(names: Iterable[str]) -> list[Peer]:
@@ -116,3 +146,18 @@ def get_peers(names: Iterable[str]) -> list[Peer]:
             raise ValueError(f"--peers: {unknown_name_message('peer', name, list(PEERS))}")
         found.append(PEERS[name])
     return found
+
+
+def can_be_limited(peer: Peer, cpu_isa: str) -> bool:
+    """Whether the peer can be kept to that instruction set: it runs in our environment, or is compiled anew."""
+    return cpu_isa == NATIVE or peer.environment is None or peer.environment.name in LIMITED_ENVIRONMENTS[cpu_isa]
+
+
+def limited(peer: Peer, cpu_isa: str) -> Peer:
+    """The peer as it runs with that instruction set. Raises ValueError if it cannot be limited."""
+    if not can_be_limited(peer, cpu_isa):
+        able = [name for name, other in PEERS.items() if can_be_limited(other, cpu_isa)]
+        raise ValueError(f"--cpu-isa {cpu_isa}: {peer.name} cannot be limited to it; --peers can be {', '.join(able)}")
+    if cpu_isa == NATIVE or peer.environment is None:
+        return peer
+    return replace(peer, environment=LIMITED_ENVIRONMENTS[cpu_isa][peer.environment.name])

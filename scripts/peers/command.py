@@ -11,7 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from folovllm.benchmarks.command import Plan, describe_run, make_plan
+from folovllm.benchmarks.arms import BASELINE
+from folovllm.benchmarks.command import Plan, describe_run, ensure_weights, make_plan
 from folovllm.benchmarks.machine import machine_header
 from folovllm.benchmarks.metrics import median_of
 from folovllm.benchmarks.report import read_json
@@ -19,17 +20,29 @@ from folovllm.benchmarks.runner import say
 from folovllm.hub import HubError
 from scripts.peers import comparison, report
 from scripts.peers.bench import Bench
-from scripts.peers.catalog import FOLDER, OURS, PEERS, Peer, PeerError
-from scripts.peers.comparison import OursFailedError, PairRuns, plan_pairs, run_pairs
+from scripts.peers.catalog import (
+    FOLDER,
+    ISA_VARIABLES,
+    LIMITED_ENVIRONMENTS,
+    OURS,
+    PEERS,
+    Peer,
+    PeerError,
+)
+from scripts.peers.comparison import OursFailedError, PairRuns, plan_pairs, run_pairs, speed_name
 from scripts.peers.environment import ensure_environment, state_of
 from scripts.peers.options import PeerOptions, parse_options
-from scripts.peers.weights import find_weights, weights_name
+from scripts.peers.weights import Model, find_weights, weights_name
 
 SCRIPT = "scripts/compare_peers.py"
 SCHEMA = "folovllm.compare_peers/1"
 NOTES = (
     "Every measurement is a fresh process: load, a warm-up of a few short requests, then each mode once. Throughput "
-    "counts output tokens; the time includes the prompts. Greedy, EOS ignored, no text is made of tokens.",
+    "counts output tokens; the time includes the prompts. Greedy, EOS ignored, no text is made of tokens. In a prompt "
+    "mode it counts the tokens of prompts that are sent one after another for one token of output each.",
+    "busy: so many processes that never pause run beside every engine, from its start to its end, each in a session of "
+    "its own. cpu_isa avx2: torch is limited by ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS, "
+    "our kernels by the engine argument cpu_isa, llama.cpp by compiling it for AVX2.",
     "A peer's measurement and one of ours are a pair, directly after one another, in the other order every second "
     "repeat. `ratio` is ours over the peer's within a pair, its median over the pairs; ours in the table is the median "
     "over all pairs.",
@@ -75,6 +88,10 @@ def listing(options: PeerOptions) -> str:
     for peer in PEERS.values():
         state = "in our own environment" if peer.environment is None else state_of(peer.environment, options.peers_dir)
         lines.append(f"  {peer.name:14} {state:24} {peer.label}: {peer.about}")
+    limited = [(isa, found) for isa, environments in LIMITED_ENVIRONMENTS.items() for found in environments.items()]
+    for isa, (name, environment) in limited:
+        state = state_of(environment, options.peers_dir)
+        lines.append(f"  {name:14} {state:24} for --cpu-isa {isa}: {environment.about}")
     return "\n".join(lines)
 
 
@@ -83,6 +100,7 @@ def run(options: PeerOptions, argv: list[str]) -> int:
     machine = machine_header()  # first: the load average should not be ours
     plan = make_plan(options.bench)
     plan = replace(plan, task=replace(plan.task, arm=options.preset, modes=options.modes))
+    ensure_weights(plan)
     runs = {peer.name: PairRuns() for peer in options.peers}
     weights = prepare_peers(options, Path(plan.task.model_path), runs)
     if options.setup_only:
@@ -91,7 +109,16 @@ def run(options: PeerOptions, argv: list[str]) -> int:
         return 1 if failed else 0
     options.bench.output.mkdir(parents=True, exist_ok=True)
     peers = {peer.name: peer for peer in options.peers}
-    bench = Bench(plan.task, plan.task.make_workload(), peers, weights, options.peers_dir, options.bench.timeout)
+    bench = Bench(
+        plan.task,
+        plan.task.make_workload(),
+        peers,
+        weights,
+        options.peers_dir,
+        options.bench.timeout,
+        options.busy,
+        ISA_VARIABLES.get(options.cpu_isa, {}),
+    )
     probes = measure_all(bench, runs, options.bench.repeats)
     result = put_together(options, plan, machine, runs, probes, argv)
     files = report.write_files(result, options.bench.output, datetime.now())
@@ -101,15 +128,13 @@ def run(options: PeerOptions, argv: list[str]) -> int:
 
 def prepare_peers(options: PeerOptions, folder: Path, runs: dict[str, PairRuns]) -> dict[str, Path]:
     """The file that each peer loads. The error of a peer without environment or file is noted in its runs."""
-    weights = {}
+    weights, bench = {}, options.bench
+    model = Model(bench.model, folder, bench.dtype, options.gguf, is_random=bench.random_weights is not None)
     for peer in options.peers:
         try:
             if peer.environment is not None:
                 ensure_environment(peer.environment, options.peers_dir, say)
-            bench = options.bench
-            weights[peer.name] = find_weights(
-                peer.weights, bench.model, folder, bench.dtype, options.peers_dir, options.gguf, say
-            )
+            weights[peer.name] = find_weights(peer.weights, model, peer, options.peers_dir, say)
         except (PeerError, HubError, OSError) as error:
             runs[peer.name].error = str(error)
             say(f"[setup] {peer.name} FAILED: {error}")
@@ -132,7 +157,7 @@ class Progress:
         except PeerError as error:
             say(f"[{self.done}/{self.total}] {name} FAILED: {error}")
             raise
-        speeds = ", ".join(f"{mode} {f['output_tok_per_s']:.1f} tok/s" for mode, f in result["modes"].items())
+        speeds = ", ".join(f"{mode} {f[speed_name(mode)]:.1f} tok/s" for mode, f in result["modes"].items())
         say(f"[{self.done}/{self.total}] {name}: {speeds} ({time.perf_counter() - start:.0f} s)")
         return result
 
@@ -186,13 +211,14 @@ def put_together(
     for peer in options.peers:
         arms[peer.name] = comparison.summarise_peer(runs[peer.name], peer.name, options.modes) | facts(peer, plan)
         if peer.adapter is None and "modes" in arms[peer.name]:
-            arms[peer.name]["version"] = machine["transformers"]
+            arms[peer.name]["version"] = machine["transformers" if peer.arm == BASELINE else "folovllm"]
     bandwidth = median_of([probe["bandwidth"] for probe in probes]) if probes else None
     return {
         "schema": SCHEMA,
         "ok": all(arm["ok"] for arm in arms.values()) and bandwidth is not None,
         "machine": machine | (probes[0]["device"] if probes else {}),
-        "run": describe_run(plan, SCRIPT, argv) | {"preset": options.preset, "modes": list(options.modes)},
+        "run": describe_run(plan, SCRIPT, argv)
+        | {name: getattr(options, name) for name in ("preset", "modes", "busy", "cpu_isa")},
         "bandwidth": comparison.add_floor(arms, bandwidth, plan.weight_bytes_per_token),
         "reference": OURS,
         "arms": arms,
@@ -208,7 +234,7 @@ def facts(peer: Peer, plan: Plan) -> dict[str, Any]:
 def our_facts(plan: Plan, machine: dict[str, Any]) -> dict[str, Any]:
     gptq = plan.arch.quantization
     return {
-        "label": f"FoloVLLM {plan.task.arm}",
+        "label": f"FoloVLLM {plan.task.arm.partition('+')[0]}",  # without cpu_isa, which limits every engine
         "weights": weights_name(FOLDER, plan.task.dtype) if gptq is None else f"GPTQ {gptq.bits}-bit",
         "fewer_bits": gptq is not None,
         "version": machine["folovllm"],

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from folovllm.benchmarks.metrics import median_of
+from folovllm.benchmarks.workloads import prompt_length
 from scripts.peers.catalog import OURS, PeerError
 
 Result = dict[str, Any]
@@ -75,31 +76,37 @@ def _measure_pair(pair: Pair, measure: Measure) -> dict[str, Result]:
 # ---- figures
 
 
+def speed_name(mode: str) -> str:
+    """The figure that a mode is compared by: tokens of the prompts in a prompt mode, else tokens of output."""
+    return "prompt_tok_per_s" if prompt_length(mode) else "output_tok_per_s"
+
+
 def spread(values: Sequence[float]) -> Result:
     """The median, and what it hides. E.g. [3, 1, 2] -> median 2, min 1, max 3."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "repeats": list(values)}
 
 
 def summarise_engine(results: Sequence[Result], modes: Sequence[str]) -> Result:
-    """One engine over its measurements: load times and throughput per mode."""
+    """One engine over its measurements: load times and speed per mode."""
     first = results[0]
-    speeds = {mode: [result["modes"][mode]["output_tok_per_s"] for result in results] for mode in modes}
+    speeds = {mode: [result["modes"][mode][speed_name(mode)] for result in results] for mode in modes}
     return {
         "version": first.get("version"),
         "settings": first.get("settings"),
         "load": median_of([result["load"] for result in results]),
-        "modes": {mode: {"output_tok_per_s": spread(values)} for mode, values in speeds.items()},
+        "modes": {mode: {speed_name(mode): spread(values)} for mode, values in speeds.items()},
     }
 
 
 def summarise_peer(run: PairRuns, name: str, modes: Sequence[str]) -> Result:
-    """One peer, and in each mode `ratio`: our throughput over the peer's, pair by pair."""
+    """One peer, and in each mode `ratio`: our speed over the peer's, pair by pair."""
     if not run.results:
         return {"ok": False, "error": run.error}
     summary = summarise_engine([pair[name] for pair in run.results], modes)
     for mode, figures in summary["modes"].items():
+        speed = speed_name(mode)
         pairs = [(pair[OURS]["modes"][mode], pair[name]["modes"][mode]) for pair in run.results]
-        figures["ratio"] = spread([mine["output_tok_per_s"] / theirs["output_tok_per_s"] for mine, theirs in pairs])
+        figures["ratio"] = spread([mine[speed] / theirs[speed] for mine, theirs in pairs])
         figures["same_first_token"] = same_first_token(pairs[0][0]["tokens"], pairs[0][1]["tokens"])
     return {"ok": run.error is None, "error": run.error, "num_pairs": len(run.results), **summary}
 

@@ -74,9 +74,11 @@ def _install(environment: Environment, folder: Path, log: Path, say: Say) -> Non
 
 
 def _install_packages(requirements: Sequence[str], environment: Environment, folder: Path, log: Path, say: Say) -> None:
+    # pip's cache holds wheels by their version, not by the flags that they were compiled with.
+    options = ["--no-cache-dir"] if environment.needs_compiler else []
     for requirement in requirements:
         say(f"[setup] {environment.name}: pip install {requirement} ...")
-        _run([*_pip(folder), "install", requirement], environment, log, f"pip install {requirement}")
+        _run([*_pip(folder), "install", *options, requirement], environment, log, f"pip install {requirement}")
     _remove_unwanted(environment, folder, log)  # before the probe, which a torchvision of another build breaks
     if not _works(environment, folder, log):
         raise PeerError(f"{environment.name} was installed, but `{environment.probe}` fails:\n{tail(log)}")

@@ -29,7 +29,7 @@ from scripts.peers.catalog import OURS, PeerError
 from scripts.peers.environment import default_peers_dir, ensure_environment, python_of
 from scripts.peers.server_report import SATURATED, headline, problems, server_rows, write_plot
 from scripts.peers.servers import NAME, SERVERS, Server, ServerTask, free_port, running
-from scripts.peers.weights import find_weights
+from scripts.peers.weights import Model, find_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "scripts/compare_servers.py"
@@ -173,7 +173,8 @@ def make_task(plan: Plan, server: Server) -> ServerTask:
     if server.peer is not None:
         assert server.peer.environment is not None
         ensure_environment(server.peer.environment, args.peers_dir, say)
-        model = find_weights(server.weights, args.model, plan.folder, args.dtype, args.peers_dir, None, say)
+        wanted = Model(args.model, plan.folder, args.dtype)
+        model = find_weights(server.weights, wanted, server.peer, args.peers_dir, say)
         python = python_of(server.peer, args.peers_dir)
     return ServerTask(model, python, args.dtype, args.threads, free_port(), args.max_model_len, args.max_num_seqs)
 

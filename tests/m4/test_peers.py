@@ -168,9 +168,10 @@ def test_wrong_arguments_are_named(argv, message, capsys):
 
 
 def test_a_model_without_gguf_is_refused_for_peers_that_read_gguf(tmp_path):
+    model, peer = weights.Model("org/name", tmp_path, "bfloat16"), catalog.PEERS["llamacpp"]
     with pytest.raises(PeerError, match="pass --gguf FILE"):
-        weights.find_weights(catalog.Q4_1, "org/name", tmp_path, "bfloat16", tmp_path, None, print)
-    assert weights.find_weights(catalog.FOLDER, "org/name", tmp_path, "bfloat16", tmp_path, None, print) == tmp_path
+        weights.find_weights(catalog.Q4_1, model, peer, tmp_path, print)
+    assert weights.find_weights(catalog.FOLDER, model, peer, tmp_path, print) == tmp_path
 
 
 @pytest.mark.parametrize("rung", [r.id for r in milestones.engine_rungs()])

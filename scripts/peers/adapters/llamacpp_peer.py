@@ -2,10 +2,11 @@
 
 Milestone: M4. Stand-alone: runs in an environment with llama-cpp-python. Its own Python class answers one request at a
 time, so the batch is driven here as llama.cpp's server does it: every step decodes one token of each running request
-and fills what is left of the batch with waiting prompts. The greedy choice is numpy's argmax over the logits.
+and fills what is left of the batch with waiting prompts; a prompt that does not fit is continued in the next step. The
+greedy choice is numpy's argmax over the logits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -17,12 +18,25 @@ CONTEXT_UNIT = 256
 
 @dataclass
 class Sequence:
-    """One running request: its answer so far, and where its newest token goes."""
+    """One request: how much of it is in the KV cache, and its answer so far."""
 
     index: int
-    position: int
+    prompt: list[int]
     wanted: int
-    tokens: list[int]
+    computed: int = 0
+    tokens: list[int] = field(default_factory=list)
+
+    def next_items(self, room: int) -> list[tuple[int, int, int, bool]]:
+        """What may be computed next: (token, position, sequence, whether its logits are wanted)."""
+        known = self.prompt + self.tokens
+        chosen = range(self.computed, min(len(known), self.computed + room))
+        self.computed += len(chosen)
+        return [(known[i], i, self.index, i == len(known) - 1) for i in chosen]
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a part of its prompt is still to be computed."""
+        return self.computed < len(self.prompt)
 
 
 class Session:
@@ -44,25 +58,19 @@ class Session:
 
     def run(self, requests: list[Request]) -> Tokens:
         self.lc.llama_memory_clear(self.memory, True)
-        answers: Tokens = [[] for _ in requests]
-        waiting = list(enumerate(requests))
-        running: list[Sequence] = []
-        while waiting or running:
-            # (token, position, sequence, whether its logits are wanted)
-            items = [(s.tokens[-1], s.position, s.index, True) for s in running]
-            while waiting and len(items) + len(waiting[0][1][0]) <= BATCH_TOKENS:
-                index, (prompt, wanted) = waiting.pop(0)
-                items += [(token, i, index, i == len(prompt) - 1) for i, token in enumerate(prompt)]
-                running.append(Sequence(index, len(prompt) - 1, wanted, answers[index]))
-            rows = self.decode(items)
-            for sequence, row in zip(running, rows, strict=True):
-                sequence.tokens.append(self.argmax(row))
-                sequence.position += 1
-            running = [s for s in running if len(s.tokens) < s.wanted]
-        return answers
+        sequences = [Sequence(index, prompt, wanted) for index, (prompt, wanted) in enumerate(requests)]
+        while unfinished := [s for s in sequences if len(s.tokens) < s.wanted]:
+            items: list[tuple[int, int, int, bool]] = []
+            for sequence in sorted(unfinished, key=lambda s: s.is_waiting):  # decodes first
+                items += sequence.next_items(BATCH_TOKENS - len(items))
+            rows = dict(self.decode(items))
+            for sequence in unfinished:
+                if sequence.index in rows:
+                    sequence.tokens.append(self.argmax(rows[sequence.index]))
+        return [s.tokens for s in sequences]
 
-    def decode(self, items: list[tuple[int, int, int, bool]]) -> list[int]:
-        """One forward pass; the places in the batch that have logits."""
+    def decode(self, items: list[tuple[int, int, int, bool]]) -> list[tuple[int, int]]:
+        """One forward pass; (sequence, its place in the batch) where there are logits."""
         batch = self.batch
         batch.n_tokens = len(items)
         for i, (token, position, sequence, wanted) in enumerate(items):
@@ -71,7 +79,7 @@ class Session:
         status = self.lc.llama_decode(self.context, batch)
         if status:
             raise RuntimeError(f"llama_decode answered {status}")
-        return [i for i, item in enumerate(items) if item[3]]
+        return [(item[2], i) for i, item in enumerate(items) if item[3]]
 
     def argmax(self, row: int) -> int:
         pointer = self.lc.llama_get_logits_ith(self.context, row)
@@ -91,20 +99,22 @@ def load(imported: Any, task: Task) -> Engine:
     model = lc.llama_model_load_from_file(task["model"].encode(), lc.llama_model_default_params())
     if not model:
         raise RuntimeError(f"llama.cpp could not load {task['model']}")
-    requests = [request for group in (task["warm_up"], *task["modes"].values()) for request in group]
-    longest = max(len(prompt) + count for prompt, count in requests)
-    if max(len(prompt) for prompt, _ in requests) > BATCH_TOKENS:
-        raise RuntimeError(f"this adapter sends a prompt whole: {BATCH_TOKENS} tokens at most")
-    length = -(-longest // CONTEXT_UNIT) * CONTEXT_UNIT
-    most = max(map(len, (task["warm_up"], *task["modes"].values())))
-    alone = Session(lc, numpy, model, task["threads"], 1, length)
-    together = Session(lc, numpy, model, task["threads"], most, length)
+    at_once = [task["warm_up"], task["modes"].get("batch", [])]
+    alone = Session(lc, numpy, model, task["threads"], 1, context_length([*at_once, *task["modes"].values()]))
+    together = Session(lc, numpy, model, task["threads"], max(map(len, at_once)), context_length(at_once))
 
     def generate(requests: list[Request]) -> Tokens:
         return (alone if len(requests) == 1 else together).run(requests)
 
-    settings = {"n_batch": BATCH_TOKENS, "n_threads": task["threads"], "tokens per sequence": length}
+    compiled_for = lc.llama_print_system_info().decode().strip(" |")
+    settings = {"n_batch": BATCH_TOKENS, "n_threads": task["threads"], "compiled for": compiled_for}
     return Engine(generate, metadata.version("llama-cpp-python"), settings)
+
+
+def context_length(groups: list[list[Request]]) -> int:
+    """Room for the longest request."""
+    longest = max(len(prompt) + count for group in groups for prompt, count in group)
+    return -(-longest // CONTEXT_UNIT) * CONTEXT_UNIT
 
 
 if __name__ == "__main__":

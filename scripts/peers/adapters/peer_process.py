@@ -3,7 +3,7 @@
 Milestone: M4. vLLM counterpart: none. Stand-alone: imports nothing but the standard library.
 
 The task:   {"model", "dtype", "threads", "max_model_len", "kv_cache_gib", "options",
-             "warm_up": [request...], "modes": {"single": [request...], "batch": [request...]}}
+             "warm_up": [request...], "modes": {"single": [request...], "batch": [...], "prompt1000": [...]}}
 A request is [prompt token ids, number of tokens to give]. The result:
             {"ok", "error" | "version", "settings", "load", "modes": {mode: {"seconds", "tokens"}}}
 """
@@ -56,9 +56,9 @@ def measure(task: Task, import_peer: Callable[[Task], Any], load: Callable[[Any,
 
 
 def run_mode(engine: Engine, mode: str, requests: list[Request]) -> dict[str, Any]:
-    """All at once, or each when the one before is complete. The clock starts before the first is sent."""
+    """A batch all at once, else each when the one before is complete. The clock starts before the first is sent."""
     tokens: Tokens = []
     start = time.perf_counter()
-    for group in [[request] for request in requests] if mode == "single" else [requests]:
+    for group in [requests] if mode == "batch" else [[request] for request in requests]:
         tokens += engine.generate(group)
     return {"seconds": time.perf_counter() - start, "tokens": tokens}

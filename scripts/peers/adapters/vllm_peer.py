@@ -8,6 +8,7 @@ use one. We give it as many cores as the other engines; the option {"bind": "aut
 
 import os
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from peer_process import Engine, Request, Task, Tokens, main
@@ -37,6 +38,7 @@ def load(vllm: Any, task: Task) -> Engine:
         "max_model_len": task["max_model_len"],
         "max_num_seqs": MAX_NUM_SEQS,
         "enable_prefix_caching": False,
+        "skip_tokenizer_init": not Path(task["model"], "tokenizer.json").exists(),  # random weights have none
     }
     llm = vllm.LLM(task["model"], disable_log_stats=True, **settings)
 
