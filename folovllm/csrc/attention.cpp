@@ -60,9 +60,7 @@ AttentionPlan make_plan(const at::Tensor& query_start_loc, const at::Tensor& seq
     TORCH_CHECK(q_len >= 0 && q_len <= lens[s] && lens[s] <= block_table.size(1) * block_size, "sequence ", s, " has ",
                 q_len, " queries, ", lens[s], " keys and ", block_table.size(1), " blocks of ", block_size);
   }
-  // Inside another parallel region there is only one thread.
-  const int64_t num_threads = ThreadTeam::size();
-  return AttentionPlan({start, lens, num_reqs, num_heads, num_kv_heads, head_size}, num_threads);
+  return AttentionPlan({start, lens, num_reqs, num_heads, num_kv_heads, head_size}, ThreadTeam::size());
 }
 
 // The queries of a sequence are its last positions, as in AttentionMetadata. reference_attention.cpp computes the same in

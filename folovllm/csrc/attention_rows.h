@@ -20,9 +20,11 @@ namespace {
 // of registers and keep their sums in memory.
 #define FOLOVLLM_ALONE __attribute__((noinline))
 
-// 6 rows x 4 sums, 4 operands and a broadcast fit 32 registers; 6 rows x 2 sums, 2 operands and a broadcast fit 16.
-constexpr int kRowsAtOnce = 6;
-constexpr int kVectorsAtOnce = FOLOVLLM_AVX512 || FOLOVLLM_NEON ? 4 : 2;
+// 6 rows x 4 sums, 4 operands and a broadcast fit 32 registers. With 16, 6 rows x 2 sums, 2 operands and a broadcast would
+// just fit, but GCC needs one more.
+constexpr bool kManyRegisters = FOLOVLLM_AVX512 || FOLOVLLM_NEON;  // 32, else 16
+constexpr int kRowsAtOnce = kManyRegisters ? 6 : 5;
+constexpr int kVectorsAtOnce = kManyRegisters ? 4 : 2;
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
 // ---- How numbers are multiplied
@@ -62,7 +64,7 @@ inline Vec add_product(Vec sum, Vec x, Vec y) {
   return fmadd(x, y, sum);
 }
 
-// Calls f(R, first row) for blocks of up to 6 rows. R, the number of rows, is a compile-time constant. E.g. 7 rows are
+// Calls f(R, first row) for blocks of up to kRowsAtOnce rows. R, the number of rows, is a compile-time constant. E.g. 7 rows are
 // computed as 4 and 3: with a block of 1 row, each load would serve a single product.
 template <typename F>
 void for_each_row_block(int64_t rows, const F& f) {
@@ -75,7 +77,7 @@ void for_each_row_block(int64_t rows, const F& f) {
       case 3: f(std::integral_constant<int, 3>(), r); break;
       case 4: f(std::integral_constant<int, 4>(), r); break;
       case 5: f(std::integral_constant<int, 5>(), r); break;
-      default: f(std::integral_constant<int, 6>(), r);
+      default: f(std::integral_constant<int, kRowsAtOnce>(), r);
     }
     r = end;
   }

@@ -141,13 +141,9 @@ void store_sums(const float* sums, float factor, T* out, int64_t head_size) {
     }
   } else {
     for (int64_t d = 0; d < head_size; d += 2 * kWidth) {
-      c10::BFloat16 even[kWidth], odd[kWidth];
-      store_vec(even, load_vec(sums + d) * factor);
-      store_vec(odd, load_vec(sums + d + kWidth) * factor);
-      for (int64_t i = 0; i < std::min<int64_t>(kWidth, (head_size - d) / 2); ++i) {
-        out[d + 2 * i] = even[i];
-        out[d + 2 * i + 1] = odd[i];
-      }
+      const HalfWords even = to_bf16(load_vec(sums + d) * factor), odd = to_bf16(load_vec(sums + d + kWidth) * factor);
+      const Words words = __builtin_convertvector(even, Words) | __builtin_convertvector(odd, Words) << 16;
+      std::memcpy(out + d, &words, std::min<int64_t>(2 * kWidth, head_size - d) * sizeof(T));
     }
   }
 }

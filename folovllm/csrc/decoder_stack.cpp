@@ -219,7 +219,7 @@ class DecoderStack : public torch::CustomClassHolder {
     }
     const at::Tensor attended = at::empty(query.sizes(), hidden.options());
     paged_attention(attended, query, kv_cache, selection != nullptr ? selection->plan : step.plan, step.block_table, scale_,
-                    /*native=*/true, fetched);
+                    fetched);
     x = multiply(layer.o_proj, attended.view({query.size(0), -1}), hidden_size, layer.gate_up_proj.upcoming(queue));
 
     x = rms_norm(x, residual, layer.post_attention_layernorm, eps_);

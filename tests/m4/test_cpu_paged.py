@@ -185,24 +185,6 @@ def test_8k_context_split_over_threads(num_threads: int, dtype: torch.dtype) -> 
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("block_size", [5, 16])
-def test_without_native_bf16_products(block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(make_spec(80, 3, 2, block_size, torch.bfloat16), [(1, 100), (70, 90), (1, 1)])
-    backend = CpuPagedBackend(case.spec)
-    native = backend.ops.paged_attention
-
-    class Portable:
-        write_kv = backend.ops.write_kv
-
-        @staticmethod
-        def paged_attention(*args: object) -> None:
-            native(*args, native=False)
-
-    backend.ops = Portable
-    got, want = run(case, backend), exact(case)
-    torch.testing.assert_close(got.double(), want, atol=8e-3, rtol=8e-3)
-
-
 def test_copy_blocks_copies_all_layers() -> None:
     spec = make_spec(64, 2, 2, 5, torch.float32)
     backend = CpuPagedBackend(spec)
