@@ -54,6 +54,7 @@ DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 DEFAULT_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
 # Buffers and block tables are allocated for these counts at start: a slip of the keyboard must not take all memory.
 LARGEST_NUM_SEQS = 2**16
+MAX_CPU_THREADS = 1024
 LARGEST_NUM_BATCHED_TOKENS = 2**24
 
 
@@ -275,6 +276,7 @@ class EngineConfig:
     kernel_config: KernelConfig = field(default_factory=KernelConfig)
     quantization_config: QuantizationConfig = field(default_factory=QuantizationConfig)
     device: str = "auto"  # "cpu" or "cuda"; "auto": CUDA if there is one
+    cpu_threads: int | None = None  # threads that compute on a CPU; None: torch.get_num_threads()
     enforce_eager: bool = False  # CUDA graphs are a rung after M7; until then every step is eager
     disable_log_stats: bool = True  # the server logs no throughput, and GET /metrics has no vllm: names
     trace: str | None = None  # write one record per step to this file (folovllm.trace)
@@ -284,6 +286,7 @@ class EngineConfig:
         for name, cls in CONFIG_GROUPS.items():
             check_type(name, getattr(self, name), cls)
         check_choice("device", self.device, DEVICES)
+        check_optional_int("cpu_threads", self.cpu_threads, low=1, high=MAX_CPU_THREADS)
         check_bool("enforce_eager", self.enforce_eager)
         check_bool("disable_log_stats", self.disable_log_stats)
         backend = self.attention_config.attention_backend

@@ -127,8 +127,9 @@ ThreadTeam::Stats ThreadTeam::stats() {
   return team->stats();
 }
 
-void ThreadTeam::disturb(uint64_t seed) {
-  Disturbance::start(seed);
+void ThreadTeam::disturb(uint64_t seed, bool may_sit_out) {
+  disturbance = seed;
+  workers_may_sit_out = may_sit_out;
 }
 
 }  // namespace folovllm

@@ -67,8 +67,9 @@ class ThreadTeam {
   };
   static Stats stats();
 
-  // For tests: from now on, threads come late, pause and stay away at random. 0 ends that.
-  static void disturb(uint64_t seed);
+  // For tests and measurements. With a seed other than 0, threads from now on come late, pause and stay away at random.
+  // With may_sit_out = false, workers take part even if they keep losing their core.
+  static void disturb(uint64_t seed, bool may_sit_out = true);
 
  private:
   static void run_job(const Job& job);

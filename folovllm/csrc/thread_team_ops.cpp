@@ -23,8 +23,8 @@ c10::Dict<std::string, int64_t> thread_team_stats() {
   return by_name;
 }
 
-void disturb_thread_team(int64_t seed) {
-  ThreadTeam::disturb(seed);
+void disturb_thread_team(int64_t seed, bool may_sit_out) {
+  ThreadTeam::disturb(seed, may_sit_out);
 }
 
 }  // namespace
@@ -37,5 +37,5 @@ int64_t ThreadTeam::size() {
 
 TORCH_LIBRARY_FRAGMENT(folovllm, m) {
   m.def("thread_team_stats() -> Dict(str, int)", &folovllm::thread_team_stats);
-  m.def("disturb_thread_team(int seed) -> ()", &folovllm::disturb_thread_team);
+  m.def("disturb_thread_team(int seed, bool may_sit_out=True) -> ()", &folovllm::disturb_thread_team);
 }

@@ -79,34 +79,26 @@ bool loop_until(nanoseconds limit, const F& is_true) {
   return false;
 }
 
-// For tests: makes threads late and absent at random, see ThreadTeam::disturb.
-class Disturbance {
- public:
-  static void start(uint64_t seed) {
-    state().store(seed);
-  }
-  // True once in `n` times, if there is a disturbance.
-  static bool strikes(uint64_t n) {
-    if (state().load(std::memory_order_relaxed) == 0) {
-      return false;
-    }
-    uint64_t x = state().fetch_add(0x9e3779b97f4a7c15, std::memory_order_relaxed);  // splitmix64
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
-    x = (x ^ x >> 27) * 0x94d049bb133111eb;
-    return (x ^ x >> 31) % n == 0;
-  }
-  static void delay() {
-    while (strikes(2)) {
-      loop_until(2us, [] { return false; });
-    }
-  }
+// For tests and measurements, see ThreadTeam::disturb.
+std::atomic<uint64_t> disturbance{0};
+std::atomic<bool> workers_may_sit_out{true};
 
- private:
-  static std::atomic<uint64_t>& state() {
-    static std::atomic<uint64_t> state{0};
-    return state;
+// True once in `n` times, if there is a disturbance.
+inline bool is_disturbed(uint64_t n) {
+  if (disturbance.load(std::memory_order_relaxed) == 0) {
+    return false;
   }
-};
+  uint64_t x = disturbance += 0x9e3779b97f4a7c15;  // splitmix64
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
+  x = (x ^ x >> 27) * 0x94d049bb133111eb;
+  return (x ^ x >> 31) % n == 0;
+}
+
+inline void delay_if_disturbed() {
+  while (is_disturbed(2)) {
+    loop_until(2us, [] { return false; });
+  }
+}
 
 // How long the calling thread was ready to run and did not run, because another program had its core.
 class LostTime {
@@ -178,7 +170,7 @@ class alignas(64) Worker {
   // Offers part number `index` of a job, unless the worker sits out.
   void offer(const Job& job) {
     const bool is_absent = state_.load() == kAbsent && Clock::now() < return_time_;
-    has_offer_ = !is_absent && !Disturbance::strikes(4);
+    has_offer_ = !is_absent && !is_disturbed(4);
     if (has_offer_) {
       job_ = job;
       const State before = state_.exchange(kOffered);
@@ -234,7 +226,7 @@ class alignas(64) Worker {
     name_this_thread("folovllm-" + std::to_string(index_));
     lost_time_.start();
     while (wait_for_offer() != kEnd) {
-      Disturbance::delay();
+      delay_if_disturbed();
       State expected = kOffered;
       if (state_.compare_exchange_strong(expected, kBegun)) {
         do_part();
@@ -244,12 +236,12 @@ class alignas(64) Worker {
 
   void do_part() {
     error_ = call(job_, index_);
-    Disturbance::delay();
+    delay_if_disturbed();
     if (state_.exchange(kReady) != kAwaited) {
       return;
     }
     state_.notify_one();
-    if (attendance_.ends_after(lost_time_.take(), Clock::now())) {
+    if (attendance_.ends_after(lost_time_.take(), Clock::now()) && workers_may_sit_out) {
       return_time_ = attendance_.return_time();
       ++absences_;
       sleep_as(kAbsent);

@@ -21,24 +21,24 @@ class UniProcExecutor(Executor):
     """Calls the worker directly, with the caller's torch settings out of the way."""
 
     def __init__(self, config: EngineConfig, model_path: Path) -> None:
-        self.device_type = config.device
-        with neutral_torch(self.device_type):
+        self.device_type, self.cpu_threads = config.device, config.cpu_threads
+        with neutral_torch(self.device_type, self.cpu_threads):
             self.worker = Worker(config, model_path)
 
     def available_kv_cache_bytes(self) -> int:
-        with neutral_torch(self.device_type):
+        with neutral_torch(self.device_type, self.cpu_threads):
             return self.worker.available_kv_cache_bytes()
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
-        with neutral_torch(self.device_type):
+        with neutral_torch(self.device_type, self.cpu_threads):
             self.worker.initialize_kv_cache(kv_cache_config)
 
     def execute(self, scheduler_output: SchedulerOutput) -> ForwardHandle:
-        with neutral_torch(self.device_type):
+        with neutral_torch(self.device_type, self.cpu_threads):
             return self.worker.execute(scheduler_output)
 
     def sample(self, handle: ForwardHandle) -> ModelRunnerOutput:
-        with neutral_torch(self.device_type):
+        with neutral_torch(self.device_type, self.cpu_threads):
             return self.worker.sample(handle)
 
     def describe(self) -> dict[str, Any]:

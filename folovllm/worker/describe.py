@@ -36,7 +36,7 @@ def describe_worker(worker: Worker) -> dict[str, Any]:
             "touch_kv_pages": kernels.touch_kv_pages,
             "keep_freed_memory": worker.keeps_freed_memory,
         },
-        "threads": torch.get_num_threads(),
+        "threads": worker.config.cpu_threads or torch.get_num_threads(),
         "replaced": [str(item) for item in worker.replacements if item.after is not None],
         "stays plain": [str(item) for item in worker.replacements if item.after is None],
     }

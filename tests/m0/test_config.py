@@ -84,6 +84,7 @@ OTHER_VALUES: dict[str, Any] = {
     "max_num_batched_tokens": 1,
     "reserve_full_sequence": False,
     "device": "cuda",
+    "cpu_threads": 2,
     "enforce_eager": True,
     "disable_log_stats": False,
     "trace": "steps.jsonl",

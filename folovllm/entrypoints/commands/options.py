@@ -84,6 +84,10 @@ class EngineOptions:
         None
     )
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.", rich_help_panel=ENGINE)] = None
+    cpu_threads: Annotated[
+        int | None,
+        typer.Option(help="Threads that compute on a CPU. Default: as many as torch chooses.", rich_help_panel=ENGINE),
+    ] = None
     max_model_len: Annotated[
         int | None,
         typer.Option(help="Longest prompt plus output, in tokens. Default: the model's.", rich_help_panel=ENGINE),
