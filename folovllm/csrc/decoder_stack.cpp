@@ -39,7 +39,7 @@ struct Linear {
                       const UpcomingReads& upcoming) const {
     const bool fits_int4 = packed.numel() == 0 || x.numel() <= max_int4_rows * x.size(-1);
     if (levels.numel() > 0 && fits_int4) {
-      return linear_int4(x, {levels, scales, zeros, perm, bias}, out_features, gated);
+      return linear_int4(x, {levels, scales, zeros, perm, bias}, out_features, gated, upcoming.queue);
     }
     if (gated) {
       return linear_silu_packed(x, packed, out_features, upcoming);

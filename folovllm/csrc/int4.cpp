@@ -21,7 +21,7 @@ constexpr int64_t kGrainBytes = 1 << 14;  // of levels; fewer are done before an
 
 // All panels and units, as in linear.cpp.
 template <bool kGated, typename T, typename Rows>
-void multiply_all(const Int4Problem& p, Rows&& x, T* out, int64_t units) {
+void multiply_all(const Int4Problem& p, Rows&& x, T* out, int64_t units, PrefetchQueue* queue) {
   ThreadTeam::run_ranges(p.rows, /*grain=*/16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       x.prepare_row(row);
@@ -31,7 +31,7 @@ void multiply_all(const Int4Problem& p, Rows&& x, T* out, int64_t units) {
   const int64_t bytes = units * (kGated ? 2 : 1) * p.groups * p.group_bytes();
   const int64_t workers = std::clamp<int64_t>(bytes / kGrainBytes, 1, ThreadTeam::size());
   WorkRanges(total, workers).for_each([&](int64_t /*thread*/, int64_t i, int64_t next) {
-    multiply_int4_unit<kGated>(p, x, out, i / units, i % units, next == WorkRanges::kNone ? 0 : next % units);
+    multiply_int4_unit<kGated>(p, x, out, i / units, i % units, next == WorkRanges::kNone ? 0 : next % units, queue);
   });
 }
 
@@ -54,7 +54,7 @@ at::Tensor permuted(const at::Tensor& x, const at::Tensor& perm) {
 }
 
 template <typename T, bool kGated>
-at::Tensor multiply(const at::Tensor& x, const Int4Weight& w, int64_t out_features) {
+at::Tensor multiply(const at::Tensor& x, const Int4Weight& w, int64_t out_features, PrefetchQueue* queue) {
   using Rows = std::conditional_t<std::is_same_v<T, float>, FloatInputs, IntegerInputs>;
   const at::Tensor rows = w.perm.numel() != 0 ? permuted<T>(x, w.perm) : x;
   at::Tensor out = at::empty({x.size(0), out_features}, x.options());
@@ -64,7 +64,8 @@ at::Tensor multiply(const at::Tensor& x, const Int4Weight& w, int64_t out_featur
       w.bias.numel() != 0 ? w.bias.const_data_ptr<float>() : nullptr, rows.size(0), w.levels.size(1), w.levels.size(2),
       out_features};
   const int64_t units = w.levels.size(0) / (kGated ? 2 : 1);
-  multiply_all<kGated>(p, Rows(rows.const_data_ptr<T>(), rows.stride(0), p), out.mutable_data_ptr<T>(), units);
+  multiply_all<kGated>(p, Rows(rows.const_data_ptr<T>(), rows.stride(0), p), out.mutable_data_ptr<T>(), units,
+                       queue);
   return out;
 }
 
@@ -94,19 +95,20 @@ void check(const at::Tensor& x, const Int4Weight& w, int64_t out_features, bool 
 }  // namespace
 
 // x [..., in] times a weight of 4 bits, plus bias -> [..., out], rounded once. If `gated`: silu(x gate^T) * (x up^T),
-// with a weight in which the blocks of gate and up take turns. An empty tensor means that there is none.
-at::Tensor linear_int4(const at::Tensor& x, const Int4Weight& weight, int64_t out_features, bool gated) {
+// with a weight in which the blocks of gate and up take turns. An empty tensor means that there is none. Pages
+// that wait in `queue`, if there is one, are fetched meanwhile.
+at::Tensor linear_int4(const at::Tensor& x, const Int4Weight& weight, int64_t out_features, bool gated, PrefetchQueue* queue) {
   check(x, weight, out_features, gated);
   at::Tensor rows = x.dim() == 2 ? x : x.reshape({-1, x.size(-1)});
   rows = rows.stride(1) == 1 ? rows : rows.contiguous();
   at::Tensor out;
   if (x.scalar_type() == at::kBFloat16) {
-    out = gated ? multiply<at::BFloat16, true>(rows, weight, out_features)
-                : multiply<at::BFloat16, false>(rows, weight, out_features);
+    out = gated ? multiply<at::BFloat16, true>(rows, weight, out_features, queue)
+                : multiply<at::BFloat16, false>(rows, weight, out_features, queue);
   } else {
     TORCH_CHECK(x.scalar_type() == at::kFloat, "linear_int4 knows float32 and bfloat16, not ", x.scalar_type());
-    out = gated ? multiply<float, true>(rows, weight, out_features)
-                : multiply<float, false>(rows, weight, out_features);
+    out = gated ? multiply<float, true>(rows, weight, out_features, queue)
+                : multiply<float, false>(rows, weight, out_features, queue);
   }
   if (x.dim() == 2) {
     return out;
@@ -126,7 +128,7 @@ at::Tensor linear_int4_op(const at::Tensor& x, const at::Tensor& levels, const a
     const int32_t* source = perm.const_data_ptr<int32_t>();
     TORCH_CHECK(*std::max_element(source, source + perm.numel()) < x.size(-1), "linear_int4: perm is beyond x");
   }
-  return linear_int4(x, {levels, scales, zeros, perm, bias}, out_features, gated);
+  return linear_int4(x, {levels, scales, zeros, perm, bias}, out_features, gated, /*queue=*/nullptr);
 }
 
 }  // namespace

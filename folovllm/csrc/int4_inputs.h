@@ -16,7 +16,7 @@
 
 #include "int4_layout.h"
 #include "int4_pairs.h"
-#include "prefetch.h"
+#include "int4_prefetch.h"
 #include "simd.h"
 
 namespace folovllm {

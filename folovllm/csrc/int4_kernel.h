@@ -24,7 +24,7 @@
 
 #include "int4_inputs.h"
 #include "int4_layout.h"
-#include "prefetch.h"
+#include "int4_prefetch.h"
 #include "simd.h"
 
 namespace folovllm {
@@ -33,7 +33,9 @@ constexpr int64_t kInt4PanelRows = 96;  // rows whose inputs stay in L2 for all 
 
 // Rows row .. row + R of one unit: a block, or with kGated the gate's and, right behind it, the up projection's.
 template <typename T, bool kGated, int R, typename Rows>
-void int4_tile(const Int4Problem& p, const Rows& x, T* out, int64_t unit, int64_t row, const Int4Prefetcher& prefetcher) {
+void int4_tile(const Int4Problem& p, const Rows& x, T* out, int64_t unit, int64_t row,
+               const Int4Prefetcher& prefetcher,
+               PrefetchQueue* queue) {
   constexpr int kParts = kGated ? 2 : 1;
   Vec total[kParts][R][kBlockVecs];
 #pragma GCC unroll 2
@@ -45,7 +47,9 @@ void int4_tile(const Int4Problem& p, const Rows& x, T* out, int64_t unit, int64_
         y[r][v] = p.bias != nullptr ? load_vec(p.bias + block * kInt4Block + v * kWidth) : Vec{};
       }
     }
+    Int4PiecePrefetcher pieces(queue, p.groups, p.group_size());
     for (int64_t group = 0; group < p.groups; ++group) {
+      pieces.fetch_during(group);
       const int64_t at = block * p.groups + group;
       const Int4Group weights{p.levels + at * p.group_bytes(), p.scales + at * kInt4Block,
                               p.zeros == nullptr ? nullptr : p.zeros + at * kInt4Block,
@@ -83,9 +87,11 @@ constexpr auto all_int4_tiles(std::integer_sequence<int, R...>) {
   return std::array{int4_tile<T, kGated, R + 1, Rows>...};
 }
 
-// One unit for the rows of one panel. `next` is the unit that this thread computes afterwards.
+// One unit for the rows of one panel. `next` is the unit that this thread computes afterwards. A single tile waits for
+// its weights and leaves `queue` alone.
 template <bool kGated, typename T, typename Rows>
-void multiply_int4_unit(const Int4Problem& p, const Rows& x, T* out, int64_t panel, int64_t unit, int64_t next) {
+void multiply_int4_unit(const Int4Problem& p, const Rows& x, T* out, int64_t panel, int64_t unit, int64_t next,
+                        PrefetchQueue* queue) {
   static constexpr auto tile_of = all_int4_tiles<T, kGated, Rows>(std::make_integer_sequence<int, Rows::kMaxRows>{});
   const int64_t groups = (kGated ? 2 : 1) * p.groups, unit_bytes = groups * p.group_bytes();
   const int64_t rows = std::min(kInt4PanelRows, p.rows - panel * kInt4PanelRows);
@@ -94,7 +100,7 @@ void multiply_int4_unit(const Int4Problem& p, const Rows& x, T* out, int64_t pan
     const int64_t first = rows * index / tiles, last = rows * (index + 1) / tiles;  // e.g. 7 rows are 3 and 4
     const Int4Prefetcher prefetcher(p.levels + unit * unit_bytes, p.levels + next * unit_bytes, groups, p.group_bytes(),
                                     index, tiles);
-    tile_of[last - first - 1](p, x, out, unit, panel * kInt4PanelRows + first, prefetcher);
+    tile_of[last - first - 1](p, x, out, unit, panel * kInt4PanelRows + first, prefetcher, tiles > 1 ? queue : nullptr);
   }
 }
 

@@ -42,8 +42,8 @@ at::Tensor pack_int4(const at::Tensor& levels, const at::Tensor& order, int64_t 
         for (int64_t lane = 0; input >= 0 && lane < count; ++lane) {
           column[lane] = from[input * outputs + first + lane] + static_cast<uint8_t>(shift);
         }
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-          to[i * kInt4Line + lane * kInt4Chunk + j] = column[lane] | column[kLanes + lane] << 4;
+        for (int64_t lane = 0; lane < kInt4Lanes; ++lane) {
+          to[i * kInt4Line + lane * kInt4Chunk + j] = column[lane] | column[kInt4Lanes + lane] << 4;
         }
       }
     }
@@ -81,7 +81,7 @@ at::Tensor int4_to_bf16(const at::Tensor& levels, const at::Tensor& scales, cons
       const uint8_t* line = from + i / kInt4Chunk * kInt4Line + i % kInt4Chunk;
       at::BFloat16* pair = to + ((block * pairs + input / 2) * kInt4Block) * 2 + input % 2;
       for (int64_t lane = 0; lane < kInt4Block; ++lane) {
-        const int level = line[lane % kLanes * kInt4Chunk] >> (lane < kLanes ? 0 : 4) & 15;
+        const int level = line[lane % kInt4Lanes * kInt4Chunk] >> (lane < kInt4Lanes ? 0 : 4) & 15;
         const int middle = 8 + (zero == nullptr ? 0 : zero[group + lane]);
         pair[2 * lane] = at::BFloat16(static_cast<float>(level - middle) * scale[group + lane]);
       }

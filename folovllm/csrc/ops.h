@@ -23,7 +23,7 @@ struct Int4Weight {
   const at::Tensor &levels, &scales, &zeros, &perm, &bias;
 };
 
-at::Tensor linear_int4(const at::Tensor& x, const Int4Weight& weight, int64_t out_features, bool gated = false);
+at::Tensor linear_int4(const at::Tensor& x, const Int4Weight& weight, int64_t out_features, bool gated, PrefetchQueue* queue);
 at::Tensor rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight, double eps);
 void prepare_qkv(const at::Tensor& qkv, const at::Tensor& query_norm, const at::Tensor& key_norm, double eps,
                  const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& kv_cache, const at::Tensor& slots,

@@ -1,4 +1,4 @@
-// What is fetched from memory, and when: all prefetching of the kernels lives in this header.
+// What is fetched from memory, and when: all prefetching of the kernels lives in this header and in int4_prefetch.h.
 //
 // Milestone: M4. vLLM counterpart: none in one place (its CPU kernels prefetch inside their loops).
 //
@@ -219,40 +219,6 @@ struct WeightPrefetcher {
     }
   }
 };
-
-// ---- int4 linear layers
-
-constexpr int64_t kInt4LeadBytes = 8192;  // what a single tile fetches before it needs it
-
-// What a tile fetches while it computes with group `i` of its unit: the group `lead` further on. Beyond the unit's end
-// those are the groups of the unit that begins at `next`. A lead of 0 fetches nothing new, a lead of all groups the
-// whole next unit.
-struct Int4Prefetcher {
-  const uint8_t *unit, *next;
-  int64_t lead, groups, group_bytes;
-
-  // For tile `index` of `num_tiles`: a single tile fetches what it needs a little later. Of several tiles, the first
-  // fetches all of the next unit.
-  Int4Prefetcher(const uint8_t* unit, const uint8_t* next, int64_t groups, int64_t group_bytes, int64_t index,
-                 int64_t num_tiles)
-      : unit(unit),
-        next(next),
-        lead(num_tiles == 1 ? std::clamp<int64_t>(kInt4LeadBytes / group_bytes, 1, groups) : index == 0 ? groups : 0),
-        groups(groups),
-        group_bytes(group_bytes) {}
-
-  const uint8_t* during(int64_t i) const {
-    i += lead;
-    return i < groups ? unit + i * group_bytes : next + (i - groups) * group_bytes;
-  }
-};
-
-// One line of those, at the place where the kernel computes with the same line of its own group. For a single row into
-// L1: that is faster there, and only there.
-template <int kRows>
-FOLOVLLM_ALWAYS_INLINE void prefetch_int4_line(const uint8_t* line) {
-  prefetch<kRows == 1 ? kIntoL1 : kIntoL2>(line);
-}
 
 // ---- Attention: the next tile of keys and values
 //
