@@ -27,9 +27,9 @@ namespace {
 
 using NamedTensors = c10::Dict<std::string, at::Tensor>;
 
-// A linear layer whose weight is stored as bf16, with 4 bits, or as both. What it does not have is an empty tensor.
+// A linear layer whose weight is stored as bf16 or fp32, with 4 bits, or as bf16 and with 4 bits. What it does not have is an empty tensor.
 struct Linear {
-  at::Tensor packed;  // bf16 [blocks, pairs of inputs, 32, 2]
+  at::Tensor packed;  // [blocks, steps, 32, inputs of a step], see linear_kernel.h
   at::Tensor levels, scales, zeros, perm;  // 4 bits, see int4_layout.h
   at::Tensor bias;  // float32 [32 * blocks]
 
@@ -42,15 +42,19 @@ struct Linear {
       return linear_int4(x, {levels, scales, zeros, perm, bias}, out_features, gated);
     }
     if (gated) {
-      return linear_silu_packed(x, packed, out_features, /*native=*/true, upcoming);
+      return linear_silu_packed(x, packed, out_features, upcoming);
     }
     const std::optional<at::Tensor> some_bias = bias.numel() == 0 ? std::nullopt : std::optional(bias);
-    return linear_packed(x, packed, some_bias, out_features, /*native=*/true, upcoming);
+    return linear_packed(x, packed, some_bias, out_features, upcoming);
   }
 
-  // What may be fetched before this layer multiplies; null if it has no bf16 weight.
-  const at::Tensor* upcoming() const {
-    return packed.numel() == 0 ? nullptr : &packed;
+  // What an earlier layer may fetch for this one, besides what is in the queue. Nothing if this layer has only 4 bits.
+  UpcomingReads upcoming(PrefetchQueue* queue = nullptr) const {
+    if (packed.numel() == 0) {
+      return {queue};
+    }
+    const char* data = static_cast<const char*>(packed.const_data_ptr());
+    return {queue, data, packed.size(0), packed.stride(0) * packed.element_size()};
   }
 };
 
@@ -174,7 +178,10 @@ class DecoderStack : public torch::CustomClassHolder {
     }
     const Step step{cos, sin, slot_mapping, block_table, plan};
     PrefetchQueue queue(plan.num_threads());
-    list_pages(queue, kv_caches[0], seq_lens, block_table, cos, [&](int64_t sequence) { return plan.owner(sequence); });
+    const at::Tensor& pages = kv_caches[0];  // [num_blocks, num_kv_heads, 2, block_size * head_size]
+    const BatchPages batch{pages.stride(0) * pages.element_size(), pages.size(3) / cos.size(-1), seq_lens.size(0),
+                           seq_lens.const_data_ptr<int32_t>(), block_table.const_data_ptr<int32_t>(), block_table.stride(0)};
+    list_pages(queue, batch, hidden.size(0), [&](int64_t sequence) { return plan.owner(sequence); });
     at::Tensor x = hidden;
     const size_t last = layers_.size() - 1;
     ThreadTeam::in_one_region([&] {
@@ -197,12 +204,11 @@ class DecoderStack : public torch::CustomClassHolder {
   at::Tensor run_layer(const Step& step, size_t index, const at::Tensor& hidden, at::Tensor& residual,
                        const at::Tensor& kv_cache, bool fetched, PrefetchQueue* queue, const Selection* selection) const {
     const LayerWeights& layer = layers_[index];
-    const at::Tensor* next_layer = index + 1 < layers_.size() ? layers_[index + 1].qkv_proj.upcoming() : nullptr;
     const int64_t num_tokens = hidden.size(0), hidden_size = hidden.size(1), head_size = step.cos.size(-1);
     const int64_t num_all_heads = num_heads_ + 2 * kv_cache.size(1);
 
     at::Tensor x = rms_norm(hidden, residual, layer.input_layernorm, eps_);
-    const at::Tensor qkv = multiply(layer.qkv_proj, x, num_all_heads * head_size, {nullptr, layer.o_proj.upcoming()})
+    const at::Tensor qkv = multiply(layer.qkv_proj, x, num_all_heads * head_size, layer.o_proj.upcoming())
                                .view({num_tokens, num_all_heads, head_size});
     prepare_qkv(qkv, layer.q_norm, layer.k_norm, eps_, step.cos, step.sin, kv_cache, step.slot_mapping, step.plan);
     at::Tensor query = qkv.narrow(1, 0, num_heads_);  // [num_tokens, num_heads, head_size]
@@ -216,11 +222,12 @@ class DecoderStack : public torch::CustomClassHolder {
     const at::Tensor attended = at::empty(query.sizes(), hidden.options());
     paged_attention(attended, query, kv_cache, selection != nullptr ? selection->plan : step.plan, step.block_table, scale_,
                     fetched);
-    x = multiply(layer.o_proj, attended.view({query.size(0), -1}), hidden_size, {queue, layer.gate_up_proj.upcoming()});
+    x = multiply(layer.o_proj, attended.view({query.size(0), -1}), hidden_size, layer.gate_up_proj.upcoming(queue));
 
     x = rms_norm(x, residual, layer.post_attention_layernorm, eps_);
-    x = multiply(layer.gate_up_proj, x, intermediate_size_, {queue, layer.down_proj.upcoming()}, /*gated=*/true);
-    return multiply(layer.down_proj, x, hidden_size, {queue, next_layer});
+    x = multiply(layer.gate_up_proj, x, intermediate_size_, layer.down_proj.upcoming(queue), /*gated=*/true);
+    const bool is_last = index + 1 == layers_.size();
+    return multiply(layer.down_proj, x, hidden_size, is_last ? UpcomingReads{queue} : layers_[index + 1].qkv_proj.upcoming(queue));
   }
 
   at::Tensor multiply(const Linear& linear, const at::Tensor& x, int64_t out_features, const UpcomingReads& upcoming,

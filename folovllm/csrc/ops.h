@@ -15,8 +15,8 @@
 namespace folovllm {
 
 at::Tensor linear_packed(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
-                         int64_t out_features, bool native = true, const UpcomingReads& upcoming = {});
-at::Tensor linear_silu_packed(const at::Tensor& x, const at::Tensor& packed, int64_t out_features, bool native = true,
+                         int64_t out_features, const UpcomingReads& upcoming = {});
+at::Tensor linear_silu_packed(const at::Tensor& x, const at::Tensor& packed, int64_t out_features,
                               const UpcomingReads& upcoming = {});
 
 struct Int4Weight {

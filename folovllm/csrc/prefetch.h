@@ -8,16 +8,14 @@
 //
 //   while this is computed                  this is fetched                                          by
 //   attention: a tile of 256 keys           the next tile's K and V                                  TilePrefetcher
-//   bf16 linear: a unit of weights          the unit that the thread multiplies with next            WeightPrefetcher
-//   bf16 linear: its last unit              the first unit of the next linear layer                  UpcomingReads
-//   bf16 linear with 9 to 64 rows           the KV pages that the next layer's attention reads       PrefetchQueue
+//   linear: a unit of weights               the unit that the thread multiplies with next            WeightPrefetcher
+//   linear: its last unit                   the first unit of the next linear layer                  UpcomingReads
+//   linear with 9 to 64 rows                the KV pages that the next layer's attention reads       PrefetchQueue
 //   int4 linear: a group of inputs          a group further on, or one of the next unit              Int4Prefetcher
 
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -102,26 +100,33 @@ class PrefetchQueue {
   std::vector<List> lists_;
 };
 
-constexpr int64_t kMaxPieceLines = 192;      // about one for each pair that a tile computes with (linear.cpp)
+constexpr int64_t kMaxPieceLines = 192;      // about one for each step that a tile computes (linear_kernel.h)
 constexpr int64_t kMaxPageLines = 4096;      // a larger page holds more unused slots than the batch has keys
 constexpr int64_t kMaxPrefetchTokens = 64;   // with more, each page is read for many rows, and waiting for it costs little
 
+// Where the keys and values of a batch lie: for each sequence, the numbers of its pages.
+struct BatchPages {
+  int64_t page_bytes, block_size;  // block_size: tokens of a page
+  int64_t num_seqs;
+  const int32_t* seq_lens;     // [num_seqs]
+  const int32_t* block_table;  // [num_seqs, ...], rows table_stride apart
+  int64_t table_stride;
+};
+
 // Fills `queue` with the pages from which attention will read the K and V of every sequence, each cut into equal pieces.
-// cos is [num_tokens, 1, head_size], and owner(sequence) the thread that computes the sequence.
+// owner(sequence) is the thread that computes the sequence.
 template <typename Owner>
-void list_pages(PrefetchQueue& queue, const at::Tensor& kv_cache, const at::Tensor& seq_lens, const at::Tensor& block_table,
-                const at::Tensor& cos, const Owner& owner) {
-  const int64_t page_bytes = kv_cache.stride(0) * kv_cache.element_size(), lines = page_bytes / 64;
-  const int64_t cuts = (lines + kMaxPieceLines - 1) / kMaxPieceLines, block_size = kv_cache.size(3) / cos.size(-1);
-  if (lines == 0 || lines > kMaxPageLines || cos.size(0) > kMaxPrefetchTokens) {
+void list_pages(PrefetchQueue& queue, const BatchPages& batch, int64_t num_tokens, const Owner& owner) {
+  const int64_t lines = batch.page_bytes / 64, cuts = (lines + kMaxPieceLines - 1) / kMaxPieceLines;
+  if (lines == 0 || lines > kMaxPageLines || num_tokens > kMaxPrefetchTokens) {
     return;
   }
-  for (int64_t s = 0; s < seq_lens.size(0); ++s) {
-    const int32_t* table = block_table.const_data_ptr<int32_t>() + s * block_table.stride(0);
-    const int64_t num_pages = (seq_lens.const_data_ptr<int32_t>()[s] + block_size - 1) / block_size;
+  for (int64_t s = 0; s < batch.num_seqs; ++s) {
+    const int32_t* table = batch.block_table + s * batch.table_stride;
+    const int64_t num_pages = (batch.seq_lens[s] + batch.block_size - 1) / batch.block_size;
     for (int64_t i = 0; i < num_pages * cuts; ++i) {
       const int64_t first = lines * (i % cuts) / cuts, end = lines * (i % cuts + 1) / cuts;
-      queue.add(owner(s), {table[i / cuts] * page_bytes + first * 64, end - first});
+      queue.add(owner(s), {table[i / cuts] * batch.page_bytes + first * 64, end - first});
     }
   }
 }
@@ -129,14 +134,13 @@ void list_pages(PrefetchQueue& queue, const at::Tensor& kv_cache, const at::Tens
 // What a linear layer should fetch for the operators after it. Null stands for nothing.
 struct UpcomingReads {
   PrefetchQueue* queue = nullptr;
-  const at::Tensor* packed = nullptr;  // the next linear layer's packed weight [units, ...]
+  const char* packed = nullptr;  // the next linear layer's packed weight: num_blocks of block_bytes
+  int64_t num_blocks = 0, block_bytes = 0;
 
   // Where `thread` will begin to read the next linear layer's weight. If that layer is not known, `otherwise`. (The
   // thread's unit of a gated layer, which is two blocks, may begin one block later.)
-  const at::BFloat16* first_weight(int64_t thread, int64_t num_threads, const at::BFloat16* otherwise) const {
-    return packed == nullptr ? otherwise
-                             : packed->const_data_ptr<at::BFloat16>() +
-                                   packed->size(0) * thread / num_threads * packed->stride(0);
+  const char* first_weight(int64_t thread, int64_t num_threads, const char* otherwise) const {
+    return packed == nullptr ? otherwise : packed + num_blocks * thread / num_threads * block_bytes;
   }
 };
 
@@ -144,11 +148,11 @@ namespace {
 
 // ---- Linear layers: the weights of the next unit
 
-constexpr int64_t kWeightsPerLine = 64 / sizeof(at::BFloat16);
-constexpr int64_t kLinesPerPair = 2;      // the weights of 32 outputs for a pair of inputs
-constexpr int64_t kLeadPairs = 24;        // 3 KiB: the lead with which one thread's reads were fastest
+constexpr int64_t kStepBytes = 128;       // the weights of 32 outputs for a step: two bf16 inputs, or one of fp32
+constexpr int64_t kLinesPerStep = kStepBytes / 64;
+constexpr int64_t kLeadSteps = 24;        // 3 KiB: the lead with which one thread's reads were fastest
 constexpr int64_t kMaxSharers = 8;        // tiles that share the fetching of a unit
-constexpr int64_t kPairsPerPiece = 256;   // pairs computed with while one piece of a PrefetchQueue is fetched
+constexpr int64_t kStepsPerPiece = 256;   // steps computed while one piece of a PrefetchQueue is fetched
 
 // A unit of weights is used by one or more tiles, each of which multiplies it with some rows of x.
 //   kFetchAhead    A single tile reads each weight once. It fetches its own unit, 3 KiB before it needs it. At the
@@ -162,57 +166,56 @@ enum WeightFetch { kFetchNothing, kFetchShare, kFetchAhead };
 // What one tile fetches.
 struct WeightFetchPlan {
   WeightFetch mode;
-  const at::BFloat16* begin;
-  int64_t pace;  // lines for each pair computed with, times 65,536: a division at each step would be slow
+  const char* begin;
+  int64_t pace;  // lines for each step computed, times 65,536: a division at each step would be slow
 };
 
-// For tile `index` of `num_tiles`. `next` is the unit that this thread multiplies with afterwards, of `pairs` pairs.
-inline WeightFetchPlan plan_weight_fetch(int64_t index, int64_t num_tiles, const at::BFloat16* next, int64_t pairs) {
+// For tile `index` of `num_tiles`. `next` is the unit that this thread multiplies with afterwards, of `steps` steps.
+inline WeightFetchPlan plan_weight_fetch(int64_t index, int64_t num_tiles, const char* next, int64_t steps) {
   if (num_tiles == 1) {
     return {kFetchAhead, next, 0};
   }
   const int64_t sharers = num_tiles <= kMaxSharers ? num_tiles : 2;
-  const int64_t first_line = kLinesPerPair * pairs * index / sharers;
+  const int64_t first_line = kLinesPerStep * steps * index / sharers;
   const WeightFetch mode = index < sharers ? kFetchShare : kFetchNothing;
-  return {mode, next + first_line * kWeightsPerLine, kLinesPerPair * 65536 / sharers};
+  return {mode, next + first_line * 64, kLinesPerStep * 65536 / sharers};
 }
 
 template <WeightFetch kMode>
 struct WeightPrefetcher {
-  const at::BFloat16* begin;  // of WeightFetchPlan
+  const char* begin;  // of WeightFetchPlan
   int64_t pace;
 
-  // Calls multiply(begin, end, fetch) for stretches of the pairs 0 .. pairs of a unit's part (a gated unit has two),
-  // and `multiply` calls fetch(i) when it computes with pair begin + i. `weight` are this part's weights.
+  // Calls multiply(begin, end, fetch) for stretches of the steps 0 .. steps of a unit's part (a gated unit has two), and
+  // `multiply` calls fetch(i) when it computes step begin + i. `weight` are this part's weights.
   template <typename Multiply>
-  FOLOVLLM_ALWAYS_INLINE void for_each_stretch(const at::BFloat16* weight, int64_t pairs, int64_t part,
-                                               int64_t num_parts, const UpcomingReads& upcoming,
-                                               const Multiply& multiply) const {
+  FOLOVLLM_ALWAYS_INLINE void for_each_stretch(const char* weight, int64_t steps, int64_t part, int64_t num_parts,
+                                               const UpcomingReads& upcoming, const Multiply& multiply) const {
     if constexpr (kMode == kFetchAhead) {
-      const auto both_lines_from = [](const at::BFloat16* ahead) {
+      const auto both_lines_from = [](const char* ahead) {
         return [=](int64_t i) __attribute__((always_inline)) {
-          prefetch(ahead + i * kLinesPerPair * kWeightsPerLine);
-          prefetch(ahead + i * kLinesPerPair * kWeightsPerLine + kWeightsPerLine);
+          prefetch(ahead + i * kStepBytes);
+          prefetch(ahead + i * kStepBytes + 64);
         };
       };
-      const int64_t lead = part + 1 < num_parts ? 0 : std::min(kLeadPairs, pairs);
-      multiply(0, pairs - lead, both_lines_from(weight + kLeadPairs * kLinesPerPair * kWeightsPerLine));
-      multiply(pairs - lead, pairs, both_lines_from(begin));
+      const int64_t lead = part + 1 < num_parts ? 0 : std::min(kLeadSteps, steps);
+      multiply(0, steps - lead, both_lines_from(weight + kLeadSteps * kStepBytes));
+      multiply(steps - lead, steps, both_lines_from(begin));
     } else if constexpr (kMode == kFetchShare) {
-      const int64_t stretches = std::max<int64_t>(1, pairs / kPairsPerPiece);
+      const int64_t stretches = std::max<int64_t>(1, steps / kStepsPerPiece);
       for (int64_t i = 0; i < stretches; ++i) {
-        const int64_t first = pairs * i / stretches, end = pairs * (i + 1) / stretches;
-        const at::BFloat16* ahead = begin + ((part * pairs + first) * pace >> 16) * kWeightsPerLine;
+        const int64_t first = steps * i / stretches, end = steps * (i + 1) / stretches;
+        const char* ahead = begin + ((part * steps + first) * pace >> 16) * 64;
         const PrefetchPiece* piece = upcoming.queue != nullptr ? upcoming.queue->take() : nullptr;
-        const char* beside = piece != nullptr ? upcoming.queue->data(*piece) : reinterpret_cast<const char*>(ahead);
+        const char* beside = piece != nullptr ? upcoming.queue->data(*piece) : ahead;
         const int64_t beside_pace = piece != nullptr ? piece->lines * 65536 / (end - first) : 0;
         multiply(first, end, [ahead, beside, beside_pace, pace = pace](int64_t step) __attribute__((always_inline)) {
-          prefetch(ahead + (step * pace >> 16) * kWeightsPerLine);
+          prefetch(ahead + (step * pace >> 16) * 64);
           prefetch(beside + (step * beside_pace >> 16) * 64);
         });
       }
     } else {
-      multiply(0, pairs, [](int64_t) {});
+      multiply(0, steps, [](int64_t) {});
     }
   }
 };

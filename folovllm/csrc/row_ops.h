@@ -38,6 +38,12 @@ inline void store_some(T* p, Vec v, int64_t count) {
   count == kWidth ? store_vec(p, v) : store_vec(p, v, count);
 }
 
+// The numbers of a row in fp32.
+template <typename T>
+void convert_row(const T* x, float* out, int64_t size) {
+  for_each_vector(size, [&](int64_t i, int64_t count) { store_some(out + i, load_some(x + i, count), count); });
+}
+
 // norm(x) * weight for one row. With a residual: first residual += x, and then norm(residual) * weight.
 template <typename T>
 void rms_norm_row(const T* x, T* residual, const T* weight, T* out, int64_t size, float eps) {

@@ -60,19 +60,21 @@ def assert_within(got: torch.Tensor, exact: torch.Tensor, inner: torch.Tensor | 
 # ---- linear.cpp
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "portable"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize(
     ("outputs", "inputs"), [(1, 1), (31, 2), (32, 64), (33, 63), (47, 576), (49, 17), (96, 130), (257, 100), (3072, 57)]
 )
-def test_linear(ops: Any, outputs: int, inputs: int, bias: bool, native: bool) -> None:
-    """Every number of rows up to two tiles, and around a panel. Inner error: fp32 sums of `inputs` terms."""
-    weight = randn(outputs, inputs, dtype=torch.bfloat16)
-    b = randn(outputs, dtype=torch.bfloat16) if bias else None
+def test_linear(ops: Any, outputs: int, inputs: int, bias: bool, dtype: torch.dtype) -> None:
+    """Every number of rows up to two tiles, and around a panel (96 or 48 rows). Inner error: fp32 sums of `inputs`
+    terms.
+    """
+    weight = randn(outputs, inputs, dtype=dtype)
+    b = randn(outputs, dtype=dtype) if bias else None
     packed, padded = CppLinearMethod(ops, HugeArena(2**16)).pack(weight, b)
-    for rows in (0, *range(1, 26), 95, 96, 97, 109):
-        x = strided(randn(rows, inputs, dtype=torch.bfloat16))
-        got = ops.linear_packed(x, packed, padded, outputs, native)
+    for rows in (0, *range(1, 26), 47, 48, 49, 61, 95, 96, 97, 109):
+        x = strided(randn(rows, inputs, dtype=dtype))
+        got = ops.linear_packed(x, packed, padded, outputs)
         exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
         size = F.linear(x.double().abs(), weight.double().abs(), None if b is None else b.double().abs())
         if rows:
@@ -80,10 +82,11 @@ def test_linear(ops: Any, outputs: int, inputs: int, bias: bool, native: bool) -
         assert got.shape == (rows, outputs) and got.is_contiguous()
 
 
-def test_linear_takes_any_layout(ops: Any) -> None:
-    weight = randn(40, 30, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_takes_any_layout(ops: Any, dtype: torch.dtype) -> None:
+    weight = randn(40, 30, dtype=dtype)
     packed = ops.pack_weight(weight)
-    x = randn(3, 4, 30, dtype=torch.bfloat16)
+    x = randn(3, 4, 30, dtype=dtype)
     assert torch.equal(ops.pack_weight(weight.T.contiguous().T), packed)
     wanted = ops.linear_packed(x.view(12, 30), packed, None, 40)
     assert torch.equal(ops.linear_packed(x, packed, None, 40), wanted.view(3, 4, 40))
@@ -92,11 +95,14 @@ def test_linear_takes_any_layout(ops: Any) -> None:
     assert torch.equal(ops.linear_packed(x[:, 1], packed, None, 40), wanted.view(3, 4, 40)[:, 1])
 
 
-def test_a_row_does_not_depend_on_its_mates(ops: Any) -> None:
-    """Unlike oneDNN, which picks another kernel for another number of rows: the sum of an output is always the same."""
-    packed, x = ops.pack_weight(randn(100, 576, dtype=torch.bfloat16)), randn(200, 576, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_its_mates(ops: Any, dtype: torch.dtype) -> None:
+    """Unlike oneDNN and MKL, which pick another kernel for another number of rows: the sum of an output is always the
+    same.
+    """
+    packed, x = ops.pack_weight(randn(100, 576, dtype=dtype)), randn(200, 576, dtype=dtype)
     together = ops.linear_packed(x, packed, None, 100)
-    for rows in (1, 2, 5, 13, 97):
+    for rows in (1, 2, 5, 13, 49, 97):
         assert torch.equal(ops.linear_packed(x[:rows], packed, None, 100), together[:rows])
 
 

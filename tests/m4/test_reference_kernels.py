@@ -102,10 +102,9 @@ def assert_close_sums(got: torch.Tensor, expected: torch.Tensor, size: torch.Ten
     assert ((got.double() - expected.double()).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "portable"])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (31, 2), (32, 64), (33, 63), (49, 17), (96, 130), (257, 100)])
-def test_linear_equals_the_reference(ops: Any, outputs: int, inputs: int, bias: bool, native: bool) -> None:
+def test_linear_equals_the_reference(ops: Any, outputs: int, inputs: int, bias: bool) -> None:
     torch.manual_seed(0)
     weight = randn(outputs, inputs)
     packed = ops.pack_weight(weight)
@@ -114,20 +113,19 @@ def test_linear_equals_the_reference(ops: Any, outputs: int, inputs: int, bias: 
     for rows in (1, 2, 7, 8, 9, 17, 24, 25, 97):
         x = randn(rows, inputs)
         size = x.float().abs() @ weight.float().abs().T + (0 if b is None else b[:outputs].abs())
-        got = ops.linear_packed(x, packed, b, outputs, native)
+        got = ops.linear_packed(x, packed, b, outputs)
         assert_close_sums(got, ops.reference_linear(x, packed, b, outputs), size)
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "portable"])
 @pytest.mark.parametrize(("outputs", "inputs"), [(32, 64), (40, 63), (96, 130)])
-def test_gated_linear_equals_the_reference(ops: Any, outputs: int, inputs: int, native: bool) -> None:
+def test_gated_linear_equals_the_reference(ops: Any, outputs: int, inputs: int) -> None:
     torch.manual_seed(0)
     gate, up = randn(outputs, inputs), randn(outputs, inputs)
     blocks = zip(ops.reference_pack_weight(gate), ops.reference_pack_weight(up), strict=True)
     gated = torch.stack([block for pair in blocks for block in pair])  # [2 * blocks, pairs, 32, 2]
     for rows in (1, 3, 9, 25, 97):
         x = randn(rows, inputs)
-        got = ops.linear_silu_packed(x, gated, outputs, native)
+        got = ops.linear_silu_packed(x, gated, outputs)
         size = (x.float().abs() @ gate.float().abs().T + 1) * (x.float().abs() @ up.float().abs().T)
         assert_close_sums(got, ops.reference_linear_silu(x, gated, outputs), size)
 

@@ -1,12 +1,13 @@
 """Linear layers whose weights were packed once, after loading, into the layout that the CPU's matmul wants.
 
-Milestone: M4, for oneDNN and for a kernel of our own, csrc/linear.cpp. vLLM counterpart: the CPU paths of
-vllm/model_executor/layers/utils.py (dispatch_cpu_unquantized_gemm). Left out: float32, which gains nothing.
+Milestone: M4, for a kernel of our own, csrc/linear.cpp, and for oneDNN. vLLM counterpart: the CPU paths of
+vllm/model_executor/layers/utils.py (dispatch_cpu_unquantized_gemm). Left out: fp16.
 
-`F.linear` gets its weight row by row and oneDNN reorders it on every call; for one token that costs more than the
-multiplication. torch has the packing operators, but only under private names, so they stand behind one probe. Either
-way a layer has its weight once, packed, and the plain one is dropped. If an embedding shares the weight, the plain one
-stays as well.
+`F.linear` gets its weight row by row, and oneDNN and MKL reorder it on every call. For one token that costs more than
+the multiplication. Our kernel takes over wherever it was built; only a CPU with AMX multiplies bf16 through oneDNN, and
+so does a machine without a compiler. torch has oneDNN's packing operators under private names, so they stand behind one
+probe. A layer has its weight once, packed, and the plain one is dropped. If an embedding shares the weight, the plain
+one stays as well.
 """
 
 from abc import abstractmethod
@@ -25,6 +26,7 @@ from folovllm.model_executor.layers.linear import LinearBase, LinearMethodBase, 
 
 _BATCH_HINT = 1  # the batch size that oneDNN's layout is chosen for: decode is where packing pays
 _BLOCK = 32  # outputs that lie together in our own layout
+DTYPES = (torch.float32, torch.bfloat16)  # of csrc/linear.cpp
 
 
 class PackedLinearMethod(LinearMethodBase):
@@ -53,9 +55,9 @@ class OneDnnLinearMethod(PackedLinearMethod):
 
 
 class CppLinearMethod(PackedLinearMethod):
-    """Packed for csrc/linear.cpp: at memory speed for a few tokens, as fast as oneDNN for many, from the same bytes."""
+    """Packed for csrc/linear.cpp: at memory speed for a few tokens, at the speed of arithmetic for many."""
 
-    why = "packed bf16 weights are read at the speed of memory"
+    why = "packed weights are read at the speed of memory"
 
     def __init__(self, ops: Any, arena: HugeArena) -> None:
         self._pack_weight = ops.pack_weight.default
@@ -65,7 +67,7 @@ class CppLinearMethod(PackedLinearMethod):
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         if bias is not None:
             bias = F.pad(bias.float(), (0, -len(bias) % _BLOCK))  # [output_size, rounded up to blocks]
-        return self._arena.move(self._pack_weight(weight)), bias  # [blocks, pairs of inputs, 32, 2]
+        return self._arena.move(self._pack_weight(weight)), bias  # [blocks, steps, 32, inputs of a step]
 
     def apply(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return self._linear(x, layer.packed_weight, layer.packed_bias, layer.output_size)
@@ -118,10 +120,14 @@ def packed_method(weight: Any, ops: Any | None, arena: HugeArena) -> PackedLinea
     """The fastest way to multiply with such a weight here, or why it stays as it is."""
     if weight.device.type != "cpu":
         return f"packing is for a CPU, and the weight is on {weight.device.type}"
-    if weight.dtype is not torch.bfloat16:
-        return f"only bfloat16 gains from packing, not {str(weight.dtype).removeprefix('torch.')}"
-    if ops is not None and ops.has_bf16_dot() and not _has_amx():
+    dtype = str(weight.dtype).removeprefix("torch.")
+    if weight.dtype not in DTYPES:
+        return f"our kernel multiplies float32 and bfloat16, not {dtype}"
+    is_bf16 = weight.dtype is torch.bfloat16
+    if ops is not None and not (is_bf16 and _has_amx()):
         return CppLinearMethod(ops, arena)
+    if not is_bf16:
+        return f"only bfloat16 gains from oneDNN's packing, not {dtype}"
     return OneDnnLinearMethod() if onednn_packing_works() else "this torch has no packing operators of oneDNN"
 
 
