@@ -47,6 +47,7 @@ ATTENTION_BACKENDS = (  # only their names; attention/selector.py knows where th
     "triton_paged",
     "flash_attn",
 )
+CPU_ISAS = ("native", "avx512", "avx2", "portable")  # csrc/levels.py knows which of them a machine has
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GPTQ_NAMES = ("gptq", "gptq_marlin")  # vLLM's values of `quantization` for a GPTQ checkpoint
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
@@ -223,10 +224,12 @@ class KernelConfig:
     huge_pages: bool = False  # ask for pages of 2 MiB for packed weights and the KV cache (Linux)
     touch_kv_pages: bool = False  # write the first pages of the KV cache at start and not in the first steps
     keep_freed_memory: bool = False  # malloc keeps what tensors free (glibc; from then on for the whole process)
+    cpu_isa: str = "native"  # limits the C++ kernels to "avx512", "avx2" or "portable"; "native": all the CPU has
 
     def __post_init__(self) -> None:
         check_choice("linear_backend", self.linear_backend, ("auto", "onednn", "torch"))
         check_choice("sampler_backend", self.sampler_backend, ("auto", "shortlist", "torch"))
+        check_choice("cpu_isa", self.cpu_isa, CPU_ISAS)
         for name in ("fused_ops", "fused_mlp", "decoder_stack"):
             check_auto_or_bool(name, getattr(self, name))
         for name in ("huge_pages", "touch_kv_pages", "keep_freed_memory"):

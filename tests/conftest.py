@@ -17,6 +17,7 @@ from folovllm.entrypoints.commands.options import parse_parts
 from folovllm.learn.mine import my_parts
 from folovllm.learn.workspace import find_work
 from folovllm.parts import PARTS, load_class, load_part
+from tests.m4.levels import isa, ops  # noqa: F401 - fixtures for every test: the C++ operators, level by level
 
 # No test depends on the clock: a busy machine may take seconds to draw its first example.
 settings.register_profile("folovllm", deadline=None, suppress_health_check=[HealthCheck.too_slow])

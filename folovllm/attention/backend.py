@@ -72,12 +72,19 @@ class AttentionSpec:
     dtype: torch.dtype
     device: torch.device
     block_size: int
+    cpu_isa: str = "native"  # the level of our C++ kernels, for the backend that runs on them
 
     @classmethod
     def from_arch(
-        cls, arch: ModelArchitecture, dtype: torch.dtype, device: torch.device, block_size: int
+        cls,
+        arch: ModelArchitecture,
+        dtype: torch.dtype,
+        device: torch.device,
+        block_size: int,
+        cpu_isa: str = "native",
     ) -> "AttentionSpec":
-        return cls(arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim, dtype, device, block_size)
+        heads = (arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim)
+        return cls(*heads, dtype, device, block_size, cpu_isa)
 
     @property
     def scale(self) -> float:

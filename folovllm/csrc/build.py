@@ -1,8 +1,9 @@
-"""Builds the C++ operators of this folder once per machine, and loads them.
+"""Builds the C++ operators of this folder once per machine and level, and loads them.
 
 Milestone: M4. vLLM counterpart: CMakeLists.txt and cmake/cpu_extension.cmake, which run when its wheel is built.
 `load_ops()` returns `torch.ops.folovllm`, or None if there is no compiler: every caller has a pure-torch path.
-`python -m folovllm.csrc.build` builds ahead of time.
+`load_ops("avx2")` returns `torch.ops.folovllm_avx2`, the same operators compiled for fewer instructions (levels.py).
+`python -m folovllm.csrc.build [--cpu-isa avx2]` builds ahead of time.
 
 The operators register themselves with TORCH_LIBRARY, so the library needs no Python.h and serves every Python version.
 We call the compiler directly: torch.utils.cpp_extension takes a second to import, and its lock is a file whose mere
@@ -14,6 +15,7 @@ existence means that a build is running, so that a build that was killed blocks 
     <cache>/.lock                     held while building; the operating system frees it when the process ends
 """
 
+import argparse
 import functools
 import hashlib
 import os
@@ -24,79 +26,104 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
 
+from folovllm.config import CPU_ISAS
+from folovllm.csrc.compilers import COMPILERS, BuildError, Compiler, find_compiler, how_to_install
+from folovllm.csrc.levels import NATIVE, level_named, namespace_of
+
 SOURCE_DIR = Path(__file__).parent
 LIBRARY = "folovllm_ops.so"
-COMPILERS = ("g++", "clang++", "c++")
-# -march=native: the library stays on the machine that built it. No -ffast-math: the kernels compute with infinities.
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC")
+# No -ffast-math: the kernels compute with infinities. Hidden symbols, and (for g++) no symbols that are unique in the
+# process: two levels in one process must not share a function or a static variable of the headers that they include.
+FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
+GCC_FLAGS = ("-fno-gnu-unique",)  # clang makes no such symbols and refuses the flag
+LIMITED_FLAGS = ("-mtune=native",)  # fewer instructions, arranged for this CPU
 NO_PREFETCH = "-DFOLOVLLM_NO_PREFETCH"  # an extra flag: prefetch.h then compiles to nothing, for reading and measuring
-
-
-class BuildError(Exception):
-    """There is no library; the message says why."""
 
 
 def default_cache_dir() -> Path:
     return Path.home() / ".cache" / "folovllm" / "ops"
 
 
-def load_ops(cache_dir: Path | None = None) -> Any | None:
-    """Returns `torch.ops.folovllm` with our operators, built first if necessary. If that fails: None and a warning."""
-    return _load_ops(cache_dir or default_cache_dir())
+def load_ops(isa: str = NATIVE, cache_dir: Path | None = None) -> Any | None:
+    """Returns `torch.ops.folovllm` with our operators, built first if necessary. If that fails: None and a warning.
+
+    `isa`, a level, limits the instructions that they use. Raises ValueError if this CPU lacks some of them.
+    """
+    level_named(isa)
+    return _load_ops(isa, cache_dir or default_cache_dir())
 
 
-def _loaded_ops() -> Any | None:
-    """Returns `torch.ops.folovllm` if our operators are loaded, else None. Builds nothing."""
-    return torch.ops.folovllm if hasattr(torch.ops.folovllm, "paged_attention") else None
+def loaded_ops(isa: str = NATIVE) -> Any | None:
+    """Returns the operators of a level if they are loaded, else None. Builds nothing."""
+    ops = getattr(torch.ops, namespace_of(isa))
+    return ops if hasattr(ops, "paged_attention") else None
 
 
-@functools.cache  # one library, and one warning, per process
-def _load_ops(cache_dir: Path) -> Any | None:
+@functools.cache  # one library of each level, and one warning, per process
+def _load_ops(isa: str, cache_dir: Path) -> Any | None:
     try:
-        library = build(cache_dir)
-        if _loaded_ops() is None:  # operators can be registered only once
+        library = build(cache_dir, isa=isa)
+        if loaded_ops(isa) is None:  # operators can be registered only once
             torch.ops.load_library(str(library))
     except (BuildError, OSError) as error:
         warnings.warn(f"the C++ kernels are not available, slower torch ones run instead: {error}", stacklevel=3)
         return None
-    return torch.ops.folovllm
+    return getattr(torch.ops, namespace_of(isa))
 
 
-def build(cache_dir: Path, source_dir: Path = SOURCE_DIR, extra_flags: tuple[str, ...] = ()) -> Path:
-    """Path of the library for these sources and flags, this torch and this CPU, compiled if it is not there yet.
+def compiled_for(ops: Any) -> frozenset[str]:
+    """The instruction sets that a library was compiled for. E.g. {"avx2", "fma", "f16c"}."""
+    return frozenset(ops.compiled_for().split())
 
-    Raises BuildError if there is no compiler or if it fails, and OSError if the cache cannot be written.
+
+def find_library(cache_dir: Path, isa: str = NATIVE) -> Path | None:
+    """Path of the library of a level if it has been built, else None. Builds nothing."""
+    compiler = find_compiler()
+    library = None if compiler is None else _target(cache_dir, SOURCE_DIR, compiler, (), isa) / LIBRARY
+    return library if library is not None and library.exists() else None
+
+
+def build(cache_dir: Path, source_dir: Path = SOURCE_DIR, extra_flags: tuple[str, ...] = (), isa: str = NATIVE) -> Path:
+    """Path of the library for these sources, flags and level, this torch and this CPU. It is compiled if it is missing.
+
+    Raises BuildError if there is no compiler or if it fails, OSError if the cache cannot be written, and ValueError if
+    this CPU cannot run the level.
     """
+    level_named(isa)
     compiler = find_compiler()
     if compiler is None:
-        raise BuildError(f"no C++ compiler found (looked for {', '.join(COMPILERS)}); install one, e.g. g++")
-    sources = sorted(source_dir.glob("*.cpp"))
-    target = cache_dir / cache_key(sources + sorted(source_dir.glob("*.h")), compiler, extra_flags)
+        raise BuildError(f"no C++ compiler found (looked for {', '.join(COMPILERS)}); install one: {how_to_install()}")
+    target = _target(cache_dir, source_dir, compiler, extra_flags, isa)
     library = target / LIBRARY
     if library.exists():
         return library
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(cache_dir / ".lock"):
         if not library.exists():  # another process may have built it while we waited
-            _build_locked([compiler, *FLAGS, *extra_flags], sources, target)
+            _build_locked(compiler, isa, extra_flags, sorted(source_dir.glob("*.cpp")), target)
     return library
 
 
-def find_compiler() -> str | None:
-    return next(filter(None, map(shutil.which, COMPILERS)), None)
+def _target(cache_dir: Path, source_dir: Path, compiler: str, extra_flags: tuple[str, ...], isa: str) -> Path:
+    """The folder of a library. Its name depends on the flags that we want, not on those that the compiler takes."""
+    files = [*sorted(source_dir.glob("*.cpp")), *sorted(source_dir.glob("*.h"))]
+    wanted = (isa, *level_named(isa).flags, *extra_flags)
+    return cache_dir / cache_key(files, compiler, wanted)
 
 
 def cache_key(sources: Iterable[Path], compiler: str, extra_flags: tuple[str, ...] = ()) -> str:
     """A name that changes with everything that the library depends on."""
     digest = hashlib.sha256()
     binary = Path(compiler).resolve()
-    facts = (torch.__version__, cpu_features(), str(binary), str(binary.stat().st_mtime_ns), *FLAGS, *extra_flags)
+    tool = (str(binary), str(binary.stat().st_mtime_ns))
+    facts = (torch.__version__, cpu_features(), *tool, *FLAGS, *GCC_FLAGS, *LIMITED_FLAGS, *extra_flags)
     for text in (*facts, *(f"{path.name}\n{path.read_text(encoding='utf-8')}" for path in sources)):
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:20]
@@ -112,17 +139,19 @@ def cpu_features() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
-def _build_locked(command: list[str], sources: list[Path], target: Path) -> None:
+def _build_locked(compiler: str, isa: str, extra_flags: tuple[str, ...], sources: list[Path], target: Path) -> None:
     """Compiles into a temporary folder and renames it to `target`. The caller holds the lock."""
     failed = target.with_name(target.name + ".failed")
     if failed.exists():
         raise BuildError(f"they did not compile here before, see {failed}; delete it to try again")
     for abandoned in target.parent.glob(".building-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
-    print("folovllm: building the CPU kernels once (about 40 s on 2 cores)...", file=sys.stderr, flush=True)
+    limit = "" if isa == NATIVE else f" for cpu_isa={isa!r}"
+    print(f"folovllm: building the CPU kernels{limit} once (about 40 s on 2 cores)...", file=sys.stderr, flush=True)
     temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
     try:
-        _compile(command, sources, temporary)
+        flags = compile_flags(Compiler(compiler, temporary), isa)
+        _compile([compiler, *flags, *extra_flags], sources, temporary)
         os.replace(temporary, target)
     except BuildError as error:
         failed.write_text(str(error), encoding="utf-8")
@@ -131,48 +160,69 @@ def _build_locked(command: list[str], sources: list[Path], target: Path) -> None
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def compile_flags(compiler: Compiler, isa: str) -> list[str]:
+    """The flags of a level that the compiler accepts. Raises BuildError if it refuses one that must be there."""
+    flags = compiler.require(FLAGS, f"which FoloVLLM needs; install a newer one: {how_to_install()}")
+    flags += compiler.first_accepted(level_named(isa).flags, f"which cpu_isa={isa!r} needs; a newer compiler may")
+    flags += compiler.accepted(GCC_FLAGS)
+    if isa == NATIVE:
+        return flags
+    return [*flags, *compiler.accepted(LIMITED_FLAGS), f"-Dfolovllm={namespace_of(isa)}"]
+
+
 def _compile(command: list[str], sources: list[Path], folder: Path) -> None:
-    """Compiles the sources side by side, then links them into one library. `command`: the compiler and its flags."""
+    """Compiles the sources, longest first, then links them into one library. `command`: the compiler and its flags."""
     torch_dir = Path(torch.__file__).parent
     includes = [f"-I{torch_dir / 'include'}", f"-I{torch_dir / 'include/torch/csrc/api/include'}"]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    objects = [folder / f"{source.stem}.o" for source in sources]
-    _run_all(
-        [
-            [*command, abi, *includes, "-c", str(source), "-o", str(built)]
-            for source, built in zip(sources, objects, strict=True)
-        ]
-    )
+    command = [*command, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", *includes]
+    objects = {source: folder / f"{source.stem}.o" for source in sorted(sources, key=_size, reverse=True)}
+    _run_all([[*command, "-c", str(source), "-o", str(built)] for source, built in objects.items()])
     libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"]  # found by name: torch has loaded them
-    _run_all([[*command, "-shared", *map(str, objects), *libraries, "-o", str(folder / LIBRARY)]])
-    for built in objects:
+    _run_all([[*command, "-shared", *map(str, objects.values()), *libraries, "-o", str(folder / LIBRARY)]])
+    for built in objects.values():
         built.unlink()
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
 def _run_all(commands: list[list[str]]) -> None:
-    """Runs commands side by side. Raises BuildError with the output of the first that fails."""
-    running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands
-    ]
-    try:
-        outputs = [process.communicate()[0] for process in running]
-    finally:
-        for process in running:  # after Ctrl-C: leave no compiler behind
-            if process.poll() is None:
-                process.kill()
-    for command, process, output in zip(commands, running, outputs, strict=True):
-        if process.returncode != 0:
-            raise BuildError(f"the compiler stopped with status {process.returncode}\n{' '.join(command)}\n{output}")
+    """Runs commands, as many at once as there are cores. Raises BuildError with the output of the first that fails."""
+    running: list[subprocess.Popen[str]] = []
+
+    def run(command: list[str]) -> tuple[int, str]:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        running.append(process)
+        output, _ = process.communicate()
+        return process.returncode, output
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            results = list(pool.map(run, commands))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:  # after Ctrl-C: leave no compiler behind
+                if process.poll() is None:
+                    process.kill()
+    for command, (status, output) in zip(commands, results, strict=True):
+        if status != 0:
+            raise BuildError(f"the compiler stopped with status {status}\n{' '.join(command)}\n{output}")
 
 
 def main() -> int:
-    """`python -m folovllm.csrc.build [cache_dir]`. Returns 0 if the library is there, 1 if it cannot be built here."""
-    cache_dir = Path(sys.argv[1]) if len(sys.argv) > 1 else default_cache_dir()
-    for failed in cache_dir.glob("*.failed"):  # a user who calls this by hand wants another attempt
+    """Builds ahead of time. Returns 0 if every library that was asked for is there, 1 if one cannot be built here."""
+    parser = argparse.ArgumentParser(description="Builds FoloVLLM's C++ kernels for this machine.")
+    parser.add_argument("cache_dir", nargs="?", type=Path, default=default_cache_dir(), help="where they are kept")
+    isa_help = "limit their instructions, as the engine argument cpu_isa does; may be given several times"
+    parser.add_argument("--cpu-isa", action="append", choices=CPU_ISAS, help=isa_help)
+    args = parser.parse_args()
+    for failed in args.cache_dir.glob("*.failed"):  # a user who calls this by hand wants another attempt
         failed.unlink()
     try:
-        print(f"folovllm: the CPU kernels are in {build(cache_dir)}")
-    except (BuildError, OSError) as error:
+        for isa in args.cpu_isa or [NATIVE]:
+            print(f"folovllm: the CPU kernels are in {build(args.cache_dir, isa=isa)}")
+    except (BuildError, OSError, ValueError) as error:
         print(f"folovllm: the CPU kernels were not built: {error}", file=sys.stderr)
         return 1
     return 0

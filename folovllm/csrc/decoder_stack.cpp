@@ -258,7 +258,8 @@ TORCH_LIBRARY_FRAGMENT(folovllm, m) {
       .def("add_layer", &folovllm::DecoderStack::add_layer);
   // `run` as an operator, so that profilers see it.
   m.def(
-      "decoder_stack(__torch__.torch.classes.folovllm.DecoderStack stack, Tensor hidden, Tensor(a!) residual, Tensor cos, "
+      "decoder_stack(__torch__.torch.classes." C10_STRINGIZE(folovllm) ".DecoderStack stack, Tensor hidden, "
+      "Tensor(a!) residual, Tensor cos, "
       "Tensor sin, Tensor(b!)[] kv_caches, Tensor slot_mapping, Tensor query_start_loc, Tensor seq_lens, "
       "Tensor block_table, Tensor? logits_indices=None) -> (Tensor, Tensor)");
   m.def(

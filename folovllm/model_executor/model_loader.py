@@ -45,6 +45,7 @@ def load_model(
     gptq_kernel: str = "auto",
     gptq_runtime: str = "auto",
     huge_pages: bool = False,
+    cpu_isa: str = "native",
     max_model_len: int | None = None,
     parts: Mapping[str, str] | None = None,
 ) -> LlamaForCausalLM:
@@ -62,7 +63,7 @@ def load_model(
     if arch.quantization is not None:
         packing: type[Packing] = load_part("quantize.packing", parts)
         if quantization == "auto" and quant_config is None:
-            options = KernelOptions(dtype, device.type, gptq_runtime, huge_pages, packing)
+            options = KernelOptions(dtype, device.type, gptq_runtime, huge_pages, packing, cpu_isa)
             quant_config = gptq_quantization(arch.quantization, options, gptq_kernel, linear_backend)
         if quant_config is None:
             weights = dequantize_weights(weights, arch.quantization, packing)

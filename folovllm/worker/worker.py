@@ -38,7 +38,7 @@ class Worker:
         arch = config.model_config.arch
         dtype: torch.dtype = getattr(torch, config.model_config.dtype)
         model = self._load_model(model_path, dtype)
-        spec = AttentionSpec.from_arch(arch, dtype, self.device, config.block_size)
+        spec = AttentionSpec.from_arch(arch, dtype, self.device, config.block_size, kernels.cpu_isa)
         backend = get_attn_backend(config.attention_config.attention_backend, spec, config.parts)
         sampler = load_part("sample.sampler", config.parts)()
         self.replacements = accelerate(model, backend, kernels, sampler)
@@ -56,6 +56,7 @@ class Worker:
             self.device,
             linear_backend=kernels.linear_backend,
             huge_pages=kernels.huge_pages,
+            cpu_isa=kernels.cpu_isa,
             max_model_len=length,
             parts=config.parts,
             **dataclasses.asdict(config.quantization_config),

@@ -41,7 +41,7 @@ class CpuPagedBackend(AttentionBackend):
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
-        self.ops: Any = load_ops()
+        self.ops: Any = load_ops(spec.cpu_isa)
         assert self.ops is not None, "refusal() said that there are kernels"
         self.padding = -spec.head_size % HEAD_MULTIPLE
 
@@ -56,7 +56,7 @@ class CpuPagedBackend(AttentionBackend):
                 f"head size {spec.head_size} with {spec.num_queries_per_kv} query heads per KV head is beyond its "
                 f"{MAX_HEAD_SIZE} and {MAX_QUERIES_PER_KV}; use 'torch_sdpa'"
             )
-        if load_ops() is None:
+        if load_ops(spec.cpu_isa) is None:
             return "its C++ kernels could not be built or loaded (see the warning); use 'torch_sdpa'"
         return None
 

@@ -59,25 +59,25 @@ def _accelerate_model(
 ) -> Iterable[Replacement]:
     """In this order: the MLP is fused from packed linears, and the decoder stack is built from everything before."""
     if kernels.linear_backend != "torch":
-        ops, reason = _operators(model) if kernels.linear_backend == "auto" else (None, "")
+        ops, reason = _operators(model, kernels.cpu_isa) if kernels.linear_backend == "auto" else (None, "")
         yield from pack_linears(model, ops, kernels, reason)
     steps = {"fused_ops": fuse_ops, "fused_mlp": fuse_mlps}
     for switch, replace in steps.items():
         if getattr(kernels, switch) is not False:
-            ops, reason = _operators(model)
+            ops, reason = _operators(model, kernels.cpu_isa)
             yield from replace(model, ops) if ops is not None else [Replacement(switch, "the model", None, reason)]
     if kernels.decoder_stack is not False:
         yield from stack_decoder_layers(model, backend, kernels)
 
 
-def _operators(model: nn.Module) -> tuple[Any | None, str]:
+def _operators(model: nn.Module, isa: str) -> tuple[Any | None, str]:
     """Our C++ operators if they can run this model; else None and why."""
     weight = next(model.parameters())
     if weight.device.type != "cpu":
         return None, f"the kernels run on a CPU, and the model is on {weight.device.type}"
     if weight.dtype not in DTYPES:
         return None, f"the kernels compute in float32 and bfloat16, not in {str(weight.dtype).removeprefix('torch.')}"
-    ops = load_ops()
+    ops = load_ops(isa)
     return ops, "" if ops is not None else NO_OPS
 
 
@@ -92,7 +92,7 @@ def _accelerate_sampler(sampler: Any, kernels: KernelConfig, model: nn.Module) -
         yield Replacement("sampler_backend", type(sampler).__name__, None, f"it has {', '.join(own)} of its own")
         return
     on_cpu = next(model.parameters()).device.type == "cpu"
-    ops = load_ops() if on_cpu and kernels.sampler_backend == "auto" else None
+    ops = load_ops(kernels.cpu_isa) if on_cpu and kernels.sampler_backend == "auto" else None
     before = sampler.backend
     sampler.use_backend("shortlist" if ops is None else "cpp", ops)
     why = "one pass over the logits, without a sort" if ops is not None else "no sort of the whole vocabulary"

@@ -39,7 +39,7 @@ class DecoderStack:
     def __init__(self, layers: list[LlamaDecoderLayer], backend: CpuPagedBackend) -> None:
         first = layers[0]
         self._run = backend.ops.decoder_stack.default
-        self._stack = torch.classes.folovllm.DecoderStack(
+        self._stack = getattr(torch.classes, backend.ops.name).DecoderStack(
             first.self_attn.num_heads,
             first.mlp.gate_up_proj.output_size // 2,
             first.input_layernorm.eps,

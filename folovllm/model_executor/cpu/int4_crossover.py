@@ -44,7 +44,7 @@ class _TooBusy(Exception):
 def find_crossover(ops: Any, layers: Sequence[Candidate], cache_file: Path | None = None) -> int:
     """The largest batch, in tokens, for which 4 bits are faster; 0: none is. GUESS if that cannot be measured now."""
     file = cache_file or default_cache_file()
-    key, known = _cache_key(layers), _read(file)
+    key, known = _cache_key(ops, layers), _read(file)
     if key in known:
         return known[key]
     sweep, deadline = _one_sweep(layers), time.perf_counter() + _MAX_SECONDS
@@ -94,11 +94,11 @@ def _wins(ops: Any, sweep: Sequence[Candidate], rows: int, deadline: float) -> b
     return sum(best[ALL_ROWS]) < sum(best[0])
 
 
-def _cache_key(layers: Sequence[Candidate]) -> str:
+def _cache_key(ops: Any, layers: Sequence[Candidate]) -> str:
     shapes = sorted({str([tuple(t.shape) for t in part.tensors.values()]) for part, _ in layers})
     sources = sorted([*SOURCE_DIR.glob("int4*"), SOURCE_DIR / "linear.cpp"])
     kernels = [source.read_text(encoding="utf-8") for source in sources]
-    facts = (cpu_features(), str(torch.get_num_threads()), *kernels, *shapes)
+    facts = (cpu_features(), ops.name, str(torch.get_num_threads()), *kernels, *shapes)
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
 
 

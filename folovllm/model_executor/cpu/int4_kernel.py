@@ -61,7 +61,7 @@ class CpuInt4Kernel(GPTQKernel):
         reason = int4_refusal(config, options)
         if reason is not None:
             raise ValueError(f"cpu_int4 {reason}; use gptq_kernel='auto' or 'dequant'")
-        ops: Any = load_ops()
+        ops: Any = load_ops(options.cpu_isa)
         self.ops = ops
         self.max_int4_rows = ALL_ROWS
         self._arena = HugeArena(huge_pages=options.huge_pages)
@@ -123,7 +123,9 @@ def int4_refusal(config: GPTQConfig, options: KernelOptions) -> str | None:
         return f"computes in float32 and bfloat16, not {str(options.dtype).removeprefix('torch.')}"
     if options.device != "cpu":
         return f"runs on a CPU, not on {options.device}"
-    return None if load_ops() is not None else "needs the C++ kernels, which were not built (see the warning)"
+    if load_ops(options.cpu_isa) is not None:
+        return None
+    return "needs the C++ kernels, which were not built (see the warning)"
 
 
 def int4_parts(layer: nn.Module) -> list[Int4Part]:

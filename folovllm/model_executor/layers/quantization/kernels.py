@@ -29,6 +29,7 @@ class KernelOptions:
     runtime: str = "auto"  # gptq_runtime; only cpu_int4 has a choice
     huge_pages: bool = False  # for the weights of cpu_int4
     packing: type[Packing] = Packing  # the part quantize.packing
+    cpu_isa: str = "native"  # the level of the C++ kernels of cpu_int4
 
 
 class GPTQKernel(ABC):

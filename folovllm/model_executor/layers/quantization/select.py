@@ -48,7 +48,7 @@ def choose_kernel(config: GPTQConfig, options: KernelOptions, linear_backend: st
         return "cpu_int4"
     if options.runtime == "memory":
         return "dequant"
-    if load_ops() is not None:  # if it is None, there was a warning
+    if load_ops(options.cpu_isa) is not None:  # if it is None, there was a warning
         warnings.warn(
             f"the weights are dequantised while they are loaded, as cpu_int4 {reason}; "
             f"gptq_runtime='memory' keeps them packed, but computes slowly",
