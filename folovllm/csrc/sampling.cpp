@@ -10,7 +10,7 @@
 //
 // A row of 49,152 logits and its probabilities stay in the L2 cache, so the time depends on the number of passes over
 // them. A sort makes log2(49,152) = 16 passes, and mispredicts every second comparison. Halving an interval finds a
-// single value in about as many passes, but these only compare and add, 16 numbers at a time.
+// single value in about as many passes, but these only compare and add, a vector at a time.
 //
 //   sampling_row.h        a row and the passes that several steps need
 //   this file             temperature, min_p, top_k, and the order of the steps
@@ -45,8 +45,8 @@ struct Steps {
 };
 
 // Floats as integers of the same order. The bits of negative floats count downwards and are inverted.
-inline Ints ordered(Floats v) {
-  const Ints bits = (Ints)v;
+inline IntVec ordered(Vec v) {
+  const IntVec bits = (IntVec)v;
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
@@ -56,17 +56,17 @@ float kth_largest(const Row& row, int64_t k) {
   int64_t high = std::numeric_limits<int32_t>::max(); // fewer than k logits reach it
   while (high - low > 1) {
     const int32_t middle = static_cast<int32_t>((low + high) / 2);
-    Ints reaching = {};
-    for (int64_t i = 0; i < row.padded; i += kLanes) {
-      reaching -= ordered(load(row.x + i)) >= middle;
+    IntVec reaching = {};
+    for (int64_t i = 0; i < row.padded; i += kWidth) {
+      reaching -= ordered(load_vec(row.x + i)) >= middle;
     }
     int64_t count = 0;
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
+    for (int64_t lane = 0; lane < kWidth; ++lane) {
       count += reaching[lane];
     }
     (count >= k ? low : high) = middle;
   }
-  const Floats value = (Floats)ordered((Floats)(Ints{} + static_cast<int32_t>(low)));
+  const Vec value = (Vec)ordered((Vec)(IntVec{} + static_cast<int32_t>(low)));
   return value[0];
 }
 
@@ -77,11 +77,11 @@ int64_t sample_row(const float* logits, const Steps& steps, Row& row) {
   row.softmax();
   if (steps.min_p > 0.0f) {
     const float threshold = steps.min_p * largest(row.p, row.padded);
-    row.keep_where([&](int64_t, Floats, Floats p) { return ~(p < threshold); });
+    row.keep_where([&](int64_t, Vec, Vec p) { return ~(p < threshold); });
   }
   if (steps.top_k < row.size) {
     const float threshold = kth_largest(row, steps.top_k);
-    row.keep_where([&](int64_t, Floats x, Floats) { return ~(x < threshold); });
+    row.keep_where([&](int64_t, Vec x, Vec) { return ~(x < threshold); });
   }
   if (steps.top_p < 1.0f) {
     if (steps.min_p > 0.0f || steps.top_k < row.size) {
@@ -91,8 +91,8 @@ int64_t sample_row(const float* logits, const Steps& steps, Row& row) {
     if (!nucleus) {
       return kUndecided;
     }
-    row.keep_where([&](int64_t i, Floats, Floats p) {
-      return (p > nucleus->lowest) | ((p == nucleus->lowest) & (kLaneIds + static_cast<int32_t>(i) >= nucleus->first));
+    row.keep_where([&](int64_t i, Vec, Vec p) {
+      return (p > nucleus->lowest) | ((p == nucleus->lowest) & (lane_ids() + static_cast<int32_t>(i) >= nucleus->first));
     });
   }
   return draw(row, steps.key);

@@ -21,8 +21,9 @@
 namespace folovllm {
 namespace {
 
-typedef float HalfFloats __attribute__((vector_size(32)));   // [8]
-typedef double HalfDoubles __attribute__((vector_size(64))); // [8]: of 16, GCC would make sixteen single ones
+// Half a vector, because twice as many bytes hold one double for each of its numbers.
+using HalfFloats = VectorOf<float, kWidth / 2>::type;
+using HalfDoubles = VectorOf<double, kWidth / 2>::type;
 
 constexpr int kMaxPasses = 12;        // over the whole row ...
 constexpr int64_t kListedShare = 64;  // ... or until only one token in so many is left
@@ -37,11 +38,11 @@ struct MassAndCount {
 // The sum and the number of the probabilities whose bits are above `low` and not above `high`.
 MassAndCount mass_between(const Row& row, int32_t low, int32_t high) {
   HalfDoubles mass[2] = {};
-  Ints count = {};
-  for (int64_t i = 0; i < row.padded; i += kLanes) {
-    const Ints bits = (Ints)load(row.p + i);
-    const Ints inside = (bits > low) & (bits <= high);
-    const Ints counted = bits & inside;
+  IntVec count = {};
+  for (int64_t i = 0; i < row.padded; i += kWidth) {
+    const IntVec bits = (IntVec)load_vec(row.p + i);
+    const IntVec inside = (bits > low) & (bits <= high);
+    const IntVec counted = bits & inside;
     HalfFloats halves[2];
     std::memcpy(halves, &counted, sizeof(counted));
     mass[0] += __builtin_convertvector(halves[0], HalfDoubles);
@@ -49,8 +50,8 @@ MassAndCount mass_between(const Row& row, int32_t low, int32_t high) {
     count -= inside; // a true lane is -1
   }
   MassAndCount found;
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    found.mass += mass[lane / 8][lane % 8];
+  for (int64_t lane = 0; lane < kWidth; ++lane) {
+    found.mass += mass[lane / (kWidth / 2)][lane % (kWidth / 2)];
     found.count += count[lane];
   }
   return found;
@@ -96,11 +97,11 @@ struct Interval {
 
 std::vector<Entry> entries_in(const Row& row, const Interval& interval) {
   std::vector<Entry> entries;
-  for (int64_t i = 0; i < row.padded; i += kLanes) {
-    const Ints bits = (Ints)load(row.p + i);
-    const Ints inside = (bits > interval.low) & (bits <= interval.high);
+  for (int64_t i = 0; i < row.padded; i += kWidth) {
+    const IntVec bits = (IntVec)load_vec(row.p + i);
+    const IntVec inside = (bits > interval.low) & (bits <= interval.high);
     if (any(inside)) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
+      for (int64_t lane = 0; lane < kWidth; ++lane) {
         if (inside[lane] != 0) {
           entries.push_back(static_cast<Entry>(bits[lane]) << 32 | static_cast<Entry>(i + lane));
         }

@@ -14,17 +14,21 @@
 
 #include "simd.h"
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 namespace folovllm {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr Ints kLaneIds = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// The memory for one row. It is padded to a multiple of 16 numbers. The padding has logit -inf and probability 0, like
+using IntVec = VectorOf<int32_t, kWidth>::type;  // also the result of a comparison: -1 in lanes where it is true
+
+inline IntVec lane_ids() {
+  constexpr int32_t ids[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  IntVec lanes;
+  std::memcpy(&lanes, ids, sizeof(lanes));
+  return lanes;
+}
+
+// The memory for one row. It is padded to whole vectors. The padding has logit -inf and probability 0, like
 // a removed token, so no step needs to treat it differently.
 struct Row {
   int64_t size, padded;
@@ -33,7 +37,7 @@ struct Row {
 
   explicit Row(int64_t size)
       : size(size),
-        padded((size + kLanes - 1) / kLanes * kLanes),
+        padded((size + kWidth - 1) / kWidth * kWidth),
         logits(at::empty({padded}, at::kFloat)),
         probs(at::empty({padded}, at::kFloat)),
         x(logits.mutable_data_ptr<float>()),
@@ -50,25 +54,24 @@ struct Row {
 
   template <typename Keep>
   void keep_where(const Keep& keep) {
-    for (int64_t i = 0; i < padded; i += kLanes) {
-      const Floats v = load(x + i), q = load(p + i);
-      const Ints kept = keep(i, v, q);
-      store(x + i, kept ? v : Floats{} - kInfinity);
-      store(p + i, kept ? q : Floats{});
+    for (int64_t i = 0; i < padded; i += kWidth) {
+      const Vec v = load_vec(x + i), q = load_vec(p + i);
+      const IntVec kept = keep(i, v, q);
+      store_vec(x + i, kept ? v : broadcast(-kInfinity));
+      store_vec(p + i, kept ? q : Vec{});
     }
   }
 };
 
-inline bool any(Ints mask) {
-#if defined(__AVX512F__)
+inline bool any(IntVec mask) {
+#if FOLOVLLM_AVX512
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif FOLOVLLM_AVX2
+  return _mm256_movemask_ps((__m256)mask) != 0;
 #else
-  int64_t parts[8], all = 0;
-  std::memcpy(parts, &mask, sizeof(mask));
-  for (const int64_t part : parts) {
-    all |= part;
-  }
-  return all != 0;
+  int64_t halves[2];
+  std::memcpy(halves, &mask, sizeof(mask));
+  return (halves[0] | halves[1]) != 0;
 #endif
 }
 
@@ -78,35 +81,26 @@ inline int32_t bits_of(float value) {
   return bits;
 }
 
-inline float largest(Floats v) {
-  float best = v[0];
-  for (int64_t lane = 1; lane < kLanes; ++lane) {
-    best = std::max(best, v[lane]);
-  }
-  return best;
-}
-
 float largest(const float* values, int64_t padded) {
-  Floats highest = load(values);
-  for (int64_t i = kLanes; i < padded; i += kLanes) {
-    const Floats v = load(values + i);
-    highest = v > highest ? v : highest;
+  Vec highest = load_vec(values);
+  for (int64_t i = kWidth; i < padded; i += kWidth) {
+    highest = maximum(load_vec(values + i), highest);
   }
-  return largest(highest);
+  return reduce_max(highest);
 }
 
 // x = logits / temperature. Returns whether the row has probabilities: there are none with a NaN or an infinite logit.
 bool fill_row(const float* logits, float temperature, Row& row) {
-  const int64_t whole = row.size / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    store(row.x + i, load(logits + i) / temperature);
+  const int64_t whole = row.size / kWidth * kWidth;
+  for (int64_t i = 0; i < whole; i += kWidth) {
+    store_vec(row.x + i, load_vec(logits + i) / temperature);
   }
   for (int64_t i = whole; i < row.size; ++i) {
     row.x[i] = logits[i] / temperature;
   }
-  Ints not_finite = {};
-  for (int64_t i = 0; i < row.padded; i += kLanes) {
-    not_finite |= ~(load(row.x + i) < kInfinity);
+  IntVec not_finite = {};
+  for (int64_t i = 0; i < row.padded; i += kWidth) {
+    not_finite |= ~(load_vec(row.x + i) < kInfinity);
   }
   return !any(not_finite) && largest(row.x, row.padded) > -kInfinity;
 }
