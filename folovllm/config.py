@@ -71,7 +71,7 @@ class ModelConfig:
     hf_overrides: Mapping[str, Any] | None = None  # replaces values of config.json (folovllm.hf_overrides)
     generation_config: str = "auto"  # sampling defaults: the model's, "vllm" for vLLM's, or those of another folder
     override_generation_config: Mapping[str, Any] | None = None  # e.g. {"temperature": 0.7}
-    dtype: str = "auto"  # "float32", "bfloat16", "float16"; "auto": the checkpoint's, fp32 if bf16 is emulated
+    dtype: str = "auto"  # "float32", "bfloat16", "float16"; "auto": the checkpoint's, fp32 if bf16 is slow here
     max_model_len: int | None = None  # tokens, prompt and output together; None: what the model was trained for
     seed: int = 0  # of requests that have no seed of their own
     max_logprobs: int = 20  # the most logprobs that a request may ask for; -1: the whole vocabulary
@@ -320,10 +320,10 @@ class EngineConfig:
         """ "The engine as of `rung`": the switches of the ladder up to it, without the rungs named in `without`."""
         return cls.from_args(preset=rung, without=without, **engine_args)
 
-    def resolve(self, arch: ModelArchitecture, device: str, native_bf16: bool = True) -> "EngineConfig":
+    def resolve(self, arch: ModelArchitecture, device: str, fast_bf16: bool = True) -> "EngineConfig":
         """A new config with all that depends on the model and the device filled in, and checked against it.
 
-        `device` is "cpu" or "cuda"; `native_bf16` tells whether it computes in bfloat16 without emulation.
+        `device` is "cpu" or "cuda"; `fast_bf16` tells whether bfloat16 is faster there than float32.
         """
         assert device in DEFAULT_MAX_NUM_SEQS
         max_model_len = self._resolve_max_model_len(arch)
@@ -333,7 +333,7 @@ class EngineConfig:
             model_config=dataclasses.replace(
                 self.model_config,
                 architecture=arch,
-                dtype=self._resolve_dtype(arch, native_bf16),
+                dtype=self._resolve_dtype(arch, fast_bf16),
                 max_model_len=max_model_len,
             ),
             cache_config=dataclasses.replace(self.cache_config, block_size=self._resolve_block_size(max_model_len)),
@@ -380,10 +380,10 @@ class EngineConfig:
             )
         return asked or limit
 
-    def _resolve_dtype(self, arch: ModelArchitecture, native_bf16: bool) -> str:
+    def _resolve_dtype(self, arch: ModelArchitecture, fast_bf16: bool) -> str:
         if self.model_config.dtype != "auto":
             return self.model_config.dtype
-        return "float32" if arch.dtype == "bfloat16" and not native_bf16 else arch.dtype
+        return "float32" if arch.dtype == "bfloat16" and not fast_bf16 else arch.dtype
 
     def _resolve_quantization(self, arch: ModelArchitecture) -> QuantizationConfig:
         asked = self.quantization_config

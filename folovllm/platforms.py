@@ -5,6 +5,9 @@ Milestone: M0. vLLM counterpart: vllm/platforms.
 
 import torch
 
+from folovllm.config import KernelConfig
+from folovllm.csrc.build import compiled_for, load_ops
+
 AMPERE = (8, 0)  # compute capability; the first GPUs that multiply bfloat16
 
 
@@ -22,11 +25,23 @@ def choose_device(device: str) -> str:
 
 
 def has_native_bf16(device: str) -> bool:
-    """Returns whether `device` multiplies bfloat16 in hardware. Emulated bfloat16 is slower than float32."""
+    """Returns whether torch multiplies bfloat16 in hardware on `device`. What it emulates is slower than float32."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def has_fast_bf16(device: str, kernels: KernelConfig) -> bool:
+    """Returns whether an engine is faster in bfloat16 than in float32, so that `dtype="auto"` means bfloat16.
+
+    Our kernels read bfloat16 weights, which are half as many bytes, and turn them into float32 in vector registers. So
+    they need no bfloat16 instructions, only vectors: those of AVX2, AVX-512 or NEON. Builds the kernels if necessary.
+    """
+    if has_native_bf16(device):
+        return True
+    ops = load_ops(kernels.cpu_isa) if device == "cpu" and kernels.linear_backend == "auto" else None
+    return ops is not None and not compiled_for(ops).isdisjoint({"avx2", "neon"})
 
 
 def refusal_of_gpu(device: torch.device) -> str | None:

@@ -268,7 +268,7 @@ def make_engine(task: ArmTask) -> "LLMEngine":
     """The engine that `LLM` would make, without a tokenizer: a folder of random weights has none."""
     from folovllm.engine.llm_engine import LLMEngine
     from folovllm.executor.uniproc import UniProcExecutor
-    from folovllm.platforms import has_native_bf16
+    from folovllm.platforms import has_fast_bf16
 
     spec, folder = parse_arm(task.arm), Path(task.model_path)
     args = {
@@ -279,9 +279,8 @@ def make_engine(task: ArmTask) -> "LLMEngine":
         "kv_cache_memory": task.kv_cache_memory,
     }
     config = EngineConfig.from_args(spec.preset, spec.without, **{**args, **spec.engine_args})
-    config = config.resolve(
-        load_hf_config(folder, config.model_config.hf_overrides), task.device, has_native_bf16(task.device)
-    )
+    arch = load_hf_config(folder, config.model_config.hf_overrides)
+    config = config.resolve(arch, task.device, has_fast_bf16(task.device, config.kernel_config))
     return LLMEngine(config, UniProcExecutor(config, folder), tokenizer=None)
 
 

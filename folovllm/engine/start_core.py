@@ -30,12 +30,15 @@ ExecutorFactory = Callable[[EngineConfig], Executor]
 
 def resolve_config(config: EngineConfig, arch: ModelArchitecture) -> EngineConfig:
     """The config with all that depends on the model and on this machine filled in. Imports torch."""
-    from folovllm.platforms import choose_device, has_native_bf16
+    from folovllm.platforms import choose_device, has_fast_bf16
 
     device = choose_device(config.device)
-    resolved = config.resolve(arch, device, has_native_bf16(device))
+    resolved = config.resolve(arch, device, has_fast_bf16(device, config.kernel_config))
     if config.model_config.dtype == "auto" and resolved.model_config.dtype != arch.dtype:
-        logger.warning("this processor has no native bfloat16: running in float32 (dtype='bfloat16' forces it)")
+        logger.warning(
+            "running in float32, because bfloat16 would be slower: this processor has no instructions for it, and the "
+            "C++ kernels, which need none, do not run here (dtype='bfloat16' forces it)"
+        )
     return resolved
 
 

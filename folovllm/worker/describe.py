@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from folovllm.csrc.build import compiled_for, loaded_ops
 from folovllm.model_executor.layers.activation import SiluAndMul
 from folovllm.model_executor.layers.layernorm import RMSNorm
 from folovllm.model_executor.layers.linear import LinearBase
@@ -36,10 +37,17 @@ def describe_worker(worker: Worker) -> dict[str, Any]:
             "touch_kv_pages": kernels.touch_kv_pages,
             "keep_freed_memory": worker.keeps_freed_memory,
         },
+        "C++ kernels": _kernels(kernels.cpu_isa),
         "threads": worker.config.cpu_threads or torch.get_num_threads(),
         "replaced": [str(item) for item in worker.replacements if item.after is not None],
         "stays plain": [str(item) for item in worker.replacements if item.after is None],
     }
+
+
+def _kernels(isa: str) -> str:
+    """E.g. "cpu_isa='avx2', compiled for avx2 f16c fma"."""
+    ops = loaded_ops(isa)
+    return "none" if ops is None else f"cpu_isa={isa!r}, compiled for {' '.join(sorted(compiled_for(ops)))}"
 
 
 def _layers(model: nn.Module) -> list[str]:

@@ -261,7 +261,7 @@ def test_the_device_decides_how_many_requests(device: str, expected: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("asked", "of_the_model", "native_bf16", "expected"),
+    ("asked", "of_the_model", "fast_bf16", "expected"),
     [
         ("auto", "bfloat16", True, "bfloat16"),
         ("auto", "bfloat16", False, "float32"),
@@ -272,8 +272,8 @@ def test_the_device_decides_how_many_requests(device: str, expected: int) -> Non
         ("float16", "bfloat16", True, "float16"),
     ],
 )
-def test_dtype(asked: str, of_the_model: str, native_bf16: bool, expected: str) -> None:
-    config = EngineConfig.from_args(dtype=asked).resolve(arch_of(dtype=of_the_model), "cpu", native_bf16)
+def test_dtype(asked: str, of_the_model: str, fast_bf16: bool, expected: str) -> None:
+    config = EngineConfig.from_args(dtype=asked).resolve(arch_of(dtype=of_the_model), "cpu", fast_bf16)
     assert config.model_config.dtype == expected
 
 

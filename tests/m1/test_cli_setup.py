@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from folovllm import __version__, milestones
+from folovllm.csrc.build import load_ops
 from folovllm.entrypoints.cli import app
 from folovllm.entrypoints.commands.options import EngineOptions, SamplingOptions, parse_engine_args
 
@@ -210,6 +211,8 @@ def test_info_shows_hardware_models_and_the_ladder(tmp_path):
     facts = json.loads(run("info", "--json", "--download-dir", tmp_path).stdout)
     assert facts["folovllm"] == __version__ and facts["threads"] >= 1 and facts["memory_bytes"] > 0
     assert facts["models"][0]["name"] == "smollm2-135m" and facts["models"][0]["pulled"] is False
+    kernels = facts["cpp_kernels"]
+    assert kernels["cpu_isa"][0] == "native" and kernels["cpu_isa"][-1] == "portable" and kernels["library"]
     assert [m["id"] for m in facts["milestones"]] == list(milestones.RUNG_IDS)
     assert facts["top_milestone"] == milestones.top_rung().id
     text = run("info", "--download-dir", tmp_path).stdout
@@ -225,6 +228,9 @@ def test_info_says_what_runs(tiny_model_dir):
     assert "2 x QKVParallelLinear: UnquantizedLinearMethod" in facts["layers"] and facts["threads"] >= 1
     text = run("info", folder, "--engine", "--preset", "m3", *small).stdout
     assert "2 x LlamaDecoderLayer: module by module" in text and re.search(r"replaced +none", text)
+    limited = run("info", folder, "--engine", "--json", "--engine-arg", "cpu_isa=portable", *small)
+    if load_ops("portable") is not None:
+        assert json.loads(limited.stdout)["C++ kernels"].startswith("cpu_isa='portable', compiled for")
     assert run("info", folder, "--preset", "m3").exit_code != 0
     assert run("info", folder, "--model", "other").exit_code != 0
 

@@ -133,7 +133,7 @@ def test_every_item_of_the_list_has_a_switch_that_removes_it(ops: Any, switch: s
 
 
 def test_with_all_off_nothing_is_replaced(tiny_model_dir: MakeTiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accelerate_module, "load_ops", lambda: pytest.fail("plain torch needs no compiler"))
+    monkeypatch.setattr(accelerate_module, "load_ops", lambda isa: pytest.fail("plain torch needs no compiler"))
     model, sampler, replaced = accelerated(tiny_model_dir("qwen3"), KernelConfig(), backend_class=TorchNaiveBackend)
     assert replaced == [] and is_textbook(model, sampler)
     assert KernelConfig() == KernelConfig(**{k: v for k, v in M4.off.items() if k != "attention_backend"})
@@ -301,7 +301,7 @@ def test_without_a_compiler(
     """oneDNN's packing for bf16, where torch still has it, and else plain torch: the same logits as "torch" but for
     rounding.
     """
-    monkeypatch.setattr(accelerate_module, "load_ops", lambda: None)
+    monkeypatch.setattr(accelerate_module, "load_ops", lambda isa: None)
     works = onednn and packed_linear.onednn_packing_works()
     monkeypatch.setattr(packed_linear, "onednn_packing_works", lambda: works)
     folder = tiny_model_dir("llama_tied_bias")

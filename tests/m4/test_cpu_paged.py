@@ -212,7 +212,7 @@ def test_refusals_name_an_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
         AttentionSpec(1, 1, 64, torch.float32, torch.device("cuda"), 16),
     ):
         assert "use '" in str(CpuPagedBackend.refusal(bad))
-    monkeypatch.setattr("folovllm.attention.backends.cpu_paged.load_ops", lambda: None)
+    monkeypatch.setattr("folovllm.attention.backends.cpu_paged.load_ops", lambda isa: None)
     assert "kernels" in str(CpuPagedBackend.refusal(fine)) and "torch_sdpa" in str(CpuPagedBackend.refusal(fine))
 
 

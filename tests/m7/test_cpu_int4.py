@@ -391,8 +391,8 @@ def test_auto() -> None:
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """One warning, which load_ops gives; then the weights are dequantised. Asked for by name, cpu_int4 says why not."""
-    monkeypatch.setattr(select, "load_ops", lambda: None)
-    monkeypatch.setattr(int4_kernel, "load_ops", lambda: None)
+    monkeypatch.setattr(select, "load_ops", lambda isa: None)
+    monkeypatch.setattr(int4_kernel, "load_ops", lambda isa: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose_kernel(GPTQConfig(4), KernelOptions(), "auto") is None

@@ -69,12 +69,30 @@ def system_facts(download_dir: str | None = None) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_features": sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True),
         "native_bfloat16": has_native_bf16(device),
+        "cpp_kernels": _kernel_facts(),
         "threads": torch.get_num_threads(),
         "memory_bytes": memory.total,
         "memory_available_bytes": memory.available,
         "models": _alias_facts(download_dir),
         "milestones": [_rung_facts(rung) for rung in milestones.LADDER],
         "top_milestone": milestones.top_rung().id,
+    }
+
+
+def _kernel_facts() -> dict[str, Any]:
+    """Returns what the C++ kernels are compiled for, and to what cpu_isa can limit them. Builds nothing."""
+    from folovllm.csrc.build import compiled_for, default_cache_dir, find_library, load_ops
+    from folovllm.csrc.compilers import find_compiler, how_to_install
+    from folovllm.csrc.levels import levels_here
+
+    compiler, library = find_compiler(), find_library(default_cache_dir())
+    ops = None if library is None else load_ops()
+    missing = "not built yet; the first engine builds them" if compiler else f"no C++ compiler: {how_to_install()}"
+    return {
+        "cpu_isa": levels_here(),
+        "compiler": compiler,
+        "library": missing if library is None else str(library),
+        "compiled_for": [] if ops is None else sorted(compiled_for(ops)),
     }
 
 
