@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folovllm.csrc.build import load_ops
 from folovllm.sample.metadata import SamplingMetadata, SamplingRow
 from folovllm.sample.ops import fused
 from folovllm.sample.ops.noise import exponential_noise
@@ -29,34 +28,26 @@ INF, NAN = math.inf, math.nan
 SIZES = [1, 2, 5, 15, 16, 17, 255, 256, 1000, 3001, 4096]  # around the 16 lanes of a vector, and what is no multiple
 
 
-@pytest.fixture(autouse=True, scope="module")
-def ops() -> Any:
-    loaded = load_ops()
-    if loaded is None:
-        pytest.skip("no C++ compiler here")
-    return loaded
-
-
 def metadata_of(params: list[SamplingParams], vocab_size: int, seed: int = 0) -> SamplingMetadata:
     rows = [SamplingRow(p, [], [], None, seed + i, []) for i, p in enumerate(params)]
     return SamplingMetadata.build(rows, vocab_size, "cpu")
 
 
-def answers(logits: torch.Tensor, params: list[SamplingParams], seed: int = 0) -> list[int]:
+def answers(ops: Any, logits: torch.Tensor, params: list[SamplingParams], seed: int = 0) -> list[int]:
     """What the operator says of each row of `logits [R, V]`; -1 is doubt. Edits them."""
-    drawn = fused.sample_(logits, metadata_of(params, logits.shape[1], seed), load_ops())
+    drawn = fused.sample_(logits, metadata_of(params, logits.shape[1], seed), ops)
     assert drawn is not None
     return drawn.tolist()
 
 
-def cpp_sampler() -> Sampler:
+def cpp_sampler(ops: Any) -> Sampler:
     sampler = Sampler()
-    sampler.use_backend("cpp", load_ops())
+    sampler.use_backend("cpp", ops)
     return sampler
 
 
-def check(logits: torch.Tensor, params: list[SamplingParams], seed: int) -> None:
-    check_sampler(logits, params, seed, cpp_sampler())
+def check(ops: Any, logits: torch.Tensor, params: list[SamplingParams], seed: int) -> None:
+    check_sampler(logits, params, seed, cpp_sampler(ops))
 
 
 @pytest.fixture
@@ -92,11 +83,11 @@ a_setting = st.builds(
     seed=st.integers(0, 10**6),
 )
 def test_tokens_and_logits_equal_the_definition(
-    settings_: list[dict[str, Any]], kinds: list[str], vocab_size: int, seed: int
+    ops: Any, settings_: list[dict[str, Any]], kinds: list[str], vocab_size: int, seed: int
 ) -> None:
     n = len(settings_)
     logits = torch.cat([make_logits(kind, 1, vocab_size, seed + i) for i, kind in enumerate(kinds[:n])])
-    check(logits, [SamplingParams(**s) for s in settings_], seed)
+    check(ops, logits, [SamplingParams(**s) for s in settings_], seed)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,38 +95,38 @@ def test_tokens_and_logits_equal_the_definition(
     "setting",
     [{"top_p": 0.95}, {"top_k": 50}, {"min_p": 0.05}, {"top_p": 0.9, "top_k": 40, "min_p": 0.02}, {}],
 )
-def test_a_real_vocabulary(kind: str, setting: dict[str, Any], in_torch: list[int]) -> None:
-    check(make_logits(kind, 2, 49_152, 7), [SamplingParams(**{"temperature": 0.8, **setting})] * 2, 11)
+def test_a_real_vocabulary(ops: Any, kind: str, setting: dict[str, Any], in_torch: list[int]) -> None:
+    check(ops, make_logits(kind, 2, 49_152, 7), [SamplingParams(**{"temperature": 0.8, **setting})] * 2, 11)
     assert in_torch == []
 
 
 @pytest.mark.parametrize(("name", "value"), cases(0))
-def test_every_parameter_means_the_same_to_every_backend(name: str, value: Any) -> None:
+def test_every_parameter_means_the_same_to_every_backend(ops: Any, name: str, value: Any) -> None:
     """A parameter that only the torch path knows would be ignored here (ops/fused.py)."""
     logits = make_logits("normal", 40, 1000, 0)
     row = {"logprobs": 5} | {name: value}
     metadata = metadata_of([SamplingParams(**row)] * 40, 1000)
-    samplers = (Sampler(), shortlist_sampler(), cpp_sampler())
+    samplers = (Sampler(), shortlist_sampler(), cpp_sampler(ops))
     torch_way, *others = (sampler.forward(logits, metadata) for sampler in samplers)
     assert all(other == torch_way for other in others)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_thousands_of_flat_rows_hardly_ever_in_doubt(dtype: torch.dtype, in_torch: list[int]) -> None:
+def test_thousands_of_flat_rows_hardly_ever_in_doubt(ops: Any, dtype: torch.dtype, in_torch: list[int]) -> None:
     """After a random prompt: the nucleus is a third of the vocabulary, and in bf16 its edge lies among equals."""
     g = torch.Generator().manual_seed(3)
     for start in range(0, 2000, 250):
         logits = (torch.randn(250, 4096, generator=g) * 1.5 + 12).to(dtype)  # [250, V]
-        check(logits, [SamplingParams(temperature=0.8, top_p=0.95)] * 250, start)
+        check(ops, logits, [SamplingParams(temperature=0.8, top_p=0.95)] * 250, start)
     assert len(in_torch) < 10
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_any_number_of_threads(threads: int) -> None:
+def test_any_number_of_threads(ops: Any, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(make_logits("normal", 7, 4096, 5), [SamplingParams(temperature=0.8, top_p=0.95)] * 7, 3)
+        check(ops, make_logits("normal", 7, 4096, 5), [SamplingParams(temperature=0.8, top_p=0.95)] * 7, 3)
     finally:
         torch.set_num_threads(before)
 
@@ -143,7 +134,7 @@ def test_any_number_of_threads(threads: int) -> None:
 # ---- doubt
 
 
-def test_a_sum_on_the_edge_of_rounding_goes_the_torch_way(in_torch: list[int]) -> None:
+def test_a_sum_on_the_edge_of_rounding_goes_the_torch_way(ops: Any, in_torch: list[int]) -> None:
     """Of three tokens the lower two sum to half-way between two float32; the limit is the lower of these."""
     g = torch.Generator().manual_seed(0)
     doubted = 0
@@ -154,24 +145,24 @@ def test_a_sum_on_the_edge_of_rounding_goes_the_torch_way(in_torch: list[int]) -
         params = [SamplingParams(temperature=1.0, top_p=1 - limit.item())]
         half_way = edge > 0.5 and edge.item() - limit.item() == 2.0**-25
         if half_way:
-            assert answers(logits.clone(), params, seed) == [-1]
+            assert answers(ops, logits.clone(), params, seed) == [-1]
             doubted += 1
-        check(logits, params, seed)
+        check(ops, logits, params, seed)
     assert doubted > 10 and len(in_torch) >= doubted
 
 
 @pytest.mark.parametrize("vocab_size", [2, 100])
-def test_a_race_won_by_a_hair_goes_the_torch_way(vocab_size: int) -> None:
+def test_a_race_won_by_a_hair_goes_the_torch_way(ops: Any, vocab_size: int) -> None:
     """Probabilities in proportion to the noise: every clock rings at the same time, up to rounding."""
     for seed in range(20):
         logits = exponential_noise([seed], [0], vocab_size, "cpu").log()  # [1, V]
         params = [SamplingParams(temperature=1.0)]
-        assert answers(logits.clone(), params, seed) == [-1]
-        check(logits, params, seed)
+        assert answers(ops, logits.clone(), params, seed) == [-1]
+        check(ops, logits, params, seed)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_a_row_without_probabilities_is_left_alone_and_its_mates_are_answered(value: float) -> None:
+def test_a_row_without_probabilities_is_left_alone_and_its_mates_are_answered(ops: Any, value: float) -> None:
     logits = make_logits("normal", 3, 1000, 0)
     if value == -INF:
         logits[1] = -INF
@@ -179,44 +170,44 @@ def test_a_row_without_probabilities_is_left_alone_and_its_mates_are_answered(va
         logits[1, 999] = value  # beyond the last whole vector
     params = [SamplingParams(temperature=0.8, top_p=0.9)] * 3
     edited = logits.clone()
-    first, middle, last = answers(edited, params)
+    first, middle, last = answers(ops, edited, params)
     assert middle == -1 and min(first, last) >= 0
     assert edited[1].view(torch.int32).tolist() == logits[1].view(torch.int32).tolist()  # NaN is not equal to NaN
     mates = logits[[0, 2]]
-    assert [first] == answers(mates[:1], params[:1], 0) and [last] == answers(mates[1:], params[:1], 2)
+    assert [first] == answers(ops, mates[:1], params[:1], 0) and [last] == answers(ops, mates[1:], params[:1], 2)
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_the_sampler_answers_such_a_row_as_it_does_in_torch(value: float) -> None:
+def test_the_sampler_answers_such_a_row_as_it_does_in_torch(ops: Any, value: float) -> None:
     logits = make_logits("normal", 3, 1000, 0)
     logits[1, 7] = value
     metadata = metadata_of([SamplingParams(temperature=0.8)] * 3, 1000)
-    assert cpp_sampler().forward(logits, metadata) == Sampler().forward(logits, metadata)
+    assert cpp_sampler(ops).forward(logits, metadata) == Sampler().forward(logits, metadata)
 
 
 # ---- by hand, and at the edges
 
 
-def test_the_example_of_top_p() -> None:
+def test_the_example_of_top_p(ops: Any) -> None:
     """p 0.7 of [0.5, 0.3, 0.15, 0.05]: 0.05 and 0.15 go, as topk_topp.apply_top_p_ says."""
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    assert answers(logits, [SamplingParams(temperature=1.0, top_p=0.7)])[0] in (0, 1)
+    assert answers(ops, logits, [SamplingParams(temperature=1.0, top_p=0.7)])[0] in (0, 1)
     assert (logits > -INF).tolist() == [[True, True, False, False]]
 
 
-def test_of_equals_the_higher_ids_stay_in_top_p_and_all_of_them_in_the_others() -> None:
+def test_of_equals_the_higher_ids_stay_in_top_p_and_all_of_them_in_the_others(ops: Any) -> None:
     logits = torch.zeros(4, 40)
     truncations: list[dict[str, Any]] = [{"top_p": 0.5}, {"top_p": 1e-9}, {"top_k": 3}, {"min_p": 1.0}]
-    assert min(answers(logits, [SamplingParams(temperature=1.0, **t) for t in truncations])) >= 0
+    assert min(answers(ops, logits, [SamplingParams(temperature=1.0, **t) for t in truncations])) >= 0
     half, one, *others = logits > -INF
     assert half.nonzero().flatten().tolist() == list(range(20, 40)) and one.nonzero().flatten().tolist() == [39]
     assert all(kept.all() for kept in others)
 
 
-def test_greedy_rows_are_not_touched() -> None:
+def test_greedy_rows_are_not_touched(ops: Any) -> None:
     logits = make_logits("normal", 2, 300, 0)
     edited = logits.clone()
-    answers(edited, [SamplingParams(temperature=0.0), SamplingParams(temperature=0.8, top_p=0.5)])
+    answers(ops, edited, [SamplingParams(temperature=0.0), SamplingParams(temperature=0.8, top_p=0.5)])
     assert torch.equal(edited[0], logits[0]) and not torch.equal(edited[1], logits[1])
 
 
@@ -227,7 +218,7 @@ def test_without_the_operator_nothing_is_done(ops: Any) -> None:
     for unfit in (logits.bfloat16(), logits.t().contiguous().t()):
         edited = unfit.clone(memory_format=torch.preserve_format)
         assert fused.sample_(edited, metadata, ops) is None and torch.equal(edited, unfit)
-    assert Sampler().forward(logits, metadata) == cpp_sampler().forward(logits, metadata)
+    assert Sampler().forward(logits, metadata) == cpp_sampler(ops).forward(logits, metadata)
 
 
 def test_bad_inputs_are_errors_and_not_crashes(ops: Any) -> None:

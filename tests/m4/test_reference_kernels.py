@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import folovllm
-from folovllm.csrc.build import NO_PREFETCH, SOURCE_DIR, load_ops
+from folovllm.csrc.build import NO_PREFETCH, SOURCE_DIR
 from tests.m4.test_cpu_paged import BLOCK_SIZES, GROUPS, make_case, make_spec, random_shapes
 from tests.script_loader import load_script
 
-pytestmark = [pytest.mark.m4, pytest.mark.skipif(load_ops() is None, reason="no C++ kernels on this machine")]
+pytestmark = pytest.mark.m4
 
 HEAD_SIZES = (16, 48, 64, 80, 96, 128, 256)
 # |difference| / (1 + |reference|). Both sum in fp32, in another order. The fast kernel rounds the softmax weights to
@@ -23,11 +23,6 @@ HEAD_SIZES = (16, 48, 64, 80, 96, 128, 256)
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 
 OPERATORS = ("write_kv", "paged_attention", "pack_weight", "linear", "linear_silu")
-
-
-@pytest.fixture(scope="module")
-def ops() -> Any:
-    return load_ops()
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
