@@ -142,10 +142,13 @@ class IntegerInputs {
     constexpr int kChains = R == 1 ? 2 : 1;  // a single row's sums would wait for each other
     const int16_t* x = integers_.get() + row * width_ + group * group_size_;
     const Scale* scales = scales_.get() + row * groups_ + group;
-    const Words mask = broadcast(0x000f000fu);
 #pragma GCC unroll 4
     for (int part = 0; part < kLineVecs; ++part) {
       PairSums sums[R][2][kChains] = {};
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        sums[r][0][0] = sums[r][1][0] = PairSums::from(-8 * scales[r * groups_].sum);
+      }
       const uint8_t* levels = w.levels + part * sizeof(Words);
       for (int64_t i = 0; i < group_size_; i += kInt4Chunk, levels += kInt4Line) {
         if (part == 0) {
@@ -154,7 +157,7 @@ class IntegerInputs {
         const Words line = load_words(levels);
 #pragma GCC unroll 2
         for (int pair = 0; pair < 2; ++pair) {  // inputs 0 and 2, then 1 and 3
-          const Words low = line >> (8 * pair) & mask, high = line >> (8 * pair + 4) & mask;
+          const Words low = nibbles(line, 2 * pair), high = nibbles(line, 2 * pair + 1);
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) {
             const Words xr = broadcast(load_pair(x + r * width_ + i + 2 * pair));
@@ -167,14 +170,16 @@ class IntegerInputs {
       for (int half = 0; half < 2; ++half) {
         const int v = half * kLineVecs + part;
         const Vec scale = load_vec(w.scales + v * kWidth);
-        const SignedWords zero = w.zeros != nullptr ? load_bytes(w.zeros + v * kWidth) + 8 : SignedWords{} + 8;
+        const SignedWords zero = w.zeros != nullptr ? load_bytes(w.zeros + v * kWidth) : SignedWords{};
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           SignedWords total = sums[r][half][0].total();
           if constexpr (kChains == 2) {
             total += sums[r][half][1].total();
           }
-          total -= zero * scales[r * groups_].sum;
+          if (w.zeros != nullptr) {
+            total -= zero * scales[r * groups_].sum;
+          }
           y[r][v] = fmadd(to_floats(total), scale * scales[r * groups_].unit, y[r][v]);
         }
       }
@@ -195,31 +200,23 @@ class IntegerInputs {
 
   // Turns a group of x into integers of 16 bits, each 4 of them in the order 0, 2, 1, 3.
   Scale to_integers(const c10::BFloat16* x, int16_t* integers) const {
+    const uint32_t infinity = 0x7f800000u;
     Vec largest = {};
     for (int64_t i = 0; i < group_size_; i += kWidth) {
-      // Bits of positive numbers compare as the numbers do, and those of a NaN are larger than all.
       const Words magnitude = (Words)load_some(x + i, group_size_ - i) & 0x7fffffffu;
-      largest = (Vec)(magnitude > (Words)largest ? magnitude : (Words)largest);
-    }
-    uint32_t bits = 0;
-    for (int lane = 0; lane < kWidth; ++lane) {
-      bits = std::max(bits, ((Words)largest)[lane]);
+      largest = maximum(largest, (Vec)(magnitude < infinity ? magnitude : broadcast(infinity)));  // a NaN counts as one
     }
     // All are less than 2^(exponent - 126), and so less than 2^15 times this unit.
-    const uint32_t exponent = std::max(bits >> 23, 15u);
+    const uint32_t exponent = std::max(std::bit_cast<uint32_t>(reduce_max(largest)) >> 23, 15u);
     const float unit = exponent == 255 ? std::numeric_limits<float>::quiet_NaN() : power_of_two(exponent - 14);
     const float inverse = exponent == 255 ? 0.0f : power_of_two(268 - exponent);
-    SignedWords total = {};
+    Vec total = {};  // exact: less than 2^15 times 128
     for (int64_t i = 0; i < group_size_; i += kWidth) {
-      const SignedWords rounded = round_to_integers(load_some(x + i, group_size_ - i) * inverse);
+      const Vec rounded = round_to_integers(load_some(x + i, group_size_ - i) * inverse);
       total += rounded;
       store_pairs(integers + i, rounded, std::min<int64_t>(kWidth, group_size_ - i));
     }
-    int32_t sum = 0;
-    for (int lane = 0; lane < kWidth; ++lane) {
-      sum += total[lane];
-    }
-    return {unit, sum};
+    return {unit, static_cast<int32_t>(reduce_add(total))};
   }
 
   static Vec load_some(const c10::BFloat16* x, int64_t count) {

@@ -23,6 +23,10 @@ using SignedHalfWords = VectorOf<int16_t, kWidth>::type;
 struct PairSums {
   int32x4_t low, high;  // of words 0 and 1, and of words 2 and 3
 
+  static PairSums from(int32_t start) {
+    const int32x4_t first = {start, 0, start, 0};
+    return {first, first};
+  }
   void add(Words levels, Words x) {
     const int16x8_t w = vreinterpretq_s16_u32(levels), v = vreinterpretq_s16_u32(x);
     low = vmlal_s16(low, vget_low_s16(w), vget_low_s16(v));
@@ -36,6 +40,10 @@ struct PairSums {
 struct PairSums {
   SignedWords sums;
 
+  // Each sum begins with `start`.
+  static PairSums from(int32_t start) {
+    return {start - SignedWords{}};
+  }
   void add(Words levels, Words x) {
 #if FOLOVLLM_INT16_DOT && FOLOVLLM_AVX512
     // Not _mm512_dpwssd_epi32: for that GCC 12 copies every sum to another register and, with many rows, to memory.
@@ -59,15 +67,21 @@ struct PairSums {
 };
 #endif
 
-// For numbers of less than 2^22: adding 1.5 * 2^23 leaves the nearest integer in the low bits.
-inline SignedWords round_to_integers(Vec x) {
-  const Vec magic = broadcast(12582912.0f);
-  return (SignedWords)(x + magic) - (SignedWords)magic;
+// Of each half of 16 bits, nibble `index`, as a number of 16 bits.
+inline Words nibbles(Words line, int index) {
+  const auto shifted = (VectorOf<uint16_t, 2 * kWidth>::type)line >> static_cast<uint16_t>(4 * index);
+  return (Words)(index == 3 ? shifted : shifted & static_cast<uint16_t>(15));
 }
 
-// Stores `count` integers as 16 bits, each 4 of them in the order 0, 2, 1, 3. `count` is a multiple of 4.
-inline void store_pairs(int16_t* p, SignedWords v, int64_t count) {
-  const SignedHalfWords narrow = __builtin_convertvector(v, SignedHalfWords);
+// To the nearest integer, for numbers of less than 2^22: adding 1.5 * 2^23 leaves no bits for fractions.
+inline Vec round_to_integers(Vec x) {
+  const Vec magic = broadcast(12582912.0f);
+  return (x + magic) - magic;
+}
+
+// Stores `count` floats as integers of 16 bits, each 4 of them in the order 0, 2, 1, 3. `count` is a multiple of 4.
+inline void store_pairs(int16_t* p, Vec v, int64_t count) {
+  const SignedHalfWords narrow = __builtin_convertvector(__builtin_convertvector(v, SignedWords), SignedHalfWords);
 #if FOLOVLLM_AVX512
   const SignedHalfWords pairs = __builtin_shufflevector(narrow, narrow, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
 #elif FOLOVLLM_AVX2
