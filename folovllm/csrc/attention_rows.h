@@ -31,7 +31,7 @@ constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
 // Whether numbers of type T are multiplied as pairs of bf16.
 template <typename T>
-constexpr bool kDotPairs = FOLOVLLM_BF16_DOT && std::is_same_v<T, c10::BFloat16>;
+constexpr bool kDotPairs = (FOLOVLLM_BF16_DOT || FOLOVLLM_NEON_BF16) && std::is_same_v<T, c10::BFloat16>;
 
 // Whether a word holds one number in fp32. (fp16 keys are widened before, see kv_tile.h.)
 template <typename T>
@@ -56,11 +56,9 @@ struct KeyWords {
 // sum + x * y in every lane, or the sum of two products where numbers of type T are multiplied as pairs.
 template <typename T>
 inline Vec add_product(Vec sum, Vec x, Vec y) {
-#if FOLOVLLM_BF16_DOT
   if constexpr (kDotPairs<T>) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+    return add_pairs(sum, (Words)x, (Words)y);
   }
-#endif
   return fmadd(x, y, sum);
 }
 

@@ -31,6 +31,7 @@
 #include <utility>
 
 #include "prefetch.h"
+#include "row_pairs.h"
 #include "simd.h"
 
 namespace folovllm {
@@ -91,7 +92,7 @@ struct Arithmetic<float> {
   }
 };
 
-#if FOLOVLLM_BF16_DOT
+#if FOLOVLLM_BF16_DOT || FOLOVLLM_NEON_BF16
 // Both products of a pair in one instruction.
 template <>
 struct Arithmetic<c10::BFloat16> {
@@ -108,7 +109,7 @@ struct Arithmetic<c10::BFloat16> {
     return broadcast(pair);
   }
   static Vec add_product(Vec sum, Words w, Words x) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+    return add_pairs(sum, w, x);
   }
 };
 #else
@@ -161,16 +162,24 @@ void tile(const LinearProblem<T>& p, int64_t unit, int64_t first, int64_t row, c
   const auto* x = p.x + row * p.x_stride;
   const char* weight = reinterpret_cast<const char*>(p.packed) + unit * kParts * p.steps * kStepBytes;
   const WeightPrefetcher<kMode> prefetcher{fetch_begin, pace};
-  Vec sum[kParts][R][V];
+  // Where pairs of rows are multiplied, an odd last row is one of a pair with itself.
+  constexpr bool kInRowPairs = kRowPairs<T> && R > 1;
+  constexpr int kSums = kInRowPairs ? R + R % 2 : R;
+  Vec sum[kParts][kSums][V];
 #pragma GCC unroll 2
   for (int part = 0; part < kParts; ++part, weight += p.steps * kStepBytes) {
-    Vec s[R][V];  // this part's own sums, so that they stay in registers
-    for (int r = 0; r < R; ++r) {
+    Vec s[kSums][V];  // this part's own sums, so that they stay in registers
+    for (int r = 0; r < kSums; ++r) {
       for (int v = 0; v < V; ++v) {
         s[r][v] = p.bias != nullptr ? load_vec(p.bias + unit * kBlock + first + v * kWidth) : Vec{};
       }
     }
     const auto add = [&](int64_t begin, int64_t end, const auto& fetch) __attribute__((always_inline)) {
+#if FOLOVLLM_NEON_BF16
+      if constexpr (kInRowPairs) {
+        return add_row_pairs<R, V>(s, begin, end, weight + first * 4, kStepBytes, x, p.x_stride, fetch);
+      }
+#endif
       for (int64_t step = begin; step < end; ++step) {
         fetch(step - begin);
         const char* words = weight + step * kStepBytes + first * 4;
@@ -192,7 +201,9 @@ void tile(const LinearProblem<T>& p, int64_t unit, int64_t first, int64_t row, c
         }
       }
     };
+    exchange_halves<kInRowPairs>(s);
     prefetcher.for_each_stretch(weight, p.steps, part, kParts, p.upcoming, add);
+    exchange_halves<kInRowPairs>(s);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8

@@ -82,6 +82,10 @@ inline Vec load_vec(const c10::Half* p) {
   return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif FOLOVLLM_AVX2
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif FOLOVLLM_NEON
+  float16x4_t v;
+  std::memcpy(&v, p, sizeof(v));
+  return (Vec)vcvt_f32_f16(v);
 #else
   Vec v;
   for (int i = 0; i < kWidth; ++i) {
@@ -96,6 +100,8 @@ inline Vec load_vec(const c10::Half* p) {
 inline HalfWords to_bf16(Vec v) {
 #if FOLOVLLM_BF16_DOT
   return (HalfWords)_mm512_cvtneps_pbh((__m512)v);
+#elif FOLOVLLM_NEON_BF16
+  return (HalfWords)vcvt_bf16_f32((float32x4_t)v);
 #else
   const Words bits = (Words)v;
   const Words sum = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -116,6 +122,9 @@ inline void store_vec(c10::Half* p, Vec v) {
   std::memcpy(p, &rounded, sizeof(rounded));
 #elif FOLOVLLM_AVX2
   const __m128i rounded = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &rounded, sizeof(rounded));
+#elif FOLOVLLM_NEON
+  const float16x4_t rounded = vcvt_f16_f32((float32x4_t)v);
   std::memcpy(p, &rounded, sizeof(rounded));
 #else
   for (int i = 0; i < kWidth; ++i) {
@@ -161,6 +170,18 @@ inline Vec odd_halves(Words words) {
 // a * b + c, rounded once where the CPU has the instruction.
 inline Vec fmadd(Vec a, Vec b, Vec c) {
   return a * b + c;
+}
+
+// sum + w.even * x.even + w.odd * x.odd in every lane, for words of two bf16 numbers. If the CPU has an instruction for it,
+// that instruction may round differently from two products and additions.
+inline Vec add_pairs(Vec sum, Words w, Words x) {
+#if FOLOVLLM_BF16_DOT
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+#elif FOLOVLLM_NEON_BF16
+  return (Vec)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)w, (bfloat16x8_t)x);
+#else
+  return fmadd(odd_halves(w), odd_halves(x), fmadd(even_halves(w), even_halves(x), sum));
+#endif
 }
 
 // The larger number of each lane. If one of them is NaN, the result is b.
