@@ -148,7 +148,7 @@ def peers(folder: Path) -> str:
 
 
 def arms_of(file: str) -> dict[str, Any]:
-    """The arms of a compare_peers file; none if it has not been measured yet."""
+    """The arms of a compare_peers file. Returns an empty dict if it has not been measured yet."""
     found: dict[str, Any] = result(file)["arms"] if (MILESTONES / file).exists() else {}
     return found
 

@@ -20,6 +20,7 @@ from folovllm.benchmarks.runner import say
 from folovllm.hub import HubError
 from scripts.peers import comparison, report
 from scripts.peers.bench import Bench
+from scripts.peers.busy import divides_by_session
 from scripts.peers.catalog import (
     FOLDER,
     ISA_VARIABLES,
@@ -41,8 +42,9 @@ NOTES = (
     "counts output tokens; the time includes the prompts. Greedy, EOS ignored, no text is made of tokens. In a prompt "
     "mode it counts the tokens of prompts that are sent one after another for one token of output each.",
     "busy: so many processes that never pause run beside every engine, from its start to its end, each in a session of "
-    "its own. cpu_isa avx2: torch is limited by ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS, "
-    "our kernels by the engine argument cpu_isa, llama.cpp by compiling it for AVX2.",
+    "its own. autogroup: whether Linux divides a core between sessions first.",
+    "cpu_isa avx2: torch is limited by ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS, our "
+    "kernels by the engine argument cpu_isa, llama.cpp by compiling it for AVX2.",
     "A peer's measurement and one of ours are a pair, directly after one another, in the other order every second "
     "repeat. `ratio` is ours over the peer's within a pair, its median over the pairs; ours in the table is the median "
     "over all pairs.",
@@ -218,7 +220,8 @@ def put_together(
         "ok": all(arm["ok"] for arm in arms.values()) and bandwidth is not None,
         "machine": machine | (probes[0]["device"] if probes else {}),
         "run": describe_run(plan, SCRIPT, argv)
-        | {name: getattr(options, name) for name in ("preset", "modes", "busy", "cpu_isa")},
+        | {name: getattr(options, name) for name in ("preset", "modes", "busy", "cpu_isa")}
+        | {"autogroup": divides_by_session()},
         "bandwidth": comparison.add_floor(arms, bandwidth, plan.weight_bytes_per_token),
         "reference": OURS,
         "arms": arms,

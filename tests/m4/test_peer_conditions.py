@@ -15,7 +15,7 @@ import pytest
 
 from folovllm.benchmarks.arms import ArmTask
 from folovllm.benchmarks.workloads import make_workload, one_by_one, prompt_length
-from scripts.peers import catalog, environment, report
+from scripts.peers import busy, catalog, environment, report
 from scripts.peers.adapters import __file__ as adapters_file
 from scripts.peers.bench import Bench
 from scripts.peers.busy import busy_processes
@@ -81,6 +81,14 @@ def test_one_thread_is_our_arm_with_one_thread(tmp_path):
     ours_command, ours = bench_of(tmp_path).command_and_task(OURS)
     assert command == ours_command and json.loads(text) == json.loads(ours) | {"threads": 1}
     assert json.loads(bench_of(tmp_path).command_and_task("hf")[1])["arm"] == "hf"
+
+
+def test_the_result_says_whether_sessions_share_a_core_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(busy, "AUTOGROUP", tmp_path / "autogroup")
+    assert busy.divides_by_session() is None
+    for text, divides in (("1\n", True), ("0\n", False)):
+        (tmp_path / "autogroup").write_text(text)
+        assert busy.divides_by_session() is divides
 
 
 # --- an instruction set
