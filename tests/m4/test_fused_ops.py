@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from folovllm.csrc.build import load_ops
 from folovllm.hf_config import RopeConfig
 from folovllm.model_executor.cpu.huge_pages import HugeArena
 from folovllm.model_executor.cpu.packed_linear import CppLinearMethod
@@ -23,14 +22,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 U32 = 2.0**-24
 UNIT = {torch.float32: U32, torch.bfloat16: 2.0**-8}
 SIZES = (1, 2, 15, 16, 17, 33, 56, 72, 576)  # around the 16 lanes of a vector
-
-
-@pytest.fixture(scope="module")
-def ops() -> Any:
-    loaded = load_ops()
-    if loaded is None:
-        pytest.skip("no C++ compiler here")
-    return loaded
 
 
 @pytest.fixture(autouse=True)
