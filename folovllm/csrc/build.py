@@ -39,6 +39,18 @@ from folovllm.csrc.levels import NATIVE, level_named, namespace_of
 
 SOURCE_DIR = Path(__file__).parent
 LIBRARY = "folovllm_ops.so"
+# torch's headers take five seconds of every run of the compiler, and these sources, which no step of the engine runs,
+# less than one. So they are compiled as one file. The kernels are not: what the compiler inlines depends on the size of
+# the file.
+SMALL_SOURCES = (
+    "compiled_for",
+    "core_round_trip",
+    "int4_pack",
+    "reference_attention",
+    "reference_linear",
+    "thread_team_ops",
+)
+JOINED = "small_sources.cpp"
 # No -ffast-math: the kernels compute with infinities. Hidden symbols, and (for g++) no symbols that are unique in the
 # process: two levels in one process must not share a function or a static variable of the headers that they include.
 FLAGS = ("-std=c++20", "-O3", "-pthread", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
@@ -147,7 +159,7 @@ def _build_locked(compiler: str, isa: str, extra_flags: tuple[str, ...], sources
     for abandoned in target.parent.glob(".building-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     limit = "" if isa == NATIVE else f" for cpu_isa={isa!r}"
-    print(f"folovllm: building the CPU kernels{limit} once (about 40 s on 2 cores)...", file=sys.stderr, flush=True)
+    print(f"folovllm: building the CPU kernels{limit} once (about a minute on 2 cores)...", file=sys.stderr, flush=True)
     temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
     try:
         flags = compile_flags(Compiler(compiler, temporary), isa)
@@ -171,20 +183,25 @@ def compile_flags(compiler: Compiler, isa: str) -> list[str]:
 
 
 def _compile(command: list[str], sources: list[Path], folder: Path) -> None:
-    """Compiles the sources, longest first, then links them into one library. `command`: the compiler and its flags."""
+    """Compiles the sources, then links them into one library. `command`: the compiler and its flags."""
     torch_dir = Path(torch.__file__).parent
     includes = [f"-I{torch_dir / 'include'}", f"-I{torch_dir / 'include/torch/csrc/api/include'}"]
     command = [*command, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", *includes]
-    objects = {source: folder / f"{source.stem}.o" for source in sorted(sources, key=_size, reverse=True)}
+    objects = {source: folder / f"{source.stem}.o" for source in _translation_units(sources, folder)}
     _run_all([[*command, "-c", str(source), "-o", str(built)] for source, built in objects.items()])
     libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"]  # found by name: torch has loaded them
     _run_all([[*command, "-shared", *map(str, objects.values()), *libraries, "-o", str(folder / LIBRARY)]])
-    for built in objects.values():
-        built.unlink()
+    for path in (*objects.values(), folder / JOINED):
+        path.unlink(missing_ok=True)
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size
+def _translation_units(sources: list[Path], folder: Path) -> list[Path]:
+    """The files to compile, longest first: each kernel by itself, and one that includes the small sources."""
+    small = [source for source in sources if source.stem in SMALL_SOURCES]
+    joined = folder / JOINED
+    joined.write_text("".join(f'#include "{source}"\n' for source in small), encoding="utf-8")
+    kernels = [source for source in sources if source not in small]
+    return [*([joined] if small else []), *sorted(kernels, key=lambda source: source.stat().st_size, reverse=True)]
 
 
 def _run_all(commands: list[list[str]]) -> None:

@@ -85,6 +85,7 @@ OTHER_VALUES: dict[str, Any] = {
     "reserve_full_sequence": False,
     "device": "cuda",
     "cpu_threads": 2,
+    "cpu_isa": "portable",
     "enforce_eager": True,
     "disable_log_stats": False,
     "trace": "steps.jsonl",
