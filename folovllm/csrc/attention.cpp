@@ -6,7 +6,7 @@
 //
 // To read it, begin with reference_attention.cpp, which computes the same in plain loops. Then:
 //   attention_plan.h      cuts the batch into tasks for the threads
-//   kv_pages.h, kv_tile.h where keys and values lie, and how a tile of 256 of them is found
+//   kv_pages.h, kv_tile.h where keys and values lie, and how a tile of 512 of them is found
 //   attention_task.h      computes a task, tile by tile (run_task), and merges the parts of long sequences (merge)
 //   attention_scores.h, attention_softmax.h, attention_values.h      the arithmetic of one tile
 //   attention_rows.h      what these three share

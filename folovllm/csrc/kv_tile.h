@@ -1,4 +1,4 @@
-// A tile: up to 256 keys and values of a sequence, found in its pages.
+// A tile: up to 512 keys and values of a sequence, found in its pages.
 //
 // Milestone: M4. vLLM counterpart: none (its CPU kernel walks the block table inside its loops).
 
@@ -15,7 +15,7 @@
 namespace folovllm {
 namespace {
 
-constexpr int64_t kTileKeys = 256;  // keys between two updates of the softmax
+constexpr int64_t kTileKeys = 512;  // keys between two updates of the softmax; with 256, prompts took 4 % longer
 constexpr int64_t kGroupsPerTile = kTileKeys / kKeysPerGroup;
 
 template <typename T>

@@ -7,7 +7,7 @@
 // compiles to nothing, and the kernels compute the same numbers more slowly.
 //
 //   while this is computed                  this is fetched                                          by
-//   attention: a tile of 256 keys           the next tile's K and V                                  TilePrefetcher
+//   attention: a tile of 512 keys           the next tile's K and V                                  TilePrefetcher
 //   linear: a unit of weights               the unit that the thread multiplies with next            WeightPrefetcher
 //   linear: its last unit                   the first unit of the next linear layer                  UpcomingReads
 //   linear with 9 to 64 rows                the KV pages that the next layer's attention reads       PrefetchQueue

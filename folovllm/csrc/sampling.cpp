@@ -26,11 +26,12 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
+#include <vector>
 
 #include "sampling_draw.h"
 #include "sampling_nucleus.h"
 #include "sampling_row.h"
-#include "thread_team.h"
+#include "work_ranges.h"
 
 namespace folovllm {
 namespace {
@@ -125,20 +126,22 @@ at::Tensor sample_(
   at::Tensor out = at::zeros({rows}, logits.options().dtype(at::kLong));
   int64_t* tokens = out.mutable_data_ptr<int64_t>();
   float* data = logits.mutable_data_ptr<float>();
-  ThreadTeam::run_ranges(rows, /*grain=*/1, [&](int64_t begin, int64_t end) {
-    const c10::InferenceMode no_autograd; // of this thread: softmax writes into memory of our own
-    Row row(size);
-    for (int64_t r = begin; r < end; ++r) {
-      Steps steps{.temperature = temperatures[r], .key = static_cast<uint64_t>(key_data[r])};
-      steps.min_p = min_ps ? min_ps[r] : steps.min_p;
-      steps.top_k = top_ks ? top_ks[r] : steps.top_k;
-      steps.top_p = top_ps ? top_ps[r] : steps.top_p;
-      if (steps.temperature != 0.0f) {
-        tokens[r] = sample_row(data + r * size, steps, row);
-        if (tokens[r] != kUndecided) {
-          std::copy_n(row.x, size, data + r * size);
-        }
-      }
+  const int64_t num_threads = std::min(rows, ThreadTeam::size());
+  std::vector<std::optional<Row>> memory(num_threads);  // of each thread
+  // Row by row, so that a thread which comes late does not hold up half of the rows.
+  WorkRanges(rows, num_threads).for_each([&](int64_t thread, int64_t r, int64_t /*next*/) {
+    const c10::InferenceMode no_autograd;  // of this thread: softmax writes into memory of our own
+    Steps steps{.temperature = temperatures[r], .key = static_cast<uint64_t>(key_data[r])};
+    steps.min_p = min_ps ? min_ps[r] : steps.min_p;
+    steps.top_k = top_ks ? top_ks[r] : steps.top_k;
+    steps.top_p = top_ps ? top_ps[r] : steps.top_p;
+    if (steps.temperature == 0.0f) {
+      return;
+    }
+    Row& row = memory[thread] ? *memory[thread] : memory[thread].emplace(size);
+    tokens[r] = sample_row(data + r * size, steps, row);
+    if (tokens[r] != kUndecided) {
+      std::copy_n(row.x, size, data + r * size);
     }
   });
   return out;

@@ -71,7 +71,7 @@ def levels(arch: ModelArchitecture) -> list[Level]:
     layer = BF16 * (arch.num_parameters() - head) / arch.num_hidden_layers / 1e6
     kv = 2 * BF16 * arch.kv_size * 8192 / 1e6
     scores = 4 * arch.num_attention_heads * 8192**2 / 1e9
-    tile = BF16 * 256 * arch.head_dim // 1024
+    tile = BF16 * 512 * arch.head_dim // 1024
     bandwidth = read("roofline_cpu.json")["bandwidth"]["bytes_per_second"] / 1e9
     weights = BF16 * arch.num_parameters() / 1e6
     return [
@@ -80,7 +80,7 @@ def levels(arch: ModelArchitecture) -> list[Level]:
             "L1 cache",
             "32 KiB per core",
             "from 4 cycles",
-            f"K of a tile streams through:\n256 keys of one head, {tile} KiB",
+            f"K of a tile streams through:\n512 keys of one head, {tile} KiB",
             4.7,
         ),
         Level("L2 cache", "1 MiB per core", "from 14 cycles", "Q, scores, K and V of a tile", 5.4),

@@ -152,8 +152,8 @@ def test_equals_torch_naive(block_size: int, isa: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("block_size", [5, 16, 40, 64])
 def test_every_length_around_the_boundaries(block_size: int, dtype: torch.dtype, isa: str) -> None:
-    """Of blocks, of groups of 16 keys and of tiles of 64."""
-    edges = {n + d for n in (block_size, 2 * block_size, 16, 64, 128) for d in (-1, 0, 1)}
+    """Of blocks, of groups of 16 keys, of 4 such groups that are scored together, and of tiles of 512."""
+    edges = {n + d for n in (block_size, 2 * block_size, 16, 64, 128, 512) for d in (-1, 0, 1)}
     spec = make_spec(64, 3, 1, block_size, dtype)
     check(make_case(spec, [(q, n) for n in sorted(edges) for q in (1, 2, n)]), isa)
 
