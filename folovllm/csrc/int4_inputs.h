@@ -123,7 +123,7 @@ class FloatInputs {
 
 class IntegerInputs {
  public:
-  static constexpr int kMaxRows = kWidth == 16 ? 8 : 4;  // at a time, as above
+  static constexpr int kMaxRows = kWidth == 16 ? 6 : 4;  // at a time, as above
 
 
   IntegerInputs(const c10::BFloat16* x, int64_t stride, const Int4Problem& p)

@@ -33,15 +33,13 @@ ROWS = (1, 2, 3, 5, 8, 9, 97)  # around a tile of 8 and a panel of 96
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ops() -> Any:
-    loaded = load_ops()
-    if loaded is None:
+def needs_kernels() -> None:
+    if load_ops() is None:
         pytest.skip("no C++ kernels here")
-    return loaded
 
 
-def pack(linear: QuantizedLinear, bits: int) -> Int4Weight:
-    return pack_int4(linear, bits, load_ops())
+def pack(linear: QuantizedLinear, bits: int, ops: Any = None) -> Int4Weight:
+    return pack_int4(linear, bits, ops or load_ops())
 
 
 def some(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -51,7 +49,7 @@ def some(*shape: int, seed: int = 0) -> torch.Tensor:
 def assert_close(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
     """Within fp32's rounding of every product and sum, level and zero apart, and one rounding of the result.
 
-    In bf16, x is rounded as well: by up to 1/32,768 of the largest of its group (csrc/int4.cpp).
+    In bf16, x is rounded as well: by up to 1/32,768 of the largest of its group (csrc/int4_kernel.h).
     """
     exact = x.double() @ weight.double().T
     largest = x.double().abs().amax(-1, True)
@@ -75,7 +73,7 @@ def test_int4_is_the_linear_of_the_dequantised_weights(
     config = GPTQConfig(bits, group_size, sym=False, desc_act=desc_act)
     for inputs, outputs in ((32, 32), (96, 32 + 64), (160, 128)):
         linear = random_layer(config, inputs, outputs)
-        weight = pack(linear, bits)
+        weight = pack(linear, bits, ops)
         for rows in ROWS:
             x = some(rows, inputs).to(dtype)
             got = ops.linear_int4(x, *weight.tensors, NONE, outputs)
@@ -144,7 +142,7 @@ def test_bf16_of_4_bits_is_bf16_of_the_weights(ops: Any, bits: int, group_size: 
         zeros = torch.full_like(linear.zeros, 2 ** (bits - 1))
         linear = QuantizedLinear(linear.levels, linear.scales, zeros, linear.g_idx)
     expected = ops.pack_weight(linear.dequantize().bfloat16())
-    assert torch.equal(ops.int4_to_bf16(*pack(linear, bits).tensors, 160), expected)
+    assert torch.equal(ops.int4_to_bf16(*pack(linear, bits, ops).tensors, 160), expected)
 
 
 def test_long_groups_are_split() -> None:
@@ -238,10 +236,10 @@ def loaded(kind: str, config: GPTQConfig, options: KernelOptions, bias: bool = F
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("desc_act,one_order", [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_layers(kind: str, desc_act: bool, one_order: bool, dtype: torch.dtype) -> None:
+def test_layers(isa: str, kind: str, desc_act: bool, one_order: bool, dtype: torch.dtype) -> None:
     """Fused layers are one multiplication if the groups of their parts agree, and right if they do not."""
     config = GPTQConfig(4, 32, sym=False, desc_act=desc_act)
-    layer, weight = loaded(kind, config, KernelOptions(dtype, runtime="memory"), True, one_order)
+    layer, weight = loaded(kind, config, KernelOptions(dtype, runtime="memory", cpu_isa=isa), True, one_order)
     assert len(layer.int4_parts) == (1 if one_order else len(layer.output_parts()))
     x = some(5, INPUT).to(dtype)
     with_bias = torch.cat([weight, layer.bias.detach().float()[:, None]], dim=1)
@@ -250,8 +248,10 @@ def test_layers(kind: str, desc_act: bool, one_order: bool, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("runtime", ["memory", "speed"])
-def test_gated(ops: Any, runtime: str) -> None:
-    layer, weight = loaded("merged", GPTQConfig(4, 32, sym=False, desc_act=True), KernelOptions(BF16, "cpu", runtime))
+def test_gated(isa: str, ops: Any, runtime: str) -> None:
+    layer, weight = loaded(
+        "merged", GPTQConfig(4, 32, sym=False, desc_act=True), KernelOptions(BF16, "cpu", runtime, cpu_isa=isa)
+    )
     assert gate_int4(layer) is None and layer.quant_method.gated
     part = layer.int4_parts[0]
     for rows in ROWS:
@@ -273,13 +273,13 @@ def test_a_bias_is_not_gated() -> None:
 # ---- gptq_runtime
 
 
-def test_runtimes_agree(ops: Any) -> None:
+def test_runtimes_agree(isa: str, ops: Any) -> None:
     """`speed` takes 4 bits up to its crossover, bit for bit as `memory`, and packed bf16 beyond."""
     if not ops.has_bf16_dot():
         pytest.skip("keeps no bf16 here")
     config = GPTQConfig(4, 32, desc_act=False)
-    memory, weight = loaded("qkv", config, KernelOptions(BF16, runtime="memory"), bias=True)
-    speed, _ = loaded("qkv", config, KernelOptions(BF16, runtime="speed"), bias=True)
+    memory, weight = loaded("qkv", config, KernelOptions(BF16, runtime="memory", cpu_isa=isa), bias=True)
+    speed, _ = loaded("qkv", config, KernelOptions(BF16, runtime="speed", cpu_isa=isa), bias=True)
     speed.quant_method.kernel.max_int4_rows = 4
     few, many = some(4, INPUT).to(BF16), some(5, INPUT).to(BF16)
     assert torch.equal(memory(few), speed(few))
@@ -290,12 +290,12 @@ def test_runtimes_agree(ops: Any) -> None:
     assert ((memory(many).double() - speed(many).double()).abs() <= rounding).all()
 
 
-def test_memory_of_each_runtime(ops: Any) -> None:
+def test_memory_of_each_runtime(isa: str, ops: Any) -> None:
     """Groups of 64, symmetric: at least 70 % less than bf16 (R7.20). `speed` has the bf16 as well."""
     config = GPTQConfig(4, 64)
     sizes = {}
     for runtime in ("memory", "speed"):
-        quantization = GPTQQuantization(config, "cpu_int4", KernelOptions(BF16, runtime=runtime))
+        quantization = GPTQQuantization(config, "cpu_int4", KernelOptions(BF16, runtime=runtime, cpu_isa=isa))
         layer = QKVParallelLinear(576, 64, 9, 3, quant_config=quantization, prefix="x")
         linear = random_layer(config, 576, 192)
         middle = QuantizedLinear(linear.levels, linear.scales, torch.full_like(linear.zeros, 8), linear.g_idx)
@@ -314,17 +314,20 @@ def test_memory_of_each_runtime(ops: Any) -> None:
     assert sizes["speed"] == sizes["memory"] + (bf16 if ops.has_bf16_dot() else 0)
 
 
-def test_auto_keeps_bf16_only_where_memory_allows(ops: Any) -> None:
-    kernel: Any = get_kernel("cpu_int4", GPTQConfig(4), KernelOptions(BF16))
+def test_auto_keeps_bf16_only_where_memory_allows(isa: str, ops: Any) -> None:
+    options = KernelOptions(BF16, cpu_isa=isa)
+    kernel: Any = get_kernel("cpu_int4", GPTQConfig(4), options)
     kernel.plan(1000)
-    assert kernel.keeps_bf16 == ops.has_bf16_dot()
+    assert kernel.keeps_bf16 == ops.has_bf16_dot()  # elsewhere 4 bits are faster for any batch
     kernel.plan(10**15)
     assert not kernel.keeps_bf16
+    speed = dataclasses.replace(options, runtime="speed")
     if ops.has_bf16_dot():
         with pytest.raises(ValueError, match=r"speed' keeps bf16 copies .* GiB are free: use gptq_runtime='memory'"):
-            get_kernel("cpu_int4", GPTQConfig(4), KernelOptions(BF16, runtime="speed")).plan(10**15)
-    get_kernel("cpu_int4", GPTQConfig(4), KernelOptions(BF16, runtime="memory")).plan(10**15)
-    assert not get_kernel("cpu_int4", GPTQConfig(4), KernelOptions(torch.float32, runtime="speed")).keeps_bf16  # type: ignore[attr-defined]
+            get_kernel("cpu_int4", GPTQConfig(4), speed).plan(10**15)
+    get_kernel("cpu_int4", GPTQConfig(4), dataclasses.replace(options, runtime="memory")).plan(10**15)
+    in_fp32: Any = get_kernel("cpu_int4", GPTQConfig(4), dataclasses.replace(speed, dtype=torch.float32))
+    assert not in_fp32.keeps_bf16
 
 
 def with_both(ops: Any) -> Int4Part:

@@ -96,7 +96,7 @@ def _wins(ops: Any, sweep: Sequence[Candidate], rows: int, deadline: float) -> b
 
 def _cache_key(ops: Any, layers: Sequence[Candidate]) -> str:
     shapes = sorted({str([tuple(t.shape) for t in part.tensors.values()]) for part, _ in layers})
-    sources = sorted([*SOURCE_DIR.glob("int4*"), SOURCE_DIR / "linear.cpp"])
+    sources = sorted([*SOURCE_DIR.glob("int4*"), *SOURCE_DIR.glob("linear*")])
     kernels = [source.read_text(encoding="utf-8") for source in sources]
     facts = (cpu_features(), ops.name, str(torch.get_num_threads()), *kernels, *shapes)
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]

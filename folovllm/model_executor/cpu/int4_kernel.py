@@ -1,4 +1,4 @@
-"""The GPTQ kernel `cpu_int4`: weights stay at 4 bits and are unpacked in registers (csrc/int4.cpp).
+"""The GPTQ kernel `cpu_int4`: weights stay at 4 bits and are unpacked in registers (csrc/int4_kernel.h).
 
 Milestone: M7. vLLM counterpart: IPEXGPTQLinearMethod in vllm/model_executor/layers/quantization/ipex_quant.py, which
 runs the kernels of Intel's extension for PyTorch. Left out: 8 bits and fp16, which run on `dequant`; taking act-order's
@@ -66,7 +66,8 @@ class CpuInt4Kernel(GPTQKernel):
         self.max_int4_rows = ALL_ROWS
         self._arena = HugeArena(huge_pages=options.huge_pages)
         self._method = Int4LinearMethod(self)
-        # bf16 copies help where they are multiplied faster than 4 bits: never in fp32, nor without bf16 instructions.
+        # bf16 copies help where large batches are multiplied faster with them: never in fp32, and only if the CPU has
+        # dot products of bf16. Without them bf16 is multiplied as fp32, and 4 bits are faster for a batch of any size.
         self.keeps_bf16 = options.runtime != "memory" and options.dtype is torch.bfloat16 and ops.has_bf16_dot()
 
     def plan(self, num_weights: int) -> None:

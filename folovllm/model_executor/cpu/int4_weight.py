@@ -1,4 +1,4 @@
-"""Int4Weight: the weights of a linear layer in the order of csrc/int4.cpp, 4 bits each.
+"""Int4Weight: the weights of a linear layer in the order of csrc/int4_layout.h, 4 bits each.
 
 Milestone: M7. vLLM counterpart: the repacking in
 vllm/model_executor/layers/quantization/kernels/mixed_precision/marlin.py (gptq_marlin_repack). Left out: 8 bits.
@@ -109,7 +109,7 @@ def split_groups(order: torch.Tensor, pieces: int) -> torch.Tensor:
 
 
 def _pieces(places: int) -> int:
-    """Into how many a group is split: csrc/int4.cpp wants MAX_GROUP at most, and rounds x by the largest of a group.
+    """Into how many a group is split: csrc/int4_kernel.h wants MAX_GROUP at most, and rounds x by the largest of a group.
 
     One more here and there, if no place then stays empty. E.g. 576 places -> 6 of 96, not 5 of 116.
     """
