@@ -2,6 +2,7 @@
 
 pytest -m m3 --part core.block_pool=work/m3/block_pool.py:BlockPool
 pytest -m m3 --mine
+pytest tests/m4 --compiler clang++
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from folovllm.csrc import compilers
 from folovllm.entrypoints.commands.options import parse_parts
 from folovllm.learn.mine import my_parts
 from folovllm.learn.workspace import find_work
@@ -32,12 +34,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("folovllm")
     group.addoption("--part", action="append", default=[], metavar="NAME=FILE.py:CLASS", help="test this part instead")
     group.addoption("--mine", action="store_true", help="test the parts that you have written in work/")
+    group.addoption(
+        "--compiler", metavar="COMMAND", help="build the C++ kernels under test with this one, not the first found"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """A shell's background job ignores SIGINT, and so would the tests' children, which are to be interrupted."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if config.getoption("--compiler") is not None:
+        compilers.COMPILERS = (config.getoption("--compiler"),)
     try:
         mine = my_parts(find_work()) if config.getoption("--mine") else {}
         replace_parts(mine | parse_parts(config.getoption("--part")))

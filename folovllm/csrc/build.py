@@ -189,7 +189,8 @@ def _compile(command: list[str], sources: list[Path], folder: Path) -> None:
     command = [*command, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", *includes]
     objects = {source: folder / f"{source.stem}.o" for source in _translation_units(sources, folder)}
     _run_all([[*command, "-c", str(source), "-o", str(built)] for source, built in objects.items()])
-    libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"]  # found by name: torch has loaded them
+    # On Linux they are found by name, because torch has loaded them. macOS looks for their files.
+    libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_dir / 'lib'}"]
     _run_all([[*command, "-shared", *map(str, objects.values()), *libraries, "-o", str(folder / LIBRARY)]])
     for path in (*objects.values(), folder / JOINED):
         path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from tests.m4.test_reference_kernels import attend, bits
 
 pytestmark = [
     pytest.mark.m4,
-    pytest.mark.skipif(not has_zig(), reason="the Python package ziglang is not installed"),
+    pytest.mark.skipif(not has_zig(), reason="no Zig (pip install -e '.[arm]')"),
     pytest.mark.skipif(find_qemu() is None, reason="no QEMU (on Debian: apt-get install qemu-user-static)"),
     pytest.mark.skipif(load_ops("portable") is None, reason="no C++ kernels on this machine"),
 ]

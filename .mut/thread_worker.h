@@ -1,0 +1,279 @@
+// A worker of ThreadTeam: how it gets its part of a job, how it waits, and when it sits out.
+//
+// Milestone: M4. vLLM counterpart: none. Like thread_team.cpp it knows nothing of torch, so that a small program can test
+// both (tests/m4/thread_team_driver.cpp).
+//
+// The leader and a worker tell each other everything through one word, the worker's state. It and the job lie in a cache
+// line of their own, which travels from core to core and back once per job.
+//
+//   from              to         by      when
+//   ready, asleep     offered    leader  there is a part for the worker; the leader wakes it if it is asleep
+//   offered           begun      worker  it takes the part
+//   offered           ready      leader  it takes the part back, because it has no other work left
+//   begun             awaited    leader  it has waited for long, and sleeps until the part is done
+//   begun, awaited    ready      worker  the part is done; the worker wakes the leader if that is asleep
+//   ready             asleep     worker  nothing was offered for long
+//   ready             absent     worker  it sits out; until the time is over, the leader offers it nothing
+//
+// Whoever waits does so in a loop first: the next job usually follows within microseconds, and to wake a sleeping thread
+// takes as long as a job (milestones/m4/results/threads_cpu.json). Then it sleeps, because another program may need the
+// core.
+
+#pragma once
+
+#include <pthread.h>
+#include <time.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <exception>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "thread_team.h"
+
+namespace folovllm {
+namespace {
+
+using namespace std::chrono_literals;
+using Clock = std::chrono::steady_clock;
+using std::chrono::nanoseconds;
+
+constexpr nanoseconds kWorkerLoop = 200us;  // longer than what a step does between two jobs
+constexpr nanoseconds kLeaderLoop = 50us;   // longer than most pieces of work
+
+thread_local int64_t this_thread_index = 0;
+
+inline std::exception_ptr call(const Job& job, int64_t part) {
+  try {
+    job.call(job.f, part);
+  } catch (...) {
+    return std::current_exception();
+  }
+  return nullptr;
+}
+
+inline void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();  // the core's other hardware thread may go on, and leaving the loop costs less
+#elif defined(__aarch64__)
+  asm volatile("isb");
+#endif
+}
+
+// Whether is_true() became true within `limit`.
+template <typename F>
+bool loop_until(nanoseconds limit, const F& is_true) {
+  Clock::time_point begin{};
+  do {
+    for (int i = 0; i < 32; ++i) {  // to read the clock takes as long as a pause
+      if (is_true()) {
+        return true;
+      }
+      pause_briefly();
+    }
+    begin = begin == Clock::time_point{} ? Clock::now() : begin;
+  } while (Clock::now() - begin < limit);
+  return false;
+}
+
+// For tests and measurements, see ThreadTeam::disturb.
+std::atomic<uint64_t> disturbance{0};
+std::atomic<bool> workers_may_sit_out{true};
+
+// True once in `n` times, if there is a disturbance.
+inline bool is_disturbed(uint64_t n) {
+  if (disturbance.load(std::memory_order_relaxed) == 0) {
+    return false;
+  }
+  uint64_t x = disturbance += 0x9e3779b97f4a7c15;  // splitmix64
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
+  x = (x ^ x >> 27) * 0x94d049bb133111eb;
+  return (x ^ x >> 31) % n == 0;
+}
+
+inline void delay_if_disturbed() {
+  while (is_disturbed(2)) {
+    loop_until(2us, [] { return false; });
+  }
+}
+
+// How long the calling thread was ready to run and did not run, because another program had its core.
+class LostTime {
+ public:
+  // Counts from now on; the thread has not slept until `take` is called.
+  void start() {
+    wall_ = Clock::now();
+    cpu_ = cpu_time();
+  }
+  // The time lost since the start, or since the last call.
+  nanoseconds take() {
+    const LostTime before = *this;
+    start();
+    return (wall_ - before.wall_) - (cpu_ - before.cpu_);
+  }
+
+ private:
+  Clock::time_point wall_;
+  nanoseconds cpu_{};
+
+  static nanoseconds cpu_time() {
+    timespec now{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return std::chrono::seconds(now.tv_sec) + nanoseconds(now.tv_nsec);
+  }
+};
+
+// When a worker sits out. It is a strike if the leader slept until a part was done, and the worker had lost its core
+// meanwhile. After three strikes in a row the worker sits out. If the strikes begin again soon after its return, it sits out
+// for twice as long, because the other program is there to stay.
+class Attendance {
+ public:
+  // Whether to sit out after a delay in which the worker lost so much time.
+  bool ends_after(nanoseconds lost, Clock::time_point now) {
+    if (lost < kStrike) {
+      return false;
+    }
+    strikes_ = now - last_strike_ < kMemory ? strikes_ + 1 : 1;
+    last_strike_ = now;
+    if (strikes_ < kMaxStrikes) {
+      return false;
+    }
+    absence_ = now - return_ < 2 * kMemory ? std::min(2 * absence_, kLongest) : kShortest;
+    return_ = now + absence_;
+    return true;
+  }
+  Clock::time_point return_time() const {
+    return return_;
+  }
+
+ private:
+  static constexpr nanoseconds kStrike = 300us;  // another program keeps a core for 1 to 4 ms, until the next timer tick
+  static constexpr nanoseconds kMemory = 50ms;   // strikes that are further apart do not count together
+  static constexpr int kMaxStrikes = 3;
+  static constexpr nanoseconds kShortest = 50ms, kLongest = 4s;
+  int strikes_ = 0;
+  Clock::time_point last_strike_{}, return_{};
+  nanoseconds absence_{};
+};
+
+class alignas(64) Worker {
+ public:
+  // `absences` counts how often workers sit out.
+  Worker(int64_t index, std::atomic<int64_t>& absences)
+      : index_(index), absences_(absences), thread_([this] { work(); }) {}
+
+  // ---- called by the leader
+
+  // Offers part number `index` of a job, unless the worker sits out.
+  void offer(const Job& job) {
+    const bool is_absent = state_.load() == kAbsent && Clock::now() < return_time_;
+    has_offer_ = !is_absent && !is_disturbed(4);
+    if (has_offer_) {
+      job_ = job;
+      const State before = state_.exchange(kOffered);
+      if (before == kAsleep || before == kAbsent) {
+        state_.notify_one();
+      }
+    }
+  }
+  // Whether the leader has to do the part, because the worker has not begun it. From now on the worker cannot begin it.
+  bool take_back() {
+    State expected = kOffered;
+    return !has_offer_ || state_.compare_exchange_strong(expected, kReady);
+  }
+  // Waits until the worker has no part. Returns whether the leader had to sleep.
+  bool wait() {
+    const auto is_done = [&] { return state_.load() != kBegun; };
+    State expected = kBegun;
+    const bool sleeps = !loop_until(kLeaderLoop, is_done) && state_.compare_exchange_strong(expected, kAwaited);
+    if (sleeps) {
+      state_.wait(kAwaited);
+    }
+    return sleeps;
+  }
+  // The exception of the part that the worker has done, or null.
+  std::exception_ptr take_error() {
+    return std::exchange(error_, nullptr);
+  }
+  // Ends the thread, which has no part.
+  void end() {
+    state_.store(kEnd);
+    state_.notify_one();
+    thread_.join();
+  }
+
+  // ---- the worker's own thread
+
+ private:
+  enum State : int { kAsleep, kReady, kOffered, kBegun, kAwaited, kAbsent, kEnd };
+
+  std::atomic<State> state_{kReady};
+  bool has_offer_ = false;  // the leader's
+  Job job_{};
+  std::exception_ptr error_;
+  Clock::time_point return_time_;  // of an absent worker
+  const int64_t index_;
+  std::atomic<int64_t>& absences_;
+  LostTime lost_time_;
+  Attendance attendance_;
+  std::thread thread_;  // the last member, because it uses the others
+
+  void work() {
+    this_thread_index = index_;
+    name_this_thread("folovllm-" + std::to_string(index_));
+    lost_time_.start();
+    while (wait_for_offer() != kEnd) {
+      delay_if_disturbed();
+      State expected = kOffered;
+      if (state_.compare_exchange_strong(expected, kBegun)) {
+        do_part();
+      }
+    }
+  }
+
+  void do_part() {
+    error_ = call(job_, index_);
+    delay_if_disturbed();
+    if (state_.exchange(kReady) != kAwaited) {
+      return;
+    }
+    state_.notify_one();
+    if (attendance_.ends_after(lost_time_.take(), Clock::now()) && workers_may_sit_out) {
+      return_time_ = attendance_.return_time();
+      ++absences_;
+      sleep_as(kAbsent);
+    }
+  }
+
+  // Returns the state when it is kOffered or kEnd.
+  State wait_for_offer() {
+    const auto changed = [&] { return state_.load() != kReady; };
+    while (!loop_until(kWorkerLoop, changed)) {
+      sleep_as(kAsleep);
+    }
+    return state_.load();
+  }
+
+  // Sleeps until the leader has an offer, unless it has one already.
+  void sleep_as(State kind) {
+    State expected = kReady;
+    if (state_.compare_exchange_strong(expected, kind)) {
+      state_.wait(kind);
+      lost_time_.start();
+    }
+  }
+
+  static void name_this_thread(const std::string& name) {
+#if defined(__APPLE__)
+    pthread_setname_np(name.c_str());
+#else
+    pthread_setname_np(pthread_self(), name.c_str());
+#endif
+  }
+};
+
+}  // namespace
+}  // namespace folovllm
