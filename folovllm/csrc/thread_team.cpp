@@ -60,7 +60,7 @@ class Team {
   }
 
   ThreadTeam::Stats stats() const {
-    return {jobs_, offers_, parts_by_workers_, waits_};
+    return {jobs_, offers_, parts_by_workers_, waits_, num_absences};
   }
 
  private:

@@ -64,6 +64,7 @@ class ThreadTeam {
     int64_t offers;            // of parts to workers that did not sit out
     int64_t parts_by_workers;  // that they took; the leaders have done all other parts
     int64_t waits;             // times a leader slept until a part was done
+    int64_t absences;          // times a worker began to sit out
   };
   static Stats stats();
 

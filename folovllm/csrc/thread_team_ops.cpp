@@ -20,6 +20,7 @@ c10::Dict<std::string, int64_t> thread_team_stats() {
   by_name.insert("offers", stats.offers);
   by_name.insert("parts_by_workers", stats.parts_by_workers);
   by_name.insert("waits", stats.waits);
+  by_name.insert("absences", stats.absences);
   return by_name;
 }
 

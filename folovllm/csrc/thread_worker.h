@@ -127,6 +127,8 @@ class LostTime {
   }
 };
 
+std::atomic<int64_t> num_absences{0};  // of ThreadTeam::Stats
+
 // Whether a worker sits out. The leader counts strikes against it: delays of a job by a worker that had lost its core, and
 // long rows of offers that the worker was not there to take. After three strikes within a short time it sits out. When it
 // comes back it is on trial: after one strike it sits out again, for twice as long, because what disturbs it is there to
@@ -143,6 +145,7 @@ class Attendance {
       return_ = now + absence_;
       sits_out_ = true;
       strikes_ = 0;
+      ++num_absences;
     }
   }
   bool sits_out() {
