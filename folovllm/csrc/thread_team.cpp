@@ -60,19 +60,19 @@ class Team {
   }
 
   ThreadTeam::Stats stats() const {
-    return {jobs_, parts_by_workers_, waits_, absences_};
+    return {jobs_, offers_, parts_by_workers_, waits_, num_absences};
   }
 
  private:
   std::atomic<bool> is_led_{false};
   std::vector<std::unique_ptr<Worker>> workers_;  // worker i does part i + 1
   int64_t max_workers_ = kMaxWorkers;
-  std::atomic<int64_t> jobs_{0}, parts_by_workers_{0}, waits_{0}, absences_{0};  // of Stats
+  std::atomic<int64_t> jobs_{0}, offers_{0}, parts_by_workers_{0}, waits_{0};  // of Stats
 
   void lead(Progress& progress) {
     const int64_t num_parts = progress.job.num_parts, helpers = start_workers(num_parts - 1);
     for (int64_t i = 0; i < helpers; ++i) {
-      workers_[i]->offer(progress.job);
+      offers_ += workers_[i]->offer(progress.job);
     }
     progress.do_parts(0, 1);
     progress.do_parts(1 + helpers, num_parts);
@@ -94,7 +94,7 @@ class Team {
   int64_t start_workers(int64_t wanted) {
     while (static_cast<int64_t>(workers_.size()) < std::min(wanted, max_workers_)) {
       try {
-        workers_.push_back(std::make_unique<Worker>(workers_.size() + 1, absences_));
+        workers_.push_back(std::make_unique<Worker>(workers_.size() + 1));
       } catch (const std::system_error&) {
         max_workers_ = workers_.size();
       }

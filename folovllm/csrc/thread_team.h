@@ -61,7 +61,8 @@ class ThreadTeam {
   // What has happened since the library was loaded.
   struct Stats {
     int64_t jobs;              // with more than one part
-    int64_t parts_by_workers;  // the leaders have done all other parts
+    int64_t offers;            // of parts to workers that did not sit out
+    int64_t parts_by_workers;  // that they took; the leaders have done all other parts
     int64_t waits;             // times a leader slept until a part was done
     int64_t absences;          // times a worker began to sit out
   };

@@ -17,6 +17,7 @@ c10::Dict<std::string, int64_t> thread_team_stats() {
   const ThreadTeam::Stats stats = ThreadTeam::stats();
   c10::Dict<std::string, int64_t> by_name;
   by_name.insert("jobs", stats.jobs);
+  by_name.insert("offers", stats.offers);
   by_name.insert("parts_by_workers", stats.parts_by_workers);
   by_name.insert("waits", stats.waits);
   by_name.insert("absences", stats.absences);

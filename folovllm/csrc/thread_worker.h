@@ -13,7 +13,8 @@
 //   begun             awaited    leader  it has waited for long, and sleeps until the part is done
 //   begun, awaited    ready      worker  the part is done; the worker wakes the leader if that is asleep
 //   ready             asleep     worker  nothing was offered for long
-//   ready             absent     worker  it sits out; until the time is over, the leader offers it nothing
+//
+// The leader also decides whether a worker sits out: for some time it then offers nothing, and the worker sleeps.
 //
 // Whoever waits does so in a loop first: the next job usually follows within microseconds, and to wake a sleeping thread
 // takes as long as a job (milestones/m4/results/threads_cpu.json). Then it sleeps, because another program may need the
@@ -126,34 +127,36 @@ class LostTime {
   }
 };
 
-// When a worker sits out. It is a strike if the leader slept until a part was done, and the worker had lost its core
-// meanwhile. After three strikes in a row the worker sits out. If the strikes begin again soon after its return, it sits out
-// for twice as long, because the other program is there to stay.
+std::atomic<int64_t> num_absences{0};  // of ThreadTeam::Stats
+
+// Whether a worker sits out. The leader counts strikes against it: delays of a job by a worker that had lost its core, and
+// long rows of offers that the worker was not there to take. After three strikes within a short time it sits out. When it
+// comes back it is on trial: after one strike it sits out again, for twice as long, because what disturbs it is there to
+// stay.
 class Attendance {
  public:
-  // Whether to sit out after a delay in which the worker lost so much time.
-  bool ends_after(nanoseconds lost, Clock::time_point now) {
-    if (lost < kStrike) {
-      return false;
-    }
+  void add_strike() {
+    const Clock::time_point now = Clock::now();
+    const bool on_trial = now - return_ < kTrial;
     strikes_ = now - last_strike_ < kMemory ? strikes_ + 1 : 1;
     last_strike_ = now;
-    if (strikes_ < kMaxStrikes) {
-      return false;
+    if (on_trial || strikes_ == kMaxStrikes) {
+      absence_ = on_trial ? std::min(2 * absence_, kLongest) : kShortest;
+      return_ = now + absence_;
+      sits_out_ = true;
+      strikes_ = 0;
+      ++num_absences;
     }
-    absence_ = now - return_ < 2 * kMemory ? std::min(2 * absence_, kLongest) : kShortest;
-    return_ = now + absence_;
-    return true;
   }
-  Clock::time_point return_time() const {
-    return return_;
+  bool sits_out() {
+    sits_out_ = sits_out_ && Clock::now() < return_;
+    return sits_out_;
   }
 
  private:
-  static constexpr nanoseconds kStrike = 300us;  // another program keeps a core for 1 to 4 ms, until the next timer tick
-  static constexpr nanoseconds kMemory = 50ms;   // strikes that are further apart do not count together
+  static constexpr nanoseconds kMemory = 100ms, kTrial = 300ms, kShortest = 100ms, kLongest = 4s;
   static constexpr int kMaxStrikes = 3;
-  static constexpr nanoseconds kShortest = 50ms, kLongest = 4s;
+  bool sits_out_ = false;
   int strikes_ = 0;
   Clock::time_point last_strike_{}, return_{};
   nanoseconds absence_{};
@@ -161,38 +164,47 @@ class Attendance {
 
 class alignas(64) Worker {
  public:
-  // `absences` counts how often workers sit out.
-  Worker(int64_t index, std::atomic<int64_t>& absences)
-      : index_(index), absences_(absences), thread_([this] { work(); }) {}
+  explicit Worker(int64_t index) : index_(index), thread_([this] { work(); }) {}
 
   // ---- called by the leader
 
-  // Offers part number `index` of a job, unless the worker sits out.
-  void offer(const Job& job) {
-    const bool is_absent = state_.load() == kAbsent && Clock::now() < return_time_;
-    has_offer_ = !is_absent && !is_disturbed(4);
+  // Offers part number `index` of a job, unless the worker sits out. Returns whether it did.
+  bool offer(const Job& job) {
+    has_offer_ = !(attendance_.sits_out() && workers_may_sit_out) && !is_disturbed(4);
     if (has_offer_) {
       job_ = job;
-      const State before = state_.exchange(kOffered);
-      if (before == kAsleep || before == kAbsent) {
+      if (state_.exchange(kOffered) == kAsleep) {
         state_.notify_one();
       }
     }
+    return has_offer_;
   }
   // Whether the leader has to do the part, because the worker has not begun it. From now on the worker cannot begin it.
   bool take_back() {
+    if (!has_offer_) {
+      return true;
+    }
     State expected = kOffered;
-    return !has_offer_ || state_.compare_exchange_strong(expected, kReady);
+    const bool is_late = state_.compare_exchange_strong(expected, kReady);
+    late_in_a_row_ = is_late ? late_in_a_row_ + 1 : 0;
+    if (late_in_a_row_ == kMaxLate) {
+      late_in_a_row_ = 0;
+      attendance_.add_strike();
+    }
+    return is_late;
   }
   // Waits until the worker has no part. Returns whether the leader had to sleep.
   bool wait() {
     const auto is_done = [&] { return state_.load() != kBegun; };
     State expected = kBegun;
-    const bool sleeps = !loop_until(kLeaderLoop, is_done) && state_.compare_exchange_strong(expected, kAwaited);
-    if (sleeps) {
-      state_.wait(kAwaited);
+    if (loop_until(kLeaderLoop, is_done) || !state_.compare_exchange_strong(expected, kAwaited)) {
+      return false;
     }
-    return sleeps;
+    state_.wait(kAwaited);
+    if (lost_ > kLongLoss) {
+      attendance_.add_strike();
+    }
+    return true;
   }
   // The exception of the part that the worker has done, or null.
   std::exception_ptr take_error() {
@@ -205,21 +217,23 @@ class alignas(64) Worker {
     thread_.join();
   }
 
-  // ---- the worker's own thread
-
  private:
-  enum State : int { kAsleep, kReady, kOffered, kBegun, kAwaited, kAbsent, kEnd };
+  enum State : int { kAsleep, kReady, kOffered, kBegun, kAwaited, kEnd };
+  static constexpr int kMaxLate = 32;  // offers; a worker that has to wake up first misses a few
+  static constexpr nanoseconds kLongLoss = 1ms;  // a program that computes keeps a core for longer
 
   std::atomic<State> state_{kReady};
-  bool has_offer_ = false;  // the leader's
+  bool has_offer_ = false;
   Job job_{};
   std::exception_ptr error_;
-  Clock::time_point return_time_;  // of an absent worker
+  nanoseconds lost_{};  // by the worker before the end of a part that the leader slept for
   const int64_t index_;
-  std::atomic<int64_t>& absences_;
-  LostTime lost_time_;
+  int late_in_a_row_ = 0;
   Attendance attendance_;
+  LostTime lost_time_;
   std::thread thread_;  // the last member, because it uses the others
+
+  // ---- the worker's own thread
 
   void work() {
     this_thread_index = index_;
@@ -237,33 +251,23 @@ class alignas(64) Worker {
   void do_part() {
     error_ = call(job_, index_);
     delay_if_disturbed();
-    if (state_.exchange(kReady) != kAwaited) {
-      return;
-    }
-    state_.notify_one();
-    if (attendance_.ends_after(lost_time_.take(), Clock::now()) && workers_may_sit_out) {
-      return_time_ = attendance_.return_time();
-      ++absences_;
-      sleep_as(kAbsent);
+    lost_ = state_.load() == kAwaited ? lost_time_.take() : 0ns;
+    if (state_.exchange(kReady) == kAwaited) {
+      state_.notify_one();
     }
   }
 
-  // Returns the state when it is kOffered or kEnd.
+  // Returns kOffered or kEnd. (The leader may have taken an offer back meanwhile.)
   State wait_for_offer() {
     const auto changed = [&] { return state_.load() != kReady; };
     while (!loop_until(kWorkerLoop, changed)) {
-      sleep_as(kAsleep);
+      State expected = kReady;
+      if (state_.compare_exchange_strong(expected, kAsleep)) {
+        state_.wait(kAsleep);
+        lost_time_.start();
+      }
     }
     return state_.load();
-  }
-
-  // Sleeps until the leader has an offer, unless it has one already.
-  void sleep_as(State kind) {
-    State expected = kReady;
-    if (state_.compare_exchange_strong(expected, kind)) {
-      state_.wait(kind);
-      lost_time_.start();
-    }
   }
 
   static void name_this_thread(const std::string& name) {

@@ -77,7 +77,7 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.fixture
-def disturb(ops: Any) -> Iterator[Callable[[int], None]]:
+def disturb(ops: Any) -> Iterator[Callable[[int, bool], None]]:
     yield ops.disturb_thread_team
     ops.disturb_thread_team(0)
 
@@ -98,12 +98,12 @@ def llm(tiny_model_dir: Callable[[str], Path], ops: Any) -> LLM:
     return LLM(str(tiny_model_dir("llama")), dtype="float32", skip_tokenizer_init=True, cpu_threads=4)
 
 
-def test_tokens_do_not_depend_on_who_computes(llm: LLM, ops: Any, disturb: Callable[[int], None]) -> None:
+def test_tokens_do_not_depend_on_who_computes(llm: LLM, ops: Any, disturb: Callable[[int, bool], None]) -> None:
     """fp32, greedy and seeded, in 100 schedules in which workers come late, pause and stay away."""
     expected = tokens(llm)
     parts = ops.thread_team_stats()["parts_by_workers"]
     for seed in SEEDS:
-        disturb(seed + 1)
+        disturb(seed + 1, seed % 2 == 0)  # in every second one, a worker that is often late sits out
         assert tokens(llm) == expected, f"schedule {seed}"
     assert ops.thread_team_stats()["parts_by_workers"] > parts, "the workers took part"
 
@@ -135,21 +135,24 @@ def test_more_threads_later(ops: Any, set_threads: Callable[[int], None]) -> Non
         assert torch.equal(row_sums(ops), expected)
 
 
-def child_of_a_fork(queue: Any) -> None:
+def child_of_a_fork(queue: Any, rows: torch.Tensor) -> None:
+    """Calls no operator of torch that has many threads: after a fork, OpenMP waits for threads that are not there."""
     ops = load_ops()
-    queue.put(float(row_sums(ops).sum()))
+    assert ops is not None
+    queue.put(ops.rms_norm(rows, None, torch.ones(64), 1e-6)[-1].tolist())
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
 def test_a_forked_child_computes(ops: Any, set_threads: Callable[[int], None]) -> None:
     """With a team of its own: a child has none of its parent's threads."""
     set_threads(3)
-    expected = float(row_sums(ops).sum())
+    rows = torch.ones(4096, 64)
+    expected = ops.rms_norm(rows, None, torch.ones(64), 1e-6)[-1].tolist()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(target=child_of_a_fork, args=(queue,))
+    child = context.Process(target=child_of_a_fork, args=(queue, rows))
     child.start()
-    assert queue.get(timeout=60) == pytest.approx(expected)
+    assert queue.get(timeout=120) == expected
     child.join(60)
     assert child.exitcode == 0
 

@@ -128,10 +128,11 @@ int64_t ThreadTeam::size() {
 
 int main(int argc, char** argv) {
   const std::string name = argc > 1 ? argv[1] : "";
-  ThreadTeam::disturb(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0);
+  const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
+  ThreadTeam::disturb(seed, /*may_sit_out=*/seed % 2 == 0);
   if (name == "jobs") {
-    while (ThreadTeam::stats().parts_by_workers < 100) {  // the first jobs end before the workers have started
-      check_jobs(100);
+    while (ThreadTeam::stats().parts_by_workers < 20) {  // the first jobs end before the workers have started
+      check_jobs(20);
     }
   } else if (name == "exceptions") {
     check_exceptions();
