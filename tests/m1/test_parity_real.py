@@ -18,6 +18,7 @@ import torch
 from folovllm import LLM, SamplingParams
 from folovllm.milestones import get_rung
 from scripts.dev.make_hf_fixture import PROMPTS, encode, weights_sha256
+from tests.m4.levels import TESTED
 from tests.parity_helpers import make_config
 
 pytestmark = [pytest.mark.m1, pytest.mark.weights]
@@ -179,8 +180,12 @@ TOKEN_BY_TOKEN = {"enable_chunked_prefill": True, "long_prefill_token_threshold"
 
 @pytest.mark.parametrize(
     "engine_args",
-    [{}, TOKEN_BY_TOKEN | {"linear_backend": "onednn"}, TOKEN_BY_TOKEN | get_rung("m4").on],
-    ids=["whole texts", "token by token, oneDNN", "token by token in C++"],
+    [
+        {},
+        TOKEN_BY_TOKEN | {"linear_backend": "onednn"},
+        *(TOKEN_BY_TOKEN | get_rung("m4").on | {"cpu_isa": level} for level in TESTED),
+    ],
+    ids=["whole texts", "token by token, oneDNN", *(f"token by token in C++, {level}" for level in TESTED)],
 )
 def test_bf16_is_as_near_to_fp32_as_huggingfaces(
     engine_args: dict[str, Any], model_dir: Path, exact: Forced, hf_bf16: Forced

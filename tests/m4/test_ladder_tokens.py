@@ -48,6 +48,12 @@ def test_fp32_every_preset_gives_the_same_tokens(model_dir: Path) -> None:
     assert [preset for preset in PRESETS if answers[preset] != expected] == []
 
 
+def test_fp32_every_level_gives_the_same_tokens(model_dir: Path, isa: str) -> None:
+    """The whole engine on the C++ kernels of each level: our fp32 linears, the decoder stack, attention, sampling."""
+    expected = [entry["token_ids"][: GREEDY.max_tokens] for entry in FIXTURE]
+    assert together(make(model_dir, PRESETS[-1], "float32", cpu_isa=isa), PROMPTS) == expected
+
+
 def test_bf16_the_textbook_rungs_agree(model_dir: Path) -> None:
     """`linear_backend` is named because these rungs are claimed for torch's linears."""
     engines = {preset: make(model_dir, preset, "bfloat16", linear_backend="torch") for preset in ("m1", "m2", "m3")}
