@@ -19,6 +19,7 @@ import pytest
 from folovllm.config import KernelConfig
 from folovllm.milestones import LADDER
 from folovllm.parts import variants
+from tests.m4.levels import TESTED
 from tests.m7.quant_helpers import make_quantizable, quantize
 from tests.pairwise import Case, pairwise, product
 from tests.parity_helpers import MIN_GAP, GapNaiveModel, Job, draw_prompt, make_engine, make_job, run_jobs
@@ -80,6 +81,7 @@ SWITCHES: dict[str, list[Any]] = {
     "huge_pages": [False, True],
     "touch_kv_pages": [False, True],
     "keep_freed_memory": [False, True],
+    "cpu_isa": TESTED,
     "enable_chunked_prefill": list(CHUNKING),
     "enable_prefix_caching": list(CACHING),
     "quantization": list(QUANTIZATION),

@@ -2,7 +2,7 @@
 
 Milestone: M4. A test that takes `ops` runs for every level, because each level compiles other code: vectors of another
 width, other instructions, other branches of the preprocessor. A test of the engine takes `isa`, for cpu_isa=isa.
-"avx512" has no code that "native" or "avx2" lacks on most machines, so its tests are marked `slow`.
+The tests of "avx512", which leaves out bf16 and VNNI, are marked `slow`: its library takes another minute to build.
 
 `python -m tests.m4.levels` builds the libraries, so that no test waits for a compiler.
 """
