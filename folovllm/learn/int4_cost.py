@@ -19,8 +19,8 @@ BF16, INT4 = 16.0, 4.5  # bits per weight in memory; INT4 with groups of 64, eac
 
 # Vector instructions for 128 weights, that is, for 4 inputs of 32 outputs.
 BF16_PER_ROW = 4 + 4 / 8  # 4 dot products, and 4 loads shared by a tile of 8 rows
-INT4_PER_TILE, INT4_TILE_ROWS = 4, 6  # load, shift and two ands, once for a tile of up to 6 rows
-INT4_PER_ROW = 4 + 10 / 16  # 4 dot products, and 10 more for a group of 64 inputs, which is 16 times 128 weights
+INT4_PER_TILE, INT4_TILE_ROWS = 7, 6  # a load, 3 shifts and 3 ands, once for a tile of up to 6 rows
+INT4_PER_ROW = 4 + 7 / 16  # 4 dot products, and 7 more for a group of 64 inputs, which is 16 times 128 weights
 
 
 def linear_ms(bits: float, tokens: int, bandwidth: float = CPU.bandwidth) -> float:

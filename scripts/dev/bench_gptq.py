@@ -9,7 +9,7 @@ process, request by request, so that whatever else the machine does hits all of 
     batch    32 requests at once: tokens per second from the first request to the last token
 
     python scripts/dev/bench_gptq.py ./smollm2-gptq4 [--repeats 5] [--batch 32] [--prompt 64] [--tokens 64]
-        [--threads 2] [--json OUT]
+        [--threads 2] [--cpu-isa avx2] [--json OUT]
 """
 
 import argparse
@@ -40,9 +40,11 @@ ARMS: dict[str, QuantizationConfig] = {
 PROBE_BYTES = 2**29
 
 
-def make_engine(folder: Path, quantization: QuantizationConfig, seats: int) -> LLMEngine:
+def make_engine(folder: Path, quantization: QuantizationConfig, seats: int, cpu_isa: str) -> LLMEngine:
     """The engine as of the top rung; only how it holds the weights differs."""
-    args = EngineConfig.from_args(model=str(folder), dtype="bfloat16", max_num_seqs=seats, max_model_len=1024)
+    args = EngineConfig.from_args(
+        model=str(folder), dtype="bfloat16", max_num_seqs=seats, max_model_len=1024, cpu_isa=cpu_isa
+    )
     config = dataclasses.replace(args, quantization_config=quantization).resolve(load_hf_config(folder), "cpu")
     return LLMEngine(config, UniProcExecutor(config, folder), tokenizer=None)
 
@@ -127,7 +129,8 @@ def as_table(figures: dict[str, dict[str, Any]], args: argparse.Namespace) -> di
         }
         for name, arm in figures.items()
     ]
-    command = f"scripts/dev/bench_gptq.py {Path(args.checkpoint).name} {sizes}"
+    level = "" if args.cpu_isa == "native" else f" --cpu-isa {args.cpu_isa}"
+    command = f"scripts/dev/bench_gptq.py {Path(args.checkpoint).name} {sizes}{level}"
     return {"command": command, "unit": "tokens per second", "results": rows}
 
 
@@ -136,11 +139,12 @@ def main() -> None:
     parser.add_argument("checkpoint")
     for name, default in (("repeats", 5), ("batch", 32), ("prompt", 64), ("tokens", 64), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--cpu-isa", default="native", help="the level of the kernels (%(default)s)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     header, folder = machine_header(), find_model(args.checkpoint)
-    engines = {name: make_engine(folder, quantization, args.batch) for name, quantization in ARMS.items()}
+    engines = {name: make_engine(folder, quantization, args.batch, args.cpu_isa) for name, quantization in ARMS.items()}
     figures = measure(engines, load_hf_config(folder).vocab_size, args)
     for name, engine in engines.items():
         figures[name] |= {"linear_bytes": linear_bytes(engine), "crossover": crossover_of(engine)}

@@ -110,7 +110,7 @@ def test_symmetric_weights_keep_no_zeros() -> None:
 
 
 def test_groups_of_any_number_of_inputs(ops: Any) -> None:
-    """g_idx as no tool of ours writes it: groups of 1, 7, none and 24 inputs."""
+    """A g_idx that FoloVLLM never writes: groups of 1, 7, none and 24 inputs."""
     g_idx = torch.tensor([0] + [1] * 7 + [3] * 24)[torch.randperm(32, generator=torch.Generator().manual_seed(3))]
     base = random_layer(GPTQConfig(4, 8, sym=False), 32, 40)
     linear = QuantizedLinear(base.levels, base.scales, base.zeros, g_idx.int())
@@ -296,7 +296,7 @@ def test_memory_of_each_runtime(isa: str, ops: Any) -> None:
     sizes = {}
     for runtime in ("memory", "speed"):
         quantization = GPTQQuantization(config, "cpu_int4", KernelOptions(BF16, runtime=runtime, cpu_isa=isa))
-        layer = QKVParallelLinear(576, 64, 9, 3, quant_config=quantization, prefix="x")
+        layer: Any = QKVParallelLinear(576, 64, 9, 3, quant_config=quantization, prefix="x")
         linear = random_layer(config, 576, 192)
         middle = QuantizedLinear(linear.levels, linear.scales, torch.full_like(linear.zeros, 8), linear.g_idx)
         for shard_id, copies in (("q", 3), ("k", 1), ("v", 1)):

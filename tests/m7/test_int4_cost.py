@@ -17,7 +17,7 @@ def test_model_by_hand() -> None:
     assert int4_cost.linear_ms(int4_cost.BF16, 1) == pytest.approx(1e3 * 2 * weights / cpu.bandwidth)
     assert int4_cost.linear_ms(int4_cost.INT4, 1) == pytest.approx(1e3 * weights * 4.5 / 8 / cpu.bandwidth)
     assert int4_cost.linear_ms(int4_cost.BF16, 60) == pytest.approx(1e3 * 2 * weights * 60 / cpu.flops)
-    full_tiles = (4 / 6 + 4 + 10 / 16) / (4 / 8 + 4)
+    full_tiles = (7 / 6 + 4 + 7 / 16) / (4 / 8 + 4)
     assert int4_cost.multiply_seconds(int4_cost.INT4, 60) == pytest.approx(
         full_tiles * int4_cost.multiply_seconds(int4_cost.BF16, 60)
     )

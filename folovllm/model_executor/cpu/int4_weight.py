@@ -109,7 +109,7 @@ def split_groups(order: torch.Tensor, pieces: int) -> torch.Tensor:
 
 
 def _pieces(places: int) -> int:
-    """Into how many a group is split: csrc/int4_kernel.h wants MAX_GROUP at most, and rounds x by the largest of a group.
+    """Into how many a group is split: a kernel takes MAX_GROUP inputs at most, and rounds x by the largest of a group.
 
     One more here and there, if no place then stays empty. E.g. 576 places -> 6 of 96, not 5 of 116.
     """
