@@ -54,9 +54,7 @@ def job(number: int, weights: Path) -> Job:
 # --- the ladder
 
 
-needs_fast_linears = pytest.mark.skipif(
-    load_ops() is None, reason="this machine's linears are not ours"
-)
+needs_fast_linears = pytest.mark.skipif(load_ops() is None, reason="this machine's linears are not ours")
 
 
 @needs_fast_linears
