@@ -107,6 +107,7 @@ class ArmTask:
     bandwidth_bytes: int = 1024**3
     hit_rates: tuple[int, ...] = ()
     shape: str | None = None  # of random weights; None: model_path is a real model
+    num_single: int | None = None  # requests that "single" sends; None: as many as the workload says
     label: str = ""  # what to call it where one arm runs twice, with other workloads
 
     @property
@@ -114,7 +115,8 @@ class ArmTask:
         return self.label or self.arm
 
     def make_workload(self) -> Workload:
-        return make_workload(self.workload, self.vocab_size, self.num_requests, self.hit_rates)
+        workload = make_workload(self.workload, self.vocab_size, self.num_requests, self.hit_rates)
+        return dataclasses.replace(workload, num_single=self.num_single) if self.num_single else workload
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -101,7 +101,8 @@ def run(options: PeerOptions, argv: list[str]) -> int:
     """Make the peers ready, measure, write, print; the exit status."""
     machine = machine_header()  # first: the load average should not be ours
     plan = make_plan(options.bench)
-    plan = replace(plan, task=replace(plan.task, arm=options.preset, modes=options.modes))
+    task = replace(plan.task, arm=options.preset, modes=options.modes, num_single=options.num_single)
+    plan = replace(plan, task=task)
     ensure_weights(plan)
     runs = {peer.name: PairRuns() for peer in options.peers}
     weights = prepare_peers(options, Path(plan.task.model_path), runs)

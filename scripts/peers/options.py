@@ -10,7 +10,15 @@ from pathlib import Path
 
 from folovllm import milestones
 from folovllm.benchmarks.arms import parse_arm
-from folovllm.benchmarks.options import BenchOptions, add_run_options, check_options, names, refuse_duplicates, room_for
+from folovllm.benchmarks.options import (
+    BenchOptions,
+    add_run_options,
+    check_options,
+    names,
+    positive,
+    refuse_duplicates,
+    room_for,
+)
 from folovllm.benchmarks.workloads import MODES, PROMPT_LENGTHS, prompt_length
 from folovllm.model_shapes import SHAPES
 from scripts.peers.catalog import (
@@ -53,6 +61,7 @@ class PeerOptions:
     peers_dir: Path
     busy: int
     cpu_isa: str
+    num_single: int | None
     setup_only: bool
     list_only: bool
 
@@ -76,6 +85,8 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"default: {','.join(MODES)}")  # fmt: skip
     add("--busy", type=int, default=0, metavar="N",
         help="busy processes beside every measurement, e.g. a browser or a build (default: %(default)s)")  # fmt: skip
+    add("--num-single", type=positive, metavar="N",
+        help="requests of the single stream (default: 8): an engine may be slow beside busy processes")  # fmt: skip
     add("--cpu-isa", choices=(NATIVE, *ISA_VARIABLES), default=NATIVE,
         help="the instruction set to which all engines are limited (default: %(default)s)")  # fmt: skip
     add("--random-weights", metavar="SHAPE",
@@ -133,6 +144,7 @@ def _checked(args: argparse.Namespace) -> PeerOptions:
         peers_dir=args.peers_dir.expanduser().absolute(),
         busy=args.busy,
         cpu_isa=args.cpu_isa,
+        num_single=args.num_single,
         setup_only=args.setup_only,
         list_only=args.list,
     )

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -81,6 +82,12 @@ def test_one_thread_is_our_arm_with_one_thread(tmp_path):
     ours_command, ours = bench_of(tmp_path).command_and_task(OURS)
     assert command == ours_command and json.loads(text) == json.loads(ours) | {"threads": 1}
     assert json.loads(bench_of(tmp_path).command_and_task("hf")[1])["arm"] == "hf"
+
+
+def test_the_single_stream_can_be_shorter(tmp_path):
+    assert parse_options(["--num-single", "1"]).num_single == 1 and parse_options([]).num_single is None
+    task = replace(bench_of(tmp_path).task, num_requests=4, num_single=1)
+    assert [len(task.make_workload().for_mode(mode)) for mode in ("single", "batch")] == [1, 4]
 
 
 def test_the_result_says_whether_sessions_share_a_core_first(tmp_path, monkeypatch):
