@@ -130,18 +130,16 @@ class LostTime {
 std::atomic<int64_t> num_absences{0};  // of ThreadTeam::Stats
 
 // Whether a worker sits out. The leader counts strikes against it: delays of a job by a worker that had lost its core, and
-// long rows of offers that the worker was not there to take. After three strikes within a short time it sits out. When it
-// comes back it is on trial: after one strike it sits out again, for twice as long, because what disturbs it is there to
-// stay.
+// long rows of offers that the worker was not there to take. After three strikes within a short time it sits out. If that
+// happens again soon after its return, it sits out for twice as long, because what disturbs it is there to stay.
 class Attendance {
  public:
   void add_strike() {
     const Clock::time_point now = Clock::now();
-    const bool on_trial = now - return_ < kTrial;
     strikes_ = now - last_strike_ < kMemory ? strikes_ + 1 : 1;
     last_strike_ = now;
-    if (on_trial || strikes_ == kMaxStrikes) {
-      absence_ = on_trial ? std::min(2 * absence_, kLongest) : kShortest;
+    if (strikes_ == kMaxStrikes) {
+      absence_ = now - return_ < kTrial ? std::min(2 * absence_, kLongest) : kShortest;
       return_ = now + absence_;
       sits_out_ = true;
       strikes_ = 0;
