@@ -130,7 +130,7 @@ class LostTime {
 std::atomic<int64_t> num_absences{0};  // of ThreadTeam::Stats
 
 // Whether a worker sits out. The leader counts strikes against it: delays of a job by a worker that had lost its core, and
-// long rows of offers that the worker was not there to take. After three strikes within a short time it sits out. If that
+// long rows of offers that the worker was not there to take. After a few strikes in close succession it sits out. If that
 // happens again soon after its return, it sits out for twice as long, because what disturbs it is there to stay.
 class Attendance {
  public:
@@ -152,8 +152,11 @@ class Attendance {
   }
 
  private:
-  static constexpr nanoseconds kMemory = 100ms, kTrial = 300ms, kShortest = 100ms, kLongest = 4s;
-  static constexpr int kMaxStrikes = 3;
+  // A program that computes beside the worker costs a strike every 8 ms or so: each of the two gets the core for 4 ms at a
+  // time, if the system's timer ticks 250 times a second. Short disturbances, which every system has, come one by one.
+  static constexpr int kMaxStrikes = 4;
+  static constexpr nanoseconds kMemory = 20ms;  // strikes that are further apart do not count together
+  static constexpr nanoseconds kTrial = 300ms, kShortest = 100ms, kLongest = 4s;
   bool sits_out_ = false;
   int strikes_ = 0;
   Clock::time_point last_strike_{}, return_{};

@@ -127,9 +127,7 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine_header(), "handing_over_ns": handing_over()}
     print(result["handing_over_ns"])
     engine = Engine(args.model)
-    result["results"] = [
-        row for busy in args.busy for row in beside_busy_processes(engine, busy, args.repeats)
-    ]
+    result["results"] = [row for busy in args.busy for row in beside_busy_processes(engine, busy, args.repeats)]
     if args.json is not None:
         write_json(args.json, result)
 
