@@ -6,7 +6,7 @@ Milestone: M4. vLLM counterpart: none. No weights, a few seconds:
 
 The parts of a step come from milestones/m4/results/profile_step.json, the floor beside them from the model's
 configuration and the bandwidth measured beside the step, and the shortlist from the sampler's own code. The thread team
-is drawn out of scale: its times are those of folovllm/csrc/thread_team.h. The wait for a line and the number of lines
+is drawn out of scale. The wait for a line and the number of lines
 that a core waits for are those of folovllm/csrc/prefetch.h.
 """
 
@@ -169,11 +169,11 @@ WORKS = (("qkv", 1.45, 1.65), ("o", 1.6, 1.4), ("gate_up", 1.5, 1.7), ("down", 1
 def draw_team(path: Path) -> None:
     figure, axes = plt.subplots(2, 1, figsize=(9, 4.2), layout="constrained")
     draw_threads(axes[0], start=0.75, label="start")
-    axes[0].set_title("a region per operator: to start and end each one costs 0.9 to 1.7 us", loc="left", fontsize=10)
+    axes[0].set_title("a parallel region for each layer: both threads are started, and both must arrive at its end", loc="left", fontsize=10)
     draw_threads(axes[1], start=0.2, label="")
-    axes[1].set_title("one region for all layers: a job is handed over in 0.05 to 0.3 us", loc="left", fontsize=10)
+    axes[1].set_title("a team: thread 0 offers a job through a word that thread 1 reads in a loop", loc="left", fontsize=10)
     note = (
-        "The four linear layers of one decoder layer. Orange: thread 0 starts thread 1. Grey: a thread waits.\n"
+        "The four linear layers of one decoder layer. Orange: the message to thread 1. Grey: a thread waits.\n"
         "Not to scale: for one token the layers take 20 to 100 us each at 34.6 GB/s."
     )
     axes[1].text(0, -0.12, note, fontsize=9, style="italic", va="top")

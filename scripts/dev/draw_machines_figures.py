@@ -1,0 +1,143 @@
+"""Draws the pictures of docs/learn/04c: the levels' registers, a job under four policies, a worker's states.
+
+Milestone: M4. vLLM counterpart: none. No weights, a few seconds:
+
+    python scripts/dev/draw_machines_figures.py [--out docs/learn/img]
+
+The policies are those of the page's simulation, with its numbers. The states are those of folovllm/csrc/thread_worker.h.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import figure_files
+from matplotlib import pyplot as plt
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+INK, WEIGHTS, SUMS, WAIT, LOST = "#333333", "#CCE3F0", "#F7D9B5", "#DDDDDD", "#B5533C"
+LEADER, WORKER = "#0072B2", "#C25A00"
+
+# Level, fp32 lanes of a register, instructions per register of weights: conversions and products.
+LEVELS = (
+    ("AVX-512 with bf16", 16, ("vdpbf16ps",)),
+    ("AVX2, FMA", 8, ("shift", "mask", "FMA", "FMA")),
+    ("SSE2 (portable)", 4, ("shift", "mask", "mul", "add", "mul", "add")),
+    ("NEON with bf16", 4, ("bfdot",)),
+)
+
+
+def draw_levels(path: Path) -> None:
+    figure, ax = plt.subplots(figsize=(9, 3.4), layout="constrained")
+    for row, (name, lanes, steps) in enumerate(LEVELS):
+        y, registers = -row, 16 // lanes
+        ax.text(-0.3, y, name, ha="right", va="center", fontsize=10)
+        for i in range(registers):
+            ax.add_patch(Rectangle((i * lanes + 0.1, y - 0.32), lanes - 0.2, 0.64, fc=WEIGHTS, ec=INK, lw=0.8))
+            ax.text((i + 0.5) * lanes, y, f"{lanes} pairs", ha="center", va="center", fontsize=9)
+        total = registers * len(steps)
+        ax.text(16.5, y + 0.12, ", ".join(steps), va="center", fontsize=9)
+        one = "" if registers == 1 else f", {registers} times"
+        ax.text(16.5, y - 0.2, f"{len(steps)} for each register{one}: {total}", va="center", fontsize=9, color="#666666")
+    ax.set_title("16 outputs, one pair of inputs, one row of x: registers of weights, and instructions", loc="left", fontsize=10)
+    ax.set(xlim=(-5, 26), ylim=(-len(LEVELS) + 0.4, 0.6))
+    ax.axis("off")
+    figure_files.save(figure, path)
+
+
+# ---- policies
+
+PIECE, LOST_US, CUT = 16, 3000, 150  # microseconds; what is left of the lost time on the axis
+
+
+def draw_policies(path: Path) -> None:
+    """The third column of the page's table: thread 1 loses its core in the middle of its second piece."""
+    figure, ax = plt.subplots(figsize=(9, 4.4), layout="constrained")
+    begin, back = 1.5 * PIECE, 1.5 * PIECE + CUT  # of the lost time, as drawn
+    policies = {  # pieces of the leader; those of thread 1 before and after the one that is interrupted
+        "fixed halves": (4, 1, 2),
+        "taking over": (6, 1, 0),
+        "taking back": (6, 1, 0),
+        "sitting out": (8, 0, 0),
+    }
+    for row, (name, (leader, before, after)) in enumerate(policies.items()):
+        y = -2.6 * row
+        is_out = name == "sitting out"
+        end = leader * PIECE if is_out else back + PIECE / 2 + after * PIECE
+        bar(ax, y, [(0, leader * PIECE, WEIGHTS, f"{leader} pieces"), (leader * PIECE, end, WAIT, "" if is_out else "waits")])
+        if is_out:
+            bar(ax, y - 1, [(0, end, WAIT, "sits out")])
+        else:
+            bar(ax, y - 1, [(0, begin, WEIGHTS, f"{before} ½"), (back, end, WEIGHTS, "½" if not after else f"½ + {after}")])
+            ax.add_patch(Rectangle((begin, y - 1.38), back - begin, 0.76, fc="white", ec=LOST, hatch="///", lw=0.8))
+            ax.text((begin + back) / 2, y - 1, "another program, 3 ms", ha="center", va="center", fontsize=9,
+                    bbox={"fc": "white", "ec": "none", "pad": 1.5})  # fmt: skip
+        real = end if is_out else end - CUT + LOST_US
+        ax.text(end + 4, y - 0.5, f"done after {real / 1000:.2f} ms", va="center", fontsize=10)
+        ax.text(-4, y + 0.75, name, ha="left", va="center", fontsize=10, weight="bold")
+        for thread in (0, 1):
+            ax.text(-4, y - thread, "thread 0 (leads)" if thread == 0 else "thread 1", ha="right", va="center", fontsize=9)
+    ax.set(xlim=(-50, 290), ylim=(-9.6, 1.2))
+    ax.axis("off")
+    figure_files.save(figure, path)
+
+
+def bar(ax: Any, y: float, parts: list[tuple[float, float, str, str]]) -> None:
+    """What a thread does: (begin, end, colour, text)."""
+    for begin, end, colour, text in parts:
+        if end > begin:
+            ax.add_patch(Rectangle((begin, y - 0.38), end - begin, 0.76, fc=colour, ec="white", lw=1))
+            ax.text((begin + end) / 2, y, text, ha="center", va="center", fontsize=9)
+
+
+# ---- states
+
+STATES = {"asleep": (0, 2.4), "ready": (3.4, 2.4), "offered": (6.8, 2.4), "begun": (6.8, 0.4), "awaited": (3.4, 0.4), "absent": (0, 0.4)}
+CHANGES = (  # from, to, who, label, bend, where the label stands
+    ("ready", "offered", LEADER, "offers a part", -0.35, (5.1, 3.3)),
+    ("offered", "ready", LEADER, "takes it back", -0.2, (5.1, 2.0)),
+    ("ready", "asleep", WORKER, "no offer for 200 us", -0.2, (1.7, 2.0)),
+    ("offered", "begun", WORKER, "takes it", 0.0, (7.4, 1.4)),
+    ("begun", "awaited", LEADER, "sleeps after 50 us", 0.0, (5.1, 0.62)),
+    ("begun", "ready", WORKER, "is done", 0.0, (5.75, 1.55)),
+    ("awaited", "ready", WORKER, "is done", 0.0, (3.95, 1.2)),
+    ("ready", "absent", WORKER, "three strikes", 0.0, (1.15, 1.2)),
+)
+
+
+def draw_states(path: Path) -> None:
+    figure, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    boxes = {}
+    for name, (x, y) in STATES.items():
+        fill = {"begun": WEIGHTS, "awaited": WEIGHTS, "asleep": WAIT, "absent": WAIT}.get(name, "white")
+        boxes[name] = FancyBboxPatch((x - 0.6, y - 0.25), 1.2, 0.5, boxstyle="round,pad=0.06", fc=fill, ec=INK)
+        ax.add_patch(boxes[name])
+        ax.text(x, y, name, ha="center", va="center", fontsize=11)
+    for begin, end, colour, label, bend, (x, y) in CHANGES:
+        arrow(ax, boxes, begin, end, colour, bend)
+        ax.text(x, y, label, ha="center", va="center", fontsize=9, color=colour)
+    arrow(ax, boxes, "asleep", "offered", LEADER, -0.5)
+    ax.text(2.2, 3.75, "offers a part, and wakes the worker", ha="center", fontsize=9, color=LEADER)
+    note = "An absent worker gets an offer when its time is over. Blue: the leader makes the change. Orange: the worker does."
+    ax.text(-0.7, -0.35, note, fontsize=9, style="italic")
+    ax.set(xlim=(-0.8, 8.2), ylim=(-0.5, 4.0))
+    ax.axis("off")
+    figure_files.save(figure, path)
+
+
+def arrow(ax: Any, boxes: dict[str, Any], begin: str, end: str, colour: str, bend: float) -> None:
+    ax.add_patch(
+        FancyArrowPatch(
+            STATES[begin], STATES[end], patchA=boxes[begin], patchB=boxes[end], arrowstyle="-|>", mutation_scale=13,
+            color=colour, lw=1.4, connectionstyle=f"arc3,rad={bend}", shrinkA=2, shrinkB=2,
+        )
+    )  # fmt: skip
+
+
+def main() -> None:
+    args = figure_files.parser(__doc__).parse_args()
+    figures = {"04c_levels": draw_levels, "04c_policies": draw_policies, "04c_states": draw_states}
+    figure_files.draw_all(figures, args.out)
+
+
+if __name__ == "__main__":
+    main()
