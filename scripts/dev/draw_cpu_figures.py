@@ -169,9 +169,15 @@ WORKS = (("qkv", 1.45, 1.65), ("o", 1.6, 1.4), ("gate_up", 1.5, 1.7), ("down", 1
 def draw_team(path: Path) -> None:
     figure, axes = plt.subplots(2, 1, figsize=(9, 4.2), layout="constrained")
     draw_threads(axes[0], start=0.75, label="start")
-    axes[0].set_title("a parallel region for each layer: both threads are started, and both must arrive at its end", loc="left", fontsize=10)
+    axes[0].set_title(
+        "a parallel region for each layer: both threads are started, and both must arrive at its end",
+        loc="left",
+        fontsize=10,
+    )
     draw_threads(axes[1], start=0.2, label="")
-    axes[1].set_title("a team: thread 0 offers a job through a word that thread 1 reads in a loop", loc="left", fontsize=10)
+    axes[1].set_title(
+        "a team: thread 0 offers a job through a word that thread 1 reads in a loop", loc="left", fontsize=10
+    )
     note = (
         "The four linear layers of one decoder layer. Orange: the message to thread 1. Grey: a thread waits.\n"
         "Not to scale: for one token the layers take 20 to 100 us each at 34.6 GB/s."

@@ -37,8 +37,11 @@ def draw_levels(path: Path) -> None:
         total = registers * len(steps)
         ax.text(16.5, y + 0.12, ", ".join(steps), va="center", fontsize=9)
         one = "" if registers == 1 else f", {registers} times"
-        ax.text(16.5, y - 0.2, f"{len(steps)} for each register{one}: {total}", va="center", fontsize=9, color="#666666")
-    ax.set_title("16 outputs, one pair of inputs, one row of x: registers of weights, and instructions", loc="left", fontsize=10)
+        ax.text(
+            16.5, y - 0.2, f"{len(steps)} for each register{one}: {total}", va="center", fontsize=9, color="#666666"
+        )
+    title = "16 outputs, one pair of inputs, one row of x: registers of weights, and instructions"
+    ax.set_title(title, loc="left", fontsize=10)
     ax.set(xlim=(-5, 26), ylim=(-len(LEVELS) + 0.4, 0.6))
     ax.axis("off")
     figure_files.save(figure, path)
@@ -63,11 +66,19 @@ def draw_policies(path: Path) -> None:
         y = -2.6 * row
         is_out = name == "sitting out"
         end = leader * PIECE if is_out else back + PIECE / 2 + after * PIECE
-        bar(ax, y, [(0, leader * PIECE, WEIGHTS, f"{leader} pieces"), (leader * PIECE, end, WAIT, "" if is_out else "waits")])
+        bar(
+            ax,
+            y,
+            [(0, leader * PIECE, WEIGHTS, f"{leader} pieces"), (leader * PIECE, end, WAIT, "" if is_out else "waits")],
+        )
         if is_out:
             bar(ax, y - 1, [(0, end, WAIT, "sits out")])
         else:
-            bar(ax, y - 1, [(0, begin, WEIGHTS, f"{before} ½"), (back, end, WEIGHTS, "½" if not after else f"½ + {after}")])
+            bar(
+                ax,
+                y - 1,
+                [(0, begin, WEIGHTS, f"{before} ½"), (back, end, WEIGHTS, "½" if not after else f"½ + {after}")],
+            )
             ax.add_patch(Rectangle((begin, y - 1.38), back - begin, 0.76, fc="white", ec=LOST, hatch="///", lw=0.8))
             ax.text((begin + back) / 2, y - 1, "another program, 3 ms", ha="center", va="center", fontsize=9,
                     bbox={"fc": "white", "ec": "none", "pad": 1.5})  # fmt: skip
@@ -75,7 +86,9 @@ def draw_policies(path: Path) -> None:
         ax.text(end + 4, y - 0.5, f"done after {real / 1000:.2f} ms", va="center", fontsize=10)
         ax.text(-4, y + 0.75, name, ha="left", va="center", fontsize=10, weight="bold")
         for thread in (0, 1):
-            ax.text(-4, y - thread, "thread 0 (leads)" if thread == 0 else "thread 1", ha="right", va="center", fontsize=9)
+            ax.text(
+                -4, y - thread, "thread 0 (leads)" if thread == 0 else "thread 1", ha="right", va="center", fontsize=9
+            )
     ax.set(xlim=(-50, 290), ylim=(-9.6, 1.2))
     ax.axis("off")
     figure_files.save(figure, path)
@@ -91,16 +104,19 @@ def bar(ax: Any, y: float, parts: list[tuple[float, float, str, str]]) -> None:
 
 # ---- states
 
-STATES = {"asleep": (0, 2.4), "ready": (3.4, 2.4), "offered": (6.8, 2.4), "begun": (6.8, 0.4), "awaited": (3.4, 0.4), "absent": (0, 0.4)}
+STATES = {
+    "asleep": (0, 2.4), "ready": (3.4, 2.4), "offered": (6.8, 2.4),
+    "absent": (0, 0.4), "awaited": (3.4, 0.4), "begun": (6.8, 0.4),
+}  # fmt: skip
 CHANGES = (  # from, to, who, label, bend, where the label stands
-    ("ready", "offered", LEADER, "offers a part", -0.35, (5.1, 3.3)),
-    ("offered", "ready", LEADER, "takes it back", -0.2, (5.1, 2.0)),
-    ("ready", "asleep", WORKER, "no offer for 200 us", -0.2, (1.7, 2.0)),
-    ("offered", "begun", WORKER, "takes it", 0.0, (7.4, 1.4)),
+    ("ready", "offered", LEADER, "offers a part", -0.35, (5.1, 3.12)),
+    ("offered", "ready", LEADER, "takes it back", -0.2, (5.1, 2.27)),
+    ("ready", "asleep", WORKER, "no offer for 200 us", 0.0, (1.7, 2.54)),
+    ("offered", "begun", WORKER, "takes it", 0.0, (7.25, 1.4)),
     ("begun", "awaited", LEADER, "sleeps after 50 us", 0.0, (5.1, 0.62)),
-    ("begun", "ready", WORKER, "is done", 0.0, (5.75, 1.55)),
+    ("begun", "ready", WORKER, "is done", 0.0, (5.95, 1.3)),
     ("awaited", "ready", WORKER, "is done", 0.0, (3.95, 1.2)),
-    ("ready", "absent", WORKER, "three strikes", 0.0, (1.15, 1.2)),
+    ("ready", "absent", WORKER, "three strikes", 0.0, (0.95, 1.45)),
 )
 
 
@@ -115,11 +131,11 @@ def draw_states(path: Path) -> None:
     for begin, end, colour, label, bend, (x, y) in CHANGES:
         arrow(ax, boxes, begin, end, colour, bend)
         ax.text(x, y, label, ha="center", va="center", fontsize=9, color=colour)
-    arrow(ax, boxes, "asleep", "offered", LEADER, -0.5)
-    ax.text(2.2, 3.75, "offers a part, and wakes the worker", ha="center", fontsize=9, color=LEADER)
+    arrow(ax, boxes, "asleep", "offered", LEADER, -0.36)
+    ax.text(1.3, 3.62, "offers a part, and wakes the worker", ha="center", fontsize=9, color=LEADER)
     note = "An absent worker gets an offer when its time is over. Blue: the leader makes the change. Orange: the worker does."
     ax.text(-0.7, -0.35, note, fontsize=9, style="italic")
-    ax.set(xlim=(-0.8, 8.2), ylim=(-0.5, 4.0))
+    ax.set(xlim=(-0.8, 8.2), ylim=(-0.5, 4.1))
     ax.axis("off")
     figure_files.save(figure, path)
 
