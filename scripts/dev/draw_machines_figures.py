@@ -4,7 +4,8 @@ Milestone: M4. vLLM counterpart: none. No weights, a few seconds:
 
     python scripts/dev/draw_machines_figures.py [--out docs/learn/img]
 
-The policies are those of the page's simulation, with its numbers. The states are those of folovllm/csrc/thread_worker.h.
+The policies are those of the page's simulation, with its numbers. The states are those of
+folovllm/csrc/thread_worker.h.
 """
 
 from pathlib import Path
@@ -104,19 +105,16 @@ def bar(ax: Any, y: float, parts: list[tuple[float, float, str, str]]) -> None:
 
 # ---- states
 
-STATES = {
-    "asleep": (0, 2.4), "ready": (3.4, 2.4), "offered": (6.8, 2.4),
-    "absent": (0, 0.4), "awaited": (3.4, 0.4), "begun": (6.8, 0.4),
-}  # fmt: skip
+STATES = {"asleep": (0, 1.9), "ready": (3.4, 1.9), "offered": (6.8, 1.9), "awaited": (3.4, 0.3), "begun": (6.8, 0.3)}
 CHANGES = (  # from, to, who, label, bend, where the label stands
-    ("ready", "offered", LEADER, "offers a part", -0.35, (5.1, 3.12)),
-    ("offered", "ready", LEADER, "takes it back", -0.2, (5.1, 2.27)),
-    ("ready", "asleep", WORKER, "no offer for 200 us", 0.0, (1.7, 2.54)),
-    ("offered", "begun", WORKER, "takes it", 0.0, (7.25, 1.4)),
-    ("begun", "awaited", LEADER, "sleeps after 50 us", 0.0, (5.1, 0.62)),
-    ("begun", "ready", WORKER, "is done", 0.0, (5.95, 1.3)),
-    ("awaited", "ready", WORKER, "is done", 0.0, (3.95, 1.2)),
-    ("ready", "absent", WORKER, "three strikes", 0.0, (0.95, 1.45)),
+    ("asleep", "offered", LEADER, "offers a part, and wakes the worker", -0.34, (1.25, 3.05)),
+    ("ready", "offered", LEADER, "offers a part", -0.3, (5.1, 2.58)),
+    ("offered", "ready", LEADER, "takes it back", 0.0, (5.1, 2.03)),
+    ("ready", "asleep", WORKER, "no offer for 200 us", 0.0, (1.7, 2.03)),
+    ("offered", "begun", WORKER, "takes it", 0.0, (7.2, 1.1)),
+    ("begun", "awaited", LEADER, "sleeps after 50 us", 0.0, (5.1, 0.15)),
+    ("begun", "ready", WORKER, "is done", 0.0, (5.0, 0.85)),
+    ("awaited", "ready", WORKER, "is done, wakes the leader", 0.0, (2.3, 1.1)),
 )
 
 
@@ -124,18 +122,18 @@ def draw_states(path: Path) -> None:
     figure, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
     boxes = {}
     for name, (x, y) in STATES.items():
-        fill = {"begun": WEIGHTS, "awaited": WEIGHTS, "asleep": WAIT, "absent": WAIT}.get(name, "white")
+        fill = {"begun": WEIGHTS, "awaited": WEIGHTS, "asleep": WAIT}.get(name, "white")
         boxes[name] = FancyBboxPatch((x - 0.6, y - 0.25), 1.2, 0.5, boxstyle="round,pad=0.06", fc=fill, ec=INK)
         ax.add_patch(boxes[name])
         ax.text(x, y, name, ha="center", va="center", fontsize=11)
     for begin, end, colour, label, bend, (x, y) in CHANGES:
         arrow(ax, boxes, begin, end, colour, bend)
         ax.text(x, y, label, ha="center", va="center", fontsize=9, color=colour)
-    arrow(ax, boxes, "asleep", "offered", LEADER, -0.36)
-    ax.text(1.3, 3.62, "offers a part, and wakes the worker", ha="center", fontsize=9, color=LEADER)
-    note = "An absent worker gets an offer when its time is over. Blue: the leader makes the change. Orange: the worker does."
-    ax.text(-0.7, -0.35, note, fontsize=9, style="italic")
-    ax.set(xlim=(-0.8, 8.2), ylim=(-0.5, 4.1))
+    note = (
+        "Blue: the leader makes the change. Orange: the worker does. A worker that sits out gets no offers, and sleeps."
+    )
+    ax.text(-0.7, -0.4, note, fontsize=9, style="italic")
+    ax.set(xlim=(-0.8, 7.7), ylim=(-0.5, 3.3))
     ax.axis("off")
     figure_files.save(figure, path)
 
