@@ -1,13 +1,14 @@
-"""Draws the pictures of docs/learn/04c: the levels' registers, a job under four policies, a worker's states.
+"""Draws the pictures of docs/learn/04c: speeds by condition, the levels' registers, a job under four policies, a worker's states.
 
 Milestone: M4. vLLM counterpart: none. No weights, a few seconds:
 
     python scripts/dev/draw_machines_figures.py [--out docs/learn/img]
 
-The policies are those of the page's simulation, with its numbers. The states are those of
-folovllm/csrc/thread_worker.h.
+The speeds come from milestones/m4/results/compare_peers_*.json; a condition without a file is left out. The policies are
+those of the page's simulation, with its numbers. The states are those of folovllm/csrc/thread_worker.h.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,34 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 INK, WEIGHTS, SUMS, WAIT, LOST = "#333333", "#CCE3F0", "#F7D9B5", "#DDDDDD", "#B5533C"
 LEADER, WORKER = "#0072B2", "#C25A00"
+
+RESULTS = Path(__file__).resolve().parents[2] / "milestones/m4/results"
+CONDITIONS = {"A": "idle", "busy1": "one busy\nprocess", "busy2": "two busy\nprocesses", "avx2": "AVX2 only"}
+ENGINES = {"folovllm": ("FoloVLLM", LEADER), "llamacpp": ("llama.cpp", "#999999")}
+MODES = {"single": "one request", "batch": "32 together"}
+
+
+def draw_conditions(path: Path) -> None:
+    """Output tokens per second of both engines under each condition that was measured."""
+    files = {label: RESULTS / f"compare_peers_{name}_cpu.json" for name, label in CONDITIONS.items()}
+    arms = {
+        label: json.loads(file.read_text(encoding="utf-8"))["arms"] for label, file in files.items() if file.exists()
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for ax, (mode, title) in zip(axes, MODES.items(), strict=True):
+        for i, (engine, (name, colour)) in enumerate(ENGINES.items()):
+            speeds = [measured[engine]["modes"][mode]["output_tok_per_s"]["median"] for measured in arms.values()]
+            bars = ax.bar([x + 0.38 * i for x in range(len(arms))], speeds, width=0.36, color=colour, label=name)
+            ax.bar_label(bars, fmt="%.0f", fontsize=9)
+        ax.set_xticks([x + 0.19 for x in range(len(arms))], arms)
+        ax.set_xlim(-0.5, len(CONDITIONS) - 0.1)
+        ax.set_title(f"{title}: output tokens per second", loc="left", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=9, frameon=False)
+    figure_files.save(figure, path)
+
+
+# ---- levels
 
 # Level, fp32 lanes of a register, instructions per register of weights: conversions and products.
 LEVELS = (
@@ -149,7 +178,12 @@ def arrow(ax: Any, boxes: dict[str, Any], begin: str, end: str, colour: str, ben
 
 def main() -> None:
     args = figure_files.parser(__doc__).parse_args()
-    figures = {"04c_levels": draw_levels, "04c_policies": draw_policies, "04c_states": draw_states}
+    figures = {
+        "04c_conditions": draw_conditions,
+        "04c_levels": draw_levels,
+        "04c_policies": draw_policies,
+        "04c_states": draw_states,
+    }
     figure_files.draw_all(figures, args.out)
 
 
