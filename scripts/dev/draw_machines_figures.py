@@ -1,11 +1,11 @@
-"""Draws the pictures of docs/learn/04c: speeds by condition, the levels' registers, a job under four policies, a worker's states.
+"""Draws the pictures of docs/learn/04c: speeds by condition, registers of the levels, a job under four policies, states.
 
 Milestone: M4. vLLM counterpart: none. No weights, a few seconds:
 
     python scripts/dev/draw_machines_figures.py [--out docs/learn/img]
 
-The speeds come from milestones/m4/results/compare_peers_*.json; a condition without a file is left out. The policies are
-those of the page's simulation, with its numbers. The states are those of folovllm/csrc/thread_worker.h.
+The speeds come from milestones/m4/results/compare_peers_*.json; a condition without a file is left out. The
+policies are those of the page's simulation, with its numbers. The states are those of folovllm/csrc/thread_worker.h.
 """
 
 import json
