@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/learn/04c: speeds by condition, registers of the levels, a job under four policies, states.
+"""Draws the pictures of docs/learn/04c: speeds by condition, registers, a job under four policies, states.
 
 Milestone: M4. vLLM counterpart: none. No weights, a few seconds:
 
