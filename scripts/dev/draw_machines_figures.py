@@ -1,12 +1,14 @@
-"""Draws the pictures of docs/learn/04c: the levels' registers, a job under four policies, a worker's states.
+"""Draws the pictures of docs/learn/04c: speeds by condition, registers, a job under four policies, states.
 
 Milestone: M4. vLLM counterpart: none. No weights, a few seconds:
 
     python scripts/dev/draw_machines_figures.py [--out docs/learn/img]
 
-The policies are those of the page's simulation, with its numbers. The states are those of folovllm/csrc/thread_worker.h.
+The speeds come from milestones/m4/results/compare_peers_*.json; a condition without a file is left out. The
+policies are those of the page's simulation, with its numbers. The states are those of folovllm/csrc/thread_worker.h.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,34 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 INK, WEIGHTS, SUMS, WAIT, LOST = "#333333", "#CCE3F0", "#F7D9B5", "#DDDDDD", "#B5533C"
 LEADER, WORKER = "#0072B2", "#C25A00"
+
+RESULTS = Path(__file__).resolve().parents[2] / "milestones/m4/results"
+CONDITIONS = {"A": "idle", "busy1": "one busy\nprocess", "busy2": "two busy\nprocesses", "avx2": "AVX2 only"}
+ENGINES = {"folovllm": ("FoloVLLM", LEADER), "llamacpp": ("llama.cpp", "#999999")}
+MODES = {"single": "one request", "batch": "32 together"}
+
+
+def draw_conditions(path: Path) -> None:
+    """Output tokens per second of both engines under each condition that was measured."""
+    files = {label: RESULTS / f"compare_peers_{name}_cpu.json" for name, label in CONDITIONS.items()}
+    arms = {
+        label: json.loads(file.read_text(encoding="utf-8"))["arms"] for label, file in files.items() if file.exists()
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for ax, (mode, title) in zip(axes, MODES.items(), strict=True):
+        for i, (engine, (name, colour)) in enumerate(ENGINES.items()):
+            speeds = [measured[engine]["modes"][mode]["output_tok_per_s"]["median"] for measured in arms.values()]
+            bars = ax.bar([x + 0.38 * i for x in range(len(arms))], speeds, width=0.36, color=colour, label=name)
+            ax.bar_label(bars, fmt="%.0f", fontsize=9)
+        ax.set_xticks([x + 0.19 for x in range(len(arms))], arms)
+        ax.set_xlim(-0.5, len(CONDITIONS) - 0.1)
+        ax.set_title(f"{title}: output tokens per second", loc="left", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=9, frameon=False)
+    figure_files.save(figure, path)
+
+
+# ---- levels
 
 # Level, fp32 lanes of a register, instructions per register of weights: conversions and products.
 LEVELS = (
@@ -40,9 +70,8 @@ def draw_levels(path: Path) -> None:
         ax.text(
             16.5, y - 0.2, f"{len(steps)} for each register{one}: {total}", va="center", fontsize=9, color="#666666"
         )
-    ax.set_title(
-        "16 outputs, one pair of inputs, one row of x: registers of weights, and instructions", loc="left", fontsize=10
-    )
+    title = "16 outputs, one pair of inputs, one row of x: registers of weights, and instructions"
+    ax.set_title(title, loc="left", fontsize=10)
     ax.set(xlim=(-5, 26), ylim=(-len(LEVELS) + 0.4, 0.6))
     ax.axis("off")
     figure_files.save(figure, path)
@@ -105,23 +134,16 @@ def bar(ax: Any, y: float, parts: list[tuple[float, float, str, str]]) -> None:
 
 # ---- states
 
-STATES = {
-    "asleep": (0, 2.4),
-    "ready": (3.4, 2.4),
-    "offered": (6.8, 2.4),
-    "begun": (6.8, 0.4),
-    "awaited": (3.4, 0.4),
-    "absent": (0, 0.4),
-}
+STATES = {"asleep": (0, 1.9), "ready": (3.4, 1.9), "offered": (6.8, 1.9), "awaited": (3.4, 0.3), "begun": (6.8, 0.3)}
 CHANGES = (  # from, to, who, label, bend, where the label stands
-    ("ready", "offered", LEADER, "offers a part", -0.35, (5.1, 3.3)),
-    ("offered", "ready", LEADER, "takes it back", -0.2, (5.1, 2.0)),
-    ("ready", "asleep", WORKER, "no offer for 200 us", -0.2, (1.7, 2.0)),
-    ("offered", "begun", WORKER, "takes it", 0.0, (7.4, 1.4)),
-    ("begun", "awaited", LEADER, "sleeps after 50 us", 0.0, (5.1, 0.62)),
-    ("begun", "ready", WORKER, "is done", 0.0, (5.75, 1.55)),
-    ("awaited", "ready", WORKER, "is done", 0.0, (3.95, 1.2)),
-    ("ready", "absent", WORKER, "three strikes", 0.0, (1.15, 1.2)),
+    ("asleep", "offered", LEADER, "offers a part, and wakes the worker", -0.34, (1.25, 3.05)),
+    ("ready", "offered", LEADER, "offers a part", -0.3, (5.1, 2.58)),
+    ("offered", "ready", LEADER, "takes it back", 0.0, (5.1, 2.03)),
+    ("ready", "asleep", WORKER, "no offer for 200 us", 0.0, (1.7, 2.03)),
+    ("offered", "begun", WORKER, "takes it", 0.0, (7.2, 1.1)),
+    ("begun", "awaited", LEADER, "sleeps after 50 us", 0.0, (5.1, 0.15)),
+    ("begun", "ready", WORKER, "is done", 0.0, (5.0, 0.85)),
+    ("awaited", "ready", WORKER, "is done, wakes the leader", 0.0, (2.3, 1.1)),
 )
 
 
@@ -129,18 +151,18 @@ def draw_states(path: Path) -> None:
     figure, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
     boxes = {}
     for name, (x, y) in STATES.items():
-        fill = {"begun": WEIGHTS, "awaited": WEIGHTS, "asleep": WAIT, "absent": WAIT}.get(name, "white")
+        fill = {"begun": WEIGHTS, "awaited": WEIGHTS, "asleep": WAIT}.get(name, "white")
         boxes[name] = FancyBboxPatch((x - 0.6, y - 0.25), 1.2, 0.5, boxstyle="round,pad=0.06", fc=fill, ec=INK)
         ax.add_patch(boxes[name])
         ax.text(x, y, name, ha="center", va="center", fontsize=11)
     for begin, end, colour, label, bend, (x, y) in CHANGES:
         arrow(ax, boxes, begin, end, colour, bend)
         ax.text(x, y, label, ha="center", va="center", fontsize=9, color=colour)
-    arrow(ax, boxes, "asleep", "offered", LEADER, -0.5)
-    ax.text(2.2, 3.75, "offers a part, and wakes the worker", ha="center", fontsize=9, color=LEADER)
-    note = "An absent worker gets an offer when its time is over. Blue: the leader makes the change. Orange: the worker does."
-    ax.text(-0.7, -0.35, note, fontsize=9, style="italic")
-    ax.set(xlim=(-0.8, 8.2), ylim=(-0.5, 4.0))
+    note = (
+        "Blue: the leader makes the change. Orange: the worker does. A worker that sits out gets no offers, and sleeps."
+    )
+    ax.text(-0.7, -0.4, note, fontsize=9, style="italic")
+    ax.set(xlim=(-0.8, 7.7), ylim=(-0.5, 3.3))
     ax.axis("off")
     figure_files.save(figure, path)
 
@@ -156,7 +178,12 @@ def arrow(ax: Any, boxes: dict[str, Any], begin: str, end: str, colour: str, ben
 
 def main() -> None:
     args = figure_files.parser(__doc__).parse_args()
-    figures = {"04c_levels": draw_levels, "04c_policies": draw_policies, "04c_states": draw_states}
+    figures = {
+        "04c_conditions": draw_conditions,
+        "04c_levels": draw_levels,
+        "04c_policies": draw_policies,
+        "04c_states": draw_states,
+    }
     figure_files.draw_all(figures, args.out)
 
 
