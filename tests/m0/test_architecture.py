@@ -151,7 +151,7 @@ def test_the_engine_outweighs_what_measures_it():
     # the server that it measures is larger than the engine that the other one does.
     serve = {path: count for path, count in benchmarks.items() if path.is_relative_to(PACKAGE / "benchmarks" / "serve")}
     assert max(benchmarks.values()) <= 420 and sum(serve.values()) <= 1100
-    assert sum(benchmarks.values()) - sum(serve.values()) <= 2600
+    assert sum(benchmarks.values()) - sum(serve.values()) <= 2650
     scripts = (PACKAGE.parent / "scripts").rglob("*.py")
     measuring = sum(benchmarks.values()) + sum(len(path.read_text(encoding="utf-8").splitlines()) for path in scripts)
     assert sum(lines.values()) - sum(benchmarks.values()) > measuring
