@@ -7,6 +7,7 @@ import torch
 
 from folovllm.config import KernelConfig
 from folovllm.csrc.build import compiled_for, load_ops
+from folovllm.csrc.levels import cpu_capabilities
 
 AMPERE = (8, 0)  # compute capability; the first GPUs that multiply bfloat16
 
@@ -28,7 +29,7 @@ def has_native_bf16(device: str) -> bool:
     """Returns whether torch multiplies bfloat16 in hardware on `device`. What it emulates is slower than float32."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = cpu_capabilities()
     return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 

@@ -140,8 +140,10 @@ def describe_device(device: str) -> dict[str, Any]:
     """What torch knows of the processor: name and memory of the GPU, or the CPU's vector instructions."""
     import torch
 
+    from folovllm.csrc.levels import cpu_capabilities
+
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         return {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
-    flags = torch.cpu.get_capabilities()
+    flags = cpu_capabilities()
     return {"cpu_capabilities": sorted(name for name, value in flags.items() if value is True)}

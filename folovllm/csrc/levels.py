@@ -11,6 +11,7 @@ its torch namespace, has the level's name: `torch.ops.folovllm_avx2`. So one pro
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -49,6 +50,12 @@ def levels_of(machine: str) -> Mapping[str, Level]:
     return LEVELS.get(_ALIASES.get(machine, machine), _OTHERS)
 
 
+def cpu_capabilities() -> dict[str, Any]:
+    """Returns what torch knows of the CPU, e.g. {"avx2": True, ...}. A torch before 2.13 may know nothing: {}."""
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return found
+
+
 def levels_here() -> list[str]:
     """The levels that this CPU can run, from the most instructions to the fewest."""
     return [name for name, level in levels_of(platform.machine()).items() if not missing(level.needs)]
@@ -56,7 +63,7 @@ def levels_here() -> list[str]:
 
 def missing(needs: Iterable[str]) -> list[str]:
     """Those of `needs` that this CPU lacks."""
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = cpu_capabilities()
     return [name for name in needs if not capabilities.get(name)]
 
 

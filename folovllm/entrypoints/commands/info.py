@@ -56,6 +56,7 @@ def system_facts(download_dir: str | None = None) -> dict[str, Any]:
     import psutil
     import torch
 
+    from folovllm.csrc.levels import cpu_capabilities
     from folovllm.platforms import choose_device, has_native_bf16
 
     device, memory = choose_device("auto"), psutil.virtual_memory()
@@ -67,7 +68,7 @@ def system_facts(download_dir: str | None = None) -> dict[str, Any]:
         "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_features": sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True),
+        "cpu_features": sorted(name for name, value in cpu_capabilities().items() if value is True),
         "native_bfloat16": has_native_bf16(device),
         "cpp_kernels": _kernel_facts(),
         "threads": torch.get_num_threads(),
