@@ -90,11 +90,11 @@ def draw_policies(path: Path) -> None:
         "fixed halves": (4, 1, 2),
         "taking over": (6, 1, 0),
         "taking back": (6, 1, 0),
-        "sitting out": (8, 0, 0),
+        "sits out": (8, 0, 0),
     }
     for row, (name, (leader, before, after)) in enumerate(policies.items()):
         y = -2.6 * row
-        is_out = name == "sitting out"
+        is_out = name == "sits out"
         end = leader * PIECE if is_out else back + PIECE / 2 + after * PIECE
         bar(
             ax,
@@ -102,7 +102,7 @@ def draw_policies(path: Path) -> None:
             [(0, leader * PIECE, WEIGHTS, f"{leader} pieces"), (leader * PIECE, end, WAIT, "" if is_out else "waits")],
         )
         if is_out:
-            bar(ax, y - 1, [(0, end, WAIT, "sits out")])
+            bar(ax, y - 1, [(0, end, WAIT, "gets no offer")])
         else:
             bar(
                 ax,
