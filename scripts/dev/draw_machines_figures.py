@@ -102,7 +102,7 @@ def draw_policies(path: Path) -> None:
             [(0, leader * PIECE, WEIGHTS, f"{leader} pieces"), (leader * PIECE, end, WAIT, "" if is_out else "waits")],
         )
         if is_out:
-            bar(ax, y - 1, [(0, end, WAIT, "sits out")])
+            bar(ax, y - 1, [(0, end, WAIT, "gets no offer")])
         else:
             bar(
                 ax,
