@@ -129,7 +129,7 @@ def main() -> None:
     engine = Engine(args.model)
     result["results"] = [row for busy in args.busy for row in beside_busy_processes(engine, busy, args.repeats)]
     if args.json is not None:
-        write_json(args.json, result)
+        write_json(result, args.json)
 
 
 if __name__ == "__main__":
