@@ -16,7 +16,7 @@
 //
 // The leader also decides whether a worker sits out: for some time it then offers nothing, and the worker sleeps.
 //
-// Whoever waits does so in a loop first: the next job usually follows within microseconds, and to wake a sleeping thread
+// A thread waits in a loop first: the next job usually follows within microseconds, and to wake a sleeping thread
 // takes as long as a job (milestones/m4/results/threads_cpu.json). Then it sleeps, because another program may need the
 // core.
 
