@@ -8,6 +8,7 @@ torch's libraries limited alike. Writes milestones/m4/results/levels_cpu.json, m
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 from dataclasses import replace
@@ -53,7 +54,9 @@ def main() -> None:
             runs[level].append(measure(task, level))
             print(level, {mode: round(speed, 1) for mode, speed in runs[level][-1].items()}, flush=True)
     rows = [{"level": level} | medians(found) for level, found in runs.items()]
-    result = {"machine": machine, "run": {"repeats": args.repeats, "dtype": task.dtype}, "results": rows}
+    command = shlex.join(["scripts/dev/measure_levels.py", *sys.argv[1:]])
+    run = {"command": command, "repeats": args.repeats, "dtype": task.dtype, "unit": "tokens per second"}
+    result = {"machine": machine, "run": run, "results": rows}
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -124,7 +125,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    result: dict[str, Any] = {"machine": machine_header(), "handing_over_ns": handing_over()}
+    command = shlex.join(["scripts/dev/measure_threads.py", *sys.argv[1:]])
+    result: dict[str, Any] = {"machine": machine_header(), "command": command, "handing_over_ns": handing_over()}
     print(result["handing_over_ns"])
     engine = Engine(args.model)
     result["results"] = [row for busy in args.busy for row in beside_busy_processes(engine, busy, args.repeats)]
