@@ -119,18 +119,12 @@ at::Tensor linear_silu_packed(const at::Tensor& x, const at::Tensor& packed, int
   return multiply<true>(x, packed, nullptr, out_features, upcoming);
 }
 
-// Whether this library was compiled with bf16 dot products.
-bool has_bf16_dot() {
-  return FOLOVLLM_BF16_DOT != 0;
-}
-
 }  // namespace folovllm
 
 TORCH_LIBRARY_FRAGMENT(folovllm, m) {
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("linear_packed(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
   m.def("linear_silu_packed(Tensor x, Tensor packed, int out_features) -> Tensor");
-  m.def("has_bf16_dot() -> bool", &folovllm::has_bf16_dot);
 }
 
 TORCH_LIBRARY_IMPL(folovllm, CPU, m) {

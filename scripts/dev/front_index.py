@@ -73,7 +73,7 @@ def newcomer(folder: Path) -> str:
         if page.stem in BESIDE:
             continue
         books = [name for name in existing(page.notebooks) if name not in seen]
-        tasks = find_exercises(page.milestone) if page.milestone not in seen else []
+        tasks = find_exercises(page.milestone) if page.milestone and page.milestone not in seen else []
         times = [
             page_minutes(page.path), sum(map(notebook_minutes, books)), sum(task.minutes for task in tasks)
         ]  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from folovllm.csrc.build import load_ops
+from folovllm.csrc.build import compiled_for, load_ops
 from folovllm.gptq_config import GPTQConfig
 from folovllm.model_executor.cpu import int4_crossover, int4_kernel
 from folovllm.model_executor.cpu.int4_crossover import find_crossover, largest_winner
@@ -275,7 +275,7 @@ def test_a_bias_is_not_gated() -> None:
 
 def test_runtimes_agree(isa: str, ops: Any) -> None:
     """`speed` takes 4 bits up to its crossover, bit for bit as `memory`, and packed bf16 beyond."""
-    if not ops.has_bf16_dot():
+    if "avx512_bf16" not in compiled_for(ops):
         pytest.skip("keeps no bf16 here")
     config = GPTQConfig(4, 32, desc_act=False)
     memory, weight = loaded("qkv", config, KernelOptions(BF16, runtime="memory", cpu_isa=isa), bias=True)
@@ -311,18 +311,18 @@ def test_memory_of_each_runtime(isa: str, ops: Any) -> None:
         sizes[runtime] = sum(t.nbytes for part in layer.int4_parts for t in part.tensors.values())
     bf16 = 2 * 576 * 960
     assert sizes["memory"] <= 0.3 * bf16
-    assert sizes["speed"] == sizes["memory"] + (bf16 if ops.has_bf16_dot() else 0)
+    assert sizes["speed"] == sizes["memory"] + (bf16 if "avx512_bf16" in compiled_for(ops) else 0)
 
 
 def test_auto_keeps_bf16_only_where_memory_allows(isa: str, ops: Any) -> None:
     options = KernelOptions(BF16, cpu_isa=isa)
     kernel: Any = get_kernel("cpu_int4", GPTQConfig(4), options)
     kernel.plan(1000)
-    assert kernel.keeps_bf16 == ops.has_bf16_dot()  # elsewhere 4 bits are faster for any batch
+    assert kernel.keeps_bf16 == ("avx512_bf16" in compiled_for(ops))  # elsewhere 4 bits are faster for any batch
     kernel.plan(10**15)
     assert not kernel.keeps_bf16
     speed = dataclasses.replace(options, runtime="speed")
-    if ops.has_bf16_dot():
+    if "avx512_bf16" in compiled_for(ops):
         with pytest.raises(ValueError, match=r"speed' keeps bf16 copies .* GiB are free: use gptq_runtime='memory'"):
             get_kernel("cpu_int4", GPTQConfig(4), speed).plan(10**15)
     get_kernel("cpu_int4", GPTQConfig(4), dataclasses.replace(options, runtime="memory")).plan(10**15)

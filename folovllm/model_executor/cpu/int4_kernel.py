@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from folovllm.csrc.build import load_ops
+from folovllm.csrc.build import compiled_for, load_ops
 from folovllm.gptq_config import GPTQConfig
 from folovllm.model_executor.cpu.huge_pages import HugeArena
 from folovllm.model_executor.cpu.int4_crossover import ALL_ROWS, find_crossover
@@ -68,7 +68,8 @@ class CpuInt4Kernel(GPTQKernel):
         self._method = Int4LinearMethod(self)
         # bf16 copies help where large batches are multiplied faster with them: never in fp32, and only if the CPU has
         # dot products of bf16. Without them bf16 is multiplied as fp32, and 4 bits are faster for a batch of any size.
-        self.keeps_bf16 = options.runtime != "memory" and options.dtype is torch.bfloat16 and ops.has_bf16_dot()
+        helps = options.dtype is torch.bfloat16 and "avx512_bf16" in compiled_for(ops)
+        self.keeps_bf16 = helps and options.runtime != "memory"
 
     def plan(self, num_weights: int) -> None:
         if not self.keeps_bf16:
