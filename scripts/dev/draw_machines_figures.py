@@ -38,7 +38,7 @@ def draw_conditions(path: Path) -> None:
             bars = ax.bar([x + 0.38 * i for x in range(len(arms))], speeds, width=0.36, color=colour, label=name)
             ax.bar_label(bars, fmt="%.0f", fontsize=9)
         ax.set_xticks([x + 0.19 for x in range(len(arms))], arms)
-        ax.set_xlim(-0.5, len(CONDITIONS) - 0.1)
+        ax.set_xlim(-0.5, len(arms) - 0.1)
         ax.set_title(f"{title}: output tokens per second", loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].legend(fontsize=9, frameon=False)

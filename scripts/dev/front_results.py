@@ -15,7 +15,7 @@ MILESTONES = Path(__file__).resolve().parents[2] / "milestones"
 LADDER = "m4/results/compare_perf_A_cpu.json"
 EQUAL_BATCH = "m3/results/equal_batch_A_cpu.json"
 PEERS = "m4/results/compare_peers_A_cpu.json"
-# The columns of the table of peers: the condition that a file was measured in, and the file.
+# The columns of the table of peers: the condition that a file was measured in, and the file, if it is there already.
 CONDITIONS = {
     "idle machine": PEERS,
     "limited to AVX2": "m4/results/compare_peers_avx2_cpu.json",
@@ -138,19 +138,13 @@ def paging(folder: Path) -> str:
 
 
 def peers(folder: Path) -> str:
-    """Ours and each peer in every condition: one request, then 32 together. A missing measurement is a dash."""
-    columns = {name: arms_of(file) for name, file in CONDITIONS.items()}
-    heads = [link(name, MILESTONES / CONDITIONS[name], folder) if arms else name for name, arms in columns.items()]
+    """Ours and each peer in every measured condition: one request, then 32 together. A missing peer is a dash."""
+    columns = {name: result(file)["arms"] for name, file in CONDITIONS.items() if (MILESTONES / file).exists()}
+    heads = [link(name, MILESTONES / CONDITIONS[name], folder) for name in columns]
     names = {OURS: "FoloVLLM", **PEER_NAMES}
     rows = [(label, *(speeds_cell(arms.get(name)) for arms in columns.values())) for name, label in names.items()]
     where = "output tok/s: one request, 32 together"
     return table(" | ".join([where, *heads]), rows, right="1 2 3")
-
-
-def arms_of(file: str) -> dict[str, Any]:
-    """The arms of a compare_peers file. Returns an empty dict if it has not been measured yet."""
-    found: dict[str, Any] = result(file)["arms"] if (MILESTONES / file).exists() else {}
-    return found
 
 
 def speeds_cell(measured: dict[str, Any] | None) -> str:
