@@ -30,6 +30,7 @@ from folovllm.checks import (
 from folovllm.generation_config import check_override
 from folovllm.hf_config import ModelArchitecture
 from folovllm.hf_overrides import check_overrides
+from folovllm.parallel import ParallelConfig
 from folovllm.parts import check_parts, variants
 from folovllm.vllm_args import without_vllms_own
 
@@ -275,6 +276,7 @@ class EngineConfig:
     attention_config: AttentionConfig = field(default_factory=AttentionConfig)
     kernel_config: KernelConfig = field(default_factory=KernelConfig)
     quantization_config: QuantizationConfig = field(default_factory=QuantizationConfig)
+    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
     device: str = "auto"  # "cpu" or "cuda"; "auto": CUDA if there is one
     cpu_threads: int | None = None  # threads that compute on a CPU; None: torch.get_num_threads()
     enforce_eager: bool = False  # CUDA graphs are a rung after M7; until then every step is eager
@@ -426,6 +428,7 @@ CONFIG_GROUPS: dict[str, Any] = {
     "attention_config": AttentionConfig,
     "kernel_config": KernelConfig,
     "quantization_config": QuantizationConfig,
+    "parallel_config": ParallelConfig,
 }
 
 

@@ -32,7 +32,9 @@ class _Anything(tuple[Any, ...]):
 
 ANYTHING = _Anything()
 
-_ONE_PROCESS = "FoloVLLM runs a model in one process on one device: use a model that fits, or quantise it"
+_OTHER_PARALLELISM = (
+    "use tensor_parallel_size, pipeline_parallel_size or data_parallel_size: there is no other parallelism yet"
+)
 _NO_MULTIMODAL = "FoloVLLM runs text models only: remove it"
 _NO_LORA = "LoRA adapters are not applied: merge the adapter into the weights (peft: merge_and_unload) and load those"
 _NO_POOLING = "FoloVLLM generates text and has no embedding or pooling models: remove it"
@@ -113,32 +115,27 @@ VLLM_ARGS: dict[str, Answer] = {
     "disable_cascade_attn": Answer("there is no cascade attention: remove it", ANYTHING),
     "override_attention_dtype": Answer("attention computes in the model's dtype: use dtype="),
     # --- Several devices and processes
-    "tensor_parallel_size": Answer(_ONE_PROCESS, (1,)),
-    "pipeline_parallel_size": Answer(_ONE_PROCESS, (1,)),
-    "decode_context_parallel_size": Answer(_ONE_PROCESS, (1,)),
-    "data_parallel_size": Answer(_ONE_PROCESS, (1,)),
-    "data_parallel_rank": Answer(_ONE_PROCESS, (0,)),
-    "data_parallel_start_rank": Answer(_ONE_PROCESS, (0,)),
-    "data_parallel_size_local": Answer(_ONE_PROCESS, (1,)),
-    "data_parallel_address": Answer(_ONE_PROCESS),
-    "data_parallel_rpc_port": Answer(_ONE_PROCESS),
-    "data_parallel_hybrid_lb": Answer(_ONE_PROCESS, (False,)),
-    "data_parallel_backend": Answer(_ONE_PROCESS, ("mp",)),
-    "distributed_executor_backend": Answer(_ONE_PROCESS, ("uni", "mp")),
-    "enable_expert_parallel": Answer(_ONE_PROCESS, (False,)),
-    "enable_dbo": Answer(_ONE_PROCESS, (False,)),
-    "dbo_decode_token_threshold": Answer(_ONE_PROCESS, ANYTHING),
-    "dbo_prefill_token_threshold": Answer(_ONE_PROCESS, ANYTHING),
-    "eplb_config": Answer(_ONE_PROCESS),
-    "enable_eplb": Answer(_ONE_PROCESS, (False,)),
-    "expert_placement_strategy": Answer(_ONE_PROCESS, ("linear",)),
-    "num_redundant_experts": Answer(_ONE_PROCESS, (0,)),
-    "eplb_window_size": Answer(_ONE_PROCESS, ANYTHING),
-    "eplb_step_interval": Answer(_ONE_PROCESS, ANYTHING),
-    "eplb_log_balancedness": Answer(_ONE_PROCESS, ANYTHING),
-    "max_parallel_loading_workers": Answer(_ONE_PROCESS, ANYTHING),
-    "disable_custom_all_reduce": Answer(_ONE_PROCESS, ANYTHING),
-    "ray_workers_use_nsight": Answer(_ONE_PROCESS, (False,)),
+    "decode_context_parallel_size": Answer(_OTHER_PARALLELISM, (1,)),
+    "data_parallel_rank": Answer(_OTHER_PARALLELISM, (0,)),
+    "data_parallel_start_rank": Answer(_OTHER_PARALLELISM, (0,)),
+    "data_parallel_size_local": Answer(_OTHER_PARALLELISM, (1,)),
+    "data_parallel_address": Answer(_OTHER_PARALLELISM),
+    "data_parallel_rpc_port": Answer(_OTHER_PARALLELISM),
+    "data_parallel_hybrid_lb": Answer(_OTHER_PARALLELISM, (False,)),
+    "enable_expert_parallel": Answer(_OTHER_PARALLELISM, (False,)),
+    "enable_dbo": Answer(_OTHER_PARALLELISM, (False,)),
+    "dbo_decode_token_threshold": Answer(_OTHER_PARALLELISM, ANYTHING),
+    "dbo_prefill_token_threshold": Answer(_OTHER_PARALLELISM, ANYTHING),
+    "eplb_config": Answer(_OTHER_PARALLELISM),
+    "enable_eplb": Answer(_OTHER_PARALLELISM, (False,)),
+    "expert_placement_strategy": Answer(_OTHER_PARALLELISM, ("linear",)),
+    "num_redundant_experts": Answer(_OTHER_PARALLELISM, (0,)),
+    "eplb_window_size": Answer(_OTHER_PARALLELISM, ANYTHING),
+    "eplb_step_interval": Answer(_OTHER_PARALLELISM, ANYTHING),
+    "eplb_log_balancedness": Answer(_OTHER_PARALLELISM, ANYTHING),
+    "max_parallel_loading_workers": Answer(_OTHER_PARALLELISM, ANYTHING),
+    "disable_custom_all_reduce": Answer(_OTHER_PARALLELISM, ANYTHING),
+    "ray_workers_use_nsight": Answer(_OTHER_PARALLELISM, (False,)),
     "worker_cls": Answer("use parts= to replace a part of the engine (folovllm.parts lists them)", ("auto",)),
     "worker_extension_cls": Answer("use parts= to replace a part of the engine (folovllm.parts lists them)", ("",)),
     "kv_transfer_config": Answer(_NO_TRANSFER),
@@ -181,7 +178,7 @@ VLLM_ARGS |= {
     "num_scheduler_steps": Answer("every step is scheduled: remove it", (1,)),
     "use_v2_block_manager": Answer("there is one block manager: remove it", ANYTHING),
     "preemption_mode": Answer("a preempted request computes its KV cache again: remove it", ("recompute",)),
-    "worker_use_ray": Answer(_ONE_PROCESS, (False,)),
+    "worker_use_ray": Answer(_OTHER_PARALLELISM, (False,)),
     "disable_log_requests": Answer("requests are not logged: remove it", ANYTHING),
 }
 

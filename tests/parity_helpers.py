@@ -24,6 +24,7 @@ from folovllm.config import (
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.executor.uniproc import UniProcExecutor
 from folovllm.hf_config import load_hf_config
+from folovllm.parallel import ParallelConfig
 from folovllm.request import Request
 from folovllm.sampling_params import RequestOutputKind, SamplingParams
 from folovllm.worker.naive import NaiveModel, generate_naive
@@ -41,6 +42,7 @@ _PARTS: dict[str, Any] = {
     "attention_config": AttentionConfig,
     "kernel_config": KernelConfig,
     "quantization_config": QuantizationConfig,
+    "parallel_config": ParallelConfig,
 }
 
 

@@ -46,11 +46,11 @@ def build_core(config: EngineConfig, model_path: Path, executor_factory: Executo
     """The engine core for `config`. `executor_factory` replaces the model: then `config` must be resolved."""
     if executor_factory is not None:
         return EngineCore(config, executor_factory(config))
-    from folovllm.executor.uniproc import UniProcExecutor
+    from folovllm.executor.select import make_executor
 
     options = config.model_config
     config = resolve_config(config, load_hf_config(model_path, options.hf_overrides, options.generation_config))
-    return EngineCore(config, UniProcExecutor(config, model_path))
+    return EngineCore(config, make_executor(config, model_path))
 
 
 def run_core(make_core: Callable[[], EngineCore], inbox: Inbox, send: Callable[[UpMessage], None]) -> None:

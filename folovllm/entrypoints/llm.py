@@ -26,7 +26,7 @@ from folovllm.engine.start_core import resolve_config
 from folovllm.engine.tokenizer import Tokenizer
 from folovllm.entrypoints.keywords import check_keywords, drop_vllm_keywords
 from folovllm.entrypoints.start import announce_defaults, find_model_files
-from folovllm.executor.uniproc import UniProcExecutor
+from folovllm.executor.select import make_executor
 from folovllm.interrupts import HeldInterrupts
 from folovllm.outputs import EngineStats, RequestOutput
 from folovllm.request import Request
@@ -89,7 +89,7 @@ class LLM:
         self._defaults_announced = False
         self.config = resolve_config(model_files.config, model_files.arch)
         tokenizer = model_files.load_tokenizer()
-        self.llm_engine = LLMEngine(self.config, UniProcExecutor(self.config, self.model_path), tokenizer)
+        self.llm_engine = LLMEngine(self.config, make_executor(self.config, self.model_path), tokenizer)
         self._log_what_runs()
         # A trace is complete only once it is closed: at the latest when this object or the interpreter goes.
         self.shutdown = weakref.finalize(self, self.llm_engine.shutdown)

@@ -74,7 +74,7 @@ def test_answers_say_what_to_do(name: str) -> None:
     [
         # What scripts written for vLLM pass, at values that mean "off" or "as always".
         {"tensor_parallel_size": 1, "trust_remote_code": True, "swap_space": 4, "disable_custom_all_reduce": True},
-        {"pipeline_parallel_size": 1, "distributed_executor_backend": "mp", "enable_lora": False, "cpu_offload_gb": 0},
+        {"pipeline_parallel_size": 1, "distributed_executor_backend": None, "enable_lora": False, "cpu_offload_gb": 0},
         {"kv_cache_dtype": "auto", "revision": None, "tokenizer_revision": None, "speculative_config": None},
         {"limit_mm_per_prompt": {"image": 1}, "compilation_config": 0, "task": "generate", "runner": "auto"},
         dict.fromkeys(VLLM_ARGS),
@@ -93,8 +93,8 @@ def test_none_means_not_given_where_it_does_in_vllm(name: str) -> None:
     "args,message",
     [
         (
-            {"tensor_parallel_size": 2},
-            "tensor_parallel_size=2 is an engine argument of vLLM .*one process on one device",
+            {"decode_context_parallel_size": 2},
+            "decode_context_parallel_size=2 is an engine argument of vLLM .*there is no other parallelism",
         ),
         ({"kv_cache_memory_bytes": 2**30}, "use kv_cache_memory="),
         ({"num_gpu_blocks_override": 100}, "use num_kv_blocks="),

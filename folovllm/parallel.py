@@ -1,0 +1,108 @@
+"""ParallelConfig: over how many processes a model is divided. ModelShard: the part that one of them computes.
+
+Milestone: M9. vLLM counterparts: ParallelConfig (vllm/config/parallel.py) and get_pp_indices
+(vllm/distributed/utils.py).
+Left out: expert and context parallelism, ranks on several machines without Ray.
+
+Row 0: plain data, no torch. A *rank* is one process of a model, and the ranks are counted through the stages of the
+pipeline. E.g. tensor_parallel_size 2, pipeline_parallel_size 2:
+
+    rank 0: stage 0, half 0      rank 1: stage 0, half 1
+    rank 2: stage 1, half 0      rank 3: stage 1, half 1
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from folovllm.checks import check_choice, check_int
+from folovllm.hf_config import ModelArchitecture
+
+MAX_RANKS = 1024
+EXECUTOR_BACKENDS = ("uni", "mp", "ray")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How many processes compute one model, and how many copies of the model serve."""
+
+    tensor_parallel_size: int = 1  # every layer is divided among so many processes
+    pipeline_parallel_size: int = 1  # the layers are divided into so many stages, one after another
+    distributed_executor_backend: str | None = None  # "uni", "mp" or "ray"; None: "mp" with several processes
+    data_parallel_size: int = 1  # so many engines with all weights share the requests of a server
+    data_parallel_backend: str = "mp"  # or "ray": the engines are actors, which may be on other machines
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            check_int(name, getattr(self, name), low=1, high=MAX_RANKS)
+        backend = self.distributed_executor_backend
+        if backend is not None:
+            check_choice("distributed_executor_backend", backend, EXECUTOR_BACKENDS)
+        if backend == "uni" and self.world_size > 1:
+            raise ValueError(
+                f"distributed_executor_backend='uni' is one process, and tensor_parallel_size="
+                f"{self.tensor_parallel_size} x pipeline_parallel_size={self.pipeline_parallel_size} are "
+                f"{self.world_size}: use 'mp' or 'ray'"
+            )
+        check_choice("data_parallel_backend", self.data_parallel_backend, ("mp", "ray"))
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks compute one model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def executor_backend(self) -> str:
+        """The executor that runs: "uni" for one rank unless another is asked for."""
+        return self.distributed_executor_backend or ("uni" if self.world_size == 1 else "mp")
+
+    def shard(self, rank: int) -> "ModelShard":
+        """The part of the model that `rank` computes."""
+        assert 0 <= rank < self.world_size
+        stage, part = divmod(rank, self.tensor_parallel_size)
+        return ModelShard(part, self.tensor_parallel_size, stage, self.pipeline_parallel_size)
+
+
+@dataclass(frozen=True)
+class ModelShard:
+    """The part of a model that one rank computes: part `tp_rank` of each layer of stage `pp_rank`."""
+
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    def layers(self, num_hidden_layers: int) -> range:
+        """The layers of this stage. What does not divide goes to the stages before the last, from the back.
+
+        E.g. 6 layers in 4 stages: 1, 2, 2, 1. The first and the last stage have the embedding and the head as well.
+        """
+        size, rest = divmod(num_hidden_layers, self.pp_size)
+        sizes = [size] * self.pp_size
+        for i in range(rest):
+            sizes[-2 - i] += 1
+        start = sum(sizes[: self.pp_rank])
+        return range(start, start + sizes[self.pp_rank])
+
+    def num_kv_heads(self, total: int) -> int:
+        """How many KV heads this rank has: at least one. With more ranks than heads, several ranks hold the same."""
+        return max(total // self.tp_size, 1)
+
+    def attention_arch(self, arch: ModelArchitecture) -> ModelArchitecture:
+        """`arch` as this rank's attention and KV cache see it: its own heads, and the layers of its stage."""
+        return dataclasses.replace(
+            arch,
+            num_attention_heads=arch.num_attention_heads // self.tp_size,
+            num_key_value_heads=self.num_kv_heads(arch.num_key_value_heads),
+            num_hidden_layers=len(self.layers(arch.num_hidden_layers)),
+        )
+
+
+WHOLE_MODEL = ModelShard()
