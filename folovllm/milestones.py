@@ -21,8 +21,8 @@ class RungNotBuiltError(ValueError):
 class Rung:
     """One milestone. `on` and `off` map engine argument names to values; a rung without `off` cannot be left out.
 
-    A rung with neither adds something around the engine: m0 the ground it stands on, m8 the server. The engine as of m8
-    is therefore that of m7.
+    A rung with neither adds something around the engine: m0 the ground it stands on, m8 the server, m9 the processes
+    that share one model, m10 several engines. The engine as of m8 or later is therefore that of m7.
     """
 
     id: str
@@ -112,8 +112,20 @@ LADDER: tuple[Rung, ...] = (
         built=True,
     ),
     Rung("m8", "Serving", "the engine behind an OpenAI-compatible server", built=True),
+    Rung(
+        "m9",
+        "Tensor and pipeline parallelism",
+        "one model divided among several processes",
+        built=True,
+    ),
+    Rung("m10", "Scale-out", "several engines behind one server, and Ray where they leave the machine", built=True),
 )
 RUNG_IDS = tuple(rung.id for rung in LADDER)
+
+
+def rung_number(rung_id: str) -> int:
+    """The place of a milestone on the ladder, for sorting: as text, "m10" would come before "m2"."""
+    return RUNG_IDS.index(rung_id)
 
 
 def get_rung(rung_id: str) -> Rung:

@@ -18,6 +18,7 @@ from folovllm.csrc import compilers
 from folovllm.entrypoints.commands.options import parse_parts
 from folovllm.learn.mine import my_parts
 from folovllm.learn.workspace import find_work
+from folovllm.milestones import RUNG_IDS
 from folovllm.parts import PARTS, load_class, load_part
 from tests.m4.levels import isa, ops  # noqa: F401 - fixtures for every test: the C++ operators, level by level
 
@@ -27,7 +28,7 @@ settings.load_profile("folovllm")
 
 collect_ignore = ["clients"]  # they run in an environment of their own: make test-clients
 
-MILESTONE_MARKERS = {f"m{i}" for i in range(9)}
+MILESTONE_MARKERS = set(RUNG_IDS)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,6 +1,6 @@
 """The learning system: write a part of the engine yourself, and let the engine's own rules grade it.
 
-Milestone: M0 to M8. vLLM counterpart: none. Row 5, without torch: only the worker process of an exercise about tensors
+Milestone: M0 to M10. vLLM counterpart: none. Row 5, without torch: only the worker process of an exercise about tensors
 imports it.
 
     exercise.py    an exercise of milestones/mN/exercises: its exercise.toml, its files, its place in the order

@@ -15,12 +15,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-from folovllm.milestones import get_rung
+from folovllm.milestones import get_rung, rung_number
 from folovllm.parts import PARTS, load_class
 from folovllm.utils import did_you_mean
 
 PACKAGE = Path(__file__).parents[1]
 ALL_PARTS = "all"  # `part` of the capstone: it grades an engine made of all parts that the learner has written
+NO_PART = "none"  # `part` of an exercise on a class that the engine does not load as a part; `reference` names the class
 
 
 def milestones_dir() -> Path:
@@ -35,7 +36,7 @@ class Exercise:
 
     folder: Path
     title: str
-    part: str  # a name of folovllm.parts.PARTS, or "all"
+    part: str  # a name of folovllm.parts.PARTS, "all" or "none"
     class_name: str  # "class" in the file
     write: tuple[str, ...]  # the methods that the learner writes
     minutes: int
@@ -65,8 +66,18 @@ class Exercise:
         return f"{self.milestone}/{self.name}"
 
     @property
+    def replaces_a_part(self) -> bool:
+        """Whether an engine can be built with the learner's class, by the argument `parts`."""
+        return self.part not in (ALL_PARTS, NO_PART)
+
+    @property
+    def subject(self) -> str:
+        """What the learner writes a piece of: a part, or a class of the engine."""
+        return self.part if self.replaces_a_part else self.reference.rpartition(":")[2]
+
+    @property
     def compares_traces(self) -> bool:
-        return not self.torch and self.part != ALL_PARTS if self.trace is None else self.trace
+        return not self.torch and self.replaces_a_part if self.trace is None else self.trace
 
     @property
     def skeleton(self) -> Path:
@@ -97,13 +108,13 @@ def find_exercises(milestone: str | None = None, root: Path | None = None) -> li
 
 def in_order(exercises: list[Exercise]) -> list[Exercise]:
     """Milestone by milestone; in one, an exercise after those that it needs, then the easy ones first."""
-    order, left = [], sorted(exercises, key=lambda e: (e.milestone, e.level, e.minutes, e.name))
+    order, left = [], sorted(exercises, key=lambda e: (rung_number(e.milestone), e.level, e.minutes, e.name))
     while left:
         open_ids = {exercise.id for exercise in left}
         ready = next((e for e in left if not open_ids & set(e.needs)), left[0])  # left[0]: a circle, which a test finds
         order.append(ready)
         left.remove(ready)
-    return sorted(order, key=lambda e: e.milestone)
+    return sorted(order, key=lambda e: rung_number(e.milestone))
 
 
 def get_exercise(milestone: str, name: str, root: Path | None = None) -> Exercise:
@@ -163,16 +174,17 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 def lint(exercise: Exercise) -> list[str]:
     """What is wrong with the fields themselves; guard.py looks at the files beside."""
-    capstone = exercise.part == ALL_PARTS
+    capstone, partless = exercise.part == ALL_PARTS, exercise.part == NO_PART
     rules = {
-        f"part {exercise.part!r} is not in folovllm/parts.py": capstone or exercise.part in PARTS,
+        f"part {exercise.part!r} is not in folovllm/parts.py": capstone or partless or exercise.part in PARTS,
+        "part 'none' needs a reference, the class of the engine that the learner writes": not partless or bool(exercise.reference),
         "class and write must name what the learner writes": capstone or bool(exercise.class_name and exercise.write),
         "hints must be three layers": len(exercise.hints) == 3 and all(exercise.hints),
         "title, predict and after must not be empty": bool(exercise.title and exercise.predict and exercise.after),
         "level must be 1, 2 or 3": exercise.level in (1, 2, 3),
         "minutes must be between 5 and 180": 5 <= exercise.minutes <= 180,
         "spec must name requirements": bool(exercise.spec),
-        "needs must be ids such as 'm3/block_pool'": all(re.fullmatch(r"m\d/\w+", need) for need in exercise.needs),
+        "needs must be ids such as 'm3/block_pool'": all(re.fullmatch(r"m\d+/\w+", need) for need in exercise.needs),
     }
     missing = [spec_id for spec_id in exercise.spec if spec_line(spec_id, exercise.folder.parents[2]) is None]
     unknown = [f"spec {spec_id} is not in the SPEC.md of its milestone" for spec_id in missing]

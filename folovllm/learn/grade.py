@@ -83,7 +83,8 @@ def mine_of(exercise: Exercise, path: Path, cls: Any) -> Mine:
     """What the checks are given. Of the capstone, `cls` is the dict of its parts, and there is no class."""
     if exercise.part == ALL_PARTS:
         return Mine(None, cls, None)
-    return Mine(cls, {exercise.part: f"{path}:{exercise.class_name}"}, exercise.reference_class)
+    parts = {exercise.part: f"{path}:{exercise.class_name}"} if exercise.replaces_a_part else {}
+    return Mine(cls, parts, exercise.reference_class)
 
 
 def grade(

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from folovllm.learn.exercise import ALL_PARTS, Exercise, find_exercises
+from folovllm.learn.exercise import Exercise, find_exercises
 from folovllm.learn.files import friendly_os_errors
 from folovllm.learn.record import digest, read_record
 from folovllm.parts import load_class
@@ -22,9 +22,9 @@ HEADER = '"""Your parts for {part} as one class. Written by folovllm; do not edi
 
 
 def passed_exercises(work: Path) -> list[Exercise]:
-    """The exercises whose present file has passed, without the capstone."""
+    """The exercises about a part whose present file has passed: no capstone."""
     record = read_record(work)
-    return [e for e in find_exercises() if e.part != ALL_PARTS and record.is_passed(e)]
+    return [e for e in find_exercises() if e.replaces_a_part and record.is_passed(e)]
 
 
 def my_parts(work: Path) -> dict[str, str]:

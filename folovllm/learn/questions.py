@@ -57,7 +57,7 @@ class Question:
     code: tuple[str, ...]
     source: tuple[str, ...]
     file: Path
-    chapter: str  # "m0" .. "m8", "design", "drill"
+    chapter: str  # "m0" .. "m10", "design", "drill"
     say3min: Text = field(default_factory=dict)
     follow: tuple[str, ...] = ()
     fact: int | None = None
@@ -118,7 +118,8 @@ def _namespace(question: Question, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def question_files(root: Path | None = None) -> list[Path]:
     root = root or milestones_dir()
-    return [*sorted(root.glob("m[0-9]*/questions.toml")), *(p for n in SINGLE_FILES if (p := root / n).is_file())]
+    of_rungs = sorted(root.glob("m[0-9]*/questions.toml"), key=lambda path: int(path.parent.name[1:]))
+    return [*of_rungs, *(p for n in SINGLE_FILES if (p := root / n).is_file())]
 
 
 def load_questions(root: Path | None = None) -> dict[str, Question]:

@@ -36,6 +36,8 @@ TITLES = {
     "m6": "M6, prefix caching",
     "m7": "M7, GPTQ",
     "m8": "M8, Serving",
+    "m9": "M9, tensor and pipeline parallelism",
+    "m10": "M10, scale-out",
     "design": "system design",
     "drill": "number drills",
 }
@@ -76,8 +78,8 @@ def pages(questions: dict[str, Question]) -> dict[Path, str]:
     }
     made[DOCS / "interview_guide.md"] = guide_page(chapters)
     for name, chosen in chapters.items():
-        if re.fullmatch(r"m\d", name):
-            made[DOCS / "presentation" / f"milestone_{name[1]}.md"] = presentation_page(name, chosen, questions)
+        if re.fullmatch(r"m\d+", name):
+            made[DOCS / "presentation" / f"milestone_{name[1:]}.md"] = presentation_page(name, chosen, questions)
     return {path: with_links(text, path.parent) for path, text in made.items()}
 
 
@@ -194,7 +196,7 @@ def guide_link(question: Question) -> str:
 
 def presentation_page(name: str, chosen: list[Question], questions: dict[str, Question]) -> str:
     """A talk on one milestone: its problem and idea, then the spoken answers that come first in its file."""
-    number = name[1]
+    number = name[1:]
     spoken = [question for question in chosen if question.kind == "explain"]
     chosen = spoken[:TALK]
     lines = [f"# Presenting {TITLES[name]}", "", PRESENTATION_NOTE.format(number=number, name=name), ""]
@@ -222,7 +224,7 @@ def opening(name: str) -> list[str]:
 def plot_lines(name: str) -> list[str]:
     """The milestone's result plot, or else a figure of its learning page, or else the one of the whole engine."""
     results = sorted((ROOT / "milestones" / name / "results").glob("*.png"))
-    figures = sorted((DOCS / "learn" / "img").glob(f"0{name[1]}_*.png"))
+    figures = sorted((DOCS / "learn" / "img").glob(f"{int(name[1:]):02}_*.png"))
     plots = [p for p in results if "compare_perf" in p.name] or [p for p in results if "groups" not in p.name]
     path = PICTURES.get(name) or [*plots, *figures, ROOT / "docs/img/architecture.png"][0]
     return ["## The picture to show", "", f"![{path.stem}]({os.path.relpath(path, DOCS / 'presentation')})", ""]

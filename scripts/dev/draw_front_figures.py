@@ -121,7 +121,7 @@ def _bars(ax: Any, bars: dict[str, Any], colour_of: Callable[[str], str]) -> Non
 
 PLACES = {
     "m0": (0, 0), "m1": (1, 0), "m2": (2, 0), "m3": (3, 0),
-    "m4": (4, 0.8), "m5": (4, 0), "m6": (5, 0), "m7": (5, 0.8), "m8": (6, 0),
+    "m4": (4, 0.8), "m5": (4, 0), "m6": (5, 0), "m7": (5, 0.8), "m8": (6, 0), "m9": (6, 0.8), "m10": (7, 0),
 }  # fmt: skip
 BOX = (0.8, 0.5)
 
@@ -138,7 +138,7 @@ def draw_roadmap(data: dict[str, Any]) -> Any:
         ax.text(x, y, f"{name.upper()}\n{two_lines(title)}", ha="center", va="center", fontsize=10, color=INK)
         for need in needs:
             _arrow(ax, PLACES[need], (x, y))
-    ax.set_xlim(-0.5, 6.5)
+    ax.set_xlim(-0.5, 7.5)
     ax.set_ylim(-0.35, 1.15)
     ax.set_axis_off()
     return figure

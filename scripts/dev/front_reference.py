@@ -22,7 +22,7 @@ from folovllm.parts import PARTS
 ROOT = Path(__file__).resolve().parents[2]
 NOT_AN_ARGUMENT = {"architecture"}
 SHOWN_FOR_ALL = "m1"  # all milestones have the same commands below `folovllm learn`
-REPEATED = re.compile(rf"^learn (?!{SHOWN_FOR_ALL} )m\d(?! race)")
+REPEATED = re.compile(rf"^learn (?!{SHOWN_FOR_ALL} )m\d+(?! race)")
 
 
 def in_cell(text: str) -> str:

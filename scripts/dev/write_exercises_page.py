@@ -72,7 +72,7 @@ def _row(exercise: Exercise) -> str:
     yours = (
         "nothing: every part that you wrote, together"
         if exercise.part == ALL_PARTS
-        else f"{methods} of `{exercise.part}`"
+        else f"{methods} of `{exercise.subject}`"
     )
     name = f"[{exercise.id}](../../milestones/{exercise.milestone}/exercises/{exercise.name}/README.md)"
     difficulty = DIFFICULTIES[exercise.level] + (", torch" if exercise.torch else "")

@@ -107,7 +107,7 @@ def work_of(rung: Rung) -> str:
 
 
 def exercise_row(exercise: Exercise) -> str:
-    what = "every part that you wrote" if exercise.part == ALL_PARTS else f"`{exercise.part}`"
+    what = "every part that you wrote" if exercise.part == ALL_PARTS else f"`{exercise.subject}`"
     fast = ", fast track" if exercise.fast else ""
     return (
         f"| [{exercise.title}](exercises/{exercise.name}/README.md) | exercise: {what}, "

@@ -30,6 +30,7 @@ ROWS = {
     "folovllm.outputs": 0,
     "folovllm.parts": 0,
     "folovllm.parallel": 0,
+    "folovllm.communication_plan": 0,
     "folovllm.model_shapes": 0,
     "folovllm.utils": 0,
     "folovllm.checks": 0,

@@ -202,7 +202,7 @@ def test_commands_exist(page: Path) -> None:
 
 def test_commands_are_found_and_wrong_ones_refused() -> None:
     assert len(commands_on(ROOT / "README.md")) >= 10 and len(commands_on(DOCS / "getting_started.md")) >= 10
-    for wrong in ("folovllm nothing", "folovllm generate --nothing", "folovllm trace nothing", "folovllm learn m9"):
+    for wrong in ("folovllm nothing", "folovllm generate --nothing", "folovllm trace nothing", "folovllm learn m99"):
         with pytest.raises(Exception, match=r"No such|unknown milestone"):
             parse(wrong)
 

@@ -303,7 +303,7 @@ def test_watch_checks_at_every_save_until_ctrl_c(here, monkeypatch):
 
 
 MISTAKES = {
-    "milestone": (["m9"], "unknown milestone 'm9'; the ladder has m0, m1"),
+    "milestone": (["m99"], "unknown milestone 'm99'; the ladder has m0, m1"),
     "upper case": (["M3"], "did you mean 'm3'?"),
     "command": (["chekc"], "unknown command 'chekc'; write a milestone (folovllm learn m3) or one of status, log"),
     "exercise": (["m2", "check", "quee"], "no exercise 'quee' in m2; m2 has queue, preempted; did you mean 'queue'?"),

@@ -47,7 +47,7 @@ def switches(config: EngineConfig, names: Any) -> dict[str, Any]:
 
 def test_the_rungs_are_m0_upwards() -> None:
     assert tuple(f"m{i}" for i in range(len(LADDER))) == RUNG_IDS
-    assert {"m0", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8"} <= set(RUNG_IDS)
+    assert {"m0", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "m9", "m10"} <= set(RUNG_IDS)
 
 
 def test_built_rungs_come_first() -> None:
@@ -111,6 +111,14 @@ def test_m8_switches_nothing() -> None:
     assert fold("m8", without=["m2", "m6"]) == fold("m7", without=["m2", "m6"])
 
 
+@pytest.mark.m9
+@pytest.mark.m10
+def test_m9_and_m10_switch_nothing() -> None:
+    """Several processes compute the same engine, and several engines are each the same: no argument of a rung."""
+    assert fold("m10") == fold("m9") == fold("m7") and EngineConfig.preset("m10") == EngineConfig.preset("m7")
+    assert get_rung("m9").built and get_rung("m10").built and top_rung().id == "m7"
+
+
 @pytest.mark.m8
 def test_only_rungs_that_switch_something_are_engines_of_their_own() -> None:
     """Benchmarks, ablations and the tests of every preset go through these, and so measure no engine twice."""
@@ -164,7 +172,7 @@ def test_every_ablation_of_the_top_is_a_valid_config() -> None:
 @pytest.fixture
 def m3_unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
     """A ladder on which m3 and all above are still to come, whatever the real one has reached."""
-    ladder = tuple(dataclasses.replace(rung, built=rung.id < "m3") for rung in LADDER)
+    ladder = tuple(dataclasses.replace(rung, built=milestones.rung_number(rung.id) < 3) for rung in LADDER)
     monkeypatch.setattr(milestones, "LADDER", ladder)
 
 
@@ -192,7 +200,7 @@ def test_a_rung_that_is_not_built_yet_cannot_be_left_out() -> None:
 
 @pytest.mark.usefixtures("m3_unbuilt")
 def test_every_rung_above_the_top_is_refused() -> None:
-    assert [rung.id for rung in milestones.rungs_above_top()] == ["m3", "m4", "m5", "m6", "m7", "m8"]
+    assert [rung.id for rung in milestones.rungs_above_top()] == ["m3", "m4", "m5", "m6", "m7", "m8", "m9", "m10"]
     for rung in milestones.rungs_above_top():
         with pytest.raises(RungNotBuiltError, match=rf"{rung.id} \({rung.title}\) is not built yet"):
             EngineConfig.preset(rung.id)

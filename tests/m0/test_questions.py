@@ -33,7 +33,7 @@ FIELDS = {
 
 
 def marked(question: Question) -> Any:
-    marker = question.chapter if re.fullmatch(r"m\d", question.chapter) else "m8"
+    marker = question.chapter if re.fullmatch(r"m\d+", question.chapter) else "m8"
     return pytest.param(question, id=question.id, marks=getattr(pytest.mark, marker))
 
 

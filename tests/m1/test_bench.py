@@ -126,7 +126,7 @@ def test_sizes(text, value):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--milestones", "m9"], "m9"),
+        (["--milestones", "m99"], "m99"),
         (["--milestones", "m1,m1"], "m1"),
         (["--workload", "B"], "B"),
         (["--repeats", "0"], "repeats"),

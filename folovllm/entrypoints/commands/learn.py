@@ -48,7 +48,7 @@ class LearnGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and not args[0].startswith("-") and args[0] not in self.commands:
-            if len(args[0]) <= 2:  # "M3", "m9", "3"
+            if len(args[0]) <= 3:  # "M3", "m42", "3"
                 get_rung(args[0])
             others = ", ".join(name for name in self.commands if name not in RUNG_IDS)
             raise ValueError(f"unknown command {args[0]!r}; write a milestone (folovllm learn m3) or one of {others}")

@@ -17,7 +17,7 @@ from folovllm.learn.exercise import ALL_PARTS, PACKAGE, Exercise, find_exercises
 from folovllm.learn.files import friendly_os_errors
 from folovllm.learn.record import FILE, Named, Record, read_record
 from folovllm.learn.story import wrapped
-from folovllm.milestones import LADDER, Rung, fold, get_rung
+from folovllm.milestones import LADDER, Rung, fold, get_rung, rung_number
 
 TRACKS = ("all", "fast")
 MARKS = {
@@ -121,7 +121,7 @@ def show_passed(exercise: Exercise, record: Record) -> None:
     typer.secho(wrapped(f"Passed{assisted}. Think about this: {exercise.after}"), fg="green")
     left = [e for e in find_exercises() if not record.is_passed(e)]
     here = exercise.milestone  # its other exercises come first, then those of later milestones, then what was left out
-    following = min(left, key=lambda e: (e.milestone != here, e.milestone < here), default=None)
+    following = min(left, key=lambda e: (e.milestone != here, rung_number(e.milestone) < rung_number(here)), default=None)
     if following is None:
         typer.echo("That was the last exercise. Talk to your engine: folovllm chat --mine")
     else:
@@ -256,7 +256,7 @@ def diff(
     manifest = _manifest()
     for rung in between:
         typer.secho(f"{rung.id}, {rung.title}: {rung.adds}", bold=True)
-        parts = dict.fromkeys(e.part for e in find_exercises(rung.id) if e.part != ALL_PARTS)
+        parts = dict.fromkeys(e.part for e in find_exercises(rung.id) if e.replaces_a_part)
         typer.echo(f"  parts that you can write: {', '.join(parts) or 'none'}")
         typer.echo("  code: " + ", ".join(manifest[rung.id]["code"]))
         if changes := _changelog(rung):

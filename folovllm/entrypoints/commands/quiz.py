@@ -25,7 +25,7 @@ def quiz(
     chapter: Annotated[
         str | None,
         typer.Argument(
-            metavar="[CHAPTER|ID|export]", help="m0 to m8, design or drill, or the id of one question; default: all."
+            metavar="[CHAPTER|ID|export]", help="m0 to m10, design or drill, or the id of one question; default: all."
         ),
     ] = None,
     kind: Annotated[
