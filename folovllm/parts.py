@@ -134,6 +134,11 @@ PARTS: dict[str, Part] = {
             "folovllm.entrypoints.openai.sse:EventStream",
             ("encode", "feed"),
         ),
+        Part(
+            "serve.router",
+            "folovllm.engine.router:PrefixRouter",
+            ("route", "started", "finished", "forget"),
+        ),
     )
 }  # fmt: skip
 

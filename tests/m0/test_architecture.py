@@ -45,6 +45,7 @@ ROWS = {
     "folovllm.engine.core_loop": 1,
     "folovllm.engine.fault_finder": 1,
     "folovllm.engine.messages": 1,
+    "folovllm.engine.router": 1,
     "folovllm.forward_context": 2,
     "folovllm.distributed": 2,
     "folovllm.platforms": 2,
