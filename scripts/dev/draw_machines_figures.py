@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/learn/04c: speeds by condition, registers, a job under four policies, states.
+"""Draws the pictures of docs/learn/04c: speeds by condition and length, registers, a job under four policies, states.
 
 Milestone: M4. vLLM counterpart: none. No weights, a few seconds:
 
@@ -22,7 +22,8 @@ LEADER, WORKER = "#0072B2", "#C25A00"
 RESULTS = Path(__file__).resolve().parents[2] / "milestones/m4/results"
 CONDITIONS = {"A": "idle", "busy1": "one busy\nprocess", "busy2": "two busy\nprocesses", "avx2": "AVX2 only"}
 ENGINES = {"folovllm": ("FoloVLLM", LEADER), "llamacpp": ("llama.cpp", "#999999")}
-MODES = {"single": "one request", "batch": "32 together"}
+MODES = {"single": "one request", "batch": "32 together (8 if busy)"}
+PROMPT_ENGINES = ENGINES | {"vllm": ("vLLM's CPU build", "#C25A00")}
 
 
 def draw_conditions(path: Path) -> None:
@@ -36,12 +37,33 @@ def draw_conditions(path: Path) -> None:
         for i, (engine, (name, colour)) in enumerate(ENGINES.items()):
             speeds = [measured[engine]["modes"][mode]["output_tok_per_s"]["median"] for measured in arms.values()]
             bars = ax.bar([x + 0.38 * i for x in range(len(arms))], speeds, width=0.36, color=colour, label=name)
-            ax.bar_label(bars, fmt="%.0f", fontsize=9)
+            ax.bar_label(bars, [f"{s:.0f}" if s >= 10 else f"{s:.1f}" for s in speeds], fontsize=9)
         ax.set_xticks([x + 0.19 for x in range(len(arms))], arms)
         ax.set_xlim(-0.5, len(arms) - 0.1)
         ax.set_title(f"{title}: output tokens per second", loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].legend(fontsize=9, frameon=False)
+    figure_files.save(figure, path)
+
+
+def draw_prompts(path: Path) -> None:
+    """Prompt tokens per second of one prompt, by its length."""
+    arms = json.loads((RESULTS / "compare_peers_prompts_cpu.json").read_text(encoding="utf-8"))["arms"]
+    figure, ax = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    for engine, (name, colour) in PROMPT_ENGINES.items():
+        speeds = {
+            int(mode.removeprefix("prompt")): figures["prompt_tok_per_s"]["median"]
+            for mode, figures in arms[engine]["modes"].items()
+        }
+        ax.plot(list(speeds), list(speeds.values()), marker="o", color=colour, label=name)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(list(speeds), [f"{length:,}" for length in speeds])
+    ax.minorticks_off()
+    ax.set_ylim(bottom=0)
+    ax.set(xlabel="tokens of the prompt")
+    ax.set_title("prompt tokens per second, one prompt at a time, bf16", loc="left", fontsize=10)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=9, frameon=False)
     figure_files.save(figure, path)
 
 
@@ -180,6 +202,7 @@ def main() -> None:
     args = figure_files.parser(__doc__).parse_args()
     figures = {
         "04c_conditions": draw_conditions,
+        "04c_prompts": draw_prompts,
         "04c_levels": draw_levels,
         "04c_policies": draw_policies,
         "04c_states": draw_states,

@@ -19,7 +19,7 @@ PEERS = "m4/results/compare_peers_A_cpu.json"
 CONDITIONS = {
     "idle machine": PEERS,
     "limited to AVX2": "m4/results/compare_peers_avx2_cpu.json",
-    "another process busy": "m4/results/compare_peers_busy1_cpu.json",
+    "another process busy (8 together)": "m4/results/compare_peers_busy1_cpu.json",
 }
 LONG_PROMPTS = "m5/results/long_prompts_cpu.json"
 CHUNK_SIZES = "m5/results/tune_chunk_size.json"
@@ -148,13 +148,18 @@ def peers(folder: Path) -> str:
 
 
 def speeds_cell(measured: dict[str, Any] | None) -> str:
-    """E.g. "73, 147 (1.39x, 3.00x)": the speeds of an arm, and how many times faster ours was in the same pairs."""
+    """E.g. "73.0, 147 (1.39x, 3.00x)": the speeds of an arm, and how many times faster ours was in the same pairs."""
     if measured is None or "modes" not in measured:
         return "-"
     modes = [measured["modes"][mode] for mode in ("single", "batch")]
-    speeds = ", ".join(f"{figures['output_tok_per_s']['median']:.0f}" for figures in modes)
-    ratios = ", ".join(f"{figures['ratio']['median']:.2f}x" for figures in modes if "ratio" in figures)
+    speeds = ", ".join(three_digits(figures["output_tok_per_s"]["median"]) for figures in modes)
+    ratios = ", ".join(f"{three_digits(figures['ratio']['median'])}x" for figures in modes if "ratio" in figures)
     return f"{speeds} ({ratios})" if ratios else speeds
+
+
+def three_digits(value: float) -> str:
+    """E.g. 0.401 -> "0.40", 6.48 -> "6.48", 27.9 -> "27.9", 140.9 -> "141"."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 # ---- the sentences
