@@ -368,6 +368,15 @@ class EngineConfig:
         assert self.scheduler_config.max_num_batched_tokens is not None, "resolve() first"
         return self.scheduler_config.max_num_batched_tokens
 
+    @property
+    def max_steps_in_flight(self) -> int:
+        """How many steps the engine starts before it needs the answer of the first: one per stage of the pipeline.
+
+        A scheduler or KV cache manager that a learner replaced may rely on one step at a time, so it gets that.
+        """
+        is_replaced = bool({"core.scheduler", "core.kv_cache_manager"} & (self.parts or {}).keys())
+        return 1 if is_replaced else self.parallel_config.pipeline_parallel_size
+
     def _resolve_max_model_len(self, arch: ModelArchitecture) -> int:
         asked, limit = self.model_config.max_model_len, arch.max_context_len
         if asked is not None and asked > limit:

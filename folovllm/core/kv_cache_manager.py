@@ -1,12 +1,27 @@
 """KVCacheManager: gives requests the blocks they need, and takes them back.
 
-Milestone: M1 (one page per request), M3 (block tables that grow), M6 (shared and copied blocks).
+Milestone: M1 (one page per request), M3 (block tables that grow), M6 (shared and copied blocks), M9 (steps in flight).
 vLLM counterpart: vllm/v1/core/kv_cache_manager.py.
 Left out: several KV groups, KV connectors, slots for draft tokens.
 
 Row 1: no torch. The contiguous cache of M1 is this same code with block_size = max_model_len.
+
+Several steps in flight (M9). The manager may hand out, share and copy a block while earlier steps that use it have not
+run yet. That is right because every rank of a pipeline runs the steps in the order in which they were scheduled, and
+each layer in the order copies, writes, reads. The K/V of a layer are on the ranks of one stage, so whatever step S1
+does with a block comes before whatever S2 does with it. E.g. S1 is in flight, and S2 is being scheduled:
+
+    S1 fills block 7 and publishes it; S2 hits it      S2 reads it after S1 has written it.
+    S1 fills block 7; S2 copies its first half         S2 copies it after S1 has written it.
+    S1 copies block 7; S2 gets it for other tokens     S2 writes it after S1 has copied it.
+    S1 writes block 7; its request is aborted or       S2 writes it after S1 has written and read it. The other
+    preempted, and S2 gets block 7                     requests of S1 do not hold block 7, or it would not be free.
+
+So no block is held back for the steps in flight. An exception breaks the order: if S1 has not run, S2 has read what is
+not there. So all steps that are in flight when one fails are undone with it.
 """
 
+from collections import deque
 from collections.abc import Sequence
 
 from folovllm.core.block_pool import BlockPool
@@ -29,11 +44,12 @@ class KVCacheManager:
         self.req_to_blocks: dict[str, list[KVCacheBlock]] = {}
         self._num_full: dict[str, int] = {}  # leading blocks of a table that were published, or hit
         self.prefix_cache_stats = PrefixCacheStats()
-        # These belong to the step that is scheduled and has not run. Its blocks are published already, so that requests
-        # of the same step share them; until the step has run they hold nothing.
+        # These belong to the step that is being scheduled, and with one step at a time until it has run. Its blocks are
+        # published already, so that requests of the same step share them; until the step has run they hold nothing.
         self._published: dict[str, list[KVCacheBlock]] = {}  # by the request that computes them
         self._block_copies: list[tuple[int, int]] = []
         self._pinned: list[KVCacheBlock] = []  # sources of copies
+        self._in_flight: deque[dict[str, list[KVCacheBlock]]] = deque()  # what each step in flight has published
 
     @property
     def usage(self) -> float:
@@ -58,7 +74,10 @@ class KVCacheManager:
         return [*hits, *([source] if source else [])], len(hits) * self.block_size + length
 
     def _partial_hit(self, request: Request, hits: list[KVCacheBlock]) -> tuple[KVCacheBlock | None, int]:
-        """The block whose beginning can be copied. Copies run before any write, so this step's blocks cannot be it."""
+        """The block whose beginning can be copied. Copies run before any write, so this step's blocks cannot be it.
+
+        The blocks of a step in flight can, because that step writes them before this one copies.
+        """
         not_yet_computed = {block.block_id for blocks in self._published.values() for block in blocks}
         source, length = self.block_pool.prefix_index.match_partial(request, hits, not_yet_computed)
         # The source is held in addition to the blocks that the request needs. If the pool has no block more than those,
@@ -170,19 +189,40 @@ class KVCacheManager:
         self.block_pool.free_blocks(self.req_to_blocks.pop(request.request_id, [])[::-1])
 
     def preempt(self, request: Request) -> None:
-        """Like `free`. What `request` published in the step being scheduled is unpublished: it will not be computed."""
+        """Like `free`. What `request` published in the step being scheduled is unpublished: it will not be computed.
+
+        What it published in steps in flight stays: these steps run, with the request or without it.
+        """
         self.block_pool.unpublish(self._published.pop(request.request_id, []))
         self.free(request)
 
-    def end_step(self, has_run: bool) -> None:
-        """Ends the step that was scheduled. If it has not run, what its blocks hold is unknown: they are unpublished.
+    def start_step(self) -> None:
+        """Called in a pipeline, when a step is scheduled and another one may follow before it has run.
 
-        An engine that schedules the next step while this one runs would need a list of blocks per step.
+        What it published is kept apart, in case it does not run. The sources of its copies are free again.
         """
+        self._in_flight.append(self._published)
+        self._published = {}
+        self._unpin()
+
+    def end_step(self, has_run: bool) -> None:
+        """Ends a scheduled step. If it has not run, what its blocks hold is unknown: they are unpublished.
+
+        Of several steps in flight, a step that has run is the oldest. A step that is undone is the latest, since steps
+        are undone in reverse order. E.g. S1 has filled block 3, and S2 would have filled block 5: `end_step(True)` is
+        about S1, so block 3 stays published whatever becomes of S2. `end_step(False)` is about S2 and unpublishes
+        block 5.
+        """
+        published = self._published
+        if self._in_flight:
+            published = self._in_flight.popleft() if has_run else self._in_flight.pop()
         if not has_run:
-            for blocks in self._published.values():
+            for blocks in published.values():
                 self.block_pool.unpublish(blocks)
         self._published = {}
+        self._unpin()
+
+    def _unpin(self) -> None:
         self.block_pool.free_blocks(self._pinned)
         self._pinned = []
 

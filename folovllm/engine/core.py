@@ -1,27 +1,33 @@
 """EngineCore: the inner loop. One step is schedule -> execute -> sample -> update.
 
-Milestone: M1. vLLM counterpart: vllm/v1/engine/core.py. Left out: the process boundary, batch queues, KV connectors.
+Milestone: M1, M9 (several steps in flight). vLLM counterpart: vllm/v1/engine/core.py, `step` and
+`step_with_batch_queue`. Left out: the process boundary, KV connectors.
 
-Row 1: no torch. What computes is behind the Executor.
+Row 1: no torch. What computes is behind the Executor. If the model is a pipeline of stages, a call of `step` first
+starts steps until there is one per stage, and then ends the oldest: core/sched/steps_in_flight.py has an example and
+the rules.
 
 An exception may come out of every line: the executor's, a bug's, or that of a signal handler (Ctrl-C). Each public call
 either does its work, or leaves the engine as if it had not been made, and raises what was raised:
 
     add_request      the request is not there
     abort_requests   the requests are gone
-    step             its requests have ended with an error, or those that the caller blames; others have lost nothing
+    step             its requests have ended with an error, or those that the caller blames; others have lost nothing,
+                     neither those of other steps in flight, which are computed again
 """
 
 import enum
 import logging
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from folovllm.config import EngineConfig
 from folovllm.core.kv_cache_utils import make_kv_cache_config
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.core.sched.scheduler import Scheduler
-from folovllm.executor.base import Executor
+from folovllm.executor.base import ExecuteHandle, Executor
 from folovllm.interrupts import HeldInterrupts
 from folovllm.outputs import EngineCoreOutput, EngineStats
 from folovllm.parts import load_part
@@ -53,6 +59,14 @@ class Phase(enum.Enum):
     COMMITTED = enum.auto()  # from here on nothing is taken back
 
 
+@dataclass(slots=True)
+class StartedStep:
+    """A step between `execute` and `sample`. Without a handle, `execute` has not returned."""
+
+    scheduler_output: SchedulerOutput
+    handle: ExecuteHandle = None
+
+
 class EngineCore:
     """Scheduler and executor, and the order in which they are called. `config` must be resolved.
 
@@ -66,7 +80,11 @@ class EngineCore:
         executor.initialize_kv_cache(self.kv_cache_config)
         self.scheduler: Scheduler = load_part("core.scheduler", config.parts)(config, self.kv_cache_config)
         self.trace = trace or make_trace(config, self.kv_cache_config)
-        self.last_scheduled: SchedulerOutput | None = None  # of the latest step, also if it raised
+        self.last_scheduled: SchedulerOutput | None = None  # of the step that `step` ended, also if it raised
+        self._in_flight: deque[StartedStep] = deque()  # oldest first; empty between two calls if there is one stage
+        self._max_in_flight = config.max_steps_in_flight
+        if self._max_in_flight < config.parallel_config.pipeline_parallel_size:
+            logger.warning("with a replaced scheduler or KV cache manager, the stages of the pipeline work in turns")
         self._is_broken = False  # an exception came, and the state is not repaired yet
 
     # ---- requests
@@ -80,7 +98,7 @@ class EngineCore:
             self.trace.added(request)
         except BaseException:
             if self.serves(request) and not was_there:
-                self._repair(lambda _: self.scheduler.recover([request], RequestStatus.FINISHED_ERROR))
+                self._repair(lambda _: self._recover([request]))
             raise
 
     def abort_requests(
@@ -94,7 +112,7 @@ class EngineCore:
             finished = self.scheduler.finish_requests(ids, status)
             self.trace.finished(self.scheduler, finished)
         except BaseException:
-            self._repair(lambda _: self.scheduler.recover(requests, status))
+            self._repair(lambda _: self._recover(requests, status))
             raise
 
     def reset_prefix_cache(self, reset_running: bool = False) -> bool:
@@ -108,13 +126,14 @@ class EngineCore:
             done = self.scheduler.reset_prefix_cache(reset_running)
             self.trace.preempted(self.scheduler, running[::-1])
         except BaseException:
-            self._repair(lambda _: self.scheduler.recover([], RequestStatus.FINISHED_ERROR))
+            self._repair(lambda _: self._recover([]))
             raise
         return done
 
     def has_unfinished_requests(self) -> bool:
+        """Whether `step` has something to do. After an abort, that may be a step in flight whose requests are gone."""
         self._settle()
-        return self.scheduler.has_unfinished_requests()
+        return self.scheduler.has_unfinished_requests() or bool(self._in_flight)
 
     # ---- one step
 
@@ -123,37 +142,65 @@ class EngineCore:
     ) -> list[EngineCoreOutput]:
         """Runs one step and returns the outputs of the requests that got a token.
 
+        If the model has several stages, the step that ends is the oldest in flight, and others are started before.
+
         If anything in it raises, the requests of the step end, or those of them whose ids are in `blamed`. All others
         have what they had before the step, and the exception goes on to the caller. `consumer` is part of the step.
         """
         self._settle()
-        if not self.scheduler.has_requests():
+        if not (self._in_flight or self.scheduler.has_requests()):
             return []
-        phase, scheduler_output = Phase.SCHEDULE, None
-        self.last_scheduled = None
+        phase, num_started = Phase.SCHEDULE, 0
+        self.last_scheduled = scheduler_output = None
         try:
-            self.trace.begin("schedule")
-            scheduler_output = self.last_scheduled = self.scheduler.schedule()
-            phase = Phase.EXECUTE
-            self.trace.scheduled(self.scheduler, scheduler_output)
-            self.trace.begin("forward")
-            handle = self.executor.execute(scheduler_output)
+            while self._has_room():
+                if num_started:
+                    self.trace.end_step(self.scheduler, [])  # one record per started step
+                phase, self.last_scheduled = Phase.SCHEDULE, None
+                self.trace.begin("schedule")
+                scheduler_output = self.last_scheduled = self.scheduler.schedule()
+                if self._in_flight and scheduler_output.is_empty:
+                    self._withdraw(scheduler_output)
+                    break
+                self._in_flight.append(step := StartedStep(scheduler_output))
+                phase = Phase.EXECUTE
+                self.trace.scheduled(self.scheduler, scheduler_output)
+                self.trace.begin("forward")
+                step.handle = self.executor.execute(scheduler_output)
+                num_started += 1
+            phase, step = Phase.EXECUTE, self._in_flight[0]
+            scheduler_output = self.last_scheduled = step.scheduler_output
             self.trace.begin("sample")
-            runner_output = self.executor.sample(handle)
-            phase = Phase.UPDATE
+            runner_output = self.executor.sample(step.handle)
             self.trace.begin("update")
+            phase = Phase.UPDATE
+            self._in_flight.popleft()
             outputs = self.scheduler.update_from_output(scheduler_output, runner_output)
             if consumer is not None:
                 consumer.process(outputs)
             phase = Phase.COMMITTED
             self.scheduler.commit_step()
             self.trace.end_step(self.scheduler, outputs)
-            if not self.scheduler.has_unfinished_requests():
+            if not self.has_unfinished_requests():
                 self.scheduler.check_integrity()  # the engine is idle: a leaked block shows now
         except BaseException:
             self._repair(lambda is_first: self._undo_step(phase, scheduler_output, consumer, blamed, is_first))
             raise
         return outputs
+
+    def _has_room(self) -> bool:
+        """Whether to start one more step. The first is started even if it is empty, to tell which requests are gone."""
+        if not self._in_flight:
+            return True
+        return len(self._in_flight) < self._max_in_flight and self.scheduler.can_start_step()
+
+    def _withdraw(self, scheduler_output: SchedulerOutput) -> None:
+        """Takes back an empty step while others are in flight, e.g. because all blocks are held.
+
+        It would only have told the workers which requests have finished. The next step tells them.
+        """
+        self.trace.scheduled(self.scheduler, scheduler_output)  # it may have preempted
+        self.scheduler.fail_step(scheduler_output, blamed=())
 
     def stats(self) -> EngineStats:
         return self.scheduler.make_stats()
@@ -179,16 +226,40 @@ class EngineCore:
         """
         if phase is Phase.COMMITTED:
             self.scheduler.commit_step()
-            self.scheduler.recover([], RequestStatus.FINISHED_ERROR)
+            self._recover([])
             return
         if consumer is not None:
             consumer.take_back()
-        if phase is Phase.EXECUTE and scheduler_output is not None and is_first_attempt:
-            self.scheduler.fail_step(scheduler_output, blamed)
+        if phase is Phase.EXECUTE and is_first_attempt:
+            for undone in reversed(self._discard_in_flight()):
+                self.scheduler.fail_step(undone, blamed if undone is scheduler_output else ())
             return
-        under_way = self.scheduler.requests_under_way()
-        ended = [request for request in under_way if blamed is None or request.request_id in blamed]
-        self.scheduler.recover(ended, RequestStatus.FINISHED_ERROR)
+        under_way = self._requests_under_way(phase, scheduler_output)
+        self._recover([request for request in under_way if blamed is None or request.request_id in blamed])
+
+    def _requests_under_way(self, phase: Phase, scheduler_output: SchedulerOutput | None) -> list[Request]:
+        """The requests of the step that raised."""
+        if phase is Phase.EXECUTE and scheduler_output is not None:  # of several in flight, it need not be the latest
+            requests = self.scheduler.requests
+            return [requests[i] for i in scheduler_output.num_scheduled_tokens if i in requests]
+        return self.scheduler.requests_under_way()
+
+    def _discard_in_flight(self) -> list[SchedulerOutput]:
+        """Waits for all steps in flight, drops their answers, and returns what was scheduled in them, oldest first."""
+        outputs = [step.scheduler_output for step in self._in_flight]
+        while self._in_flight:
+            step = self._in_flight.popleft()
+            try:
+                if step.handle is not None:
+                    self.executor.discard(step.handle)
+            except Exception:  # what matters is the exception that made this necessary
+                logger.exception("an exception came while the answer of a step in flight was dropped")
+        return outputs
+
+    def _recover(self, ended: Iterable[Request], status: RequestStatus = RequestStatus.FINISHED_ERROR) -> None:
+        """Lets the scheduler build its state anew. `ended` leave with `status`."""
+        self._discard_in_flight()
+        self.scheduler.recover(ended, status)
 
     def _repair(self, repair: Callable[[bool], object]) -> None:
         """Runs `repair(is_first_attempt)` with Ctrl-C held back. If it is interrupted nevertheless, it runs again.
@@ -209,7 +280,7 @@ class EngineCore:
     def _settle(self) -> None:
         """Repairs what could not be repaired at the time. Raises RuntimeError if it cannot be repaired at all."""
         if self._is_broken:
-            self._repair(lambda _: self.scheduler.recover([], RequestStatus.FINISHED_ERROR))
+            self._repair(lambda _: self._recover([]))
             if self._is_broken:
                 raise RuntimeError("an exception left the engine in a state it cannot repair: make a new LLM")
 

@@ -1,9 +1,12 @@
 """Executor: the line between the core, which decides, and the worker, which computes.
 
-Milestone: M1. vLLM counterpart: vllm/v1/executor/abstract.py.
+Milestone: M1, M9 (several steps in flight). vLLM counterpart: vllm/v1/executor/abstract.py.
 
-Row 1: no torch. `execute` and `sample` are separate calls, and `execute` answers with a handle: a later milestone can
-schedule the next step while this one runs, or hand a grammar's mask over between the two.
+Row 1: no torch. `execute` and `sample` are separate calls, and `execute` answers with a handle. So the core can start
+a step while earlier ones still run, and a grammar's mask could be handed over between the two calls.
+
+An executor with several steps in flight keeps one promise: every rank runs the steps in the order of the `execute`
+calls, each step whole before the next one. KVCacheManager explains what rests on that.
 """
 
 from abc import ABC, abstractmethod
@@ -34,6 +37,12 @@ class Executor(ABC):
     @abstractmethod
     def sample(self, handle: ExecuteHandle) -> ModelRunnerOutput:
         """Sample the next tokens of the step behind `handle`."""
+
+    def discard(self, handle: ExecuteHandle) -> None:  # noqa: B027 - nothing is on its way in most executors
+        """Waits until the step behind `handle` is over, and drops its answer. A no-op if the answer was taken.
+
+        After an exception the core calls it for every step in flight, oldest first, also for the one that raised.
+        """
 
     def describe(self) -> dict[str, Any]:
         """What it runs, as plain data for people to read; nothing if there is nothing to say."""

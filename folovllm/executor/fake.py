@@ -95,6 +95,9 @@ class FakeExecutor(Executor):
             (new_block_ids,) = cached.new_block_ids
             state.block_ids = list(new_block_ids) if cached.resumed else state.block_ids + new_block_ids
             state.num_computed_tokens = cached.num_computed_tokens
+            if cached.new_token_ids:
+                num_scheduled = output.num_scheduled_tokens[cached.request_id]
+                state.token_ids += cached.unknown_tokens(len(state.token_ids), num_scheduled)
 
     @staticmethod
     def _new_state(new: NewRequestData) -> FakeRequest:

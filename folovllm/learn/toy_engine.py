@@ -25,6 +25,7 @@ from folovllm.executor.base import Executor
 from folovllm.executor.fake import ROOT, FakeExecutor, FakeRequest, fake_tokens, mix
 from folovllm.hf_config import ModelArchitecture, RopeConfig
 from folovllm.outputs import EngineCoreOutput, ModelRunnerOutput
+from folovllm.parallel import ParallelConfig
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
 from folovllm.utils import cdiv
@@ -33,12 +34,14 @@ from folovllm.utils import cdiv
 MAX_STEPS = 20_000
 
 
-def tiny_arch(max_position_embeddings: int = 4096, vocab_size: int = 1000) -> ModelArchitecture:
+def tiny_arch(
+    max_position_embeddings: int = 4096, vocab_size: int = 1000, num_hidden_layers: int = 1
+) -> ModelArchitecture:
     """One layer, one head of size one: 8 bytes of KV per token in float32."""
     return ModelArchitecture(
         architecture="LlamaForCausalLM",
         model_type="llama",
-        num_hidden_layers=1,
+        num_hidden_layers=num_hidden_layers,
         hidden_size=8,
         intermediate_size=8,
         num_attention_heads=1,
@@ -60,18 +63,22 @@ def tiny_arch(max_position_embeddings: int = 4096, vocab_size: int = 1000) -> Mo
 
 
 def make_config(max_model_len: int = 16, block_size: int | str = 4, **args: Any) -> EngineConfig:
-    """A resolved config from flat arguments of the cache and the scheduler, whether their rungs are built or not."""
+    """A resolved config from flat arguments of the cache and the scheduler, whether their rungs are built or not.
+
+    `pipeline_parallel_size` gives the model that many layers, one for each stage.
+    """
     cache_names = CacheConfig.__dataclass_fields__
     cache = {name: args.pop(name) for name in list(args) if name in cache_names}
-    vocab_size = args.pop("vocab_size", 1000)
+    vocab_size, num_stages = args.pop("vocab_size", 1000), args.pop("pipeline_parallel_size", 1)
     config = EngineConfig(
         parts=args.pop("parts", None),
         trace=args.pop("trace", None),
         model_config=ModelConfig(max_model_len=max_model_len),
         cache_config=CacheConfig(block_size=block_size, **cache),
         scheduler_config=SchedulerConfig(**args),
+        parallel_config=ParallelConfig(pipeline_parallel_size=num_stages),
     )
-    return config.resolve(tiny_arch(max(max_model_len, 64), vocab_size), "cpu")
+    return config.resolve(tiny_arch(max(max_model_len, 64), vocab_size, num_stages), "cpu")
 
 
 class AttendingExecutor(FakeExecutor):
@@ -107,7 +114,10 @@ class AttendingExecutor(FakeExecutor):
 
 
 def make_core(executor: Executor | None = None, **config_args: Any) -> EngineCore:
-    """EngineCore on an AttendingExecutor. E.g. make_core(block_size=4, num_kv_blocks=5, batching="static")."""
+    """EngineCore on an AttendingExecutor. E.g. make_core(block_size=4, num_kv_blocks=5, batching="static").
+
+    With `pipeline_parallel_size`, give it a FakePipeline of that many stages.
+    """
     return EngineCore(make_config(**config_args), executor or AttendingExecutor())
 
 

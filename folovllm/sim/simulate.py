@@ -84,6 +84,11 @@ def make_simulation(
     config = EngineConfig.from_args(
         preset=preset, without=without, model=model, parts=dict(parts) if parts else None, **args
     ).resolve(arch, "cpu" if gpu == "cpu" else "cuda")
+    if config.max_steps_in_flight > 1:
+        raise ValueError(
+            "the simulator runs one step at a time, so it cannot tell how long a pipeline takes: leave out "
+            "pipeline_parallel_size and take num_gpus"
+        )
     calibration = calibration_of(gpu, config.attention_config.attention_backend == "torch_naive")
     cost_model = CostModel(arch, HARDWARE[gpu], calibration, num_gpus, DTYPE_BYTES[DTYPE], weight_bits)
     return Simulation(config, workload, executor_class(cost_model))

@@ -1,7 +1,7 @@
 """lint: the rules of scheduling and paging in executable form, checked on a trace.
 
-Milestone: M2 (queues, budgets, tokens), M3 (blocks), M6 (hits: lint_cache.py). vLLM counterpart: none. The rules
-are requirements of milestones/m2/SPEC.md, m3 and m6. Left out: which cached block is evicted.
+Milestone: M2 (queues, budgets, tokens), M3 (blocks), M6 (hits: lint_cache.py), M9 (tokens in flight). vLLM counterpart:
+none. The rules are requirements of milestones/m2/SPEC.md, m3 and m6. Left out: which cached block is evicted.
 
 Row 1: no torch. The lint replays the events and compares the result with what the engine reports about itself. After a
 violation it accepts the engine's report and goes on, so one bug gives one message instead of a hundred.
@@ -99,6 +99,10 @@ class _Linter:
         self.missing_blocks = 0  # blocks that were reported already
         self.is_stalled = False
         self.cut_short: set[str] = set()  # requests that were aborted or preempted in this step
+        # In a pipeline, a token comes some records after the one that has its step.
+        self.num_stages: int = config.get("pipeline_parallel_size", 1)
+        self.awaited: dict[str, int] = {}  # request whose next token is on its way -> the step that samples it
+        self.late: set[str] = set()  # requests that were put back into the queue while they were awaited
 
     def report(self, rule: str, message: str) -> None:
         assert rule in RULES
@@ -122,10 +126,15 @@ class _Linter:
         if len(self.replay.running) > self.max_num_seqs:
             self.report("seats", f"{len(self.replay.running)} requests run, the limit is {self.max_num_seqs}")
         self._apply(record["events"][record["planned"] :])
-        self._check_all_sampled(record)
+        if self.num_stages == 1:
+            self._check_all_sampled(record)
+        else:
+            self._check_awaited(record)
         self._check_queues(record)
         self._check_blocks(record)
-        self._check_progress(is_stalled=not record["sched"] and not preempted and bool(self.replay.requests))
+        is_idle = not record["sched"] and not preempted and bool(self.replay.requests)
+        ends_step = self.num_stages > 1 and (self.awaited or any(event[0] == "sample" for event in record["events"]))
+        self._check_progress(is_stalled=is_idle and not ends_step)
 
     def check_end(self, trace: Trace) -> None:
         self.step = None
@@ -152,9 +161,17 @@ class _Linter:
                 preempted.append(request_id)
             elif kind == "finish" and rest[0] in ("abort", "error"):
                 self.cut_short.add(request_id)
+            self._note_awaited(kind, request_id)
             self.replay.apply(event)
         self.cut_short.update(preempted)
         return preempted
+
+    def _note_awaited(self, kind: str, request_id: str) -> None:
+        if kind in ("sample", "finish"):
+            self.awaited.pop(request_id, None)
+            self.late.discard(request_id)
+        elif kind in ("preempt", "requeue") and self.awaited.pop(request_id, None) is not None:
+            self.late.add(request_id)
 
     def _check_new_blocks(self, request_id: str, blocks: list[int], shared: bool) -> None:
         seen: set[int] = set()
@@ -172,7 +189,7 @@ class _Linter:
             self.report("early-token", f"{request_id} got a token, but is not there")
             return
         computed, known = request.num_computed_tokens, request.num_tokens
-        if computed < known:
+        if computed < known and request_id not in self.late:
             self.report("early-token", f"{request_id} got a token with {computed} of its {known} tokens computed")
         num_output_tokens, num_tokens = request.num_output_tokens + len(token_ids), known + len(token_ids)
         if num_output_tokens > request.max_tokens or num_tokens > self.max_model_len:
@@ -192,7 +209,8 @@ class _Linter:
             self.report("token-budget", f"{total} tokens are scheduled, the step says {used}")
 
     def _check_order(self, sched: list[SchedEntry], used: int, preempted: list[str]) -> None:
-        running = self.replay.running
+        share = cdiv(len(self.replay.running), self.num_stages)
+        running = [request_id for request_id in self.replay.running if request_id not in self.awaited]
         scheduled = [entry["req"] for entry in sched]
         continued = [request_id for request_id in scheduled if request_id in running]
         admitted = [request_id for request_id in scheduled if request_id not in running]
@@ -200,12 +218,13 @@ class _Linter:
         skipped = [request_id for request_id in running if request_id not in continued]
         if scheduled != [*running[: len(continued)], *admitted]:
             self.report("running-first", f"scheduled {_names(scheduled)} while {_names(running)} ran, in this order")
-        elif skipped and (budget_left or admitted):
+        elif skipped and (budget_left or admitted) and len(continued) < share:
             self.report("running-first", f"{_names(skipped)} ran and got no token, though there was room")
         if admitted and preempted:
             self.report("preempt-admits", f"{_names(admitted)} was admitted, {_names(preempted)} preempted")
-        if admitted and self.is_static and (running or preempted):
-            self.report("static", f"{_names(admitted)} was admitted while {_names(running or preempted)} ran")
+        if admitted and self.is_static and (self.replay.running or preempted):
+            others = _names(self.replay.running or preempted)
+            self.report("static", f"{_names(admitted)} was admitted while {others} ran")
         self._check_queue_order(admitted)
 
     def _check_queue_order(self, admitted: list[str]) -> None:
@@ -295,8 +314,22 @@ class _Linter:
             request = self.replay.requests.get(entry["req"])
             if request is None or entry["req"] in sampled | self.cut_short:
                 continue
-            if request.num_computed_tokens >= request.num_tokens:
+            if _is_computed(request):
                 self.report("no-token", f"{entry['req']} has all {request.num_tokens} tokens computed and got no token")
+
+    def _check_awaited(self, record: StepRecord) -> None:
+        """In a pipeline: a request whose known tokens are all computed gets a token before the pipeline is empty again.
+
+        At most `num_stages` steps are in flight, and each record starts or ends one.
+        """
+        for entry in record["sched"]:
+            request = self.replay.requests.get(entry["req"])
+            if request is not None and entry["req"] in self.replay.running and _is_computed(request):
+                self.awaited.setdefault(entry["req"], record["step"])
+                self.late.discard(entry["req"])
+        for request_id in [r for r, step in self.awaited.items() if record["step"] - step > 2 * self.num_stages]:
+            del self.awaited[request_id]
+            self.report("no-token", f"{request_id} has all its tokens computed and got no token")
 
     def _check_queues(self, record: StepRecord) -> None:
         replay, queues = self.replay, record["queues"]
@@ -321,6 +354,11 @@ def _rank_of_queue(config: dict[str, Any]) -> Callable[[ReplayedRequest], int] |
     policy: str = config["scheduling_policy"]
     replaced = f"core.request_queue.{policy}" in (config.get("parts") or {})
     return (lambda request: 0) if replaced or policy not in RANKS else RANKS[policy]
+
+
+def _is_computed(request: ReplayedRequest) -> bool:
+    """Whether all its known tokens are computed, so that the next one is sampled."""
+    return request.num_computed_tokens >= request.num_tokens
 
 
 def _names(request_ids: Iterable[str], limit: int = 8) -> str:

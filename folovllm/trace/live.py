@@ -91,7 +91,7 @@ class LiveTrace(Recorder):
         """Emits the header and a snapshot of the present state. Call it between two steps."""
         self._reset()
         self._is_noting = False
-        self._num_steps = scheduler.num_steps
+        self._num_steps = max(self._num_steps, scheduler.num_steps)  # a pipeline also records steps that only end
         tables = {r.request_id: scheduler.kv_cache_manager.get_block_ids(r.request_id)[0] for r in scheduler.running}
         holders = Counter(block for table in tables.values() for block in table)
         self._shared = {block for block, count in holders.items() if count > 1}

@@ -151,7 +151,7 @@ class Recorder(NullTrace, ABC):
             return self.lost_track(scheduler)
         self.finished(scheduler, gone)
         self.preempted(scheduler, [r for r in scheduler.waiting if self._seen[r.request_id].is_running][::-1])
-        if self._sched:
+        if self._sched or self._num_planned:  # a step without requests may still have preempted some
             self.end_step(scheduler, [])
         self._marks = []
         return self

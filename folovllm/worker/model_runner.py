@@ -17,7 +17,7 @@ import torch
 from folovllm.attention.backend import AttentionBackend, AttentionMetadata
 from folovllm.config import EngineConfig, KernelConfig
 from folovllm.core.kv_cache_utils import KVCacheConfig
-from folovllm.core.sched.output import NewRequestData, SchedulerOutput
+from folovllm.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from folovllm.forward_context import set_forward_context
 from folovllm.model_executor.cpu.huge_pages import huge_zeros, touch_pages
 from folovllm.model_executor.models.interface import CausalLM
@@ -54,6 +54,7 @@ class ModelRunner:
         self.device = device
         self.sampler = sampler
         self.vocab_size = config.model_config.arch.vocab_size
+        self.is_pipelined = config.parallel_config.pipeline_parallel_size > 1
         self.requests: dict[str, CachedRequestState] = {}
         self.batch = InputBatch(config.max_num_seqs, config.max_model_len, config.block_size, config.parts)
         self.num_prompt_logprobs: dict[str, int] = {}  # of the requests that want them
@@ -114,6 +115,8 @@ class ModelRunner:
                 request.block_ids = []
             request.block_ids += new_block_ids  # in place: copying a long table in every step would add up
             request.num_computed_tokens = cached.num_computed_tokens
+            if self.is_pipelined:
+                self._learn_tokens(request, cached, output)
             self._refresh(request, new_block_ids, cached.resumed)
         self.batch.end_changes()
 
@@ -126,6 +129,14 @@ class ModelRunner:
     def _add(self, request: CachedRequestState) -> None:
         self.requests[request.data.request_id] = request
         self.batch.add_request(request)
+
+    def _learn_tokens(self, request: CachedRequestState, cached: CachedRequestData, output: SchedulerOutput) -> None:
+        """Appends the output tokens of this step that this rank has not sampled itself: only the last stage samples."""
+        num_scheduled = output.num_scheduled_tokens[cached.request_id]
+        for token_id in cached.unknown_tokens(request.num_tokens, num_scheduled):
+            request.output_token_ids.append(token_id)
+            if cached.request_id in self.batch.row_of:
+                self.batch.append_token(cached.request_id, token_id)
 
     def _refresh(self, request: CachedRequestState, new_block_ids: list[int], resumed: bool) -> None:
         row = self.batch.row_of.get(request.data.request_id)

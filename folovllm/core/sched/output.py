@@ -7,6 +7,7 @@ Row 1: plain data, no torch. Nothing else crosses from the core to the worker: a
 as a diff.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from folovllm.sampling_params import SamplingParams
@@ -38,12 +39,27 @@ class CachedRequestData:
     """A request the worker knows: only what changed.
 
     For a resumed request (`resumed`) `new_block_ids` replaces the worker's table; otherwise it is appended.
+
+    `new_token_ids` is filled only in a pipeline. Its stages before the last do not sample, so the message tells them
+    the output tokens that this step computes. E.g. for a request with a prompt of 5 tokens and the outputs 8 and 9, a
+    step that computes position 6 has (9,), and one that computes everything again after a preemption has (8, 9).
     """
 
     request_id: str
     new_block_ids: tuple[list[int], ...]
     num_computed_tokens: int
     resumed: bool = False
+    new_token_ids: Sequence[int] = ()
+
+    def unknown_tokens(self, num_known_tokens: int, num_scheduled_tokens: int) -> Sequence[int]:
+        """Those of `new_token_ids` that a worker which knows `num_known_tokens` tokens lacks for this step.
+
+        A token is first sent by the step that computes it, so no step lacks a token that is not in its own message: a
+        prefix hit never covers the last token, and the tokens before it were computed, and therefore sent, earlier.
+        """
+        num_unknown = max(self.num_computed_tokens + num_scheduled_tokens - num_known_tokens, 0)
+        assert num_unknown <= len(self.new_token_ids), f"{self.request_id}: the message lacks tokens of this step"
+        return self.new_token_ids[len(self.new_token_ids) - num_unknown :]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,15 @@
 """StepRecovery: what the scheduler does after an exception, so that one failed step costs no other request anything.
 
-Milestone: M1. vLLM counterpart: none; there an exception in the engine core ends the process.
+Milestone: M1, M9 (several steps in flight). vLLM counterpart: none; there an exception in the engine core ends the
+process.
 
 If the executor raised, the scheduler's own state is whole and `fail_step` ends the step. If the exception came from any
 other line, bookkeeping may be half done, and `recover` builds it anew from the requests alone. Row 1: no torch.
+
+If several steps are in flight when one raises, all of them are undone, the latest first: a later step may have read
+K/V that the failed one did not write. E.g. S1 {a, b} raises while S2 {c, d} is in flight. The core drops the answer of
+S2, then calls `fail_step` for S2 with `blamed=()`, and for S1. If b is blamed, the queue is then a, c, d: the requests
+of the oldest step are first, all of them have the tokens that they had, and b has ended.
 """
 
 from abc import ABC, abstractmethod
@@ -27,7 +33,7 @@ class StepRecovery(ABC):
     num_prompt_tokens: int
     num_generation_tokens: int
     _step: Step | None  # the latest, until `commit_step`
-    _in_flight: list[Step]  # scheduled and not updated: one, or several in a pipelined engine
+    _in_flight: list[Step]  # scheduled and not updated, oldest first: several in a pipelined engine
 
     @abstractmethod
     def _make_kv_cache_manager(self) -> KVCacheManager: ...
@@ -44,6 +50,10 @@ class StepRecovery(ABC):
         The requests of the step end with FINISHED_ERROR: all of them, or those whose ids are in `blamed`. The others
         of the step wait again, ahead of the queue, with nothing computed. Requests that were not in the step notice
         nothing, and neither does a new request under the id of one that was aborted. Returns the ended ones.
+
+        Of several steps in flight, the latest is ended first. A request that waits already, because it was preempted
+        or was in a later step too, keeps its place. Its tokens are sent whole again: the worker may have sampled one
+        that the core never saw.
         """
         step = self._take_step(scheduler_output)
         self.kv_cache_manager.end_step(has_run=False)  # what the step published may not have been computed
@@ -51,12 +61,14 @@ class StepRecovery(ABC):
         failed = [request for request in in_step if blamed is None or request.request_id in blamed]
         self._finish(failed, RequestStatus.FINISHED_ERROR)
         self.finished_req_ids |= step.finished_req_ids  # the worker may not have heard of them
-        requeued = self._unfinished(in_step)
-        self.running = [request for request in self.running if request not in requeued]
-        for request in reversed(requeued):
+        survivors = self._unfinished(in_step)
+        self.running = [request for request in self.running if request not in survivors]
+        for request in reversed(survivors):
+            is_queued = request.status != RequestStatus.RUNNING
             self.kv_cache_manager.free(request)
             self._rewind(request, request.num_output_tokens)
-            self.waiting.prepend_request(request)
+            if not is_queued:
+                self.waiting.prepend_request(request)
         self._step = None
         return failed
 
@@ -75,8 +87,8 @@ class StepRecovery(ABC):
 
         `ended` leave with `status`. If a step was under way, it is undone: every other request has the outputs that it
         had before, also one that the step had finished. All of them wait with nothing computed, those that ran in
-        front. All blocks are free and the prefix cache is empty, since what the blocks hold is unknown. If `recover`
-        itself is interrupted, it can be called again with the same arguments.
+        front. All blocks are free and the prefix cache is empty, since what the blocks hold is unknown. Steps in flight
+        are undone too. If `recover` itself is interrupted, it can be called again with the same arguments.
         """
         step = self._step or Step(0)
         before = step.num_outputs_before or {}
@@ -97,7 +109,9 @@ class StepRecovery(ABC):
             request.set_status(status)
         if step.num_outputs_before is not None:
             self.num_prompt_tokens, self.num_generation_tokens = step.counters_before
-        self.finished_req_ids |= step.finished_req_ids | {request.request_id for request in ended}
+        for undone in [step, *self._in_flight]:  # the worker may not have heard of them
+            self.finished_req_ids |= undone.finished_req_ids
+        self.finished_req_ids |= {request.request_id for request in ended}
         self.requests = {request.request_id: request for request in survivors}
         self._step, self._in_flight = None, []
 

@@ -1,8 +1,8 @@
 """Scheduler: decides in every step how many tokens of which requests are computed.
 
-Milestone: M1 (one request), M2 (continuous batching), M5 (chunks), M6 (prefix hits).
+Milestone: M1 (one request), M2 (continuous batching), M5 (chunks), M6 (prefix hits), M9 (several steps in flight).
 vLLM counterpart: vllm/v1/core/sched/scheduler.py.
-Left out: encoder budgets, KV connectors, LoRA limits, structured output, pipeline parallelism.
+Left out: encoder budgets, KV connectors, LoRA limits, structured output.
 
 Row 1: no torch. There are no phases: a step gives a request some tokens so that `num_computed_tokens` catches up with
 `num_tokens`. A prompt, a chunk of one, a decode and a resumed request are the same operation with different numbers.
@@ -20,15 +20,17 @@ from folovllm.core.sched.output import CachedRequestData, NewRequestData, Schedu
 from folovllm.core.sched.recovery import StepRecovery
 from folovllm.core.sched.request_queue import RequestQueue
 from folovllm.core.sched.step import Step
+from folovllm.core.sched.steps_in_flight import StepsInFlight
 from folovllm.outputs import EngineCoreOutput, EngineStats, ModelRunnerOutput
 from folovllm.parts import load_part
 from folovllm.request import Request, RequestStatus, check_stop
 
 
-class Scheduler(StepRecovery):
+class Scheduler(StepsInFlight, StepRecovery):
     """Owns every unfinished request: `waiting` in its queue's order, `running` in the order of admission.
 
-    What ends or undoes a step in which something raised is inherited from StepRecovery (recovery.py).
+    What ends or undoes a step in which something raised is inherited from StepRecovery (recovery.py), and what lets
+    several steps be in flight from StepsInFlight (steps_in_flight.py).
     """
 
     def __init__(self, config: EngineConfig, kv_cache_config: KVCacheConfig) -> None:
@@ -38,6 +40,8 @@ class Scheduler(StepRecovery):
         self.max_num_seqs = config.max_num_seqs
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.max_model_len = config.max_model_len
+        self.max_steps_in_flight = config.max_steps_in_flight
+        self.is_pipelined = config.parallel_config.pipeline_parallel_size > 1
         self.enable_chunked_prefill = scheduler_config.enable_chunked_prefill
         self.long_prefill_token_threshold = scheduler_config.long_prefill_token_threshold
         self.reserve_full_sequence = scheduler_config.reserve_full_sequence
@@ -50,7 +54,7 @@ class Scheduler(StepRecovery):
         self.running: list[Request] = []
         self.finished_req_ids: set[str] = set()  # since the last step: the worker has not heard of them yet
         self._step: Step | None = None  # the latest, until `commit_step`
-        self._in_flight: list[Step] = []  # scheduled and not updated: one, or several in a pipelined engine
+        self._in_flight: list[Step] = []  # scheduled and not updated, oldest first: several in a pipelined engine
 
         self.num_steps = 0
         self.num_prompt_tokens = 0
@@ -112,7 +116,7 @@ class Scheduler(StepRecovery):
         """Forgets all cached blocks. Returns False, and changes nothing, while requests hold blocks.
 
         If `reset_running`, the running requests are preempted first and compute everything again. Call it only between
-        two steps.
+        two steps. Steps in flight go on, and the tokens that they sample arrive.
         """
         if reset_running:
             for request in reversed(self.running):  # each goes to the front of the queue, so that their order stays
@@ -145,6 +149,8 @@ class Scheduler(StepRecovery):
         self.num_last_scheduled_tokens = output.total_num_scheduled_tokens
         self._in_flight.append(step)
         step.output = output
+        if self.max_steps_in_flight > 1:
+            self.kv_cache_manager.start_step()
         return output
 
     def schedule_running(self, step: Step) -> None:
@@ -152,10 +158,10 @@ class Scheduler(StepRecovery):
 
         Each request that gets tokens is recorded in `step` and listed in `step.continued`. A request that lacks no
         token is passed over. If a request had to preempt itself to make room, the pass ends: the ones behind it were
-        admitted later, and do not fit either.
+        admitted later, and do not fit either. In a pipeline, the pass takes only its share of the requests.
         """
-        i = 0
-        while i < len(self.running) and step.token_budget > 0:
+        i, share = 0, self.share_of_step(len(self.running))
+        while i < len(self.running) and step.token_budget > 0 and len(step.num_scheduled_tokens) < share:
             request = self.running[i]
             num_new_tokens = self.num_tokens_to_compute(request, request.num_computed_tokens, step.token_budget)
             if num_new_tokens == 0:
@@ -173,10 +179,16 @@ class Scheduler(StepRecovery):
         """Pass 2: admits requests from the head of the queue while budget, seats (`max_num_seqs`) and blocks last.
 
         What the prefix cache holds of a request need not be computed. If the head does not fit the budget or the
-        blocks, the pass ends with the queue unchanged: if others could overtake the head, it might wait forever.
+        blocks, the pass ends with the queue unchanged: if others could overtake the head, it might wait forever. It
+        also ends if the head was preempted while it was in flight, and is so still.
         """
+        num_seats = min(len(self.running) + len(self.waiting), self.max_num_seqs)
+        # A static batch is admitted whole, because no request joins it later.
+        share = num_seats if self.batching == "static" else self.share_of_step(num_seats)
         while self.waiting and step.token_budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting.peek_request()
+            if len(step.num_scheduled_tokens) >= share or self.is_in_flight(request):
+                break
             hit_blocks, num_hit_tokens = self.kv_cache_manager.get_computed_blocks(request)
             num_new_tokens = self.num_tokens_to_compute(request, num_hit_tokens, step.token_budget)
             if num_new_tokens == 0:
@@ -250,11 +262,13 @@ class Scheduler(StepRecovery):
         """Frees all blocks of `request` and puts it back into the queue, ahead of the requests of its rank.
 
         It keeps its tokens, and computes their K/V again once it is admitted. The caller takes it out of `running`.
+        If a step in flight samples for it, it gets that token while it waits.
         """
         self.kv_cache_manager.preempt(request)
         request.set_status(RequestStatus.PREEMPTED)
         request.num_computed_tokens = 0
-        request.prompt_logprobs = []  # computed again with the prompt, or delivered already
+        if not self.awaits_token(request):  # its prompt is computed again, or its prompt_logprobs were delivered
+            request.prompt_logprobs = []
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.prepend_request(request)
@@ -311,7 +325,14 @@ class Scheduler(StepRecovery):
             new_block_ids=self.kv_cache_manager.get_block_ids(request.request_id) if resumed else new_block_ids,
             num_computed_tokens=request.num_computed_tokens,
             resumed=resumed,
+            new_token_ids=self._outputs_to_compute(request, step) if self.is_pipelined else (),
         )
+
+    def _outputs_to_compute(self, request: Request, step: Step) -> list[int]:
+        """The output tokens of `request` that this step computes. Called before `advance`."""
+        start = request.num_computed_tokens
+        end = start + step.num_scheduled_tokens[request.request_id]
+        return request.all_token_ids[max(start, request.num_prompt_tokens) : end]
 
     def advance(self, step: Step) -> None:
         """Counts the step's tokens as computed, before it has run: a pipelined engine can schedule the next one now."""
@@ -342,8 +363,10 @@ class Scheduler(StepRecovery):
             request = in_step.get(request_id)
             if request is None:
                 continue
-            request.prompt_logprobs += runner_output.prompt_logprobs.get(request_id, [])
             sampled = runner_output.sampled_token_ids.get(request_id, [])
+            # A request that was preempted meanwhile computes its prompt again, unless it has or gets its first token.
+            if sampled or request.status == RequestStatus.RUNNING or self.awaits_token(request):
+                request.prompt_logprobs += runner_output.prompt_logprobs.get(request_id, [])
             if sampled:  # a request in mid-prefill never emits anything
                 outputs.append(self._append_tokens(request, sampled, runner_output, now))
         return outputs
