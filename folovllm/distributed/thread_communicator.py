@@ -26,6 +26,8 @@ from folovllm.parallel import ParallelConfig
 DEADLINE = 60.0  # seconds that a rank waits for the others
 
 T = TypeVar("T")
+# By (source, destination). None says that the group was aborted.
+Mail = dict[tuple[int, int], "queue.SimpleQueue[torch.Tensor | None]"]
 
 
 class ThreadGroup:
@@ -34,9 +36,7 @@ class ThreadGroup:
     def __init__(self, size: int, deadline: float = DEADLINE) -> None:
         self.size, self.deadline = size, deadline
         self.tensors: list[torch.Tensor] = [torch.empty(0)] * size  # what each rank gives to the operation under way
-        self.mail: dict[tuple[int, int], queue.SimpleQueue[torch.Tensor]] = {
-            (source, destination): queue.SimpleQueue() for source in range(size) for destination in range(size)
-        }
+        self.mail = _empty_mail(size)
         self._barrier = threading.Barrier(size)
 
     def communicator(self, rank: int) -> Communicator:
@@ -54,8 +54,19 @@ class ThreadGroup:
             ) from None
 
     def abort(self) -> None:
-        """Lets every rank that waits, or that will wait, raise at once."""
+        """Lets every rank that waits, or that will wait, raise at once, until `renew`."""
         self._barrier.abort()
+        for mail in self.mail.values():
+            mail.put(None)
+
+    def renew(self) -> None:
+        """Forgets the operations under way, of which no rank may be in the middle."""
+        self._barrier.reset()
+        self.mail = _empty_mail(self.size)
+
+
+def _empty_mail(size: int) -> Mail:
+    return {(source, destination): queue.SimpleQueue() for source in range(size) for destination in range(size)}
 
 
 class ThreadCommunicator(Communicator):
@@ -63,7 +74,7 @@ class ThreadCommunicator(Communicator):
 
     def __init__(self, group: ThreadGroup, rank: int) -> None:
         super().__init__(rank, group.size)
-        self._group = group
+        self.group = group
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         self.counts.add("all_reduce", tensor)
@@ -75,20 +86,24 @@ class ThreadCommunicator(Communicator):
 
     def send(self, tensor: torch.Tensor, destination: int) -> None:
         self.counts.add("send", tensor)
-        self._group.mail[self.rank, destination].put(tensor.clone())  # the sender may change its own
+        self.group.mail[self.rank, destination].put(tensor.clone())  # the sender may change its own
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int) -> torch.Tensor:
         try:
-            tensor = self._group.mail[source, self.rank].get(timeout=self._group.deadline)
+            tensor = self.group.mail[source, self.rank].get(timeout=self.group.deadline)
         except queue.Empty:
+            tensor = None
+        if tensor is None:
             raise TimeoutError(
-                f"rank {self.rank} of {self.size} waited {self._group.deadline:g} s for a tensor from rank {source}"
-            ) from None
+                f"rank {self.rank} of {self.size} waited for a tensor from rank {source} in vain: it has failed, or "
+                f"sends none (deadline {self.group.deadline:g} s)"
+            )
         assert (tuple(tensor.shape), tensor.dtype) == (tuple(shape), dtype), "the ranks are not in the same step"
+        self.counts.add("receive", tensor)
         return tensor
 
-    def _with_all(self, tensor: torch.Tensor, compute: Callable[[Sequence[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
-        group = self._group
+    def _with_all(self, tensor: torch.Tensor, compute: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
+        group = self.group
         group.tensors[self.rank] = tensor
         group.meet(self.rank)
         result = compute(group.tensors)
@@ -96,7 +111,7 @@ class ThreadCommunicator(Communicator):
         return result
 
 
-def _sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def _sum(tensors: list[torch.Tensor]) -> torch.Tensor:
     """In the order of the ranks, whichever rank computes it, so that all ranks get the same bits."""
     total = tensors[0].clone()
     for tensor in tensors[1:]:

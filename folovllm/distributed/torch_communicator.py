@@ -54,4 +54,5 @@ class TorchCommunicator(Communicator):
     def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int) -> torch.Tensor:
         tensor = torch.empty(*shape, dtype=dtype, device=self._device)
         self._group.recv([tensor], source, _TAG).wait()
+        self.counts.add("receive", tensor)
         return tensor

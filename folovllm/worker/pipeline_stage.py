@@ -36,5 +36,7 @@ class PipelineStage:
 
     def _receive(self, num_tokens: int) -> IntermediateTensors:
         shape = (num_tokens, self._hidden_size)
-        hidden, residual = (self._pp.receive(shape, self._dtype, self._pp.rank - 1) for _ in IntermediateTensors._fields)
+        hidden, residual = (
+            self._pp.receive(shape, self._dtype, self._pp.rank - 1) for _ in IntermediateTensors._fields
+        )
         return IntermediateTensors(hidden, residual)

@@ -112,7 +112,7 @@ class Worker:
 
 
 def rank_device(config: EngineConfig, shard: ModelShard) -> torch.device:
-    """The device of a rank: the CPU for all of them, and a GPU for each. Raises ValueError if there are too few GPUs."""
+    """The device of a rank: the CPU, or a GPU of its own. Raises ValueError if there are too few GPUs."""
     parallel = config.parallel_config
     if config.device == "cpu" or parallel.world_size == 1:
         return torch.device(config.device)
