@@ -328,7 +328,8 @@ class EngineConfig:
         `device` is "cpu" or "cuda"; `fast_bf16` tells whether bfloat16 is faster there than float32.
         """
         assert device in DEFAULT_MAX_NUM_SEQS
-        max_model_len = self._resolve_max_model_len(arch)
+        max_model_len, quantization = self._resolve_max_model_len(arch), self._resolve_quantization(arch)
+        self.parallel_config.check(arch, is_packed=quantization.quantization == "auto")
         return dataclasses.replace(
             self,
             device=device,
@@ -344,7 +345,7 @@ class EngineConfig:
                 max_num_seqs=self.scheduler_config.max_num_seqs or DEFAULT_MAX_NUM_SEQS[device],
                 max_num_batched_tokens=self._resolve_token_budget(max_model_len),
             ),
-            quantization_config=self._resolve_quantization(arch),
+            quantization_config=quantization,
         )
 
     # What resolve() has filled in, with the type that it then has.

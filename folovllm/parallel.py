@@ -55,6 +55,31 @@ class ParallelConfig:
         """The executor that runs: "uni" for one rank unless another is asked for."""
         return self.distributed_executor_backend or ("uni" if self.world_size == 1 else "mp")
 
+    def check(self, arch: ModelArchitecture, is_packed: bool = False) -> None:
+        """Raises ValueError with the numbers if `arch` cannot be divided so.
+
+        `is_packed` says that the weights of a GPTQ checkpoint stay packed: then each part must fill whole words.
+        """
+        tp, pp = self.tensor_parallel_size, self.pipeline_parallel_size
+        reason = _why_not_divided(arch, tp, is_packed)
+        if reason is not None:
+            heads = arch.num_attention_heads
+            sizes = [n for n in range(1, heads + 1) if _why_not_divided(arch, n, is_packed) is None]
+            raise ValueError(f"tensor_parallel_size={tp} {reason}: use {_any_of(sizes)}")
+        if pp > arch.num_hidden_layers:
+            raise ValueError(
+                f"pipeline_parallel_size={pp} is more than the model's {arch.num_hidden_layers} layers, and each "
+                f"stage needs one: use at most {arch.num_hidden_layers}"
+            )
+
+    def largest_attention_arch(self, arch: ModelArchitecture) -> ModelArchitecture:
+        """`arch` as seen by the rank whose KV cache is largest, which is one of the stage with the most layers.
+
+        All ranks have the same number of blocks, because one scheduler hands the blocks out for all of them.
+        """
+        archs = [self.shard(rank).attention_arch(arch) for rank in range(self.world_size)]
+        return max(archs, key=lambda part: part.num_hidden_layers)
+
     def shard(self, rank: int) -> "ModelShard":
         """The part of the model that `rank` computes."""
         assert 0 <= rank < self.world_size
@@ -70,6 +95,10 @@ class ModelShard:
     tp_size: int = 1
     pp_rank: int = 0
     pp_size: int = 1
+
+    @property
+    def rank(self) -> int:
+        return self.pp_rank * self.tp_size + self.tp_rank
 
     @property
     def is_first_stage(self) -> bool:
@@ -106,3 +135,39 @@ class ModelShard:
 
 
 WHOLE_MODEL = ModelShard()
+
+
+def _why_not_divided(arch: ModelArchitecture, tp_size: int, is_packed: bool) -> str | None:
+    """Why `tp_size` ranks cannot share the layers of `arch`, or None if they can."""
+    heads, kv_heads = arch.num_attention_heads, arch.num_key_value_heads
+    if heads % tp_size:
+        return f"does not divide the model's {heads} query heads"
+    if kv_heads % tp_size and tp_size % kv_heads:
+        return f"neither divides the model's {kv_heads} KV heads nor is a multiple of them"
+    if arch.intermediate_size % tp_size:
+        return f"does not divide the model's intermediate size of {arch.intermediate_size}"
+    if is_packed and tp_size > 1 and arch.quantization is not None:
+        return _why_not_packed(arch, tp_size, arch.quantization.bits, arch.quantization.pack_unit)
+    return None
+
+
+def _why_not_packed(arch: ModelArchitecture, tp_size: int, bits: int, unit: int) -> str | None:
+    kv_heads = ModelShard(tp_size=tp_size).num_kv_heads(arch.num_key_value_heads)
+    sizes = {
+        "query features": (arch.q_size // tp_size, arch.q_size),
+        "key features": (kv_heads * arch.head_dim, arch.kv_size),
+        "MLP features": (arch.intermediate_size // tp_size, arch.intermediate_size),
+    }
+    for name, (size, total) in sizes.items():
+        if size % unit:
+            packed = f"{bits}-bit weights are packed in units of {unit}, unless quantization='dequantize'"
+            return f"gives a rank {size} of {total} {name}, and {packed}"
+    if arch.quantization is not None and arch.quantization.lm_head and arch.vocab_size % (tp_size * unit):
+        return f"does not divide the quantised head of {arch.vocab_size} tokens into units of {unit}"
+    return None
+
+
+def _any_of(numbers: list[int]) -> str:
+    """E.g. [1, 3, 9] -> "1, 3 or 9"."""
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} or {last}" if first else last

@@ -22,12 +22,14 @@ from folovllm.config import (
     SchedulerConfig,
 )
 from folovllm.engine.llm_engine import LLMEngine
+from folovllm.executor.base import Executor
 from folovllm.executor.uniproc import UniProcExecutor
 from folovllm.hf_config import load_hf_config
 from folovllm.parallel import ParallelConfig
 from folovllm.request import Request
 from folovllm.sampling_params import RequestOutputKind, SamplingParams
 from folovllm.worker.naive import NaiveModel, generate_naive
+from tests.m9.thread_ranks import ThreadRanksExecutor
 from tests.tiny_models import VOCAB_SIZE
 
 MIN_GAP = 1e-3
@@ -109,7 +111,14 @@ def make_config(folder: Path, **args: Any) -> EngineConfig:
 
 def make_engine(folder: Path, **args: Any) -> LLMEngine:
     config = make_config(folder, **args)
-    return LLMEngine(config, UniProcExecutor(config, folder), tokenizer=None)
+    return LLMEngine(config, make_executor(config, folder), tokenizer=None)
+
+
+def make_executor(config: EngineConfig, folder: Path) -> Executor:
+    """One worker in this thread, or several ranks in threads of their own."""
+    if config.parallel_config.world_size == 1:
+        return UniProcExecutor(config, folder)
+    return ThreadRanksExecutor(config, folder)
 
 
 @dataclass

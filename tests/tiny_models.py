@@ -34,13 +34,18 @@ def make_tiny(name: str, folder: Path) -> Path:
 
 def build_hf_model(name: str) -> Any:
     """The HuggingFace model itself, fp32, the same weights every time."""
+    family, changes = _recipe(name)
+    return random_hf_model(family, TINY_MODELS.index(name), **changes)
+
+
+def random_hf_model(family: str, seed: int, **changes: Any) -> Any:
+    """A model of `family` ("Llama", "Qwen2" ...) with the usual tiny sizes, but for `changes`."""
     import transformers
 
-    family, changes = _recipe(name)
     config_class = getattr(transformers, f"{family}Config")
     config = config_class(**_common() | changes)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(TINY_MODELS.index(name))
+        torch.manual_seed(seed)
         model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
         _liven(model)
     return model

@@ -211,13 +211,15 @@ class KVCacheBudget:
 
 
 def make_kv_cache_config(config: EngineConfig, available_bytes: int) -> KVCacheConfig:
-    """Divides the memory into blocks, as the part core.kv_cache_budget computes.
+    """Divides the memory of a rank into blocks, as the part core.kv_cache_budget computes.
 
-    Raises ValueError with the numbers if one request of max_model_len does not fit.
+    With several ranks, it is the rank whose layers take the most: all ranks have equally many blocks. Raises ValueError
+    with the numbers if one request of max_model_len does not fit.
     """
     budget: KVCacheBudget = load_part("core.kv_cache_budget", config.parts)()
     dtype_bytes = DTYPE_BYTES[config.model_config.dtype]
-    bytes_per_block = budget.bytes_per_token(config.model_config.arch, dtype_bytes) * config.block_size
+    arch = config.parallel_config.largest_attention_arch(config.model_config.arch)
+    bytes_per_block = budget.bytes_per_token(arch, dtype_bytes) * config.block_size
     num_blocks = budget.num_blocks(config, available_bytes, bytes_per_block)
     kv_cache_config = KVCacheConfig(num_blocks, config.block_size, bytes_per_block)
     _check_one_request_fits(kv_cache_config, config.max_model_len)

@@ -18,7 +18,11 @@ from folovllm.parallel import WHOLE_MODEL, ModelShard
 
 @dataclass
 class CommunicationCounts:
-    """Calls and bytes of one rank since the start, by operation: the size of the tensor that a call handed over."""
+    """Calls and bytes of one rank since the start, by operation.
+
+    A call counts before it waits for another rank, with the size of the tensor that it hands over. A receive counts
+    when it has got one.
+    """
 
     calls: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)

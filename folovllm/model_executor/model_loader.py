@@ -1,8 +1,10 @@
 """Building a model and filling it: `load_model` from a HuggingFace folder, `random_model` without any weights.
 
-Milestone: M0. vLLM counterpart: vllm/model_executor/model_loader/default_loader.py and
+Milestone: M0, M9 (a rank loads its shard). vLLM counterpart: vllm/model_executor/model_loader/default_loader.py and
 vllm/model_executor/model_loader/dummy_loader.py. Left out: other formats and loaders (GGUF is converted by
-`folovllm pull`), loading a shard per rank in parallel.
+`folovllm pull`).
+
+Every rank opens the whole checkpoint. The files are memory-mapped, so what a rank does not copy is not read.
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from folovllm.distributed.communicator import ONE_RANK, ParallelGroups
 from folovllm.gptq_config import GPTQConfig
 from folovllm.hf_config import ModelArchitecture
 from folovllm.model_executor.layers.linear import LinearBase, QuantizationConfig
@@ -25,12 +28,14 @@ from folovllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from folovllm.model_executor.models.llama import LlamaForCausalLM
 from folovllm.model_executor.models.registry import get_model_class
 from folovllm.model_executor.weight_utils import WeightsError, iterate_weights, read_tensor, safetensors_files
+from folovllm.parallel import WHOLE_MODEL, ModelShard
 from folovllm.parts import load_part
 
 logger = logging.getLogger(__name__)
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_LAYERS = "model.layers."
 _COMPARED_ROWS = 8192  # of head and embedding at once: two models' vocabularies side by side would take gigabytes
 
 
@@ -48,6 +53,7 @@ def load_model(
     cpu_isa: str = "native",
     max_model_len: int | None = None,
     parts: Mapping[str, str] | None = None,
+    groups: ParallelGroups = ONE_RANK,
 ) -> LlamaForCausalLM:
     """The model of `folder` with its weights, in `dtype` on `device`, as the model file says it: nothing is replaced
     yet (model_executor/cpu/accelerate.py). Raises WeightsError, which says what is wrong.
@@ -56,10 +62,11 @@ def load_model(
     can multiply with them; with "dequantize" plain ones are loaded. `gptq_kernel` and `gptq_runtime` say how packed
     weights are multiplied and what is kept for that (config.py); `gptq_kernel="auto"` takes a fast kernel only with
     `linear_backend="auto"`. The rotary table is built for `max_model_len` positions; with None it is built, whole, at
-    the first lookup. Of `parts` (parts.py) it uses quantize.packing.
+    the first lookup. Of `parts` (parts.py) it uses quantize.packing. `groups` says which part of the model is built.
     """
     files = safetensors_files(folder)  # before building: a wrong folder should fail at once
     arch, weights = settle_head(arch, files, dtype)
+    weights = ((name, tensor) for name, tensor in weights if not of_another_stage(name, arch, groups.shard))
     if arch.quantization is not None:
         packing: type[Packing] = load_part("quantize.packing", parts)
         if quantization == "auto" and quant_config is None:
@@ -70,13 +77,26 @@ def load_model(
         else:
             weights = settle_g_idx(weights, arch.quantization)
     try:
-        model = _build(arch, dtype, device, quant_config)
+        model = _build(arch, dtype, device, quant_config, groups)
         if isinstance(quant_config, GPTQQuantization):
             quant_config.plan(model)
         model.load_weights(weights)
     except WeightsError as error:
         raise WeightsError(f"{folder}: {error}") from None
-    return _finish(model, quant_config, max_model_len)
+    return _finish(model, dtype, device, quant_config, max_model_len)
+
+
+def of_another_stage(name: str, arch: ModelArchitecture, shard: ModelShard) -> bool:
+    """Whether the tensor `name` belongs to a stage that `shard` is not in. A name that no stage has is not skipped:
+    `load_weights` refuses it."""
+    if name.startswith(_LAYERS):
+        number = name.removeprefix(_LAYERS).partition(".")[0]
+        in_model = number.isdecimal() and int(number) < arch.num_hidden_layers
+        return in_model and int(number) not in shard.layers(arch.num_hidden_layers)
+    if name.startswith(("lm_head.", "model.norm.")):
+        return not shard.is_last_stage
+    is_head = arch.tie_word_embeddings and shard.is_last_stage
+    return name == EMBEDDING and not shard.is_first_stage and not is_head
 
 
 def settle_head(
@@ -128,37 +148,70 @@ def random_model(
     seed: int = 0,
     quant_config: QuantizationConfig | None = None,
     max_model_len: int | None = None,
+    groups: ParallelGroups = ONE_RANK,
 ) -> LlamaForCausalLM:
     """A model of this shape with random weights, the same for the same seed: its speed is real, its text is not.
 
-    Norm weights are 1, matrices have a standard deviation of 1 / sqrt(inputs), so activations keep their size.
+    Norm weights are 1, matrices have a standard deviation of 1 / sqrt(inputs), so activations keep their size. Several
+    ranks have the shards of the model that one rank would have.
     """
-    model = _build(arch, dtype, device, quant_config)
+    model = _build(arch, dtype, device, quant_config, groups)
     generator = torch.Generator(device).manual_seed(seed)
-    for name, param in model.named_parameters():
-        if name.endswith("norm.weight"):
-            param.data.fill_(1.0)
-        else:
-            param.data.normal_(0.0, param.shape[-1] ** -0.5, generator=generator)
-    return _finish(model, quant_config, max_model_len)
+    if groups.shard == WHOLE_MODEL:
+        for name, param in model.named_parameters():
+            _randomise(name, param.data, generator)
+    else:
+        _load_random_shards(model, _build(arch, dtype, torch.device("meta"), quant_config), device, generator)
+    return _finish(model, dtype, device, quant_config, max_model_len)
+
+
+def _randomise(name: str, values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if name.endswith("norm.weight"):
+        return values.fill_(1.0)
+    return values.normal_(0.0, values.shape[-1] ** -0.5, generator=generator)
+
+
+def _load_random_shards(
+    model: LlamaForCausalLM, whole: LlamaForCausalLM, device: torch.device, generator: torch.Generator
+) -> None:
+    """Draws the parameters of `whole`, which has shapes but no memory, one by one, and loads their shards into `model`.
+
+    Each rank also draws what it does not have, because the numbers of a generator depend on how many came before.
+    """
+    own = dict(model.named_parameters())
+    for name, param in whole.named_parameters():
+        values = _randomise(name, torch.empty(param.shape, dtype=param.dtype, device=device), generator)
+        if name not in own:
+            continue
+        module = whole.get_submodule(name.rpartition(".")[0])
+        parts = module.output_parts() if isinstance(module, LinearBase) else {None: len(values)}
+        for shard_id, part in zip(parts, values.split(list(parts.values())), strict=True):
+            own[name].weight_loader(own[name], part, shard_id)  # type: ignore[attr-defined]
 
 
 def _build(
-    arch: ModelArchitecture, dtype: torch.dtype, device: torch.device, quant_config: QuantizationConfig | None
+    arch: ModelArchitecture,
+    dtype: torch.dtype,
+    device: torch.device,
+    quant_config: QuantizationConfig | None,
+    groups: ParallelGroups = ONE_RANK,
 ) -> LlamaForCausalLM:
     with device, _default_dtype(dtype):  # parameters come up empty, in their final place and type
-        return get_model_class(arch.architecture)(arch, quant_config)
+        return get_model_class(arch.architecture)(arch, quant_config, groups)
 
 
 def _finish(
-    model: LlamaForCausalLM, quant_config: QuantizationConfig | None, max_model_len: int | None
+    model: LlamaForCausalLM,
+    dtype: torch.dtype,
+    device: torch.device,
+    quant_config: QuantizationConfig | None,
+    max_model_len: int | None,
 ) -> LlamaForCausalLM:
-    embedding = model.model.embed_tokens.weight
     for module in model.modules():
         if isinstance(module, LinearBase):
             module.quant_method.process_weights_after_loading(module)
         if isinstance(module, RotaryEmbedding) and max_model_len is not None:
-            module.build(max_model_len, embedding.dtype, embedding.device)
+            module.build(max_model_len, dtype, device)
     if isinstance(quant_config, GPTQQuantization):
         quant_config.finish(model)
     return model.eval().requires_grad_(False)

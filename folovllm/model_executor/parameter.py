@@ -47,11 +47,16 @@ def load_whole(param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: Any =
     copy_shard(param.data, loaded_weight, dim=0, rank=0, world=1)
 
 
-def copy_shard(target: torch.Tensor, loaded_weight: torch.Tensor, dim: int, rank: int, world: int) -> None:
+def copy_shard(
+    target: torch.Tensor, loaded_weight: torch.Tensor, dim: int, rank: int, world: int, total: int | None = None
+) -> None:
     """Copy the `rank`-th of `world` equal pieces of `loaded_weight` along `dim` into `target`, converting the dtype.
 
     E.g. target [3, 8], loaded [6, 8], dim 0, rank 1 of 2 -> rows 3..5. Integers never become floats or the reverse:
     they would be packed weights in the place of plain ones.
+
+    `total` is the size of the whole along `dim` if it does not divide: what is missing at the end becomes 0. E.g.
+    target [3, 8], loaded [5, 8], total 5, rank 1 of 2 -> rows 3 and 4, and a row of zeros.
     """
     plain = loaded_weight.dtype in PLAIN_DTYPES
     if target.is_floating_point() != plain or loaded_weight.is_floating_point() != plain:
@@ -60,7 +65,12 @@ def copy_shard(target: torch.Tensor, loaded_weight: torch.Tensor, dim: int, rank
         found = str(loaded_weight.dtype).removeprefix("torch.") + scaled
         raise TensorMismatchError(f"expected {kind} values; found {found}")
     size = target.shape[dim]
-    expected = tuple(n * world if i == dim else n for i, n in enumerate(target.shape))
+    whole = size * world if total is None else total
+    expected = tuple(whole if i == dim else n for i, n in enumerate(target.shape))
     if tuple(loaded_weight.shape) != expected:
         raise ShapeMismatchError(expected, tuple(loaded_weight.shape))
-    target.copy_(loaded_weight.narrow(dim, rank * size, size))
+    start = min(rank * size, whole)
+    present = min(size, whole - start)
+    target.narrow(dim, 0, present).copy_(loaded_weight.narrow(dim, start, present))
+    if present < size:
+        target.narrow(dim, present, size - present).zero_()

@@ -1,6 +1,6 @@
 """ModelRunner: turns a SchedulerOutput into tensors, runs the model, samples, and answers with plain data.
 
-Milestone: M1. vLLM counterpart: vllm/v1/worker/gpu_model_runner.py.
+Milestone: M1, M9 (stages). vLLM counterpart: vllm/v1/worker/gpu_model_runner.py.
 Left out: CUDA graphs, several KV groups, drafts, LoRA, multimodal inputs.
 
 The batch is flat: the new tokens of all requests one after another, without padding. The runner never asks whether a
@@ -18,6 +18,7 @@ from folovllm.attention.backend import AttentionBackend, AttentionMetadata
 from folovllm.config import EngineConfig, KernelConfig
 from folovllm.core.kv_cache_utils import KVCacheConfig
 from folovllm.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from folovllm.distributed.communicator import ONE_RANK, ParallelGroups
 from folovllm.forward_context import set_forward_context
 from folovllm.model_executor.cpu.huge_pages import huge_zeros, touch_pages
 from folovllm.model_executor.models.interface import CausalLM
@@ -26,6 +27,7 @@ from folovllm.request import TokenLogprobs
 from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sample.sampler import Sampler
 from folovllm.worker.input_batch import CachedRequestState, InputBatch
+from folovllm.worker.pipeline_stage import PipelineStage
 
 # Rows of prompt logits computed at once: [256, 49152] in fp32 is 48 MiB.
 PROMPT_LOGPROBS_CHUNK = 256
@@ -43,17 +45,29 @@ class ForwardHandle:
 
 
 class ModelRunner:
-    """Owns the model, the KV cache tensor and the batch of the requests that run."""
+    """Owns the model, the KV cache tensor and the batch of the requests that run.
+
+    Of several ranks each has a runner, and all runners get the same steps. Those of the last stage sample.
+    """
 
     def __init__(
-        self, config: EngineConfig, model: CausalLM, backend: AttentionBackend, device: torch.device, sampler: Sampler
+        self,
+        config: EngineConfig,
+        model: CausalLM,
+        backend: AttentionBackend,
+        device: torch.device,
+        sampler: Sampler,
+        groups: ParallelGroups = ONE_RANK,
     ) -> None:
         self.config = config
         self.model = model
         self.backend = backend
         self.device = device
         self.sampler = sampler
-        self.vocab_size = config.model_config.arch.vocab_size
+        arch = config.model_config.arch
+        self.vocab_size = arch.vocab_size
+        self.is_last_stage = groups.shard.is_last_stage
+        self.stage = PipelineStage(groups, arch.hidden_size, backend.spec.dtype) if groups.pp.size > 1 else None
         self.is_pipelined = config.parallel_config.pipeline_parallel_size > 1
         self.requests: dict[str, CachedRequestState] = {}
         self.batch = InputBatch(config.max_num_seqs, config.max_model_len, config.block_size, config.parts)
@@ -84,8 +98,9 @@ class ModelRunner:
         if scheduler_output.is_empty:
             return ForwardHandle(scheduler_output, torch.empty(0), [0])
         metadata, num_tokens, row_start_loc = self._prepare_inputs(scheduler_output)
+        inputs = self.input_ids[:num_tokens], self.positions[:num_tokens]
         with set_forward_context(metadata):
-            hidden_states = self.model(self.input_ids[:num_tokens], self.positions[:num_tokens])
+            hidden_states = self.model(*inputs) if self.stage is None else self.stage.run(self.model, *inputs)
         if len(hidden_states) != row_start_loc[-1]:
             raise ValueError(
                 f"{type(self.model).__name__} returned {len(hidden_states)} rows of hidden states and "
@@ -192,7 +207,11 @@ class ModelRunner:
         counts         = [0, 1, 3]
         logits_indices = [2, 3, 4, 5]
         row_start_loc  = [0, 0, 1, 4]
+
+        A stage that is not the last reads none and sends all.
         """
+        if not self.is_last_stage:
+            return None, [0]
         num_tokens = int(query_start_loc[-1])
         if num_tokens == len(output.sampling_req_ids):  # every request has one token and samples
             return None, query_start_loc.tolist()
@@ -224,7 +243,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def sample(self, handle: ForwardHandle) -> ModelRunnerOutput:
-        """Samples for the requests whose known tokens are all computed; logits are computed for their last rows."""
+        """Samples for the requests whose known tokens are all computed; logits are computed for their last rows.
+
+        A stage that is not the last has an empty answer.
+        """
+        if not self.is_last_stage:
+            return ModelRunnerOutput({})
         output = handle.scheduler_output
         sampled: dict[str, list[int]] = {request_id: [] for request_id in output.num_scheduled_tokens}
         result = ModelRunnerOutput(sampled, prompt_logprobs=self._prompt_logprobs(handle))

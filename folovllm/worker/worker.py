@@ -1,7 +1,7 @@
 """Worker: one device, its model and its memory.
 
-Milestone: M1. vLLM counterpart: vllm/v1/worker/gpu_worker.py and vllm/v1/worker/cpu_worker.py. Left out: ranks, sleep
-mode.
+Milestone: M1, M9 (one of several ranks). vLLM counterpart: vllm/v1/worker/gpu_worker.py and
+vllm/v1/worker/cpu_worker.py. Left out: sleep mode.
 """
 
 import dataclasses
@@ -14,11 +14,13 @@ from folovllm.attention.selector import get_attn_backend
 from folovllm.config import EngineConfig
 from folovllm.core.kv_cache_utils import CPU_KV_CACHE_CEILING, GIB, KVCacheConfig
 from folovllm.core.sched.output import SchedulerOutput
+from folovllm.distributed.communicator import ONE_RANK, ParallelGroups
 from folovllm.model_executor.cpu.accelerate import accelerate
 from folovllm.model_executor.cpu.huge_pages import keep_freed_memory
 from folovllm.model_executor.model_loader import load_model, random_model
 from folovllm.model_executor.models.llama import LlamaForCausalLM
 from folovllm.outputs import ModelRunnerOutput
+from folovllm.parallel import ModelShard
 from folovllm.parts import load_part
 from folovllm.utils import available_memory_bytes
 from folovllm.worker.model_runner import ForwardHandle, ModelRunner
@@ -29,26 +31,32 @@ CPU_FREE_MEMORY_SHARE = 0.5
 
 
 class Worker:
-    """Loads the model of a resolved config and runs steps on it."""
+    """Loads the part of the model that the rank of `groups` computes, and runs steps on it. `config` is resolved.
 
-    def __init__(self, config: EngineConfig, model_path: Path) -> None:
-        self.config, kernels = config, config.kernel_config
-        self.device = torch.device(config.device)
+    Nothing is sent between the ranks until the first step (on CUDA: until `available_kv_cache_bytes`, which runs one).
+    """
+
+    def __init__(self, config: EngineConfig, model_path: Path, groups: ParallelGroups = ONE_RANK) -> None:
+        self.config, self.groups, kernels = config, groups, config.kernel_config
+        self.device = rank_device(config, groups.shard)
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)  # Triton launches its kernels on the current device
         self.keeps_freed_memory = kernels.keep_freed_memory and self.device.type == "cpu" and keep_freed_memory()
-        arch = config.model_config.arch
+        arch = groups.shard.attention_arch(config.model_config.arch)
         dtype: torch.dtype = getattr(torch, config.model_config.dtype)
         model = self._load_model(model_path, dtype)
         spec = AttentionSpec.from_arch(arch, dtype, self.device, config.block_size, kernels.cpu_isa)
         backend = get_attn_backend(config.attention_config.attention_backend, spec, config.parts)
         sampler = load_part("sample.sampler", config.parts)()
         self.replacements = accelerate(model, backend, kernels, sampler)
-        self.model_runner = ModelRunner(config, model, backend, self.device, sampler)
+        self.model_runner = ModelRunner(config, model, backend, self.device, sampler, groups)
 
     def _load_model(self, model_path: Path, dtype: torch.dtype) -> LlamaForCausalLM:
         config, kernels = self.config, self.config.kernel_config
         arch, length = config.model_config.arch, config.max_model_len
         if config.model_config.load_format == "dummy":
-            return random_model(arch, dtype, self.device, config.model_config.seed, max_model_len=length)
+            seed = config.model_config.seed
+            return random_model(arch, dtype, self.device, seed, max_model_len=length, groups=self.groups)
         return load_model(
             model_path,
             arch,
@@ -59,14 +67,17 @@ class Worker:
             cpu_isa=kernels.cpu_isa,
             max_model_len=length,
             parts=config.parts,
+            groups=self.groups,
             **dataclasses.asdict(config.quantization_config),
         )
 
     def available_kv_cache_bytes(self) -> int:
-        """What the KV cache may take: on a CPU half of the free memory, at most 4 GiB; on a GPU its share."""
+        """What the KV cache of this rank may take: on a CPU half of the free memory, at most 4 GiB, divided among the
+        ranks; on a GPU its share.
+        """
         free = self._free_memory()
         if self.device.type == "cpu":
-            return min(int(free * CPU_FREE_MEMORY_SHARE), CPU_KV_CACHE_CEILING)
+            return min(int(free * CPU_FREE_MEMORY_SHARE), CPU_KV_CACHE_CEILING) // self.ranks_that_share_memory
         torch.cuda.reset_peak_memory_stats(self.device)
         temporary = profile_run(self.model_runner)
         peak = torch.cuda.max_memory_allocated(self.device) - temporary  # weights and activations
@@ -75,13 +86,17 @@ class Worker:
         others = total - free - torch.cuda.memory_reserved(self.device)  # other programs, CUDA's own
         return int(total * self.config.cache_config.gpu_memory_utilization) - peak - others
 
+    @property
+    def ranks_that_share_memory(self) -> int:
+        return self.config.parallel_config.world_size if self.device.type == "cpu" else 1
+
     def _free_memory(self) -> int:
         if self.device.type == "cpu":
             return available_memory_bytes()
         return int(torch.cuda.mem_get_info(self.device)[0])
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
-        wanted, free = kv_cache_config.total_bytes, self._free_memory()
+        wanted, free = kv_cache_config.total_bytes * self.ranks_that_share_memory, self._free_memory()
         if wanted > free:
             raise ValueError(
                 f"a KV cache of {wanted / GIB:.1f} GiB does not fit into the {free / GIB:.1f} GiB of free memory: "
@@ -94,3 +109,20 @@ class Worker:
 
     def sample(self, handle: ForwardHandle) -> ModelRunnerOutput:
         return self.model_runner.sample(handle)
+
+
+def rank_device(config: EngineConfig, shard: ModelShard) -> torch.device:
+    """The device of a rank: the CPU, or a GPU of its own. Raises ValueError if there are too few GPUs."""
+    parallel = config.parallel_config
+    if config.device == "cpu" or parallel.world_size == 1:
+        return torch.device(config.device)
+    if parallel.executor_backend == "ray":
+        return torch.device(config.device, 0)  # Ray shows an actor no GPU but its own
+    num_gpus = torch.cuda.device_count()
+    if shard.rank >= num_gpus:
+        raise ValueError(
+            f"tensor_parallel_size={parallel.tensor_parallel_size} x pipeline_parallel_size="
+            f"{parallel.pipeline_parallel_size} need {parallel.world_size} GPUs, and there are {num_gpus}: lower them, "
+            "or use distributed_executor_backend='ray' with several machines"
+        )
+    return torch.device(config.device, shard.rank)

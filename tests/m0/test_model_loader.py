@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from folovllm.distributed.communicator import Communicator
+from folovllm.distributed.thread_communicator import ThreadGroup
 from folovllm.hf_config import SUPPORTED_ARCHITECTURES, load_hf_config
 from folovllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -321,6 +323,11 @@ def test_quant_config_decides_layer_by_layer(tiny_model_dir: Callable[[str], Pat
 # --- Tensor-parallel shards -------------------------------------------------------------------------------------------
 
 
+def rank_of(rank: int, size: int) -> Communicator:
+    """One end of a group whose other ranks are not there: enough to load a shard."""
+    return ThreadGroup(size).communicator(rank)
+
+
 def rows(n: int, columns: int = 2, start: int = 0) -> torch.Tensor:
     """Row r holds r + start, so a misplaced row shows."""
     return (torch.arange(n, dtype=torch.float32) + start).unsqueeze(1).repeat(1, columns)
@@ -341,7 +348,7 @@ def held(layer: nn.Module) -> list[float]:
     ],
 )
 def test_qkv_shards(world: int, rank: int, expected: list[float]) -> None:
-    layer = QKVParallelLinear(2, head_size=2, num_heads=4, num_kv_heads=2, bias=True, rank=rank, world=world)
+    layer = QKVParallelLinear(2, head_size=2, num_heads=4, num_kv_heads=2, bias=True, tp=rank_of(rank, world))
     for shard_id, tensor in (("q", rows(8)), ("k", rows(4, start=100)), ("v", rows(4, start=200))):
         layer.weight_loader(layer.weight, tensor, shard_id)
         layer.weight_loader(layer.bias, tensor[:, 0], shard_id)
@@ -349,27 +356,40 @@ def test_qkv_shards(world: int, rank: int, expected: list[float]) -> None:
 
 
 def test_merged_shards() -> None:
-    layers = [MergedColumnParallelLinear(2, [4, 6], rank=rank, world=2) for rank in (0, 1)]
+    layers = [MergedColumnParallelLinear(2, [4, 6], tp=rank_of(rank, 2)) for rank in (0, 1)]
     for layer in layers:
         layer.weight_loader(layer.weight, rows(4), 0)
         layer.weight_loader(layer.weight, rows(6, start=100), 1)
     assert [held(layer) for layer in layers] == [[0, 1, 100, 101, 102], [2, 3, 103, 104, 105]]
 
 
-def test_row_shards_cut_the_input_and_keep_the_bias() -> None:
-    layer = RowParallelLinear(4, 3, bias=True, rank=1, world=2)
-    layer.weight_loader(layer.weight, torch.arange(12.0).view(3, 4))
-    layer.weight_loader(layer.bias, torch.tensor([7.0, 8.0, 9.0]))
-    assert layer.weight.tolist() == [[2, 3], [6, 7], [10, 11]] and layer.bias.tolist() == [7, 8, 9]
-    with pytest.raises(AssertionError, match="all-reduce"):
-        layer(torch.ones(1, 2))
+def test_row_shards_cut_the_input_and_the_bias_is_rank_0s() -> None:
+    first, second = (RowParallelLinear(4, 3, bias=True, tp=rank_of(rank, 2)) for rank in (0, 1))
+    for layer in (first, second):
+        layer.weight_loader(layer.weight, torch.arange(12.0).view(3, 4))
+        layer.weight_loader(layer.bias, torch.tensor([7.0, 8.0, 9.0]))
+    assert second.weight.tolist() == [[2, 3], [6, 7], [10, 11]]
+    assert first.bias.tolist() == [7, 8, 9] and second.bias.tolist() == [0, 0, 0]
+    with pytest.raises(ShapeMismatchError, match=r"expected shape \[3\]; found \[2\]"):
+        second.weight_loader(second.bias, torch.ones(2))
 
 
 @pytest.mark.parametrize("make", [VocabParallelEmbedding, lambda n, h, **kw: ParallelLMHead(h, n, **kw)])
 def test_vocabulary_shards(make: Callable[..., nn.Module]) -> None:
-    layer = make(6, 2, rank=1, world=3)
+    layer = make(6, 2, tp=rank_of(1, 3))
     layer.weight_loader(layer.weight, rows(6))
     assert held(layer) == [2, 3]
+
+
+@pytest.mark.parametrize("make", [VocabParallelEmbedding, lambda n, h, **kw: ParallelLMHead(h, n, **kw)])
+def test_a_vocabulary_that_does_not_divide_ends_in_zeros(make: Callable[..., nn.Module]) -> None:
+    """7 tokens on 4 ranks, and 5 on 4: the last rank has no token at all."""
+    for vocab_size, last, expected in ((7, 3, [7, 0]), (5, 2, [5, 0]), (5, 3, [0, 0])):
+        layer = make(vocab_size, 2, tp=rank_of(last, 4))
+        layer.weight_loader(layer.weight, rows(vocab_size, start=1))
+        assert held(layer) == expected
+    with pytest.raises(ShapeMismatchError, match=r"expected shape \[5, 2\]; found \[8, 2\]"):
+        layer.weight_loader(layer.weight, rows(8))
 
 
 def test_partial_sums_of_all_ranks_are_the_whole_layer() -> None:
@@ -378,8 +398,8 @@ def test_partial_sums_of_all_ranks_are_the_whole_layer() -> None:
     total = torch.zeros(3, 5)
     for rank in range(4):
         column, row = (
-            ColumnParallelLinear(6, 8, rank=rank, world=4),
-            RowParallelLinear(8, 5, rank=rank, world=4),
+            ColumnParallelLinear(6, 8, tp=rank_of(rank, 4)),
+            RowParallelLinear(8, 5, tp=rank_of(rank, 4)),
         )
         column.weight_loader(column.weight, up)
         row.weight_loader(row.weight, down)
@@ -388,8 +408,8 @@ def test_partial_sums_of_all_ranks_are_the_whole_layer() -> None:
 
 
 def test_a_shard_of_the_wrong_whole_is_refused() -> None:
-    layer = QKVParallelLinear(2, head_size=2, num_heads=4, num_kv_heads=2, rank=0, world=2)
+    layer = QKVParallelLinear(2, head_size=2, num_heads=4, num_kv_heads=2, tp=rank_of(0, 2))
     with pytest.raises(ShapeMismatchError, match=r"expected shape \[4, 2\]; found \[2, 2\]"):
         layer.weight_loader(layer.weight, rows(2), "k")
     with pytest.raises(AssertionError, match="9 does not divide into 2"):
-        ColumnParallelLinear(3, 9, world=2)
+        ColumnParallelLinear(3, 9, tp=rank_of(0, 2))

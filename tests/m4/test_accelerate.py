@@ -200,9 +200,9 @@ class OwnMLP(LlamaMLP):
 
 
 class LayerWithOwnMLP(LlamaDecoderLayer):
-    def __init__(self, arch: ModelArchitecture, quant_config: Any, prefix: str) -> None:
-        super().__init__(arch, quant_config, prefix)
-        self.mlp = OwnMLP(arch, quant_config, f"{prefix}.mlp")
+    def __init__(self, arch: ModelArchitecture, quant_config: Any, prefix: str, tp: Any) -> None:
+        super().__init__(arch, quant_config, prefix, tp)
+        self.mlp = OwnMLP(arch, quant_config, f"{prefix}.mlp", tp)
 
 
 class OwnNorm(RMSNorm):
@@ -212,8 +212,8 @@ class OwnNorm(RMSNorm):
 
 
 class LayerWithOwnNorm(LlamaDecoderLayer):
-    def __init__(self, arch: ModelArchitecture, quant_config: Any, prefix: str) -> None:
-        super().__init__(arch, quant_config, prefix)
+    def __init__(self, arch: ModelArchitecture, quant_config: Any, prefix: str, tp: Any) -> None:
+        super().__init__(arch, quant_config, prefix, tp)
         self.post_attention_layernorm = OwnNorm(arch.hidden_size, arch.rms_norm_eps)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from folovllm.distributed.thread_communicator import ThreadGroup
 from folovllm.gptq_config import BITS, GPTQConfig
 from folovllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -100,7 +101,8 @@ def test_column_parallel_ranks_hold_their_outputs() -> None:
     config = GPTQConfig(3, 32, sym=False)
     part = random_layer(config, INPUT, 64)
     for rank in range(2):
-        layer = ColumnParallelLinear(INPUT, 64, quant_config=GPTQQuantization(config), prefix="x", rank=rank, world=2)
+        tp = ThreadGroup(2).communicator(rank)
+        layer = ColumnParallelLinear(INPUT, 64, quant_config=GPTQQuantization(config), prefix="x", tp=tp)
         for name, tensor in part.pack(config).items():
             param = getattr(layer, name)
             param.weight_loader(param, tensor)

@@ -16,6 +16,7 @@ E.g. for SmolLM2-135M in bf16:
     decoder_stack    30 layers, one after another -> one C++ call: ...
 """
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,6 +30,7 @@ from folovllm.model_executor.cpu.decoder_stack import stack_decoder_layers
 from folovllm.model_executor.cpu.fused_ops import fuse_mlps, fuse_ops
 from folovllm.model_executor.cpu.packed_linear import pack_linears
 from folovllm.model_executor.cpu.replacement import Replacement, grouped
+from folovllm.model_executor.layers.linear import LinearBase
 from folovllm.sample.sampler import Sampler
 
 NO_OPS = "the C++ kernels could not be built or loaded (see the warning)"
@@ -72,13 +74,22 @@ def _accelerate_model(
 
 def _operators(model: nn.Module, isa: str) -> tuple[Any | None, str]:
     """Our C++ operators if they can run this model; else None and why."""
-    weight = next(model.parameters())
+    weight = _plain_parameter(model)
     if weight.device.type != "cpu":
         return None, f"the kernels run on a CPU, and the model is on {weight.device.type}"
     if weight.dtype not in DTYPES:
         return None, f"the kernels compute in float32 and bfloat16, not in {str(weight.dtype).removeprefix('torch.')}"
     ops = load_ops(isa)
     return ops, "" if ops is not None else NO_OPS
+
+
+def _plain_parameter(model: nn.Module) -> nn.Parameter:
+    """Returns a parameter in the dtype of the activations.
+
+    Those of linear layers may be quantised. In a pipeline only the first stage has an embedding, but all have norms.
+    """
+    others = (p for m in model.modules() if not isinstance(m, LinearBase) for p in m.parameters(recurse=False))
+    return next(itertools.chain(others, model.parameters()))
 
 
 def _accelerate_sampler(sampler: Any, kernels: KernelConfig, model: nn.Module) -> Iterable[Replacement]:

@@ -6,7 +6,7 @@ same end. Left out: plain fp32 layers, which run operator by operator.
 With one token per step the twelve modules, views and operator calls of a layer cost as much Python as a seventh of its
 arithmetic, and even one call per layer costs a tenth. The textbook loop stays in the model file: LlamaModel calls its
 `decoder_stack` instead of the loop if there is one. csrc/decoder_stack.cpp performs the same
-operations in the same order.
+operations in the same order. In a pipeline each stage has a stack of its own layers.
 """
 
 from collections.abc import Iterator
@@ -139,6 +139,8 @@ def _model_refusal(model: LlamaModel) -> str | None:
         return f"{type(model).__name__} has a loop of its own"
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.layers.modules()):
         return "a module has forward hooks, which the call would pass by"
+    if any(module.tp.size > 1 for module in model.layers.modules() if isinstance(module, LinearBase)):
+        return "tensor parallelism adds up the ranks' sums within each layer, where one call cannot be interrupted"
     reasons = [_layer_refusal(layer) for layer in model.layers]
     return next(filter(None, reasons), None) if reasons else "it has no layers"
 

@@ -1,7 +1,12 @@
 """Linear layers as tensor parallelism cuts them, fused where a model has several with one input.
 
-Milestone: M1. vLLM counterpart: vllm/model_executor/layers/linear.py. Left out: the all-reduce (world > 1 is only
-sized and loaded rightly so far), bias skipping, vLLM's parameter classes.
+Milestone: M1 (the layers), M9 (several ranks). vLLM counterpart: vllm/model_executor/layers/linear.py. Left out: bias
+skipping, vLLM's parameter classes, outputs that are gathered or inputs that are split between two layers.
+
+`tp` is the layer's end of the group of ranks that share it. A column-parallel layer, then a row-parallel one, is the
+pattern of attention and of the MLP alike (Shoeybi et al. 2019, "Megatron-LM", section 3):
+
+    x, whole on every rank -> column: the rank's outputs -> row: a partial sum of all outputs -> all_reduce: whole again
 
 A layer knows its shapes and shards; *how* it multiplies is its `quant_method`'s business. That slot is where GPTQ (M7)
 and the fast CPU path (M4) enter, and why no model file ever mentions them.
@@ -15,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from folovllm.model_executor.parameter import copy_shard, new_parameter
+from folovllm.distributed.communicator import SINGLE_RANK, Communicator
+from folovllm.model_executor.parameter import copy_shard, load_whole, new_parameter
 
 
 class LinearMethodBase(ABC):
@@ -66,12 +72,11 @@ class LinearBase(nn.Module):
         *,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
-        rank: int = 0,
-        world: int = 1,
+        tp: Communicator = SINGLE_RANK,
     ) -> None:
         super().__init__()
         self.input_size, self.output_size = input_size, output_size
-        self.rank, self.world = rank, world
+        self.tp = tp
         method = quant_config.get_quant_method(self, prefix) if quant_config is not None else None
         self.quant_method = method or UnquantizedLinearMethod()
         self.quant_method.create_weights(self)
@@ -91,24 +96,32 @@ class LinearBase(nn.Module):
 class ColumnParallelLinear(LinearBase):
     """Output features are divided among ranks: each computes its own, from the whole input."""
 
-    def __init__(self, input_size: int, output_size: int, bias: bool = False, *, world: int = 1, **kwargs: Any) -> None:
-        super().__init__(input_size, divide(output_size, world), bias, world=world, **kwargs)
+    def __init__(
+        self, input_size: int, output_size: int, bias: bool = False, *, tp: Communicator = SINGLE_RANK, **kwargs: Any
+    ) -> None:
+        super().__init__(input_size, divide(output_size, tp.size), bias, tp=tp, **kwargs)
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
-        copy_shard(param.data, loaded_weight, output_dim(param), self.rank, self.world)
+        copy_shard(param.data, loaded_weight, output_dim(param), self.tp.rank, self.tp.size)
 
 
 class MergedColumnParallelLinear(LinearBase):
     """Several column-parallel layers with one input, as one matmul. shard_id is the index of the layer.
 
-    E.g. gate and up of 8 features each, world 2: rank 0 holds [gate 0-3 | up 0-3], not gate alone.
+    E.g. gate and up of 8 features each, 2 ranks: rank 0 holds [gate 0-3 | up 0-3], not gate alone.
     """
 
     def __init__(
-        self, input_size: int, output_sizes: Sequence[int], bias: bool = False, *, world: int = 1, **kwargs: Any
+        self,
+        input_size: int,
+        output_sizes: Sequence[int],
+        bias: bool = False,
+        *,
+        tp: Communicator = SINGLE_RANK,
+        **kwargs: Any,
     ) -> None:
-        self.shard_sizes = [divide(size, world) for size in output_sizes]
-        super().__init__(input_size, sum(self.shard_sizes), bias, world=world, **kwargs)
+        self.shard_sizes = [divide(size, tp.size) for size in output_sizes]
+        super().__init__(input_size, sum(self.shard_sizes), bias, tp=tp, **kwargs)
 
     def output_parts(self) -> dict[Any, int]:
         return dict(enumerate(self.shard_sizes))
@@ -121,7 +134,8 @@ class MergedColumnParallelLinear(LinearBase):
 class QKVParallelLinear(LinearBase):
     """Query, key and value projections as one matmul: output rows [q | k | v]. shard_id is "q", "k" or "v".
 
-    With more ranks than KV heads, a KV head lives on several ranks. E.g. 2 KV heads, world 4: ranks 0, 1 hold head 0.
+    With more ranks than KV heads, a KV head lives on several ranks. E.g. 2 KV heads, 4 ranks: ranks 0, 1 hold head 0.
+    `num_heads` and `num_kv_heads` become the rank's own.
     """
 
     def __init__(
@@ -132,14 +146,14 @@ class QKVParallelLinear(LinearBase):
         num_kv_heads: int,
         bias: bool = False,
         *,
-        world: int = 1,
+        tp: Communicator = SINGLE_RANK,
         **kwargs: Any,
     ) -> None:
-        self.num_heads = divide(num_heads, world)
-        self.num_kv_heads = divide(num_kv_heads, min(world, num_kv_heads))
-        self.kv_copies = divide(world, min(world, num_kv_heads))  # ranks that share one KV head
+        self.num_heads = divide(num_heads, tp.size)
+        self.num_kv_heads = divide(num_kv_heads, min(tp.size, num_kv_heads))
+        self.kv_copies = divide(tp.size, min(tp.size, num_kv_heads))  # ranks that share one KV head
         self.q_size, self.kv_size = self.num_heads * head_size, self.num_kv_heads * head_size
-        super().__init__(hidden_size, self.q_size + 2 * self.kv_size, bias, world=world, **kwargs)
+        super().__init__(hidden_size, self.q_size + 2 * self.kv_size, bias, tp=tp, **kwargs)
 
     def output_parts(self) -> dict[Any, int]:
         return {"q": self.q_size, "k": self.kv_size, "v": self.kv_size}
@@ -151,20 +165,27 @@ class QKVParallelLinear(LinearBase):
 
 
 class RowParallelLinear(LinearBase):
-    """Input features are divided among ranks; the partial sums must then be added over all of them."""
+    """Input features are divided among ranks, and the partial sums are added over all of them.
 
-    def __init__(self, input_size: int, output_size: int, bias: bool = False, *, world: int = 1, **kwargs: Any) -> None:
-        super().__init__(divide(input_size, world), output_size, bias, world=world, **kwargs)
+    The bias is rank 0's. If every rank added it, the sum would contain it several times.
+    """
+
+    def __init__(
+        self, input_size: int, output_size: int, bias: bool = False, *, tp: Communicator = SINGLE_RANK, **kwargs: Any
+    ) -> None:
+        super().__init__(divide(input_size, tp.size), output_size, bias, tp=tp, **kwargs)
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
-        if param.dim() == 1:  # a bias has no input axis: every rank holds it whole
-            copy_shard(param.data, loaded_weight, dim=0, rank=0, world=1)
-        else:
-            copy_shard(param.data, loaded_weight, 1 - output_dim(param), self.rank, self.world)
+        if param.dim() > 1:
+            copy_shard(param.data, loaded_weight, 1 - output_dim(param), self.tp.rank, self.tp.size)
+            return
+        load_whole(param, loaded_weight)  # a bias has no input axis
+        if self.tp.rank > 0:
+            param.data.zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        assert self.world == 1, "the all-reduce over ranks comes with tensor parallelism"
-        return self.quant_method.apply(self, x)
+        """x [num_tokens, input_size] -> [num_tokens, output_size], the whole sum on every rank."""
+        return self.tp.all_reduce(self.quant_method.apply(self, x))
 
 
 def load_fused_shard(
@@ -178,7 +199,7 @@ def load_fused_shard(
     factor = getattr(param, "packed_factor", 1)
     dim = output_dim(param)
     target = param.data.narrow(dim, divide(start, factor), divide(size, factor))
-    copy_shard(target, loaded_weight, dim, layer.rank // copies, layer.world // copies)
+    copy_shard(target, loaded_weight, dim, layer.tp.rank // copies, layer.tp.size // copies)
 
 
 def output_dim(param: nn.Parameter) -> int:

@@ -5,6 +5,7 @@ Milestone: M1. vLLM counterpart: vllm/model_executor/models/qwen3.py. Left out: 
 
 import torch
 
+from folovllm.distributed.communicator import SINGLE_RANK, Communicator
 from folovllm.hf_config import ModelArchitecture
 from folovllm.model_executor.layers.layernorm import RMSNorm
 from folovllm.model_executor.layers.linear import QuantizationConfig
@@ -12,8 +13,14 @@ from folovllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLay
 
 
 class Qwen3Attention(LlamaAttention):
-    def __init__(self, arch: ModelArchitecture, quant_config: QuantizationConfig | None, prefix: str) -> None:
-        super().__init__(arch, quant_config, prefix)
+    def __init__(
+        self,
+        arch: ModelArchitecture,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        tp: Communicator = SINGLE_RANK,
+    ) -> None:
+        super().__init__(arch, quant_config, prefix, tp)
         self.q_norm = RMSNorm(arch.head_dim, arch.rms_norm_eps)
         self.k_norm = RMSNorm(arch.head_dim, arch.rms_norm_eps)
 

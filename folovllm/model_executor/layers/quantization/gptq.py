@@ -1,7 +1,13 @@
 """GPTQ checkpoints in the linear layers' `quant_method` slot.
 
-Milestone: M7. vLLM counterpart: vllm/model_executor/layers/quantization/gptq.py (GPTQConfig and GPTQLinearMethod).
-Left out: ranks that share the inputs of a layer, quantised embeddings.
+Milestone: M7, M9 (several ranks). vLLM counterpart: vllm/model_executor/layers/quantization/gptq.py (GPTQConfig and
+GPTQLinearMethod). Left out: quantised embeddings.
+
+Ranks that share the inputs of a layer (row-parallel) may cut through a group, and under act-order every rank may have
+inputs of every group. So such a rank loads the scales and zeros of all groups, keeps those that its inputs use, and
+numbers them anew. E.g. g_idx [0, 0, 0, 1, 1, 1, 2, 2] on 2 ranks, with groups of 3 inputs:
+
+    rank 0: g_idx [0, 0, 0, 1], groups 0 and 1      rank 1: g_idx [0, 0, 1, 1], groups 1 and 2
 """
 
 from fractions import Fraction
@@ -15,7 +21,7 @@ from folovllm.model_executor.layers.linear import LinearBase, LinearMethodBase, 
 from folovllm.model_executor.layers.quantization.kernels import GPTQKernel, KernelOptions
 from folovllm.model_executor.layers.quantization.quantized_linear import check_g_idx, tensor_layout
 from folovllm.model_executor.layers.quantization.select import get_kernel
-from folovllm.model_executor.parameter import TensorMismatchError, copy_shard, new_parameter
+from folovllm.model_executor.parameter import TensorMismatchError, copy_shard, load_whole, new_parameter
 from folovllm.model_executor.weight_utils import WeightsError
 
 
@@ -49,9 +55,8 @@ class GPTQLinearMethod(LinearMethodBase):
         self.config, self.kernel, self.prefix = config, kernel, prefix
 
     def create_weights(self, layer: LinearBase) -> None:
-        assert layer.world == 1 or not isinstance(layer, RowParallelLinear), "g_idx over ranks: with tensor parallelism"
         parts = layer.output_parts()
-        shapes = self._shapes(layer.input_size, list(parts.values()))
+        shapes = self._shapes(layer, list(parts.values()))
         # The layers' loaders place a tensor by `output_dim` and `packed_factor`: outputs lie along axis 1, and in
         # qzeros one 32-bit word holds several of them.
         for name, dtype, packed in (
@@ -59,35 +64,61 @@ class GPTQLinearMethod(LinearMethodBase):
             ("qzeros", torch.int32, Fraction(WORD_BITS, self.config.bits)),
             ("scales", torch.float32, 1),  # holds fp16 and bf16 alike, exactly
         ):
-            param = new_parameter(*shapes[name], weight_loader=layer.weight_loader, dtype=dtype)
+            loader = load_whole if name != "qweight" and shares_inputs(layer) else layer.weight_loader
+            param = new_parameter(*shapes[name], weight_loader=loader, dtype=dtype)
             param.output_dim, param.packed_factor = 1, packed  # type: ignore[attr-defined]
             setattr(layer, name, param)
         # q, k and v were quantised separately, so under act-order each has its own groups of inputs.
-        g_idx = new_parameter(len(parts), layer.input_size, weight_loader=_g_idx_loader(layer), dtype=torch.int32)
-        g_idx.num_groups = self.config.num_groups(layer.input_size)  # type: ignore[attr-defined]
+        loader = _g_idx_loader(layer, shapes["scales"][0])
+        g_idx = new_parameter(len(parts), layer.input_size, weight_loader=loader, dtype=torch.int32)
         layer.g_idx = g_idx  # [parts, input_size]
 
-    def _shapes(self, input_size: int, output_sizes: list[int]) -> dict[str, tuple[int, ...]]:
+    def _shapes(self, layer: LinearBase, output_sizes: list[int]) -> dict[str, tuple[int, ...]]:
+        """With the groups of all ranks that share the inputs of `layer`."""
+        input_size, num_groups = layer.input_size, self.config.num_groups(whole_input_size(layer))
         try:
             for size in output_sizes:  # each part is packed separately
                 tensor_layout(self.config, input_size, size)
         except TensorMismatchError as error:
             raise WeightsError(f"{self.prefix}: {error}; to fix it: correct bits in quantization_config") from None
         layout = tensor_layout(self.config, input_size, sum(output_sizes))
-        return {name: shape for name, (shape, _) in layout.items()}
+        shapes = {name: shape for name, (shape, _) in layout.items()}
+        return shapes | {name: (num_groups, *shapes[name][1:]) for name in ("qzeros", "scales")}
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
+        if shares_inputs(layer):
+            keep_own_groups(layer)
         self.kernel.process(layer)
 
     def apply(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return self.kernel.apply(layer, x)  # type: ignore[arg-type]
 
 
-def _g_idx_loader(layer: LinearBase) -> Any:
+def shares_inputs(layer: LinearBase) -> bool:
+    """Whether other ranks have other inputs of `layer`."""
+    return isinstance(layer, RowParallelLinear) and layer.tp.size > 1
+
+
+def whole_input_size(layer: LinearBase) -> int:
+    """The inputs of all ranks."""
+    return layer.input_size * layer.tp.size if shares_inputs(layer) else layer.input_size
+
+
+def keep_own_groups(layer: LinearBase) -> None:
+    """Drops the groups that no input of this rank belongs to, and numbers the others anew, in their old order."""
+    params: Any = layer
+    used, g_idx = params.g_idx.data.unique(return_inverse=True)  # [groups that are used], [1, input_size]
+    params.g_idx.data.copy_(g_idx)
+    for param in (params.qzeros, params.scales):
+        param.data = param.data[used.long()]
+
+
+def _g_idx_loader(layer: LinearBase, num_groups: int) -> Any:
     rows = {shard_id: row for row, shard_id in enumerate(layer.output_parts())}
+    rank, world = (layer.tp.rank, layer.tp.size) if shares_inputs(layer) else (0, 1)
 
     def load(param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
-        copy_shard(param.data[rows[shard_id]], loaded_weight, dim=0, rank=0, world=1)
-        check_g_idx(loaded_weight, param.num_groups)  # type: ignore[attr-defined]
+        copy_shard(param.data[rows[shard_id]], loaded_weight, dim=0, rank=rank, world=world)
+        check_g_idx(loaded_weight, num_groups)
 
     return load
