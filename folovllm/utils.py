@@ -1,4 +1,4 @@
-"""Small helpers that several parts need: arithmetic, suggestions for a misspelled name, memory and processes of this machine.
+"""Small helpers that several parts need: arithmetic, suggestions for a misspelled name, memory, ends of processes.
 
 Milestone: M0. vLLM counterpart: vllm/utils/__init__.py. Left out: helpers that a single file uses, which belong into
 that file.

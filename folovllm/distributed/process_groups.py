@@ -1,4 +1,4 @@
-"""make_process_groups: connects the processes of one model, each with the parts of its stage and the stages of its part.
+"""make_process_groups: connects the processes of a model, each with the parts of its stage and the stages of its part.
 
 Milestone: M9. vLLM counterparts: initialize_model_parallel (vllm/distributed/parallel_state.py) and
 stateless_init_torch_distributed_process_group (vllm/distributed/utils.py).
@@ -14,6 +14,7 @@ E.g. tensor_parallel_size 2 and pipeline_parallel_size 2 make four groups, and e
 """
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,19 +60,23 @@ def _group(
 ) -> dist.ProcessGroup:
     group = dist.ProcessGroup(store, rank, size)
     if device.type == "cuda":
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = deadline
-        backend, kind = dist.ProcessGroupNCCL(store, rank, size, options), dist.ProcessGroup.BackendType.NCCL
+        kind, backend = dist.ProcessGroup.BackendType.NCCL, _nccl(store, rank, size, deadline)
     else:
-        backend, kind = _gloo(store, rank, size, host, deadline), dist.ProcessGroup.BackendType.GLOO
+        kind, backend = dist.ProcessGroup.BackendType.GLOO, _gloo(store, rank, size, host, deadline)
     group._set_default_backend(kind)
     group._register_backend(device, kind, backend)
     return group
 
 
-def _gloo(store: dist.Store, rank: int, size: int, host: str, deadline: timedelta) -> dist.ProcessGroupGloo:
+def _nccl(store: dist.Store, rank: int, size: int, deadline: timedelta) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = deadline
+    return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+def _gloo(store: dist.Store, rank: int, size: int, host: str, deadline: timedelta) -> Any:
     """Gloo on the given address. By itself it asks for the address of this machine's name, which may have none."""
-    options = dist.ProcessGroupGloo._Options()
+    options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined] - the stubs leave it out
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     options._timeout = deadline
     options._threads = 1  # operations come one after another

@@ -1,4 +1,4 @@
-"""RingWriter and RingReader: a message is written once into shared memory, and several processes read it there.
+"""RingWriter, RingReader: a message is written once into shared memory, and several processes read it there.
 
 Milestone: M9. vLLM counterpart: ShmRingBuffer and MessageQueue (vllm/distributed/device_communicators/shm_broadcast.py).
 Left out: readers on other machines (zmq sockets there), tensors out of band.
@@ -18,6 +18,7 @@ pipe into which the writer puts a byte if the reader's flag says that it sleeps.
 Memory and pipes have no names: the kernel frees them with the last process that has them open, however it ends.
 """
 
+import contextlib
 import mmap
 import os
 import select
@@ -121,7 +122,9 @@ def nameless_memory(num_bytes: int) -> int:
             os.truncate(descriptor, num_bytes)
     except OSError as error:
         os.close(descriptor)
-        raise OSError(error.errno, f"no room for {num_bytes / 2**20:.1f} MiB of shared memory: {error.strerror}") from None
+        raise OSError(
+            error.errno, f"no room for {num_bytes / 2**20:.1f} MiB of shared memory: {error.strerror}"
+        ) from None
     return descriptor
 
 
@@ -166,8 +169,8 @@ class RingWriter:
     def send(self, message: bytes, timeout: float, while_waiting: Callable[[], None] = lambda: None) -> None:
         """Writes a message for all readers. Raises TimeoutError if a reader has left no room for it in `timeout` s.
 
-        `while_waiting` is called now and then, and may raise. If anything raises in the middle of a message, the readers
-        drop its beginning when the next message begins.
+        `while_waiting` is called now and then, and may raise. If anything raises in the middle of a message, the
+        readers drop its beginning when the next message begins.
         """
         deadline = time.monotonic() + timeout
         rest, flags = memoryview(message), FIRST
@@ -196,10 +199,9 @@ class RingWriter:
         _fence()  # the counter is written before the flags are read
         for reader, bell in enumerate(self._bells):
             if self._memory.is_asleep(reader):
-                try:
+                # A full pipe wakes the reader as well, and a reader that has gone needs no bell.
+                with contextlib.suppress(BlockingIOError, BrokenPipeError):
                     os.write(bell, b"\0")
-                except (BlockingIOError, BrokenPipeError):
-                    pass  # a full pipe wakes the reader as well; a reader that is gone needs no bell
 
     def close(self) -> None:
         """A reader that waits gets EOFError."""

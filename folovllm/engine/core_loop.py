@@ -8,8 +8,8 @@ Row 1: no torch. The loop does not know whether it runs in a process of its own 
     wait for a message if there is nothing to compute --> take all messages that wait --> one step --> send its outputs
 
 If a step raises, the loop ends the request that made it raise, and the others go on: see fault_finder.py. vLLM ends the
-engine instead. Here the engine ends only if the core cannot repair itself, if MAX_FAILED_STEPS steps in a row raise, or if
-the executor is dead.
+engine instead. Here the engine ends only if the core cannot repair itself, if MAX_FAILED_STEPS steps in a row raise, or
+if the executor is dead.
 """
 
 import dataclasses

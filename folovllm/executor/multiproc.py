@@ -18,7 +18,6 @@ import contextlib
 import itertools
 import time
 import weakref
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,15 +98,14 @@ class MultiprocExecutor(Executor):
             answer = self._wait_for_step(handle.number)
         finally:
             self._forget(handle.number)
-        if isinstance(answer, Failed):
-            raise answer.error
         self._longest_step = max(self._longest_step, time.monotonic() - handle.began)
-        return answer.value
+        return _value(answer)
 
     def discard(self, handle: StepHandle) -> None:
-        """Waits until the step is over, however it ends."""
-        with contextlib.suppress(Exception):
-            self.sample(handle)
+        """Waits until the step is over, however it ends, unless `sample` has done so."""
+        if handle.number in self._answers:
+            with contextlib.suppress(Exception):
+                self.sample(handle)
 
     def describe(self) -> dict[str, Any]:
         """What rank 0 runs, and how many ranks there are."""
@@ -134,13 +132,14 @@ class MultiprocExecutor(Executor):
     def _collect(self, number: int, seconds: float, too_late: str) -> list[Any]:
         """Waits until all ranks have answered a message. Raises at once what one of them has raised."""
         deadline, answers = time.monotonic() + seconds, self._answers[number]
+        values: dict[int, Any] = {}
         try:
-            while len(answers) < self._size:
+            while len(values) < self._size:
                 self._receive(deadline, too_late)
-                _raise_first(answers.values())
+                values = {rank: _value(answer) for rank, answer in answers.items()}
         finally:
             del self._answers[number]
-        return [answers[rank].value for rank in range(self._size)]
+        return [values[rank] for rank in range(self._size)]
 
     def _receive(self, deadline: float, too_late: str) -> tuple[int, Answer]:
         rank, answer = self._ranks.receive(deadline, too_late)
@@ -177,10 +176,10 @@ class MultiprocExecutor(Executor):
             del self._answers[old]
 
 
-def _raise_first(answers: Iterable[Answer]) -> None:
-    for answer in answers:
-        if isinstance(answer, Failed):
-            raise answer.error
+def _value(answer: Answer) -> Any:
+    if isinstance(answer, Failed):
+        raise answer.error
+    return answer.value
 
 
 def in_step(parallel: ParallelConfig, calls: list[Calls]) -> bool:

@@ -70,5 +70,3 @@ class Failed:
 
 Answer = Done | Failed
 Calls = dict[str, dict[str, int]]  # group ("tp", "pp") -> operation -> how often a rank has called it
-
-

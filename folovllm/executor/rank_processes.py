@@ -31,7 +31,7 @@ from pathlib import Path
 from folovllm.config import EngineConfig
 from folovllm.distributed.shm_ring import RingEnd, RingWriter
 from folovllm.executor.base import ExecutorDeadError
-from folovllm.executor.rank_messages import DownMessage, StartRank, Answer
+from folovllm.executor.rank_messages import Answer, DownMessage, StartRank
 from folovllm.utils import cause_of_death
 
 END_SECONDS = 5.0  # for the end of a process that has closed its socket, or was killed

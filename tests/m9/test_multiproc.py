@@ -57,7 +57,9 @@ def test_several_steps_may_be_in_flight(tmp_path):
 def test_a_message_may_be_longer_than_the_ring():
     """The ring holds 1 MiB. The prompt of a long request does not fit into it."""
     length = 600_000
-    with echo_core(max_model_len=length + 100, block_size=4096, num_kv_blocks=200, max_num_batched_tokens=10**6) as core:
+    with echo_core(
+        max_model_len=length + 100, block_size=4096, num_kv_blocks=200, max_num_batched_tokens=10**6
+    ) as core:
         long = request("long")
         long = type(long)("long", [i % 390 for i in range(length)], long.sampling_params)
         tokens = run(core, long, request("short"))
@@ -151,7 +153,7 @@ def test_ranks_are_in_step_if_their_calls_meet():
     for rank, calls in enumerate(stages):
         for group, counts in calls.items():
             for operation in counts:
-                ahead = copy.deepcopy(stages)
+                ahead = [copy.deepcopy(other) for other in stages]
                 ahead[rank][group][operation] += 1
                 assert not in_step(parallel, ahead), (rank, group, operation)
 

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-
 import pytest
 
 from folovllm.distributed import shm_ring
@@ -207,7 +206,9 @@ assert os.listdir("/proc/self/fd") == before
 def test_a_full_disk_is_an_error_at_start_and_no_later_death(no_memfd, tmp_path):
     """Memory that is taken only when it is written to would kill the writer with SIGBUS."""
     command = [sys.executable, "-c", FULL.format(no_memfd=no_memfd)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | {"TMPDIR": str(tmp_path)})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | {"TMPDIR": str(tmp_path)}
+    )
     assert done.stderr == "" and done.stdout.startswith("no room for 1.0 MiB of shared memory"), done
     assert list(tmp_path.iterdir()) == []
 
@@ -220,5 +221,3 @@ def test_the_errno_is_kept(monkeypatch):
     with pytest.raises(OSError, match="No space left on device") as caught:
         RingWriter(2)
     assert caught.value.errno == errno.ENOSPC
-
-
