@@ -76,8 +76,9 @@ def _nccl(store: dist.Store, rank: int, size: int, deadline: timedelta) -> Any:
 
 def _gloo(store: dist.Store, rank: int, size: int, host: str, deadline: timedelta) -> Any:
     """Gloo on the given address. By itself it asks for the address of this machine's name, which may have none."""
-    options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined] - the stubs leave it out
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    gloo: Any = dist.ProcessGroupGloo  # the stubs leave its options out
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=host)]
     options._timeout = deadline
     options._threads = 1  # operations come one after another
-    return dist.ProcessGroupGloo(store, rank, size, options)
+    return gloo(store, rank, size, options)

@@ -1,4 +1,4 @@
-"""MultiprocExecutor with echo processes: it does what one process does (R9.25 to R9.28)."""
+"""MultiprocExecutor with echo processes: it does what one process does."""
 
 import copy
 import os

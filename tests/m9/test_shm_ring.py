@@ -1,4 +1,4 @@
-"""The shared-memory ring: one writer, several readers, long messages, sleeping and slow readers, ends (R9.20 to R9.24)."""
+"""The ring: one writer, several readers, long messages, sleeping and slow readers, ends."""
 
 import errno
 import os
@@ -101,7 +101,7 @@ def test_a_reader_that_takes_nothing_is_named_and_loses_nothing(ring):
     for i in range(SLOTS):
         writer.send(bytes([i]), TIMEOUT)
     assert [readers[0].receive(TIMEOUT) for _ in range(SLOTS)] == [bytes([i]) for i in range(SLOTS)]
-    with pytest.raises(TimeoutError, match="no message was taken by reader 1$"):
+    with pytest.raises(TimeoutError, match=r"no message was taken by reader 1$"):
         writer.send(b"too much", 0.05)
     assert [readers[1].receive(TIMEOUT) for _ in range(SLOTS)] == [bytes([i]) for i in range(SLOTS)]
     writer.send(b"more", TIMEOUT)
