@@ -1,6 +1,6 @@
 """RingWriter, RingReader: a message is written once into shared memory, and several processes read it there.
 
-Milestone: M9. vLLM counterpart: ShmRingBuffer and MessageQueue (vllm/distributed/device_communicators/shm_broadcast.py).
+Milestone: M9. vLLM counterparts: ShmRingBuffer, MessageQueue (vllm/distributed/device_communicators/shm_broadcast.py).
 Left out: readers on other machines (zmq sockets there), tensors out of band.
 
 The memory holds slots that are used in turn, and one counter for each process. Only its own process changes a counter,
