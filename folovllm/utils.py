@@ -1,4 +1,4 @@
-"""Small helpers that several parts need: arithmetic, suggestions for a misspelled name, memory of this machine.
+"""Small helpers that several parts need: arithmetic, suggestions for a misspelled name, memory, ends of processes.
 
 Milestone: M0. vLLM counterpart: vllm/utils/__init__.py. Left out: helpers that a single file uses, which belong into
 that file.
@@ -9,6 +9,7 @@ Row 0: no torch.
 import difflib
 import math
 import re
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -75,3 +76,20 @@ def peak_memory_bytes() -> int:
     # Not getrusage's ru_maxrss: it starts at the peak of the process that started this one.
     high_water = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.M) if status.exists() else None
     return int(high_water[1]) * 1024 if high_water is not None else int(psutil.Process().memory_info().rss)
+
+
+# ---- processes
+
+
+def cause_of_death(exit_code: int | None, who: str = "the engine process") -> str:
+    """How a process ended, as a sentence about `who`."""
+    if exit_code is None:
+        return f"{who} does not answer"
+    if exit_code >= 0:
+        return f"{who} ended with exit status {exit_code}"
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = f"signal {-exit_code}"
+    hint = "; if the machine ran out of memory, its kernel's log says so" if name == "SIGKILL" else ""
+    return f"{who} was killed by {name}{hint}"

@@ -20,7 +20,6 @@ import logging
 import multiprocessing
 import pickle
 import queue
-import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from pathlib import Path
 from folovllm.config import EngineConfig
 from folovllm.engine.messages import Dead, DownMessage, Ready, StartFailed, Stop, UpMessage
 from folovllm.engine.start_core import ExecutorFactory, QueueInbox, build_core, run_core, run_core_process
+from folovllm.utils import cause_of_death
 
 logger = logging.getLogger(__name__)
 
@@ -181,15 +181,3 @@ class ProcessCoreClient(CoreClient):
             self._deliver(Dead(f"a message of the engine process cannot be read: {error}"))
         finally:
             self._connection.close()
-
-
-def cause_of_death(exit_code: int | None) -> str:
-    """How the engine's process ended, as a sentence."""
-    if exit_code is None or exit_code >= 0:
-        return f"the engine process ended with exit status {exit_code}"
-    try:
-        name = signal.Signals(-exit_code).name
-    except ValueError:
-        name = f"signal {-exit_code}"
-    hint = "; if the machine ran out of memory, its kernel's log says so" if name == "SIGKILL" else ""
-    return f"the engine process was killed by {name}{hint}"

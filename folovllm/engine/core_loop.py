@@ -8,7 +8,8 @@ Row 1: no torch. The loop does not know whether it runs in a process of its own 
     wait for a message if there is nothing to compute --> take all messages that wait --> one step --> send its outputs
 
 If a step raises, the loop ends the request that made it raise, and the others go on: see fault_finder.py. vLLM ends the
-engine instead. Here the engine ends only if the core cannot repair itself, or if MAX_FAILED_STEPS steps in a row raise.
+engine instead. Here the engine ends only if the core cannot repair itself, if MAX_FAILED_STEPS steps in a row raise, or
+if the executor is dead.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from folovllm.engine.messages import (
     Stop,
     UpMessage,
 )
+from folovllm.executor.base import ExecutorDeadError
 from folovllm.outputs import EngineCoreOutput
 from folovllm.request import Request, RequestStatus
 from folovllm.trace.live import LiveFeed
@@ -40,8 +42,8 @@ MAX_FAILED_STEPS = 20  # in a row
 class Inbox(Protocol):
     """Where the messages from the front end arrive."""
 
-    def take(self, wait: bool) -> list[DownMessage]:
-        """Returns all messages that have arrived. If `wait`, it waits for the first one."""
+    def take(self, wait: bool, timeout: float | None = None) -> list[DownMessage]:
+        """Returns all messages that have arrived. If `wait`, it waits for the first one, at most `timeout` seconds."""
 
 
 class StepBuffer:
@@ -84,11 +86,14 @@ class EngineCoreLoop:
 
     def run(self) -> None:
         """Serves until a Stop arrives. An exception that comes out means that the engine is dead."""
+        executor = self.core.executor
         while True:
             is_idle = not self.core.has_unfinished_requests()
+            if is_idle:
+                executor.check_health()
             if is_idle and self._has_news:
                 self._report([])
-            for message in self._inbox.take(wait=is_idle):
+            for message in self._inbox.take(wait=is_idle, timeout=executor.health_check_seconds):
                 if isinstance(message, Stop):
                     return
                 self._handle(message)
@@ -150,7 +155,9 @@ class EngineCoreLoop:
         self._report(buffer.outputs)
 
     def _after_failure(self, error: Exception, is_undone: bool) -> None:
-        """Goes on after a step that raised, or raises if it is one too many."""
+        """Goes on after a step that raised, or raises if it is one too many, or if no step can be run any more."""
+        if isinstance(error, ExecutorDeadError):
+            raise error
         self._num_failed_steps += 1
         logger.error("step %d raised", self.core.scheduler.num_steps, exc_info=error)
         if self._num_failed_steps >= MAX_FAILED_STEPS:

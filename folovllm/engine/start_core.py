@@ -50,7 +50,12 @@ def build_core(config: EngineConfig, model_path: Path, executor_factory: Executo
 
     options = config.model_config
     config = resolve_config(config, load_hf_config(model_path, options.hf_overrides, options.generation_config))
-    return EngineCore(config, make_executor(config, model_path))
+    executor = make_executor(config, model_path)
+    try:
+        return EngineCore(config, executor)
+    except BaseException:
+        executor.shutdown()  # its processes would outlive the engine
+        raise
 
 
 def run_core(make_core: Callable[[], EngineCore], inbox: Inbox, send: Callable[[UpMessage], None]) -> None:
@@ -83,9 +88,11 @@ class QueueInbox:
     def put(self, message: DownMessage) -> None:
         self._messages.put(message)
 
-    def take(self, wait: bool) -> list[DownMessage]:
-        messages = [self._messages.get()] if wait else []
+    def take(self, wait: bool, timeout: float | None = None) -> list[DownMessage]:
+        messages: list[DownMessage] = []
         with contextlib.suppress(queue.Empty):
+            if wait:
+                messages.append(self._messages.get(timeout=timeout))
             while True:
                 messages.append(self._messages.get_nowait())
         return messages
@@ -97,10 +104,12 @@ class PipeInbox:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def take(self, wait: bool) -> list[DownMessage]:
+    def take(self, wait: bool, timeout: float | None = None) -> list[DownMessage]:
         messages: list[DownMessage] = []
         try:
-            while (wait and not messages) or self._connection.poll():
+            if wait and not self._connection.poll(timeout):
+                return []
+            while self._connection.poll():
                 messages.append(self._connection.recv())
         except (EOFError, ConnectionError):
             messages.append(Stop())

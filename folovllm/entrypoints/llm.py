@@ -89,7 +89,12 @@ class LLM:
         self._defaults_announced = False
         self.config = resolve_config(model_files.config, model_files.arch)
         tokenizer = model_files.load_tokenizer()
-        self.llm_engine = LLMEngine(self.config, make_executor(self.config, self.model_path), tokenizer)
+        executor = make_executor(self.config, self.model_path)
+        try:
+            self.llm_engine = LLMEngine(self.config, executor, tokenizer)
+        except BaseException:
+            executor.shutdown()  # its processes would outlive the engine
+            raise
         self._log_what_runs()
         # A trace is complete only once it is closed: at the latest when this object or the interpreter goes.
         self.shutdown = weakref.finalize(self, self.llm_engine.shutdown)

@@ -19,8 +19,14 @@ from folovllm.outputs import ModelRunnerOutput
 ExecuteHandle = Any  # opaque to the core: whatever the executor needs to find its own step again
 
 
+class ExecutorDeadError(RuntimeError):
+    """The executor can run no step any more. The text is the cause."""
+
+
 class Executor(ABC):
     """Runs steps on one or more workers."""
+
+    health_check_seconds: float | None = None  # how often an idle engine calls `check_health`; None: it need not
 
     @abstractmethod
     def available_kv_cache_bytes(self) -> int:
@@ -47,6 +53,9 @@ class Executor(ABC):
     def describe(self) -> dict[str, Any]:
         """What it runs, as plain data for people to read; nothing if there is nothing to say."""
         return {}
+
+    def check_health(self) -> None:  # noqa: B027 - a worker in this process lives as long as the process
+        """Raises ExecutorDeadError if no step can be run any more, e.g. because a worker's process has ended."""
 
     def shutdown(self) -> None:  # noqa: B027 - most executors hold nothing that needs closing
         """Release what the executor holds."""

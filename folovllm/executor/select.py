@@ -16,4 +16,8 @@ def make_executor(config: EngineConfig, model_path: Path) -> Executor:
         from folovllm.executor.uniproc import UniProcExecutor
 
         return UniProcExecutor(config, model_path)
+    if backend == "mp":
+        from folovllm.executor.multiproc import MultiprocExecutor
+
+        return MultiprocExecutor(config, model_path)
     raise ValueError(f"distributed_executor_backend={backend!r} is not built yet")

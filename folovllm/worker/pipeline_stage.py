@@ -34,6 +34,11 @@ class PipelineStage:
             self._pp.send(tensor, self._pp.rank + 1)
         return torch.empty(0)
 
+    def skip(self, num_tokens: int) -> None:
+        """Takes the tensors of a step that the last stage does not compute, because an earlier one has raised there."""
+        if self._shard.is_last_stage:
+            self._receive(num_tokens)
+
     def _receive(self, num_tokens: int) -> IntermediateTensors:
         shape = (num_tokens, self._hidden_size)
         hidden, residual = (

@@ -15,11 +15,12 @@ import pytest
 from folovllm.config import EngineConfig
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.engine.async_llm import AsyncLLM, EngineDeadError
-from folovllm.engine.core_client import ProcessCoreClient, cause_of_death
+from folovllm.engine.core_client import ProcessCoreClient
 from folovllm.engine.messages import StepOutputs, UpMessage
 from folovllm.executor.fake import FakeExecutor
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.sampling_params import SamplingParams
+from folovllm.utils import cause_of_death
 from tests.m8.serving_helpers import (
     VOCAB_SIZE,
     assert_all_free,
