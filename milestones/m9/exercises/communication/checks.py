@@ -89,7 +89,9 @@ def the_stages_add_up(mine: Mine) -> None:
                     for operation in (ALL_REDUCE, ALL_GATHER):
                         total = sum(stage.get(operation, 0) for stage in found)
                         one = whole.bytes(num_tokens, num_sampled).get(operation, 0)
-                        assert total == one, f"{case}: {operation} of all stages is {total:,} bytes, of one stage {one:,}"
+                        assert total == one, (
+                            f"{case}: {operation} of all stages is {total:,} bytes, of one stage {one:,}"
+                        )
                     sends = [stage.get(SEND, 0) for stage in found]
                     row = num_tokens * arch.hidden_size * 2
                     assert sends == [2 * row] * (pp_size - 1) + [0], f"{case}: the stages send {sends} bytes"

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from folovllm.distributed.thread_communicator import run_ranks
 from torch import nn
 
 from folovllm.distributed.communicator import SINGLE_RANK, Communicator
-from folovllm.distributed.thread_communicator import run_ranks
 from folovllm.hf_config import ModelArchitecture
 from folovllm.learn.check import Mine, check
 from folovllm.model_executor.layers.linear import RowParallelLinear
@@ -22,7 +22,9 @@ DEADLINE = 5.0  # seconds: a rank that does not take part is noticed by then
 def prediction() -> str:
     found = on_ranks(RowParallelLinear, 2, torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([10.0]), torch.ones(1, 4))
     (result,) = {result.item() for result in found}
-    return f"{result + 10:.0f}\nOnce too often: the right result is {result:.0f}, and a second rank adds the bias again."
+    return (
+        f"{result + 10:.0f}\nOnce too often: the right result is {result:.0f}, and a second rank adds the bias again."
+    )
 
 
 class Alone(Communicator):
@@ -75,8 +77,8 @@ def each_rank_loads_its_inputs(mine: Mine) -> None:
     for rank, wanted in enumerate((weight[:, :2], weight[:, 2:])):
         found = loaded(mine.cls, Alone(rank, 2), weight, None).weight
         assert torch.equal(found, wanted), (
-            f"rank {rank} of 2 loaded {found.tolist()} from the weight {weight.tolist()}, expected {wanted.tolist()}: the "
-            "columns of its inputs"
+            f"rank {rank} of 2 loaded {found.tolist()} from the weight {weight.tolist()}, expected {wanted.tolist()}: "
+            "the columns of its inputs"
         )
 
 
@@ -120,8 +122,8 @@ def a_wrong_shape_is_refused_on_every_rank(mine: Mine) -> None:
             except ShapeMismatchError:
                 continue
             raise AssertionError(
-                f"rank {rank} of 2 loaded a weight {list(weight.shape)} and a bias {list(bias.shape)} into a layer of 4 "
-                "inputs and 3 outputs without an error"
+                f"rank {rank} of 2 loaded a weight {list(weight.shape)} and a bias {list(bias.shape)} into a layer of "
+                "4 inputs and 3 outputs without an error"
             )
 
 

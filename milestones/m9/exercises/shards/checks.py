@@ -24,11 +24,16 @@ def stages(cls: Any, num_layers: int, pp_size: int) -> list[range]:
 @check("unit", spec="R9.1", hint=2)
 def six_layers_in_four_stages(mine: Mine) -> None:
     """What is left over goes to the stages before the last, from the back."""
-    for num_layers, pp_size, wanted in ((6, 4, [1, 2, 2, 1]), (7, 4, [2, 2, 2, 1]), (5, 4, [1, 1, 2, 1]), (5, 2, [3, 2])):
+    for num_layers, pp_size, wanted in (
+        (6, 4, [1, 2, 2, 1]),
+        (7, 4, [2, 2, 2, 1]),
+        (5, 4, [1, 1, 2, 1]),
+        (5, 2, [3, 2]),
+    ):
         sizes = [len(layers) for layers in stages(mine.cls, num_layers, pp_size)]
         assert sizes == wanted, (
-            f"{num_layers} layers in {pp_size} stages have the sizes {sizes}, expected {wanted}: the last stage has the "
-            "head as well, so the ones before it take what is left over"
+            f"{num_layers} layers in {pp_size} stages have the sizes {sizes}, expected {wanted}: the last stage has "
+            "the head as well, so the ones before it take what is left over"
         )
 
 
@@ -66,7 +71,7 @@ def the_attention_of_a_rank(mine: Mine) -> None:
 
 @check("property", spec="R9.1", hint=2)
 def the_stages_have_every_layer_once(mine: Mine) -> None:
-    """For every number of layers and stages: complete, in order, as equal as possible, the last stage not the longest."""
+    """Any number of layers and stages: complete, in order, as equal as possible, the last stage not the longest."""
     for pp_size in range(1, 9):
         for num_layers in range(pp_size, 40):
             found = stages(mine.cls, num_layers, pp_size)
@@ -77,7 +82,9 @@ def the_stages_have_every_layer_once(mine: Mine) -> None:
             assert max(sizes) - min(sizes) <= 1, f"{case}: the sizes {sizes} differ by more than one"
             assert sizes[-1] == min(sizes), f"{case}: the last stage has a layer more than another one, and the head"
             middle = sizes[:-1]
-            assert middle == sorted(middle), f"{case}: an earlier stage has more layers than a later one before the last"
+            assert middle == sorted(middle), (
+                f"{case}: an earlier stage has more layers than a later one before the last"
+            )
 
 
 @check("property", spec="R9.2", hint=3)
@@ -93,6 +100,6 @@ def the_kv_cache_is_divided(mine: Mine) -> None:
                 held = sum(rank.attention_arch(whole).kv_bytes_per_token(2) for rank in ranks)
                 wanted = whole.kv_bytes_per_token(2) * max(tp_size // kv_heads, 1)
                 assert held == wanted, (
-                    f"{name} on {tp_size} parts and {pp_size} stages: the ranks hold {held:,} bytes of K and V per token "
-                    f"together, expected {wanted:,}"
+                    f"{name} on {tp_size} parts and {pp_size} stages: the ranks hold {held:,} bytes of K and V per "
+                    f"token together, expected {wanted:,}"
                 )

@@ -1,6 +1,5 @@
 # killed-by: parts_and_stages | says all_reduce: 61, expected 21
-"""Counts the layers of the whole model on each stage.
-"""
+"""Counts the layers of the whole model on each stage."""
 
 from folovllm.communication_plan import ALL_GATHER, ALL_REDUCE, SEND
 from folovllm.communication_plan import CommunicationPlan as _Real

@@ -1,5 +1,6 @@
 # killed-by: a_vocabulary_that_does_not_divide | says all_gather: 21844, expected 21,848
-"""Rounds the part of the vocabulary down. An all-gather joins tensors of one shape, so the parts are padded and not cut.
+"""Rounds the part of the vocabulary down. An all-gather joins tensors of one shape, so the parts are padded and not
+cut.
 """
 
 from folovllm.communication_plan import ALL_GATHER, ALL_REDUCE, SEND

@@ -1,6 +1,5 @@
 # killed-by: parts_and_stages | says all_reduce: 21, expected 20
-"""Counts the embedding's all-reduce on every stage, although only the first one has an embedding.
-"""
+"""Counts the embedding's all-reduce on every stage, although only the first one has an embedding."""
 
 from folovllm.communication_plan import ALL_GATHER, ALL_REDUCE, SEND
 from folovllm.communication_plan import CommunicationPlan as _Real

@@ -1,6 +1,6 @@
 # killed-by: one_stage_of_three_parts | says all_reduce: 60, expected 61
-"""Forgets that the vocabulary of the embedding is divided too: a rank that does not have a token's row adds zeros, and the
-sum is one more all-reduce.
+"""Forgets that the vocabulary of the embedding is divided too: a rank that does not have a token's row adds zeros, and
+the sum is one more all-reduce.
 """
 
 from folovllm.communication_plan import ALL_GATHER, ALL_REDUCE, SEND

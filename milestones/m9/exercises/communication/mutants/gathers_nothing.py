@@ -1,6 +1,5 @@
 # killed-by: nothing_is_sampled | says all_gather: 1, expected nothing
-"""Gathers the logits in every step, also if no token is sampled.
-"""
+"""Gathers the logits in every step, also if no token is sampled."""
 
 from folovllm.communication_plan import ALL_GATHER, ALL_REDUCE, SEND
 from folovllm.communication_plan import CommunicationPlan as _Real

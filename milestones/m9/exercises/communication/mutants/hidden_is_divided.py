@@ -1,5 +1,6 @@
 # killed-by: one_stage_of_three_parts | says all_reduce: 93696, expected 281,088
-"""Divides the hidden state among the ranks. A partial sum has the full width: it is the terms of the sum that are divided.
+"""Divides the hidden state among the ranks. A partial sum has the full width: it is the terms of the sum that are
+divided.
 """
 
 from folovllm.communication_plan import ALL_GATHER, ALL_REDUCE, SEND

@@ -1,6 +1,5 @@
 # killed-by: one_stage_of_three_parts | says all_gather: 393216, expected 131,072
-"""Counts the logits that come out of the all-gather. A rank hands over its own part only.
-"""
+"""Counts the logits that come out of the all-gather. A rank hands over its own part only."""
 
 from folovllm.communication_plan import ALL_GATHER, ALL_REDUCE, SEND
 from folovllm.communication_plan import CommunicationPlan as _Real

@@ -1,6 +1,5 @@
 # killed-by: one_stage_of_three_parts | says all_reduce: 31, expected 61
-"""Counts one all-reduce per layer. Attention and MLP each end with a row-parallel matrix, so a layer has two.
-"""
+"""Counts one all-reduce per layer. Attention and MLP each end with a row-parallel matrix, so a layer has two."""
 
 from folovllm.communication_plan import ALL_GATHER, ALL_REDUCE, SEND
 from folovllm.communication_plan import CommunicationPlan as _Real

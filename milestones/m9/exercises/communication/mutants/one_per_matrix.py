@@ -1,5 +1,6 @@
 # killed-by: one_stage_of_three_parts | says all_reduce: 121, expected 61
-"""Counts an all-reduce for each of the four matrices. The point of column, then row is that the first of a pair needs none.
+"""Counts an all-reduce for each of the four matrices. The point of column, then row is that the first of a pair needs
+none.
 """
 
 from folovllm.communication_plan import ALL_GATHER, ALL_REDUCE, SEND

@@ -1,6 +1,5 @@
 # killed-by: two_stages_without_parts | says send: 1, expected 2
-"""Sends hidden and forgets the residual. The next stage would begin with a residual of zeros, as the first one does.
-"""
+"""Sends hidden and forgets the residual. The next stage would begin with a residual of zeros, as the first one does."""
 
 from folovllm.communication_plan import ALL_GATHER, ALL_REDUCE, SEND
 from folovllm.communication_plan import CommunicationPlan as _Real

@@ -1,6 +1,5 @@
 # killed-by: the_example | expected [[20.0]] from each
-"""Divides the sum by the number of ranks, as one does with gradients in data-parallel training.
-"""
+"""Divides the sum by the number of ranks, as one does with gradients in data-parallel training."""
 
 from typing import Any
 

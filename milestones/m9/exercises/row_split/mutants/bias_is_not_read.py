@@ -1,6 +1,6 @@
 # killed-by: a_wrong_shape_is_refused_on_every_rank | rank 1 of 2 loaded a weight [3, 4] and a bias [4]
-"""Ranks other than 0 do not look at the bias of the checkpoint. A wrong one then stops rank 0 alone, and the others wait
-for it.
+"""Ranks other than 0 do not look at the bias of the checkpoint. A wrong one then stops rank 0 alone, and the others
+wait for it.
 """
 
 from typing import Any

@@ -1,6 +1,5 @@
 # killed-by: the_bias_counts_once | add up to [0.0, 0.0, 0.0]
-"""Zeros the bias on all ranks, because none of them may add it after the sum.
-"""
+"""Zeros the bias on all ranks, because none of them may add it after the sum."""
 
 from typing import Any
 

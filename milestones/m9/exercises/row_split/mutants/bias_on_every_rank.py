@@ -1,6 +1,6 @@
 # killed-by: the_bias_counts_once | add up to [3.0, -6.0, 12.0], expected [1.0, -2.0, 4.0]
-"""Every rank keeps the bias, and the sum has it once per rank. text-generation-inference issue 1036 and MinivLLM issue 80
-are this fault.
+"""Every rank keeps the bias, and the sum has it once per rank. text-generation-inference issue 1036 and MinivLLM issue
+80 are this fault.
 """
 
 from typing import Any

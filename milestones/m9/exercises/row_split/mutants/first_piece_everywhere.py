@@ -1,6 +1,5 @@
 # killed-by: each_rank_loads_its_inputs | rank 1 of 2 loaded
-"""Every rank loads the piece of rank 0.
-"""
+"""Every rank loads the piece of rank 0."""
 
 from typing import Any
 

@@ -1,5 +1,6 @@
 # killed-by: the_example | expected [[20.0]] from each
-"""Returns the partial sum. Every rank goes on with other numbers, and no error is raised: the answer is fluent nonsense.
+"""Returns the partial sum. Every rank goes on with other numbers, and no error is raised: the answer is fluent
+nonsense.
 """
 
 from typing import Any

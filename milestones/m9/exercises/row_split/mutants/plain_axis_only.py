@@ -1,6 +1,5 @@
 # killed-by: the_axis_of_the_inputs_may_be_the_first | was refused on rank 1 of 2
-"""Cuts along axis 1, whatever the layout. Plain weights load, and a GPTQ checkpoint does not.
-"""
+"""Cuts along axis 1, whatever the layout. Plain weights load, and a GPTQ checkpoint does not."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 # killed-by: the_example | expected [[20.0]] from each
-"""Calls all_reduce and does not use what it returns. all_reduce *may* work in place, as NCCL's does; another communicator
-returns a new tensor.
+"""Calls all_reduce and does not use what it returns. all_reduce *may* work in place, as NCCL's does; another
+communicator returns a new tensor.
 """
 
 from typing import Any

@@ -1,5 +1,6 @@
 # killed-by: one_all_reduce_per_call | handed over {'all_reduce': 40} bytes
-"""Adds up the inputs of the ranks instead of their results: the columns of one rank are added to other columns of another.
+"""Adds up the inputs of the ranks instead of their results: the columns of one rank are added to other columns of
+another.
 """
 
 from typing import Any

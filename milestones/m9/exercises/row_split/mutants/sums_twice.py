@@ -1,6 +1,6 @@
 # killed-by: the_example | expected [[20.0]] from each
-"""Adds the results up twice, e.g. because the caller does it as well. Each rank then returns as many times the result as
-there are ranks.
+"""Adds the results up twice, e.g. because the caller does it as well. Each rank then returns as many times the result
+as there are ranks.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 # killed-by: a_rank_has_at_least_one_kv_head | holds 8 of 8 KV heads, expected 2
-"""Leaves every rank all KV heads. The answers are right, and every rank keeps the whole KV cache, so that more ranks hold
-no more requests.
+"""Leaves every rank all KV heads. The answers are right, and every rank keeps the whole KV cache, so that more ranks
+hold no more requests.
 """
 
 import dataclasses

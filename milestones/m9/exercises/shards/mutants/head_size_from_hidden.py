@@ -1,5 +1,6 @@
 # killed-by: the_attention_of_a_rank | hidden_size is 192, expected 576
-"""Divides the hidden size as well. Only the heads are divided: the hidden state is whole on every rank, between all layers.
+"""Divides the hidden size as well. Only the heads are divided: the hidden state is whole on every rank, between all
+layers.
 """
 
 import dataclasses

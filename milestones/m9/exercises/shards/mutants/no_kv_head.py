@@ -1,6 +1,6 @@
 # killed-by: a_rank_has_at_least_one_kv_head | holds 0 of 2 KV heads, expected 1
-"""Divides the KV heads and nothing more. A model with one KV head on eight ranks then has none on any of them: vLLM pull
-request 1640 is about such a model.
+"""Divides the KV heads and nothing more. A model with one KV head on eight ranks then has none on any of them: vLLM
+pull request 1640 is about such a model.
 """
 
 import dataclasses

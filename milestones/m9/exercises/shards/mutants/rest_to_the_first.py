@@ -1,6 +1,6 @@
 # killed-by: six_layers_in_four_stages | have the sizes [2, 2, 1, 1]
-"""Gives what is left over to the first stages, as `numpy.array_split` does. vLLM changed its rule because the first stage
-holds the embedding, and the last the head.
+"""Gives what is left over to the first stages, as `numpy.array_split` does. vLLM changed its rule because the first
+stage holds the embedding, and the last the head.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 # killed-by: six_layers_in_four_stages | have the sizes [1, 1, 1, 3], expected [1, 2, 2, 1]
-"""Gives everything that is left over to the last stage, which computes the logits as well: the slowest stage sets the pace
-of the whole pipeline. A division by integers that ends with `end = num_layers if last` does this.
+"""Gives everything that is left over to the last stage, which computes the logits as well: the slowest stage sets the
+pace of the whole pipeline. A division by integers that ends with `end = num_layers if last` does this.
 """
 
 import dataclasses

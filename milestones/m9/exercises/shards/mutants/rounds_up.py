@@ -1,6 +1,6 @@
 # killed-by: six_layers_in_four_stages | have the sizes
-"""Rounds the size of a stage up. The last stages are then empty or reach beyond the model, and their weights are missing
-when the checkpoint is loaded.
+"""Rounds the size of a stage up. The last stages are then empty or reach beyond the model, and their weights are
+missing when the checkpoint is loaded.
 """
 
 import dataclasses
