@@ -16,7 +16,7 @@ from folovllm.milestones import RUNG_IDS
 
 pytestmark = pytest.mark.m9
 
-SOLUTION = '''
+SOLUTION = """
 import dataclasses
 
 from folovllm.hf_config import ModelArchitecture
@@ -39,7 +39,7 @@ class ModelShard(_Real):
             num_key_value_heads=self.num_kv_heads(arch.num_key_value_heads),
             num_hidden_layers=len(self.layers(arch.num_hidden_layers)),
         )
-'''
+"""
 
 
 def test_an_exercise_without_a_part_is_graded_and_left_out_of_mine(tmp_path: Path) -> None:
