@@ -17,6 +17,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from folovllm.core.sched.output import SchedulerOutput
+from folovllm.executor.fake_pipeline import FakePipeline
+from folovllm.learn.toy_engine import make_core, make_request
 from folovllm.model_shapes import shape_architecture
 from folovllm.parallel import ParallelConfig
 from folovllm.utils import cdiv
@@ -189,58 +192,54 @@ def six_ranks(path: Path) -> None:
 
 # ---- the bubble
 
-REQUESTS, STEPS_SHOWN = "abcd", 6
+NUM_TOKENS = 6  # for each request
+TIMELINES = ((1, "abcd"), (2, "abcd"), (2, "abcdefgh"))  # steps in flight, requests
 
 
-def batches_of(num_stages: int) -> list[list[str]]:
-    """The requests of each batch, as the real scheduler makes them with so many stages."""
-    from folovllm.learn.toy_engine import AttendingExecutor, make_core, make_request
-
+def steps_of(in_flight: int, names: str) -> list[list[str]]:
+    """The requests of each step, as the real scheduler makes them for so many stages."""
     seen: list[list[str]] = []
 
-    class Recording(AttendingExecutor):
-        def execute(self, scheduler_output: Any) -> Any:
-            if scheduler_output.num_scheduled_tokens:
-                seen.append(list(scheduler_output.num_scheduled_tokens))
+    class Watched(FakePipeline):
+        def execute(self, scheduler_output: SchedulerOutput) -> Any:
+            seen.append(list(scheduler_output.num_scheduled_tokens))
             return super().execute(scheduler_output)
 
-    core = make_core(Recording(), max_num_seqs=len(REQUESTS), pipeline_parallel_size=num_stages)
-    for name in REQUESTS:
-        core.add_request(make_request(name, prompt=4, max_tokens=STEPS_SHOWN))
+    core = make_core(Watched(in_flight), max_num_seqs=len(names), pipeline_parallel_size=in_flight)
+    for name in names:
+        core.add_request(make_request(name, prompt=4, max_tokens=NUM_TOKENS))
     while core.has_unfinished_requests():
         core.step()
-    return seen
+    return [step for step in seen if step]
 
 
-def turns_of(batches: list[list[str]], in_flight: int) -> list[int]:
-    """When each batch enters stage 0 of two: when the stage is free, and the batch `in_flight` before it has ended."""
+def starts_of(num_steps: int, in_flight: int) -> list[int]:
+    """When each step enters stage 0 of two: when the stage is free, and the step `in_flight` before it has ended."""
     starts: list[int] = []
-    for number in range(len(batches)):
+    for number in range(num_steps):
         free = starts[-1] + 1 if starts else 0
         starts.append(max(free, starts[number - in_flight] + 2 if number >= in_flight else 0))
     return starts
 
 
 def bubble(path: Path) -> None:
-    figure, axes = plt.subplots(2, 1, figsize=(9, 3.6), sharex=True, layout="constrained")
-    for ax, in_flight in zip(axes, (1, 2), strict=True):
-        batches = batches_of(in_flight)
-        starts = turns_of(batches, in_flight)
-        for names, start in zip(batches, starts, strict=True):
+    figure, axes = plt.subplots(len(TIMELINES), 1, figsize=(9, 5), sharex=True, layout="constrained")
+    for ax, (in_flight, names) in zip(axes, TIMELINES, strict=True):
+        steps = steps_of(in_flight, names)
+        starts = starts_of(len(steps), in_flight)
+        for step, start in zip(steps, starts, strict=True):
+            key = RANKS[0] if names[0] in step else RANKS[1]
             for stage in range(2):
-                key = RANKS[0] if REQUESTS[0] in names else RANKS[1]
                 ax.add_patch(Rectangle((start + stage, stage - 0.4), 0.96, 0.8, fc=COLOURS[key]))
-                label = ", ".join(names)
-                ax.text(start + stage + 0.48, stage, label, ha="center", va="center", size=8.5, color=ON[key])
-        how = "One batch" if in_flight == 1 else "Two batches"
-        done = starts[-1] + 2
-        ax.set_title(
-            f"{how} in flight: {STEPS_SHOWN} tokens for each of 4 requests after {done} turns", loc="left", fontsize=11
-        )
+                label = "".join(step)
+                ax.text(start + stage + 0.48, stage, label, ha="center", va="center", size=9, color=ON[key])
+        how = f"{'One step' if in_flight == 1 else 'Two steps'} in flight, {len(names)} requests"
+        title = f"{how}: {len(names) * NUM_TOKENS} tokens after {starts[-1] + 2} turns"
+        ax.set_title(title, loc="left", fontsize=11)
         ax.set_yticks([0, 1], ["stage 0", "stage 1"], fontsize=10)
         ax.set(xlim=(0, 14), ylim=(1.6, -0.6))
         ax.tick_params(axis="y", length=0)
-    axes[1].set_xlabel("turn: the time of one stage for one batch")
+    axes[-1].set_xlabel("turn: the time of one stage for one step")
     figure_files.save(figure, path)
 
 
