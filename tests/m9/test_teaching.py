@@ -53,7 +53,7 @@ def test_an_exercise_without_a_part_is_graded_and_left_out_of_mine(tmp_path: Pat
     results = list(grade(exercise, path))
     assert [result.message for result in results if result.status != OK] == []
     read_record(tmp_path).add("check", exercise.id, hash=digest(path), passed=True)
-    with pytest.raises(ValueError, match="no exercise in .* has passed, so there is no part of yours"):
+    with pytest.raises(ValueError, match=r"no exercise in .* has passed, so there is no part of yours"):
         my_parts(tmp_path)
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from folovllm.distributed.thread_communicator import run_ranks
 from torch import nn
 
 from folovllm.distributed.communicator import SINGLE_RANK, Communicator
+from folovllm.distributed.thread_communicator import run_ranks
 from folovllm.hf_config import ModelArchitecture
 from folovllm.learn.check import Mine, check
 from folovllm.model_executor.layers.linear import RowParallelLinear
