@@ -21,7 +21,9 @@ from folovllm.utils import did_you_mean
 
 PACKAGE = Path(__file__).parents[1]
 ALL_PARTS = "all"  # `part` of the capstone: it grades an engine made of all parts that the learner has written
-NO_PART = "none"  # `part` of an exercise on a class that the engine does not load as a part; `reference` names the class
+NO_PART = (
+    "none"  # `part` of an exercise on a class that the engine does not load as a part; `reference` names the class
+)
 
 
 def milestones_dir() -> Path:
@@ -177,7 +179,8 @@ def lint(exercise: Exercise) -> list[str]:
     capstone, partless = exercise.part == ALL_PARTS, exercise.part == NO_PART
     rules = {
         f"part {exercise.part!r} is not in folovllm/parts.py": capstone or partless or exercise.part in PARTS,
-        "part 'none' needs a reference, the class of the engine that the learner writes": not partless or bool(exercise.reference),
+        "part 'none' needs a reference, the class of the engine that the learner writes": not partless
+        or bool(exercise.reference),
         "class and write must name what the learner writes": capstone or bool(exercise.class_name and exercise.write),
         "hints must be three layers": len(exercise.hints) == 3 and all(exercise.hints),
         "title, predict and after must not be empty": bool(exercise.title and exercise.predict and exercise.after),

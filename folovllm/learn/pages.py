@@ -117,8 +117,8 @@ def name_of(page: Page) -> str:
 
 
 def page_number(name: str) -> str:
-    """E.g. "03" for "3" and "m3", and "04b" for "4b". Any other name as it is."""
-    return re.sub(r"^m?(?=\d[a-z]?$)", "0", name.lower())
+    """E.g. "03" for "3" and "m3", "10" for "m10", and "04b" for "4b". Any other name as it is."""
+    return re.sub(r"^m(?=\d\d)", "", re.sub(r"^m?(?=\d[a-z]?$)", "0", name.lower()))
 
 
 def find_page(name: str) -> Page:

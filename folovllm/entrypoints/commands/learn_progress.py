@@ -121,7 +121,9 @@ def show_passed(exercise: Exercise, record: Record) -> None:
     typer.secho(wrapped(f"Passed{assisted}. Think about this: {exercise.after}"), fg="green")
     left = [e for e in find_exercises() if not record.is_passed(e)]
     here = exercise.milestone  # its other exercises come first, then those of later milestones, then what was left out
-    following = min(left, key=lambda e: (e.milestone != here, rung_number(e.milestone) < rung_number(here)), default=None)
+    following = min(
+        left, key=lambda e: (e.milestone != here, rung_number(e.milestone) < rung_number(here)), default=None
+    )
     if following is None:
         typer.echo("That was the last exercise. Talk to your engine: folovllm chat --mine")
     else:

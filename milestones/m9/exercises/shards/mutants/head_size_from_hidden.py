@@ -1,0 +1,31 @@
+# killed-by: the_attention_of_a_rank | hidden_size is 192, expected 576
+"""Divides the hidden size as well. Only the heads are divided: the hidden state is whole on every rank, between all
+layers.
+"""
+
+import dataclasses
+
+from folovllm.hf_config import ModelArchitecture
+from folovllm.parallel import ModelShard as _Real
+
+
+class ModelShard(_Real):
+    def layers(self, num_hidden_layers: int) -> range:
+        size, rest = divmod(num_hidden_layers, self.pp_size)
+        sizes = [size] * self.pp_size
+        for i in range(rest):
+            sizes[-2 - i] += 1
+        start = sum(sizes[: self.pp_rank])
+        return range(start, start + sizes[self.pp_rank])
+
+    def num_kv_heads(self, total: int) -> int:
+        return max(total // self.tp_size, 1)
+
+    def attention_arch(self, arch: ModelArchitecture) -> ModelArchitecture:
+        return dataclasses.replace(
+            arch,
+            hidden_size=arch.hidden_size // self.tp_size,
+            num_attention_heads=arch.num_attention_heads // self.tp_size,
+            num_key_value_heads=self.num_kv_heads(arch.num_key_value_heads),
+            num_hidden_layers=len(self.layers(arch.num_hidden_layers)),
+        )
