@@ -1,9 +1,9 @@
 """The lattice: whatever the switches, the same greedy tokens as `generate_naive` (R3.21, R3.22).
 
 Milestone: M3; M4 added `attention_backend`, M5 `enable_chunked_prefill`, M6 `enable_prefix_caching` and what goes with
-it, M7 `quantization` (each later rung adds its switch here). A pairwise covering array always runs, and some crowded
-corners; the full product of the switches that schedule is `slow`, with kernels, models and the kinds of cache taking
-turns in it.
+it, M7 `quantization`, M9 `parallel` (each later rung adds its switch here). A pairwise covering array always runs, and
+some crowded corners; the full product of the switches that schedule is `slow`, with kernels, models, layouts and the
+kinds of cache taking turns in it.
 """
 
 import dataclasses
@@ -56,12 +56,16 @@ QUANTIZATION: dict[str, dict[str, Any]] = {
     "auto": {"quantization": "auto"},
     "dequantize": {"quantization": "dequantize"},
 }
-CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {  # by model
-    "llama": ("Llama", {"group_size": 32}),
-    "llama_rope": ("Llama", {"desc_act": True}),
-    "qwen2": ("Qwen2", {"bits": 3, "sym": False, "group_size": -1}),
-    "qwen3": ("Qwen3", {"sym": False, "checkpoint_format": "gptq_v2"}),
+WORDS_OF_3_BITS = {"head_dim": 32, "intermediate_size": 128}  # units of 32 on 2 ranks, too
+CHECKPOINTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # by model: family, sizes, config
+    "llama": ("Llama", {}, {"group_size": 32}),
+    "llama_rope": ("Llama", {}, {"desc_act": True}),
+    "qwen2": ("Qwen2", WORDS_OF_3_BITS, {"bits": 3, "sym": False, "group_size": -1}),
+    "qwen3": ("Qwen3", {}, {"sym": False, "checkpoint_format": "gptq_v2"}),
 }
+# One process, or ranks as threads. "tp" is the fewest ranks that divide the heads: 7 for the plain models with 7 heads.
+PARALLEL = {"one": (False, False), "tp": (True, False), "pp": (False, True), "tp x pp": (True, True)}
+SEVEN_HEADS = ("llama", "qwen2")
 POOLS = {"evicting": 2, "tiny": 1}  # requests of max_model_len that fit, and not a block more
 MODELS = ["llama", "llama_rope", "qwen2", "qwen3"]
 SWITCHES: dict[str, list[Any]] = {
@@ -85,12 +89,13 @@ SWITCHES: dict[str, list[Any]] = {
     "enable_chunked_prefill": list(CHUNKING),
     "enable_prefix_caching": list(CACHING),
     "quantization": list(QUANTIZATION),
+    "parallel": list(PARALLEL),
 }
 RUNS = {"passes": [1, 2], "model": MODELS}  # the second pass meets a warm cache
 ARRAY = pairwise(SWITCHES | RUNS)
 # In the full product not every kernel meets every schedule, as it cannot know who made its batch: they are drawn.
 KERNELS = ("attention_backend", *(field.name for field in dataclasses.fields(KernelConfig)))
-DRAWN = {name: SWITCHES[name] for name in (*KERNELS, "quantization")} | RUNS
+DRAWN = {name: SWITCHES[name] for name in (*KERNELS, "quantization", "parallel")} | RUNS
 CACHES = [name for name in CACHING if name != "off"]
 
 MakeTiny = Callable[[str], Path]
@@ -99,10 +104,17 @@ JobsOf = Callable[[Path], list[Job]]
 
 
 def engine_args(case: Case) -> dict[str, Any]:
-    args = {name: value for name, value in case.items() if name in SWITCHES} | {"max_model_len": MAX_MODEL_LEN}
+    args = {name: value for name, value in case.items() if name in SWITCHES and name != "parallel"}
+    args |= {"max_model_len": MAX_MODEL_LEN} | parallel_args(case)
     args |= {"num_kv_blocks": num_kv_blocks(case)}
     args |= QUANTIZATION[case["quantization"]]
     return args | CHUNKING[case["enable_chunked_prefill"]] | CACHING[case["enable_prefix_caching"]]
+
+
+def parallel_args(case: Case) -> dict[str, int]:
+    divides_layers, has_stages = PARALLEL[case["parallel"]]
+    heads = 7 if case["quantization"] == "plain" and case["model"] in SEVEN_HEADS else 2
+    return {"tensor_parallel_size": heads if divides_layers else 1, "pipeline_parallel_size": 1 + has_stages}
 
 
 def num_kv_blocks(case: Case) -> int | None:
@@ -135,8 +147,8 @@ def folder_of(tiny_model_dir: MakeTiny, tmp_path_factory: pytest.TempPathFactory
         if quantization == "plain":
             return tiny_model_dir(model)
         if model not in made:
-            (family, config), folder = CHECKPOINTS[model], tmp_path_factory.mktemp(model)
-            made[model] = quantize(make_quantizable(family, folder / "plain"), folder / "gptq", **config)
+            (family, sizes, config), folder = CHECKPOINTS[model], tmp_path_factory.mktemp(model)
+            made[model] = quantize(make_quantizable(family, folder / "plain", **sizes), folder / "gptq", **config)
         return made[model]
 
     return get
