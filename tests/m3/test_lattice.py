@@ -63,9 +63,8 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # by mod
     "qwen2": ("Qwen2", WORDS_OF_3_BITS, {"bits": 3, "sym": False, "group_size": -1}),
     "qwen3": ("Qwen3", {}, {"sym": False, "checkpoint_format": "gptq_v2"}),
 }
-# One process, or ranks as threads. "tp" is the fewest ranks that divide the heads: 7 for the plain models with 7 heads.
-PARALLEL = {"one": (False, False), "tp": (True, False), "pp": (False, True), "tp x pp": (True, True)}
-SEVEN_HEADS = ("llama", "qwen2")
+PARALLEL = {"one": (1, 1), "tp": (2, 1), "pp": (1, 2), "tp x pp": (2, 2)}  # parts, stages; the ranks are threads
+SEVEN_HEADS = ("llama", "qwen2")  # which 2 ranks cannot divide: there the model runs that the GPTQ one is made of
 POOLS = {"evicting": 2, "tiny": 1}  # requests of max_model_len that fit, and not a block more
 MODELS = ["llama", "llama_rope", "qwen2", "qwen3"]
 SWITCHES: dict[str, list[Any]] = {
@@ -99,7 +98,7 @@ DRAWN = {name: SWITCHES[name] for name in (*KERNELS, "quantization", "parallel")
 CACHES = [name for name in CACHING if name != "off"]
 
 MakeTiny = Callable[[str], Path]
-FolderOf = Callable[[str, str], Path]
+FolderOf = Callable[[Case], Path]
 JobsOf = Callable[[Path], list[Job]]
 
 
@@ -112,9 +111,7 @@ def engine_args(case: Case) -> dict[str, Any]:
 
 
 def parallel_args(case: Case) -> dict[str, int]:
-    divides_layers, has_stages = PARALLEL[case["parallel"]]
-    heads = 7 if case["quantization"] == "plain" and case["model"] in SEVEN_HEADS else 2
-    return {"tensor_parallel_size": heads if divides_layers else 1, "pipeline_parallel_size": 1 + has_stages}
+    return dict(zip(("tensor_parallel_size", "pipeline_parallel_size"), PARALLEL[case["parallel"]], strict=True))
 
 
 def num_kv_blocks(case: Case) -> int | None:
@@ -140,16 +137,18 @@ def must_hit(case: Case) -> bool:
 
 @pytest.fixture(scope="module")
 def folder_of(tiny_model_dir: MakeTiny, tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
-    """The folder for a model and a value of `quantization`; GPTQ checkpoints are made once."""
+    """The folder that a case loads; GPTQ checkpoints are made once."""
     made: dict[str, Path] = {}
 
-    def get(model: str, quantization: str) -> Path:
-        if quantization == "plain":
+    def get(case: Case) -> Path:
+        model, is_plain = case["model"], case["quantization"] == "plain"
+        must_divide = model in SEVEN_HEADS and case["parallel"] in ("tp", "tp x pp")
+        if is_plain and not must_divide:
             return tiny_model_dir(model)
         if model not in made:
             (family, sizes, config), folder = CHECKPOINTS[model], tmp_path_factory.mktemp(model)
             made[model] = quantize(make_quantizable(family, folder / "plain", **sizes), folder / "gptq", **config)
-        return made[model]
+        return made[model].parent / "plain" if is_plain else made[model]
 
     return get
 
@@ -173,7 +172,7 @@ def jobs_of() -> JobsOf:
 
 def run_case(case: Case, folder_of: FolderOf, jobs_of: JobsOf) -> int:
     """Run a case, compare every token; how many preemptions there were."""
-    folder = folder_of(case["model"], case["quantization"])
+    folder = folder_of(case)
     engine, jobs = make_engine(folder, **engine_args(case)), jobs_of(folder)
     for number in range(case["passes"]):
         assert run_jobs(engine, jobs, late=LATE) == [job.tokens for job in jobs], f"pass {number} differs with {case}"
@@ -196,8 +195,9 @@ def test_corners(chunking: str, cache: str, folder_of: FolderOf, jobs_of: JobsOf
     crowd = {"max_num_seqs": 8, "num_kv_blocks": "tiny", "reserve_full_sequence": False, "passes": 2, "model": "llama"}
     case = ARRAY[-1] | crowd | {"enable_chunked_prefill": chunking, "enable_prefix_caching": cache}
     case |= {name: SWITCHES[name][1] for name in KERNELS} | {"batching": "continuous"}  # all on
-    for block_size, policy, quantization in ((1, "fcfs", "plain"), (5, "priority", "auto")):
+    for block_size, policy, quantization, parallel in ((1, "fcfs", "plain", "one"), (5, "priority", "auto", "tp x pp")):
         case |= {"block_size": block_size, "scheduling_policy": policy, "quantization": quantization}
+        case["parallel"] = parallel
         assert run_case(case, folder_of, jobs_of) > 0
 
 
@@ -216,10 +216,11 @@ def test_full_product(batching: str, block_size: int | str, folder_of: FolderOf,
     print(f"{batching}, block_size {block_size}: {len(cases)} combinations, {preemptions} preemptions")
 
 
+@pytest.mark.parametrize("parallel", ["one", "tp"])
 @pytest.mark.parametrize("quantization", ["plain", "auto"])
 @pytest.mark.parametrize("name", MODELS)
-def test_no_tie_decides(name: str, quantization: str, folder_of: FolderOf, jobs_of: JobsOf) -> None:
-    jobs = jobs_of(folder_of(name, quantization))
+def test_no_tie_decides(name: str, quantization: str, parallel: str, folder_of: FolderOf, jobs_of: JobsOf) -> None:
+    jobs = jobs_of(folder_of({"model": name, "quantization": quantization, "parallel": parallel}))
     print(f"{name}: smallest gap of the top two logits {min(job.min_gap for job in jobs):.4f}")
     assert all(job.min_gap > MIN_GAP for job in jobs)
     assert [len(job.tokens) for job in jobs] == [num_tokens for _, num_tokens, _ in SHAPES]
