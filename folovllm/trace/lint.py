@@ -133,7 +133,8 @@ class _Linter:
         self._check_queues(record)
         self._check_blocks(record)
         is_idle = not record["sched"] and not preempted and bool(self.replay.requests)
-        ends_step = self.num_stages > 1 and (self.awaited or any(event[0] == "sample" for event in record["events"]))
+        is_sampled = any(event[0] == "sample" for event in record["events"])
+        ends_step = self.num_stages > 1 and (is_sampled or self.awaited or self.late)
         self._check_progress(is_stalled=is_idle and not ends_step)
 
     def check_end(self, trace: Trace) -> None:

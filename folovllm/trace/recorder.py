@@ -116,6 +116,7 @@ class Recorder(NullTrace, ABC):
         self._copies: dict[int, int] = {}  # destination block -> source
         self._sched: list[SchedEntry] = []
         self._num_used = self._num_planned = 0
+        self._is_scheduled = False  # a step belongs to the record
         self._queues_changed = False
         self._marks: list[tuple[str, float]] = []  # (span, when it began)
 
@@ -151,7 +152,7 @@ class Recorder(NullTrace, ABC):
             return self.lost_track(scheduler)
         self.finished(scheduler, gone)
         self.preempted(scheduler, [r for r in scheduler.waiting if self._seen[r.request_id].is_running][::-1])
-        if self._sched or self._num_planned:  # a step without requests may still have preempted some
+        if self._is_scheduled:
             self.end_step(scheduler, [])
         self._marks = []
         return self
@@ -178,6 +179,8 @@ class Recorder(NullTrace, ABC):
     # ---- in a step
 
     def begin(self, span: str) -> None:
+        if not self._marks:  # the record of a step that only ends: what came before was decided between two steps
+            self._num_planned = len(self._events)
         self._marks.append((span, self._clock()))
 
     @_noting
@@ -195,6 +198,7 @@ class Recorder(NullTrace, ABC):
         self._sched = [self._entry(scheduler, sent[r], n) for r, n in output.num_scheduled_tokens.items()]
         self._num_used = output.total_num_scheduled_tokens
         self._num_planned = len(self._events)
+        self._is_scheduled = True
 
     def _entry(self, scheduler: Scheduler, data: NewRequestData | CachedRequestData, n: int) -> SchedEntry:
         seen, start = self._seen[data.request_id], data.num_computed_tokens

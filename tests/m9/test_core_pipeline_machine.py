@@ -186,7 +186,8 @@ class PipelineMachine(RuleBasedStateMachine):
         assert all(stage.requests == {} for stage in self.executor.stages)
         assert {request_id: self.got[request_id] for request_id in self.expected} == self.expected
         self.core.shutdown()
-        assert lint(read_trace(self.path)) == []
+        violations = lint(read_trace(self.path))
+        assert not violations, [str(violation) for violation in violations]
         self.folder.cleanup()
         cached = [request.num_cached_tokens for request in self.requests if request.num_cached_tokens > 0]
         self.totals.prefix_hits += len(cached)
