@@ -28,10 +28,10 @@ PROMPTS = [[3 + i, 4, 5, 6 + i] * length for i, length in enumerate((1, 3, 9, 20
 PARAMS = [
     SamplingParams(max_tokens=12, temperature=0, ignore_eos=True),
     SamplingParams(max_tokens=12, temperature=0.8, seed=7, ignore_eos=True),
-    SamplingParams(max_tokens=12, temperature=1.2, top_p=0.9, top_k=20, ignore_eos=True),
+    SamplingParams(max_tokens=12, temperature=1.2, seed=8, top_p=0.9, top_k=20, ignore_eos=True),
     SamplingParams(max_tokens=12, temperature=0, logprobs=3, prompt_logprobs=2, ignore_eos=True),
-    SamplingParams(max_tokens=12, temperature=0.7, repetition_penalty=1.3, n=2, ignore_eos=True),
-    SamplingParams(max_tokens=12, min_p=0.1, ignore_eos=True),
+    SamplingParams(max_tokens=12, temperature=0.7, seed=9, repetition_penalty=1.3, n=2, ignore_eos=True),
+    SamplingParams(max_tokens=12, seed=10, min_p=0.1, ignore_eos=True),
 ]
 POISON = '''
 from folovllm.sample.sampler import Sampler
@@ -40,7 +40,7 @@ class Poisoned(Sampler):
     """Raises for a batch in which a request has this temperature: in every rank that samples."""
 
     def __call__(self, logits, metadata):
-        if (metadata.temperature == 1.75).any():
+        if metadata.temperature is not None and 1.75 in metadata.temperature:
             raise ArithmeticError("this temperature is poison")
         return super().__call__(logits, metadata)
 '''
