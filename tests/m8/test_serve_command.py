@@ -75,6 +75,8 @@ def test_without_options_the_server_is_the_newest_engine_with_statistics() -> No
         (["--served-model-name", "a", "--served-model-name", "b"], {"served_model_name": ["a", "b"]}),
         (["-q", "auto"], {"quantization": "auto"}),
         (["--engine-arg", "seed=5"], {"seed": 5}),
+        (["-tp", "2", "-pp", "3"], {"tensor_parallel_size": 2, "pipeline_parallel_size": 3}),
+        (["--tensor_parallel_size=2"], {"tensor_parallel_size": 2}),
         (["--part", "core.scheduler=m.py:S"], {"parts": {"core.scheduler": "m.py:S"}}),
         (["--model", "./x"], {"model": "./x"}),
         (["./x"], {"model": "./x"}),
@@ -150,9 +152,9 @@ def test_a_wrong_option_is_refused_with_what_to_do(argv: list[str], message: str
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--tensor-parallel-size", "1"],
-        ["--tensor_parallel_size=1"],
-        ["-tp", "1"],
+        ["--decode-context-parallel-size", "1"],
+        ["--decode_context_parallel_size=1"],
+        ["-dcp", "1"],
         ["--trust-remote-code"],
         ["--no-enable-lora"],
         ["--disable-custom-all-reduce"],
@@ -171,8 +173,8 @@ def test_an_option_of_vllm_that_changes_nothing_is_accepted(argv: list[str]) -> 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2 is an option of vLLM that FoloVLLM does not have"),
-        (["-tp", "2"], "one process on one device"),
+        (["--enable-expert-parallel"], "--enable-expert-parallel is an option of vLLM that FoloVLLM does not have"),
+        (["-dcp", "2"], "-dcp 2 is an option of vLLM that FoloVLLM does not have"),
         (["--enable-auto-tool-choice"], "tool_choice='none'"),
         (["--ssl-keyfile", "key.pem"], "reverse proxy"),
         (["--enable-lora"], "merge the adapter"),
@@ -210,7 +212,7 @@ def test_the_help_is_grouped_and_fits_the_terminal(columns: int) -> None:
     headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
     assert headings == [
         "positional arguments:", "options:", "Server:", "ModelConfig:", "CacheConfig:", "SchedulerConfig:",
-        "AttentionConfig:", "KernelConfig:", "QuantizationConfig:", "EngineConfig:", "FoloVLLM:",
+        "AttentionConfig:", "KernelConfig:", "QuantizationConfig:", "ParallelConfig:", "EngineConfig:", "FoloVLLM:",
     ]  # fmt: skip
     assert max(map(len, lines)) <= columns
     assert (

@@ -54,14 +54,17 @@ VLLM_SERVER_ARGS: dict[str, Answer] = {
 }
 ALL = VLLM_SERVER_ARGS | VLLM_ARGS
 _SHORT = {
-    "-tp": "tensor_parallel_size",
-    "-pp": "pipeline_parallel_size",
-    "-dp": "data_parallel_size",
     "-dcp": "decode_context_parallel_size",
     "-asc": "api_server_count",
     "-O": "compilation_config",
 }
-_RENAMED = {"--enable-log-requests": "--log-requests", "--no-enable-log-requests": "--no-log-requests"}
+_RENAMED = {
+    "--enable-log-requests": "--log-requests",
+    "--no-enable-log-requests": "--no-log-requests",
+    "-tp": "--tensor-parallel-size",
+    "-pp": "--pipeline-parallel-size",
+    "-dp": "--data-parallel-size",
+}
 _FLAGS = ("enable_", "disable_", "skip_", "use_", "no_")  # how the names of options begin that take no value
 
 
@@ -111,7 +114,7 @@ def _drop(option: str, value: str | None, rest: deque[str], known: list[str]) ->
 
 
 def _name_of(option: str) -> str:
-    """E.g. "--swap-space" and "--swap_space" -> "swap_space", "-tp" -> "tensor_parallel_size"."""
+    """E.g. "--swap-space" and "--swap_space" -> "swap_space", "-asc" -> "api_server_count"."""
     short = "-O" if option.startswith("-O") else option  # -O3
     return _SHORT.get(short, option.removeprefix("--").replace("-", "_"))
 
