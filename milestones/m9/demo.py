@@ -2,12 +2,12 @@
 All parts but the model are the engine's own. The ranks are threads. Run: python milestones/m9/demo.py"""
 
 import torch
-from folovllm.executor.fake_pipeline import FakePipeline, FakeStep
 
 from folovllm.communication_plan import CommunicationPlan
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.distributed.thread_communicator import Communicator, run_ranks
 from folovllm.executor.fake import fake_tokens
+from folovllm.executor.fake_pipeline import FakePipeline, FakeStep
 from folovllm.learn.toy_engine import make_core, make_request
 from folovllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from folovllm.model_shapes import shape_architecture

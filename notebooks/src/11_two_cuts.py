@@ -76,7 +76,8 @@ for row, (name, parts) in zip(axes, (("columns", by_columns), ("rows", by_rows))
         ax.set(title=title, xticks=[], yticks=[])
         for i, values in enumerate(part.tolist()):
             for j, value in enumerate(values):
-                ax.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=9)
+                colour = "white" if abs(value) > 0.7 * LARGEST else viz.INK
+                ax.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=9, color=colour)
 
 # %%
 side_by_side = torch.equal(torch.cat(by_rows, dim=1)[:, : whole.shape[1]], whole)

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,31 +122,31 @@ def _bars(ax: Any, bars: dict[str, Any], colour_of: Callable[[str], str]) -> Non
 
 PLACES = {
     "m0": (0, 0), "m1": (1, 0), "m2": (2, 0), "m3": (3, 0),
-    "m4": (4, 0.8), "m5": (4, 0), "m6": (5, 0), "m7": (5, 0.8), "m8": (6, 0), "m9": (6, 0.8), "m10": (7, 0),
+    "m4": (4, 0.9), "m5": (4, 0), "m6": (5, 0), "m7": (5, 0.9), "m8": (6, 0), "m9": (6, 0.9), "m10": (7, 0.45),
 }  # fmt: skip
-BOX = (0.8, 0.5)
+BOX = (0.82, 0.66)
 
 
 def draw_roadmap(data: dict[str, Any]) -> Any:
     """A box per milestone, an arrow from each to what builds on it."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 2), layout="constrained")
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.4), layout="constrained")
     for name, (title, built, needs) in data.items():
         x, y = PLACES[name]
         fill = "#ddf4ff" if built else "#ffffff"
         corner = (x - BOX[0] / 2, y - BOX[1] / 2)
         round_ = "round,pad=0,rounding_size=0.08"
         ax.add_patch(FancyBboxPatch(corner, *BOX, boxstyle=round_, facecolor=fill, edgecolor=BLUE))
-        ax.text(x, y, f"{name.upper()}\n{two_lines(title)}", ha="center", va="center", fontsize=10, color=INK)
+        ax.text(x, y, f"{name.upper()}\n{in_box(title)}", ha="center", va="center", fontsize=10, color=INK)
         for need in needs:
             _arrow(ax, PLACES[need], (x, y))
     ax.set_xlim(-0.5, 7.5)
-    ax.set_ylim(-0.35, 1.15)
+    ax.set_ylim(-0.4, 1.3)
     ax.set_axis_off()
     return figure
 
 
-def two_lines(title: str) -> str:
-    return "\n".join(title.rsplit(" ", 1))
+def in_box(title: str) -> str:
+    return textwrap.fill(title, 13, break_long_words=False)
 
 
 def _arrow(ax: Any, start: tuple[float, float], end: tuple[float, float]) -> None:

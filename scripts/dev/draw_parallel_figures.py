@@ -13,12 +13,12 @@ from typing import Any
 
 import figure_files
 from figure_shapes import COLOURS, INK, LINE, ON, PALE, TEXT, arrow, canvas, cell, note, panel, save
-from folovllm.executor.fake_pipeline import FakePipeline
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from folovllm.core.sched.output import SchedulerOutput
+from folovllm.executor.fake_pipeline import FakePipeline
 from folovllm.learn.toy_engine import make_core, make_request
 from folovllm.model_shapes import shape_architecture
 from folovllm.parallel import ParallelConfig
