@@ -1,7 +1,8 @@
 """Core clients: how the front end reaches the engine core's loop, in a thread or in a process of its own.
 
 Milestone: M8. vLLM counterparts: vllm/v1/engine/core_client.py (`AsyncMPClient`) and vllm/v1/engine/utils.py
-(`CoreEngineProcManager`); there zmq sockets connect the two. Left out: several engines, remote ones, elastic scaling.
+(`CoreEngineProcManager`); there zmq sockets connect the two. Several engines: see
+data_parallel_client.py. Left out: elastic scaling.
 
 A client must never make the event loop wait, nor the engine, unless the event loop is a thousand steps behind:
 
@@ -42,6 +43,8 @@ class EngineDeadError(RuntimeError):
 class CoreClient(ABC):
     """One engine core's loop, as the event loop sees it."""
 
+    num_alive = 1  # how many engines serve now, for a client of several
+
     def __init__(self) -> None:
         self._event_loop = asyncio.get_running_loop()
         self._first_message: asyncio.Future[UpMessage] = self._event_loop.create_future()
@@ -67,7 +70,7 @@ class CoreClient(ABC):
         message = await self._first_message
         if isinstance(message, Ready):
             return message
-        self.close(timeout=5.0)  # it is ending by itself
+        await asyncio.to_thread(self.close, 5.0)  # it is ending by itself
         assert isinstance(message, StartFailed | Dead)
         is_user_error = isinstance(message, StartFailed) and message.is_user_error
         raise ValueError(message.cause) if is_user_error else EngineDeadError(message.cause)
@@ -91,6 +94,10 @@ class CoreClient(ABC):
 
     def _dispatch(self, message: UpMessage) -> None:
         self._undelivered.release()
+        self._take(message)
+
+    def _take(self, message: UpMessage) -> None:
+        """On the event loop: hands a message to its reader."""
         if not self._first_message.done():
             self._first_message.set_result(message)
         elif not self._is_closing:

@@ -54,9 +54,6 @@ VLLM_SERVER_ARGS: dict[str, Answer] = {
 }
 ALL = VLLM_SERVER_ARGS | VLLM_ARGS
 _SHORT = {
-    "-tp": "tensor_parallel_size",
-    "-pp": "pipeline_parallel_size",
-    "-dp": "data_parallel_size",
     "-dcp": "decode_context_parallel_size",
     "-asc": "api_server_count",
     "-O": "compilation_config",
