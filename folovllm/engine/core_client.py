@@ -43,8 +43,6 @@ class EngineDeadError(RuntimeError):
 class CoreClient(ABC):
     """One engine core's loop, as the event loop sees it."""
 
-    num_alive = 1  # how many engines serve now, for a client of several
-
     def __init__(self) -> None:
         self._event_loop = asyncio.get_running_loop()
         self._first_message: asyncio.Future[UpMessage] = self._event_loop.create_future()
@@ -64,6 +62,11 @@ class CoreClient(ABC):
     @abstractmethod
     def close(self, timeout: float = 10.0) -> None:
         """Stops the engine, and waits up to `timeout` seconds for the end of its step. Blocks. Idempotent."""
+
+    @property
+    def num_alive(self) -> int:
+        """How many engines serve now: of several, those that are not being started again."""
+        return 1
 
     async def ready(self) -> Ready:
         """Waits until the engine is ready. Raises ValueError or EngineDeadError if it cannot be started."""

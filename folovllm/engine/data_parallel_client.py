@@ -24,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from folovllm.engine.core_client import CoreClient, EngineDeadError
@@ -36,7 +36,6 @@ from folovllm.engine.messages import (
     CallResult,
     Dead,
     DownMessage,
-    Ready,
     StartFailed,
     StepOutputs,
     UpMessage,
@@ -178,12 +177,13 @@ class DataParallelClient(CoreClient):
     def _send_together(self, sent: Sequence[SentRequest]) -> None:
         """Sends new requests to the replica that the router chooses for the first. They wait if there is none."""
         by_replica: dict[int, list[SentRequest]] = {}
-        chosen = None
+        chosen = -1
         for entry in sent:
             places = self._places(entry)
             if not places:
                 return
-            chosen = chosen if chosen in places else self._route(entry.request, places)
+            if chosen not in places:
+                chosen = self._route(entry.request, places)
             by_replica.setdefault(chosen, []).append(entry)
         for index, entries in by_replica.items():
             self._send_to(index, entries)

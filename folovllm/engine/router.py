@@ -63,13 +63,15 @@ class Router(ABC):
     def route(self, request: Request, loads: Sequence[ReplicaLoad]) -> int:
         """Returns the number of one of the replicas in `loads`, which is not empty. Changes nothing."""
 
-    def started(self, request: Request, replica: int) -> None:
+    # What follows is for routers that remember something.
+
+    def started(self, request: Request, replica: int) -> None:  # noqa: B027
         """`request` has been sent to `replica`."""
 
-    def finished(self, request: Request, replica: int, output_token_ids: Sequence[int]) -> None:
+    def finished(self, request: Request, replica: int, output_token_ids: Sequence[int]) -> None:  # noqa: B027
         """`request` has ended in `replica`, for whatever reason, after these tokens."""
 
-    def forget(self, replica: int) -> None:
+    def forget(self, replica: int) -> None:  # noqa: B027
         """The prefix cache of `replica` is empty now."""
 
 
@@ -134,7 +136,7 @@ class PrefixRouter(LeastLoadedRouter):
         self.max_lead = max_lead
         self.known = [KnownBlocks(num_blocks) for _ in range(num_replicas)]
         self._hash_function = get_hash_function("sha256")
-        self._root = root_hash(0)
+        self._root = root_hash(0, self._hash_function)
 
     def route(self, request: Request, loads: Sequence[ReplicaLoad]) -> int:
         least = min(load.num_requests for load in loads)

@@ -106,7 +106,7 @@ class SentRequests:
             self._suspects[replica] = sent
 
     def abort(self, request_ids: Iterable[str]) -> list[SentRequest]:
-        """Ends these requests. Returns them; those in a replica are to be aborted there. Unknown ids have ended already."""
+        """Ends these requests and returns them: those in a replica are to be aborted there. Unknown ids have ended."""
         aborted = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
         for sent in aborted:
             request_id, replica = sent.request.request_id, sent.replica

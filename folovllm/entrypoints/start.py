@@ -77,10 +77,11 @@ async def start_async_llm(
     that calls this needs `if __name__ == "__main__":` around what it does.
     """
     config = EngineConfig.from_args(preset=preset, without=without, model=model, **engine_args)
-    if config.parallel_config.data_parallel_size > 1 and not in_process:
+    size = config.parallel_config.data_parallel_size
+    if size > 1 and not in_process:
         raise ValueError(
-            f"data_parallel_size={config.parallel_config.data_parallel_size} engines cannot run as threads of one process: "
-            "leave --disable-frontend-multiprocessing (in_process=False) out"
+            f"data_parallel_size={size} engines cannot be threads of one process: leave "
+            "--disable-frontend-multiprocessing (in_process=False) out"
         )
     files = find_model_files(config)
     if files.sampling_defaults:

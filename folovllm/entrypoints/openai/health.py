@@ -15,8 +15,10 @@ router = APIRouter()
 
 @router.get("/health", response_class=Response)
 async def health(request: Request) -> Response:
-    """200 if the server takes requests and an engine computes them. 503 while the server shuts down, while all engines are
-    being started again (new requests wait), and if the engine has stopped: then with the cause.
+    """200 if the server takes requests and an engine computes them.
+
+    503 while the server shuts down, while all engines are being started again (new requests wait), and if the engine
+    has stopped: then with the cause.
     """
     state = server_state(request)
     try:

@@ -27,7 +27,9 @@ def start_block(state: ServerState, listener: socket.socket) -> str:
         "API key": "needed" if options.api_key else "none, so every client that reaches this address is served",
     }
     if num_engines > 1:
-        rows["engines"] = f"{num_engines}, each with all weights and a KV cache as above; requests go where their prefix is"
+        rows["engines"] = (
+            f"{num_engines}, each with all weights and a KV cache as above; requests go where their prefix is"
+        )
     if options.uds is None:
         rows["page"] = f"{url}/ to chat and to watch the engine"
     facts = [f"  {label:<10}{text}" for label, text in rows.items()]
