@@ -154,7 +154,10 @@ class DataParallelClient(CoreClient):
     def _add(self, requests: Sequence[Request]) -> None:
         sent = [self._requests.add(request) for request in requests]
         try:
-            self._send_together(sent)
+            if self._requests.is_searching:
+                self._send_waiting()  # one by one
+            else:
+                self._send_together(sent)
         except BaseException:  # e.g. it cannot be pickled
             self._requests.withdraw(sent)
             raise
@@ -295,21 +298,21 @@ class DataParallelClient(CoreClient):
         ended = self._requests.lose(replica.index)
         for output in ended:
             if output.finish_reason == "error":
-                logger.error("request %s fails: two engines have died with it", output.request_id)
+                logger.error("request %s fails: several engines have died with it", output.request_id)
                 self._deaths.clear()
         for pending in self._calls.values():
             pending.replicas.discard(replica.index)
         self._report(ended)
         self._answer_calls()
         self._send_waiting()
-        self._after_death(replica, cause)
+        self._deaths.append(self._clock())
+        self._start_again(replica, cause)
 
-    def _after_death(self, replica: Replica, cause: str) -> None:
-        """Starts the replica again, or gives up."""
+    def _start_again(self, replica: Replica, cause: str) -> None:
+        """Starts a dead replica again, or gives up."""
         if self._is_closing or self._is_dead:
             return
         replica.num_deaths += 1
-        self._deaths.append(self._clock())
         if len(self._deaths) == MAX_DEATHS and self._deaths[-1] - self._deaths[0] <= SECONDS_OF_DEATHS:
             self._is_dead = True
             for other in self.replicas:
@@ -331,13 +334,21 @@ class DataParallelClient(CoreClient):
             async with asyncio.timeout(SECONDS_TO_START):
                 await replica.client.ready()
         except TimeoutError:
-            self._after_death(replica, f"it was not ready after {SECONDS_TO_START:g} s")
+            self._on_failed_start(replica, f"it was not ready after {SECONDS_TO_START:g} s")
         except Exception as error:
-            self._after_death(replica, f"it could not be started again: {cause_of(error)}")
+            self._on_failed_start(replica, f"it could not be started again: {cause_of(error)}")
         else:
             logger.info("engine %d is ready again", replica.index)
             self._join(replica)
             self._send_waiting()
+
+    def _on_failed_start(self, replica: Replica, cause: str) -> None:
+        """It counts as a death only if no other replica serves meanwhile."""
+        if not self._is_closing:
+            logger.error("engine %d: %s", replica.index, cause)
+        if not self._alive():
+            self._deaths.append(self._clock())
+        self._start_again(replica, cause)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

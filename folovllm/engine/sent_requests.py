@@ -10,10 +10,12 @@ replica computes their K/V as a part of the prompt, and continues: sampling nois
 alone, so the reader cannot tell. A request may also be the reason for the death. It must not kill one replica after
 another, and others must not fail with it:
 
-    - The requests of a dead replica are suspects until each has got another token. A replica computes at most one
-      suspect at a time, among the other requests.
-    - If a replica dies that computes a suspect, this suspect has been in the batch of two dying replicas. It fails, and
-      all others that were there continue without suspicion.
+    - A death is blamed on the requests that had no token from that replica yet, or on all if each had one. They are
+      suspects until each has got a token from another replica.
+    - While there are suspects, a replica gets one of them at a time, and new requests are suspects, too. So a replica
+      that dies now dies with one request to blame.
+    - A request that is alone to blame for a death, and was to blame for another one before, fails. One that was to blame
+      for five deaths fails in any case.
 """
 
 import copy
@@ -23,6 +25,8 @@ from dataclasses import dataclass, field, replace
 from folovllm.engine.router import ReplicaLoad
 from folovllm.outputs import EngineCoreOutput
 from folovllm.request import Request, RequestTimes
+
+MAX_BLAMED = 5
 
 
 @dataclass(eq=False)
@@ -34,7 +38,9 @@ class SentRequest:
     output_token_ids: list[int] = field(default_factory=list)
     num_cached_tokens: int = -1
     times: RequestTimes | None = None
+    has_token: bool = False  # from the replica that it is in
     is_suspect: bool = False
+    num_blamed: int = 0  # how many deaths it may have been the reason for
 
     def continuation(self) -> Request:
         """The request to send: with the tokens that its reader has.
@@ -67,6 +73,11 @@ class SentRequests:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def is_searching(self) -> bool:
+        """Whether a replica has died, and it is not clear yet with which request."""
+        return bool(self._suspects) or any(sent.is_suspect for sent in self._waiting.values())
+
     def load(self, replica: int) -> ReplicaLoad:
         return ReplicaLoad(replica, self._num_requests[replica], self._num_prompt_tokens[replica])
 
@@ -75,7 +86,7 @@ class SentRequests:
     def add(self, request: Request) -> SentRequest:
         """A new request, which waits for a replica."""
         assert request.request_id not in self._requests, "the front end refuses an id that is in use"
-        sent = SentRequest(request)
+        sent = SentRequest(request, is_suspect=self.is_searching)
         self._requests[request.request_id] = self._waiting[request.request_id] = sent
         return sent
 
@@ -94,7 +105,7 @@ class SentRequests:
         otherwise tokens of the new one could be taken for late ones of the old one.
         """
         if sent.request.request_id in self._leaving:
-            return [self._leaving[sent.request.request_id][0]]
+            living = [self._leaving[sent.request.request_id][0]]
         return [replica for replica in living if not (sent.is_suspect and replica in self._suspects)]
 
     def assign(self, sent: SentRequest, replica: int) -> None:
@@ -138,6 +149,7 @@ class SentRequests:
         if not sent.output_token_ids:
             self._num_prompt_tokens[sent.replica] -= sent.request.num_prompt_tokens
         sent.output_token_ids += output.new_token_ids
+        sent.has_token = True
         sent.num_cached_tokens, sent.times = output.num_cached_tokens, output.times
         self._acquit(sent)
 
@@ -153,23 +165,28 @@ class SentRequests:
     def lose(self, replica: int) -> list[EngineCoreOutput]:
         """`replica` has died. Returns the last outputs of the requests that end with it.
 
-        These are the aborted ones, which it cannot confirm any more, and the suspect that it computed. The others wait.
+        These are the aborted ones, which it cannot confirm any more, and those that fail. The others wait.
         """
         aborted = [(i, count) for i, (where, count) in self._leaving.items() if where == replica]
-        ended = [EngineCoreOutput(i, [], finish_reason="abort") for i, count in aborted for _ in range(count)]
         for request_id, _ in aborted:
             del self._leaving[request_id]
-        guilty = self._suspects.get(replica)
-        if guilty is not None:
-            ended.append(EngineCoreOutput(guilty.request.request_id, [], finish_reason="error"))
-            self._remove(guilty)
         lost = [sent for sent in self._requests.values() if sent.replica == replica]
+        blamed = [sent for sent in lost if not sent.has_token] or lost
         for sent in lost:
             self._count(sent, -1)
-            sent.replica, sent.is_suspect = None, guilty is None
+            sent.replica, sent.has_token = None, False
+            sent.is_suspect = sent in blamed
+            sent.num_blamed += sent.is_suspect
+        self._suspects.pop(replica, None)
         # They came before those that wait already.
         self._waiting = {sent.request.request_id: sent for sent in lost} | self._waiting
-        return ended
+        failed = [sent for sent in blamed if sent.num_blamed >= (2 if blamed == [sent] else MAX_BLAMED)]
+        for sent in failed:
+            self._remove(sent)
+        return [
+            *(EngineCoreOutput(i, [], finish_reason="abort") for i, count in aborted for _ in range(count)),
+            *(EngineCoreOutput(sent.request.request_id, [], finish_reason="error") for sent in failed),
+        ]
 
     # ---- bookkeeping
 

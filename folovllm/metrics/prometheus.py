@@ -170,7 +170,7 @@ def histogram_family(
 
 
 def cache_labels(config: EngineConfig, kv_cache_config: KVCacheConfig) -> dict[str, str]:
-    """The labels of vllm:cache_config_info, but for "engine": our CacheConfig, and what vLLM's has under its own names."""
+    """The labels of vllm:cache_config_info, but for "engine": our CacheConfig, and vLLM's under its own names."""
     labels = {name: str(value) for name, value in vars(config.cache_config).items()}
     labels["block_size"] = str(kv_cache_config.block_size)
     labels["num_gpu_blocks"] = str(kv_cache_config.num_blocks)

@@ -55,8 +55,11 @@ class Replicas:
         self.now: dict[int, ReplicaExecutor] = {}
         self.poison, self.seconds = poison, seconds
         self.start_error: Exception | None = None  # raised by the next starts
+        self.may_start = threading.Event()
+        self.may_start.set()
 
     def __call__(self, config: EngineConfig) -> ReplicaExecutor:
+        assert self.may_start.wait(TIMEOUT)
         if self.start_error is not None:
             raise self.start_error
         executor = ReplicaExecutor(config.parallel_config.data_parallel_rank, self.poison)
@@ -69,6 +72,7 @@ class Replicas:
         return list(self.now[replica].requests)
 
     def open_gates(self) -> None:
+        self.may_start.set()
         for executor in self.made:
             executor.gate.set()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from folovllm.engine import data_parallel_client
+from folovllm.engine import data_parallel_client, sent_requests
 from folovllm.engine.async_llm import AsyncLLM, EngineDeadError, RequestFailedError
 from folovllm.engine.data_parallel_client import pause_before_start
 from folovllm.engine.select_client import replica_config
@@ -158,8 +158,9 @@ async def test_a_call_reaches_all_engines(engine: AsyncLLM, replicas: Replicas) 
         await collect(await engine.add_request(f"again{i}", prompt_ids(i, 40), greedy(2)))
     assert engine.stats.prefix_cache_hits == before, "no engine has kept a block"
     replicas.now[0].gate.clear()
+    entered = replicas.now[0].num_entered
     streams = [await engine.add_request(f"busy{i}", prompt_ids(i), greedy(3)) for i in range(2)]
-    await eventually(lambda: not replicas.now[0].gate.is_set() and replicas.now[0].requests)
+    await eventually(lambda: replicas.now[0].num_entered > entered)
     reset = asyncio.ensure_future(engine.reset_prefix_cache())
     await asyncio.sleep(0.02)
     assert not reset.done(), "it waits for the engine that computes"
@@ -238,7 +239,6 @@ async def test_the_requests_of_a_dead_engine_go_on(engine: AsyncLLM, replicas: R
     await eventually(lambda: engine.stats.num_generation_tokens > 100)
     assert all(replicas.requests_of(i) for i in (0, 1))
     await kill(engine, replicas, 0)
-    assert engine.num_alive == 1
     assert await answers == [oracle(prompt_ids(i), 60) for i in range(16)]
     await all_alive(engine)
     assert len(replicas.made) == 3
@@ -298,23 +298,25 @@ async def test_two_deaths_in_a_row_lose_nothing(engine: AsyncLLM, replicas: Repl
 
 @replica_test(functools.partial(Replicas, seconds=0.001))
 async def test_while_no_engine_lives_requests_wait(engine: AsyncLLM, replicas: Replicas) -> None:
-    replicas.start_error = RuntimeError("no memory")
-    streams = [await engine.add_request(f"r{i}", prompt_ids(i), greedy(30)) for i in range(2)]
+    replicas.may_start.clear()
+    streams = [await engine.add_request(f"r{i}", prompt_ids(i), greedy(100)) for i in range(4)]
     answers = asyncio.gather(*map(collect, streams))
     await eventually(lambda: all(replicas.requests_of(i) for i in (0, 1)))
-    client = client_of(engine)
-    client._deaths = type(client._deaths)(maxlen=1000)  # the limit is another test's matter
     await kill(engine, replicas, 0)
     await no_suspects(engine)
     await kill(engine, replicas, 1)
     assert engine.num_alive == 0 and not engine.is_dead
     late = await engine.add_request("late", prompt_ids(9), greedy(5))
-    gone = await engine.add_request("gone", prompt_ids(9), greedy(5))
-    assert engine.stats.num_waiting == 4 - sum(answers.done() for answers in [answers]) * 2
+    gone = await engine.add_request("gone", prompt_ids(9), greedy(5, n=2, temperature=1.0))
+    assert client_of(engine)._requests.num_waiting == 4 + 1 + 2
     engine.abort("gone")
-    assert [o.outputs[0].finish_reason async for o in gone] == ["abort"]
-    replicas.start_error = None
-    assert await answers == [oracle(prompt_ids(i), 30) for i in range(2)]
+    assert {o.outputs[0].finish_reason async for o in gone} == {"abort"}
+    await eventually(lambda: engine.stats.num_waiting == 5)
+    assert engine.stats.num_running == 0
+    assert await engine.reset_prefix_cache() is True
+    assert not answers.done()
+    replicas.may_start.set()
+    assert await answers == [oracle(prompt_ids(i), 100) for i in range(4)]
     assert await collect(late) == oracle(prompt_ids(9), 5)
     await assert_all_free(engine)
 
@@ -358,33 +360,56 @@ async def test_a_death_with_every_request_ends_each_of_them_and_not_the_server(
     assert not engine.is_dead
 
 
-@replica_test()
+@replica_test(functools.partial(Replicas, seconds=0.001))
 async def test_three_deaths_without_a_finished_request_end_the_server(engine: AsyncLLM, replicas: Replicas) -> None:
-    replicas.start_error = RuntimeError("no memory is left")
-    stream = await engine.add_request("r", prompt_ids(1), greedy(200))
-    replicas.now[0].is_killed = True
-    with pytest.raises(EngineDeadError, match=r"3 engines have died within 60 s.*no memory is left"):
-        await collect(stream)
+    """Every stream ends with the cause, and none hangs."""
+    streams = [await engine.add_request(f"r{i}", prompt_ids(i), greedy(200)) for i in range(6)]
+    answers = [asyncio.ensure_future(collect(stream)) for stream in streams]
+    for index in (0, 1, 0):
+        await all_alive(engine)
+        await no_suspects(engine)
+        await kill(engine, replicas, index)
+    for answer in answers:
+        with pytest.raises(EngineDeadError, match=r"3 engines have died within 60 s.*replica 0 was killed"):
+            await answer
     with pytest.raises(EngineDeadError):
         await engine.add_request("new", [1], greedy())
     assert engine.is_dead and engine.num_alive == 0
 
 
+@replica_test(functools.partial(Replicas, seconds=0.001))
+async def test_an_engine_that_cannot_be_started_again_ends_the_server_only_if_it_was_the_last(
+    engine: AsyncLLM, replicas: Replicas
+) -> None:
+    streams = [await engine.add_request(f"r{i}", prompt_ids(i), greedy(200)) for i in range(4)]
+    answers = [asyncio.ensure_future(collect(stream)) for stream in streams]
+    await eventually(lambda: all(replicas.requests_of(i) for i in (0, 1)))
+    replicas.start_error = RuntimeError("no memory is left")
+    await kill(engine, replicas, 0)
+    await eventually(lambda: client_of(engine).replicas[0].num_deaths == 3)
+    assert not engine.is_dead and await asyncio.gather(*answers) == [oracle(prompt_ids(i), 200) for i in range(4)]
+    replicas.now[1].is_killed = True
+    with pytest.raises(EngineDeadError, match=r"it could not be started again: RuntimeError: no memory is left"):
+        await collect(await engine.add_request("last", prompt_ids(1), greedy(200)))
+
+
 def test_deaths_far_apart_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_parallel_client, "LONGEST_PAUSE", 0.001)
+    monkeypatch.setattr(sent_requests, "MAX_BLAMED", 100)
 
     async def test() -> None:
         replicas = Replicas()
         async with make_replicas(replicas) as engine:
             now = [0.0]
             client_of(engine)._clock = lambda: now[0]
-            stream = await engine.add_request("r", prompt_ids(1), greedy(200))
-            for _ in range(6):
+            streams = [await engine.add_request(f"r{i}", prompt_ids(i), greedy(200)) for i in range(6)]
+            answers = asyncio.gather(*map(collect, streams))
+            for number in range(6):
                 now[0] += 31.0
-                await eventually(lambda: any("r" in replicas.requests_of(i) for i in replicas.now))
+                await all_alive(engine)
                 await no_suspects(engine)
-                await kill(engine, replicas, next(i for i in replicas.now if "r" in replicas.requests_of(i)))
-            assert await collect(stream) == oracle(prompt_ids(1), 200)
+                await kill(engine, replicas, number % 2)
+            assert await answers == [oracle(prompt_ids(i), 200) for i in range(6)]
 
     run_async(test)
 
