@@ -14,8 +14,8 @@ another, and others must not fail with it:
       suspects until each has got a token from another replica.
     - While there are suspects, a replica gets one of them at a time, and new requests are suspects, too. So a replica
       that dies now dies with one request to blame.
-    - A request that is alone to blame for a death, and was to blame for another one before, fails. One that was to blame
-      for five deaths fails in any case.
+    - A request that is alone to blame for a death, and was to blame for another one before, fails. One that was to
+      blame for five deaths fails in any case.
 """
 
 import copy
