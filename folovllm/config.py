@@ -441,11 +441,13 @@ CONFIG_GROUPS: dict[str, Any] = {
     "parallel_config": ParallelConfig,
 }
 
+FILLED_IN = ("architecture", "data_parallel_rank")  # by the engine: they are no arguments
+
 
 def engine_arg_names() -> dict[str, str]:
     """Every flat engine argument -> the group of EngineConfig that it belongs to ("" for EngineConfig itself)."""
     groups = CONFIG_GROUPS.items()
-    names = {f.name: group for group, cls in groups for f in dataclasses.fields(cls) if f.name != "architecture"}
+    names = {f.name: group for group, cls in groups for f in dataclasses.fields(cls) if f.name not in FILLED_IN}
     return names | {f.name: "" for f in dataclasses.fields(EngineConfig) if f.name not in CONFIG_GROUPS}
 
 

@@ -51,6 +51,7 @@ class EngineCoreOutput:
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
     times: RequestTimes | None = None
+    replica: int = 0  # the engine that computed it, if there are several
 
     @property
     def finished(self) -> bool:
@@ -77,6 +78,7 @@ class EngineStats:
     prefix_cache_hit_rate: float = 0.0  # of the last 1000 requests, 0..1
     preempted_prefix_cache_queries: int = 0  # these two count requests that came back after a preemption
     preempted_prefix_cache_hits: int = 0
+    replicas: tuple["EngineStats", ...] = ()  # of several engines: one each, and the numbers above are their sums
 
 
 NO_STATS = EngineStats(0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0)  # before the first step
@@ -96,6 +98,7 @@ class RequestMetrics:
     time_per_output_token: float | None = None  # decode_time / (tokens - 1); 0.0 for a single token
     e2e_latency: float | None = None  # arrival -> finish
     inter_token_latencies: list[float] = field(default_factory=list)
+    replica: int = 0  # the engine that gave the last token, if there are several
 
 
 @dataclass

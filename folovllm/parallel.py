@@ -30,6 +30,7 @@ class ParallelConfig:
     distributed_executor_backend: str | None = None  # "uni", "mp" or "ray"; None: "mp" with several processes
     data_parallel_size: int = 1  # so many engines with all weights share the requests of a server
     data_parallel_backend: str = "mp"  # or "ray": the engines are actors, which may be on other machines
+    data_parallel_rank: int = 0  # which of these engines this is; filled in by the client that starts them
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
@@ -49,6 +50,16 @@ class ParallelConfig:
     def world_size(self) -> int:
         """How many ranks compute one model."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def num_local_engines(self) -> int:
+        """How many engines share this machine, with its cores and its memory. Ray gives each its own share."""
+        return self.data_parallel_size if self.data_parallel_backend == "mp" else 1
+
+    @property
+    def first_device(self) -> int:
+        """The GPU of rank 0 of this engine; rank r has the r-th one after it. On Ray each rank sees its own only."""
+        return self.data_parallel_rank * self.world_size if self.data_parallel_backend == "mp" else 0
 
     @property
     def executor_backend(self) -> str:

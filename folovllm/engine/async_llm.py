@@ -1,7 +1,7 @@
 """AsyncLLM: the engine behind a server. Many requests at once on one event loop, each with a stream of its own.
 
 Milestone: M8. vLLM counterpart: vllm/v1/engine/async_llm.py.
-Left out: LoRA, pooling, profiling, sleep mode, data parallelism.
+Left out: LoRA, pooling, profiling, sleep mode.
 
     prompt --InputProcessor--> Request --AddRequests--> EngineCoreLoop (a process or a thread), one step after another
     RequestStream <--RequestOutputCollector <--OutputProcessor (open_requests.py) <--StepOutputs
@@ -24,11 +24,12 @@ from typing import Any, Self
 from folovllm.config import EngineConfig
 from folovllm.core.kv_cache_utils import KVCacheConfig
 from folovllm.engine.async_tokenizer import AsyncTokenizer, is_long
-from folovllm.engine.core_client import CoreClient, EngineDeadError, ProcessCoreClient, ThreadCoreClient
+from folovllm.engine.core_client import CoreClient, EngineDeadError
 from folovllm.engine.input_processor import InputProcessor, Prompt
 from folovllm.engine.messages import Call, CallResult, Dead, Ready, StepOutputs, UpMessage
 from folovllm.engine.open_requests import EngineObserver, OpenRequests, RequestFailedError
 from folovllm.engine.request_stream import RequestStream
+from folovllm.engine.select_client import make_core_client
 from folovllm.engine.start_core import ExecutorFactory
 from folovllm.engine.tokenizer import Tokenizer
 from folovllm.outputs import EngineStats, RequestOutput
@@ -86,12 +87,13 @@ class AsyncLLM:
     ) -> "AsyncLLM":
         """Starts the engine, in a process of its own or (`in_process=False`) in a thread, and waits until it is ready.
 
+        With `data_parallel_size` there are several engines: see data_parallel_client.py.
+
         Raises ValueError for a bad argument, EngineDeadError if the engine cannot be started. If `tokenizer` is a
         function, it is called while the engine starts. `executor_factory` takes the place of the model; `config` must
         then be resolved.
         """
-        make_client = ProcessCoreClient if in_process else ThreadCoreClient
-        client = make_client(config, model_path, executor_factory)
+        client = make_core_client(config, model_path, executor_factory, in_process)
         try:
             client.launch()
             loaded = tokenizer() if callable(tokenizer) else tokenizer
@@ -140,6 +142,16 @@ class AsyncLLM:
     def num_unfinished(self) -> int:
         """How many requests are unfinished; one with n > 1 counts n times."""
         return len(self._requests)
+
+    @property
+    def num_engines(self) -> int:
+        """How many engines there are; more than one with `data_parallel_size`."""
+        return self.config.parallel_config.data_parallel_size
+
+    @property
+    def num_alive(self) -> int:
+        """How many of them serve now. A dead one of several is started again."""
+        return 0 if self.is_dead else self._client.num_alive
 
     @property
     def stats(self) -> EngineStats:

@@ -1,7 +1,8 @@
 """Core clients: how the front end reaches the engine core's loop, in a thread or in a process of its own.
 
 Milestone: M8. vLLM counterparts: vllm/v1/engine/core_client.py (`AsyncMPClient`) and vllm/v1/engine/utils.py
-(`CoreEngineProcManager`); there zmq sockets connect the two. Left out: several engines, remote ones, elastic scaling.
+(`CoreEngineProcManager`); there zmq sockets connect the two. Several engines: see
+data_parallel_client.py. Left out: elastic scaling.
 
 A client must never make the event loop wait, nor the engine, unless the event loop is a thousand steps behind:
 
@@ -62,12 +63,17 @@ class CoreClient(ABC):
     def close(self, timeout: float = 10.0) -> None:
         """Stops the engine, and waits up to `timeout` seconds for the end of its step. Blocks. Idempotent."""
 
+    @property
+    def num_alive(self) -> int:
+        """How many engines serve now: of several, those that are not being started again."""
+        return 1
+
     async def ready(self) -> Ready:
         """Waits until the engine is ready. Raises ValueError or EngineDeadError if it cannot be started."""
         message = await self._first_message
         if isinstance(message, Ready):
             return message
-        self.close(timeout=5.0)  # it is ending by itself
+        await asyncio.to_thread(self.close, 5.0)  # it is ending by itself
         assert isinstance(message, StartFailed | Dead)
         is_user_error = isinstance(message, StartFailed) and message.is_user_error
         raise ValueError(message.cause) if is_user_error else EngineDeadError(message.cause)
@@ -91,6 +97,10 @@ class CoreClient(ABC):
 
     def _dispatch(self, message: UpMessage) -> None:
         self._undelivered.release()
+        self._take(message)
+
+    def _take(self, message: UpMessage) -> None:
+        """On the event loop: hands a message to its reader."""
         if not self._first_message.done():
             self._first_message.set_result(message)
         elif not self._is_closing:

@@ -51,6 +51,7 @@ class RequestTimer:
             self._first_token = times.first_token or last
             metrics.time_to_first_token = self._first_token - metrics.arrival_time
         self._last_token = last
+        metrics.replica = output.replica
         metrics.num_generation_tokens += len(output.new_token_ids)
         self._update_durations(times.scheduled)
 

@@ -105,6 +105,7 @@ def merge_metrics(children: list[RequestMetrics]) -> RequestMetrics:
     return RequestMetrics(
         arrival_time=children[0].arrival_time,
         num_generation_tokens=sum(child.num_generation_tokens for child in children),
+        replica=children[-1].replica,
         inter_token_latencies=[latency for child in children for latency in child.inter_token_latencies],
         **first,
         **{name: max(known(name), default=None) for name in longest},

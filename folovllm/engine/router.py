@@ -63,13 +63,15 @@ class Router(ABC):
     def route(self, request: Request, loads: Sequence[ReplicaLoad]) -> int:
         """Returns the number of one of the replicas in `loads`, which is not empty. Changes nothing."""
 
-    def started(self, request: Request, replica: int) -> None:
+    # What follows is for routers that remember something.
+
+    def started(self, request: Request, replica: int) -> None:  # noqa: B027
         """`request` has been sent to `replica`."""
 
-    def finished(self, request: Request, replica: int, output_token_ids: Sequence[int]) -> None:
+    def finished(self, request: Request, replica: int, output_token_ids: Sequence[int]) -> None:  # noqa: B027
         """`request` has ended in `replica`, for whatever reason, after these tokens."""
 
-    def forget(self, replica: int) -> None:
+    def forget(self, replica: int) -> None:  # noqa: B027
         """The prefix cache of `replica` is empty now."""
 
 
@@ -132,28 +134,28 @@ class PrefixRouter(LeastLoadedRouter):
     def __init__(self, num_replicas: int, block_size: int, num_blocks: int, max_lead: int = MAX_LEAD) -> None:
         super().__init__(num_replicas, block_size, num_blocks)
         self.max_lead = max_lead
-        self._known = [KnownBlocks(num_blocks) for _ in range(num_replicas)]
+        self.known = [KnownBlocks(num_blocks) for _ in range(num_replicas)]
         self._hash_function = get_hash_function("sha256")
-        self._root = root_hash(0)
+        self._root = root_hash(0, self._hash_function)
 
     def route(self, request: Request, loads: Sequence[ReplicaLoad]) -> int:
         least = min(load.num_requests for load in loads)
         near = [load for load in loads if load.num_requests <= least + self.max_lead]
-        names = self._block_names(request)
-        return min(near, key=lambda load: (-self._known[load.replica].match(names), self.cost(load))).replica
+        names = self.block_names(request)
+        return min(near, key=lambda load: (-self.known[load.replica].match(names), self.cost(load))).replica
 
     def started(self, request: Request, replica: int) -> None:
         super().started(request, replica)
-        self._known[replica].add(self._block_names(request))
+        self.known[replica].add(self.block_names(request))
 
     def finished(self, request: Request, replica: int, output_token_ids: Sequence[int]) -> None:
         # The last token was sampled and never computed, so a block that it fills is not cached.
-        self._known[replica].add(self._block_names(request, output_token_ids[:-1]))
+        self.known[replica].add(self.block_names(request, output_token_ids[:-1]))
 
     def forget(self, replica: int) -> None:
-        self._known[replica].clear()
+        self.known[replica].clear()
 
-    def _block_names(self, request: Request, output_token_ids: Sequence[int] = ()) -> list[BlockHash]:
+    def block_names(self, request: Request, output_token_ids: Sequence[int] = ()) -> list[BlockHash]:
         """The chain of hashes of the full blocks of the prompt and these tokens, as in core/block_hash.py.
 
         The request's own names are left alone: they belong to the engine that computes it.

@@ -1,13 +1,14 @@
 """Builds the engine core and runs its loop: in a thread, or as the whole of a process.
 
 Milestone: M8. vLLM counterpart: `EngineCoreProc.run_engine_core` in vllm/v1/engine/core.py.
-Left out: several engines, handshakes over addresses, huge-page and NUMA settings of the process.
+Left out: handshakes over addresses, huge-page and NUMA settings of the process.
 
 Row 3. torch is imported inside the functions that need it, because the front end's process imports this module too, to
 name the process's main function, and must stay small.
 """
 
 import contextlib
+import dataclasses
 import logging
 import queue
 import signal
@@ -50,12 +51,24 @@ def build_core(config: EngineConfig, model_path: Path, executor_factory: Executo
 
     options = config.model_config
     config = resolve_config(config, load_hf_config(model_path, options.hf_overrides, options.generation_config))
+    config = share_threads(config)
     executor = make_executor(config, model_path)
     try:
         return EngineCore(config, executor)
     except BaseException:
         executor.shutdown()  # its processes would outlive the engine
         raise
+
+
+def share_threads(config: EngineConfig) -> EngineConfig:
+    """Several engines on one machine share its cores: a thread too many on each core makes all of them slower."""
+    parallel = config.parallel_config
+    if config.cpu_threads is not None or config.device != "cpu" or parallel.num_local_engines == 1:
+        return config
+    import torch
+
+    num_ranks = parallel.num_local_engines * parallel.world_size
+    return dataclasses.replace(config, cpu_threads=max(1, torch.get_num_threads() // num_ranks))
 
 
 def run_core(make_core: Callable[[], EngineCore], inbox: Inbox, send: Callable[[UpMessage], None]) -> None:

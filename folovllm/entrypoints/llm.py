@@ -81,9 +81,9 @@ class LLM:
         without: Iterable[str] = (),
         **engine_args: Any,
     ) -> None:
-        model_files = find_model_files(
-            EngineConfig.from_args(preset=preset, without=without, model=model, **engine_args)
-        )
+        config = EngineConfig.from_args(preset=preset, without=without, model=model, **engine_args)
+        refuse_data_parallelism(config)
+        model_files = find_model_files(config)
         self.model_path = model_files.path
         self._default_sampling = model_files.sampling_defaults
         self._defaults_announced = False
@@ -394,3 +394,13 @@ def _advance(bar: tqdm, output: RequestOutput, stats: EngineStats) -> None:
         refresh=False,
     )
     bar.update(1)
+
+
+def refuse_data_parallelism(config: EngineConfig) -> None:
+    """An LLM is one engine: its methods step it."""
+    size = config.parallel_config.data_parallel_size
+    if size > 1:
+        raise ValueError(
+            f"data_parallel_size={size}: an LLM is one engine. `folovllm serve -dp {size}` serves with several, "
+            "folovllm.data computes a file of prompts with several, and an LLM in each of your processes does, too"
+        )

@@ -76,7 +76,14 @@ async def start_async_llm(
     The engine is a process of its own, or with `in_process=False` a thread. As with every spawned process, a script
     that calls this needs `if __name__ == "__main__":` around what it does.
     """
-    files = find_model_files(EngineConfig.from_args(preset=preset, without=without, model=model, **engine_args))
+    config = EngineConfig.from_args(preset=preset, without=without, model=model, **engine_args)
+    size = config.parallel_config.data_parallel_size
+    if size > 1 and not in_process:
+        raise ValueError(
+            f"data_parallel_size={size} engines cannot be threads of one process: leave "
+            "--disable-frontend-multiprocessing (in_process=False) out"
+        )
+    files = find_model_files(config)
     if files.sampling_defaults:
         announce_defaults(files.sampling_defaults)
     return await AsyncLLM.start(

@@ -23,8 +23,11 @@ class ThroughputLog(EngineObserver):
     So a busy server logs a line per interval, then one with zeros, and an idle server logs nothing.
     """
 
-    def __init__(self, interval: float = INTERVAL_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, interval: float = INTERVAL_SECONDS, clock: Callable[[], float] = time.monotonic, engine: int = 0
+    ) -> None:
         self.interval = interval
+        self._engine = engine
         self._clock = clock
         self._timer: asyncio.TimerHandle | None = None
         self._stats: EngineStats | None = None
@@ -54,9 +57,9 @@ class ThroughputLog(EngineObserver):
         seconds = max(self._clock() - self._start, 1e-9)
         prompt, generation = ((now - before) / seconds for now, before in zip(tokens, self._tokens_before, strict=True))
         logger.info(
-            "Engine 000: Avg prompt throughput: %.1f tokens/s, Avg generation throughput: %.1f tokens/s, "
+            "Engine %03d: Avg prompt throughput: %.1f tokens/s, Avg generation throughput: %.1f tokens/s, "
             "Running: %d reqs, Waiting: %d reqs, GPU KV cache usage: %.1f%%, Prefix cache hit rate: %.1f%%",
-            prompt, generation, stats.num_running, stats.num_waiting, stats.kv_cache_usage * 100,
+            self._engine, prompt, generation, stats.num_running, stats.num_waiting, stats.kv_cache_usage * 100,
             stats.prefix_cache_hit_rate * 100,
         )  # fmt: skip
         if tokens != self._tokens_before or stats.num_running or stats.num_waiting:

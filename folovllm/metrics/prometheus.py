@@ -8,7 +8,7 @@ Each server has a registry of its own. Collectors read stats.py only when the pa
 two names (a current and a deprecated one) is counted once.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -24,14 +24,15 @@ from prometheus_client.utils import floatToGoString
 
 from folovllm.config import EngineConfig
 from folovllm.core.kv_cache_utils import KVCacheConfig
+from folovllm.engine.open_requests import EngineObserver
 from folovllm.metrics.log import ThroughputLog
-from folovllm.metrics.stats import EngineMetrics, Histogram, HttpMetrics
+from folovllm.metrics.replicas import ReplicaObservers
+from folovllm.metrics.stats import EngineMetrics, Histogram, HttpMetrics, Progress
 from folovllm.outputs import NO_STATS, EngineStats
 
 Reader = Callable[[EngineStats], float]
 
 LABELS = ("model_name", "engine")
-ENGINE_INDEX = "0"  # there is one engine
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 GAUGES: tuple[tuple[str, str, Reader], ...] = (
@@ -80,15 +81,18 @@ class ServerMetrics:
         self, model_name: str, config: EngineConfig, kv_cache_config: KVCacheConfig, log_stats: bool = True
     ) -> None:
         self.http = HttpMetrics()
-        self.observers: list[EngineMetrics | ThroughputLog] = []
+        self.observers: list[EngineObserver] = []
         self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
         self.registry.register(HttpCollector(self.http))
         if log_stats:
-            metrics = EngineMetrics(config.max_model_len)
-            self.registry.register(EngineCollector(metrics, model_name, cache_labels(config, kv_cache_config)))
-            self.observers += [metrics, ThroughputLog()]
+            unfinished = dict[str, Progress]()
+            count = config.parallel_config.data_parallel_size
+            engines = [EngineMetrics(config.max_model_len, unfinished) for _ in range(count)]
+            self.registry.register(EngineCollector(engines, model_name, cache_labels(config, kv_cache_config)))
+            own = [[metrics, ThroughputLog(engine=index)] for index, metrics in enumerate(engines)]
+            self.observers += own[0] if count == 1 else [ReplicaObservers(own)]
 
     def page(self) -> bytes:
         """The text of GET /metrics; its content type is CONTENT_TYPE."""
@@ -96,36 +100,43 @@ class ServerMetrics:
 
 
 class EngineCollector(Collector):
-    """Reads an EngineMetrics. `cache` holds the labels of vllm:cache_config_info."""
+    """Reads the EngineMetrics of each engine. `cache` holds the labels of vllm:cache_config_info but for "engine"."""
 
-    def __init__(self, metrics: EngineMetrics, model_name: str, cache: dict[str, str]) -> None:
-        self.metrics = metrics
-        self.labels = (model_name, ENGINE_INDEX)
+    def __init__(self, engines: Sequence[EngineMetrics], model_name: str, cache: dict[str, str]) -> None:
+        self.engines = [((model_name, str(index)), metrics) for index, metrics in enumerate(engines)]
         self.cache = cache
 
     def collect(self) -> Iterator[Metric]:
-        stats = self.metrics.stats or NO_STATS
         for name, text, read in GAUGES:
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=LABELS)
-            gauge.add_metric(self.labels, read(stats))
+            for labels, metrics in self.engines:
+                gauge.add_metric(labels, read(metrics.stats or NO_STATS))
             yield gauge
         for name, text, read in COUNTERS:
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=LABELS)
-            counter.add_metric(self.labels, read(stats))
+            for labels, metrics in self.engines:
+                counter.add_metric(labels, read(metrics.stats or NO_STATS))
             yield counter
         for name, text, attribute in HISTOGRAMS:
-            yield histogram_family(f"vllm:{name}", text, LABELS, [(self.labels, getattr(self.metrics, attribute))])
+            series = [(labels, getattr(metrics, attribute)) for labels, metrics in self.engines]
+            yield histogram_family(f"vllm:{name}", text, LABELS, series)
         yield self._finished()
-        info = GaugeMetricFamily("vllm:cache_config_info", "How the KV cache is set up.", labels=tuple(self.cache))
-        info.add_metric(tuple(self.cache.values()), 1)
-        yield info
+        yield self._cache_info()
 
     def _finished(self) -> Metric:
         text = "Completions that have ended, by the reason."
         finished = CounterMetricFamily("vllm:request_success", text, labels=(*LABELS, "finished_reason"))
-        for reason, count in self.metrics.num_finished.items():
-            finished.add_metric((*self.labels, reason), count)
+        for labels, metrics in self.engines:
+            for reason, count in metrics.num_finished.items():
+                finished.add_metric((*labels, reason), count)
         return finished
+
+    def _cache_info(self) -> Metric:
+        text = "How the KV cache is set up."
+        info = GaugeMetricFamily("vllm:cache_config_info", text, labels=(*self.cache, "engine"))
+        for (_, engine), _ in self.engines:
+            info.add_metric((*self.cache.values(), engine), 1)
+        return info
 
 
 class HttpCollector(Collector):
@@ -159,10 +170,10 @@ def histogram_family(
 
 
 def cache_labels(config: EngineConfig, kv_cache_config: KVCacheConfig) -> dict[str, str]:
-    """The labels of vllm:cache_config_info: our CacheConfig, and what vLLM's is asked for under its own names."""
+    """The labels of vllm:cache_config_info, but for "engine": our CacheConfig, and vLLM's under its own names."""
     labels = {name: str(value) for name, value in vars(config.cache_config).items()}
     labels["block_size"] = str(kv_cache_config.block_size)
     labels["num_gpu_blocks"] = str(kv_cache_config.num_blocks)
     labels["num_gpu_blocks_override"] = str(config.cache_config.num_kv_blocks)
     labels["kv_cache_memory_bytes"] = str(config.cache_config.kv_cache_memory)
-    return labels | {"engine": ENGINE_INDEX}
+    return labels

@@ -1,7 +1,7 @@
 """EngineMetrics and HttpMetrics: what is counted while the server runs, as plain numbers.
 
 Milestone: M8. vLLM counterpart: vllm/v1/metrics/stats.py (IterationStats, FinishedRequestStats) and the histograms of
-vllm/v1/metrics/loggers.py. Left out: LoRA, speculative decoding, several engines.
+vllm/v1/metrics/loggers.py. Several engines: replicas.py. Left out: LoRA, speculative decoding.
 
 A step costs one bisection per running request. Gauges and counters cost nothing, because the engine's own snapshot
 holds them already; prometheus.py reads everything when the page is requested.
@@ -75,7 +75,8 @@ class Progress:
 class EngineMetrics(EngineObserver):
     """Observes an AsyncLLM. `stats` is the engine's newest snapshot, and every histogram is an attribute."""
 
-    def __init__(self, max_model_len: int) -> None:
+    def __init__(self, max_model_len: int, unfinished: dict[str, Progress] | None = None) -> None:
+        """`unfinished` is shared by the metrics of several engines: a request may go on in another one."""
         lengths = length_buckets(max_model_len)
         self.stats: EngineStats | None = None
         self.num_finished = dict.fromkeys(FINISH_REASONS, 0)
@@ -93,7 +94,8 @@ class EngineMetrics(EngineObserver):
         self.inference_time = Histogram(REQUEST_SECONDS)
         self.prefill_time = Histogram(REQUEST_SECONDS)
         self.decode_time = Histogram(REQUEST_SECONDS)
-        self._unfinished: dict[str, Progress] = {}  # requests that have shown a token
+        # Requests that have shown a token.
+        self._unfinished: dict[str, Progress] = {} if unfinished is None else unfinished
 
     def on_added(self, request: Request) -> None:
         """Called when a request enters the engine, once for all its completions."""

@@ -124,10 +124,10 @@ class Recorder(NullTrace, ABC):
 
     @_noting
     def added(self, request: Request) -> None:
-        self._seen[request.request_id] = Seen(request, request.num_prompt_tokens, request.num_tokens)
-        self._events.append(
-            ["add", request.request_id, request.num_prompt_tokens, request.max_tokens, request.priority]
-        )
+        # A request that another engine began brings tokens of its answer. To this engine they are a part of the prompt.
+        num_tokens, num_left = request.num_tokens, request.max_tokens - request.num_output_tokens
+        self._seen[request.request_id] = Seen(request, num_tokens, num_tokens)
+        self._events.append(["add", request.request_id, num_tokens, num_left, request.priority])
         self._queues_changed = True
 
     @_noting

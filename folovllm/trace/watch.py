@@ -5,6 +5,7 @@ Milestone: M8. vLLM counterpart: none.
 Row 1: no torch. All methods are called in one event loop. The engine makes records only while a watcher is there, and a
 watcher that reads too slowly costs a bounded amount of memory: its lines are dropped, and a fresh snapshot takes their
 place. Each line is encoded once, for all watchers.
+Of several engines (M10) each line has the number, "replica", and each engine has snapshots of its own.
 """
 
 import asyncio
@@ -25,21 +26,24 @@ class Watcher:
         self._lines: deque[str] = deque()
         self._has_news = asyncio.Event()
         self._is_closed = False
-        self.needs_snapshot = True  # until then, steps tell it nothing
+        self._followed: set[int] = set()  # engines whose snapshot has come; until then, steps tell it nothing
+        self.missing: set[int] = set()  # engines of which lines were dropped, and no snapshot has come since
 
-    def put(self, kind: str | None, line: str) -> None:
+    def put(self, kind: str | None, engine: int, line: str) -> None:
         """Takes a line: a step (`kind` None), a header, or the snapshot that follows it."""
-        if kind is None and self.needs_snapshot:
+        if kind is None and engine not in self._followed:
             return
         if len(self._lines) >= MAX_LINES and kind != "snapshot":
             self._lines.clear()
-            self.needs_snapshot = True
+            self.missing |= self._followed
+            self._followed.clear()
             if kind is None:
                 return
         self._lines.append(line)
         self._has_news.set()
         if kind == "snapshot":
-            self.needs_snapshot = False
+            self._followed.add(engine)
+            self.missing.discard(engine)
 
     def close(self) -> None:
         """What has been put is still handed out; then the iteration ends."""
@@ -98,12 +102,12 @@ class Watchers:
         """Takes what LiveFeed.take() gave."""
         if not self._watchers:
             return
-        behind = {watcher for watcher in self._watchers if watcher.needs_snapshot}  # these have asked already
+        asked = {watcher: set(watcher.missing) for watcher in self._watchers}
         for line in lines:
             text = to_json(line)
             for watcher in self._watchers:
-                watcher.put(line.get("type"), text)
-        if any(watcher.needs_snapshot and watcher not in behind for watcher in self._watchers):
+                watcher.put(line.get("type"), line.get("replica", 0), text)
+        if any(watcher.missing - asked[watcher] for watcher in self._watchers):
             self._ask("watch")
 
     def close(self) -> None:

@@ -46,6 +46,8 @@ ROWS = {
     "folovllm.engine.fault_finder": 1,
     "folovllm.engine.messages": 1,
     "folovllm.engine.router": 1,
+    "folovllm.engine.sent_requests": 1,
+    "folovllm.engine.stats_sum": 1,
     "folovllm.forward_context": 2,
     "folovllm.distributed": 2,
     "folovllm.platforms": 2,

@@ -15,7 +15,11 @@ router = APIRouter()
 
 @router.get("/health", response_class=Response)
 async def health(request: Request) -> Response:
-    """200 if the server takes requests. 503 while it shuts down, and if the engine has stopped: then with the cause."""
+    """200 if the server takes requests and an engine computes them.
+
+    503 while the server shuts down, while all engines are being started again (new requests wait), and if the engine
+    has stopped: then with the cause.
+    """
     state = server_state(request)
     try:
         state.engine.check_health()
@@ -23,6 +27,8 @@ async def health(request: Request) -> Response:
         raise ApiError(503, f"the engine has stopped: {error}") from None
     if state.is_draining:
         raise ApiError(503, "the server is draining: it ends when the open answers have ended")
+    if not state.engine.num_alive:
+        raise ApiError(503, "all engines have died and are being started again; requests wait meanwhile")
     return Response()
 
 

@@ -61,7 +61,7 @@ async def engine_here(command: ServeCommand) -> AsyncIterator[tuple[Send, int]]:
         # The batch itself limits how many requests are there at a time: no request may find the queue full.
         options = dataclasses.replace(command.options, max_queue=NO_LIMIT, disable_uvicorn_access_log=True)
         app = build_app(make_state(engine, options, template))
-        yield functools.partial(post, app), 2 * engine.config.max_num_seqs
+        yield functools.partial(post, app), 2 * engine.num_engines * engine.config.max_num_seqs
         engine.check_health()
     finally:
         await engine.shutdown()

@@ -18,13 +18,18 @@ def start_block(state: ServerState, listener: socket.socket) -> str:
     config, options = state.engine.config, state.options
     room = state.engine.kv_cache_config.num_usable_blocks * config.block_size
     url, curl = _url(options, listener)
+    num_engines = state.engine.num_engines
     where = ", on every network of this machine" if options.host in EVERY_NETWORK and options.uds is None else ""
     rows = {
         "model": f"{', '.join(state.model_names)}, {config.model_config.dtype} on {config.device}",
         "KV cache": f"{room:,} tokens: {room // config.max_model_len} requests of {config.max_model_len:,} tokens",
-        "requests": f"{config.max_num_seqs} run at once, {options.max_queue} more may wait",
+        "requests": f"{config.max_num_seqs * num_engines} run at once, {options.max_queue} more may wait",
         "API key": "needed" if options.api_key else "none, so every client that reaches this address is served",
     }
+    if num_engines > 1:
+        rows["engines"] = (
+            f"{num_engines}, each with all weights and a KV cache as above; requests go where their prefix is"
+        )
     if options.uds is None:
         rows["page"] = f"{url}/ to chat and to watch the engine"
     facts = [f"  {label:<10}{text}" for label, text in rows.items()]

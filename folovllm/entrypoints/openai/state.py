@@ -61,7 +61,7 @@ class ServerState:
         """
         if self.is_draining:
             raise shutting_down()
-        limit = self.engine.config.max_num_seqs + self.options.max_queue
+        limit = self.engine.num_engines * self.engine.config.max_num_seqs + self.options.max_queue
         if self.engine.num_unfinished + self.num_admitting >= limit:
             raise too_many_requests(
                 f"{limit} requests are running or waiting, which is all that this server holds (max_num_seqs + "

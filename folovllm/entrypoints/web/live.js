@@ -17,6 +17,7 @@ let record = null; // the newest one
 let history = []; // {batch, held} of the last steps
 let grid = { cell: 1, columns: 1 }; // where the blocks were drawn
 let chosen = null; // the request whose blocks are outlined
+let shown = 0; // which engine, if there are several
 let isPaused = false;
 let isWaitingForFrame = false;
 let connection = null; // what ends the present stream
@@ -85,6 +86,9 @@ const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 document.addEventListener("visibilitychange", () => (document.hidden ? connection?.abort() : reconnect()));
 
 function take(line) {
+  const engine = line.replica ?? 0;
+  if (engine >= byId("which").length) addEngines(engine + 1);
+  if (engine !== shown) return;
   if (line.type === "header") {
     header = line;
     return;
@@ -106,6 +110,13 @@ function take(line) {
   history = history.slice(-STEPS_SHOWN);
   forgetColours();
   renderSoon();
+}
+
+// Several engines: the reader chooses the one to watch.
+function addEngines(count) {
+  const box = byId("which");
+  for (let i = box.length; i < count; i++) box.add(new Option(`engine ${i}`, i));
+  box.hidden = false;
 }
 
 // Only the colours of the present requests count; an old one may keep its own a while.
@@ -269,6 +280,11 @@ byId("pause").onclick = () => {
   if (isPaused) connection?.abort();
   else reconnect();
   render();
+};
+byId("which").onchange = () => {
+  shown = byId("which").selectedIndex;
+  [model, record, history, chosen] = [null, null, [], null];
+  reconnect(); // a stream begins with a snapshot of every engine
 };
 byId("why-box").ontoggle = () => render();
 byId("blocks").onclick = ({ offsetX, offsetY }) => {
