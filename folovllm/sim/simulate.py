@@ -208,6 +208,7 @@ class Simulation:
 
     def _end_step(self, index: int) -> None:
         for output in self.replicas[index].take_outputs():
+            self.routing.got_token(output.request_id)
             self.served[output.request_id].token_times += [self.now] * len(output.new_token_ids)
             if output.finished:
                 self._finish(output.request_id)
