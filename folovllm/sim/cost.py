@@ -7,18 +7,20 @@ outside of a step (tokenizing, HTTP).
     time = max(FLOPs / (peak * compute), bytes / bandwidth) + communication + overhead
 
 With tensor parallelism every rank has its part of the FLOPs and of the bytes, and the ranks add up their results twice
-per layer. With pipeline parallelism a step passes `num_stages` stages, and each takes its part of the sum above.
+per layer (communication_plan.py). With pipeline parallelism a step passes `num_stages` stages, and each takes its part of the sum above.
 
 Row 1: no torch.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from folovllm.communication_plan import SEND, CommunicationPlan
 from folovllm.hf_config import ModelArchitecture
 from folovllm.parallel import ParallelConfig
 from folovllm.sim.hardware import Hardware
-from folovllm.sim.links import LINKS, Link, all_gather_seconds, all_reduce_seconds, message_seconds
+from folovllm.sim.links import LINKS, Link, operation_seconds
 
 COMPUTE, MEMORY, COMMUNICATION, OVERHEAD = "compute", "memory", "communication", "overhead"
 
@@ -139,18 +141,21 @@ class CostModel:
         )
 
     def communication(self, num_tokens: int, num_sampled: int) -> float:
-        """Returns the seconds that a step of `num_tokens` spends in communication: what M9's layers and stages send.
+        """Returns the seconds that a step spends in communication, over all stages."""
+        tp_size = self.parallel.tensor_parallel_size
+        return sum(
+            operation_seconds(self.stage_link if operation == SEND else self.link, operation, tp_size, calls, num_bytes)
+            for plan in self._plans
+            for (operation, calls), num_bytes in zip(
+                plan.calls(num_sampled).items(), plan.bytes(num_tokens, num_sampled).values(), strict=True
+            )
+        )
 
-        All-reduces of the hidden states: one behind the embedding, two per layer. An all-gather of the logits. From
-        stage to stage: hidden states and residual.
-        """
-        tp_size, stages = self.parallel.tensor_parallel_size, self.parallel.pipeline_parallel_size
-        hidden = float(num_tokens * self.arch.hidden_size * self.dtype_bytes)
-        logits = float(num_sampled * self.arch.vocab_size * self.dtype_bytes)
-        seconds = (1 + 2 * self.arch.num_hidden_layers) * all_reduce_seconds(self.link, tp_size, hidden)
-        if num_sampled:
-            seconds += all_gather_seconds(self.link, tp_size, logits)
-        return seconds + (stages - 1) * message_seconds(self.stage_link, 2 * hidden)
+    @cached_property
+    def _plans(self) -> list[CommunicationPlan]:
+        """What the first rank of each stage says to the others."""
+        ranks = range(0, self.parallel.world_size, self.parallel.tensor_parallel_size)
+        return [CommunicationPlan(self.arch, self.parallel.shard(rank), self.dtype_bytes) for rank in ranks]
 
     @property
     def _layer_weights(self) -> int:
