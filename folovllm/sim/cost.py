@@ -7,7 +7,8 @@ outside of a step (tokenizing, HTTP).
     time = max(FLOPs / (peak * compute), bytes / bandwidth) + communication + overhead
 
 With tensor parallelism every rank has its part of the FLOPs and of the bytes, and the ranks add up their results twice
-per layer (communication_plan.py). With pipeline parallelism a step passes `num_stages` stages, and each takes its part of the sum above.
+per layer (communication_plan.py). With pipeline parallelism a step passes `num_stages` stages, and each takes its part
+of the sum above.
 
 Row 1: no torch.
 """

@@ -93,7 +93,8 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _bound_shares(costs: Sequence[StepCost]) -> dict[str, float]:
-    """The share of the busy time that was spent in steps which computing, reading, communication or the overhead bounds."""
+    """The share of the busy time that was spent in steps which computing, reading, communication or the overhead "
+    "bounds."""
     total = sum(cost.seconds for cost in costs)
     return {
         bound: sum(cost.seconds for cost in costs if cost.bound == bound) / total

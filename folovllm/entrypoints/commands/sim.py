@@ -99,7 +99,9 @@ def sim(
     """
     columns = _columns(_presets(preset, compare), _names(router))
     if trace is not None and len(columns) > 1:
-        raise ValueError("--trace writes one run: leave out --compare, name the milestone with --preset, and one router")
+        raise ValueError(
+            "--trace writes one run: leave out --compare, name the milestone with --preset, and one router"
+        )
     requests = make_sim_workload(workload, num_requests, rate, seed)
     parallel = {"tensor_parallel_size": tp, "data_parallel_size": replicas}
     results = {
@@ -151,7 +153,11 @@ def _presets(preset: str | None, compare: str | None) -> list[str]:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The figures as text: a line per figure, a column per run."""
-    shown = [line for line in PARALLEL_LINES if any(_value(metrics, line[1]) not in (0.0, 1.0) for metrics in results.values())]
+    shown = [
+        line
+        for line in PARALLEL_LINES
+        if any(_value(metrics, line[1]) not in (0.0, 1.0) for metrics in results.values())
+    ]
     lines = [*LINES, *shown]
     columns = [[name, *(_number(metrics, path, form) for _, path, form in lines)] for name, metrics in results.items()]
     names = ["", *(text for text, _, _ in lines)]

@@ -57,7 +57,8 @@ def prediction() -> str:
     went = send_what_may_go(requests, [1])
     failed = requests.lose(1)
     return (
-        f"{len(went)}, {len(failed)}, {len(requests.waiting())}\na replica computes one suspect at a time; when it dies, "
+        f"{len(went)}, {len(failed)}, {len(requests.waiting())}\na replica computes one suspect at a time; when it "
+        "dies, "
         "the suspect is to blame, and d, e and f are not"
     )
 
@@ -70,10 +71,16 @@ def tokens_are_kept_until_the_end(mine: Mine) -> None:
     """The front end knows what the reader has, and hears of the end once."""
     requests = mine.cls(2)
     (entry,) = send(requests, 0, "a")
-    seen = [give(requests, "a", [7]), give(requests, "a", [8]), give(requests, "a", [9], "stop"), give(requests, "a", [9], "stop")]
+    seen = [
+        give(requests, "a", [7]),
+        give(requests, "a", [8]),
+        give(requests, "a", [9], "stop"),
+        give(requests, "a", [9], "stop"),
+    ]
     assert entry.output_token_ids == [7, 8, 9], f"the outputs had 7, 8 and 9; kept are {entry.output_token_ids}"
     assert seen == [[], [], [("a", "stop")], []], (
-        f"three outputs and a late one ended {seen}, expected [[], [], [('a', 'stop')], []]: an end counts once, and what "
+        f"three outputs and a late one ended {seen}, expected [[], [], [('a', 'stop')], []]: an end counts once, and "
+        "what "
         "comes for an unknown id is late"
     )
     left = (len(requests), load(requests, 0))
@@ -91,7 +98,8 @@ def one_step_has_outputs_of_many(mine: Mine) -> None:
     ended = [entry.request.request_id for entry, _ in requests.receive(outputs)]
     got = (ended, entries[2].output_token_ids)
     assert got == (["b"], [4]), (
-        f"a step had outputs of an aborted request, of an unknown one, of b (its last) and of c: (ended, tokens of c) is "
+        "a step had outputs of an aborted request, of an unknown one, of b (its last) and of c: (ended, tokens of c) "
+        "is "
         f"{got}, expected (['b'], [4])"
     )
 
@@ -105,7 +113,8 @@ def an_aborted_request_gets_no_more_tokens(mine: Mine) -> None:
     (new,) = send(requests, 0, "a")
     seen = [give(requests, "a", [5]), give(requests, "a", [], "abort")]
     assert seen == [[], []] and new.output_token_ids == [], (
-        f"a was aborted and its id used again; a token of the old one and its confirmation came: ends {seen}, tokens of the "
+        f"a was aborted and its id used again; a token of the old one and its confirmation came: ends {seen}, tokens "
+        "of the "
         f"new one {new.output_token_ids}, expected none of either"
     )
     seen = [give(requests, "a", [6]), give(requests, "a", [7], "stop")]
@@ -133,9 +142,12 @@ def nothing_is_lost_and_nothing_comes_twice(mine: Mine) -> None:
     )
     tokens = (a.continuation().output_token_ids, b.continuation().output_token_ids)
     assert tokens == ([7, 8], []), (
-        f"what is sent again has the output tokens {tokens}, expected ([7, 8], []): with fewer the reader gets tokens twice"
+        f"what is sent again has the output tokens {tokens}, expected ([7, 8], []): with fewer the reader gets tokens "
+        "twice"
     )
-    assert a.replica is None and b.replica is None, f"a and b are in replicas {a.replica} and {b.replica}, expected None"
+    assert a.replica is None and b.replica is None, (
+        f"a and b are in replicas {a.replica} and {b.replica}, expected None"
+    )
 
 
 @check("unit", spec="R10.11", hint=3)
@@ -173,12 +185,15 @@ def aborted_requests_end_with_their_replica(mine: Mine) -> None:
     requests.abort(["a"])
     got, left = lose(requests, 0), waiting(requests)
     assert (got, left) == ([("a", "abort"), ("a", "abort")], ["b"]), (
-        f"two requests with the id a were aborted and not confirmed when their replica died: ends {got}, waiting {left}; "
+        f"two requests with the id a were aborted and not confirmed when their replica died: ends {got}, waiting "
+        f"{left}; "
         "expected an `abort` for each of them, and only b waits"
     )
     send(requests, 1, "a")
     seen = give(requests, "a", [5], "stop")
-    assert seen == [("a", "stop")], f"a new request with that id ended as {seen}: the abort of the old one is not forgotten"
+    assert seen == [("a", "stop")], (
+        f"a new request with that id ended as {seen}: the abort of the old one is not forgotten"
+    )
 
 
 # ---- a request that kills
@@ -214,7 +229,8 @@ def the_suspect_fails_alone(mine: Mine) -> None:
     )
     went = send_what_may_go(requests, [0])
     assert sorted(went) == ["a", "b", "c"], (
-        f"b and c were only beside the culprit, and a was never sent on: {went} went to the new replica, expected all three "
+        f"b and c were only beside the culprit, and a was never sent on: {went} went to the new replica, expected all "
+        "three "
         "at once (a is the only suspect)"
     )
 
@@ -229,7 +245,8 @@ def two_innocent_deaths_cost_nothing(mine: Mine) -> None:
     give(requests, "a", [7])
     got, left = lose(requests, 1), waiting(requests)
     assert (got, left) == ([], ["a"]), (
-        f"a got a token from its second replica, which died later: ends {got}, waiting {left}; expected that a waits again"
+        f"a got a token from its second replica, which died later: ends {got}, waiting {left}; expected that a waits "
+        "again"
     )
     assert a.continuation().output_token_ids == [7], f"it continues after {a.continuation().output_token_ids}"
 
@@ -272,7 +289,9 @@ def _play(mine: Mine, rng: random.Random, name: str) -> None:
         for entry, output in requests.receive(outputs):
             ends[entry.request.request_id].append(output.finish_reason)
     for request_id, tokens in read.items():
-        assert tokens == list(range(len(tokens))), f"{name}: {request_id} read {tokens}: a token is missing or came twice"
+        assert tokens == list(range(len(tokens))), (
+            f"{name}: {request_id} read {tokens}: a token is missing or came twice"
+        )
         got = ends[request_id]
         assert got in (["length"], ["error"]), f"{name}: {request_id} ended {got}, expected one end"
         assert got == ["error"] or len(tokens) == length, f"{name}: {request_id} ended after {len(tokens)} tokens"

@@ -38,7 +38,8 @@ def weights_are_divided_and_so_are_heads(mine: Mine) -> None:
     memory = (weights / 2 + 1_000 * per_token) / 0.9 + 1
     got = toy(mine, memory).kv_tokens(2)
     assert got == 1_000, (
-        f"2 GPUs, each with half of the weights ({weights / 2:,.0f} bytes) and room for 1,000 tokens of {per_token} bytes "
+        f"2 GPUs, each with half of the weights ({weights / 2:,.0f} bytes) and room for 1,000 tokens of {per_token} "
+        "bytes "
         f"(10 layers, K and V, one head of 8 numbers, 2 bytes): {got:,} tokens, expected 1,000"
     )
 
@@ -50,7 +51,8 @@ def a_head_is_not_divided(mine: Mine) -> None:
     memory = (weights / 4 + 1_000 * 320) / 0.9 + 1
     got = toy(mine, memory).kv_tokens(4)
     assert got == 1_000, (
-        f"4 GPUs and 2 KV heads: each GPU holds one head, 320 bytes per token, and has room for 1,000 tokens; kv_tokens(4) "
+        "4 GPUs and 2 KV heads: each GPU holds one head, 320 bytes per token, and has room for 1,000 tokens; "
+        "kv_tokens(4) "
         f"is {got:,}. Half a head does not exist: two GPUs hold the same one"
     )
 
@@ -89,7 +91,12 @@ def real_models_on_an_h100(mine: Mine) -> None:
 def the_smallest_engine_that_is_large_enough(mine: Mine) -> None:
     """As few GPUs per engine as possible, and as many engines as there are GPUs for."""
     sizing = mine.cls(shape_architecture("llama-3.1-70b"), H100)
-    for num_gpus, tokens, expected in ((8, 5_000, (2, 4)), (8, 256_000, (4, 2)), (8, 1_000_000, (8, 1)), (7, 5_000, (2, 3))):
+    for num_gpus, tokens, expected in (
+        (8, 5_000, (2, 4)),
+        (8, 256_000, (4, 2)),
+        (8, 1_000_000, (8, 1)),
+        (7, 5_000, (2, 3)),
+    ):
         got = sizing.split(num_gpus, tokens)
         assert got == expected, (
             f"llama-3.1-70b, {num_gpus} x H100, {tokens:,} tokens per engine: split is {got}, expected {expected} "
@@ -104,7 +111,8 @@ def sizes_that_do_not_divide_the_heads_are_skipped(mine: Mine) -> None:
     sizing = mine.cls(shape_architecture("smollm2-135m"), gpu)
     got = sizing.split(6, 1_000)
     assert got == (3, 2), (
-        f"smollm2-135m (9 query heads, 3 KV heads) on 6 GPUs of 200 MB, 1,000 tokens per engine: split is {got}, expected "
+        f"smollm2-135m (9 query heads, 3 KV heads) on 6 GPUs of 200 MB, 1,000 tokens per engine: split is {got}, "
+        "expected "
         "(3, 2). The engine refuses tensor_parallel_size=2"
     )
 
@@ -117,7 +125,9 @@ def too_little_is_said(mine: Mine) -> None:
         got = sizing.split(1, 1_000)
     except ValueError:
         return
-    raise AssertionError(f"one H100 cannot hold llama-3.1-70b, and split(1, 1_000) returned {got}, expected a ValueError")
+    raise AssertionError(
+        f"one H100 cannot hold llama-3.1-70b, and split(1, 1_000) returned {got}, expected a ValueError"
+    )
 
 
 @check("property", spec="R10.41", hint=2)

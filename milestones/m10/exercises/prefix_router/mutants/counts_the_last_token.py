@@ -1,6 +1,5 @@
 # killed-by: answers_are_cached_as_well | sampled and never computed
-"""The last token of the answer is counted, so the router believes in a block that is not there.
-"""
+"""The last token of the answer is counted, so the router believes in a block that is not there."""
 
 from collections.abc import Sequence
 

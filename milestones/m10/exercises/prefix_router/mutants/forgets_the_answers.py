@@ -1,6 +1,5 @@
 # killed-by: answers_are_cached_as_well | where a block of the answer
-"""Only prompts are remembered. The next turn of a conversation matches less than is there, and may go elsewhere.
-"""
+"""Only prompts are remembered. The next turn of a conversation matches less than is there, and may go elsewhere."""
 
 from collections.abc import Sequence
 

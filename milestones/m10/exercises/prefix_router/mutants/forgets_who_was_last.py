@@ -6,8 +6,8 @@ vLLM rotates its choice for this reason (https://github.com/vllm-project/vllm/pu
 
 from collections.abc import Sequence
 
-from folovllm.engine.router import ReplicaLoad
 from folovllm.engine.router import PrefixRouter as Reference
+from folovllm.engine.router import ReplicaLoad
 from folovllm.request import Request
 
 

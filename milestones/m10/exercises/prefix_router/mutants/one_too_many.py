@@ -1,6 +1,5 @@
 # killed-by: a_long_queue_is_not_worth_it | went to 2, expected 0
-"""A lead of exactly max_lead is refused: an off-by-one that costs every fourth conversation its cache under load.
-"""
+"""A lead of exactly max_lead is refused: an off-by-one that costs every fourth conversation its cache under load."""
 
 from collections.abc import Sequence
 

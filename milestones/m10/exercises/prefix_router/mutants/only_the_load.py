@@ -1,6 +1,5 @@
 # killed-by: the_longest_prefix_decides | 3 blocks are there
-"""The number of requests decides, and the prefix only breaks ties, as in a load balancer for web servers.
-"""
+"""The number of requests decides, and the prefix only breaks ties, as in a load balancer for web servers."""
 
 from collections.abc import Sequence
 

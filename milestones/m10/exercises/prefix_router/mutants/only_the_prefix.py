@@ -14,10 +14,8 @@ from folovllm.request import Request
 
 class PrefixRouter(Reference):
     def route(self, request: Request, loads: Sequence[ReplicaLoad]) -> int:
-        least = min(load.num_requests for load in loads)
-        near = [load for load in loads if load.num_requests >= 0]
         names = self.block_names(request)
-        return min(near, key=lambda load: (-self.known[load.replica].match(names), self.cost(load))).replica
+        return min(loads, key=lambda load: (-self.known[load.replica].match(names), self.cost(load))).replica
 
     def started(self, request: Request, replica: int) -> None:
         LeastLoadedRouter.started(self, request, replica)

@@ -1,6 +1,5 @@
 # killed-by: a_dead_replica_gets_nothing | knows nothing
-"""A replica that has died is believed to have the blocks of its earlier life.
-"""
+"""A replica that has died is believed to have the blocks of its earlier life."""
 
 from collections.abc import Sequence
 

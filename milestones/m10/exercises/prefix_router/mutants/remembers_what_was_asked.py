@@ -1,6 +1,5 @@
 # killed-by: asking_changes_nothing | only `started` says
-"""route notes the prompt already, so a router that is asked and not used remembers what no replica has computed.
-"""
+"""route notes the prompt already, so a router that is asked and not used remembers what no replica has computed."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,5 @@
 # killed-by: a_dead_replica_gets_nothing | is dead
-"""The position in loads is taken for the number of the replica: right until one of them dies.
-"""
+"""The position in loads is taken for the number of the replica: right until one of them dies."""
 
 from collections.abc import Sequence
 

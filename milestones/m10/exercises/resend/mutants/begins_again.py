@@ -1,6 +1,5 @@
 # killed-by: nothing_is_lost_and_nothing_comes_twice | the reader gets tokens twice
-"""A lost request is sent as it came, without its tokens. The reader sees the beginning of the answer a second time.
-"""
+"""A lost request is sent as it came, without its tokens. The reader sees the beginning of the answer a second time."""
 
 from collections.abc import Iterable
 

@@ -1,6 +1,5 @@
 # killed-by: the_lost_go_before_those_that_wait | the order is
-"""The lost requests queue up behind those that came later.
-"""
+"""The lost requests queue up behind those that came later."""
 
 from collections.abc import Iterable
 

@@ -1,6 +1,5 @@
 # killed-by: the_suspect_fails_alone | expected [('poison', 'error')]
-"""Every request of the second dying replica fails, and not the suspect alone.
-"""
+"""Every request of the second dying replica fails, and not the suspect alone."""
 
 from collections.abc import Iterable
 
@@ -29,7 +28,9 @@ class SentRequests(Reference):
         for request_id, _ in aborted:
             del self._leaving[request_id]
         guilty = self._suspects.get(replica)
-        for sent in [e for e in self._requests.values() if guilty is not None and e.replica == replica and e is not guilty]:
+        for sent in [
+            e for e in self._requests.values() if guilty is not None and e.replica == replica and e is not guilty
+        ]:
             ended.append(EngineCoreOutput(sent.request.request_id, [], finish_reason="error"))
             self._remove(sent)
         if guilty is not None:

@@ -1,5 +1,7 @@
-# killed-by: nothing_is_lost_and_nothing_comes_twice | expected ([], 
-"""All requests of the dead replica end with an error: what vLLM does with all requests of all engines (https://github.com/vllm-project/vllm/issues/27866).
+# killed-by: nothing_is_lost_and_nothing_comes_twice | expected ([],
+"""All requests of the dead replica end with an error.
+
+vLLM ends all requests of all its engines then (https://github.com/vllm-project/vllm/issues/27866).
 """
 
 from collections.abc import Iterable

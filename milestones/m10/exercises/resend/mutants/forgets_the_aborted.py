@@ -1,6 +1,5 @@
 # killed-by: aborted_requests_end_with_their_replica | for each of them
-"""Aborts that the dead replica has not confirmed are forgotten without an end, and the front end waits for it.
-"""
+"""Aborts that the dead replica has not confirmed are forgotten without an end, and the front end waits for it."""
 
 from collections.abc import Iterable
 

@@ -1,6 +1,5 @@
 # killed-by: an_aborted_request_gets_no_more_tokens | expected none of either
-"""Late tokens of an aborted request are given to the new request that has its id.
-"""
+"""Late tokens of an aborted request are given to the new request that has its id."""
 
 from collections.abc import Iterable
 

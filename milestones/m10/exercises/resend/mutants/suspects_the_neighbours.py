@@ -1,6 +1,5 @@
 # killed-by: the_suspect_fails_alone | at once
-"""After the second death all of its requests are suspects again, although one of them was to blame.
-"""
+"""After the second death all of its requests are suspects again, although one of them was to blame."""
 
 from collections.abc import Iterable
 

@@ -1,7 +1,6 @@
 # killed-by: a_tenth_is_for_activations | no room for its activations
 """All of the memory is given away. The engine starts, and the first long prompt ends it: out of memory."""
 
-
 from folovllm.sim.sizing import Sizing as Reference
 
 
