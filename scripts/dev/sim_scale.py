@@ -55,20 +55,18 @@ def model_of(name: str, tp_size: int, link: str, gpu: str = GPU) -> CostModel:
 
 def tp_step() -> list[Row]:
     """The time of one step, by the number of GPUs that share it: a decode of 16 requests, and a chunk of a prompt."""
-    rows = []
-    for model in (SMALL, LARGE):
-        for link in ("nvlink4", "pcie5", "100gbe"):
-            for size in SIZES:
-                cost_model = model_of(model, size, link)
-                decode, chunk = cost_model.step([(1_000, 1)] * 16, 16), cost_model.step([(0, 2_048)], 1)
-                rows.append({
-                    "model": model, "link": LINKS[link].name, "GPUs": size,
-                    "decode, ms": 1e3 * decode.seconds,
-                    "of it communication, %": 100 * decode.communication / decode.seconds,
-                    "chunk of 2,048, ms": 1e3 * chunk.seconds,
-                    "of the chunk communication, %": 100 * chunk.communication / chunk.seconds,
-                })  # fmt: skip
-    return rows
+    works = {"decode": ([(1_000, 1)] * 16, 16), "chunk": ([(0, 2_048)], 1)}
+    links = ("nvlink4", "pcie5", "100gbe")
+    return [
+        {"model": model, "GPUs": size}
+        | {
+            f"{name}, ms: {LINKS[link].name}": 1e3 * model_of(model, size, link).step(*work).seconds
+            for name, work in works.items()
+            for link in links
+        }
+        for model in (SMALL, LARGE)
+        for size in SIZES
+    ]
 
 
 def what_fits() -> list[Row]:
