@@ -33,7 +33,7 @@ AGENTS = Recipe("agents", 12.0, prompt=(50, 150), output=(10, 30), turns=4, syst
 
 def model_of(name: str, tp: int = 1, pp: int = 1, link: str = "nvlink4") -> CostModel:
     parallel = ParallelConfig(tensor_parallel_size=tp, pipeline_parallel_size=pp)
-    links = {"link": LINKS[link], "stage_link": LINKS["100gbe"]}
+    links: dict[str, Any] = {"link": LINKS[link], "stage_link": LINKS["100gbe"]}
     return CostModel(shape_architecture(name), HARDWARE["h100"], IDEAL, parallel=parallel, **links)
 
 
@@ -184,7 +184,8 @@ def test_conversations_hit_more_where_they_have_been() -> None:
 def test_a_prefix_that_everybody_has_makes_a_router_without_a_limit_lose() -> None:
     """R10.2. https://github.com/vllm-project/production-stack/pull/1035 tells of such a router."""
     load = follow_recipe(Recipe(**vars(AGENTS) | {"rate": 120.0, "turns": 1, "services": 1}), "hot", 240)
-    only, limited = (simulate(load, data_parallel_size=8, router=name) for name in ("prefix-only", "prefix"))
+    args: dict[str, Any] = {"data_parallel_size": 8, "max_num_seqs": 8}
+    only, limited = (simulate(load, router=name, **args) for name in ("prefix-only", "prefix"))
     assert only["busiest_share"] > 4 and limited["busiest_share"] < 1.5
     assert only["ttft_ms"]["p99"] > 3 * limited["ttft_ms"]["p99"]
 
