@@ -67,21 +67,21 @@ def tensor_parallel(path: Path) -> None:
 
 
 def splits(path: Path) -> None:
-    """The users per second that eight GPUs serve, divided into engines of 1, 2, 4 and 8."""
+    """Tokens per second of eight GPUs, divided into engines of 1, 2, 4 and 8, and the gaps that a single user sees."""
     rows = rows_of("splits")
     groups = list(dict.fromkeys((row["model"], row["link"]) for row in rows))
-    figure, axes = plt.subplots(1, len(groups), figsize=(9, 3.1), layout="constrained")
+    figure, axes = plt.subplots(1, len(groups), figsize=(9, 3.3), layout="constrained")
     for ax, (model, link) in zip(axes, groups, strict=True):
         chosen = rows_of("splits", model=model, link=link)
-        names = [f"{row['engines']} x {row['GPUs each']}" for row in chosen]
-        best = max(column(chosen, "users/s"))
-        colours = [GREEN if row["users/s"] == best else GREY for row in chosen]
-        bars = ax.bar(names, column(chosen, "users/s"), color=colours)
-        ax.bar_label(bars, fmt="{:.3g}", fontsize=9)
+        names = [f"{row['engines x GPUs']}\n{row['quiet: ITL p50, ms']:.1f} ms" for row in chosen]
+        best = max(column(chosen, "busy: tok/s"))
+        colours = [GREEN if row["busy: tok/s"] == best else GREY for row in chosen]
+        bars = ax.bar(names, column(chosen, "busy: tok/s"), color=colours)
+        ax.bar_label(bars, fmt="{:,.0f}", fontsize=8.5)
         ax.set_title(f"{model}\n{link}", fontsize=10)
         ax.set_yticks([])
+        ax.tick_params(axis="x", labelsize=8.5)
         ax.spines["left"].set_visible(False)
-    axes[0].set_xlabel("engines x GPUs each")
     figure_files.save(figure, path)
 
 

@@ -81,82 +81,51 @@ def what_fits() -> list[Row]:
     return rows
 
 
-# ---- eight GPUs, divided in several ways
+# ---- several GPUs, divided in several ways
 
 
-def capacity(run: Callable[[float], Row], low: float, high: float) -> tuple[float, Row]:
-    """The highest rate (users per second) at which 95 % of the requests keep the promise, and the run at that rate.
+def measured_way(model: str, num_at_once: int, **args: Any) -> Row:
+    """A few users who do not wait for each other, and then many requests that are all there from the beginning."""
+    quiet = simulate(questions(40, 0.5), model, GPU, router="least-loaded", **args)
+    busy = simulate(questions(num_at_once, 0.0), model, GPU, router="least-loaded", **args)
+    return {
+        "quiet: TTFT p50, ms": quiet["ttft_ms"]["p50"],
+        "quiet: ITL p50, ms": quiet["itl_ms"]["p50"],
+        "busy: tok/s": busy["output_tok_per_s"],
+        "busy: communication, %": 100 * busy["communication_share"],
+        "busy: preemptions": busy["preemptions"],
+    }
 
-    Rates are tried in steps of the square root of 2, by bisection.
-    """
-    rates = [low]
-    while rates[-1] < high:
-        rates.append(rates[-1] * 2**0.5)
-    first, last, best = 0, len(rates) - 1, run(low)
-    while first < last:
-        middle = (first + last + 1) // 2
-        found = run(rates[middle])
-        if found["good_share"] >= 0.95:
-            first, best = middle, found
-        else:
-            last = middle - 1
-    return rates[first], best
+
+def questions(count: int, rate: float) -> SimWorkload:
+    return follow_recipe(Recipe(**vars(QUESTIONS) | {"rate": rate}), "questions", count)
 
 
 def splits() -> list[Row]:
-    """Eight GPUs as eight, four, two or one engine: what a user waits, and how many users there may be."""
+    """Eight GPUs as eight, four, two or one engine: how fast a single user is served, and how many tokens all get."""
     rows = []
-    for model, link, low in (
-        (SMALL, "nvlink4", 8.0),
-        (SMALL, "pcie5", 8.0),
-        (LARGE, "nvlink4", 1.0),
-        (LARGE, "pcie5", 1.0),
-    ):
-        for size in SIZES:
-            if Sizing(shape_architecture(model), HARDWARE[GPU]).kv_tokens(size) < 4_000:
-                continue  # the weights alone fill these GPUs
-
-            def run(rate: float, model: str = model, link: str = link, size: int = size, count: int = 120) -> Row:
-                load = follow_recipe(Recipe(**vars(QUESTIONS) | {"rate": rate}), "questions", count)
-                return simulate(
-                    load, model, GPU, slo=PROMISE, router="least-loaded", link=link,
-                    tensor_parallel_size=size, data_parallel_size=8 // size,
-                )  # fmt: skip
-
-            quiet = run(0.5, count=40)
-            rate, busy = capacity(run, low, 32 * low)
-            rows.append({
-                "model": model, "link": LINKS[link].name, "engines": 8 // size, "GPUs each": size,
-                "quiet: TTFT p50, ms": quiet["ttft_ms"]["p50"], "quiet: ITL p50, ms": quiet["itl_ms"]["p50"],
-                "users/s": rate, "tok/s": busy["output_tok_per_s"],
-                "in communication, %": 100 * busy["communication_share"],
-            })  # fmt: skip
+    for model in (SMALL, LARGE):
+        for link in ("nvlink4", "pcie5"):
+            for size in SIZES:
+                if Sizing(shape_architecture(model), HARDWARE[GPU]).kv_tokens(size) < 4_000:
+                    continue  # the weights alone fill these GPUs
+                way = measured_way(model, 480, link=link, tensor_parallel_size=size, data_parallel_size=8 // size)
+                rows.append({"model": model, "link": LINKS[link].name, "engines x GPUs": f"{8 // size} x {size}"} | way)
     return rows
 
 
 def stages() -> list[Row]:
     """Sixteen GPUs in two machines with 100 GbE between them: where should the model be cut?"""
-    rows = []
-    ways: tuple[tuple[str, Row], ...] = (
-        ("TP 16 over 100 GbE", {"tensor_parallel_size": 16, "link": "100gbe"}),
-        ("TP 8, PP 2 over 100 GbE",
-         {"tensor_parallel_size": 8, "pipeline_parallel_size": 2, "link": "nvlink4", "stage_link": "100gbe"}),
-        ("TP 8, two engines", {"tensor_parallel_size": 8, "data_parallel_size": 2, "link": "nvlink4"}),
-        ("TP 4, four engines", {"tensor_parallel_size": 4, "data_parallel_size": 4, "link": "nvlink4"}),
-    )  # fmt: skip
-    for name, args in ways:
-        quiet = simulate(follow_recipe(Recipe(**vars(QUESTIONS) | {"rate": 0.5}), "questions", 40), LARGE, GPU, **args)
-        offline = simulate(
-            follow_recipe(Recipe(**vars(QUESTIONS) | {"rate": 0.0}), "questions", 240), LARGE, GPU,
-            router="least-loaded", **args,
-        )  # fmt: skip
-        rows.append({
-            "16 x H100, " + LARGE: name,
-            "quiet: TTFT p50, ms": quiet["ttft_ms"]["p50"], "quiet: ITL p50, ms": quiet["itl_ms"]["p50"],
-            "all at once: tok/s": offline["output_tok_per_s"],
-            "in communication, %": 100 * offline["communication_share"],
-        })  # fmt: skip
-    return rows
+    inside, between = {"link": "nvlink4"}, {"stage_link": "100gbe"}
+    ways: dict[str, Row] = {
+        "1 engine: TP 16 over 100 GbE": {"tensor_parallel_size": 16, "link": "100gbe"},
+        "1 engine: TP 8, PP 2 over 100 GbE": {"tensor_parallel_size": 8, "pipeline_parallel_size": 2}
+        | inside
+        | between,
+        "2 engines: TP 8": {"tensor_parallel_size": 8, "data_parallel_size": 2} | inside,
+        "4 engines: TP 4": {"tensor_parallel_size": 4, "data_parallel_size": 4} | inside,
+    }
+    return [{f"{LARGE} on 16 x H100": name} | measured_way(LARGE, 480, **args) for name, args in ways.items()]
 
 
 # ---- replicas and routers
@@ -190,10 +159,10 @@ def replicas() -> list[Row]:
 
 
 def fixed_load() -> list[Row]:
-    """The same load on 1 to 64 replicas: questions, 48 users per second in all."""
+    """The same load on 1 to 64 replicas: questions, 96 users per second in all."""
     rows = []
     for n in REPLICAS:
-        load = follow_recipe(Recipe(**vars(QUESTIONS) | {"rate": 48.0}), "questions", 384)
+        load = questions(576, 96.0)
         run = simulate(load, SMALL, GPU, slo=PROMISE, router="least-loaded", data_parallel_size=n)
         rows.append({
             "replicas": n, "TTFT p99, ms": run["ttft_ms"]["p99"], "ITL p50, ms": run["itl_ms"]["p50"],
@@ -222,8 +191,7 @@ def hot_prefix() -> list[Row]:
 
 def nothing_shared() -> list[Row]:
     """Eight replicas, and no two requests begin alike: what does a router for prefixes cost then?"""
-    recipe = Recipe(**vars(QUESTIONS) | {"rate": 96.0})
-    load = follow_recipe(recipe, "questions", 384)
+    load = questions(384, 96.0)
     return [routed(load, 8, router) for router in ("prefix", "least-loaded", "round-robin", "random")]
 
 
