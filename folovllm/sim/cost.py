@@ -1,20 +1,29 @@
 """How long a step takes on a machine: the larger of computing and reading, and a constant (the roofline model).
 
-Milestone: M5. vLLM counterpart: none. Left out: communication between GPUs, the time of sampling, kernels that get
-slower for small batches, and everything that happens outside of a step (tokenizing, HTTP).
+Milestone: M5; ranks and what they say to each other: M10. vLLM counterpart: none. Left out: the time of sampling,
+kernels that get slower for small batches, communication that hides behind computing, and everything that happens
+outside of a step (tokenizing, HTTP).
 
-    time = max(FLOPs / (peak * compute), bytes / bandwidth) + overhead
+    time = max(FLOPs / (peak * compute), bytes / bandwidth) + communication + overhead
+
+With tensor parallelism every rank has its part of the FLOPs and of the bytes, and the ranks add up their results twice
+per layer (communication_plan.py). With pipeline parallelism a step passes `num_stages` stages, and each takes its part
+of the sum above.
 
 Row 1: no torch.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
+from folovllm.communication_plan import SEND, CommunicationPlan
 from folovllm.hf_config import ModelArchitecture
+from folovllm.parallel import ParallelConfig
 from folovllm.sim.hardware import Hardware
+from folovllm.sim.links import LINKS, Link, operation_seconds
 
-COMPUTE, MEMORY, OVERHEAD = "compute", "memory", "overhead"
+COMPUTE, MEMORY, COMMUNICATION, OVERHEAD = "compute", "memory", "communication", "overhead"
 
 
 @dataclass(frozen=True)
@@ -42,28 +51,45 @@ def calibration_of(hardware: str, uses_plain_torch: bool) -> Calibration:
 
 @dataclass(frozen=True)
 class StepCost:
-    """One step: how much work it is, and how long it takes (seconds)."""
+    """One step: how much work it is, and how long it takes (seconds). Times are sums over the stages of a pipeline."""
 
     flops: float
     bytes: float
     compute: float
     memory: float
-    overhead: float
+    overhead: float  # of one stage
+    communication: float = 0.0
+    num_stages: int = 1
+
+    @property
+    def stage_seconds(self) -> float:
+        """How long one stage is busy with the step."""
+        return (max(self.compute, self.memory) + self.communication) / self.num_stages + self.overhead
 
     @property
     def seconds(self) -> float:
-        return max(self.compute, self.memory) + self.overhead
+        """How long the step takes from the first stage to the last, if it waits nowhere."""
+        return self.stage_seconds * self.num_stages
 
     @property
     def bound(self) -> str:
-        """What takes longest: COMPUTE, MEMORY or OVERHEAD."""
-        times = {COMPUTE: self.compute, MEMORY: self.memory, OVERHEAD: self.overhead}
+        """What takes longest: COMPUTE, MEMORY, COMMUNICATION or OVERHEAD."""
+        times = {
+            COMPUTE: self.compute,
+            MEMORY: self.memory,
+            COMMUNICATION: self.communication,
+            OVERHEAD: self.overhead * self.num_stages,
+        }
         return max(times, key=lambda name: times[name])
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """A model on `num_gpus` machines that share the work without loss (an ideal tensor parallelism)."""
+    """A model on machines of one kind.
+
+    `parallel` says over how many ranks it is divided, one per machine, and `link` connects the ranks of a stage;
+    `stage_link` connects the stages. `num_gpus` machines stand in each rank's place and share its work without loss.
+    """
 
     arch: ModelArchitecture
     hardware: Hardware
@@ -71,13 +97,23 @@ class CostModel:
     num_gpus: int = 1
     dtype_bytes: int = 2  # of activations and of the KV cache
     weight_bits: int = 16
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    link: Link = LINKS["nvlink4"]
+    stage_link: Link = LINKS["nvlink4"]
 
     @property
     def weight_bytes(self) -> float:
+        """Of the whole model."""
         return self.arch.num_parameters() * self.weight_bits / 8
 
     @property
+    def rank_weight_bytes(self) -> float:
+        """Of one rank, as if embedding and head were divided among the stages as well."""
+        return self.weight_bytes / self.parallel.world_size
+
+    @property
     def memory(self) -> float:
+        """Of one rank."""
         return self.hardware.memory * self.num_gpus
 
     def step(self, work: Iterable[tuple[int, int]], num_sampled: int) -> StepCost:
@@ -85,21 +121,42 @@ class CostModel:
 
         E.g. [(500, 1), (0, 300)]: a decode with 500 tokens in the cache, and a prompt of 300 tokens.
         """
-        arch, work = self.arch, list(work)
+        arch, work, tp_size = self.arch, list(work), self.parallel.tensor_parallel_size
         num_tokens = sum(new for _, new in work)
         pairs = sum(new * computed + new * (new + 1) // 2 for computed, new in work)  # (query, key) under the mask
         flops = 2.0 * self._layer_weights * num_tokens
         flops += 2.0 * arch.vocab_size * arch.hidden_size * num_sampled
         flops += 4.0 * arch.num_hidden_layers * arch.q_size * pairs
         kv_tokens = sum(computed + new for computed, new in work)  # K and V are read, and the new ones are written
-        read = (self.weight_bytes + arch.kv_bytes_per_token(self.dtype_bytes) * kv_tokens) if work else 0.0
+        kv_bytes = arch.kv_bytes_per_token(self.dtype_bytes) * kv_tokens
+        kv_parts = min(tp_size, arch.num_key_value_heads)  # with more ranks than KV heads, several hold the same head
+        bandwidth = self.hardware.bandwidth * self.num_gpus
         return StepCost(
             flops,
-            read,
-            compute=flops / (self.hardware.flops * self.calibration.compute * self.num_gpus),
-            memory=read / (self.hardware.bandwidth * self.num_gpus),
+            self.weight_bytes + kv_bytes if work else 0.0,
+            compute=flops / (self.hardware.flops * self.calibration.compute * self.num_gpus * tp_size),
+            memory=(self.weight_bytes / tp_size + kv_bytes / kv_parts) / bandwidth if work else 0.0,
             overhead=self.calibration.overhead,
+            communication=self.communication(num_tokens, num_sampled) if work else 0.0,
+            num_stages=self.parallel.pipeline_parallel_size,
         )
+
+    def communication(self, num_tokens: int, num_sampled: int) -> float:
+        """Returns the seconds that a step spends in communication, over all stages."""
+        tp_size = self.parallel.tensor_parallel_size
+        return sum(
+            operation_seconds(self.stage_link if operation == SEND else self.link, operation, tp_size, calls, num_bytes)
+            for plan in self._plans
+            for (operation, calls), num_bytes in zip(
+                plan.calls(num_sampled).items(), plan.bytes(num_tokens, num_sampled).values(), strict=True
+            )
+        )
+
+    @cached_property
+    def _plans(self) -> list[CommunicationPlan]:
+        """What the first rank of each stage says to the others."""
+        ranks = range(0, self.parallel.world_size, self.parallel.tensor_parallel_size)
+        return [CommunicationPlan(self.arch, self.parallel.shard(rank), self.dtype_bytes) for rank in ranks]
 
     @property
     def _layer_weights(self) -> int:

@@ -12,6 +12,7 @@ from folovllm.executor.fake import FakeExecutor
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.sim.cost import CostModel
 from folovllm.sim.executor import SimExecutor, work_of
+from folovllm.sim.replica import Replica
 from folovllm.sim.simulate import Simulation
 
 # What a claim may be about: nothing here depends on the speed of the machine that runs the bench.
@@ -21,6 +22,7 @@ COUNTERS = {
     "known_tokens": "tokens of all texts",
     "steps": "steps that computed something",
     "computed_tokens": "tokens computed",
+    "busiest_tokens": "tokens computed by the busiest engine",
     "peak_tokens": "most tokens in a step",
     "budget": "tokens allowed in a step",
     "peak_running": "most requests in a step",
@@ -66,6 +68,7 @@ class CountingExecutor(SimExecutor):
         return super().execute(scheduler_output)
 
     def sample(self, handle: SchedulerOutput) -> ModelRunnerOutput:
+        super().sample(handle)  # lets the time pass
         return self.model.sample(handle)
 
     def longest_wait(self) -> int:
@@ -79,10 +82,15 @@ class CountingExecutor(SimExecutor):
 
 
 def counters_of(simulation: Simulation, figures: Mapping[str, Any], tile: tuple[int, int] | None) -> dict[str, Any]:
-    """The values of COUNTERS, after a run. `tile` is (query rows, keys) if attention holds no more scores than that."""
-    executor, config, stats = simulation.executor, simulation.core.config, simulation.core.stats()
-    assert isinstance(executor, CountingExecutor)
-    steps = [[new for _, new in work.values()] for work in executor.work]
+    """The values of COUNTERS, after a run. `tile` is (query rows, keys) if attention holds no more scores than that.
+
+    With several engines, work is summed over them, and the largest of a kind is the largest of any.
+    """
+    executors, config = [counting_executor(replica) for replica in simulation.replicas], simulation.config
+    stats = [replica.core.stats() for replica in simulation.replicas]
+    works = [work for executor in executors for work in executor.work]
+    steps = [[new for _, new in work.values()] for work in works]
+    costs = [cost for executor in executors for cost in executor.costs]
     query_rows, key_columns = tile or (2**60, 2**60)
     followed = {request.follows for request in simulation.workload.requests}
     counters = {
@@ -91,24 +99,30 @@ def counters_of(simulation: Simulation, figures: Mapping[str, Any], tile: tuple[
         "known_tokens": sum(len(text) for i, text in simulation.texts.items() if i not in followed),
         "steps": len(steps),
         "computed_tokens": sum(map(sum, steps)),
+        "busiest_tokens": max(sum(sum(new for _, new in w.values()) for w in executor.work) for executor in executors),
         "peak_tokens": max(map(sum, steps)),  # of a step
         "budget": config.max_num_batched_tokens,
         "peak_running": max(map(len, steps)),
-        "longest_wait": executor.longest_wait(),
-        "preemptions": stats.num_preemptions,
-        "hit_tokens": stats.prefix_cache_hits,
+        "longest_wait": max(executor.longest_wait() for executor in executors),
+        "preemptions": sum(one.num_preemptions for one in stats),
+        "hit_tokens": sum(one.prefix_cache_hits for one in stats),
         "kv_util": figures["kv_filled"],  # share of the held slots that hold K and V
         "kv_capacity": (simulation.core.kv_cache_config.num_blocks - 1) * config.block_size,  # tokens; block 0 is null
         "kv_bytes": simulation.core.kv_cache_config.bytes_per_block // config.block_size,  # per token
-        "weight_bytes": int(executor.cost_model.weight_bytes),
+        "weight_bytes": int(simulation.executor.cost_model.weight_bytes),
         "score_entries": max(  # of the largest score matrix, or tile of it, per head
-            min(new, query_rows) * min(old + new, key_columns) for work in executor.work for old, new in work.values()
+            min(new, query_rows) * min(old + new, key_columns) for work in works for old, new in work.values()
         ),
-        "flops": sum(int(cost.flops) for cost in executor.costs),
-        "bytes_read": sum(int(cost.bytes) for cost in executor.costs),
+        "flops": sum(int(cost.flops) for cost in costs),
+        "bytes_read": sum(int(cost.bytes) for cost in costs),
     }
     assert counters.keys() == COUNTERS.keys()
     return counters
+
+
+def counting_executor(replica: Replica) -> CountingExecutor:
+    assert isinstance(replica.executor, CountingExecutor)
+    return replica.executor
 
 
 def times_of(figures: Mapping[str, Any]) -> dict[str, Any]:

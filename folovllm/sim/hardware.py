@@ -1,6 +1,7 @@
 """Peak rates of known machines: the one table that the number drills and the simulator read.
 
-Milestone: M4 (the roofline). vLLM counterpart: none. Left out: rates of other data types, sparsity, interconnects.
+Milestone: M4 (the roofline). vLLM counterpart: none. Left out: rates of other data types, sparsity.
+What connects machines is in links.py.
 
 Row 1: no torch. Figures are those of the data sheets, dense (without sparsity), in bf16 with fp32 accumulation. A data
 sheet counts in powers of ten: 1 GB = 10^9 bytes. No kernel reaches a peak; a good one reaches 70 to 90 % of it.
@@ -18,6 +19,7 @@ class Hardware:
     bandwidth: float  # bytes/s, reads of the memory that holds the weights
     memory: float  # bytes
     source: str
+    link: str = "pcie4"  # name in sim/links.py: what connects it with another of its kind
 
     @property
     def knee(self) -> float:
@@ -38,11 +40,15 @@ class Hardware:
 
 
 HARDWARE: dict[str, Hardware] = {
-    "h100": Hardware("H100 SXM", 989e12, 3.35e12, 80e9, "https://www.nvidia.com/en-us/data-center/h100/"),
-    "h200": Hardware("H200 SXM", 989e12, 4.8e12, 141e9, "https://www.nvidia.com/en-us/data-center/h200/"),
-    "a100": Hardware("A100 SXM 80GB", 312e12, 2.039e12, 80e9, "https://www.nvidia.com/en-us/data-center/a100/"),
+    "h100": Hardware("H100 SXM", 989e12, 3.35e12, 80e9, "https://www.nvidia.com/en-us/data-center/h100/", "nvlink4"),
+    "h200": Hardware("H200 SXM", 989e12, 4.8e12, 141e9, "https://www.nvidia.com/en-us/data-center/h200/", "nvlink4"),
+    "a100": Hardware(
+        "A100 SXM 80GB", 312e12, 2.039e12, 80e9, "https://www.nvidia.com/en-us/data-center/a100/", "nvlink3"
+    ),
     "l4": Hardware("L4", 121e12, 300e9, 24e9, "https://www.nvidia.com/en-us/data-center/l4/"),
     "rtx4090": Hardware("RTX 4090", 165e12, 1.008e12, 24e9, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
     # Measured, not promised: a test compares the row with that file.
-    "cpu": Hardware("the reference CPU (2 cores)", 445e9, 34.6e9, 25.3e9, "milestones/m4/results/roofline_cpu.json"),
+    "cpu": Hardware(
+        "the reference CPU (2 cores)", 445e9, 34.6e9, 25.3e9, "milestones/m4/results/roofline_cpu.json", "100gbe"
+    ),
 }

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from folovllm.sim.cost import COMPUTE, MEMORY, OVERHEAD, StepCost
+from folovllm.sim.cost import COMMUNICATION, COMPUTE, MEMORY, OVERHEAD, StepCost
 from folovllm.utils import percentile
 
 
@@ -78,6 +78,7 @@ def make_metrics(
         "kv_held_peak": max((held for held, _ in kv), default=0.0),
         "kv_filled": _mean([filled for _, filled in kv]),
         "bound_share": _bound_shares(costs),
+        "communication_share": sum(cost.communication for cost in costs) / sum(cost.seconds for cost in costs),
         **counters,
     }
 
@@ -92,9 +93,10 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _bound_shares(costs: Sequence[StepCost]) -> dict[str, float]:
-    """The share of the busy time that was spent in steps which computing, reading or the overhead bounds."""
+    """The share of the busy time that was spent in steps which computing, reading, communication or the overhead "
+    "bounds."""
     total = sum(cost.seconds for cost in costs)
     return {
         bound: sum(cost.seconds for cost in costs if cost.bound == bound) / total
-        for bound in (COMPUTE, MEMORY, OVERHEAD)
+        for bound in (COMPUTE, MEMORY, COMMUNICATION, OVERHEAD)
     }

@@ -1,4 +1,4 @@
-"""What users send to a simulated engine, and when: five workloads from a seed, with Poisson arrivals.
+"""What users send to simulated engines, and when: six workloads from a seed, with Poisson arrivals.
 
 Milestone: M5. vLLM counterpart: vllm/benchmarks/datasets.py. Left out: recorded conversations of real users.
 
@@ -57,7 +57,9 @@ class Recipe:
     output: tuple[int, int]  # tokens of the answer
     turns: int = 1  # every later turn comes behind all that was said before
     document: tuple[int, int] | None = None  # tokens of the prompt of every sixth user
-    system_prompt: int = 0  # tokens before every prompt; there are NUM_SERVICES of them
+    system_prompt: int = 0  # tokens before every prompt of one of `services`
+    services: int = 3  # each with a system prompt of its own
+    hot_share: float = 0.0  # of the users; they all come to the first service, and the others to any
     kv_tokens: int | None = None  # the size of the KV cache; None: what fits
 
 
@@ -67,8 +69,12 @@ SIM_WORKLOADS: dict[str, Recipe] = {
     "shared-prefix": Recipe("questions to three services", 12.0, (20, 120), (30, 150), system_prompt=1_500),
     "offline": Recipe("a file of prompts, all there from the beginning", 0.0, (100, 1_000), (20, 400)),
     "memory-pressure": Recipe("long answers, a small cache", 4.0, (50, 300), (300, 900), kv_tokens=8_000),
-}
-NUM_SERVICES, THINKING = 3, (2.0, 10.0)  # seconds between an answer and the user's next turn
+    "agents": Recipe(
+        "tasks of six turns behind one of 32 long system prompts", 2.0, (100, 400), (50, 150), turns=6,
+        system_prompt=4_000, services=32,
+    ),
+}  # fmt: skip
+THINKING = (2.0, 10.0)  # seconds between an answer and the user's next turn
 
 
 def make_sim_workload(name: str, num_requests: int = 64, rate: float | None = None, seed: int = 0) -> SimWorkload:
@@ -86,7 +92,7 @@ def follow_recipe(recipe: Recipe, name: str, num_requests: int, seed: int = 0) -
     if not 0 <= recipe.rate < math.inf:
         raise ValueError(f"rate must be at least 0 (0: all at once); got {recipe.rate:g}")
     rng, rate = random.Random(f"{name} {seed}"), recipe.rate
-    systems = [_ids(rng, recipe.system_prompt, recipe.system_prompt) for _ in range(NUM_SERVICES)]
+    systems = [_ids(rng, recipe.system_prompt, recipe.system_prompt) for _ in range(recipe.services)]
     requests: list[SimRequest] = []
     now, user = 0.0, 0
     while len(requests) < num_requests:
@@ -94,10 +100,14 @@ def follow_recipe(recipe: Recipe, name: str, num_requests: int, seed: int = 0) -
         length = recipe.document if recipe.document and user % 6 == 5 else recipe.prompt
         for turn in range(min(recipe.turns, num_requests - len(requests))):
             follows, arrival = (len(requests) - 1, rng.uniform(*THINKING)) if turn else (None, now)
-            prompt = ([] if turn else rng.choice(systems)) + _ids(rng, *length)
+            prompt = ([] if turn else _system_prompt(rng, systems, recipe.hot_share)) + _ids(rng, *length)
             requests.append(SimRequest(arrival, prompt, rng.randint(*recipe.output), follows))
         user += 1
     return SimWorkload(name, requests, recipe.kv_tokens)
+
+
+def _system_prompt(rng: random.Random, systems: Sequence[list[int]], hot_share: float) -> list[int]:
+    return systems[0] if hot_share and rng.random() < hot_share else rng.choice(systems)
 
 
 def _ids(rng: random.Random, low: int, high: int) -> list[int]:

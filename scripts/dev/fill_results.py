@@ -11,7 +11,8 @@ After the file name, `running=32` keeps only the rows of that value, `seq_len=51
 `columns=case,forward_ms` only these columns, in this order, with `_` for a space (for files with a list of
 `results`); `arms=m2,m3` keeps only those arms (for a compare_perf file).
 `view=ladder` writes the table of the rungs with one measured column (for a compare_perf file); `view=gptq` writes
-the speeds of a bench_gptq file with the range of each ratio; `view=frontend` writes the arms of a bench_frontend file.
+the speeds of a bench_gptq file with the range of each ratio; `view=frontend` writes the arms of a bench_frontend file;
+`view=sim table=splits` writes one table of a sim_scale file.
 
 A block whose file does not exist yet says which script will write it, if `by=bench_frontend` names one in scripts/dev
 or scripts.
@@ -80,6 +81,8 @@ def fill(text: str, folder: Path) -> str:
             table = gptq_table(result, link)
         elif view == "frontend":
             table = frontend_table(result, link)
+        elif view == "sim":
+            table = sim_table(result, link, wanted["table"])
         elif result.get("schema", "").startswith("folovllm.compare_peers/"):
             table = peers_table(result, link)
         else:
@@ -226,6 +229,15 @@ def plain_table(result: dict[str, Any], link: str, wanted: dict[str, str]) -> st
     what = f", times in {result['unit']}" if has_times else ""
     where = f"{machine['cpu']}, {machine['cores']} cores{what}"
     return f"`python {as_run_today(result['command'])}` on {where} ({facts}).\n\n{markdown_table(cells)}"
+
+
+def sim_table(result: dict[str, Any], link: str, name: str) -> str:
+    """One table of a sim_scale file, whose keys are the headings."""
+    rows = result["tables"][name]
+    texts = [key for key, value in rows[0].items() if isinstance(value, str)]
+    cells = [{key: f"{v:,}" if isinstance(v, int) else text_of(v) for key, v in row.items()} for row in rows]
+    facts = f"[all figures]({link}), commit {result['machine']['git']['sha'][:10]}"
+    return f"Simulated by `python {result['command']}` ({facts}).\n\n{markdown_table(cells, left=len(texts))}"
 
 
 def heading(name: str) -> str:

@@ -95,7 +95,9 @@ def test_figures_by_hand() -> None:
     assert metrics["good_share"] == 0.5 and metrics["goodput"] == 1 / 3.5, "the second one came after 2 s"
     assert served[1].is_good(SLO(2.0, 0.5)) and not served[1].is_good(SLO(2.0, 0.4))
     assert (metrics["kv_held_mean"], metrics["kv_held_peak"], metrics["kv_filled"]) == (0.75, 1.0, 0.75)
-    assert metrics["bound_share"] == pytest.approx({"compute": 0.4, "memory": 0.6, "overhead": 0.0})
+    assert metrics["bound_share"] == pytest.approx(
+        {"compute": 0.4, "memory": 0.6, "communication": 0.0, "overhead": 0.0}
+    )
     assert metrics["preemptions"] == 4
 
 

@@ -12,7 +12,9 @@ import typer
 from folovllm import milestones
 from folovllm.entrypoints.commands.options import parse_engine_args, parse_parts
 from folovllm.sim.hardware import HARDWARE
+from folovllm.sim.links import LINKS
 from folovllm.sim.metrics import SLO
+from folovllm.sim.routing import ROUTERS
 from folovllm.sim.simulate import simulate
 from folovllm.sim.workloads import SIM_WORKLOADS, make_sim_workload
 
@@ -38,6 +40,11 @@ LINES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("time bound by memory reads", ("bound_share", "memory"), ".0%"),
     ("time bound by the overhead", ("bound_share", "overhead"), ".0%"),
 )
+# Shown only if there is something to show: several ranks or stages, several engines.
+PARALLEL_LINES: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("time spent in communication", ("communication_share",), ".0%"),
+    ("busiest engine, times the mean", ("busiest_share",), ".2f"),
+)
 
 
 def sim(
@@ -47,6 +54,15 @@ def sim(
     ] = "qwen3-8b",
     gpu: Annotated[str, typer.Option(help=f"The machine: {', '.join(HARDWARE)}.")] = "h100",
     num_gpus: Annotated[int, typer.Option(help="How many of them share every step, without loss.")] = 1,
+    tp: Annotated[int, typer.Option(help="tensor_parallel_size: so many ranks share every step.")] = 1,
+    link: Annotated[
+        str | None, typer.Option(help=f"What connects the ranks: {', '.join(LINKS)}. Default: the machine's own.")
+    ] = None,
+    replicas: Annotated[int, typer.Option(help="data_parallel_size: so many engines behind a router.")] = 1,
+    router: Annotated[
+        str,
+        typer.Option(help=f"How it chooses an engine: {', '.join(ROUTERS)}. Several, with commas: a column for each."),
+    ] = "prefix",
     weight_bits: Annotated[int, typer.Option(help="Bits per weight; the arithmetic stays bf16.")] = 16,
     preset: Annotated[
         str | None, typer.Option(help="The engine as of a milestone, e.g. m5. Default: the newest.")
@@ -77,33 +93,51 @@ def sim(
 
     \b
       folovllm sim --workload long-prompts --compare m4,m5
-      folovllm sim --model llama-3.1-70b --gpu h100 --num-gpus 4 --rate 4
+      folovllm sim --model llama-3.1-70b --tp 4 --link pcie5 --rate 4
+      folovllm sim --workload agents --replicas 8 --router random
       folovllm sim --workload memory-pressure --part core.scheduler=mine.py:Scheduler --trace run.jsonl
     """
-    presets = _presets(preset, compare)
-    if trace is not None and len(presets) > 1:
-        raise ValueError("--trace writes one run: leave out --compare, and name the milestone with --preset")
+    columns = _columns(_presets(preset, compare), _names(router))
+    if trace is not None and len(columns) > 1:
+        raise ValueError(
+            "--trace writes one run: leave out --compare, name the milestone with --preset, and one router"
+        )
     requests = make_sim_workload(workload, num_requests, rate, seed)
+    parallel = {"tensor_parallel_size": tp, "data_parallel_size": replicas}
     results = {
         name: simulate(
-            requests, model, gpu, num_gpus=num_gpus, weight_bits=weight_bits, preset=name, without=without or (),
+            requests, model, gpu, num_gpus=num_gpus, weight_bits=weight_bits, link=link, without=without or (),
             parts=parse_parts(part or ()), slo=SLO(slo_ttft / 1e3, slo_itl / 1e3), trace=trace,
-            **parse_engine_args(engine_arg or ()),
+            **column | parallel | parse_engine_args(engine_arg or ()),
         )
-        for name in presets
+        for name, column in columns.items()
     }  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(results if compare else results[presets[0]], indent=1))
+        typer.echo(json.dumps(results if compare or len(results) > 1 else next(iter(results.values())), indent=1))
         return
     used_rate = SIM_WORKLOADS[workload].rate if rate is None else rate
     come = f"{used_rate:g} users per second" if used_rate else "all at once"
-    typer.echo(
-        f"{model} on {num_gpus} x {HARDWARE[gpu].name}; {workload}: {num_requests} requests, {come}, seed {seed}"
-    )
+    machines = f"{replicas * tp * num_gpus} x {HARDWARE[gpu].name}"
+    machines += f" ({replicas} engines of {tp})" if replicas > 1 else ""
+    typer.echo(f"{model} on {machines}; {workload}: {num_requests} requests, {come}, seed {seed}")
     if part:
         typer.echo(f"with {', '.join(part)}")
     typer.echo(f"SLO: first token within {slo_ttft:g} ms, no gap over {slo_itl:g} ms. Times are modelled.\n")
     typer.echo(table(results))
+
+
+def _columns(presets: list[str], routers: list[str]) -> dict[str, dict[str, Any]]:
+    """The name of each column, and the arguments in which the columns differ."""
+    if len(presets) > 1 and len(routers) > 1:
+        raise ValueError("--compare and --router both name several columns: keep one of them to one name")
+    if len(routers) > 1:
+        return {name: {"preset": presets[0], "router": name} for name in routers}
+    return {name: {"preset": name, "router": routers[0]} for name in presets}
+
+
+def _names(text: str) -> list[str]:
+    """E.g. "prefix, random" -> ["prefix", "random"]."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip())) or [text]
 
 
 def _presets(preset: str | None, compare: str | None) -> list[str]:
@@ -119,8 +153,14 @@ def _presets(preset: str | None, compare: str | None) -> list[str]:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The figures as text: a line per figure, a column per run."""
-    columns = [[name, *(_number(metrics, path, form) for _, path, form in LINES)] for name, metrics in results.items()]
-    names = ["", *(text for text, _, _ in LINES)]
+    shown = [
+        line
+        for line in PARALLEL_LINES
+        if any(_value(metrics, line[1]) not in (0.0, 1.0) for metrics in results.values())
+    ]
+    lines = [*LINES, *shown]
+    columns = [[name, *(_number(metrics, path, form) for _, path, form in lines)] for name, metrics in results.items()]
+    names = ["", *(text for text, _, _ in lines)]
     widths = [max(map(len, column)) for column in (names, *columns)]
     return "\n".join(_row(cells, widths) for cells in zip(names, *columns, strict=True))
 
@@ -131,7 +171,12 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _number(metrics: dict[str, Any], path: tuple[str, ...], form: str) -> str:
+    value = _value(metrics, path)
+    return "-" if value is None else format(value, form)
+
+
+def _value(metrics: dict[str, Any], path: tuple[str, ...]) -> Any:
     value: Any = metrics
     for name in path:
         value = value[name]
-    return "-" if value is None else format(value, form)
+    return value

@@ -1,0 +1,26 @@
+# killed-by: a_dead_replica_gets_nothing | knows nothing
+"""A replica that has died is believed to have the blocks of its earlier life."""
+
+from collections.abc import Sequence
+
+from folovllm.engine.router import LeastLoadedRouter, ReplicaLoad
+from folovllm.engine.router import PrefixRouter as Reference
+from folovllm.request import Request
+
+
+class PrefixRouter(Reference):
+    def route(self, request: Request, loads: Sequence[ReplicaLoad]) -> int:
+        least = min(load.num_requests for load in loads)
+        near = [load for load in loads if load.num_requests <= least + self.max_lead]
+        names = self.block_names(request)
+        return min(near, key=lambda load: (-self.known[load.replica].match(names), self.cost(load))).replica
+
+    def started(self, request: Request, replica: int) -> None:
+        LeastLoadedRouter.started(self, request, replica)
+        self.known[replica].add(self.block_names(request))
+
+    def finished(self, request: Request, replica: int, output_token_ids: Sequence[int]) -> None:
+        self.known[replica].add(self.block_names(request, output_token_ids[:-1]))
+
+    def forget(self, replica: int) -> None:
+        pass
