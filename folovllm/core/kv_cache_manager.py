@@ -17,8 +17,8 @@ does with a block comes before whatever S2 does with it. E.g. S1 is in flight, a
     S1 writes block 7; its request is aborted or       S2 writes it after S1 has written and read it. The other
     preempted, and S2 gets block 7                     requests of S1 do not hold block 7, or it would not be free.
 
-So no block is held back for the steps in flight. An exception breaks the order: if S1 has not run, S2 has read what is
-not there. So all steps that are in flight when one fails are undone with it.
+So no block is held back for the steps in flight. An exception breaks the order: if S1 fails, S2 has read what is not
+there. So all steps that are in flight when one fails are undone with it, and the cache is made anew.
 """
 
 from collections import deque
@@ -208,10 +208,9 @@ class KVCacheManager:
     def end_step(self, has_run: bool) -> None:
         """Ends a scheduled step. If it has not run, what its blocks hold is unknown: they are unpublished.
 
-        Of several steps in flight, a step that has run is the oldest. A step that is undone is the latest, since steps
-        are undone in reverse order. E.g. S1 has filled block 3, and S2 would have filled block 5: `end_step(True)` is
-        about S1, so block 3 stays published whatever becomes of S2. `end_step(False)` is about S2 and unpublishes
-        block 5.
+        Of several steps in flight, a step that has run is the oldest, and one that has not is the latest. E.g. S1 fills
+        block 3, and S2 block 5. After `end_step(True)`, which is about S1, block 3 stays published whatever becomes of
+        S2. If S2 fails, `end_step(False)` unpublishes block 5 alone.
         """
         published = self._published
         if self._in_flight:

@@ -223,6 +223,10 @@ class EngineCore:
 
         If the executor raised, the scheduler's own state is whole, and what earlier steps have computed is kept.
         Otherwise, or if that was interrupted, the scheduler starts afresh.
+
+        It also does if other steps were in flight. E.g. S1 tells the workers the new blocks of a, and S2 continues a.
+        If a worker raises in S1 before it has noted them, and then runs S2, it writes a's K/V into the blocks that a had
+        before its last preemption, and they may be another request's now. So no block can be trusted.
         """
         if phase is Phase.COMMITTED:
             self.scheduler.commit_step()
@@ -230,9 +234,10 @@ class EngineCore:
             return
         if consumer is not None:
             consumer.take_back()
-        if phase is Phase.EXECUTE and is_first_attempt:
-            for undone in reversed(self._discard_in_flight()):
-                self.scheduler.fail_step(undone, blamed if undone is scheduler_output else ())
+        num_in_flight = len(self._in_flight)
+        self._discard_in_flight()
+        if phase is Phase.EXECUTE and scheduler_output is not None and num_in_flight == 1 and is_first_attempt:
+            self.scheduler.fail_step(scheduler_output, blamed)
             return
         under_way = self._requests_under_way(phase, scheduler_output)
         self._recover([request for request in under_way if blamed is None or request.request_id in blamed])
@@ -244,9 +249,8 @@ class EngineCore:
             return [requests[i] for i in scheduler_output.num_scheduled_tokens if i in requests]
         return self.scheduler.requests_under_way()
 
-    def _discard_in_flight(self) -> list[SchedulerOutput]:
-        """Waits for all steps in flight, drops their answers, and returns what was scheduled in them, oldest first."""
-        outputs = [step.scheduler_output for step in self._in_flight]
+    def _discard_in_flight(self) -> None:
+        """Waits for all steps in flight and drops their answers."""
         while self._in_flight:
             step = self._in_flight.popleft()
             try:
@@ -254,7 +258,6 @@ class EngineCore:
                     self.executor.discard(step.handle)
             except Exception:  # what matters is the exception that made this necessary
                 logger.exception("an exception came while the answer of a step in flight was dropped")
-        return outputs
 
     def _recover(self, ended: Iterable[Request], status: RequestStatus = RequestStatus.FINISHED_ERROR) -> None:
         """Lets the scheduler build its state anew. `ended` leave with `status`."""

@@ -66,7 +66,9 @@ class FakePipeline(Executor):
         self.stages = [FakeStage(vocab_size) for _ in range(num_stages)]
         self.rng, self.fault = rng, fault
         self.in_flight: list[FakeStep] = []  # oldest first
-        self.num_in_flight: list[int] = []  # after each start: a history for tests
+        # For tests: how many steps were in flight after each start, and the steps whose answer was not wanted.
+        self.num_in_flight: list[int] = []
+        self.discarded: list[FakeStep] = []
 
     def available_kv_cache_bytes(self) -> int:
         return self.stages[0].available_kv_cache_bytes()
@@ -95,6 +97,7 @@ class FakePipeline(Executor):
     def discard(self, handle: FakeStep) -> None:
         if handle in self.in_flight:
             self._finish(handle)
+            self.discarded.append(handle)
 
     def _finish(self, step: FakeStep) -> None:
         """Runs the stages, in any possible order, until the last one is done with `step`."""

@@ -69,7 +69,7 @@ class Script:
     def __init__(self, *turns):
         self.turns = list(turns)
 
-    def take(self, wait):
+    def take(self, wait, timeout=None):
         if self.turns:
             return self.turns.pop(0)
         return [Stop()] if wait else []  # the loop is idle, and no message will come

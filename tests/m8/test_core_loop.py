@@ -52,7 +52,7 @@ class Script:
     def __init__(self, *batches: Iterable[DownMessage]) -> None:
         self._batches = [list(batch) for batch in batches]
 
-    def take(self, wait: bool) -> list[DownMessage]:
+    def take(self, wait: bool, timeout: float | None = None) -> list[DownMessage]:
         if self._batches:
             return self._batches.pop(0)
         return [Stop()] if wait else []

@@ -6,10 +6,9 @@ process.
 If the executor raised, the scheduler's own state is whole and `fail_step` ends the step. If the exception came from any
 other line, bookkeeping may be half done, and `recover` builds it anew from the requests alone. Row 1: no torch.
 
-If several steps are in flight when one raises, all of them are undone, the latest first: a later step may have read
-K/V that the failed one did not write. E.g. S1 {a, b} raises while S2 {c, d} is in flight. The core drops the answer of
-S2, then calls `fail_step` for S2 with `blamed=()`, and for S1. If b is blamed, the queue is then a, c, d: the requests
-of the oldest step are first, all of them have the tokens that they had, and b has ended.
+If other steps were in flight, `recover` is called too: EngineCore._undo_step says why. E.g. S1 {a, b} raises while S2
+{c, d} is in flight. The core drops the answer of S2. If b is blamed, it ends. The queue is then a, c, d, with the tokens
+that they had, and all that they have computed is computed again.
 """
 
 from abc import ABC, abstractmethod
@@ -51,9 +50,8 @@ class StepRecovery(ABC):
         of the step wait again, ahead of the queue, with nothing computed. Requests that were not in the step notice
         nothing, and neither does a new request under the id of one that was aborted. Returns the ended ones.
 
-        Of several steps in flight, the latest is ended first. A request that waits already, because it was preempted
-        or was in a later step too, keeps its place. Its tokens are sent whole again: the worker may have sampled one
-        that the core never saw.
+        A request that was preempted while the step was in flight waits already, and keeps its place. Its tokens are
+        sent whole again: the worker may have sampled one that the core never saw.
         """
         step = self._take_step(scheduler_output)
         self.kv_cache_manager.end_step(has_run=False)  # what the step published may not have been computed
