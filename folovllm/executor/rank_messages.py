@@ -1,6 +1,6 @@
 """The messages between MultiprocExecutor and the processes of its ranks: plain data that can be pickled.
 
-Milestone: M9. vLLM counterpart: the tuples (method, args, kwargs, output_rank) of MultiprocExecutor.collective_rpc.
+Milestone: M9. vLLM counterpart: the tuples that `collective_rpc` sends in vllm/v1/executor/multiproc_executor.py.
 
     down, through the shared-memory ring, one message for all ranks:   Step, Ask
     up, through the socket of each rank:                               Done, Failed
