@@ -66,7 +66,8 @@ class MultiprocExecutor(Executor):
         self._close = weakref.finalize(self, self._ranks.close)
         try:
             self._collect(0, START_SECONDS, f"the ranks were not ready after {START_SECONDS:g} s")
-            self._ranks.all_have_met()
+            if config.device == "cpu":
+                self._ranks.all_have_met()  # NCCL needs the rendezvous again, when two ranks first talk to each other
         except BaseException:
             self.shutdown()
             raise

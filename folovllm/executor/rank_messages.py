@@ -24,7 +24,7 @@ class StartRank:
     rank: int
     config: EngineConfig
     model_path: Path
-    folder: Path  # for the rendezvous; it is removed when all ranks are ready
+    folder: Path  # for the rendezvous
     ring: RingEnd
     threads: int  # that compute on a CPU
     log_level: int
