@@ -66,7 +66,8 @@ class MultiprocExecutor(Executor):
         self._close = weakref.finalize(self, self._ranks.close)
         try:
             self._collect(0, START_SECONDS, f"the ranks were not ready after {START_SECONDS:g} s")
-            self._ranks.all_have_met()
+            if config.device == "cpu":
+                self._ranks.all_have_met()  # NCCL needs the rendezvous again, when two ranks first talk to each other
         except BaseException:
             self.shutdown()
             raise
@@ -80,10 +81,10 @@ class MultiprocExecutor(Executor):
 
     def available_kv_cache_bytes(self) -> int:
         """What the rank with the least memory has: all ranks have the same number of blocks."""
-        return min(self._ask("available_kv_cache_bytes"))
+        return min(self.collective_rpc("available_kv_cache_bytes"))
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
-        self._ask("initialize_kv_cache", kv_cache_config)
+        self.collective_rpc("initialize_kv_cache", kv_cache_config)
 
     def execute(self, scheduler_output: SchedulerOutput) -> StepHandle:
         """Sends a step to all ranks. They also sample, so `sample` only waits."""
@@ -111,7 +112,7 @@ class MultiprocExecutor(Executor):
         """What rank 0 runs, and how many ranks there are."""
         parallel = self._parallel
         sizes = f"{parallel.tensor_parallel_size} x {parallel.pipeline_parallel_size}"
-        return self._ask("describe")[0] | {"processes": f"{self._size} (tensor x pipeline parallel: {sizes})"}
+        return self.collective_rpc("describe")[0] | {"processes": f"{self._size} (tensor x pipeline parallel: {sizes})"}
 
     def check_health(self) -> None:
         self._ranks.check()
@@ -122,7 +123,9 @@ class MultiprocExecutor(Executor):
 
     # ---- answers
 
-    def _ask(self, name: str, *args: Any, seconds: float = CALL_SECONDS, too_late: str | None = None) -> list[Any]:
+    def collective_rpc(
+        self, name: str, *args: Any, seconds: float = CALL_SECONDS, too_late: str | None = None
+    ) -> list[Any]:
         """Calls a method of the worker in every rank. Returns the answers in the order of the ranks."""
         number = next(self._numbers)
         self._answers[number] = {}
@@ -165,7 +168,7 @@ class MultiprocExecutor(Executor):
         """Raises ExecutorDeadError if a rank has failed alone: then another one waits for it, or has gone on."""
         error = f"{type(failed.error).__name__}: {failed.error}"
         cause = f"rank {rank} is not in step with the others any more: it raised {error}"
-        calls = self._ask("calls", seconds=SYNC_SECONDS + self._longest_step, too_late=cause)
+        calls = self.collective_rpc("calls", seconds=SYNC_SECONDS + self._longest_step, too_late=cause)
         if not in_step(self._parallel, calls):
             self._ranks.die(cause)
             self._ranks.check()

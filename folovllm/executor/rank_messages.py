@@ -1,6 +1,6 @@
 """The messages between MultiprocExecutor and the processes of its ranks: plain data that can be pickled.
 
-Milestone: M9. vLLM counterpart: the tuples (method, args, kwargs, output_rank) of MultiprocExecutor.collective_rpc.
+Milestone: M9. vLLM counterpart: the tuples that `collective_rpc` sends in vllm/v1/executor/multiproc_executor.py.
 
     down, through the shared-memory ring, one message for all ranks:   Step, Ask
     up, through the socket of each rank:                               Done, Failed
@@ -24,7 +24,7 @@ class StartRank:
     rank: int
     config: EngineConfig
     model_path: Path
-    folder: Path  # for the rendezvous; it is removed when all ranks are ready
+    folder: Path  # for the rendezvous
     ring: RingEnd
     threads: int  # that compute on a CPU
     log_level: int

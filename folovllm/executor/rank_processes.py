@@ -175,7 +175,7 @@ class RankProcesses:
             raise ExecutorDeadError(self._cause)
 
     def all_have_met(self) -> None:
-        """The ranks are connected: from here on nothing of them is on the disk."""
+        """The ranks are connected and need no rendezvous: from here on nothing of them is on the disk."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # ---- messages

@@ -1,7 +1,7 @@
 """RankWorker: the worker of one of several ranks, with the groups that connect it to the others.
 
-Milestone: M9. vLLM counterpart: WorkerWrapperBase (vllm/worker/worker_base.py). A process of MultiprocExecutor holds
-one, and so does an actor of RayExecutor.
+Milestone: M9. vLLM counterpart: init_worker_distributed_environment in vllm/v1/worker/gpu_worker.py. A process of
+MultiprocExecutor holds one, and so does an actor of RayExecutor.
 """
 
 from pathlib import Path

@@ -29,8 +29,12 @@ def echo_config(tp: int = 2, pp: int = 1, **args: Any) -> EngineConfig:
 
 
 def echo_executor(config: EngineConfig, path: Path = Path("unused")) -> MultiprocExecutor:
-    """A factory for AsyncLLM: a function of a module, so that a spawned process can import it."""
     return MultiprocExecutor(config, path, FACTORY)
+
+
+def echo_of_two_ranks(config: EngineConfig) -> MultiprocExecutor:
+    """A factory for AsyncLLM: a function of a module, so that a spawned process can import it."""
+    return echo_executor(dataclasses.replace(config, parallel_config=ParallelConfig(2)))
 
 
 @contextlib.contextmanager
@@ -79,6 +83,20 @@ def is_alive(pid: int) -> bool:
     except OSError:
         return False
     return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+
+
+def descendants_of(pid: int) -> list[int]:
+    return [p for child in children_of(pid) for p in (child, *descendants_of(child))]
+
+
+def ranks_of(pid: int) -> list[int]:
+    """The processes of ranks that a process, or one of its children, has started."""
+    found = descendants_of(pid)
+    return [p for p in found if b"folovllm.worker.worker_process" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = TIMEOUT) -> None:

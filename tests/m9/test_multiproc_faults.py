@@ -3,6 +3,7 @@
 Each test ends in `nothing_left_behind`: no process, no descriptor, nothing in the temporary folder or in /dev/shm.
 """
 
+import asyncio
 import contextlib
 import os
 import resource
@@ -16,18 +17,23 @@ from pathlib import Path
 
 import pytest
 
+from folovllm.engine.async_llm import EngineDeadError, RequestFailedError
 from folovllm.executor import multiproc
 from folovllm.executor.base import ExecutorDeadError
 from folovllm.executor.multiproc import MultiprocExecutor
+from tests.m8 import serving_helpers
+from tests.m8.serving_helpers import collect, greedy
 from tests.m9.multiproc_helpers import (
     DEATH_SECONDS,
     TIMEOUT,
     echo_config,
     echo_core,
+    echo_of_two_ranks,
     is_alive,
     nothing_left_behind,
     oracle,
     process_ids,
+    ranks_of,
     request,
     run,
     wait_until,
@@ -132,6 +138,28 @@ def test_a_rank_that_raises_after_the_last_call_of_a_step_fails_the_step():
         assert run(core, request("new")) == {"new": oracle("new")}
 
 
+def test_in_a_server_a_request_that_raises_in_every_rank_fails_alone(caplog):
+    """The engine is a process whose children are the ranks. A rank's death is told to all streams, and ends it."""
+    caplog.set_level("CRITICAL", "folovllm")
+
+    async def test() -> None:
+        async with serving_helpers.make_async_llm(echo_of_two_ranks, in_process=True) as engine:
+            ids = ranks_of(os.getpid())
+            streams = [await engine.add_request(f"r{i}", serving_helpers.prompt_ids(i), greedy(9)) for i in range(4)]
+            bad = await engine.add_request("raise", [5, 6], greedy(9))
+            answers = await asyncio.gather(*map(collect, streams))
+            assert answers == [serving_helpers.oracle(serving_helpers.prompt_ids(i), 9) for i in range(4)]
+            with pytest.raises(RequestFailedError, match="'raise' failed inside the engine"):
+                await collect(bad)
+            fatal = await engine.add_request("kill-1", [5, 6], greedy(9))
+            with pytest.raises(EngineDeadError, match=r"rank 1 .* was killed by SIGKILL"):
+                await collect(fatal)
+            assert len(ids) == 2
+            wait_until(lambda: not any(map(is_alive, ids)), DEATH_SECONDS)
+
+    serving_helpers.run_async(test)
+
+
 def test_a_rank_that_goes_on_alone_is_noticed():
     """Rank 0 has answered before rank 1 raises. Then they differ, and the next step must not use what they have."""
     with echo_core() as core:
@@ -190,6 +218,7 @@ def test_the_engine_is_shut_down_in_the_middle_of_a_step(tmp_path):
 PARENT = """
 import sys, time
 from pathlib import Path
+from folovllm.engine.async_llm import EngineDeadError, RequestFailedError
 from folovllm.engine.core import EngineCore
 from folovllm.executor.multiproc import MultiprocExecutor
 from tests.m9.multiproc_helpers import *

@@ -18,7 +18,15 @@ from folovllm.executor.base import ExecutorDeadError
 from folovllm.executor.multiproc import MultiprocExecutor
 from folovllm.outputs import RequestOutput
 from tests.m8.server_process import Client, serve_process
-from tests.m9.multiproc_helpers import DEATH_SECONDS, TIMEOUT, is_alive, nothing_left_behind, wait_until
+from tests.m9.multiproc_helpers import (
+    DEATH_SECONDS,
+    TIMEOUT,
+    descendants_of,
+    is_alive,
+    nothing_left_behind,
+    ranks_of,
+    wait_until,
+)
 from tests.m9.parallel_models import make_parallel
 
 pytestmark = pytest.mark.m9
@@ -158,19 +166,6 @@ def send_question(client: socket.socket, port: int) -> None:
 
 def question(max_tokens: int) -> dict[str, Any]:
     return {"prompt": "the", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
-
-
-def descendants_of(pid: int) -> list[int]:
-    return [p for child in children_of(pid) for p in (child, *descendants_of(child))]
-
-
-def ranks_of(pid: int) -> list[int]:
-    found = descendants_of(pid)
-    return [p for p in found if b"folovllm.worker.worker_process" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 def test_a_server_of_two_parts_survives_vanishing_clients_and_ends_with_the_death_of_a_part(model):
