@@ -338,6 +338,8 @@ class DataParallelClient(CoreClient):
         except Exception as error:
             self._on_failed_start(replica, f"it could not be started again: {cause_of(error)}")
         else:
+            if self._is_closing:
+                return
             logger.info("engine %d is ready again", replica.index)
             self._join(replica)
             self._send_waiting()

@@ -73,11 +73,12 @@ class Worker:
 
     def available_kv_cache_bytes(self) -> int:
         """What the KV cache of this rank may take: on a CPU half of the free memory, at most 4 GiB, divided among the
-        ranks; on a GPU its share.
+        ranks of all engines; on a GPU its share.
         """
         free = self._free_memory()
         if self.device.type == "cpu":
-            return min(int(free * CPU_FREE_MEMORY_SHARE), CPU_KV_CACHE_CEILING) // self.ranks_that_share_memory
+            num_ranks = self.ranks_that_share_memory * self.config.parallel_config.num_local_engines
+            return min(int(free * CPU_FREE_MEMORY_SHARE), CPU_KV_CACHE_CEILING) // num_ranks
         torch.cuda.reset_peak_memory_stats(self.device)
         temporary = profile_run(self.model_runner)
         peak = torch.cuda.max_memory_allocated(self.device) - temporary  # weights and activations
@@ -114,15 +115,16 @@ class Worker:
 def rank_device(config: EngineConfig, shard: ModelShard) -> torch.device:
     """The device of a rank: the CPU, or a GPU of its own. Raises ValueError if there are too few GPUs."""
     parallel = config.parallel_config
-    if config.device == "cpu" or parallel.world_size == 1:
+    num_ranks = parallel.world_size * parallel.num_local_engines
+    if config.device == "cpu" or num_ranks == 1:
         return torch.device(config.device)
     if parallel.executor_backend == "ray":
         return torch.device(config.device, 0)  # Ray shows an actor no GPU but its own
     num_gpus = torch.cuda.device_count()
-    if shard.rank >= num_gpus:
+    if num_ranks > num_gpus:
         raise ValueError(
             f"tensor_parallel_size={parallel.tensor_parallel_size} x pipeline_parallel_size="
-            f"{parallel.pipeline_parallel_size} need {parallel.world_size} GPUs, and there are {num_gpus}: lower them, "
-            "or use distributed_executor_backend='ray' with several machines"
+            f"{parallel.pipeline_parallel_size} x data_parallel_size={parallel.num_local_engines} need {num_ranks} "
+            f"GPUs, and there are {num_gpus}: lower them, or use Ray with several machines"
         )
-    return torch.device(config.device, shard.rank)
+    return torch.device(config.device, parallel.first_device + shard.rank)

@@ -116,13 +116,15 @@ class RunningServer(Client):
 
 
 @contextlib.contextmanager
-def running_server(engine: dict[str, Any] | None = None, **options: Any) -> Iterator[RunningServer]:
-    """A server on a free port, until the end of the block. `engine` is for `make_async_llm`."""
+def running_server(
+    engine: dict[str, Any] | None = None, make_engine: Callable[..., Any] = make_async_llm, **options: Any
+) -> Iterator[RunningServer]:
+    """A server on a free port, until the end of the block. `engine` is for `make_engine`."""
     ready, running, failure = threading.Event(), list[RunningServer](), list[BaseException]()
 
     async def main() -> None:
         server_options = ServerOptions(**{"port": 0, "shutdown_timeout": 5.0, "chat_template": CHAT_TEMPLATE} | options)
-        async with make_async_llm(**engine or {}) as llm:
+        async with make_engine(**engine or {}) as llm:
             with bind(server_options) as listener:
                 state = make_state(llm, server_options, server_options.chat_template)
                 loop, signals = asyncio.get_running_loop(), Signals()

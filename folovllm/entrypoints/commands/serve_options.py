@@ -36,12 +36,7 @@ Options have vLLM's names. --help=WORD shows those that have WORD in their name.
 UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 # Options that have a form of their own below.
 _NOT_GENERATED = {*engine_config.FILLED_IN, "model", "parts"}
-_SHORT_NAMES = {
-    "quantization": ["-q"],
-    "tensor_parallel_size": ["-tp"],
-    "pipeline_parallel_size": ["-pp"],
-    "data_parallel_size": ["-dp"],
-}
+_SHORT_NAMES = {"quantization": ["-q"]}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from folovllm.entrypoints.commands.options import parse_value
 from folovllm.utils import did_you_mean
 from folovllm.vllm_args import ANYTHING, VLLM_ARGS, Answer
 
-_ONE_SERVER = "one server process serves one engine: start several behind a load balancer instead"
+_ONE_SERVER = "one process is the front end of all engines: start several servers behind a load balancer instead"
 _NO_TLS = "let a reverse proxy, such as nginx or Caddy, speak TLS"
 _NO_TOOLS = "tool calls in an answer are not parsed yet: pass tools with tool_choice='none' and read the text"
 _NO_LORA = "LoRA adapters are not applied: merge the adapter into the weights (peft: merge_and_unload) and load those"
