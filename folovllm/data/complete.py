@@ -24,7 +24,7 @@ from folovllm.checks import check_int
 from folovllm.config import DEFAULT_MODEL, EngineConfig
 from folovllm.data.completer import Completer, Counts, Job
 from folovllm.data.results import read_rejected, read_results, written_ids
-from folovllm.data.rows import BadRow, Columns, parse_line
+from folovllm.data.rows import BadRow, Columns, RowId, is_id, parse_line
 from folovllm.distributed.ray_cluster import bundle_of, import_ray, join_cluster
 from folovllm.entrypoints.start import find_model_files
 from folovllm.sampling_params import SamplingParams
@@ -154,17 +154,23 @@ def _files(path: Path) -> list[Path]:
 
 def _id_kind(rows: Any, is_lines: bool, id_column: str) -> type:
     """int or str: what the first id is. Raises ValueError if none of the first rows has an id."""
-    for row in rows.take(ROWS_TO_LOOK_AT):
-        try:
-            value = (parse_line(row["text"]) if is_lines else row).get(id_column)
-        except BadRow:
-            continue
-        if isinstance(value, (int, str)) and not isinstance(value, bool):
+    for batch in rows.limit(ROWS_TO_LOOK_AT).iter_batches(batch_format="pyarrow"):
+        for value in _ids(batch.to_pylist(), is_lines, id_column):
             return type(value)
     raise ValueError(
         f"none of the first rows has an id in column {id_column!r}: give each row a number or a text of its own there, "
         "or name another column with id_column. By its id a result is found, and skipped by the next run"
     )
+
+
+def _ids(rows: Iterable[dict[str, Any]], is_lines: bool, id_column: str) -> Iterator[RowId]:
+    for row in rows:
+        try:
+            value = (parse_line(row["text"]) if is_lines else row).get(id_column)
+        except BadRow:
+            continue
+        if is_id(value):
+            yield value
 
 
 def _run(

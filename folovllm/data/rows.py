@@ -53,13 +53,20 @@ def parse_line(line: str) -> dict[str, Any]:
 def row_id(row: Mapping[str, Any], columns: Columns, kind: type) -> RowId:
     """The id of a row. Raises BadRow if it has none of the `kind`, int or str, that the first row's id has."""
     value = row.get(columns.id)
-    if isinstance(value, bool) or not isinstance(value, kind):
+    if not is_id(value) or not isinstance(value, kind):
         raise BadRow(
-            f"column {columns.id!r} must hold an id that is {'a number' if kind is int else 'a text'}, as the first "
+            f"column {columns.id!r} must hold an id that is {'a number' if kind is int else 'a printable text'}, as the first "
             f"row's is; got {value!r}"
         )
     result: RowId = value
     return result
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value can be an id: a whole number of 64 bits, or a text that can be written."""
+    if isinstance(value, str):
+        return bool(value) and value.isprintable()
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def row_prompt(row: Mapping[str, Any], columns: Columns) -> str | list[Any]:

@@ -28,6 +28,7 @@ from folovllm.config import EngineConfig
 PLACEMENT_SECONDS = 60.0  # how long CPUs and GPUs may take to become free
 OBJECT_STORE_BYTES = 256 * 2**20  # of a cluster that is started here: the messages are small
 Bundle = dict[str, float]  # what one actor needs, e.g. {"CPU": 1, "GPU": 1}
+ENGINE_ALONE: Bundle = {"CPU": 1}  # an engine whose ranks have places of their own
 
 _joining = threading.Lock()  # several engines start at once, and the process joins once
 
@@ -72,36 +73,40 @@ def _start_cluster(ray: Any, num_cpus: float) -> None:
     )
 
 
-def bundle_of(ray: Any, config: EngineConfig, num_ranks: int = 1, num_engines: int = 1) -> Bundle:
+def bundle_of(ray: Any, config: EngineConfig, num_ranks: int = 1, num_engines: int | None = None) -> Bundle:
     """What an actor needs that computes `num_ranks` ranks: a GPU each, or on CPUs the threads of each.
 
-    Without cpu_threads, `num_engines` engines share the CPUs of the cluster. Ray tells torch how many threads that is.
+    Without cpu_threads, `num_engines` engines (data_parallel_size) share the CPUs of the cluster. Ray tells torch how
+    many threads that is.
     """
+    parallel = config.parallel_config
     num_gpus = ray.cluster_resources().get("GPU", 0)
     if config.device == "cuda" or (config.device == "auto" and num_gpus >= num_ranks):
         return {"CPU": 1, "GPU": num_ranks}
     if config.cpu_threads is not None:
         return {"CPU": num_ranks * config.cpu_threads}
+    num_engines = num_engines or parallel.data_parallel_size
     cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    share = min(sum(cpus) // (num_engines * config.parallel_config.world_size), min(cpus) // num_ranks)
+    loops = num_engines if parallel.executor_backend == "ray" else 0  # engines beside the ranks, see ENGINE_ALONE
+    share = min((sum(cpus) - loops) // (num_engines * parallel.world_size), min(cpus) // num_ranks)
     return {"CPU": num_ranks * max(1, int(share))}
 
 
 class Place:
     """CPUs and GPUs of the cluster that are reserved for some actors, one bundle each, until `close`."""
 
-    def __init__(self, ray: Any, bundles: Sequence[Bundle], seconds: float = PLACEMENT_SECONDS) -> None:
-        """Waits up to `seconds` for the bundles. Raises ValueError if the cluster has no room for all of them.
+    def __init__(self, ray: Any, bundles: Sequence[Bundle]) -> None:
+        """Waits for the bundles. Raises ValueError if the cluster has no room for all of them in PLACEMENT_SECONDS.
 
         Ray puts them on as few machines as it can ("PACK"), because ranks talk to each other in every layer.
         """
         self._ray, self.bundles = ray, list(bundles)
         self._group = ray.util.placement_group(self.bundles, strategy="PACK")
-        if not self._group.wait(timeout_seconds=seconds):
+        if not self._group.wait(timeout_seconds=PLACEMENT_SECONDS):
             self.close()
-            raise ValueError(self._why_not(seconds))
+            raise ValueError(self._why_not())
 
-    def _why_not(self, seconds: float) -> str:
+    def _why_not(self) -> str:
         wanted = {name: sum(bundle.get(name, 0) for bundle in self.bundles) for name in ("CPU", "GPU")}
         total, free = self._ray.cluster_resources(), self._ray.available_resources()
         counts = ", ".join(
@@ -110,7 +115,7 @@ class Place:
             if count
         )
         return (
-            f"the Ray cluster had no room for {counts} within {seconds:g} s: add machines, stop what runs there, or "
+            f"the Ray cluster had no room for {counts} within {PLACEMENT_SECONDS:g} s: add machines, stop what runs there, or "
             "ask for less (tensor_parallel_size, pipeline_parallel_size, data_parallel_size, cpu_threads)"
         )
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from folovllm.config import EngineConfig
-from folovllm.distributed.ray_cluster import Place, bundle_of, cause_of, import_ray, join_cluster, num_cpus_of
+from folovllm.distributed.ray_cluster import ENGINE_ALONE, Place, bundle_of, cause_of, import_ray, join_cluster, num_cpus_of
 from folovllm.engine.core_client import MAX_UNDELIVERED, CoreClient
 from folovllm.engine.core_loop import describe
 from folovllm.engine.messages import Dead, DownMessage, StartFailed, Stop, UpMessage
@@ -145,11 +145,10 @@ class RayCoreClient(CoreClient):
                 self._deliver(Dead(cause_of(error)))
 
     def _start_actor(self) -> None:
-        config = self._config
-        ranks = config.parallel_config
-        in_actor = 1 if ranks.executor_backend == "ray" else ranks.world_size  # with "ray" the ranks have places too
-        join_cluster(ranks.ray_address, num_cpus=num_cpus_of(config))
-        self._place = Place(self._ray, [bundle_of(self._ray, config, in_actor, ranks.data_parallel_size)])
+        parallel = self._config.parallel_config
+        join_cluster(parallel.ray_address, num_cpus_of(self._config))
+        alone = parallel.executor_backend == "ray"
+        self._place = Place(self._ray, [ENGINE_ALONE if alone else bundle_of(self._ray, self._config, parallel.world_size)])
         self._actor = self._place.start_actor(0, EngineActor, *self._arguments, max_concurrency=2)
         if self._is_closing:  # meanwhile
             self._kill()

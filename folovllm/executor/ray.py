@@ -44,7 +44,7 @@ class RayExecutor(Executor):
         self._last_stage = parallel.world_size - parallel.tensor_parallel_size  # its first rank answers
         self._death: ExecutorDeadError | None = None
         join_cluster(parallel.ray_address, num_cpus_of(config))
-        bundle = bundle_of(self._ray, config, num_engines=parallel.data_parallel_size)
+        bundle = bundle_of(self._ray, config)
         self._place = Place(self._ray, [bundle] * parallel.world_size)
         try:
             self._ranks = [

@@ -1,0 +1,58 @@
+"""The Ray Serve application: the server's routes, replicas that die, replicas that are added; and bad arguments."""
+
+import concurrent.futures
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from folovllm.entrypoints.ray_serve import build_app, parse_args
+from tests.m8.server_process import Client
+from tests.m10.conftest import kill, wait_for
+
+pytestmark = [pytest.mark.m10, pytest.mark.ray]
+ARGS: dict[str, Any] = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 4, "cpu_threads": 1}
+BODY: dict[str, Any] = {"prompt": "the other thing", "max_tokens": 8, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Callable[[str], Path]) -> str:
+    return str(tiny_model_dir("llama"))
+
+
+@pytest.fixture(scope="module")
+def server(ray_cluster: Any, model: str) -> Iterator[Client]:
+    """The application on a free port, with one to two replicas."""
+    from ray import serve
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    args = {"model": model, "served_model_name": "tiny", "max_replicas": 2, "target_ongoing_requests": 1}
+    serve.run(build_app(ARGS | args | {"api_key": "secret"}))
+    yield Client(port)
+    serve.shutdown()
+
+
+def ask(server: Client, **changes: Any) -> Any:
+    return server.post("/v1/completions", BODY | changes, Authorization="Bearer secret")
+
+
+def test_the_routes_are_those_of_the_server(server, model):
+    from folovllm import LLM, SamplingParams
+
+    expected = LLM(model, **ARGS).generate(BODY["prompt"], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    answer = ask(server)
+    assert answer.status == 200, answer.body
+    assert answer.json["choices"][0]["text"] == expected[0].outputs[0].text
+    assert server.get("/health").status == 200
+    assert server.get("/v1/models", Authorization="Bearer secret").json["data"][0]["id"] == "tiny"
+    assert server.post("/v1/completions", BODY).status == 401
+    assert "max_tokens" in ask(server, max_tokens=-1).error["message"]
+    streamed = "".join(event["choices"][0]["text"] for event in ask(server, stream=True).events if event["choices"])
+    assert streamed == expected[0].outputs[0].text
+    assert b"vllm:" in server.get("/metrics").body
