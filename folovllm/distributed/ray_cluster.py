@@ -11,7 +11,7 @@ A process joins one cluster, and all its engines use that one:
     ray.init(...) was called before   the cluster that it chose
     inside an actor                   the cluster of the actor
     ray_address="host:port", "auto"   the cluster there; "auto" is the one that runs on this machine
-    otherwise                         a cluster of its own on 127.0.0.1, which ends with this process or ray.shutdown()
+    otherwise                         a cluster of its own on this machine, until this process ends or ray.shutdown()
 
 Imports no torch.
 """
@@ -19,8 +19,9 @@ Imports no torch.
 import contextlib
 import importlib.util
 import os
+import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from folovllm.config import EngineConfig
@@ -30,6 +31,7 @@ OBJECT_STORE_BYTES = 256 * 2**20  # of a cluster that is started here: the messa
 Bundle = dict[str, float]  # what one actor needs, e.g. {"CPU": 1, "GPU": 1}
 ENGINE_ALONE: Bundle = {"CPU": 1}  # an engine whose ranks have places of their own
 
+_QUIET = {"log_to_driver": False, "logging_level": "error"}  # what Ray prints in this process
 _joining = threading.Lock()  # several engines start at once, and the process joins once
 
 
@@ -48,29 +50,45 @@ def join_cluster(address: str | None, num_cpus: float) -> None:
     A cluster that is started here counts at least `num_cpus` CPUs: they are for Ray's bookkeeping, and no limit.
     Raises ValueError if there is no cluster at `address`.
     """
-    ray = import_ray("ray_address")
+    ray = import_ray("a Ray cluster")
     with _joining:
         if ray.is_initialized():
             return
         if address is None:
-            _start_cluster(ray, num_cpus)
+            _start_cluster(ray, max(num_cpus, os.cpu_count() or 1))
             return
         try:
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
+            ray.init(address=address, **_QUIET)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ValueError(f"ray_address={address!r}: {error}; start a cluster with: ray start --head") from None
 
 
 def _start_cluster(ray: Any, num_cpus: float) -> None:
-    ray.init(
-        address="local",
-        num_cpus=max(num_cpus, os.cpu_count() or 1),
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        _node_ip_address="127.0.0.1",
-    )
+    """Starts a cluster on this machine, without the dashboard, which would be a page for everyone on the network.
+
+    The servers of Ray are children of the thread that starts them, and Linux kills them when this thread ends. So it
+    is a thread that never ends. For the same reason they do not outlive this process, however that ends.
+    """
+    started: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def start() -> None:
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                **_QUIET,
+            )
+        except Exception as error:
+            started.put(error)
+            return
+        started.put(None)
+        threading.Event().wait()
+
+    threading.Thread(target=start, name="folovllm-ray", daemon=True).start()
+    if (error := started.get()) is not None:
+        raise error
 
 
 def bundle_of(ray: Any, config: EngineConfig, num_ranks: int = 1, num_engines: int | None = None) -> Bundle:

@@ -19,11 +19,13 @@ import functools
 import logging
 import queue
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from folovllm.config import EngineConfig
 from folovllm.distributed.ray_cluster import ENGINE_ALONE, Place, bundle_of, cause_of, import_ray, join_cluster, num_cpus_of
+from folovllm.engine.core import EngineCore
 from folovllm.engine.core_client import MAX_UNDELIVERED, CoreClient
 from folovllm.engine.core_loop import describe
 from folovllm.engine.messages import Dead, DownMessage, StartFailed, Stop, UpMessage
@@ -44,11 +46,14 @@ class EngineActor:
     ) -> None:
         load_part("core.request", config.parts)  # a class from a learner's file must be loaded before one is unpickled
         self._inbox = QueueInbox()
-        self._outbox: queue.Queue[UpMessage] = queue.Queue(MAX_UNDELIVERED)  # a full one makes the engine wait
+        self._outbox: queue.Queue[UpMessage | None] = queue.Queue(MAX_UNDELIVERED)  # a full one makes the engine wait
+        self._is_over = False  # the outbox is empty for ever
         make_core = functools.partial(build_core, config, model_path, executor_factory)
-        arguments = (make_core, self._inbox, self._outbox.put)
-        self._loop = threading.Thread(target=run_core, args=arguments, name="folovllm-engine", daemon=True)
-        self._loop.start()
+        threading.Thread(target=self._run, args=(make_core,), name="folovllm-engine", daemon=True).start()
+
+    def _run(self, make_core: Callable[[], EngineCore]) -> None:
+        run_core(make_core, self._inbox, self._outbox.put)
+        self._outbox.put(None)
 
     def put(self, messages: list[DownMessage]) -> None:
         """Hands messages to the loop."""
@@ -57,14 +62,16 @@ class EngineActor:
 
     def take(self, seconds: float) -> list[UpMessage] | None:
         """What the loop has sent since the last call; it waits up to `seconds` for something. None: the loop is over."""
-        is_over = not self._loop.is_alive()  # asked first: what it sends at its end is then in the outbox
+        if self._is_over:
+            return None
         messages: list[UpMessage] = []
         with contextlib.suppress(queue.Empty):
-            if not is_over:
-                messages.append(self._outbox.get(timeout=seconds))
-            while True:
-                messages.append(self._outbox.get_nowait())
-        return None if is_over and not messages else messages
+            message = self._outbox.get(timeout=seconds)
+            while message is not None:
+                messages.append(message)
+                message = self._outbox.get_nowait()
+            self._is_over = True
+        return messages
 
 
 class RayCoreClient(CoreClient):
