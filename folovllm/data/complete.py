@@ -6,14 +6,15 @@ Left out: stages for tokens and templates on other machines, images, remote fold
     from folovllm.data import complete
 
     report = complete("prompts.jsonl", output="answers", model="smollm2-135m", sampling_params={"max_tokens": 64})
-    for row in report.results().iter_rows():
+    for row in report.results().to_pylist():
         print(row["id"], row["text"] or row["error"])
 
 A run that was interrupted is started again with the same arguments: what is in the folder of the output is skipped.
 A bad row does not end the run. It gets a row with its error, or, without an id, a line among the rejected ones.
 """
 
-
+import contextlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -22,19 +23,27 @@ from typing import Any
 
 from folovllm.checks import check_int
 from folovllm.config import DEFAULT_MODEL, EngineConfig
-from folovllm.data.completer import Completer, Counts, Job
+from folovllm.data.completer import Completer, Counts, Job, Starts
 from folovllm.data.results import read_rejected, read_results, written_ids
-from folovllm.data.rows import BadRow, Columns, RowId, is_id, parse_line
+from folovllm.data.rows import BadRow, Columns, is_id, parse_line
 from folovllm.distributed.ray_cluster import bundle_of, import_ray, join_cluster
+from folovllm.engine.core_loop import describe
 from folovllm.entrypoints.start import find_model_files
 from folovllm.sampling_params import SamplingParams
-
-
 
 LINES, TABLES = (".jsonl", ".ndjson", ".json"), (".parquet",)
 ROWS_TO_LOOK_AT = 100  # the first of them that has an id tells whether ids are numbers or texts
 READING_CPUS = 1  # of the cluster, for Ray Data's own tasks
-MAX_RESTARTS = 3  # of one engine's process; a prompt that kills it must not do so for ever
+MAX_RESTARTS = 3  # of engines in a run: a prompt that kills its engine's process must not do so for ever
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the rows come from."""
+
+    rows: Any  # a ray.data.Dataset
+    is_lines: bool  # each row is a line of a JSONL file
+    id_kind: type  # int or str
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Report:
     num_skipped: int  # rows that had a result before this run
 
     def results(self) -> Any:
-        """All results of the folder as a `ray.data.Dataset`, in the order of their ids."""
+        """All results of the folder as a `pyarrow.Table`, in the order of their ids."""
         return read_results(self.output)
 
     def rejected(self) -> list[dict[str, Any]]:
@@ -91,7 +100,7 @@ def complete(
     SamplingParams.from_dict(sampling)
     join_cluster(config.parallel_config.ray_address, concurrency * (config.cpu_threads or 1) + READING_CPUS)
     options = _actor_options(ray, config, concurrency)
-    rows, is_lines = _open(dataset)
+    source = _open(dataset, id_column)
     folder = Path(output).expanduser().absolute()
     job = Job(
         output=folder,
@@ -100,12 +109,12 @@ def complete(
         without=tuple(without),
         sampling=sampling,
         columns=Columns(prompt_column, id_column),
-        id_kind=_id_kind(rows, is_lines, id_column),
-        is_lines=is_lines,
+        id_kind=source.id_kind,
+        is_lines=source.is_lines,
         seed=config.model_config.seed,
         written=frozenset(written_ids(folder)),
     )
-    counts = _run(rows, job, concurrency, batch_size, batches_at_once, options)
+    counts = _run(source.rows, job, concurrency, batch_size, batches_at_once, options)
     return Report(folder, counts.completed, counts.failed, counts.rejected, counts.skipped)
 
 
@@ -127,21 +136,24 @@ def _actor_options(ray: Any, config: EngineConfig, concurrency: int) -> dict[str
     return {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle.get("GPU", 0)}
 
 
-def _open(dataset: Any) -> tuple[Any, bool]:
-    """The rows as a `ray.data.Dataset`, and whether each of them is a line of a JSONL file."""
+def _open(dataset: Any, id_column: str) -> Source:
+    """Finds out what the rows are. Raises ValueError if `dataset` is none, or if its first rows have no ids."""
     import ray.data
 
     if isinstance(dataset, ray.data.Dataset):
-        return dataset, False
+        first: Any = dataset.take_batch(ROWS_TO_LOOK_AT, batch_format="pyarrow")
+        return Source(dataset, False, _id_kind(first.to_pylist(), id_column))
     if not isinstance(dataset, (str, os.PathLike)):
         raise ValueError(f"dataset must be a path or a ray.data.Dataset, got {type(dataset).__name__}")
-    files = [str(path) for path in _files(Path(dataset).expanduser())]
-    suffixes = {Path(file).suffix for file in files}
+    files = _files(Path(dataset).expanduser())
+    suffixes = {file.suffix for file in files}
+    names = [str(file) for file in files]
     if suffixes <= set(TABLES):
-        return ray.data.read_parquet(files), False
+        return Source(ray.data.read_parquet(names), False, _id_kind(_first_of_table(files[0]), id_column))
     if suffixes <= set(LINES):
-        return ray.data.read_text(files, encoding="latin-1"), True
-    raise ValueError(f"{dataset} holds {', '.join(sorted(suffixes))} files: give Parquet files or JSONL files, not both")
+        kind = _id_kind(_first_of_lines(files[0]), id_column)
+        return Source(ray.data.read_text(names, encoding="latin-1"), True, kind)
+    raise ValueError(f"{dataset} has {', '.join(sorted(suffixes))} files: give Parquet files or JSONL files, not both")
 
 
 def _files(path: Path) -> list[Path]:
@@ -152,10 +164,29 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _id_kind(rows: Any, is_lines: bool, id_column: str) -> type:
-    """int or str: what the first id is. Raises ValueError if none of the first rows has an id."""
-    for batch in rows.limit(ROWS_TO_LOOK_AT).iter_batches(batch_format="pyarrow"):
-        for value in _ids(batch.to_pylist(), is_lines, id_column):
+def _first_of_table(path: Path) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        batches = pq.ParquetFile(path).iter_batches(ROWS_TO_LOOK_AT)
+        return [row for batch in itertools.islice(batches, 1) for row in batch.to_pylist()]
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is no Parquet file: {error}") from None
+
+
+def _first_of_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="latin-1", newline="\n") as file:
+        for line in itertools.islice(file, ROWS_TO_LOOK_AT):
+            with contextlib.suppress(BadRow):
+                yield parse_line(line)
+
+
+def _id_kind(rows: Iterable[dict[str, Any]], id_column: str) -> type:
+    """int or str: what the first id is. Raises ValueError if none of the rows has one."""
+    for row in rows:
+        value = row.get(id_column)
+        if is_id(value):
             return type(value)
     raise ValueError(
         f"none of the first rows has an id in column {id_column!r}: give each row a number or a text of its own there, "
@@ -163,35 +194,41 @@ def _id_kind(rows: Any, is_lines: bool, id_column: str) -> type:
     )
 
 
-def _ids(rows: Iterable[dict[str, Any]], is_lines: bool, id_column: str) -> Iterator[RowId]:
-    for row in rows:
-        try:
-            value = (parse_line(row["text"]) if is_lines else row).get(id_column)
-        except BadRow:
-            continue
-        if is_id(value):
-            yield value
-
-
 def _run(
     rows: Any, job: Job, concurrency: int, batch_size: int, batches_at_once: int, options: Mapping[str, float]
 ) -> Counts:
     """Runs all batches through the engines. One block of Ray Data is one batch, so any engine can take the next one."""
+    import ray
     from ray.data import ActorPoolStrategy
 
+    pool = ActorPoolStrategy(
+        size=concurrency,
+        max_tasks_in_flight_per_actor=batches_at_once,
+        max_concurrent_calls_per_actor=batches_at_once,
+    )
+    starts = ray.remote(num_cpus=0)(Starts).remote(concurrency + MAX_RESTARTS)
     batches = rows.repartition(target_num_rows_per_block=batch_size).map_batches(
         Completer,
         batch_size=batch_size,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=concurrency, max_tasks_in_flight_per_actor=batches_at_once),
-        max_concurrency=batches_at_once,
-        fn_constructor_args=(job,),
-        max_restarts=MAX_RESTARTS,
-        max_task_retries=MAX_RESTARTS,
+        compute=pool,
+        fn_constructor_args=(job, starts),
         **options,
     )
     total = Counts()
-    for row in batches.iter_rows():
-        for field in fields(Counts):
-            setattr(total, field.name, getattr(total, field.name) + row[field.name])
+    try:
+        for row in batches.iter_rows():
+            for field in fields(Counts):
+                setattr(total, field.name, getattr(total, field.name) + row[field.name])
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(
+            f"the run has failed: {_root_cause(error)}. What is in {job.output} stays, and the next run goes on there"
+        ) from error
     return total
+
+
+def _root_cause(error: BaseException) -> str:
+    """What an actor's code raised, behind what Ray has wrapped around it."""
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = cause
+    return describe(error)

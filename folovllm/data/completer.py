@@ -52,11 +52,22 @@ class Counts:
     skipped: int = 0  # its id was in the results before
 
 
+class Starts:
+    """An actor that counts the starts of engines in a run. Ray starts an actor again whenever its process has died."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._count = limit, 0
+
+    def may_start(self) -> bool:
+        self._count += 1
+        return self._count <= self._limit
+
+
 class Completer:
     """The class for `map_batches`. A batch in is a pyarrow table, a batch out is one row with its counts."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job, starts: Any) -> None:
+        self._job, self._starts = job, starts
         self._engine: AsyncLLM | None = None
         self._starting = asyncio.Lock()
 
@@ -81,6 +92,8 @@ class Completer:
 
         async with self._starting:
             if self._engine is None:
+                if not await self._starts.may_start.remote():
+                    raise RuntimeError("the processes of the engines die again and again: the log of Ray says why")
                 job = self._job
                 self._engine = await start_async_llm(
                     preset=job.preset, without=job.without, in_process=False, **job.engine_args
@@ -121,6 +134,4 @@ class Completer:
             final = [output async for output in stream][-1]
         answer = final.outputs[0]
         assert answer.finish_reason is not None
-        return result_row(
-            identity, answer.text, answer.token_ids, len(final.prompt_token_ids), answer.finish_reason
-        )
+        return result_row(identity, answer.text, answer.token_ids, len(final.prompt_token_ids), answer.finish_reason)

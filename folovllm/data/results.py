@@ -92,14 +92,18 @@ def written_ids(folder: Path) -> set[RowId]:
 
 
 def read_results(folder: str | Path) -> Any:
-    """The results of a folder as a `ray.data.Dataset`, in the order of their ids."""
-    import_ray("folovllm.data")
-    import ray.data
+    """The results of a folder as a `pyarrow.Table`, in the order of their ids.
 
-    paths = sorted(map(str, Path(folder).glob(PARTS)))
+    It is read into memory. If it does not fit, `ray.data.read_parquet(folder).sort("id")` does the same on a cluster.
+    """
+    import_ray("folovllm.data")  # which brings pyarrow
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    paths = sorted(Path(folder).glob(PARTS))
     if not paths:
         raise ValueError(f"{folder} has no results yet: complete(..., output={str(folder)!r}) writes them")
-    return ray.data.read_parquet(paths).sort(ID)
+    return pa.concat_tables([pq.read_table(path) for path in paths]).sort_by(ID)
 
 
 def read_rejected(folder: str | Path) -> list[dict[str, Any]]:

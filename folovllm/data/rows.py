@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from folovllm.sampling_params import RequestOutputKind, SamplingParams
 from folovllm.text_files import BOM
@@ -54,15 +54,12 @@ def row_id(row: Mapping[str, Any], columns: Columns, kind: type) -> RowId:
     """The id of a row. Raises BadRow if it has none of the `kind`, int or str, that the first row's id has."""
     value = row.get(columns.id)
     if not is_id(value) or not isinstance(value, kind):
-        raise BadRow(
-            f"column {columns.id!r} must hold an id that is {'a number' if kind is int else 'a printable text'}, as the first "
-            f"row's is; got {value!r}"
-        )
-    result: RowId = value
-    return result
+        wanted = "a number" if kind is int else "a printable text"
+        raise BadRow(f"column {columns.id!r} must hold an id that is {wanted}, as the first row's is; got {value!r}")
+    return value
 
 
-def is_id(value: Any) -> bool:
+def is_id(value: Any) -> TypeGuard[RowId]:
     """Whether a value can be an id: a whole number of 64 bits, or a text that can be written."""
     if isinstance(value, str):
         return bool(value) and value.isprintable()

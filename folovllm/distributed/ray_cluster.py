@@ -133,8 +133,8 @@ class Place:
             if count
         )
         return (
-            f"the Ray cluster had no room for {counts} within {PLACEMENT_SECONDS:g} s: add machines, stop what runs there, or "
-            "ask for less (tensor_parallel_size, pipeline_parallel_size, data_parallel_size, cpu_threads)"
+            f"the Ray cluster had no room for {counts} within {PLACEMENT_SECONDS:g} s: add machines, stop what runs "
+            "there, or ask for less (tensor_parallel_size, pipeline_parallel_size, data_parallel_size, cpu_threads)"
         )
 
     def start_actor(self, index: int, actor_class: type, *args: Any, **options: Any) -> Any:

@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from folovllm.config import EngineConfig
-from folovllm.distributed.ray_cluster import ENGINE_ALONE, Place, bundle_of, cause_of, import_ray, join_cluster, num_cpus_of
+from folovllm.distributed.ray_cluster import (
+    ENGINE_ALONE,
+    Place,
+    bundle_of,
+    cause_of,
+    import_ray,
+    join_cluster,
+    num_cpus_of,
+)
 from folovllm.engine.core import EngineCore
 from folovllm.engine.core_client import MAX_UNDELIVERED, CoreClient
 from folovllm.engine.core_loop import describe
@@ -41,9 +49,7 @@ ANSWER_SECONDS = 60.0  # until an actor that does not answer at all counts as de
 class EngineActor:
     """The actor: the loop runs in a thread, and two others handle `put` and `take`."""
 
-    def __init__(
-        self, config: EngineConfig, model_path: Path, executor_factory: ExecutorFactory | None = None
-    ) -> None:
+    def __init__(self, config: EngineConfig, model_path: Path, executor_factory: ExecutorFactory | None = None) -> None:
         load_part("core.request", config.parts)  # a class from a learner's file must be loaded before one is unpickled
         self._inbox = QueueInbox()
         self._outbox: queue.Queue[UpMessage | None] = queue.Queue(MAX_UNDELIVERED)  # a full one makes the engine wait
@@ -61,7 +67,7 @@ class EngineActor:
             self._inbox.put(message)
 
     def take(self, seconds: float) -> list[UpMessage] | None:
-        """What the loop has sent since the last call; it waits up to `seconds` for something. None: the loop is over."""
+        """What the loop has sent since the last call. It waits up to `seconds` for something. None: it is over."""
         if self._is_over:
             return None
         messages: list[UpMessage] = []
@@ -154,8 +160,9 @@ class RayCoreClient(CoreClient):
     def _start_actor(self) -> None:
         parallel = self._config.parallel_config
         join_cluster(parallel.ray_address, num_cpus_of(self._config))
-        alone = parallel.executor_backend == "ray"
-        self._place = Place(self._ray, [ENGINE_ALONE if alone else bundle_of(self._ray, self._config, parallel.world_size)])
+        has_ranks = parallel.executor_backend != "ray"  # otherwise they are actors, with places of their own
+        bundle = bundle_of(self._ray, self._config, parallel.world_size) if has_ranks else ENGINE_ALONE
+        self._place = Place(self._ray, [bundle])
         self._actor = self._place.start_actor(0, EngineActor, *self._arguments, max_concurrency=2)
         if self._is_closing:  # meanwhile
             self._kill()

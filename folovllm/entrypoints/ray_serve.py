@@ -19,8 +19,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from starlette.types import ASGIApp, Receive, Scope, Send
-
 from folovllm.checks import check_int, check_number
 from folovllm.config import DEFAULT_MAX_NUM_SEQS, EngineConfig
 from folovllm.distributed.ray_cluster import import_ray
@@ -28,6 +26,8 @@ from folovllm.entrypoints.commands.options import parse_value
 from folovllm.entrypoints.openai.server_options import ServerOptions
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
     from folovllm.engine.async_llm import AsyncLLM
 
 _SOCKET = ("host", "port", "uds")  # options of a server that has a socket
@@ -80,7 +80,7 @@ def build_app(args: Mapping[str, Any]) -> Any:
     from ray import serve
 
     replica, scaling = parse_args(args)
-    deployment = serve.deployment(serve.ingress(Gateway(replica))(Replica))
+    deployment: Any = serve.deployment(serve.ingress(Gateway(replica))(Replica))
     limit = replica.max_num_seqs + replica.options.max_queue
     return deployment.options(
         name="folovllm",
@@ -137,7 +137,7 @@ class Gateway:
         self._engine: AsyncLLM | None = None
         self._app: ASGIApp | None = None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
         else:
@@ -149,7 +149,7 @@ class Gateway:
         if self._engine is not None:
             self._engine.check_health()
 
-    async def _live(self, receive: Receive, send: Send) -> None:
+    async def _live(self, receive: "Receive", send: "Send") -> None:
         """From the start of the replica to its end."""
         await receive()
         try:

@@ -11,7 +11,13 @@ from pathlib import Path
 
 from folovllm.data import Report, complete
 
-QUESTIONS = ("The capital of France is", "The opposite of hot is", "Once upon a time", "2 + 2 =", "My favourite food is")
+QUESTIONS = (
+    "The capital of France is",
+    "The opposite of hot is",
+    "Once upon a time",
+    "2 + 2 =",
+    "My favourite food is",
+)
 
 
 def write_prompts(path: Path, count: int) -> None:
@@ -50,7 +56,7 @@ def main() -> None:
         run(path, output, args.model)
         write_prompts(path, args.num_prompts)  # as if the first run had been stopped half-way
         report = run(path, output, args.model)
-        for row in report.results().take(5):
+        for row in report.results().to_pylist()[:5]:
             print(f"{row['id']:4d}  {row['text']!r}")
         for row in report.rejected():
             print(f"rejected: {row['error']}")

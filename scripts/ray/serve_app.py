@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Example: the server on Ray Serve with one to two replicas, and a load that makes it grow. `pip install 'folovllm[ray]'`
+"""Example: the server on Ray Serve, and a load that makes it grow to two replicas. `pip install 'folovllm[ray]'`
 
 Milestone: M10. It runs on a laptop with 2 CPUs: python scripts/ray/serve_app.py --model smollm2-135m
 """

@@ -12,10 +12,10 @@ import pytest
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Any]:
-    """The package ray, joined to a cluster on 127.0.0.1 that counts 8 CPUs; the machine may have fewer."""
+    """The package ray, joined to a cluster that counts 4 CPUs; the machine may have fewer."""
     from folovllm.distributed.ray_cluster import join_cluster
 
-    join_cluster(None, num_cpus=8)
+    join_cluster(None, num_cpus=4)
     import ray
 
     pids = ray_processes()

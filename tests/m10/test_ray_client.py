@@ -17,7 +17,6 @@ from folovllm.engine.async_llm import AsyncLLM, EngineDeadError
 from folovllm.engine.ray_client import RayCoreClient
 from folovllm.executor.fake import FakeExecutor
 from folovllm.outputs import ModelRunnerOutput
-from tests.m10.conftest import is_alive, kill, wait_for
 from tests.m1.tiny_tokenizers import byte_level
 from tests.m8.serving_helpers import (
     VOCAB_SIZE,
@@ -31,6 +30,7 @@ from tests.m8.serving_helpers import (
     run_async,
     serving_config,
 )
+from tests.m10.conftest import is_alive, kill, wait_for
 
 pytestmark = [pytest.mark.m10, pytest.mark.ray]
 
@@ -135,7 +135,7 @@ def test_the_death_of_the_actor_is_told(ray_cluster, tmp_path):
             assert first.outputs[0].token_ids
             before = time.monotonic()
             kill(slow.pid)
-            with pytest.raises(EngineDeadError, match="actor|process"):
+            with pytest.raises(EngineDeadError, match=r"actor|process"):
                 await collect(stream)
             assert time.monotonic() - before < 20
             with pytest.raises(EngineDeadError):

@@ -1,7 +1,6 @@
 """Whole data sets on Ray Data: the same answers as `LLM`, bad rows, runs that are interrupted, engines that die."""
 
 import json
-
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +42,7 @@ def run(dataset: Any, output: Path, model: str, **args: Any) -> Report:
 
 
 def texts(report: Report) -> dict[Any, str]:
-    return {row["id"]: row["text"] for row in report.results().iter_rows()}
+    return {row["id"]: row["text"] for row in report.results().to_pylist()}
 
 
 def test_lines_are_completed_as_llm_does_and_bad_ones_are_reported(ray_cluster, tmp_path, model, expected):
@@ -64,7 +63,7 @@ def test_lines_are_completed_as_llm_does_and_bad_ones_are_reported(ray_cluster, 
         file.write(b'{"id": 107, "prompt": "\xff\xfe"}\n')
     report = run(path, tmp_path / "answers", model)
 
-    results = list(report.results().iter_rows())
+    results = list(report.results().to_pylist())
     assert [row["id"] for row in results] == [*range(len(PROMPTS)), *range(100, 107)]
     assert [row["text"] for row in results[: len(PROMPTS)]] == expected
     errors = {row["id"]: row["error"] for row in results if row["error"] is not None}
@@ -112,7 +111,7 @@ def test_an_engine_that_is_killed_loses_no_row(ray_cluster, tmp_path, model):
     report = run(path, output, model)
     thread.join()
     assert killed
-    assert [row["id"] for row in report.results().iter_rows()] == list(range(len(rows)))
+    assert [row["id"] for row in report.results().to_pylist()] == list(range(len(rows)))
     again = run(path, output, model)
     assert (again.num_completed, again.num_skipped) == (0, len(rows))
 

@@ -1,4 +1,4 @@
-"""The ranks of one model as Ray actors: they do what one process does, and their end is the engine's, with its cause."""
+"""The ranks of one model as Ray actors: they do what one process does, and the end of one is the engine's end."""
 
 import contextlib
 import dataclasses
@@ -130,7 +130,7 @@ def test_a_model_that_a_machine_does_not_have_is_named(ray_cluster, tmp_path):
 def test_ranks_that_find_no_room_are_an_error_of_the_user(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr("folovllm.distributed.ray_cluster.PLACEMENT_SECONDS", 1.0)
     config = dataclasses.replace(echo_config(), cpu_threads=500, parallel_config=ParallelConfig(2))
-    with pytest.raises(ValueError, match=r"no room for 1000 CPU \(8 in the cluster"):
+    with pytest.raises(ValueError, match=r"no room for 1000 CPU \(4 in the cluster"):
         RayExecutor(config, tmp_path)
 
 

@@ -1,15 +1,15 @@
 """The Ray Serve application: the server's routes, replicas that die, replicas that are added; and bad arguments."""
 
-import concurrent.futures
 import socket
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from folovllm.entrypoints.ray_serve import build_app, parse_args
+from folovllm.entrypoints.ray_serve import build_app
 from tests.m8.server_process import Client
 from tests.m10.conftest import kill, wait_for
 
@@ -56,3 +56,38 @@ def test_the_routes_are_those_of_the_server(server, model):
     streamed = "".join(event["choices"][0]["text"] for event in ask(server, stream=True).events if event["choices"])
     assert streamed == expected[0].outputs[0].text
     assert b"vllm:" in server.get("/metrics").body
+
+
+def test_a_load_adds_a_replica_and_a_dead_one_is_replaced(server):
+    """One replica at the start. Requests that stay open start a second one; then both are killed."""
+    with ThreadPoolExecutor(8) as pool:
+        wait_for(lambda: _keep_busy(pool, server) and num_running() == 2, "there is still one replica", seconds=120)
+    for pid in replica_pids():
+        kill(pid)
+    wait_for(lambda: ask_anyway(server) == 200, "no replica answers any more", seconds=120)
+
+
+def _keep_busy(pool: ThreadPoolExecutor, server: Client) -> bool:
+    answers = list(pool.map(lambda _: ask(server, max_tokens=100, ignore_eos=True).status, range(16)))
+    assert set(answers) == {200}
+    return True
+
+
+def ask_anyway(server: Client) -> int:
+    """The status, or 0 if the connection broke: Ray Serve may send a request to a replica that has just died."""
+    try:
+        status: int = ask(server).status
+    except OSError:
+        return 0
+    return status
+
+
+def num_running() -> int:
+    from ray import serve
+
+    return serve.status().applications["default"].deployments["folovllm"].replica_states.get("RUNNING", 0)
+
+
+def replica_pids() -> list[int]:
+    children = psutil.Process().children(recursive=True)
+    return [child.pid for child in children if "ServeReplica" in "".join(child.cmdline()[:1])]
