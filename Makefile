@@ -15,7 +15,7 @@ WORKERS ?= 2
 COVERAGE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-browser test-clients bench lint docs site notebook build-notebooks clean
+.PHONY: help setup demo test test-browser test-clients test-ray bench lint docs site notebook build-notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -36,11 +36,11 @@ demo: $(STAMP)  ## pull the default model, answer real prompts, compare with Hug
 	@echo "demo: pulls the model once (93 MB), then answers prompts and compares the tokens with HuggingFace's"
 	@$(BIN)/folovllm demo --model $(MODEL)
 
-test: $(STAMP)  ## every test but the slow, GPU and browser ones; COVERAGE=1 counts the lines that run
-	@echo "test: all tests but those marked slow, gpu or browser, on $(WORKERS) processes"
+test: $(STAMP)  ## every test but the slow, GPU, Ray and browser ones; COVERAGE=1 counts the lines that run
+	@echo "test: all tests but those marked slow, gpu, ray or browser, on $(WORKERS) processes"
 	@$(BIN)/folovllm pull $(MODEL) --quiet
 	@$(BIN)/python -m tests.m4.levels
-	@$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not browser" \
+	@$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not ray and not browser" \
 		$(if $(COVERAGE),--cov --cov-report=term:skip-covered --cov-fail-under=90)
 
 test-browser: $(STAMP)  ## the tests of the trace viewer and the chat page, in headless Chromium
@@ -61,6 +61,13 @@ test-clients: $(STAMP) $(CLIENTS_STAMP)  ## OpenAI clients, load, faults and fuz
 	@echo "test-clients: starts folovllm serve on free ports of 127.0.0.1 and talks to it (about 4 minutes)"
 	@$(BIN)/folovllm pull $(MODEL) --quiet
 	@$(CLIENTS)/bin/python -m pytest --confcutdir=tests/clients --timeout=300 tests/clients
+
+# The extra [ray] changes none of the versions in constraints.txt, so it goes into the environment that is there.
+test-ray: $(STAMP)  ## ranks, engines and data sets on a Ray that the tests start on this machine, and end
+	@echo "test-ray: installs Ray (490 MB) the first time, then runs the tests marked ray"
+	@$(BIN)/python -c 'import ray' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[ray]'
+	@$(BIN)/python -m pytest -n 0 -m "ray and not slow" tests/m10
 
 bench: $(STAMP)  ## throughput and latency beside HuggingFace, with a plot
 	@echo "bench: every milestone beside HuggingFace on workload A; writes JSON and PNG under bench_results/"

@@ -14,7 +14,7 @@ pipeline. E.g. tensor_parallel_size 2, pipeline_parallel_size 2:
 import dataclasses
 from dataclasses import dataclass
 
-from folovllm.checks import check_choice, check_int
+from folovllm.checks import check_choice, check_int, check_type
 from folovllm.hf_config import ModelArchitecture
 
 MAX_RANKS = 1024
@@ -31,6 +31,7 @@ class ParallelConfig:
     data_parallel_size: int = 1  # so many engines with all weights share the requests of a server
     data_parallel_backend: str = "mp"  # or "ray": the engines are actors, which may be on other machines
     data_parallel_rank: int = 0  # which of these engines this is; filled in by the client that starts them
+    ray_address: str | None = None  # the Ray cluster to join, such as "auto" or "host:6379"; None: one is started here
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
@@ -45,6 +46,8 @@ class ParallelConfig:
                 f"{self.world_size}: use 'mp' or 'ray'"
             )
         check_choice("data_parallel_backend", self.data_parallel_backend, ("mp", "ray"))
+        if self.ray_address is not None:
+            check_type("ray_address", self.ray_address, str)
 
     @property
     def world_size(self) -> int:

@@ -20,4 +20,7 @@ def make_executor(config: EngineConfig, model_path: Path) -> Executor:
         from folovllm.executor.multiproc import MultiprocExecutor
 
         return MultiprocExecutor(config, model_path)
-    raise ValueError(f"distributed_executor_backend={backend!r} is not built yet")
+    assert backend == "ray"
+    from folovllm.executor.ray import RayExecutor
+
+    return RayExecutor(config, model_path)
