@@ -53,6 +53,8 @@ def prediction() -> str:
     requests = SentRequests(2)
     send(requests, 0, "a", "b", "c")
     send(requests, 1, "d", "e", "f")
+    for name in "def":
+        give(requests, name, [7])
     requests.lose(0)
     went = send_what_may_go(requests, [1])
     failed = requests.lose(1)
@@ -161,7 +163,11 @@ def the_load_of_the_dead_is_gone(mine: Mine) -> None:
     assert got == (0, 0), f"replica 0 died with two requests; its (requests, prompt tokens) are {got}, expected (0, 0)"
     send_what_may_go(requests, [1])
     got = load(requests, 1)
-    assert got == (1, 0), f"a, which has a token, was sent to replica 1; its load is {got}, expected (1, 0)"
+    assert got == (2, 4), (
+        "a, which has a token, and b, which has none and a prompt of 4 tokens, were sent to replica 1; its load is "
+        f"{got}, "
+        "expected (2, 4)"
+    )
 
 
 @check("unit", spec="R10.11", hint=2)
@@ -215,12 +221,61 @@ def one_suspect_at_a_time(mine: Mine) -> None:
     assert went == ["b"], f"a has got a token and is no suspect any more; {went} followed, expected b"
 
 
+@check("unit", spec="R10.12", hint=1)
+def one_death_proves_nothing(mine: Mine) -> None:
+    """A request that is alone in its replica may have been unlucky: it is sent again."""
+    requests = mine.cls(2)
+    send(requests, 0, "a")
+    got, left = lose(requests, 0), waiting(requests)
+    assert (got, left) == ([], ["a"]), f"a was alone in the first dying replica: ends {got}, waiting {left}, expected a"
+
+
+@check("unit", spec="R10.12", hint=2)
+def who_has_got_a_token_is_not_blamed(mine: Mine) -> None:
+    """A death is blamed on the requests that had no token from that replica; on all of them if each had one."""
+    requests = mine.cls(2)
+    a, b, c = send(requests, 0, "a", "b", "c")
+    give(requests, "a", [7])
+    lose(requests, 0)
+    got = [entry.is_suspect for entry in (a, b, c)]
+    assert got == [False, True, True], (
+        f"a had got a token from the dead replica, b and c had not: is_suspect is {got}, expected [False, True, True]"
+    )
+    requests = mine.cls(2)
+    a, b = send(requests, 0, "a", "b")
+    give(requests, "a", [7])
+    give(requests, "b", [8])
+    lose(requests, 0)
+    got = [entry.is_suspect for entry in (a, b)]
+    assert got == [True, True], f"both had got a token when their replica died: is_suspect is {got}, expected both"
+
+
+@check("unit", spec="R10.12", hint=3)
+def tokens_of_another_replica_do_not_count(mine: Mine) -> None:
+    """A request that was sent again has proved nothing in its new replica."""
+    requests = mine.cls(2)
+    a, _ = send(requests, 0, "a", "b")
+    (c,) = send(requests, 1, "c")
+    give(requests, "a", [7])
+    give(requests, "c", [8])
+    lose(requests, 0)
+    requests.assign(a, 1)
+    lose(requests, 1)
+    got = (a.is_suspect, c.is_suspect)
+    assert got == (True, False), (
+        "a had a token from replica 0 and came to replica 1, which died before a got one there; c had got one there: "
+        f"(a, c) are suspects: {got}, expected (True, False)"
+    )
+
+
 @check("unit", spec="R10.12", hint=2)
 def the_suspect_fails_alone(mine: Mine) -> None:
     """A second replica dies: the suspect in it is to blame, and nobody else is suspected."""
     requests = mine.cls(2)
     send(requests, 0, "poison", "a")
     send(requests, 1, "b", "c")
+    give(requests, "b", [7])
+    give(requests, "c", [8])
     lose(requests, 0)
     send_what_may_go(requests, [1])
     got, left = lose(requests, 1), waiting(requests)
@@ -236,19 +291,23 @@ def the_suspect_fails_alone(mine: Mine) -> None:
 
 
 @check("unit", spec="R10.12", hint=2)
-def two_innocent_deaths_cost_nothing(mine: Mine) -> None:
-    """A request that gets a token between two deaths is no suspect in the second."""
-    requests = mine.cls(2)
-    (a,) = send(requests, 0, "a")
-    lose(requests, 0)
-    send_what_may_go(requests, [1])
-    give(requests, "a", [7])
-    got, left = lose(requests, 1), waiting(requests)
-    assert (got, left) == ([], ["a"]), (
-        f"a got a token from its second replica, which died later: ends {got}, waiting {left}; expected that a waits "
-        "again"
+def two_who_may_be_to_blame_do_not_fail(mine: Mine) -> None:
+    """If two requests may be the reason, nobody fails yet; a request that was to blame five times does."""
+    requests = mine.cls(1)
+    send(requests, 0, "a", "b")
+    ends = [lose(requests, 0)]
+    for death in range(2, 6):
+        for entry in requests.waiting():
+            requests.assign(entry, 0)
+        ends.append(lose(requests, 0))
+        if death < 5:
+            assert ends[-1] == [], (
+                f"death {death} with a and b, neither with a token: ended {ends[-1]}, expected nobody"
+            )
+    expected = [("a", "error"), ("b", "error")]
+    assert ends[-1] == expected and not waiting(requests), (
+        f"five deaths, each with a and b: the fifth ended {ends[-1]}, expected {expected}: it must end at some time"
     )
-    assert a.continuation().output_token_ids == [7], f"it continues after {a.continuation().output_token_ids}"
 
 
 @check("property", spec="R10.11", hint=2)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from folovllm.engine.sent_requests import SentRequest
+from folovllm.engine.sent_requests import MAX_BLAMED, SentRequest  # noqa: F401 - you will need the first one
 from folovllm.engine.sent_requests import SentRequests as Reference
 from folovllm.outputs import EngineCoreOutput
 

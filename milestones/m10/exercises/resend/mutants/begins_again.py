@@ -3,7 +3,7 @@
 
 from collections.abc import Iterable
 
-from folovllm.engine.sent_requests import SentRequest
+from folovllm.engine.sent_requests import MAX_BLAMED, SentRequest
 from folovllm.engine.sent_requests import SentRequests as Reference
 from folovllm.outputs import EngineCoreOutput
 
@@ -27,13 +27,17 @@ class SentRequests(Reference):
         ended = [EngineCoreOutput(i, [], finish_reason="abort") for i, count in aborted for _ in range(count)]
         for request_id, _ in aborted:
             del self._leaving[request_id]
-        guilty = self._suspects.get(replica)
-        if guilty is not None:
-            ended.append(EngineCoreOutput(guilty.request.request_id, [], finish_reason="error"))
-            self._remove(guilty)
         lost = [sent for sent in self._requests.values() if sent.replica == replica]
+        blamed = [sent for sent in lost if not sent.has_token] or lost
         for sent in lost:
             self._count(sent, -1)
-            sent.replica, sent.is_suspect, sent.output_token_ids = None, guilty is None, []
+            sent.replica, sent.has_token = None, False
+            sent.is_suspect, sent.output_token_ids = sent in blamed, []
+            sent.num_blamed += sent.is_suspect
+        self._suspects.pop(replica, None)
         self._waiting = {sent.request.request_id: sent for sent in lost} | self._waiting
+        for sent in blamed:
+            if sent.num_blamed >= (2 if blamed == [sent] else MAX_BLAMED):
+                ended.append(EngineCoreOutput(sent.request.request_id, [], finish_reason="error"))
+                self._remove(sent)
         return ended

@@ -30,16 +30,16 @@ class SentRequests(Reference):
         ended = [EngineCoreOutput(i, [], finish_reason="abort") for i, count in aborted for _ in range(count)]
         for request_id, _ in aborted:
             del self._leaving[request_id]
-        for sent in [sent for sent in self._requests.values() if sent.replica == replica]:
-            ended.append(EngineCoreOutput(sent.request.request_id, [], finish_reason="error"))
-            self._remove(sent)
-        guilty = self._suspects.get(replica)
-        if guilty is not None:
-            ended.append(EngineCoreOutput(guilty.request.request_id, [], finish_reason="error"))
-            self._remove(guilty)
         lost = [sent for sent in self._requests.values() if sent.replica == replica]
         for sent in lost:
             self._count(sent, -1)
-            sent.replica, sent.is_suspect = None, guilty is None
+            sent.replica, sent.has_token = None, False
+            sent.is_suspect = True
+            sent.num_blamed += sent.is_suspect
+        self._suspects.pop(replica, None)
         self._waiting = {sent.request.request_id: sent for sent in lost} | self._waiting
+        for sent in lost:
+            if sent.num_blamed:
+                ended.append(EngineCoreOutput(sent.request.request_id, [], finish_reason="error"))
+                self._remove(sent)
         return ended
