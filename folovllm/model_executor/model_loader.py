@@ -79,7 +79,7 @@ def load_model(
     try:
         model = _build(arch, dtype, device, quant_config, groups)
         if isinstance(quant_config, GPTQQuantization):
-            quant_config.plan(model)
+            quant_config.plan(model, groups.shard.tp_size * groups.shard.pp_size)
         model.load_weights(weights)
     except WeightsError as error:
         raise WeightsError(f"{folder}: {error}") from None

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from folovllm.distributed.communicator import SINGLE_RANK, Communicator
-from folovllm.distributed.thread_communicator import run_ranks
+from folovllm.distributed.thread_communicator import ThreadGroup, run_ranks
 from folovllm.gptq_config import GPTQConfig
 from folovllm.model_executor.cpu.int4_kernel import int4_refusal
 from folovllm.model_executor.layers.linear import (
@@ -164,6 +164,16 @@ def test_row_parallel_gptq_holds_the_groups_that_its_inputs_use(config: GPTQConf
     tolerance = 1e-4 if kernel == "dequant" else 0.02 * float(expected.abs().max())
     torch.testing.assert_close(results[0], expected, atol=tolerance, rtol=1e-4)
     assert calls == [{"all_reduce": 1}] * size
+
+
+def test_the_weights_of_all_ranks_are_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies in bf16 are kept if there is memory for all of them, and the ranks of a CPU share it."""
+    quantization, planned = GPTQQuantization(GPTQConfig(4, 32)), []
+    monkeypatch.setattr(quantization.kernel, "plan", planned.append)
+    layer = ColumnParallelLinear(64, 32, quant_config=quantization, prefix="x", tp=ThreadGroup(4).communicator(0))
+    quantization.plan(layer, num_ranks=4)
+    quantization.plan(layer)
+    assert planned == [64 * 32, 64 * 8]
 
 
 def test_a_quantised_head_is_divided() -> None:

@@ -115,7 +115,7 @@ def test_ranks_on_one_cpu_share_its_memory(folder: Path, monkeypatch: pytest.Mon
         workers = [Worker(config, folder, groups) for groups in thread_groups(config.parallel_config)]
         assert [w.available_kv_cache_bytes() for w in workers] == [4 * 2**20 // share] * share
         kv_cache_config = KVCacheConfig(9, 16, bytes_per_block=2**20 // share)  # 9 MiB in all ranks together
-        with pytest.raises(ValueError, match="does not fit into the 0.0 GiB of free memory"):
+        with pytest.raises(ValueError, match=r"does not fit into the 0\.0 GiB of free memory"):
             workers[0].initialize_kv_cache(kv_cache_config)
 
 

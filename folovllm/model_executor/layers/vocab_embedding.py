@@ -6,7 +6,7 @@ vllm/model_executor/layers/vocab_parallel_embedding.py. Left out: LoRA's extra v
 Every rank holds equally many rows. If the vocabulary does not divide, the last rows are zeros that no token has. E.g.
 vocab_size 7 on 3 ranks:
 
-    rank 0: tokens 0 1 2      rank 1: tokens 3 4 5      rank 2: token 6, zeros, zeros
+    | 0 1 2 | 3 4 5 | 6 . . |      rank 0 holds the rows of tokens 0, 1 and 2; each dot is a row of zeros
 """
 
 from typing import Any

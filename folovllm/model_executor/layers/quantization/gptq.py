@@ -37,11 +37,14 @@ class GPTQQuantization:
             return None
         return GPTQLinearMethod(self.config, self.kernel, prefix)
 
-    def plan(self, model: nn.Module) -> None:
-        """Tell the kernel how many weights are coming. Call it before `model` is loaded."""
+    def plan(self, model: nn.Module, num_ranks: int = 1) -> None:
+        """Tell the kernel how many weights are coming. Call it before `model` is loaded.
+
+        `num_ranks` ranks share this machine's memory, and each loads about as many.
+        """
         layers = (m for m in model.modules() if isinstance(m, LinearBase))
         quantized = [layer for layer in layers if isinstance(layer.quant_method, GPTQLinearMethod)]
-        self.kernel.plan(sum(layer.input_size * layer.output_size for layer in quantized))
+        self.kernel.plan(num_ranks * sum(layer.input_size * layer.output_size for layer in quantized))
 
     def finish(self, model: nn.Module) -> None:
         """Let the kernel finish its packing. Call it after the layers of `model` were processed."""
