@@ -6,7 +6,7 @@ skipping, vLLM's parameter classes, outputs that are gathered or inputs that are
 `tp` is the layer's end of the group of ranks that share it. A column-parallel layer, then a row-parallel one, is the
 pattern of attention and of the MLP alike (Shoeybi et al. 2019, "Megatron-LM", section 3):
 
-    x on every rank -> column-parallel -> own outputs -> row-parallel -> partial sums -> all_reduce -> sums on every rank
+    x on every rank -> column-parallel -> own outputs -> row-parallel -> partial sums -> all_reduce -> sums everywhere
 
 A layer knows its shapes and shards; *how* it multiplies is its `quant_method`'s business. That slot is where GPTQ (M7)
 and the fast CPU path (M4) enter, and why no model file ever mentions them.
