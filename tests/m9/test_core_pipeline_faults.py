@@ -1,5 +1,6 @@
 """A step raises while others are in flight: its requests end, or the guilty one, and all others get their tokens."""
 
+import contextlib
 import logging
 import random
 from collections.abc import Iterable
@@ -179,6 +180,36 @@ def test_what_a_worker_writes_after_a_failure_is_not_read() -> None:
         "a" in s.scheduler_output.num_scheduled_tokens for s in executor.discarded
     )
     drive_and_check(core, executor, [a, b])
+
+
+def test_a_step_that_fails_alone_unpublishes_its_own_blocks() -> None:
+    """S1 {a} has ended and S2 {b} fails. b computes all of its prompt again, and c hits what S1 computed."""
+    core, executor = pipeline_core(enable_prefix_caching=True, fault=Faults("b"))
+    a, b = make_request("a", list(range(8)), max_tokens=1), make_request("b", list(range(10, 19)), max_tokens=3)
+    helpers.add_all(core, [a, b])
+    core.step()
+    assert a.is_finished and in_flight(executor) == [{"b": 9}]
+    with pytest.raises(RuntimeError):
+        core.step(blamed=())
+    c = make_request("c", list(range(9)), max_tokens=3)
+    core.add_request(c)
+    core.step()
+    assert (b.num_cached_tokens, c.num_cached_tokens) == (0, 8)
+    drive_and_check(core, executor, [a, b, c])
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_step_that_was_taken_back_is_not_taken_for_the_one_before_it(fails: bool) -> None:
+    """c finds no blocks, so its step is empty and not started. What a's step publishes depends on a's step alone."""
+    core, executor = pipeline_core(enable_prefix_caching=True, num_kv_blocks=5, max_model_len=16)
+    executor.fault = Faults("a", times=int(fails))
+    a, c = make_request("a", 9, max_tokens=3), make_request("c", 13, max_tokens=2)
+    helpers.add_all(core, [a, c])
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        core.step(blamed=())
+    assert core.scheduler.num_steps == 2 and executor.num_in_flight == [1]
+    assert core.scheduler.kv_cache_manager.get_computed_blocks(a)[1] == (0 if fails else 8)
+    drive_and_check(core, executor, [a, c])
 
 
 # ---- the search for the guilty request
