@@ -225,8 +225,8 @@ class EngineCore:
         Otherwise, or if that was interrupted, the scheduler starts afresh.
 
         It also does if other steps were in flight. E.g. S1 tells the workers the new blocks of a, and S2 continues a.
-        If a worker raises in S1 before it has noted them, and then runs S2, it writes a's K/V into the blocks that a had
-        before its last preemption, and they may be another request's now. So no block can be trusted.
+        If a worker raises in S1 before it has noted them, and then runs S2, it writes a's K/V into the blocks that a
+        had before its last preemption, and they may be another request's now. So no block can be trusted.
         """
         if phase is Phase.COMMITTED:
             self.scheduler.commit_step()

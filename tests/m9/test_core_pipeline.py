@@ -188,6 +188,21 @@ def test_a_preempted_request_is_not_admitted_before_its_step_has_ended() -> None
     assert_oracle(b)
 
 
+def test_the_queue_waits_behind_a_preempted_request_whose_step_is_in_flight() -> None:
+    """b can start, c and d are in flight. There is room for two, but e does not overtake the head of the queue."""
+    core, executor = pipeline_core()
+    started, requests = Started(executor), four_requests()
+    helpers.add_all(core, requests)
+    core.step()
+    assert core.reset_prefix_cache(reset_running=True)
+    core.abort_requests(["a"])
+    core.add_request(make_request("e", 3, max_tokens=6))
+    core.step()
+    assert [list(step) for step in started.steps] == [["a", "b"], ["c", "d"], ["b"]]
+    helpers.drive(core)
+    assert_oracle(*requests[1:])
+
+
 def test_a_preempted_request_can_finish_while_it_waits() -> None:
     core, _ = pipeline_core()
     a, b = make_request("a", 3, max_tokens=5), make_request("b", 3, max_tokens=1)

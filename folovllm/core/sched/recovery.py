@@ -6,9 +6,9 @@ process.
 If the executor raised, the scheduler's own state is whole and `fail_step` ends the step. If the exception came from any
 other line, bookkeeping may be half done, and `recover` builds it anew from the requests alone. Row 1: no torch.
 
-If other steps were in flight, `recover` is called too: EngineCore._undo_step says why. E.g. S1 {a, b} raises while S2
-{c, d} is in flight. The core drops the answer of S2. If b is blamed, it ends. The queue is then a, c, d, with the tokens
-that they had, and all that they have computed is computed again.
+If other steps were in flight, `recover` is called too: EngineCore._undo_step says why. E.g. S1 {a, b} raises while
+S2 {c, d} is in flight. The core drops the answer of S2. If b is blamed, it ends. The queue is then a, c, d, with the
+tokens that they had, and all that they have computed is computed again.
 """
 
 from abc import ABC, abstractmethod
