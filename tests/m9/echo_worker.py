@@ -56,6 +56,7 @@ class EchoWorker(FakeExecutor):
         elif word == "raise":
             time.sleep(3600)  # an all-reduce in which one rank is missing
         elif word == "late" and is_meant:
+            time.sleep(0.2)
             self.num_calls += 1
             raise RuntimeError("too late for the others")
         elif word == "exit" and is_meant:
