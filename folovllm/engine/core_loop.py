@@ -82,6 +82,7 @@ class EngineCoreLoop:
             "reset_prefix_cache": core.reset_prefix_cache,
             "watch": self._feed.snapshot,
             "unwatch": self._feed.stop,
+            "ping": lambda: None,  # the answer says that all messages before it have arrived
         }
 
     def run(self) -> None:

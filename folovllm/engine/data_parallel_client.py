@@ -18,6 +18,7 @@ Row 3, without torch.
 
 import asyncio
 import functools
+import itertools
 import logging
 import threading
 import time
@@ -48,12 +49,12 @@ from folovllm.request import Request
 
 logger = logging.getLogger(__name__)
 
-MAX_DEATHS = 3  # in a row, i.e. no request ends between them,
-SECONDS_OF_DEATHS = 60.0  # and within this time: then the server ends
+MIN_DEATHS = 3  # so many, but at least one more than there are replicas, without a request that ends between them,
+SECONDS_OF_DEATHS = 60.0  # and within this time, end the server
 SECONDS_TO_START = 900.0  # a replica that is not ready by then is killed
 SECONDS_TO_END = 10.0
 LONGEST_PAUSE = 30.0  # seconds before a replica that dies again and again is started once more
-INTERNAL_CALL = -1  # the id of calls that are our own
+WATCH_CALL = -1  # the ids of calls that are our own are negative
 
 MakeClient = Callable[[int], CoreClient]
 
@@ -97,7 +98,10 @@ class DataParallelClient(CoreClient):
         self._requests = SentRequests(num_replicas)
         self._calls: dict[int, PendingCall] = {}
         self._is_watched = False
-        self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)  # when, since a request has ended
+        self._pings: dict[int, SentRequest] = {}  # call id -> the suspect that was sent just before
+        self._ping_ids = itertools.count(WATCH_CALL - 1, -1)
+        # When, since a request has ended.
+        self._deaths: deque[float] = deque(maxlen=max(MIN_DEATHS, num_replicas + 1))
         self._is_dead = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._lock = threading.Lock()  # no replica is launched once `close` has begun
@@ -129,7 +133,7 @@ class DataParallelClient(CoreClient):
         """A replica is ready: it takes part from now on."""
         replica.is_alive = True
         if self._is_watched:
-            replica.client.send(Call(INTERNAL_CALL, "watch"))
+            replica.client.send(Call(WATCH_CALL, "watch"))
         replica.client.subscribe(functools.partial(self._on_message, replica, replica.client))
 
     @property
@@ -210,6 +214,15 @@ class DataParallelClient(CoreClient):
         for entry in entries:
             self._requests.assign(entry, index)
             self._tell_router("started", entry.request, index)
+            if entry.is_suspect:
+                self._ping(entry)
+
+    def _ping(self, suspect: SentRequest) -> None:
+        """Asks the replica to say that the suspect has arrived. It answers before it computes the next step."""
+        assert suspect.replica is not None
+        call_id = next(self._ping_ids)
+        self._pings[call_id] = suspect
+        self.replicas[suspect.replica].client.send(Call(call_id, "ping"))
 
     def _route(self, request: Request, places: Sequence[int]) -> int:
         """The router's choice. The router may be a learner's: a fault in it must not lose a request."""
@@ -271,6 +284,8 @@ class DataParallelClient(CoreClient):
         self._take(StepOutputs(outputs, stats, list(records)))
 
     def _on_call_result(self, replica: Replica, result: CallResult) -> None:
+        if suspect := self._pings.pop(result.call_id, None):
+            suspect.has_arrived = True
         pending = self._calls.get(result.call_id)
         if pending is None:
             return
@@ -295,6 +310,7 @@ class DataParallelClient(CoreClient):
         self._tell_router("forget", replica.index)
         count = self._requests.load(replica.index).num_requests
         logger.error("engine %d is dead, with %d requests: %s", replica.index, count, cause)
+        self._pings = {i: suspect for i, suspect in self._pings.items() if suspect.replica != replica.index}
         ended = self._requests.lose(replica.index)
         for output in ended:
             if output.finish_reason == "error":
@@ -313,11 +329,11 @@ class DataParallelClient(CoreClient):
         if self._is_closing or self._is_dead:
             return
         replica.num_deaths += 1
-        if len(self._deaths) == MAX_DEATHS and self._deaths[-1] - self._deaths[0] <= SECONDS_OF_DEATHS:
+        if len(self._deaths) == self._deaths.maxlen and self._deaths[-1] - self._deaths[0] <= SECONDS_OF_DEATHS:
             self._is_dead = True
             for other in self.replicas:
                 other.is_alive = False
-            within = f"{MAX_DEATHS} engines have died within {SECONDS_OF_DEATHS:g} s, and no request has ended"
+            within = f"{len(self._deaths)} engines have died within {SECONDS_OF_DEATHS:g} s, and no request has ended"
             self._take(Dead(f"{within}; the last one: {cause}"))
         else:
             self._spawn(self._restart(replica))
@@ -338,7 +354,7 @@ class DataParallelClient(CoreClient):
         except Exception as error:
             self._on_failed_start(replica, f"it could not be started again: {cause_of(error)}")
         else:
-            if self._is_closing:
+            if self._is_closing or self._is_dead:
                 return
             logger.info("engine %d is ready again", replica.index)
             self._join(replica)

@@ -13,7 +13,7 @@ another, and others must not fail with it:
     - A death is blamed on the requests that had no token from that replica yet, or on all if each had one. They are
       suspects until each has got a token from another replica.
     - While there are suspects, a replica gets one of them at a time, and new requests are suspects, too. So a replica
-      that dies now dies with one request to blame.
+      that dies now dies with one request to blame. A suspect that had not arrived there yet is not blamed.
     - A request that is alone to blame for a death, and was to blame for another one before, fails. One that was to
       blame for five deaths fails in any case.
 """
@@ -40,6 +40,7 @@ class SentRequest:
     times: RequestTimes | None = None
     has_token: bool = False  # from the replica that it is in
     is_suspect: bool = False
+    has_arrived: bool = False  # the replica has said so; only suspects are asked about
     num_blamed: int = 0  # how many deaths it may have been the reason for
 
     def continuation(self) -> Request:
@@ -171,12 +172,14 @@ class SentRequests:
         for request_id, _ in aborted:
             del self._leaving[request_id]
         lost = [sent for sent in self._requests.values() if sent.replica == replica]
-        blamed = [sent for sent in lost if not sent.has_token] or lost
+        on_its_way = [sent for sent in lost if sent.is_suspect and not sent.has_arrived]
+        there = [sent for sent in lost if sent not in on_its_way]
+        blamed = [sent for sent in there if not sent.has_token] or there
         for sent in lost:
             self._count(sent, -1)
-            sent.replica, sent.has_token = None, False
-            sent.is_suspect = sent in blamed
-            sent.num_blamed += sent.is_suspect
+            sent.replica, sent.has_token, sent.has_arrived = None, False, False
+            sent.is_suspect = sent in blamed or sent in on_its_way
+            sent.num_blamed += sent in blamed
         self._suspects.pop(replica, None)
         # They came before those that wait already.
         self._waiting = {sent.request.request_id: sent for sent in lost} | self._waiting

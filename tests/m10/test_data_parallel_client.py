@@ -8,17 +8,19 @@ import functools
 import json
 import logging
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
 
-from folovllm.engine import data_parallel_client, sent_requests
+from folovllm.engine import data_parallel_client
 from folovllm.engine.async_llm import AsyncLLM, EngineDeadError, RequestFailedError
 from folovllm.engine.data_parallel_client import pause_before_start
+from folovllm.engine.router import LeastLoadedRouter
 from folovllm.engine.select_client import replica_config
 from folovllm.engine.stats_sum import ReplicaStats, sum_stats
 from folovllm.outputs import NO_STATS, RequestOutput
+from folovllm.request import Request
 from folovllm.sampling_params import RequestOutputKind, SamplingParams
 from folovllm.trace.replay import Replay
 from tests.m8.serving_helpers import (
@@ -181,6 +183,45 @@ async def test_multi_turn_requests_find_their_blocks(engine: AsyncLLM, replicas:
     await assert_all_free(engine)
 
 
+# ---- the router is told
+
+TOLD: list[tuple[Any, ...]] = []
+
+
+class Noting(LeastLoadedRouter):
+    """Notes what it hears."""
+
+    def started(self, request: Request, replica: int) -> None:
+        super().started(request, replica)
+        TOLD.append(("started", request.request_id, replica))
+
+    def finished(self, request: Request, replica: int, output_token_ids: Sequence[int]) -> None:
+        TOLD.append(("finished", request.request_id, replica, len(output_token_ids)))
+
+    def forget(self, replica: int) -> None:
+        TOLD.append(("forget", replica))
+
+
+@replica_test(functools.partial(Replicas, seconds=0.002), parts={"serve.router": f"{__name__}:Noting"})
+async def test_the_router_hears_what_happens(engine: AsyncLLM, replicas: Replicas) -> None:
+    TOLD.clear()
+    await collect(await engine.add_request("a", prompt_ids(1), greedy(3)))
+    assert TOLD == [("started", "a", 0), ("finished", "a", 0, 3)]
+    stream = await engine.add_request("b", prompt_ids(2), greedy(200))
+    await anext(stream)
+    await stream.aclose()
+    assert TOLD[2] == ("started", "b", 1) and TOLD[3][:3] == ("finished", "b", 1) and TOLD[3][3] >= 1
+    await assert_all_free(engine)
+    assert await engine.reset_prefix_cache() is True
+    assert sorted(TOLD[4:]) == [("forget", 0), ("forget", 1)]
+    replicas.may_start.clear()
+    stream = await engine.add_request("c", prompt_ids(3), greedy(40))
+    await anext(stream)
+    await kill(engine, replicas, 0)
+    assert len(await collect(stream)) == 39
+    assert TOLD[6:] == [("started", "c", 0), ("forget", 0), ("started", "c", 1), ("finished", "c", 1, 40)]
+
+
 # ---- a learner's router
 
 
@@ -254,8 +295,10 @@ async def test_counters_do_not_fall_when_an_engine_dies(engine: AsyncLLM, replic
     answers = asyncio.gather(*map(collect, streams))
     await eventually(lambda: engine.stats.num_generation_tokens > 100)
     before = engine.stats
+    replicas.may_start.clear()
     await kill(engine, replicas, 0)
     after = engine.stats
+    replicas.may_start.set()
     assert after.num_generation_tokens >= before.num_generation_tokens
     assert after.replicas[0].num_generation_tokens >= before.replicas[0].num_generation_tokens
     assert after.replicas[0].num_running == 0
@@ -293,6 +336,20 @@ async def test_two_deaths_in_a_row_lose_nothing(engine: AsyncLLM, replicas: Repl
     await no_suspects(engine)
     await kill(engine, replicas, 1)
     assert await answers == [oracle(prompt_ids(i), 150) for i in range(8)]
+    await assert_all_free(engine)
+
+
+@replica_test(functools.partial(Replicas, seconds=0.001), num_replicas=3)
+async def test_all_engines_killed_at_once_lose_nothing(engine: AsyncLLM, replicas: Replicas) -> None:
+    """The front end hears of one death after another, and in between it sends requests to engines that are dead."""
+    for number in range(5):
+        await all_alive(engine)
+        streams = [await engine.add_request(f"{number}-{i}", prompt_ids(i), greedy(40)) for i in range(7)]
+        answers = asyncio.gather(*map(collect, streams))
+        await eventually(lambda: all(replicas.requests_of(i) for i in range(3)))
+        for executor in replicas.now.values():
+            executor.is_killed = True
+        assert await answers == [oracle(prompt_ids(i), 40) for i in range(7)]
     await assert_all_free(engine)
 
 
@@ -395,7 +452,6 @@ async def test_an_engine_that_cannot_be_started_again_ends_the_server_only_if_it
 
 def test_deaths_far_apart_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_parallel_client, "LONGEST_PAUSE", 0.001)
-    monkeypatch.setattr(sent_requests, "MAX_BLAMED", 100)
 
     async def test() -> None:
         replicas = Replicas()
@@ -408,6 +464,8 @@ def test_deaths_far_apart_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
                 now[0] += 31.0
                 await all_alive(engine)
                 await no_suspects(engine)
+                for sent in client_of(engine)._requests._requests.values():
+                    sent.num_blamed = 0  # what requests are blamed for is the matter of other tests
                 await kill(engine, replicas, number % 2)
             assert await answers == [oracle(prompt_ids(i), 200) for i in range(6)]
 

@@ -26,6 +26,13 @@ def tokens(request_id: str, *token_ids: int, finish: str | None = None) -> Engin
     return EngineCoreOutput(request_id, list(token_ids), finish_reason=finish, times=RequestTimes(1, 2, 3, 4, 5))
 
 
+def try_suspect(requests: SentRequests, suspect: SentRequest, replica: int) -> None:
+    """The replica has it."""
+    requests.assign(suspect, replica)
+    assert suspect.is_suspect
+    suspect.has_arrived = True
+
+
 def ends(outputs: list[EngineCoreOutput]) -> list[tuple[str, str | None]]:
     return [(output.request_id, output.finish_reason) for output in outputs]
 
@@ -120,7 +127,7 @@ def test_a_request_that_is_alone_to_blame_for_a_second_death_fails() -> None:
     other = send(requests, "other", 1)
     requests.receive([tokens("other", 1)])
     requests.lose(0)
-    requests.assign(bad, 1)
+    try_suspect(requests, bad, 1)
     assert ends(requests.lose(1)) == [("bad", "error")]
     assert requests.waiting() == [other, good]
     assert not other.is_suspect and good.is_suspect
@@ -133,9 +140,24 @@ def test_a_death_is_blamed_on_those_without_a_token_from_that_replica() -> None:
     requests.lose(0)
     assert not old.is_suspect and new.is_suspect
     requests.assign(old, 1)
-    requests.assign(new, 1)
+    try_suspect(requests, new, 1)
     assert ends(requests.lose(1)) == [], "neither had a token from this replica"
     assert old.is_suspect and new.is_suspect and (old.num_blamed, new.num_blamed) == (1, 2)
+
+
+def test_a_suspect_that_had_not_arrived_is_not_blamed() -> None:
+    """Both replicas were killed at once. The front end has heard of one death when it sends to the other replica."""
+    requests = SentRequests(2)
+    sent, other = send(requests, "a", 0), send(requests, "other", 1)
+    requests.receive([tokens("other", 1)])
+    requests.lose(0)
+    requests.assign(sent, 1)
+    assert requests.lose(1) == [] and sent.is_suspect and sent.num_blamed == 1
+    assert other.is_suspect and other.num_blamed == 1
+    requests.assign(sent, 1)
+    requests.lose(1)
+    try_suspect(requests, sent, 0)
+    assert ends(requests.lose(0)) == [("a", "error")]
 
 
 def test_a_death_that_nothing_explains_is_blamed_on_all() -> None:
@@ -152,9 +174,9 @@ def test_a_new_request_fails_only_after_its_own_second_death() -> None:
     requests.lose(0)
     new = requests.add(make_request("new", 3))
     requests.assign(old, 0)
-    requests.assign(new, 1)
+    try_suspect(requests, new, 1)
     assert requests.lose(1) == [] and new.is_suspect
-    requests.assign(new, 1)
+    try_suspect(requests, new, 1)
     assert ends(requests.lose(1)) == [("new", "error")] and len(requests) == 1
 
 
@@ -164,12 +186,13 @@ def test_no_request_is_to_blame_for_a_sixth_death() -> None:
     bad = requests.add(make_request("bad", 3))
     for number in range(4):
         requests.assign(bad, 0)
+        bad.has_arrived = True
         requests.receive([tokens("bad", number)])
         send(requests, f"innocent {number}", 0)
         requests.receive([tokens(f"innocent {number}", 1)])
         assert requests.lose(0) == []
         requests.abort([f"innocent {number}"])
-    requests.assign(bad, 0)
+    try_suspect(requests, bad, 0)
     send(requests, "innocent", 1)
     assert ends(requests.lose(0)) == [("bad", "error")]
 
@@ -213,6 +236,7 @@ class History(RuleBasedStateMachine):
         self.old: list[list[str]] = [[] for _ in range(self.NUM_REPLICAS)]  # aborted there, not confirmed
         self.got: dict[str, int] = {}  # unfinished: how many tokens the reader has
         self.num_blamed: dict[str, int] = {}
+        self.arrived: set[str] = set()
         self.first: dict[str, list[int]] = {}  # the first token that a request gets where it is now
         self.count = 0
 
@@ -233,6 +257,7 @@ class History(RuleBasedStateMachine):
         outputs = [tokens(name, *given, finish="stop" if name == last else None) for name, given in replica.items()]
         confirmed = [tokens(name, finish="abort") for name in self.old[index]]
         self.old[index] = []
+        self.arrive(index)
         ended = self.requests.receive([*confirmed, *outputs])
         assert [sent.request.request_id for sent, _ in ended] == ([last] if last else [])
         for name in list(replica):
@@ -242,6 +267,13 @@ class History(RuleBasedStateMachine):
         if last:
             del replica[last], self.got[last]
         self.send()
+
+    @rule(index=st.integers(0, NUM_REPLICAS - 1))
+    def arrive(self, index: int) -> None:
+        """A replica says that it has what it was sent."""
+        for name in self.replicas[index]:
+            self.requests._requests[name].has_arrived = True
+            self.arrived.add(name)
 
     @precondition(lambda self: self.got)
     @rule(data=st.data())
@@ -257,7 +289,8 @@ class History(RuleBasedStateMachine):
     def die(self, index: int) -> None:
         replica = self.replicas[index]
         assert sum(self.requests._requests[name].is_suspect for name in replica) <= 1
-        blamed = [name for name, given in replica.items() if given == self.first[name]] or list(replica)
+        there = [n for n in replica if n in self.arrived or not self.requests._requests[n].is_suspect]
+        blamed = [name for name in there if replica[name] == self.first[name]] or there
         for name in blamed:
             self.num_blamed[name] += 1
         failed = [n for n in blamed if self.num_blamed[n] >= (2 if blamed == [n] else 5)]
@@ -277,6 +310,7 @@ class History(RuleBasedStateMachine):
                 self.requests.assign(sent, index)
                 request = sent.continuation()
                 assert request.output_token_ids == list(range(self.got[request.request_id]))
+                self.arrived.discard(request.request_id)
                 self.first[request.request_id] = [len(request.output_token_ids)]
                 self.replicas[index][request.request_id] = [len(request.output_token_ids)]
 
