@@ -138,7 +138,7 @@ def test_the_death_of_the_actor_is_told(ray_cluster, tmp_path):
             assert first.outputs[0].token_ids
             before = time.monotonic()
             kill(slow.pid)
-            with pytest.raises(EngineDeadError, match=r"actor|process"):
+            with pytest.raises(EngineDeadError, match="its process has ended"):
                 await collect(stream)
             assert time.monotonic() - before < 20
             with pytest.raises(EngineDeadError):
@@ -162,7 +162,7 @@ def test_an_idle_actor_that_dies_is_told(ray_cluster, tmp_path):
     [
         (refused, ValueError, "use an even one"),
         (broken, EngineDeadError, "OSError: no such disk"),
-        (crashing, EngineDeadError, "actor|process"),
+        (crashing, EngineDeadError, "its process has ended"),
     ],
 )
 def test_an_engine_that_cannot_start_says_why(ray_cluster, factory, kind, message):
@@ -233,7 +233,7 @@ def test_two_replicas_in_actors_lose_no_request_when_one_is_killed(ray_cluster, 
             await eventually(lambda: engine.num_alive == engine.num_engines == 2)
             assert slow.pid(1) != first
             await assert_all_free(engine)
-        assert not is_alive(slow.pid(0)) and not is_alive(slow.pid(1))
+        wait_for(lambda: not is_alive(slow.pid(0)) and not is_alive(slow.pid(1)), "an engine is left")
 
     run_async(run)
 
