@@ -20,6 +20,7 @@ import contextlib
 import importlib.util
 import os
 import queue
+import re
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -165,7 +166,10 @@ def num_cpus_of(config: EngineConfig) -> int:
 
 
 def cause_of(error: Exception) -> str:
-    """What an exception of Ray says about the end of an actor, as one sentence."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    details = [line for line in lines if "exit detail" in line or "died because" in line]
-    return (details or [line for line in lines if line] or [type(error).__name__])[0]
+    """What an exception of Ray says about the end of an actor, in a sentence. It says much more than that."""
+    text = " ".join(str(error).split())
+    detail = re.search(r"exit detail: (.*?)(?: Some common causes|$)", text)
+    if detail is not None:
+        hint = "if the machine ran out of memory, its kernel's log says so"
+        return f"its process has ended ({detail.group(1).rstrip('.')}); {hint}"
+    return text or type(error).__name__

@@ -149,7 +149,7 @@ class RayCoreClient(CoreClient):
             return
         self._writer.start()
         try:
-            while (messages := self._take()) is not None:
+            while (messages := self._fetch()) is not None:
                 for message in messages:
                     self._deliver(message)
         except Exception as error:
@@ -167,7 +167,7 @@ class RayCoreClient(CoreClient):
         if self._is_closing:  # meanwhile
             self._kill()
 
-    def _take(self) -> list[UpMessage] | None:
+    def _fetch(self) -> list[UpMessage] | None:
         messages: list[UpMessage] | None = self._ray.get(
             self._actor.take.remote(TAKE_SECONDS), timeout=TAKE_SECONDS + ANSWER_SECONDS
         )

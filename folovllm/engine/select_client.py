@@ -11,6 +11,7 @@ from pathlib import Path
 from folovllm.config import EngineConfig
 from folovllm.engine.core_client import CoreClient, ProcessCoreClient, ThreadCoreClient
 from folovllm.engine.data_parallel_client import DataParallelClient
+from folovllm.engine.ray_client import RayCoreClient
 from folovllm.engine.start_core import ExecutorFactory
 from folovllm.parts import load_part
 
@@ -20,12 +21,13 @@ def make_core_client(
 ) -> CoreClient:
     """The client for `config`, not launched yet. Raises ValueError if there cannot be one.
 
-    Each engine is a process of its own, or with `in_process=False` a thread.
+    Each engine is a process of its own, or with `in_process=False` a thread, or with the backend "ray" an actor.
     """
     parallel = config.parallel_config
-    if parallel.data_parallel_backend == "ray":
-        raise ValueError("data_parallel_backend='ray' is not built yet")
+    engine_client: type[ProcessCoreClient] | type[ThreadCoreClient] | type[RayCoreClient]
     engine_client = ProcessCoreClient if in_process else ThreadCoreClient
+    if parallel.data_parallel_backend == "ray":
+        engine_client = RayCoreClient
     if parallel.data_parallel_size == 1:
         return engine_client(config, model_path, executor_factory)
     starts = [0] * parallel.data_parallel_size

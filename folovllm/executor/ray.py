@@ -148,7 +148,7 @@ class RayExecutor(Executor):
             except self._ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             except self._ray.exceptions.RayError as error:
-                self._die(f"rank {refs.index(done[0])} has ended: {cause_of(error)}")
+                self._die(f"rank {refs.index(done[0])}: {cause_of(error)}")
         return [results[ref] for ref in refs]
 
     def _check_in_step(self, error: Exception) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from folovllm import LLM, SamplingParams, start_async_llm
 from folovllm.config import EngineConfig
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.engine.async_llm import AsyncLLM, EngineDeadError
 from folovllm.engine.ray_client import RayCoreClient
 from folovllm.executor.fake import FakeExecutor
 from folovllm.outputs import ModelRunnerOutput
+from folovllm.parallel import ParallelConfig
 from tests.m1.tiny_tokenizers import byte_level
 from tests.m8.serving_helpers import (
     VOCAB_SIZE,
@@ -30,6 +32,7 @@ from tests.m8.serving_helpers import (
     run_async,
     serving_config,
 )
+from tests.m9.parallel_models import make_parallel
 from tests.m10.conftest import is_alive, kill, wait_for
 
 pytestmark = [pytest.mark.m10, pytest.mark.ray]
@@ -135,7 +138,7 @@ def test_the_death_of_the_actor_is_told(ray_cluster, tmp_path):
             assert first.outputs[0].token_ids
             before = time.monotonic()
             kill(slow.pid)
-            with pytest.raises(EngineDeadError, match=r"actor|process"):
+            with pytest.raises(EngineDeadError, match="its process has ended"):
                 await collect(stream)
             assert time.monotonic() - before < 20
             with pytest.raises(EngineDeadError):
@@ -159,7 +162,7 @@ def test_an_idle_actor_that_dies_is_told(ray_cluster, tmp_path):
     [
         (refused, ValueError, "use an even one"),
         (broken, EngineDeadError, "OSError: no such disk"),
-        (crashing, EngineDeadError, "actor|process"),
+        (crashing, EngineDeadError, "its process has ended"),
     ],
 )
 def test_an_engine_that_cannot_start_says_why(ray_cluster, factory, kind, message):
@@ -190,5 +193,68 @@ def test_close_ends_the_process_and_frees_its_place(ray_cluster, tmp_path):
             await engine.add_request("r", prompt_ids(1), greedy(max_tokens=200))
         wait_for(lambda: not is_alive(slow.pid), "the actor's process still runs")
         wait_for(lambda: ray_cluster.available_resources().get("CPU") == free, "its CPU is not free")
+
+    run_async(run)
+
+
+class SlowReplicas:
+    """Like Slow, for several engines: each writes its process id under its number."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, config: EngineConfig) -> SlowExecutor:
+        return SlowExecutor(self._file(config.parallel_config.data_parallel_rank))
+
+    def pid(self, replica: int) -> int:
+        return int(self._file(replica).read_text())
+
+    def _file(self, replica: int) -> Path:
+        return self.folder / str(replica)
+
+
+def test_two_replicas_in_actors_lose_no_request_when_one_is_killed(ray_cluster, tmp_path):
+    """Its requests go to the other one, with the tokens that the reader has; and it is started again."""
+    slow = SlowReplicas(tmp_path)
+    config = serving_config(max_num_seqs=4)
+    parallel = ParallelConfig(data_parallel_size=2, data_parallel_backend="ray")
+    config = dataclasses.replace(config, parallel_config=parallel)
+
+    async def run() -> None:
+        engine = await AsyncLLM.start(config, Path("unused"), byte_level(), executor_factory=slow)
+        async with engine:
+            prompts = [prompt_ids(i) for i in range(12)]
+            streams = [await engine.add_request(f"r{i}", p, greedy(max_tokens=60)) for i, p in enumerate(prompts)]
+            readers = [asyncio.create_task(collect(stream)) for stream in streams]
+            await eventually(lambda: engine.stats.num_generation_tokens > 40)
+            first = slow.pid(1)
+            kill(first)
+            assert await asyncio.gather(*readers) == [oracle(p, 60) for p in prompts]
+            await eventually(lambda: engine.num_alive == engine.num_engines == 2)
+            assert slow.pid(1) != first
+            await assert_all_free(engine)
+        wait_for(lambda: not is_alive(slow.pid(0)) and not is_alive(slow.pid(1)), "an engine is left")
+
+    run_async(run)
+
+
+def test_an_engine_in_an_actor_may_have_ranks_in_actors(ray_cluster, tmp_path_factory):
+    """Two kinds of actors, with places of their own: one for the loop, two for the ranks."""
+    model = make_parallel("biases", tmp_path_factory.mktemp("biases"))
+    args = {"dtype": "float32", "max_model_len": 64, "cpu_threads": 1}
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    expected = LLM(str(model), **args).generate("the other", params, use_tqdm=False)[0].outputs[0].token_ids
+
+    async def run() -> None:
+        engine = await start_async_llm(
+            str(model),
+            tensor_parallel_size=2,
+            distributed_executor_backend="ray",
+            data_parallel_backend="ray",
+            **args,
+        )
+        async with engine:
+            outputs = [output async for output in engine.generate("the other", params, "r")]
+            assert outputs[-1].outputs[0].token_ids == expected
 
     run_async(run)

@@ -122,7 +122,7 @@ def test_several_batches_are_in_the_engine_at_once(ray_cluster, tmp_path, model)
     path, trace = write_lines(tmp_path / "prompts.jsonl", rows), tmp_path / "steps.jsonl"
     run(path, tmp_path / "answers", model, batch_size=2, batches_at_once=4, trace=str(trace))
     steps = [json.loads(line) for line in trace.read_text().splitlines()]
-    assert max(len(step.get("num_scheduled_tokens", ())) for step in steps) > 2
+    assert max(len(step.get("sched", ())) for step in steps) > 2
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_a_rank_that_raises_alone_ends_the_engine(ray_cluster, tmp_path, monkeyp
 
 
 def test_a_rank_that_dies_in_a_step_ends_the_engine(ray_cluster, tmp_path):
-    with ranks(tmp_path) as core, dies_within(DEATH_SECONDS, "^rank 1 has ended: "):
+    with ranks(tmp_path) as core, dies_within(DEATH_SECONDS, "^rank 1: its process has ended"):
         run(core, request("other", 50), request("kill-1", 1))
 
 
@@ -112,7 +112,7 @@ def test_a_rank_that_is_killed_while_idle_is_noticed(ray_cluster, tmp_path):
     with ranks(tmp_path) as core:
         ids = process_ids(core)
         os.kill(ids[0], signal.SIGKILL)
-        with dies_within(DEATH_SECONDS, "^rank 0 has ended: "):
+        with dies_within(DEATH_SECONDS, "^rank 0: its process has ended"):
             core.executor.check_health()
         wait_for(lambda: not is_alive(ids[1]), "the other rank lives on")
 
@@ -171,6 +171,6 @@ def test_an_llm_whose_rank_has_died_says_so_in_every_call(ray_cluster, model):
     llm = LLM(model, distributed_executor_backend="ray", tensor_parallel_size=2, **args)
     os.kill(process_ids(llm.llm_engine.engine_core)[1], signal.SIGKILL)
     for _ in range(2):
-        with dies_within(DEATH_SECONDS, "^rank 1 has ended"):
+        with dies_within(DEATH_SECONDS, "^rank 1: its process has ended"):
             tokens(llm)
     llm.shutdown()
