@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import figure_files
-from figure_shapes import CORE, LINE, TEXT, WORKER, arrow, box, canvas, cell, note, panel, save
+from figure_shapes import CORE, LINE, TEXT, arrow, box, canvas, cell, note, panel, save
 from matplotlib import pyplot as plt
 
 from folovllm import viz
@@ -133,13 +133,13 @@ def parts(path: Path) -> None:
     arrow(axes, (2.5, 2.05), (1.95, 2.05), BLUE)
     arrow(axes, (3.0, 1.85), (3.0, 1.22))
     arrow(axes, (4.05, 1.85), (4.05, 1.22))
-    for i, (y, name) in enumerate(((2.55, "engine 0"), (1.45, "engine 1"), (0.35, "engine 2"))):
-        panel(axes, 6.3, y, 2.5, 0.9, CORE if i != 1 else WORKER, LINE)
+    for y, name in ((2.55, "engine 0"), (1.45, "engine 1"), (0.35, "engine 2")):
+        panel(axes, 6.3, y, 2.5, 0.9, CORE, LINE)
         note(axes, 7.55, y + 0.62, name, size=10, weight="bold", ha="center")
         note(axes, 7.55, y + 0.28, "scheduler, KV cache, all weights", size=8.5, color=LINE, ha="center")
         arrow(axes, (4.62, 2.3), (6.25, y + 0.55))
         arrow(axes, (6.25, y + 0.35), (4.62, 2.1), BLUE)
-    note(axes, 5.0, 3.3, "AddRequests, AbortRequests", size=8.5, color=LINE)
+    note(axes, 4.8, 3.3, "AddRequests,\nAbortRequests", size=8.5, color=LINE)
     note(axes, 5.0, 0.2, "StepOutputs, Dead", size=8.5, color=BLUE)
     save(axes, path)
 

@@ -270,7 +270,7 @@ def tokens_of_another_replica_do_not_count(mine: Mine) -> None:
 
 @check("unit", spec="R10.12", hint=2)
 def the_suspect_fails_alone(mine: Mine) -> None:
-    """A second replica dies: the suspect in it is to blame, and nobody else is suspected."""
+    """A second replica dies: the suspect in it is to blame, and no other request is suspected."""
     requests = mine.cls(2)
     send(requests, 0, "poison", "a")
     send(requests, 1, "b", "c")
@@ -292,7 +292,7 @@ def the_suspect_fails_alone(mine: Mine) -> None:
 
 @check("unit", spec="R10.12", hint=2)
 def two_who_may_be_to_blame_do_not_fail(mine: Mine) -> None:
-    """If two requests may be the reason, nobody fails yet; a request that was to blame five times does."""
+    """If two requests may be the reason, neither fails yet; a request that was to blame five times does."""
     requests = mine.cls(1)
     send(requests, 0, "a", "b")
     ends = [lose(requests, 0)]
@@ -302,7 +302,7 @@ def two_who_may_be_to_blame_do_not_fail(mine: Mine) -> None:
         ends.append(lose(requests, 0))
         if death < 5:
             assert ends[-1] == [], (
-                f"death {death} with a and b, neither with a token: ended {ends[-1]}, expected nobody"
+                f"death {death} with a and b, neither with a token: ended {ends[-1]}, expected neither"
             )
     expected = [("a", "error"), ("b", "error")]
     assert ends[-1] == expected and not waiting(requests), (

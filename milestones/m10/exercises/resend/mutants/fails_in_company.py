@@ -1,4 +1,4 @@
-# killed-by: two_who_may_be_to_blame_do_not_fail | expected nobody
+# killed-by: two_who_may_be_to_blame_do_not_fail | expected neither
 """Every suspect of a second death fails, although only one of them can be the reason."""
 
 from collections.abc import Iterable

@@ -1,5 +1,5 @@
 # killed-by: the_load_of_the_dead_is_gone | expected (0, 0)
-"""The dead replica keeps its load, so the router avoids the one that takes its place, for ever."""
+"""The dead replica keeps its load, so the router avoids the one that takes its place forever."""
 
 from collections.abc import Iterable
 

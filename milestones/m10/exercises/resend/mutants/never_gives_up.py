@@ -1,5 +1,5 @@
 # killed-by: two_who_may_be_to_blame_do_not_fail | it must end at some time
-"""Two requests that only kill together are sent again for ever."""
+"""Two requests that only kill together are sent again forever."""
 
 from collections.abc import Iterable
 

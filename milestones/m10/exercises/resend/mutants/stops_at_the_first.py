@@ -1,5 +1,5 @@
 # killed-by: one_step_has_outputs_of_many | expected (
-"""The loop ends at the first output that belongs to nobody, and the outputs behind it are lost."""
+"""The loop ends at the first output that belongs to no request, and the outputs behind it are lost."""
 
 from collections.abc import Iterable
 

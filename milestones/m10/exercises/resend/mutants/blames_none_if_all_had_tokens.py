@@ -1,5 +1,5 @@
 # killed-by: who_has_got_a_token_is_not_blamed | expected both
-"""If each request had a token, nobody is to blame. A prompt that kills at its second token is never found."""
+"""If each request had a token, no request is to blame. A prompt that kills at its second token is never found."""
 
 from collections.abc import Iterable
 

@@ -1,5 +1,5 @@
 # killed-by: one_suspect_at_a_time | expected only a
-"""Nobody is suspected. A request that kills engines is sent from one to the next, until none lives."""
+"""No request is suspected. A request that kills engines is sent from one to the next, until none lives."""
 
 from collections.abc import Iterable
 
