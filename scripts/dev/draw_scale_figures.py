@@ -82,6 +82,8 @@ def splits(path: Path) -> None:
         ax.set_yticks([])
         ax.tick_params(axis="x", labelsize=8.5)
         ax.spines["left"].set_visible(False)
+    figure.supxlabel("engines x GPUs each; below, the gap between two tokens of a single user", fontsize=9.5)
+    figure.supylabel("tokens per second, all at once", fontsize=9.5)
     figure_files.save(figure, path)
 
 
