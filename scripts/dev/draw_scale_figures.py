@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import figure_files
-from figure_shapes import CORE, LINE, TEXT, WORKER, arrow, box, canvas, cell, note, panel, save
+from figure_shapes import CORE, LINE, TEXT, arrow, box, canvas, cell, note, panel, save
 from matplotlib import pyplot as plt
 
 from folovllm import viz
@@ -82,6 +82,8 @@ def splits(path: Path) -> None:
         ax.set_yticks([])
         ax.tick_params(axis="x", labelsize=8.5)
         ax.spines["left"].set_visible(False)
+    figure.supxlabel("engines x GPUs each; below, the gap between two tokens of a single user", fontsize=9.5)
+    figure.supylabel("tokens per second, all at once", fontsize=9.5)
     figure_files.save(figure, path)
 
 
@@ -98,7 +100,9 @@ def replicas(path: Path) -> None:
         ax.set(xscale="log", xlabel="replicas, each with the same load", ylabel=label, ylim=(0, None))
         ax.set_xticks(numbers, [str(n) for n in numbers])
         ax.minorticks_off()
-        ax.legend(frameon=False, fontsize=9)
+    axes[0].legend(frameon=False, fontsize=9, loc="lower left")
+    axes[1].set_ylim(0, 1.3 * max(column(rows_of("replicas"), "TTFT p99, ms")))
+    axes[1].legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
     figure_files.save(figure, path)
 
 
@@ -133,13 +137,13 @@ def parts(path: Path) -> None:
     arrow(axes, (2.5, 2.05), (1.95, 2.05), BLUE)
     arrow(axes, (3.0, 1.85), (3.0, 1.22))
     arrow(axes, (4.05, 1.85), (4.05, 1.22))
-    for i, (y, name) in enumerate(((2.55, "engine 0"), (1.45, "engine 1"), (0.35, "engine 2"))):
-        panel(axes, 6.3, y, 2.5, 0.9, CORE if i != 1 else WORKER, LINE)
+    for y, name in ((2.55, "engine 0"), (1.45, "engine 1"), (0.35, "engine 2")):
+        panel(axes, 6.3, y, 2.5, 0.9, CORE, LINE)
         note(axes, 7.55, y + 0.62, name, size=10, weight="bold", ha="center")
         note(axes, 7.55, y + 0.28, "scheduler, KV cache, all weights", size=8.5, color=LINE, ha="center")
         arrow(axes, (4.62, 2.3), (6.25, y + 0.55))
         arrow(axes, (6.25, y + 0.35), (4.62, 2.1), BLUE)
-    note(axes, 5.0, 3.3, "AddRequests, AbortRequests", size=8.5, color=LINE)
+    note(axes, 4.8, 3.3, "AddRequests,\nAbortRequests", size=8.5, color=LINE)
     note(axes, 5.0, 0.2, "StepOutputs, Dead", size=8.5, color=BLUE)
     save(axes, path)
 

@@ -39,12 +39,13 @@ def load(requests: Any, replica: int) -> tuple[int, int]:
     return one.num_requests, one.num_prompt_tokens
 
 
-def send_what_may_go(requests: Any, living: list[int]) -> list[str]:
+def send_what_may_go(requests: Any, living: list[int], has_arrived: bool = True) -> list[str]:
     """Sends all that waits to the first replica that may have it, as the client does. Returns the ids that went."""
     sent = []
     for entry in requests.waiting():
         if places := requests.places(entry, living):
             requests.assign(entry, places[0])
+            entry.has_arrived = has_arrived
             sent.append(entry.request.request_id)
     return sent
 
@@ -268,9 +269,29 @@ def tokens_of_another_replica_do_not_count(mine: Mine) -> None:
     )
 
 
+@check("unit", spec="R10.12", hint=3)
+def a_suspect_on_its_way_is_not_blamed(mine: Mine) -> None:
+    """A replica that died before a suspect arrived did not die of it. The suspect stays one."""
+    requests = mine.cls(2)
+    (a,) = send(requests, 0, "a")
+    (c,) = send(requests, 1, "c")
+    give(requests, "c", [8])
+    lose(requests, 0)
+    send_what_may_go(requests, [1], has_arrived=False)
+    got = (lose(requests, 1), a.is_suspect, c.is_suspect)
+    assert got == ([], True, True), (
+        "a, a suspect, was sent to replica 1, which died before a had arrived there; c had a token from it: (ended, a "
+        "is a "
+        f"suspect, c is one) is {got}, expected ([], True, True): c alone was there, and a is as suspect as before"
+    )
+    send_what_may_go(requests, [0], has_arrived=False)
+    got = (a.has_arrived, a.has_token)
+    assert got == (False, False), f"a is on its way to the next replica: (has_arrived, has_token) is {got}"
+
+
 @check("unit", spec="R10.12", hint=2)
 def the_suspect_fails_alone(mine: Mine) -> None:
-    """A second replica dies: the suspect in it is to blame, and nobody else is suspected."""
+    """A second replica dies: the suspect in it is to blame, and no other request is suspected."""
     requests = mine.cls(2)
     send(requests, 0, "poison", "a")
     send(requests, 1, "b", "c")
@@ -292,17 +313,18 @@ def the_suspect_fails_alone(mine: Mine) -> None:
 
 @check("unit", spec="R10.12", hint=2)
 def two_who_may_be_to_blame_do_not_fail(mine: Mine) -> None:
-    """If two requests may be the reason, nobody fails yet; a request that was to blame five times does."""
+    """If two requests may be the reason, neither fails yet; a request that was to blame five times does."""
     requests = mine.cls(1)
     send(requests, 0, "a", "b")
     ends = [lose(requests, 0)]
     for death in range(2, 6):
         for entry in requests.waiting():
             requests.assign(entry, 0)
+            entry.has_arrived = True
         ends.append(lose(requests, 0))
         if death < 5:
             assert ends[-1] == [], (
-                f"death {death} with a and b, neither with a token: ended {ends[-1]}, expected nobody"
+                f"death {death} with a and b, neither with a token: ended {ends[-1]}, expected neither"
             )
     expected = [("a", "error"), ("b", "error")]
     assert ends[-1] == expected and not waiting(requests), (
@@ -329,6 +351,7 @@ def _play(mine: Mine, rng: random.Random, name: str) -> None:
             if places := requests.places(entry, range(num_replicas)):
                 where = rng.choice(places)
                 requests.assign(entry, where)
+                entry.has_arrived = rng.random() < 0.8
                 again = entry.continuation()
                 running[where][again.request_id] = list(again.output_token_ids)
         replica = rng.randrange(num_replicas)

@@ -28,12 +28,14 @@ class SentRequests(Reference):
         for request_id, _ in aborted:
             del self._leaving[request_id]
         lost = [sent for sent in self._requests.values() if sent.replica == replica]
-        blamed = [sent for sent in lost if not sent.has_token] or lost
+        on_its_way = [sent for sent in lost if sent.is_suspect and not sent.has_arrived]
+        there = [sent for sent in lost if sent not in on_its_way]
+        blamed = [sent for sent in there if not sent.has_token] or there
         for sent in lost:
             self._count(sent, -1)
-            sent.replica, sent.has_token = None, False
-            sent.is_suspect, sent.output_token_ids = sent in blamed, []
-            sent.num_blamed += sent.is_suspect
+            sent.replica, sent.has_token, sent.has_arrived = None, False, False
+            sent.is_suspect, sent.output_token_ids = sent in blamed or sent in on_its_way, []
+            sent.num_blamed += sent in blamed
         self._suspects.pop(replica, None)
         self._waiting = {sent.request.request_id: sent for sent in lost} | self._waiting
         for sent in blamed:

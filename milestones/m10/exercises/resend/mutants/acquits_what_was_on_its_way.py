@@ -1,5 +1,5 @@
-# killed-by: one_suspect_at_a_time | expected only a
-"""Nobody is suspected. A request that kills engines is sent from one to the next, until none lives."""
+# killed-by: a_suspect_on_its_way_is_not_blamed | as suspect as before
+"""A suspect that had only been sent is acquitted by the death of the replica, and may kill the next one in company."""
 
 from collections.abc import Iterable
 
@@ -28,11 +28,13 @@ class SentRequests(Reference):
         for request_id, _ in aborted:
             del self._leaving[request_id]
         lost = [sent for sent in self._requests.values() if sent.replica == replica]
-        blamed = [sent for sent in lost if not sent.has_token] or lost
+        on_its_way = [sent for sent in lost if sent.is_suspect and not sent.has_arrived]
+        there = [sent for sent in lost if sent not in on_its_way]
+        blamed = [sent for sent in there if not sent.has_token] or there
         for sent in lost:
             self._count(sent, -1)
-            sent.replica, sent.has_token = None, False
-            sent.is_suspect = False
+            sent.replica, sent.has_token, sent.has_arrived = None, False, False
+            sent.is_suspect = sent in blamed
             sent.num_blamed += sent in blamed
         self._suspects.pop(replica, None)
         self._waiting = {sent.request.request_id: sent for sent in lost} | self._waiting
