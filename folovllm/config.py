@@ -134,7 +134,7 @@ class CacheConfig:
 
     block_size: int | str = MAX_MODEL_LEN_BLOCK  # tokens per block; "max_model_len": one block per request (M1, M2)
     gpu_memory_utilization: float = 0.9  # on CUDA: the share of the GPU's memory that the engine may take
-    kv_cache_memory: int | None = None  # bytes; None: on a CPU half of the free memory, at most 4 GiB
+    kv_cache_memory: int | None = None  # bytes of each rank; None: on a CPU half of the free memory, at most 4 GiB
     num_kv_blocks: int | None = None  # instead of a size in bytes; one of them is the null block
     enable_prefix_caching: bool = False  # share the full blocks of equal prompt prefixes (M6)
     prefix_index: str = "hash"  # or "trie": a tree of blocks, with the same hits
