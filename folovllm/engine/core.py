@@ -80,7 +80,7 @@ class EngineCore:
         executor.initialize_kv_cache(self.kv_cache_config)
         self.scheduler: Scheduler = load_part("core.scheduler", config.parts)(config, self.kv_cache_config)
         self.trace = trace or make_trace(config, self.kv_cache_config)
-        self.last_scheduled: SchedulerOutput | None = None  # of the step that `step` ended, also if it raised
+        self.last_scheduled: SchedulerOutput | None = None  # of the step that raised; None: `schedule` did
         self._in_flight: deque[StartedStep] = deque()  # oldest first; empty between two calls if there is one stage
         self._max_in_flight = config.max_steps_in_flight
         if self._max_in_flight < config.parallel_config.pipeline_parallel_size:
@@ -150,32 +150,25 @@ class EngineCore:
         self._settle()
         if not (self._in_flight or self.scheduler.has_requests()):
             return []
-        phase, num_started = Phase.SCHEDULE, 0
-        self.last_scheduled = scheduler_output = None
+        phase, step = Phase.SCHEDULE, None
         try:
             while self._has_room():
-                if num_started:
-                    self.trace.end_step(self.scheduler, [])  # one record per started step
-                phase, self.last_scheduled = Phase.SCHEDULE, None
-                self.trace.begin("schedule")
-                scheduler_output = self.last_scheduled = self.scheduler.schedule()
-                if self._in_flight and scheduler_output.is_empty:
-                    self._withdraw(scheduler_output)
+                phase, step = Phase.SCHEDULE, None
+                self.trace.begin_step(self.scheduler)
+                step = self._add_step(self.scheduler.schedule())
+                if step is None:
                     break
-                self._in_flight.append(step := StartedStep(scheduler_output))
                 phase = Phase.EXECUTE
-                self.trace.scheduled(self.scheduler, scheduler_output)
+                self.trace.scheduled(self.scheduler, step.scheduler_output)
                 self.trace.begin("forward")
-                step.handle = self.executor.execute(scheduler_output)
-                num_started += 1
+                step.handle = self.executor.execute(step.scheduler_output)
             phase, step = Phase.EXECUTE, self._in_flight[0]
-            scheduler_output = self.last_scheduled = step.scheduler_output
             self.trace.begin("sample")
             runner_output = self.executor.sample(step.handle)
             self.trace.begin("update")
             phase = Phase.UPDATE
             self._in_flight.popleft()
-            outputs = self.scheduler.update_from_output(scheduler_output, runner_output)
+            outputs = self.scheduler.update_from_output(step.scheduler_output, runner_output)
             if consumer is not None:
                 consumer.process(outputs)
             phase = Phase.COMMITTED
@@ -184,7 +177,8 @@ class EngineCore:
             if not self.has_unfinished_requests():
                 self.scheduler.check_integrity()  # the engine is idle: a leaked block shows now
         except BaseException:
-            self._repair(lambda is_first: self._undo_step(phase, scheduler_output, consumer, blamed, is_first))
+            scheduled = self.last_scheduled = None if step is None else step.scheduler_output
+            self._repair(lambda is_first: self._undo_step(phase, scheduled, consumer, blamed, is_first))
             raise
         return outputs
 
@@ -194,13 +188,18 @@ class EngineCore:
             return True
         return len(self._in_flight) < self._max_in_flight and self.scheduler.can_start_step()
 
-    def _withdraw(self, scheduler_output: SchedulerOutput) -> None:
-        """Takes back an empty step while others are in flight, e.g. because all blocks are held.
+    def _add_step(self, scheduler_output: SchedulerOutput) -> StartedStep | None:
+        """Adds a step to those in flight. If it is empty and others are in flight, it is taken back: returns None.
 
-        It would only have told the workers which requests have finished. The next step tells them.
+        Such a step would only have told the workers which requests have finished. The next step tells them.
         """
-        self.trace.scheduled(self.scheduler, scheduler_output)  # it may have preempted
-        self.scheduler.fail_step(scheduler_output, blamed=())
+        if self._in_flight and scheduler_output.is_empty:
+            self.trace.scheduled(self.scheduler, scheduler_output)  # it may have preempted
+            self.scheduler.fail_step(scheduler_output, blamed=())
+            return None
+        step = StartedStep(scheduler_output)
+        self._in_flight.append(step)
+        return step
 
     def stats(self) -> EngineStats:
         return self.scheduler.make_stats()

@@ -11,6 +11,9 @@ step, and all its requests wait again, with the tokens that they have. From then
       queue, so that its next trial is a step without others.
     - A request that fails two trials is guilty. One trial is not enough: a fault may also come by chance.
 
+If other steps were in flight when one raised (M9), the core has undone them too. Their requests are suspects as well,
+but the trial is that of the suspect in the step that raised.
+
 Row 1: no torch.
 """
 

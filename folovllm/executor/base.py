@@ -45,7 +45,7 @@ class Executor(ABC):
         """Sample the next tokens of the step behind `handle`."""
 
     def discard(self, handle: ExecuteHandle) -> None:  # noqa: B027 - nothing is on its way in most executors
-        """Waits until the step behind `handle` is over, and drops its answer. A no-op if the answer was taken.
+        """Waits until the step behind `handle` has ended and drops its answer. A no-op if the answer was taken.
 
         After an exception the core calls it for every step in flight, oldest first, also for the one that raised.
         """

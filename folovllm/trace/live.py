@@ -164,6 +164,10 @@ class WatchedTrace(NullTrace):
         self.base.preempted(scheduler, requests)
         self._tell("preempted", scheduler, requests)
 
+    def begin_step(self, scheduler: Scheduler) -> None:
+        self.base.begin_step(scheduler)
+        self._tell("begin_step", scheduler)
+
     def begin(self, span: str) -> None:
         self.base.begin(span)
         self._tell("begin", span)

@@ -40,6 +40,9 @@ class NullTrace:
     def preempted(self, scheduler: Scheduler, requests: Iterable[Request]) -> None:
         """`requests` were put back into the queue between two steps."""
 
+    def begin_step(self, scheduler: Scheduler) -> None:
+        """A step is about to be scheduled. If another one was, and has no record yet, it is on its way now."""
+
     def begin(self, span: str) -> None:
         """The part `span` of a step begins; the one before it ends."""
 
@@ -177,6 +180,11 @@ class Recorder(NullTrace, ABC):
             seen.table = []
 
     # ---- in a step
+
+    def begin_step(self, scheduler: Scheduler) -> None:
+        if self._is_scheduled:
+            self.end_step(scheduler, [])
+        self.begin("schedule")
 
     def begin(self, span: str) -> None:
         if not self._marks:  # the record of a step that only ends: what came before was decided between two steps

@@ -160,8 +160,8 @@ class Scheduler(StepsInFlight, StepRecovery):
         token is passed over. If a request had to preempt itself to make room, the pass ends: the ones behind it were
         admitted later, and do not fit either. In a pipeline, the pass takes only its share of the requests.
         """
-        i, share = 0, self.share_of_step(len(self.running))
-        while i < len(self.running) and step.token_budget > 0 and len(step.num_scheduled_tokens) < share:
+        i, num_left = 0, self.share_of_step(len(self.running))
+        while i < len(self.running) and step.token_budget > 0 and num_left > 0:
             request = self.running[i]
             num_new_tokens = self.num_tokens_to_compute(request, request.num_computed_tokens, step.token_budget)
             if num_new_tokens == 0:
@@ -172,6 +172,7 @@ class Scheduler(StepsInFlight, StepRecovery):
                 break
             step.record(request, num_new_tokens, new_blocks)
             step.continued.append(request)
+            num_left -= 1
             # If a victim stood before this request, the request now has a smaller index.
             i = self.running.index(request) + 1 if step.preempted else i + 1
 
@@ -321,11 +322,11 @@ class Scheduler(StepsInFlight, StepRecovery):
     def _cached_request_data(self, request: Request, step: Step, resumed: bool) -> CachedRequestData:
         new_block_ids = ([block.block_id for block in step.new_blocks[request.request_id]],)
         return CachedRequestData(
-            request_id=request.request_id,
-            new_block_ids=self.kv_cache_manager.get_block_ids(request.request_id) if resumed else new_block_ids,
-            num_computed_tokens=request.num_computed_tokens,
-            resumed=resumed,
-            new_token_ids=self._outputs_to_compute(request, step) if self.is_pipelined else (),
+            request.request_id,
+            self.kv_cache_manager.get_block_ids(request.request_id) if resumed else new_block_ids,
+            request.num_computed_tokens,
+            resumed,
+            self._outputs_to_compute(request, step) if self.is_pipelined else (),
         )
 
     def _outputs_to_compute(self, request: Request, step: Step) -> list[int]:
