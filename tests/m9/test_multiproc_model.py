@@ -147,6 +147,31 @@ def test_a_rank_that_cannot_load_its_part_is_the_users_error(model, tmp_path):
         LLM(str(model), tensor_parallel_size=2, max_model_len=256, kv_cache_memory=2**50)
 
 
+TEXTS = ["The capital of France is", "Once upon a time, there was a small robot who", "1 2 3 4 5"]
+
+
+@pytest.fixture(scope="module")
+def texts_of_one_process(model_dir: Path) -> list[str]:
+    return texts_of(LLM(str(model_dir), dtype="float32", max_model_len=256))
+
+
+def texts_of(llm: LLM) -> list[str]:
+    params = SamplingParams(max_tokens=24, temperature=0)
+    return [output.outputs[0].text for output in llm.generate(TEXTS, params, use_tqdm=False)]
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize(("parts", "stages"), [(3, 1), (1, 2)])  # 9 query heads: 3 parts, and never 2
+def test_the_default_model_in_several_processes(parts, stages, model_dir, texts_of_one_process):
+    with nothing_left_behind():
+        sizes = {"tensor_parallel_size": parts, "pipeline_parallel_size": stages}
+        llm = LLM(str(model_dir), dtype="float32", max_model_len=256, **sizes)
+        try:
+            assert texts_of(llm) == texts_of_one_process
+        finally:
+            llm.shutdown()
+
+
 # ---- the server
 
 
