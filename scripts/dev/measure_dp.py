@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for workload, runs_of in runs.items()
         for arm in ARMS
     ]
-    facts = {"schema": "folovllm.dp/1", "date": datetime.now().isoformat(timespec="seconds")}
+    facts = {"schema": "folovllm.dp/1", "unit": "ms", "date": datetime.now().isoformat(timespec="seconds")}
     facts |= {"command": command_line("scripts/dev/measure_dp.py", argv), "seconds": time.perf_counter() - start}
     write_json({**facts, "machine": machine, "results": rows, "runs": runs}, args.output)
     for row in rows:

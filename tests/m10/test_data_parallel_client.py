@@ -472,6 +472,44 @@ def test_deaths_far_apart_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     run_async(test)
 
 
+def test_deaths_between_which_requests_end_do_not_end_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_parallel_client, "LONGEST_PAUSE", 0.001)
+
+    async def test() -> None:
+        replicas = Replicas(seconds=0.001)
+        async with make_replicas(replicas) as engine:
+            for number in range(8):
+                await all_alive(engine)
+                streams = [await engine.add_request(f"{number}-{i}", prompt_ids(i), greedy(20)) for i in range(4)]
+                answers = asyncio.gather(*map(collect, streams))
+                await eventually(lambda index=number % 2: replicas.requests_of(index))
+                await kill(engine, replicas, number % 2)
+                assert await answers == [oracle(prompt_ids(i), 20) for i in range(4)]
+
+    run_async(test)
+
+
+@replica_test(functools.partial(Replicas, seconds=0.002), num_replicas=3)
+async def test_the_completions_of_a_request_are_tried_one_by_one_after_a_death(
+    engine: AsyncLLM, replicas: Replicas
+) -> None:
+    """A request with n > 1 that comes during the search: its completions may be the next to kill an engine."""
+    replicas.may_start.clear()
+    stream = await engine.add_request("old", prompt_ids(1), greedy(20))
+    await anext(stream)
+    replicas.now[1].gate.clear()
+    replicas.now[2].gate.clear()
+    await kill(engine, replicas, 0)
+    several = await engine.add_request("new", prompt_ids(2), greedy(8, n=3, temperature=1.0))
+    requests = client_of(engine)._requests
+    assert sorted(requests.load(index).num_requests for index in (1, 2)) == [1, 1] and requests.num_waiting == 2
+    replicas.open_gates()
+    await collect(stream)
+    outputs = [output async for output in several]
+    assert outputs[-1].finished and {part.index for o in outputs for part in o.outputs} == {0, 1, 2}
+    await assert_all_free(engine)
+
+
 def test_the_pause_before_a_restart_grows() -> None:
     assert [pause_before_start(n) for n in (1, 2, 3, 4, 9)] == [0.0, 1.0, 2.0, 4.0, 30.0]
 
