@@ -1,6 +1,6 @@
 """complete: the answers to all prompts of a data set, on as many engines as the Ray cluster has room for.
 
-Milestone: M10. vLLM counterpart: ray.data.llm.build_processor, which is a part of Ray.
+Milestone: M10. vLLM counterpart: none; Ray has its own for vLLM, ray.data.llm.build_processor.
 Left out: stages for tokens and templates on other machines, images, remote folders for the output.
 
     from folovllm.data import complete
@@ -34,7 +34,7 @@ from folovllm.sampling_params import SamplingParams
 LINES, TABLES = (".jsonl", ".ndjson", ".json"), (".parquet",)
 ROWS_TO_LOOK_AT = 100  # the first of them that has an id tells whether ids are numbers or texts
 READING_CPUS = 1  # of the cluster, for Ray Data's own tasks
-MAX_RESTARTS = 3  # of engines in a run: a prompt that kills its engine's process must not do so for ever
+MAX_RESTARTS = 3  # of engines in a run: a prompt that kills its engine's process must not do so without end
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Completer: an engine in a Ray Data actor. It gets batches of rows and writes their answers.
 
-Milestone: M10. vLLM counterpart: ray.data.llm's vLLMEngineStage, which is a part of Ray.
+Milestone: M10. vLLM counterpart: none; Ray has its own for vLLM, vLLMEngineStage in ray.data.llm.
 
 Ray Data hands several batches at once to the actor, because `__call__` is asynchronous. All of their rows are requests
 of the same engine, so the engine's batch stays full while the last rows of a batch are still being computed:

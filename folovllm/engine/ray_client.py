@@ -53,7 +53,7 @@ class EngineActor:
         load_part("core.request", config.parts)  # a class from a learner's file must be loaded before one is unpickled
         self._inbox = QueueInbox()
         self._outbox: queue.Queue[UpMessage | None] = queue.Queue(MAX_UNDELIVERED)  # a full one makes the engine wait
-        self._is_over = False  # the outbox is empty for ever
+        self._is_over = False  # nothing comes into the outbox any more
         make_core = functools.partial(build_core, config, model_path, executor_factory)
         threading.Thread(target=self._run, args=(make_core,), name="folovllm-engine", daemon=True).start()
 

@@ -1,6 +1,6 @@
 """build_app: the server as a Ray Serve deployment, with as many replicas as there are requests for.
 
-Milestone: M10. vLLM counterpart: ray.serve.llm.build_openai_app, which is a part of Ray.
+Milestone: M10. vLLM counterpart: none; Ray has its own for vLLM, ray.serve.llm.build_openai_app.
 Left out: one application for several models, prefill and decode on different replicas, routing by prefix.
 
     serve run folovllm.entrypoints.ray_serve:build_app model=smollm2-135m max_replicas=4
