@@ -255,6 +255,8 @@ def test_the_command_tells_of_ranks_and_their_link() -> None:
     result = run("--tp", "4", "--link", "pcie5")
     assert result.exit_code == 0 and "on 4 x H100 SXM; agents" in result.output
     assert "time spent in communication" in result.output and "busiest" not in result.output
+    stages = run("--tp", "4", "--replicas", "2", "--engine-arg", "pipeline_parallel_size=2")
+    assert "on 16 x H100 SXM (2 engines of 8); agents" in stages.output
     slow = run("--tp", "4", "--link", "100gbe", "--json")
     fast = run("--tp", "4", "--json")
     shares = [json.loads(result.output)["communication_share"] for result in (slow, fast)]

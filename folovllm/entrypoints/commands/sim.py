@@ -103,12 +103,13 @@ def sim(
             "--trace writes one run: leave out --compare, name the milestone with --preset, and one router"
         )
     requests = make_sim_workload(workload, num_requests, rate, seed)
-    parallel = {"tensor_parallel_size": tp, "data_parallel_size": replicas}
+    args: dict[str, Any] = {"tensor_parallel_size": tp, "data_parallel_size": replicas}
+    args |= parse_engine_args(engine_arg or ())
     results = {
         name: simulate(
             requests, model, gpu, num_gpus=num_gpus, weight_bits=weight_bits, link=link, without=without or (),
             parts=parse_parts(part or ()), slo=SLO(slo_ttft / 1e3, slo_itl / 1e3), trace=trace,
-            **column | parallel | parse_engine_args(engine_arg or ()),
+            **column | args,
         )
         for name, column in columns.items()
     }  # fmt: skip
@@ -117,13 +118,20 @@ def sim(
         return
     used_rate = SIM_WORKLOADS[workload].rate if rate is None else rate
     come = f"{used_rate:g} users per second" if used_rate else "all at once"
-    machines = f"{replicas * tp * num_gpus} x {HARDWARE[gpu].name}"
-    machines += f" ({replicas} engines of {tp})" if replicas > 1 else ""
+    machines = _machines(args, num_gpus, gpu)
     typer.echo(f"{model} on {machines}; {workload}: {num_requests} requests, {come}, seed {seed}")
     if part:
         typer.echo(f"with {', '.join(part)}")
     typer.echo(f"SLO: first token within {slo_ttft:g} ms, no gap over {slo_itl:g} ms. Times are modelled.\n")
     typer.echo(table(results))
+
+
+def _machines(args: dict[str, Any], num_gpus: int, gpu: str) -> str:
+    """E.g. "8 x H100 SXM", or "8 x H100 SXM (4 engines of 2)"."""
+    each = args["tensor_parallel_size"] * args.get("pipeline_parallel_size", 1) * num_gpus
+    engines = args["data_parallel_size"]
+    machines = f"{each * engines} x {HARDWARE[gpu].name}"
+    return machines if engines == 1 else f"{machines} ({engines} engines of {each})"
 
 
 def _columns(presets: list[str], routers: list[str]) -> dict[str, dict[str, Any]]:
