@@ -71,7 +71,7 @@ def test_each_rank_has_a_gpu_of_its_own(folder: Path, monkeypatch: pytest.Monkey
 
 
 def test_too_few_gpus_are_refused_with_the_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="=2 x pipeline_parallel_size=2 need 4 GPUs, and there are 3: lower them, or"):
+    with pytest.raises(ValueError, match=r"=2 x pipeline_parallel_size=2.* need 4 GPUs, and there are 3"):
         devices(3, monkeypatch, folder, **TWO_BY_TWO)
 
 
