@@ -49,7 +49,7 @@ def folder(tiny_model_dir: Callable[[str], Path]) -> Path:
 @pytest.fixture
 def make_llm(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], LLM]:
     """An LLM on the fake executor, which notices every wrong block. The pool is too small for all requests."""
-    monkeypatch.setattr("folovllm.entrypoints.llm.UniProcExecutor", lambda *_: AttendingExecutor(vocab_size=VOCAB))
+    monkeypatch.setattr("folovllm.entrypoints.llm.make_executor", lambda *_: AttendingExecutor(vocab_size=VOCAB))
 
     def make(**args: Any) -> LLM:
         defaults = {

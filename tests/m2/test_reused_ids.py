@@ -126,7 +126,7 @@ def test_nothing_is_counted_where_nothing_is_looked_up() -> None:
 
 @pytest.fixture
 def llm(tiny_model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> LLM:
-    monkeypatch.setattr("folovllm.entrypoints.llm.UniProcExecutor", lambda *_: MeddlingExecutor())
+    monkeypatch.setattr("folovllm.entrypoints.llm.make_executor", lambda *_: MeddlingExecutor())
     return LLM(str(tiny_model_dir("llama")), dtype="float32", max_model_len=64, block_size=4, max_num_seqs=1)
 
 
