@@ -6,9 +6,9 @@ counts; there the death of one engine ends the server, and all requests with it.
 Row 1: no torch, no replicas: the client tells this class what it has sent and what has come back.
 
 If a replica dies, each of its requests is sent again, together with the tokens that its reader already has. The new
-replica computes their K/V as a part of the prompt, and continues: sampling noise depends on the seed and the position
-alone, so the reader cannot tell. A request may also be the reason for the death. It must not kill one replica after
-another, and others must not fail with it:
+replica computes their K/V as a part of the prompt, and continues: sampling noise depends on a request's seed and on a
+token's position alone, so the reader cannot tell. A request may also be the reason for the death. It must not kill one
+replica after another, and others must not fail with it:
 
     - A death is blamed on the requests that had no token from that replica yet, or on all if each had one. They are
       suspects until each has got a token from another replica.
