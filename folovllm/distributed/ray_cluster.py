@@ -106,6 +106,8 @@ def bundle_of(ray: Any, config: EngineConfig, num_ranks: int = 1, num_engines: i
         return {"CPU": num_ranks * config.cpu_threads}
     num_engines = num_engines or parallel.data_parallel_size
     cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    if not cpus:
+        raise RuntimeError("no machine of the Ray cluster is alive any more")
     loops = num_engines if parallel.executor_backend == "ray" else 0  # engines beside the ranks, see ENGINE_ALONE
     share = min((sum(cpus) - loops) // (num_engines * parallel.world_size), min(cpus) // num_ranks)
     return {"CPU": num_ranks * max(1, int(share))}
@@ -170,6 +172,7 @@ def cause_of(error: Exception) -> str:
     text = " ".join(str(error).split())
     detail = re.search(r"exit detail: (.*?)(?: Some common causes|$)", text)
     if detail is not None:
-        hint = "if the machine ran out of memory, its kernel's log says so"
-        return f"its process has ended ({detail.group(1).rstrip('.')}); {hint}"
+        reason = detail.group(1).rstrip(".")
+        hint = "; if the machine ran out of memory, its kernel's log says so" if "connection error" in reason else ""
+        return f"its process has ended ({reason}){hint}"
     return text or type(error).__name__

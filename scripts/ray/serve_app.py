@@ -37,7 +37,7 @@ def num_replicas() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--port", type=int, default=8123)
+    parser.add_argument("--port", type=int, default=8123, help="of 127.0.0.1")
     args = parser.parse_args()
     join_cluster(None, num_cpus=4)
     from ray import serve

@@ -75,18 +75,18 @@ def test_lines_are_completed_as_llm_does_and_bad_ones_are_reported(ray_cluster, 
 
 
 def test_a_second_run_goes_on_where_the_first_one_ended(ray_cluster, tmp_path, model, expected):
-    """Parquet, two engines; half of the rows first."""
+    """Half of the rows from Parquet, by two engines; then all of them from a JSONL file, by one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     ids = [f"r{i:02d}" for i in range(len(PROMPTS))]
     table = pa.table({"key": ids, "question": PROMPTS})
     pq.write_table(table.slice(0, 20), tmp_path / "prompts.parquet")
-    columns = {"id_column": "key", "prompt_column": "question", "concurrency": 2}
-    first = run(tmp_path / "prompts.parquet", tmp_path / "answers", model, **columns)
+    columns = {"id_column": "key", "prompt_column": "question"}
+    first = run(tmp_path / "prompts.parquet", tmp_path / "answers", model, concurrency=2, **columns)
     assert (first.num_completed, first.num_skipped) == (20, 0)
-    pq.write_table(table, tmp_path / "prompts.parquet")
-    second = run(tmp_path / "prompts.parquet", tmp_path / "answers", model, **columns)
+    lines = write_lines(tmp_path / "prompts.jsonl", table.to_pylist())
+    second = run(lines, tmp_path / "answers", model, **columns)
     assert (second.num_completed, second.num_skipped) == (20, 20)
     assert list(texts(second).items()) == list(zip(ids, expected, strict=True))
 
