@@ -34,6 +34,7 @@ class Served:
     arrival: float
     prompt_len: int
     token_times: list[float] = field(default_factory=list)
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache at its first admission
 
     @property
     def ttft(self) -> float:

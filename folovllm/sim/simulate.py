@@ -216,6 +216,7 @@ class Simulation:
     def _finish(self, name: str) -> None:
         request = self.requests.pop(name)
         self.routing.finish(request)
+        self.served[name].num_cached_tokens = max(request.num_cached_tokens, 0)
         self.texts[int(name)] = list(request.all_token_ids)
         for follower in self.followers.get(int(name), ()):
             arrival = self.now + self.workload.requests[follower].arrival

@@ -170,7 +170,7 @@ def hot(path: Path) -> None:
     recipe = Recipe("", 60.0, (50, 150), (20, 60), system_prompt=2_000, services=8, hot_share=0.8)
     load = follow_recipe(recipe, "hot", 240)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.1), sharey=True, sharex=True, layout="constrained")
-    titles = {"prefix-only": "the longest prefix decides alone", "prefix": "at most 4 requests ahead of the others"}
+    titles = {"prefix-only": "the longest prefix decides alone", "prefix": "a replica that is over 4 ahead is skipped"}
     for ax, (router, title) in zip(axes, titles.items(), strict=True):
         simulation = make_simulation(load, "qwen3-8b", "h100", data_parallel_size=4, router=router)
         times, counts = [0.0], [[0] * 4]
