@@ -207,8 +207,8 @@ viz.source(CommunicationPlan.calls)
 # %% [markdown]
 # ### Your turn: the all-reduces of a model
 #
-# A model has `num_layers` layers and is divided into `tp` parts and `pp` stages, and `pp` divides the number of layers. How many
-# all-reduces does a rank of the *first* stage make in a step?
+# A model has `num_layers` layers. `pp` divides that number: the layers are divided into `pp` stages, and each layer of a stage into `tp`
+# parts, one per rank. How many all-reduces does a rank of the *first* stage make in a step?
 
 # %%
 def all_reduces(num_layers, tp, pp):
@@ -279,8 +279,9 @@ viz.answer("11.5", alone / sum(decode[PARTS[-1]]), most=PARTS[-1], share=decode[
 #
 # ## Stages and their bubble
 #
-# Stages exchange almost nothing, but a batch visits them one after the other. `STAGES` stages, `BATCHES` batches, and a stage takes one turn
-# for a batch. `in_flight` is how many batches may be under way at once.
+# Stages exchange almost nothing, but a batch visits them one after the other. Batches that are under way together must not need each
+# other's tokens: they are decodes of different requests, or chunks of one prompt. `STAGES` stages, `BATCHES` batches, and a stage takes one
+# turn for a batch. `in_flight` is how many batches may be under way at once.
 
 # %%
 STAGES, BATCHES = 4, 8
