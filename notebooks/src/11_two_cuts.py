@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt
 from folovllm import viz
 from folovllm.communication_plan import ALL_REDUCE, CommunicationPlan, ring_bytes
 from folovllm.distributed.thread_communicator import ThreadCommunicator, run_ranks
-from folovllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+from folovllm.model_executor.layers.linear import MergedColumnParallelLinear
 from folovllm.model_executor.models.llama import LlamaMLP
 from folovllm.model_shapes import shape_architecture
 from folovllm.parallel import ModelShard, ParallelConfig
@@ -134,10 +134,11 @@ viz.answer("11.2", min(needed, key=needed.get), fewest=min(needed.values()))
 # ## The engine's layers
 #
 # `run_ranks` calls a function once per rank, each in a thread of its own, and hands it the rank's end of the group. A layer takes that as
-# `tp`. Its `weight_loader` gets the whole tensor of the checkpoint and keeps its part:
+# `tp`. Its `weight_loader` gets the whole tensor of the checkpoint and keeps its part. This layer is `gate` and `up` as one product. The
+# layer behind it, `RowParallelLinear`, is for you to write: exercise [row_split](../milestones/m9/exercises/row_split/README.md).
 
 # %%
-viz.source(RowParallelLinear)
+viz.source(MergedColumnParallelLinear)
 
 # %%
 viz.source(ThreadCommunicator.all_reduce)
@@ -200,15 +201,16 @@ viz.answer("11.4", [same_bits, like_one_rank])
 # ## A whole model, and the price of an exchange
 #
 # `CommunicationPlan` counts a whole forward pass: two all-reduces per layer, one for the embedding, and one all-gather for the logits.
+# (You write it in the exercise [communication](../milestones/m9/exercises/communication/README.md).) What a ring really sends for a call:
 
 # %%
-viz.source(CommunicationPlan.calls)
+viz.source(ring_bytes)
 
 # %% [markdown]
 # ### Your turn: the all-reduces of a model
 #
-# A model has `num_layers` layers and is divided into `tp` parts and `pp` stages, and `pp` divides the number of layers. How many
-# all-reduces does a rank of the *first* stage make in a step?
+# A model has `num_layers` layers. `pp` divides that number: the layers are divided into `pp` stages, and each layer of a stage into `tp`
+# parts, one per rank. How many all-reduces does a rank of the *first* stage make in a step?
 
 # %%
 def all_reduces(num_layers, tp, pp):
@@ -279,8 +281,9 @@ viz.answer("11.5", alone / sum(decode[PARTS[-1]]), most=PARTS[-1], share=decode[
 #
 # ## Stages and their bubble
 #
-# Stages exchange almost nothing, but a batch visits them one after the other. `STAGES` stages, `BATCHES` batches, and a stage takes one turn
-# for a batch. `in_flight` is how many batches may be under way at once.
+# Stages exchange almost nothing, but a batch visits them one after the other. Batches that are under way together must not need each
+# other's tokens: they are decodes of different requests, or chunks of one prompt. `STAGES` stages, `BATCHES` batches, and a stage takes one
+# turn for a batch. `in_flight` is how many batches may be under way at once.
 
 # %%
 STAGES, BATCHES = 4, 8
