@@ -47,10 +47,13 @@ def driver() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
 
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_a_cluster_of_its_own_ends_with_the_process(is_killed):
-    """After a SIGKILL two of Ray's helpers look for the dead servers for up to a minute, and end then."""
+    """After a SIGKILL two of Ray's helpers look for the dead servers for up to a minute, and end then: this test does
+    not wait for them, but the one of a node that breaks does (test_ray_processes.py).
+    """
     with driver() as (process, pids):
         assert "raylet" in [psutil.Process(pid).name() for pid in pids]
-        servers = [pid for pid in pids if not psutil.Process(pid).name().endswith("Agent")]
+        if is_killed:
+            pids = [pid for pid in pids if not psutil.Process(pid).name().endswith("Agent")]
         if is_killed:
             process.kill()
         else:
@@ -58,8 +61,7 @@ def test_a_cluster_of_its_own_ends_with_the_process(is_killed):
             process.stdin.write("\n")
             process.stdin.flush()
         process.wait(60)
-        wait_for(lambda: not any(map(is_alive, servers)), "Ray has outlived its process")
-        wait_for(lambda: not any(map(is_alive, pids)), "Ray's helpers have outlived it", seconds=180)
+        wait_for(lambda: not any(map(is_alive, pids)), "Ray has outlived its process")
 
 
 def test_a_process_that_is_connected_stays_where_it_is(ray_cluster):
@@ -80,8 +82,8 @@ def test_an_address_without_a_cluster_is_an_error_of_the_user():
 def test_a_cluster_that_runs_already_can_be_joined(ray_cluster):
     """As the second process of a machine does, with the address of the first one's cluster."""
     script = (
-        "import sys; from folovllm.distributed.ray_cluster import join_cluster; join_cluster(sys.argv[1], 1); import ray;"
-        "print(ray.get_runtime_context().get_node_id())"
+        "import sys; from folovllm.distributed.ray_cluster import join_cluster; join_cluster(sys.argv[1], 1);"
+        "import ray; print(ray.get_runtime_context().get_node_id())"
     )
     context = ray_cluster.get_runtime_context()
     ended = subprocess.run(

@@ -56,7 +56,7 @@ def test_a_server_whose_node_breaks_ends_with_the_cause(tmp_path, model):
     [
         ("complete_dataset.py", ["--num-prompts", "16"], ["8 completed, 8 were there before, 2 rejected"]),
         ("tensor_parallel.py", ["--ranks", "2"], ["as one process"]),
-        ("serve_app.py", [], ["one request, 1 replica", "2 replicas"]),
+        pytest.param("serve_app.py", [], ["one request, 1 replica", "2 replicas"], marks=pytest.mark.slow),
     ],
 )
 def test_the_examples_run(model, script, args, wanted):
