@@ -344,11 +344,16 @@ async def test_all_engines_killed_at_once_lose_nothing(engine: AsyncLLM, replica
     """The front end hears of one death after another, and in between it sends requests to engines that are dead."""
     for number in range(5):
         await all_alive(engine)
+        doomed = list(replicas.now.values())
+        entered = [executor.num_entered for executor in doomed]
+        for executor in doomed:
+            executor.gate.clear()
         streams = [await engine.add_request(f"{number}-{i}", prompt_ids(i), greedy(40)) for i in range(7)]
         answers = asyncio.gather(*map(collect, streams))
-        await eventually(lambda: all(replicas.requests_of(i) for i in range(3)))
-        for executor in replicas.now.values():
+        await eventually(lambda: all(e.num_entered > n for e, n in zip(doomed, entered, strict=True)))  # noqa: B023
+        for executor in doomed:
             executor.is_killed = True
+        replicas.open_gates()
         assert await answers == [oracle(prompt_ids(i), 40) for i in range(7)]
     await assert_all_free(engine)
 
