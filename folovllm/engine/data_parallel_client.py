@@ -126,6 +126,7 @@ class DataParallelClient(CoreClient):
             self._take(StartFailed(cause_of(error), isinstance(error, ValueError)))
             return
         self._take(ready)
+        self._report([])  # the statistics of every engine are there from the beginning
         for replica in self.replicas:
             self._join(replica)
 

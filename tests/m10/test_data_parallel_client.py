@@ -77,6 +77,7 @@ async def no_suspects(engine: AsyncLLM) -> None:
 
 @replica_test(num_replicas=3)
 async def test_many_requests_get_their_own_answers_from_all_engines(engine: AsyncLLM, replicas: Replicas) -> None:
+    assert engine.stats.replicas == (NO_STATS,) * 3, "before the first step"
     streams = [await engine.add_request(f"r{i}", prompt_ids(i), greedy(20)) for i in range(24)]
     assert await asyncio.gather(*map(collect, streams)) == [oracle(prompt_ids(i), 20) for i in range(24)]
     await assert_all_free(engine)
