@@ -109,9 +109,14 @@ class SentRequests:
         """
         if sent.request.request_id in self._leaving:
             living = [self._leaving[sent.request.request_id][0]]
-        if sent.is_suspect:
-            return [replica for replica in living if not self._num_without_token[replica]]
-        return [replica for replica in living if replica not in self._suspects]
+        return [replica for replica in living if not (sent.is_suspect and replica in self._suspects)]
+
+    def keeps_trials_clear(self, sent: SentRequest, replica: int) -> bool:
+        """Whether a death of `replica`, if it gets the request, has one request to blame.
+
+        That is so if a suspect is the only request there without a token. While no one is suspected it does not matter.
+        """
+        return not self._num_without_token[replica] if sent.is_suspect else replica not in self._suspects
 
     def assign(self, sent: SentRequest, replica: int) -> None:
         """The request is sent to `replica`."""
