@@ -126,6 +126,7 @@ class DataParallelClient(CoreClient):
             self._take(StartFailed(cause_of(error), isinstance(error, ValueError)))
             return
         self._take(ready)
+        self._report([])  # the statistics of every engine are there from the beginning
         for replica in self.replicas:
             self._join(replica)
 
@@ -207,7 +208,8 @@ class DataParallelClient(CoreClient):
                     self._report([EngineCoreOutput(entry.request.request_id, [], finish_reason="error")])
 
     def _places(self, sent: SentRequest) -> list[int]:
-        return self._requests.places(sent, [replica.index for replica in self._alive()])
+        places = self._requests.places(sent, [replica.index for replica in self._alive()])
+        return [index for index in places if self._requests.keeps_trials_clear(sent, index)]
 
     def _send_to(self, index: int, entries: Sequence[SentRequest]) -> None:
         self.replicas[index].client.send(AddRequests([entry.continuation() for entry in entries]))

@@ -12,8 +12,9 @@ replica after another, and others must not fail with it:
 
     - A death is blamed on the requests that had no token from that replica yet, or on all if each had one. They are
       suspects until each has got a token from another replica.
-    - While there are suspects, a replica gets one of them at a time, and new requests are suspects, too. So a replica
-      that dies now dies with one request to blame. A suspect that had not arrived there yet is not blamed.
+    - A replica gets a suspect when all its other requests have a token, and nothing else until the suspect has one. New
+      requests are suspects meanwhile. So a replica that dies with a suspect dies with one request to blame. A suspect
+      that had not arrived there yet is not blamed.
     - A request that is alone to blame for a death, and was to blame for another one before, fails. One that was to
       blame for five deaths fails in any case.
 """
@@ -65,6 +66,7 @@ class SentRequests:
         self._leaving: dict[str, tuple[int, int]] = {}  # aborted: id -> (replica, how many it has not confirmed)
         self._suspects: dict[int, SentRequest] = {}  # replica -> the suspect that it computes
         self._num_requests = [0] * num_replicas
+        self._num_without_token = [0] * num_replicas  # requests without a token from that replica
         self._num_prompt_tokens = [0] * num_replicas  # of the requests that have no token yet
 
     def __len__(self) -> int:
@@ -109,6 +111,13 @@ class SentRequests:
             living = [self._leaving[sent.request.request_id][0]]
         return [replica for replica in living if not (sent.is_suspect and replica in self._suspects)]
 
+    def keeps_trials_clear(self, sent: SentRequest, replica: int) -> bool:
+        """Whether a death of `replica`, if it gets the request, has one request to blame.
+
+        That is so if a suspect is the only request there without a token. While no one is suspected it does not matter.
+        """
+        return not self._num_without_token[replica] if sent.is_suspect else replica not in self._suspects
+
     def assign(self, sent: SentRequest, replica: int) -> None:
         """The request is sent to `replica`."""
         del self._waiting[sent.request.request_id]
@@ -149,6 +158,7 @@ class SentRequests:
         assert sent.replica is not None
         if not sent.output_token_ids:
             self._num_prompt_tokens[sent.replica] -= sent.request.num_prompt_tokens
+        self._num_without_token[sent.replica] -= not sent.has_token
         sent.output_token_ids += output.new_token_ids
         sent.has_token = True
         sent.num_cached_tokens, sent.times = output.num_cached_tokens, output.times
@@ -210,5 +220,7 @@ class SentRequests:
     def _count(self, sent: SentRequest, sign: int) -> None:
         assert sent.replica is not None
         self._num_requests[sent.replica] += sign
+        if not sent.has_token:
+            self._num_without_token[sent.replica] += sign
         if not sent.output_token_ids:
             self._num_prompt_tokens[sent.replica] += sign * sent.request.num_prompt_tokens

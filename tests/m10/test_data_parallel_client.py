@@ -77,6 +77,7 @@ async def no_suspects(engine: AsyncLLM) -> None:
 
 @replica_test(num_replicas=3)
 async def test_many_requests_get_their_own_answers_from_all_engines(engine: AsyncLLM, replicas: Replicas) -> None:
+    assert engine.stats.replicas == (NO_STATS,) * 3, "before the first step"
     streams = [await engine.add_request(f"r{i}", prompt_ids(i), greedy(20)) for i in range(24)]
     assert await asyncio.gather(*map(collect, streams)) == [oracle(prompt_ids(i), 20) for i in range(24)]
     await assert_all_free(engine)
@@ -344,11 +345,16 @@ async def test_all_engines_killed_at_once_lose_nothing(engine: AsyncLLM, replica
     """The front end hears of one death after another, and in between it sends requests to engines that are dead."""
     for number in range(5):
         await all_alive(engine)
+        doomed = list(replicas.now.values())
+        entered = [executor.num_entered for executor in doomed]
+        for executor in doomed:
+            executor.gate.clear()
         streams = [await engine.add_request(f"{number}-{i}", prompt_ids(i), greedy(40)) for i in range(7)]
         answers = asyncio.gather(*map(collect, streams))
-        await eventually(lambda: all(replicas.requests_of(i) for i in range(3)))
-        for executor in replicas.now.values():
+        await eventually(lambda: all(e.num_entered > n for e, n in zip(doomed, entered, strict=True)))  # noqa: B023
+        for executor in doomed:
             executor.is_killed = True
+        replicas.open_gates()
         assert await answers == [oracle(prompt_ids(i), 40) for i in range(7)]
     await assert_all_free(engine)
 

@@ -121,6 +121,23 @@ def test_after_a_death_a_replica_tries_one_suspect_at_a_time() -> None:
     assert not requests.is_searching and not requests.add(make_request("last", 3)).is_suspect
 
 
+def test_a_trial_has_one_request_without_a_token() -> None:
+    """With two, a death would have two to blame, and several requests that kill would take engine after engine."""
+    requests = SentRequests(3)
+    old, bad = send(requests, "old", 0), send(requests, "bad", 0)
+    send(requests, "busy", 1)
+    requests.receive([tokens("old", 1)])
+    assert requests.keeps_trials_clear(old, 0) and not requests.is_searching, "no one is suspected"
+    requests.lose(0)
+    assert not requests.keeps_trials_clear(bad, 1) and requests.keeps_trials_clear(bad, 2)
+    requests.receive([tokens("busy", 1)])
+    assert requests.keeps_trials_clear(bad, 1)
+    try_suspect(requests, bad, 1)
+    assert not requests.keeps_trials_clear(old, 1) and requests.keeps_trials_clear(old, 2)
+    requests.receive([tokens("bad", 1)])
+    assert requests.keeps_trials_clear(old, 1)
+
+
 def test_a_request_that_is_alone_to_blame_for_a_second_death_fails() -> None:
     requests = SentRequests(2)
     bad, good = send(requests, "bad", 0), send(requests, "good", 0)
