@@ -48,6 +48,8 @@ class ParallelConfig:
         check_choice("data_parallel_backend", self.data_parallel_backend, ("mp", "ray"))
         if self.ray_address is not None:
             check_type("ray_address", self.ray_address, str)
+            if not self.ray_address:
+                raise ValueError("ray_address must not be empty: give 'auto' or 'host:6379', or leave it out")
 
     @property
     def world_size(self) -> int:

@@ -21,12 +21,14 @@ import importlib.util
 import os
 import queue
 import re
+import socket
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 from folovllm.config import EngineConfig
 
+KNOCK_SECONDS = 10.0  # for the answer of a cluster's address
 PLACEMENT_SECONDS = 60.0  # how long CPUs and GPUs may take to become free
 OBJECT_STORE_BYTES = 256 * 2**20  # of a cluster that is started here: the messages are small
 Bundle = dict[str, float]  # what one actor needs, e.g. {"CPU": 1, "GPU": 1}
@@ -59,9 +61,17 @@ def join_cluster(address: str | None, num_cpus: float) -> None:
             _start_cluster(ray, max(num_cpus, os.cpu_count() or 1))
             return
         try:
+            _knock(address)
             ray.init(address=address, **_QUIET)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"ray_address={address!r}: {error}; start a cluster with: ray start --head") from None
+
+
+def _knock(address: str) -> None:
+    """Raises OSError if nothing listens at an address like "host:6379". Ray itself would try for 13 minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
 
 
 def _start_cluster(ray: Any, num_cpus: float) -> None:

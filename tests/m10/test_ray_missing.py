@@ -42,6 +42,11 @@ def test_the_serve_application_is_refused(no_ray):
         build_app({})
 
 
+def test_an_empty_address_is_refused():
+    with pytest.raises(ValueError, match="ray_address must not be empty"):
+        EngineConfig.from_args(ray_address="")
+
+
 def test_data_sets_are_refused(no_ray, tmp_path):
     from folovllm.data import complete, read_results
 
