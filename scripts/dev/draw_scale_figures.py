@@ -100,6 +100,7 @@ def replicas(path: Path) -> None:
         ax.set(xscale="log", xlabel="replicas, each with the same load", ylabel=label, ylim=(0, None))
         ax.set_xticks(numbers, [str(n) for n in numbers])
         ax.minorticks_off()
+    axes[0].set_ylim(0, 100)
     axes[0].legend(frameon=False, fontsize=9, loc="lower left")
     axes[1].set_ylim(0, 1.3 * max(column(rows_of("replicas"), "TTFT p99, ms")))
     axes[1].legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
