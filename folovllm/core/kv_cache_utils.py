@@ -231,9 +231,10 @@ def _check_one_request_fits(kv: KVCacheConfig, max_model_len: int) -> None:
     if kv.num_usable_blocks >= needed:
         return
     tokens = max(kv.num_usable_blocks, 0) * kv.block_size
+    shorter = f", or set max_model_len to at most {tokens}" if tokens >= 2 else ""
     raise ValueError(
         f"the KV cache is too small: one request of max_model_len={max_model_len} needs {needed} blocks of "
         f"{kv.block_size} tokens plus the null block ({(needed + 1) * kv.bytes_per_block / 2**20:.1f} MiB), but there "
         f"are {max(kv.num_blocks, 0)} ({max(kv.num_blocks, 0) * kv.bytes_per_block / 2**20:.1f} MiB). Raise "
-        f"kv_cache_memory, num_kv_blocks or gpu_memory_utilization, or set max_model_len to at most {tokens}."
+        f"kv_cache_memory, num_kv_blocks or gpu_memory_utilization{shorter}."
     )

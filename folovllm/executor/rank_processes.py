@@ -106,6 +106,16 @@ class RankProcess:
         self.output.close()
 
 
+def fill_standard_descriptors() -> None:
+    """If this process runs without stdin, stdout or stderr ("<&-"), opens the null device in their place.
+
+    Otherwise the ring or a socket would get such a number, and a rank, which has all three, would not inherit it.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
 def _environment(threads: int) -> dict[str, str]:
     """The rank finds the modules that this process finds, and OpenMP starts no more threads than the rank uses."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
@@ -122,6 +132,7 @@ class RankProcesses:
         self._arrived: queue.SimpleQueue[tuple[int, Answer] | None] = queue.SimpleQueue()  # None: see _cause
         self._listener = threading.Thread(target=self._listen, name="folovllm-ranks", daemon=True)
         self._resources = contextlib.ExitStack()  # what `close` frees
+        fill_standard_descriptors()
         try:
             self._ring = self._open_ring(config.parallel_config.world_size)
             self._folder = self._open_folder()

@@ -364,6 +364,8 @@ def test_a_cache_too_small_for_one_request_is_refused_with_the_numbers() -> None
     assert kv_of(available=100 * 16 * 23_040, max_model_len=1584).num_usable_blocks == 99  # the advice is right
     with pytest.raises(ValueError, match="too small"):
         kv_of(available=100 * 16 * 23_040, max_model_len=1585)
+    with pytest.raises(ValueError, match=r"Raise kv_cache_memory, num_kv_blocks or gpu_memory_utilization\.$"):
+        kv_of(available=10, max_model_len=2048)  # no length would do
 
 
 @pytest.mark.parametrize("wish", [{"num_kv_blocks": 128}, {"kv_cache_memory": 129 * 16 * 23_040 - 1}])

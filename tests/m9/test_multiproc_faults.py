@@ -308,6 +308,22 @@ def test_a_full_disk_fails_the_start_and_leaves_nothing(monkeypatch):
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_an_engine_starts_in_a_process_without_stdin():
+    """A shell's "<&-" closes it. The ring must not get its number, which a rank gives to its own stdin."""
+    code = f"""
+from pathlib import Path
+from folovllm.executor.multiproc import MultiprocExecutor
+from tests.m9.multiproc_helpers import echo_config
+executor = MultiprocExecutor(echo_config(), Path("unused"), "{ECHO}:make_echo")
+print(executor.available_kv_cache_bytes())
+executor.shutdown()
+"""
+    command = ["sh", "-c", 'exec "$0" -c "$1" <&-', sys.executable, code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 2**30
+
+
 def test_an_engine_that_cannot_be_built_ends_its_ranks(monkeypatch, tiny_model_dir):
     """LLM and the server's engine make the executor first. What fails after it must not leave its processes."""
 
