@@ -168,7 +168,9 @@ class MultiprocExecutor(Executor):
         """Raises ExecutorDeadError if a rank has failed alone: then another one waits for it, or has gone on."""
         error = f"{type(failed.error).__name__}: {failed.error}"
         cause = f"rank {rank} is not in step with the others any more: it raised {error}"
-        calls = self.collective_rpc("calls", seconds=SYNC_SECONDS + self._longest_step, too_late=cause)
+        seconds = SYNC_SECONDS + self._longest_step
+        calls = self.collective_rpc("calls", seconds=seconds, too_late=cause)
+        calls = self.collective_rpc("catch_up", calls, seconds=seconds, too_late=cause)
         if not in_step(self._parallel, calls):
             self._ranks.die(cause)
             self._ranks.check()

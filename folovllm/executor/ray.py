@@ -153,10 +153,16 @@ class RayExecutor(Executor):
 
     def _check_in_step(self, error: Exception) -> None:
         """Raises ExecutorDeadError if a rank has failed alone: then another one waits for it, or has gone on."""
-        refs = [rank.calls.remote() for rank in self._ranks]
-        done, waiting = self._ray.wait(refs, num_returns=len(refs), timeout=SYNC_SECONDS + self._longest_step)
-        if waiting or not in_step(self._parallel, self._results(done, CALL_SECONDS)):
+        calls = self._all_in_time([rank.calls.remote() for rank in self._ranks])
+        if calls is not None:
+            calls = self._all_in_time([rank.catch_up.remote(calls) for rank in self._ranks])
+        if calls is None or not in_step(self._parallel, calls):
             self._die(f"a rank is not in step with the others any more: it raised {type(error).__name__}: {error}")
+
+    def _all_in_time(self, refs: list[Any]) -> list[Any] | None:
+        """The results, or None if a rank has not answered in the time that it may need for a step under way."""
+        _, waiting = self._ray.wait(refs, num_returns=len(refs), timeout=SYNC_SECONDS + self._longest_step)
+        return None if waiting else self._results(refs, CALL_SECONDS)
 
     def _check_alive(self) -> None:
         if self._death is not None:

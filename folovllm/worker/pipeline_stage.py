@@ -23,6 +23,7 @@ class PipelineStage:
     def __init__(self, groups: ParallelGroups, hidden_size: int, dtype: torch.dtype) -> None:
         self._shard, self._pp = groups.shard, groups.pp
         self._hidden_size, self._dtype = hidden_size, dtype
+        self._skipped: list[int] = []  # how many tokens the steps had that `skip` was called for
 
     def run(self, model: CausalLM, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Both [num_tokens] -> hidden states [num_selected, hidden_size] in the last stage, and [0] in the others."""
@@ -35,9 +36,20 @@ class PipelineStage:
         return torch.empty(0)
 
     def skip(self, num_tokens: int) -> None:
-        """Takes the tensors of a step that the last stage does not compute, because an earlier one has raised there."""
+        """Does not compute a step, because an earlier one has raised in this rank.
+
+        The stage before may have sent its tensors, or may have raised and skip the step, too. So nothing is received
+        until `catch_up` says which.
+        """
         if self._shard.is_last_stage:
-            self._receive(num_tokens)
+            self._skipped.append(num_tokens)
+
+    def catch_up(self, num_sent: int) -> None:
+        """Takes what is on its way of the skipped steps: the stage before has made `num_sent` sends since the start."""
+        for num_tokens in self._skipped:
+            if self._pp.counts.calls["receive"] < num_sent:
+                self._receive(num_tokens)
+        self._skipped.clear()
 
     def _receive(self, num_tokens: int) -> IntermediateTensors:
         shape = (num_tokens, self._hidden_size)

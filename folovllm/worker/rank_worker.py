@@ -39,10 +39,17 @@ class RankWorker:
         return self.worker.sample(self.worker.execute(scheduler_output))
 
     def skip(self, scheduler_output: SchedulerOutput) -> None:
-        """Takes what the stage before sends in a step, and computes nothing: an earlier step has raised here."""
+        """Computes nothing, because an earlier step has raised here: see `PipelineStage.skip`."""
         stage = self.worker.model_runner.stage
         if stage is not None and not scheduler_output.is_empty:
             stage.skip(scheduler_output.total_num_scheduled_tokens)
+
+    def catch_up(self, calls: list[Calls]) -> Calls:
+        """Takes what the stage before has sent in skipped steps. `calls` are those of all ranks. Returns the new ones."""
+        stage, shard = self.worker.model_runner.stage, self.groups.shard
+        if stage is not None and not shard.is_first_stage:
+            stage.catch_up(calls[shard.rank - shard.tp_size]["pp"].get("send", 0))
+        return self.calls()
 
     def describe(self) -> dict[str, Any]:
         return describe_worker(self.worker)

@@ -80,6 +80,11 @@ class RayRank:
         calls: Calls = self._worker.calls()
         return calls
 
+    def catch_up(self, calls: list[Calls]) -> Calls:
+        """See `RankWorker.catch_up`."""
+        new_calls: Calls = self._worker.catch_up(calls)
+        return new_calls
+
     def ping(self) -> int:
         """The id of the process, which shows that it lives."""
         return os.getpid()

@@ -54,6 +54,19 @@ class Poisoned(Sampler):
 '''
 
 
+POISONED_TABLE = '''
+from folovllm.worker.block_table import BlockTable
+
+class Poisoned(BlockTable):
+    """Raises for a new request of exactly 7 blocks: in every rank, before its stage receives or sends."""
+
+    def add_row(self, block_ids, row):
+        if len(block_ids) == 7:
+            raise ArithmeticError("seven blocks are poison")
+        super().add_row(block_ids, row)
+'''
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_parallel("qwen3", tmp_path_factory.mktemp("model"))
@@ -137,6 +150,23 @@ def test_stages_answer_as_one_process_and_a_request_that_raises_in_the_last_one_
         token_ids = list(next(stream).outputs[0].token_ids)
         with pytest.raises(ArithmeticError, match="this temperature is poison"):
             llm.generate(PROMPTS, [*PARAMS[:5], poison], use_tqdm=False)
+        token_ids += [token_id for output in stream for token_id in output.outputs[0].token_ids]
+        assert token_ids == one_process[3][0][0], "a stream beside it has lost something"
+        assert answers(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == one_process
+
+
+def test_a_step_that_all_stages_skip_is_not_waited_for(model, one_process, tmp_path):
+    """The next step is in flight when all stages raise: the first one skips it, and so the last one gets nothing."""
+    (tmp_path / "poison.py").write_text(POISONED_TABLE)
+    parts = {"worker.block_table": f"{tmp_path / 'poison.py'}:Poisoned"}
+    poison = [5] * 100  # 7 blocks of 16
+    with ranks(model, pipeline_parallel_size=2, parts=parts) as llm:
+        stream = llm.stream(PROMPTS[3], SamplingParams(max_tokens=12, temperature=0, ignore_eos=True))
+        token_ids = list(next(stream).outputs[0].token_ids)
+        for _ in range(4):
+            with pytest.raises(ArithmeticError, match="seven blocks are poison"):
+                llm.generate([poison], PARAMS[0], use_tqdm=False)
+            token_ids += next(stream).outputs[0].token_ids
         token_ids += [token_id for output in stream for token_id in output.outputs[0].token_ids]
         assert token_ids == one_process[3][0][0], "a stream beside it has lost something"
         assert answers(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == one_process
