@@ -47,7 +47,7 @@ class PipelineStage:
     def catch_up(self, num_sent: int) -> None:
         """Takes what is on its way of the skipped steps: the stage before has made `num_sent` sends since the start."""
         for num_tokens in self._skipped:
-            if self._pp.counts.calls["receive"] < num_sent:
+            if self._pp.counts.calls.get("receive", 0) < num_sent:
                 self._receive(num_tokens)
         self._skipped.clear()
 

@@ -45,7 +45,7 @@ class RankWorker:
             stage.skip(scheduler_output.total_num_scheduled_tokens)
 
     def catch_up(self, calls: list[Calls]) -> Calls:
-        """Takes what the stage before has sent in skipped steps. `calls` are those of all ranks. Returns the new ones."""
+        """Takes what the stage before has sent in skipped steps. `calls` are those of all ranks."""
         stage, shard = self.worker.model_runner.stage, self.groups.shard
         if stage is not None and not shard.is_first_stage:
             stage.catch_up(calls[shard.rank - shard.tp_size]["pp"].get("send", 0))

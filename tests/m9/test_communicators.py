@@ -13,7 +13,9 @@ import torch.distributed as dist
 from folovllm.distributed.communicator import SINGLE_RANK, Communicator
 from folovllm.distributed.thread_communicator import ThreadGroup, run_ranks, thread_groups
 from folovllm.distributed.torch_communicator import MAX_ON_THEIR_WAY, TorchCommunicator
+from folovllm.model_executor.models.interface import IntermediateTensors
 from folovllm.parallel import ParallelConfig
+from folovllm.worker.pipeline_stage import PipelineStage
 
 pytestmark = pytest.mark.m9
 
@@ -185,3 +187,20 @@ def test_one_rank_has_nothing_to_say() -> None:
     tensor = torch.ones(2)
     assert SINGLE_RANK.all_reduce(tensor) is tensor and SINGLE_RANK.all_gather(tensor) is tensor
     assert SINGLE_RANK.counts.calls == {}
+
+
+@pytest.mark.parametrize("num_steps_sent", [0, 1, 2])
+def test_a_stage_takes_of_the_skipped_steps_what_was_sent(num_steps_sent: int) -> None:
+    """The stage before computes the first of two skipped steps, both, or neither; and later steps meet again."""
+    first, last = thread_groups(ParallelConfig(1, 2), deadline=SHORT)
+    stage = PipelineStage(last, hidden_size=4, dtype=torch.float32)
+    for num_tokens in (3, 5):
+        stage.skip(num_tokens)
+    for num_tokens in (3, 5)[:num_steps_sent]:
+        for _ in IntermediateTensors._fields:
+            first.pp.send(torch.zeros(num_tokens, 4), 1)
+    stage.catch_up(first.pp.counts.calls.get("send", 0))
+    assert last.pp.counts.calls.get("receive", 0) == len(IntermediateTensors._fields) * num_steps_sent
+    first.pp.send(torch.ones(2, 4), 1)
+    stage.catch_up(first.pp.counts.calls["send"])  # of a step that was not skipped
+    assert last.pp.receive((2, 4), torch.float32, 0).sum() == 8
