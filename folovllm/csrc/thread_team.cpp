@@ -67,10 +67,12 @@ class Team {
   std::atomic<bool> is_led_{false};
   std::vector<std::unique_ptr<Worker>> workers_;  // worker i does part i + 1
   int64_t max_workers_ = kMaxWorkers;
+  LeaderLosses losses_;
   std::atomic<int64_t> jobs_{0}, offers_{0}, parts_by_workers_{0}, waits_{0};  // of Stats
 
   void lead(Progress& progress) {
     const int64_t num_parts = progress.job.num_parts, helpers = start_workers(num_parts - 1);
+    losses_.job_begins();
     for (int64_t i = 0; i < helpers; ++i) {
       offers_ += workers_[i]->offer(progress.job);
     }
@@ -83,10 +85,17 @@ class Team {
         ++parts_by_workers_;
       }
     }
+    int64_t num_waits = 0;
     for (int64_t i = 0; i < helpers; ++i) {
-      waits_ += workers_[i]->wait();
+      num_waits += workers_[i]->wait();
       progress.add(workers_[i]->take_error());
     }
+    if (losses_.job_ends(num_waits > 0)) {
+      for (int64_t i = 0; i < helpers; ++i) {
+        workers_[i]->add_strike();
+      }
+    }
+    waits_ += num_waits;
     ++jobs_;
   }
 

@@ -14,7 +14,7 @@
 //   worker 1                    (another program runs on its core)
 //
 // A worker can also lose its core in the middle of a part, and then the leader does wait. If that happens repeatedly, the
-// worker sits out for a while (thread_team.cpp). How a job is cut depends on `size()` alone and never on who takes part,
+// worker sits out for a while (thread_worker.h). If the leader itself keeps losing its core, all workers sit out. How a job is cut depends on `size()` alone and never on who takes part,
 // so that the results do not depend on it.
 
 #pragma once

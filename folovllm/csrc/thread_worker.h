@@ -129,9 +129,12 @@ class LostTime {
 
 std::atomic<int64_t> num_absences{0};  // of ThreadTeam::Stats
 
-// Whether a worker sits out. The leader counts strikes against it: delays of a job by a worker that had lost its core, and
-// long rows of offers that the worker was not there to take. After a few strikes in close succession it sits out. If that
-// happens again soon after its return, it sits out for twice as long, because what disturbs it is there to stay.
+constexpr nanoseconds kLongLoss = 1ms;  // a program that computes keeps a core for longer
+
+// Whether a worker sits out. The leader counts strikes against it: delays of a job by a worker that had lost its core,
+// long rows of offers that the worker was not there to take, and losses of the leader's own core (LeaderLosses). After a
+// few strikes in close succession it sits out. If that happens again soon after its return, it sits out for twice as
+// long, because what disturbs it is there to stay.
 class Attendance {
  public:
   void add_strike() {
@@ -161,6 +164,43 @@ class Attendance {
   int strikes_ = 0;
   Clock::time_point last_strike_{}, return_{};
   nanoseconds absence_{};
+};
+
+// Whether the leader keeps losing its core. If it does, more threads are ready to run than there are cores, and every
+// worker that computes takes time from the leader or waits for it. Reading a thread's CPU time takes as long as a small
+// piece of work, so a loss is looked for once in kWindow jobs.
+class LeaderLosses {
+ public:
+  void job_begins() {
+    if (Clock::now() - last_end_ > kGap) {
+      restart();  // the leader may have slept since the last job
+    }
+  }
+  // Returns whether the leader has lost its core for long since the window began. `slept`: it slept in this job.
+  bool job_ends(bool slept) {
+    last_end_ = Clock::now();
+    if (slept) {
+      restart();
+      return false;
+    }
+    if (++num_jobs_ < kWindow) {
+      return false;
+    }
+    num_jobs_ = 0;
+    return lost_time_.take() > kLongLoss;
+  }
+
+ private:
+  static constexpr int kWindow = 8;
+  static constexpr nanoseconds kGap = 500us;  // longer than what a step does between two jobs
+  int num_jobs_ = 0;
+  Clock::time_point last_end_{};
+  LostTime lost_time_;
+
+  void restart() {
+    num_jobs_ = 0;
+    lost_time_.start();
+  }
 };
 
 class alignas(64) Worker {
@@ -207,6 +247,12 @@ class alignas(64) Worker {
     }
     return true;
   }
+  // The leader has lost its core for long.
+  void add_strike() {
+    if (has_offer_) {
+      attendance_.add_strike();
+    }
+  }
   // The exception of the part that the worker has done, or null.
   std::exception_ptr take_error() {
     return std::exchange(error_, nullptr);
@@ -221,7 +267,6 @@ class alignas(64) Worker {
  private:
   enum State : int { kAsleep, kReady, kOffered, kBegun, kAwaited, kEnd };
   static constexpr int kMaxLate = 32;  // offers; a worker that has to wake up first misses a few
-  static constexpr nanoseconds kLongLoss = 1ms;  // a program that computes keeps a core for longer
 
   std::atomic<State> state_{kReady};
   bool has_offer_ = false;
