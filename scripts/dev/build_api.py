@@ -69,6 +69,12 @@ GROUPS = (
         "the OpenAI-compatible API, its page, its metrics and its client",
         ("entrypoints/openai", "entrypoints/openai_client.py", "entrypoints/web", "metrics"),
     ),
+    Group(
+        "scale",
+        "Several processes",
+        "the shards of a model, what its ranks say to each other, and data sets on Ray",
+        ("parallel.py", "communication_plan.py", "distributed", "data", "entrypoints/ray_serve.py"),
+    ),
     Group("core", "Core", "scheduler, KV cache manager, block pool and prefix index; no torch", ("core",)),
     Group("worker", "Worker", "the batch, the block table and the run of the model", ("worker",)),
     Group(

@@ -139,9 +139,7 @@ def write_part(world: World, source: str) -> str:
 
 CONFIG = [
     config("unknown argument", "'max_num_sequences'; did you mean 'max_num_seqs'", max_num_sequences=3),
-    config(
-        "an argument of vLLM's that is not here", "unknown engine argument 'warp_factor'; known: ", warp_factor=2
-    ),
+    config("an argument of vLLM's that is not here", "unknown engine argument 'warp_factor'; known: ", warp_factor=2),
     config("number as text", "max_model_len must be an integer, got '2048'; write 2048", max_model_len="2048"),
     config("number with a point", r"max_num_seqs must be an integer, got 8\.0; write 8", max_num_seqs=8.0),
     config("True for a number", "max_num_seqs must be an integer, got True", max_num_seqs=True),
