@@ -118,9 +118,12 @@ def _snapshot_events(scheduler: Scheduler, tables: dict[str, list[int]]) -> Iter
         yield ["add", request.request_id, request.num_prompt_tokens, request.max_tokens, request.priority]
         if request.num_output_tokens:
             yield ["sample", request.request_id, request.num_output_tokens]
-    for request in reversed(waiting):  # in first-come order, preempted requests are at the front of the queue
-        if request.status == RequestStatus.PREEMPTED:
-            yield ["requeue", request.request_id]
+    requeued = [request for request in waiting if request.status == RequestStatus.PREEMPTED]
+    if requeued and scheduler.scheduling_policy == "fcfs":
+        # Those ahead of a preempted request were requeued as well, because their step failed: new ones queue behind.
+        requeued = waiting[: waiting.index(requeued[-1]) + 1]
+    for request in reversed(requeued):
+        yield ["requeue", request.request_id]
     for request_id, table in tables.items():
         yield ["alloc", request_id, table]
     pool = scheduler.kv_cache_manager.block_pool

@@ -14,7 +14,7 @@ from folovllm.entrypoints.cli import app
 from folovllm.entrypoints.commands.chat import Conversation
 from folovllm.entrypoints.commands.chat_models import ServedModel
 from tests.m8.openai_double import DONE, chunk, event, running_double, usage
-from tests.m8.server_process import running_server
+from tests.m8.server_process import running_server, slow_executor
 from tests.m8.serving_helpers import wait_until
 
 pytestmark = pytest.mark.m8
@@ -218,7 +218,8 @@ def test_a_conversation_with_our_server():
 
 
 def test_ctrl_c_aborts_the_request_at_our_server():
-    with running_server(engine={"max_model_len": 8192, "num_kv_blocks": 1000}) as server:
+    engine = {"max_model_len": 8192, "num_kv_blocks": 1000, "executor_factory": slow_executor}
+    with running_server(engine) as server:
         model = ServedModel(f"http://127.0.0.1:{server.port}", None, None, {"ignore_eos": True})
         try:
             pieces = model.stream([message("user", "\u4f60")])

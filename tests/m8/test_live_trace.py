@@ -167,6 +167,21 @@ def test_a_snapshot_in_mid_run_agrees_with_the_scheduler_at_every_following_step
             assert_agrees(replay, core)
 
 
+def test_a_snapshot_after_a_failed_step_that_preempted_keeps_the_order_of_the_queue() -> None:
+    """The failed step preempted r3, and then its other requests were put back ahead of r3."""
+    core = make_core(num_kv_blocks=9, max_num_seqs=4, max_num_batched_tokens=64)
+    for number, length in enumerate((2, 3, 7, 7)):
+        core.add_request(make_request(f"r{number}", [number] * length, 3))
+    core.step()
+    core.step()
+    fail_once(core, blames=False)
+    assert [request.request_id for request in core.scheduler.waiting] == ["r0", "r1", "r2", "r3"]
+    feed, replay = LiveFeed(core), Replay()
+    feed.snapshot()
+    play(replay, feed.take()[-1])
+    assert_agrees(replay, core)
+
+
 def fail_once(core: EngineCore, blames: bool) -> None:
     """One step of which the executor's half raises."""
 
