@@ -25,16 +25,12 @@ from folovllm.core.kv_cache_utils import KVCacheConfig
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.distributed.ray_cluster import Place, bundle_of, cause_of, import_ray, join_cluster, num_cpus_of
 from folovllm.executor.base import Executor, ExecutorDeadError
-from folovllm.executor.multiproc import in_step
+from folovllm.executor.multiproc import CALL_SECONDS, START_SECONDS, STEP_SECONDS, SYNC_SECONDS, in_step
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.worker.ray_rank import RayRank
 
 logger = logging.getLogger(__name__)
 
-START_SECONDS = 1800.0  # to load the model
-STEP_SECONDS = 300.0  # for one step
-CALL_SECONDS = 300.0  # for another call of the worker
-SYNC_SECONDS = 5.0  # after an error, beyond the time of the longest step so far
 HEALTH_CHECK_SECONDS = 2.0
 
 
