@@ -1,4 +1,4 @@
-"""complete: the answers to all prompts of a data set, on as many engines as the Ray cluster has room for.
+"""complete: the answers to all prompts of a data set, on `concurrency` engines in a Ray cluster.
 
 Milestone: M10. vLLM counterpart: none; Ray has its own for vLLM, ray.data.llm.build_processor.
 Left out: stages for tokens and templates on other machines, images, remote folders for the output.

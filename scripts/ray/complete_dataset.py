@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Example: complete a data set with two engines, interrupt it in the middle, and go on. `pip install 'folovllm[ray]'`
+"""Example: complete half of a data set with two engines, then all of it: what is done is skipped. `pip install 'folovllm[ray]'`
 
-Milestone: M10. It runs on a laptop with 2 CPUs: python scripts/ray/complete_dataset.py --model smollm2-135m
+Milestone: M10. It runs on 2 cores, although Ray counts 3 CPUs for it: python scripts/ray/complete_dataset.py --model smollm2-135m
 """
 
 import argparse
@@ -47,8 +47,8 @@ def run(path: Path, output: Path, model: str) -> Report:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--num-prompts", type=int, default=48)
+    parser.add_argument("--model", default="smollm2-135m", help="an alias, a folder or an id (default: smollm2-135m)")
+    parser.add_argument("--num-prompts", type=int, default=48, help="how many prompts to make (default: 48)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path, output = Path(folder, "prompts.jsonl"), Path(folder, "answers")

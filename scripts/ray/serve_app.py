@@ -36,8 +36,8 @@ def num_replicas() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--port", type=int, default=8123, help="of 127.0.0.1")
+    parser.add_argument("--model", default="smollm2-135m", help="an alias, a folder or an id (default: smollm2-135m)")
+    parser.add_argument("--port", type=int, default=8123, help="to listen on, on this machine only (default: 8123)")
     args = parser.parse_args()
     join_cluster(None, num_cpus=4)
     from ray import serve

@@ -14,8 +14,8 @@ PROMPTS = ["The capital of France is", "The opposite of hot is", "Once upon a ti
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--ranks", type=int, default=3)
+    parser.add_argument("--model", default="smollm2-135m", help="an alias, a folder or an id (default: smollm2-135m)")
+    parser.add_argument("--ranks", type=int, default=3, help="1 or 3 for smollm2-135m, which has 9 heads (default: 3)")
     args = parser.parse_args()
     greedy = SamplingParams(temperature=0.0, max_tokens=16)
     options = {"dtype": "float32", "max_model_len": 256}
