@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Example: complete half of a data set with two engines, then all of it: what is done is skipped. `pip install 'folovllm[ray]'`
+"""Example: complete half of a data set with two engines, then all of it: what is done is skipped.
 
-Milestone: M10. It runs on 2 cores, although Ray counts 3 CPUs for it: python scripts/ray/complete_dataset.py --model smollm2-135m
+Milestone: M10. It runs on 2 cores, although Ray counts 3 CPUs for it, and needs `pip install 'folovllm[ray]'`:
+
+    python scripts/ray/complete_dataset.py --model smollm2-135m
 """
 
 import argparse
