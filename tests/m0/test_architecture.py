@@ -49,6 +49,7 @@ ROWS = {
     "folovllm.engine.sent_requests": 1,
     "folovllm.engine.stats_sum": 1,
     "folovllm.forward_context": 2,
+    "folovllm.transfers": 2,
     "folovllm.distributed": 2,
     "folovllm.platforms": 2,
     "folovllm.attention": 2,

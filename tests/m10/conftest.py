@@ -48,5 +48,12 @@ def wait_for(condition: Any, message: str, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
+def all_cpus_are_free() -> bool:
+    """Whether no actor holds a CPU of the cluster. Ray's count follows the end of an actor after a moment."""
+    import ray
+
+    return ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
+
+
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)

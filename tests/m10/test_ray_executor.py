@@ -19,7 +19,7 @@ from folovllm.executor.ray import RayExecutor
 from folovllm.parallel import ParallelConfig
 from tests.m9.multiproc_helpers import echo_config, oracle, request, run
 from tests.m9.parallel_models import make_parallel
-from tests.m10.conftest import is_alive, wait_for
+from tests.m10.conftest import all_cpus_are_free, is_alive, wait_for
 from tests.m10.echo_rank import RefusingRank, echo_core
 
 pytestmark = [pytest.mark.m10, pytest.mark.ray]
@@ -29,12 +29,7 @@ PROMPTS = ["the other thing", "in", "there is a longer prompt here, with more to
 
 @contextlib.contextmanager
 def ranks(path: Path, **args: Any) -> Iterator[EngineCore]:
-    """An engine core on echo actors. At the end none of them is left, and their CPUs are free.
-
-    Ray counts the CPUs of an earlier test's actors as free a moment after they have ended, so the count at the start
-    is not what the end has to equal: all CPUs of the cluster are.
-    """
-    wait_for(all_cpus_are_free, "a CPU of an earlier test is not free")
+    """An engine core on echo actors. At the end none of them is left, and their CPUs are free."""
     core = echo_core(path, **args)
     ids = process_ids(core)
     try:
@@ -43,12 +38,6 @@ def ranks(path: Path, **args: Any) -> Iterator[EngineCore]:
         core.executor.shutdown()
     wait_for(lambda: not any(map(is_alive, ids)), "a rank is left")
     wait_for(all_cpus_are_free, "a rank's CPU is not free")
-
-
-def all_cpus_are_free() -> bool:
-    import ray
-
-    return ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
 
 
 def process_ids(core: EngineCore) -> list[int]:

@@ -1,0 +1,59 @@
+"""Small tensors between the host and the device: everything that a step copies up, and the one wait for its results.
+
+Milestone: M4. vLLM counterparts: `CpuGpuBuffer` in vllm/v1/utils.py and `_to_list` in
+vllm/v1/worker/gpu_model_runner.py. Left out: a second stream for the copies.
+
+A GPU works through a queue. The host puts kernels and copies into it and runs ahead, so the GPU never idles, as long as
+nothing makes the host wait. Three things do:
+
+    a copy from pageable memory    CUDA copies it into pinned memory of its own first, and waits
+    a value that Python needs      `.item()`, `.tolist()`, `if tensor:` wait until the GPU has computed it
+    a size that depends on values  `nonzero()` and indexing with a mask, for the same reason
+
+So a step copies its inputs up with `to_device` and waits once, in `to_host`, for all that the host has to know.
+tests/m4/test_no_hidden_sync.py counts.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def to_device(
+    values: Sequence[object] | np.ndarray | torch.Tensor, device: torch.device | str, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Returns `values` as a tensor on `device`. The host does not wait for the copy to a GPU.
+
+    On a CPU the result may share the memory of an array or a tensor, as in torch.as_tensor.
+    """
+    device = torch.device(device)
+    host = torch.as_tensor(values, dtype=dtype, device="cpu")
+    return pinned(host).to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def copy_to(buffer: torch.Tensor, values: np.ndarray) -> None:
+    """Copies `values [n]` to the beginning of `buffer [at least n]`, which keeps its address."""
+    if buffer.device.type == "cpu":
+        buffer.numpy()[: len(values)] = values  # the same memory; an operator of torch's would take longer
+    else:
+        host = torch.as_tensor(values, dtype=buffer.dtype)
+        buffer[: len(values)].copy_(pinned(host) if buffer.device.type == "cuda" else host, non_blocking=True)
+
+
+def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Returns the tensors in the memory of the host. On a GPU all copies are queued first, and then it waits once."""
+    return list(tensors) if all(t.device.type == "cpu" for t in tensors) else _download(tensors)
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a copy in memory that the GPU reads by itself. torch reuses the memory only when the GPU has read it."""
+    return tensor.pin_memory()
+
+
+def _download(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+    done = torch.cuda.Event()
+    done.record()
+    done.synchronize()
+    return copies
