@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints how fast our GPU kernels could be at best: bytes, operations and the floor in microseconds, per kernel and GPU.
+"""Prints how fast our GPU kernels could be at best: bytes, operations and the floor per kernel and GPU.
 
 Milestones: M4 and M7. vLLM counterpart: none. Needs no GPU, but Triton, as the kernels' modules import it. The
 arithmetic is in folovllm/sim/kernel_cost.py, which says what a floor leaves out.
