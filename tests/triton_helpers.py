@@ -8,7 +8,7 @@ import contextlib
 import re
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,15 +72,28 @@ class Usage:
 
 
 def compile_kernel(
-    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], capability: int,
-    attributes: Mapping[Any, Any] | None = None, **options: int,
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], dtype: torch.dtype, capability: int,
+    unaligned: Collection[str], **options: int,
 ) -> Any:  # fmt: skip
-    """Returns the kernel compiled for a GPU of this capability; the compiler needs no GPU."""
+    """Returns the kernel compiled for a GPU of this capability, as a launch would compile it. No GPU is needed.
+
+    An argument that is not in `types` is an int32, or a pointer to `dtype` if its name says so. Tensors begin at
+    multiples of 16 bytes and sizes of layers are multiples of 16, so loads may be wide; `unaligned` names the others.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    source = ASTSource(kernel, dict(signature), dict(constants), attributes and dict(attributes))
+    plain = {arg: f"*{TRITON_NAMES[dtype]}" if arg.endswith("_ptr") else "i32" for arg in kernel.arg_names}
+    signature = (
+        plain | {arg: kind for arg, kind in types.items() if arg in plain} | dict.fromkeys(constants, "constexpr")
+    )
+    aligned: dict[Any, Any] = {
+        (i,): [["tt.divisibility", 16]]
+        for i, arg in enumerate(kernel.arg_names)
+        if arg not in constants and arg not in unaligned
+    }
+    source = ASTSource(kernel, signature, dict(constants), aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -96,8 +109,8 @@ def usage_of(compiled: Any, folder: Path) -> Usage:
     return Usage(registers, stack, made.shared, getattr(made, "tmem_size", 0) or 0, made.num_warps)
 
 
-def check_fits(what: str, compiled: Any, capability: int, folder: Path, most_spilled: int) -> None:
-    """The kernel fits on every GPU, leaves room for another program, and multiplies no fp32 in TF32."""
+def check_fits(what: str, compiled: Any, capability: int, folder: Path, most_spilled: int = 0) -> None:
+    """The kernel fits on every GPU, with enough warps at once, nothing spilled, and no fp32 multiplied in TF32."""
     usage = usage_of(compiled, folder)
     print(f"{what}, {capability / 10}: {usage}, {usage.programs(capability)} programs per multiprocessor")
     assert usage.shared <= SMALLEST_SHARED_MEMORY
