@@ -119,6 +119,26 @@ def check_fits(what: str, compiled: Any, capability: int, folder: Path, most_spi
     assert "tf32" not in compiled.asm["ptx"]
 
 
+def loop_instructions(compiled: Any, folder: Path) -> int:
+    """Returns how many instructions the longest loop of the kernel has: from a label to the branch back to it."""
+    import triton
+
+    (folder / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    listing = subprocess.run([tool, "-c", folder / "kernel.cubin"], text=True, capture_output=True, check=True).stdout
+    labels: dict[str, int] = {}
+    longest = number = 0
+    for label, instruction in re.findall(r"^\s*(?:\.(L_\w+):|/\*[0-9a-f]+\*/\s+(.*?) ;)", listing, re.MULTILINE):
+        if label:
+            labels[label] = number
+            continue
+        number += 1
+        target = re.search(r"\bBRA\b.*`\(\.(L_\w+)\)", instruction)
+        if target and target[1] in labels:
+            longest = max(longest, number - labels[target[1]])
+    return longest
+
+
 def matrix_units(compiled: Any) -> set[str]:
     """Returns the instructions of matrix units in the kernel. E.g. {"mma.sync"}; empty if it uses none."""
     return set(re.findall(r"\b(mma\.sync|wgmma(?=\.mma)|tcgen05\.mma)", compiled.asm["ptx"]))

@@ -1,4 +1,4 @@
-"""What a GPU kernel of ours reads, writes and computes, and the least that any kernel for the same result could.
+"""What our GPU kernels read, write and compute, and the least that any kernel for the same result must.
 
 Milestones: M4 (attention/ops/triton_attention.py) and M7 (quantization/triton_gptq.py). vLLM counterpart: none.
 Row 1: no torch; so the sizes of the tiles, which the backends choose, are arguments.
@@ -14,9 +14,10 @@ Two amounts of work are kept apart:
 
     floor = max(least bytes / bandwidth, least FLOPs / peak)
 
-No kernel can be faster than its floor on that GPU. The floor leaves out, and a real kernel pays: the launch (some
-microseconds), exp and sums, unpacking of weights, block tables, and the wait for the first bytes. The peak is that of
-the matrix units, also for `gemv_kernel`, which does not use them.
+No kernel can be faster than its floor on that GPU, if its inputs are not in a cache already. The floor leaves out what
+a real kernel pays as well: the launch (some microseconds), exp and sums, the instructions that unpack weights, block
+tables, and the wait for the first bytes. The peak is that of the matrix units, also for `gemv_kernel`, which does not
+use them.
 """
 
 from collections.abc import Sequence

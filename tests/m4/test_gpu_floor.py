@@ -1,10 +1,11 @@
-"""The cost model of the GPU kernels by hand, its floors, and the script that prints them (R4.37).
+"""The cost model of the GPU kernels by hand, its floors, and the script that prints them (R4.60).
 
 That the model names what the kernels really load and store is counted in test_triton_paged.py and, for M7's kernels,
 in tests/m7/test_triton_gptq.py.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -97,3 +98,16 @@ def test_what_bounds_a_case() -> None:
     assert floors.bound_by(Work(read=1, flops=1), gpus) == "memory"
     assert floors.bound_by(Work(read=1, flops=250), gpus) == "memory, not on h200"
     assert [floors.scaled(n) for n in (12, 8_388_608, 2e12)] == ["12", "8.39 M", "2.00 T"]
+
+
+def test_the_page_shows_what_the_script_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs/dev/gpu_status.md").read_text(encoding="utf-8")
+    command = re.search(r"^python scripts/dev/gpu_floor.py (.+?) +#", page, re.MULTILINE)
+    assert command
+    monkeypatch.setattr(sys, "argv", ["gpu_floor.py", *command[1].split()])
+    floors.main()
+    assert capsys.readouterr().out.strip() in page, (
+        "docs/dev/gpu_status.md is out of date: paste what its command prints"
+    )

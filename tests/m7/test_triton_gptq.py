@@ -37,6 +37,7 @@ from tests.triton_helpers import (
     check_fits,
     compile_kernel,
     counted,
+    loop_instructions,
     matrix_units,
 )
 
@@ -80,7 +81,7 @@ def product(
     bits: int = 4, group_size: int = 32, sym: bool = False, desc_act: bool = False, inputs: int = 96, outputs: int = 72,
     rows: int = 1, dtype: str = "fp32", programs: int = 8, bias: bool = False, mistake: str = "none",
 ) -> int:  # fmt: skip
-    """One multiplication, against the dequantised weights; how many parts the inputs were cut into."""
+    """One multiplication, against the dequantised weights. Returns the number of parts of the inputs."""
     config = GPTQConfig(bits, group_size, sym=sym, desc_act=desc_act)
     linear = random_layer(config, inputs, outputs)
     if sym:
@@ -100,7 +101,7 @@ def num_parts(weight: triton_gptq.TritonWeight, rows: int, dtype: torch.dtype, p
 
 
 def cost(rows: int, programs: int, outputs: int = 200, bits: int = 4, bias: bool = True) -> int:
-    """One multiplication, counted load by load, against the cost model; how many kernels it was."""
+    """One multiplication, counted load by load, against the cost model. Returns the number of kernels."""
     linear = random_layer(GPTQConfig(bits, 64, sym=False), 192, outputs)
     weight = pack_weight(linear, bits)
     tiles = triton_gptq.tile_sizes(rows, weight.group_size, torch.float16)
@@ -125,7 +126,7 @@ MISTAKES: dict[str, Any] = {
 
 
 def any_groups(rows: int) -> None:
-    """g_idx as no tool of ours writes it: groups of 1, 7, none and 56 inputs."""
+    """g_idx as none of our tools writes it: groups of 1, 7, none and 56 inputs."""
     g_idx = torch.tensor([0] + [1] * 7 + [3] * 56)[torch.randperm(64, generator=torch.Generator().manual_seed(3))]
     base = random_layer(GPTQConfig(4, 16, sym=False), 64, 40)
     linear = QuantizedLinear(base.levels, base.scales, base.zeros, g_idx.int())
@@ -156,7 +157,7 @@ def strided_rows() -> None:
 
 
 def layer(kind: str, desc_act: bool, one_order: bool, dtype: str) -> int:
-    """A layer of the model, loaded and multiplied; how many multiplications it is."""
+    """A layer of the model, loaded and multiplied. Returns the number of multiplications."""
     make, sizes = LAYERS[kind]
     config, options = GPTQConfig(4, 32, sym=False, desc_act=desc_act), KernelOptions(DTYPES[dtype])
     made = make(bias=True, quant_config=GPTQQuantization(config, "triton", options), prefix="x")
@@ -445,6 +446,19 @@ def test_every_checkpoint_compiles_for_every_gpu(
     checkpoint: tuple[torch.dtype, int, int], capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_checkpoint(*checkpoint, capability, tmp_path, monkeypatch)
+
+
+def test_how_many_instructions_a_weight_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop of gemv_kernel unpacks and multiplies; docs/dev/gpu_status.md says what that costs."""
+    import triton
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    tiles = triton_gptq.tile_sizes(1, 128, torch.bfloat16)
+    compiled = compile_gptq("gemv_kernel", torch.bfloat16, 4, 1, 128, 90)
+    weights = tiles.inputs * tiles.outputs // (32 * tiles.num_warps)  # of one thread
+    per_weight = loop_instructions(compiled, tmp_path) / weights
+    print(f"{per_weight:.1f} instructions per weight")
+    assert per_weight <= 11.5
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
