@@ -57,6 +57,7 @@ WRITES = (1, 256, 8192)
 ROWS = (1, 16, 64, 256)
 BATCHES = (1, 32, 256)
 CONTEXT = 1024
+GROUP_SIZE = 128
 DTYPE = torch.bfloat16
 
 
@@ -135,7 +136,7 @@ def _write_cases(model: str, arch: ModelArchitecture, writes: Sequence[int]) -> 
 def _gptq_cases(model: str, arch: ModelArchitecture, rows: Sequence[int], num_programs: int) -> Iterator[Case]:
     for linear, (inputs, outputs) in linear_sizes(arch).items():
         for count in rows:
-            cost = gptq_cost(GPTQShape(inputs, outputs), count, num_programs)
+            cost = gptq_cost(GPTQShape(inputs, outputs, group_size=min(GROUP_SIZE, inputs)), count, num_programs)
             name = f"GPTQ {linear} {count}"
             yield Case(model, "gptq", name, cost, linear=linear, rows=count, inputs=inputs, outputs=outputs)
 
@@ -143,7 +144,7 @@ def _gptq_cases(model: str, arch: ModelArchitecture, rows: Sequence[int], num_pr
 def step_floors(model: str, batches: Sequence[int] = BATCHES, context: int = CONTEXT) -> dict[tuple[str, int], Work]:
     """Returns the least work of a decode step by (weights, batch); weights are "bf16" or "GPTQ"."""
     arch = shape_architecture(model)
-    widths = {"bf16": float(DTYPE.itemsize), "GPTQ": gptq_bytes_per_weight()}
+    widths = {"bf16": float(DTYPE.itemsize), "GPTQ": gptq_bytes_per_weight(group_size=GROUP_SIZE)}
     return {
         (name, batch): step_work(arch, [(context - 1, 1)] * batch, width)
         for batch in batches
