@@ -148,8 +148,8 @@ def matrix_units(compiled: Any) -> set[str]:
 def counted() -> Iterator[dict[str, Work]]:
     """Counts what each kernel does while Triton interprets it: kernel -> Work.
 
-    A load or store counts the numbers that its mask lets through. Operations are those of tl.dot. A kernel that
-    multiplies without it adds up blocks of products: each number that is added to a block of two axes is one product.
+    A load or store counts the numbers that its mask lets through. Operations are those of tl.dot. `gemv_kernel`
+    multiplies without it: it subtracts the zero from each level, and multiplies every difference with one number.
     """
     from triton.runtime import interpreter
 
@@ -176,11 +176,7 @@ def counted() -> Iterator[dict[str, Work]]:
         watch(builder, "create_masked_load", lambda pointers, mask, *_: Work(read=_bytes(pointers, mask)))
         watch(builder, "create_masked_store", lambda pointers, value, mask, *_: Work(written=_bytes(pointers, mask)))
         watch(builder, "create_dot", lambda a, b, *_: Work(flops=2 * a.data.size * b.data.shape[-1]))
-        watch(
-            builder,
-            "create_fadd",
-            lambda a, b: Work(flops=2 * a.data.size * (current[0] == "gemv_kernel" and a.data.ndim == 2)),
-        )
+        watch(builder, "create_fsub", lambda a, b: Work(flops=2 * a.data.size * (current[0] == "gemv_kernel")))
         yield works
 
 
