@@ -243,3 +243,11 @@ def test_the_output_that_the_page_shows_is_that_of_today() -> None:
     says(f"TTFT p50, ms{run['ttft_ms']['p50']:>25.1f}")
     says(f"time bound by memory reads{run['bound_share']['memory']:>11.0%}")
     says(f"time spent in communication{run['communication_share']:>10.0%}")
+
+
+def test_stages_make_no_gap_shorter() -> None:
+    says("Its gaps are longer than those of four GPUs without stages, and much longer than those of `--tp 8`")
+    ways: list[dict[str, Any]] = [{"tensor_parallel_size": 4, "pipeline_parallel_size": 2}]
+    ways += [{"tensor_parallel_size": size} for size in (4, 8)]
+    staged, four, eight = (simulate(make_sim_workload("chat"), LARGE, "h100", **way)["itl_ms"]["p50"] for way in ways)
+    assert staged > four and staged > 1.4 * eight
