@@ -25,13 +25,14 @@ from typing import Any
 
 from folovllm.benchmarks.machine import command_line, machine_header
 from folovllm.benchmarks.report import write_json
-from folovllm.benchmarks.runner import run_child
+from folovllm.benchmarks.runner import end_group, start_child
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(__file__).parent
 STEM = "scripts/gpu_all.sh"
 RUNNING, DONE, FAILED, SKIPPED = "running", "done", "failed", "skipped"
 TO_SAVE = 0.9  # a part is told to end after this share of its time, and is ended by force after all of it
+LOG_LENGTH = 4_000  # characters of a failed part's output that the summary keeps
 LEAST_SECONDS = 5.0  # with less than this, a part cannot even import torch
 
 
@@ -69,7 +70,7 @@ def all_parts(device: str) -> list[Part]:
         Part("ladder", "tokens per second: the rungs, GPTQ, HuggingFace", 150, script("ladder")),
         Part("steps", "where a decode step waits", 30, script("steps")),
         Part("sanitizer", "memcheck and racecheck of every kernel", 45, script("sanitizer"), missing),
-        Part("tests_rest", "the other tests of pytest -m gpu", 75, script("tests_rest")),
+        Part("tests_rest", "the other tests of pytest -m gpu", 75, (*script("tests"), "--rest")),
     ]
 
 
@@ -79,7 +80,7 @@ def script(name: str) -> tuple[str, ...]:
 
 def run_parts(parts: Sequence[Part], device: str, out: Path, seconds: float, summary: dict[str, Any]) -> list[Outcome]:
     """Runs the parts within `seconds`; what became of them. `summary` is what summary.json says besides."""
-    end = time.monotonic() + seconds
+    end, logs = time.monotonic() + seconds, summary.setdefault("logs", {})
     outcomes = [Outcome(part.name, SKIPPED, part.missing or "no time") for part in parts]
     for index, part in enumerate(parts):
         left = end - time.monotonic()
@@ -90,34 +91,49 @@ def run_parts(parts: Sequence[Part], device: str, out: Path, seconds: float, sum
         say(f"{part.name}: {part.about} (at most {limit:.0f} s)")
         outcomes[index] = Outcome(part.name, RUNNING, limit=round(limit, 1))
         save(outcomes, out, summary)
-        outcomes[index] = run_part(part, device, out, limit)
+        outcomes[index] = run_part(part, device, out, limit, logs)
         say(f"{part.name}: {outcomes[index].status} after {outcomes[index].seconds:.0f} s {outcomes[index].note}")
         save(outcomes, out, summary)
     save(outcomes, out, summary)
     return outcomes
 
 
-def run_part(part: Part, device: str, out: Path, limit: float) -> Outcome:
-    """Runs one part in a process of its own, whose output is shown when the part has ended."""
+def run_part(part: Part, device: str, out: Path, limit: float, logs: dict[str, str]) -> Outcome:
+    """Runs one part in a process of its own. If it fails, `logs` gets the end of what it printed."""
     file, start = out / f"{part.name}.json", time.monotonic()
     file.unlink(missing_ok=True)
     until = time.time() + TO_SAVE * limit
     command = [*part.command, "--device", device, "--out", str(out), "--until", f"{until:.1f}"]
     with tempfile.TemporaryDirectory() as folder:
-        log, status, cause = Path(folder, "log"), 0, ""
-        try:
-            status = run_child(command, limit, log, variables(device))
-        except TimeoutError:
-            cause = f"ran out of its {limit:.0f} s and was ended"
-        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    print(text, end="" if text.endswith("\n") or not text else "\n", flush=True)
+        log = Path(folder, "log")
+        status = follow(command, limit, log, variables(device))
+        text = log.read_text(encoding="utf-8", errors="replace")
     errors, not_run = read_problems(file)
-    if status and not cause:
+    cause = ""
+    if status is None:
+        cause = f"ran out of its {limit:.0f} s and was ended"
+    elif status:
         cause = errors[0] if errors else last_line(text) or f"ended with status {status}"
-    note = cause or (f"without {not_run} cases (no time)" if not_run else "")
-    shown = file.name if file.exists() else ""
-    state = FAILED if cause else DONE
-    return Outcome(part.name, state, note, round(time.monotonic() - start, 1), round(limit, 1), shown)
+    if cause:
+        logs[part.name] = text[-LOG_LENGTH:]
+    note = cause or (f"no time for {not_run} of its cases" if not_run else "")
+    seconds, state = round(time.monotonic() - start, 1), FAILED if cause else DONE
+    return Outcome(part.name, state, note, seconds, round(limit, 1), file.name if file.exists() else "")
+
+
+def follow(command: Sequence[str], seconds: float, log: Path, environment: dict[str, str]) -> int | None:
+    """Runs `command` and shows what it prints; its exit status, or None if it had to be ended after `seconds`."""
+    process, end = start_child(command, log, environment), time.monotonic() + seconds
+    with log.open(encoding="utf-8", errors="replace") as output:
+        try:
+            while process.poll() is None and time.monotonic() < end:
+                time.sleep(0.1)
+                print(output.read(), end="", flush=True)
+            status = process.poll()
+        finally:
+            end_group(process)
+        print(output.read(), end="", flush=True)
+    return status
 
 
 def variables(device: str) -> dict[str, str]:

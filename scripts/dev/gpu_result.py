@@ -39,6 +39,7 @@ class Options:
     out: Path  # the folder
     until: float  # time.time() at which the part must have ended
     resume: bool  # cases that the file has already are not run again
+    flag: bool = False  # the part's own, if it has one
 
     @property
     def seconds_left(self) -> float:
@@ -54,14 +55,16 @@ class Case:
     seconds: float = 0.0
 
 
-def parse_options(description: str, argv: Sequence[str] | None = None) -> Options:
-    """The options of a part; without a GPU, `--device cuda` ends the program with one line."""
+def parse_options(description: str, flag: str | None = None, about: str = "") -> Options:
+    """The options of a part, which may have one of its own; without a GPU, `--device cuda` ends the program."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=DEVICES, default="cuda", help="cpu: a rehearsal with tiny sizes")
     parser.add_argument("--out", type=Path, default=Path("bench_results/gpu"), help="folder (default: %(default)s)")
     parser.add_argument("--until", type=float, default=float("inf"), help="when to have ended, in seconds since 1970")
     parser.add_argument("--resume", action="store_true", help="keep the cases that the result file has already")
-    options = Options(**vars(parser.parse_args(argv)))
+    if flag:
+        parser.add_argument(flag, dest="flag", action="store_true", help=about)
+    options = Options(**vars(parser.parse_args()))
     try:
         choose_device(options.device)
     except ValueError as error:
