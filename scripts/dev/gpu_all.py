@@ -84,7 +84,9 @@ def run_parts(parts: Sequence[Part], device: str, out: Path, seconds: float, sum
     outcomes = [Outcome(part.name, SKIPPED, part.missing or "no time") for part in parts]
     for index, part in enumerate(parts):
         left = end - time.monotonic()
-        limit = left * part.share / sum(later.share for later in parts[index:] if not later.missing) if left > 0 else 0.0
+        limit = (
+            left * part.share / sum(later.share for later in parts[index:] if not later.missing) if left > 0 else 0.0
+        )
         if part.missing or limit < LEAST_SECONDS:
             say(f"{part.name}: skipped ({outcomes[index].note})")
             continue

@@ -204,9 +204,7 @@ def cases(sizes: Sizes, device: str, hardware: Hardware, clock: Clock) -> list[C
     found = [
         case
         for model, kinds in sizes.models.items()
-        for case in gpu_floor.cases(
-            model, processors(device), sizes.decodes, sizes.prompts, sizes.writes, sizes.rows
-        )
+        for case in gpu_floor.cases(model, processors(device), sizes.decodes, sizes.prompts, sizes.writes, sizes.rows)
         if case.kind in kinds
     ]
     return [Case(name_of(case), partial(measure, case, sizes.dtype, device, hardware, clock), 1.0) for case in found]
