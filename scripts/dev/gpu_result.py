@@ -75,8 +75,15 @@ def parse_options(description: str, flag: str | None = None, about: str = "") ->
 class Result:
     """The file `<out>/<part>.json`: the machine, the command, `results` (rows), and which cases gave none and why."""
 
-    def __init__(self, part: str, unit: str, options: Options, **facts: Any) -> None:
-        self.options, self.path = options, options.out / f"{part}.json"
+    def __init__(
+        self,
+        part: str,
+        unit: str,
+        options: Options,
+        complete: Callable[[list[Row]], None] = lambda rows: None,  # adds to rows what needs other rows
+        **facts: Any,
+    ) -> None:
+        self.options, self.complete, self.path = options, complete, options.out / f"{part}.json"
         script = f"scripts/dev/gpu_{part}.py"
         self.content: dict[str, Any] = {
             "schema": SCHEMA,
@@ -95,13 +102,13 @@ class Result:
         self.save()
 
     def save(self) -> None:
-        """Replaces the file at once: whoever reads it, also after a kill, finds the old one or the new one, whole."""
+        """Replaces the file at once, so that after a kill there is the old one or the new one, but whole."""
         scratch = self.path.with_suffix(".tmp")
         write_json(self.content, scratch)
         scratch.replace(self.path)
 
     def run(self, cases: Sequence[Case]) -> int:
-        """Runs the cases that the file does not have; the exit status. A case that fails does not stop the next ones."""
+        """Runs the cases that the file does not have; the exit status. A case that fails stops none."""
         for case in cases:
             if case.name in self.content["cases"]:
                 continue
@@ -122,6 +129,7 @@ class Result:
             self.content["errors"][case.name] = error
         self.content["cases"].append(case.name)
         self.content["results"] += rows
+        self.complete(self.content["results"])
         self.save()
         say(f"    {case.name}: {error or '; '.join(map(in_words, rows))} ({time.perf_counter() - start:.1f} s)")
         if error and self.options.device == "cuda" and not cuda_works():
