@@ -123,10 +123,8 @@ def main() -> int:
     recorder.save()
     if recorder.cuda_is_broken:
         start_again()
-    counts = Counter({name: sum(row[name] for row in recorder.tests.values()) for name in ROW[:3]})
-    say(
-        f"    {', '.join(f'{count} {name}' for name, count in counts.items())}, {len(recorder.content['not_run'])} not run"
-    )
+    counts = [f"{sum(row[name] for row in recorder.tests.values())} {name}" for name in ROW[:3]]
+    say(f"    {', '.join(counts)}, {len(recorder.content['not_run'])} not run")
     known = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED)
     return int(bool(recorder.content["errors"]) or status not in known)
 
