@@ -34,6 +34,7 @@ from folovllm.utils import cdiv
 
 BLOCK_SIZE, BITS, GROUP_SIZE = 16, 4, 128
 LARGEST_ERROR = 0.02  # |ours - torch's| / |torch's|, of all numbers together; bf16 loses about 0.005
+SHOWN = ("ours_us", "launch_us", "floor_us", "of_floor", "x_torch", "first_s")
 ATTENTION = ("decode", "prompt", "write")
 
 
@@ -224,7 +225,7 @@ def main() -> int:
         hardware = measured_hardware(options.device)
         sizes, clock = SIZES[options.device], make_clock(options.device, hardware)
     ceilings = {"bytes_per_second": hardware.bandwidth, "flops_per_second": hardware.flops}
-    result = Result("kernels", "us", options, ceilings=ceilings, dtype=str(sizes.dtype))
+    result = Result("kernels", "us", options, SHOWN, ceilings=ceilings, dtype=str(sizes.dtype))
     return result.run(cases(sizes, options.device, hardware, clock))
 
 

@@ -48,6 +48,7 @@ TOP = top_rung().id
 GPTQ = f"{TOP} GPTQ"
 GROUP_SIZE = 128
 SINGLE, BATCH, NANO = "single", "batch", "nano"
+SHOWN = ("output_tok_per_s", "itl_ms", "floor_ms", "of_floor", "x_hf", "x_bf16")
 WARM_UP_TOKENS = 8
 FREE_SHARE, RESERVE = 0.8, 3 * GIB  # of the free memory, the KV cache gets what weights and RESERVE leave of this share
 
@@ -72,7 +73,7 @@ SIZES = {
         "qwen3-0.6b", "qwen3-8b", "bfloat16", 2048, (128, 128), 32, (256, 100, 1024), 64, 3, None,
         {SINGLE: 10, BATCH: 8, NANO: 40},
     ),
-    "cpu": Sizes("tiny", "tiny", "float32", 64, (8, 6), 3, (4, 4, 12), 2, 1, 2**24, {SINGLE: 1, BATCH: 1, NANO: 1}),
+    "cpu": Sizes("tiny", "tiny", "float32", 64, (8, 4), 2, (3, 4, 8), 2, 1, 2**24, {SINGLE: 1, BATCH: 1, NANO: 1}),
 }  # fmt: skip
 
 
@@ -260,7 +261,7 @@ def main() -> int:
     options = parse_options(__doc__ or "")
     sizes, hardware = SIZES[options.device], measured_hardware(options.device)
     facts = {"ceilings": {"bytes_per_second": hardware.bandwidth, "flops_per_second": hardware.flops}}
-    result = Result("ladder", "tokens per second", options, add_ratios, **facts, dtype=sizes.dtype)
+    result = Result("ladder", "tokens per second", options, SHOWN, add_ratios, **facts, dtype=sizes.dtype)
     with tempfile.TemporaryDirectory() as folder:
         loaded, seconds = Loaded(options, sizes, Path(folder)), sizes.seconds
         found = entries(sizes)

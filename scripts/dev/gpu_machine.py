@@ -119,7 +119,7 @@ def cases(options: Options) -> list[Case]:
 def main() -> int:
     options = parse_options(__doc__ or "")
     facts = {"driver": driver_facts() if options.device == "cuda" else {}, "gpu": gpu_facts(options.device)}
-    return Result("machine", "see each row", options, **facts).run(cases(options))
+    return Result("machine", "see each row", options, ("value", "unit"), **facts).run(cases(options))
 
 
 if __name__ == "__main__":

@@ -80,10 +80,12 @@ class Result:
         part: str,
         unit: str,
         options: Options,
+        shown: Sequence[str],  # columns of the progress line
         complete: Callable[[list[Row]], None] = lambda rows: None,  # adds to rows what needs other rows
         **facts: Any,
     ) -> None:
-        self.options, self.complete, self.path = options, complete, options.out / f"{part}.json"
+        self.options, self.shown, self.complete = options, shown, complete
+        self.path = options.out / f"{part}.json"
         script = f"scripts/dev/gpu_{part}.py"
         self.content: dict[str, Any] = {
             "schema": SCHEMA,
@@ -131,14 +133,13 @@ class Result:
         self.content["results"] += rows
         self.complete(self.content["results"])
         self.save()
-        say(f"    {case.name}: {error or '; '.join(map(in_words, rows))} ({time.perf_counter() - start:.1f} s)")
+        say(f"    {case.name}: {error or '; '.join(map(self._in_words, rows))} ({time.perf_counter() - start:.1f} s)")
         if error and self.options.device == "cuda" and not cuda_works():
             start_again()
 
-
-def in_words(row: Row) -> str:
-    """A row for the progress line. E.g. {"case": "x", "ms": 1.2} -> "ms 1.2"."""
-    return ", ".join(f"{name} {value}" for name, value in row.items() if name != "case")
+    def _in_words(self, row: Row) -> str:
+        """E.g. {"case": "x", "ours_us": 1.2} -> "ours_us 1.2"."""
+        return ", ".join(f"{name} {row[name]}" for name in self.shown if name in row)
 
 
 def first_line(error: BaseException) -> str:

@@ -61,7 +61,7 @@ def summary_of(text: str) -> str:
 
 def main() -> int:
     options = parse_options(__doc__ or "")
-    result = Result("sanitizer", "s", options)
+    result = Result("sanitizer", "s", options, ("summary",))
     logs = result.content.setdefault("logs", {})
     return result.run([Case(tool, partial(check, tool, options, logs), 5.0) for tool in TOOLS])
 

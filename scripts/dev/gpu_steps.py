@@ -181,7 +181,7 @@ def longest(events: Sequence[Any], num_steps: int) -> list[Row]:
 
 def main() -> int:
     options = parse_options(__doc__ or "")
-    result = Result("steps", "ms per step", options)
+    result = Result("steps", "ms per step", options, ("step_ms", "gpu_busy_ms", "kernels", "waits", "sync_warnings"))
     for table in ("places", "longest"):
         result.content.setdefault(table, {})
     with tempfile.TemporaryDirectory() as folder:

@@ -116,7 +116,7 @@ def reason_of(report: pytest.TestReport) -> str:
 
 def main() -> int:
     options = parse_options(__doc__ or "", "--rest", "the tests that are not in the first part")
-    result = Result("tests_rest" if options.flag else "tests", "tests, and seconds", options)
+    result = Result("tests_rest" if options.flag else "tests", "tests, and seconds", options, ())
     recorder = Recorder(result, options)
     files = [str(ROOT / name) for name in TESTS]
     status = pytest.main(["-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider", *files], [recorder])
