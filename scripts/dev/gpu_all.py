@@ -139,8 +139,8 @@ def follow(command: Sequence[str], seconds: float, log: Path, environment: dict[
 
 
 def variables(device: str) -> dict[str, str]:
-    """Without a GPU, Triton's interpreter runs the kernels."""
-    return {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    """Without a GPU, Triton's interpreter runs the kernels. torch's profiler is to keep silent."""
+    return {"KINETO_LOG_LEVEL": "99"} | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
 
 
 def read_problems(file: Path) -> tuple[list[str], int]:
