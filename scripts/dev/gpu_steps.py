@@ -139,7 +139,8 @@ def step_figures(events: Sequence[Any]) -> Row:
     by_step = [found for found in by_step if found]
     spans = [(found[0].time_range.start, max(e.time_range.end for e in found)) for found in by_step]
     gaps = [after[0] - before[1] for before, after in pairwise(spans)]
-    waits = sum(event.name in WAITS for event in events) / max(len(steps), 1)
+    inside = (e for e in events if any(start <= e.time_range.start < end for start, end in steps))
+    waits = sum(event.name in WAITS for event in inside) / max(len(steps), 1)
     return {
         "gpu_busy_ms": median_ms([busy(found) for found in by_step]),
         "between_steps_ms": median_ms(gaps),

@@ -309,7 +309,7 @@ def event(name: str, start: float, end: float, on_gpu: bool = True, parent: Any 
 def test_what_a_step_waits_for_by_hand() -> None:
     """Two steps of 100 us with two overlapping kernels and a copy each: 30 + 10 us, and 55 us between the steps."""
     steps = load_script("gpu_steps")
-    events = []
+    events = [event("cudaDeviceSynchronize", 500, 600, on_gpu=False)]  # the profiler's own, after the last step
     for start in (0, 100):
         events += [
             event("engine step", start, start + 95, on_gpu=False),
