@@ -118,7 +118,7 @@ def run_part(part: Part, device: str, out: Path, limit: float, logs: dict[str, s
         cause = errors[0] if errors else last_line(text) or f"ended with status {status}"
     if cause:
         logs[part.name] = text[-LOG_LENGTH:]
-    note = cause or (f"no time for {not_run} of its cases" if not_run else "")
+    note = cause or (f"without {not_run} of its cases" if not_run else "")
     seconds, state = round(time.monotonic() - start, 1), FAILED if cause else DONE
     return Outcome(part.name, state, note, seconds, round(limit, 1), file.name if file.exists() else "")
 
@@ -144,7 +144,7 @@ def variables(device: str) -> dict[str, str]:
 
 
 def read_problems(file: Path) -> tuple[list[str], int]:
-    """The errors in a result file, and how many cases there was no time for."""
+    """The errors in a result file, and how many cases had no time or no memory."""
     if not file.exists():
         return [], 0
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -180,9 +180,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal with tiny sizes")
     parser.add_argument("--out", type=Path, default=Path("bench_results/gpu"), help="folder (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (default: %(default)s)")
+    parser.add_argument("--minutes", type=minutes, default=8.0, help="for all parts together (default: %(default)s)")
     parser.add_argument("--parts", help="only these, with commas between them")
     return parser.parse_args(argv)
+
+
+def minutes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e4:
+        raise argparse.ArgumentTypeError(f"expected minutes above 0, got {text}")
+    return value
 
 
 def chosen(parts: list[Part], names: str | None) -> list[Part]:
@@ -218,7 +225,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     command = command_line(STEM, ["--device", args.device, "--minutes", f"{args.minutes:g}"])
     summary = {"command": command, "machine": machine_header(), "date": datetime.now().isoformat(timespec="seconds")}
-    outcomes = run_parts(parts, args.device, args.out, 60 * args.minutes, summary)
+    try:
+        outcomes = run_parts(parts, args.device, args.out, 60 * args.minutes, summary)
+    except KeyboardInterrupt:
+        print(f"{STEM}: interrupted; what has been measured is in {args.out}", file=sys.stderr)
+        return 130
     print_table(outcomes, args.out)
     return int(any(outcome.status == FAILED for outcome in outcomes))
 

@@ -9,7 +9,7 @@ are drawn on the GPU (load_format="dummy"), so nothing is downloaded and nothing
              HuggingFace gets the first 64, greedy and as one static batch, so that it fits into the time
 
 Each mode runs once with short outputs, which compiles kernels, and then `repeats` times, of which the fastest counts:
-what still has to be compiled can only slow a run down.
+what still has to be compiled can only slow a run down. HuggingFace, which compiles nothing, and nano run once.
 
     itl_ms, floor_ms, of_floor   median time between two tokens of a request; the floor of such a step (weights and the
                                  mean context are read once) with the ceilings of this run; floor / time
@@ -185,8 +185,11 @@ def config_of(shape: str, is_gptq: bool) -> dict[str, Any]:
 
 def free_kv_bytes(shape: str) -> int:
     """Also if the weights are bf16, so that all arms of a shape have the same KV cache."""
-    free = FREE_SHARE * torch.cuda.mem_get_info()[0]
-    return int(free) - shape_architecture(shape).num_parameters() * 2 - RESERVE
+    free, weights = torch.cuda.mem_get_info()[0], shape_architecture(shape).num_parameters() * 2
+    kv_bytes = int(FREE_SHARE * free) - weights - RESERVE
+    if kv_bytes < RESERVE:
+        raise MemoryError(f"{weights / GIB:.1f} GiB of weights leave too little of {free / GIB:.1f} GiB for a KV cache")
+    return kv_bytes
 
 
 def random_hf(task: ArmTask) -> Any:
@@ -209,7 +212,7 @@ def measure(entry: Entry, loaded: Loaded, hardware: Hardware) -> list[Row]:
     arm, requests = loaded.get(entry), requests_of(entry, loaded.sizes)
     load_seconds = time.perf_counter() - start
     arm.run([replace(request, output_len=min(request.output_len, WARM_UP_TOKENS)) for request in requests])
-    repeats = 1 if entry.mode == NANO else loaded.sizes.repeats
+    repeats = 1 if entry.mode == NANO or entry.arm == BASELINE else loaded.sizes.repeats
     run = min((run_anew(arm, requests) for _ in range(repeats)), key=lambda run: run.seconds)
     figures = speed_figures(run.timings, run.seconds)
     itl = figures["itl_ms"]["p50"]

@@ -124,11 +124,13 @@ class Result:
 
     def _run(self, case: Case) -> None:
         start, error = time.perf_counter(), None
+        rows: list[Row] = []
         try:
             rows = case.run()
+        except (torch.OutOfMemoryError, MemoryError) as raised:  # a smaller GPU is no mistake
+            error = self.content["not_run"][case.name] = first_line(raised)
         except Exception as raised:
-            error, rows = first_line(raised), []
-            self.content["errors"][case.name] = error
+            error = self.content["errors"][case.name] = first_line(raised)
         self.content["cases"].append(case.name)
         self.content["results"] += rows
         self.complete(self.content["results"])

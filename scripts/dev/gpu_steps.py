@@ -1,6 +1,6 @@
 """Where a decode step waits: the GPU's idle time within and between steps, its synchronisations, its longest kernels.
 
-Milestone: M4. vLLM counterpart: vllm's --profile option (torch.profiler). The last rung runs the small shape of
+Milestone: M4. vLLM counterpart: vllm's --profile option (torch.profiler). The last rung runs the shapes of
 gpu_ladder.py with random weights. All requests decode; the first steps are not counted. Medians per step:
 
     step_ms           wall time, without the profiler, which slows the host down
@@ -36,7 +36,7 @@ from folovllm.benchmarks.arms import EngineArm
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.sampling_params import RequestOutputKind, SamplingParams
 
-BATCHES = {"cuda": (1, 32, 256), "cpu": (1, 3)}
+BATCHES = {"cuda": (1, 32, 256), "cpu": (1, 3)}  # of the small shape; of the large one, a batch of 1
 STEPS = {"cuda": 30, "cpu": 5}  # of each measurement
 WARM_UP_STEPS, PROMPT_TOKENS = 5, 16
 STEP = "engine step"
@@ -64,11 +64,11 @@ def decoding_requests(engine: LLMEngine, count: int, num_tokens: int) -> Iterato
         engine.abort_request(names)
 
 
-def measure(count: int, options: Options, loaded: Loaded, content: dict[str, Any]) -> list[Row]:
-    entry = Entry(loaded.sizes.small, TOP, "steps")
+def measure(shape: str, count: int, options: Options, loaded: Loaded, content: dict[str, Any]) -> list[Row]:
+    entry = Entry(shape, TOP, "steps")
     arm, num_steps = loaded.get(entry), STEPS[options.device]
     assert isinstance(arm, EngineArm)
-    engine, name = arm.engine, f"{loaded.sizes.small} batch {count}"
+    engine, name = arm.engine, name_of(shape, count)
     with decoding_requests(engine, count, 4 * num_steps + 2 * WARM_UP_STEPS):
         step_ms = statistics.median(timed_step(engine) for _ in range(num_steps))
         places = sync_places(engine, num_steps) if options.device == "cuda" else Counter[str]()
@@ -77,6 +77,10 @@ def measure(count: int, options: Options, loaded: Loaded, content: dict[str, Any
     content["longest"][name] = longest(events, num_steps)
     row: Row = {"case": name, "step_ms": round(step_ms, 3)} | step_figures(events)
     return [row | {"sync_warnings": round(places.total() / num_steps, 2)}]
+
+
+def name_of(shape: str, count: int) -> str:
+    return f"{shape} batch {count}"
 
 
 def timed_step(engine: LLMEngine) -> float:
@@ -187,8 +191,13 @@ def main() -> int:
         result.content.setdefault(table, {})
     with tempfile.TemporaryDirectory() as folder:
         loaded = Loaded(options, SIZES[options.device], Path(folder))
-        counts = BATCHES[options.device]
-        return result.run([Case(f"batch {n}", partial(measure, n, options, loaded, result.content)) for n in counts])
+        cases = [(loaded.sizes.small, count) for count in BATCHES[options.device]] + [(loaded.sizes.large, 1)]
+        return result.run(
+            [
+                Case(name_of(*case), partial(measure, *case, options, loaded, result.content))
+                for case in dict.fromkeys(cases)
+            ]
+        )
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def test_a_part_that_fails_stops_no_other(driver: Any, make_part: MakePart, tmp_
         ("good", "done", "", "good.json"),
         ("bad", "failed", "case 3: ValueError: off by 2", "bad.json"),
         ("broken", "failed", "ImportError: no module named x", ""),
-        ("short", "done", "no time for 2 of its cases", "short.json"),
+        ("short", "done", "without 2 of its cases", "short.json"),
         ("late", "done", "", "late.json"),
     ]
     summary = read(out, "summary")
@@ -192,6 +192,18 @@ def test_a_case_is_not_begun_without_the_time_for_it(tmp_path: Path) -> None:
     assert result.run(cases) == 0
     assert read(tmp_path, "part")["not_run"] == {"long": "no time"}
     assert read(tmp_path, "part")["results"] == [{"case": "short"}]
+
+
+@pytest.mark.parametrize("error", [MemoryError("16 GiB"), torch.OutOfMemoryError("CUDA out of memory. Tried ...")])
+def test_too_little_memory_is_no_failure(tmp_path: Path, error: Exception) -> None:
+    tools = load_script("gpu_result")
+
+    def run() -> list[dict[str, Any]]:
+        raise error
+
+    assert tools.Result("part", "ms", options_of(tmp_path), ()).run([tools.Case("large", run)]) == 0
+    content = read(tmp_path, "part")
+    assert content["errors"] == {} and content["not_run"] == {"large": f"{type(error).__name__}: {error}"}
 
 
 def test_if_cuda_is_broken_the_part_goes_on_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
