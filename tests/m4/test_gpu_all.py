@@ -241,11 +241,13 @@ def test_random_batches(): pass
 
 def run_tests(tmp_path: Path, *arguments: str) -> tuple[int, Any]:
     """gpu_tests.py on SOME_TESTS."""
-    (tmp_path / "test_some.py").write_text(SOME_TESTS)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_some.py").write_text(SOME_TESTS)
+    (tmp_path / "tests" / "test_plain.py").write_text("import a_package_that_is_not_here")
     program = (
         f"import sys; sys.path.insert(0, {str(SCRIPTS / 'dev')!r}); import gpu_tests\n"
-        f"gpu_tests.ROOT, gpu_tests.TESTS, gpu_tests.FIRST = gpu_tests.Path({str(tmp_path)!r}), ('test_some.py',), "
-        f"('test_early', 'test_first')\nsys.exit(gpu_tests.main())"
+        f"gpu_tests.ROOT, gpu_tests.FIRST = gpu_tests.Path({str(tmp_path)!r}), ('test_early', 'test_first')\n"
+        f"sys.exit(gpu_tests.main())"
     )
     command = [sys.executable, "-c", program, "--device", "cpu", "--out", str(tmp_path), *arguments]
     environment = os.environ | {"PYTHONPATH": str(SCRIPTS.parent)}
@@ -256,7 +258,9 @@ def run_tests(tmp_path: Path, *arguments: str) -> tuple[int, Any]:
 def test_the_tests_that_say_most_come_first(tmp_path: Path) -> None:
     status, content = run_tests(tmp_path)
     assert status == 1
-    assert content["cases"] == [f"test_some.py::{name}" for name in ("test_early", "test_first[1]", "test_first[2]")]
+    assert content["cases"] == [
+        f"tests/test_some.py::{name}" for name in ("test_early", "test_first[1]", "test_first[2]")
+    ]
     (cause,) = content["errors"].values()
     assert cause.startswith("AssertionError: two is wrong")
     assert content["skipped"] == {"Skipped: it refuses": 1}
@@ -266,8 +270,8 @@ def test_the_tests_that_say_most_come_first(tmp_path: Path) -> None:
 
 def test_the_rest_ends_when_its_time_does(tmp_path: Path) -> None:
     status, content = run_tests(tmp_path, "--rest", "--until", "1")
-    assert status == 0 and content["cases"] == ["test_some.py::test_other"]
-    assert content["not_run"] == {"test_some.py::test_random_batches": "no time"}
+    assert status == 0 and content["cases"] == ["tests/test_some.py::test_other"]
+    assert content["not_run"] == {"tests/test_some.py::test_random_batches": "no time"}
 
 
 # --- what the parts compute -------------------------------------------------------------------------------------------
