@@ -253,7 +253,7 @@ class EngineArm:
 
     def _send(self, request: BenchRequest, arrival_time: float) -> str:
         params = SamplingParams(
-            temperature=0.0,
+            temperature=request.temperature,
             max_tokens=request.output_len,
             ignore_eos=True,
             detokenize=False,

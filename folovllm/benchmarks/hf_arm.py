@@ -37,8 +37,9 @@ class HFArm:
     decoded until the longest output is complete. Tokens beyond what a request asked for are dropped and not counted.
     """
 
-    def __init__(self, task: ArmTask) -> None:
-        self.model = load_hf(Path(task.model_path), task.dtype, task.device)
+    def __init__(self, task: ArmTask, model: Any = None) -> None:
+        """With the checkpoint of `task`, or with a `model` that is there already."""
+        self.model = load_hf(Path(task.model_path), task.dtype, task.device) if model is None else model
 
     def run(self, requests: list[BenchRequest]) -> Run:
         """Answer `requests` as one batch or, if some follow others, as one batch per turn. Arrivals are refused."""

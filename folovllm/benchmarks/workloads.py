@@ -38,7 +38,7 @@ class BenchRequest:
     `group`: figures are also given per group. `arrival`: the request is sent once the requests of arrival 0 have that
     many tokens each, on average; counting tokens instead of seconds makes it the same moment for every engine.
     `follows`: index of the turn before in a conversation, which must be complete; its prompt and its answer come before
-    `prompt_token_ids`.
+    `prompt_token_ids`. `temperature`: our engines sample with it; HuggingFace is always greedy, which costs it less.
     """
 
     prompt_token_ids: list[int]
@@ -46,6 +46,7 @@ class BenchRequest:
     group: str = ""
     arrival: int = 0
     follows: int | None = None
+    temperature: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ class Workload:
             plain.append([request.prompt_token_ids, request.output_len])
             if request.arrival or request.follows is not None:  # only there: workload A's digest is older than both
                 plain[-1] += [request.arrival, request.follows]
+            if request.temperature:
+                plain[-1].append(request.temperature)
         return hashlib.sha256(json.dumps(plain, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -131,7 +134,7 @@ class Feed:
     def complete(self, index: int) -> BenchRequest:
         """The request as one that can be sent on its own."""
         request = self.requests[index]
-        return BenchRequest(self.prompt(index), request.output_len, request.group)
+        return BenchRequest(self.prompt(index), request.output_len, request.group, temperature=request.temperature)
 
     def _is_due(self, request: BenchRequest, tokens_each: float) -> bool:
         if request.follows is not None:

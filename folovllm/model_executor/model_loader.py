@@ -22,7 +22,7 @@ from folovllm.model_executor.layers.linear import LinearBase, QuantizationConfig
 from folovllm.model_executor.layers.quantization.gptq import GPTQQuantization
 from folovllm.model_executor.layers.quantization.kernels import KernelOptions
 from folovllm.model_executor.layers.quantization.packing import Packing
-from folovllm.model_executor.layers.quantization.quantized_linear import dequantize_weights, settle_g_idx
+from folovllm.model_executor.layers.quantization.quantized_linear import LEAVES, dequantize_weights, settle_g_idx
 from folovllm.model_executor.layers.quantization.select import choose_kernel
 from folovllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from folovllm.model_executor.models.llama import LlamaForCausalLM
@@ -69,9 +69,9 @@ def load_model(
     weights = ((name, tensor) for name, tensor in weights if not of_another_stage(name, arch, groups.shard))
     if arch.quantization is not None:
         packing: type[Packing] = load_part("quantize.packing", parts)
-        if quantization == "auto" and quant_config is None:
+        if quant_config is None:
             options = KernelOptions(dtype, device.type, gptq_runtime, huge_pages, packing, cpu_isa)
-            quant_config = gptq_quantization(arch.quantization, options, gptq_kernel, linear_backend)
+            quant_config = packed_quantization(arch, options, quantization, gptq_kernel, linear_backend)
         if quant_config is None:
             weights = dequantize_weights(weights, arch.quantization, packing)
         else:
@@ -133,6 +133,15 @@ def _same(first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype) -> bool
     return all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in pairs)
 
 
+def packed_quantization(
+    arch: ModelArchitecture, options: KernelOptions, quantization: str, kernel: str, linear_backend: str
+) -> GPTQQuantization | None:
+    """What multiplies with the packed weights of a model, or None if the model is to have plain ones."""
+    if arch.quantization is None or quantization != "auto":
+        return None
+    return gptq_quantization(arch.quantization, options, kernel, linear_backend)
+
+
 def gptq_quantization(
     config: GPTQConfig, options: KernelOptions, kernel: str, linear_backend: str
 ) -> GPTQQuantization | None:
@@ -153,13 +162,23 @@ def random_model(
     """A model of this shape with random weights, the same for the same seed: its speed is real, its text is not.
 
     Norm weights are 1, matrices have a standard deviation of 1 / sqrt(inputs), so activations keep their size. Several
-    ranks have the shards of the model that one rank would have.
+    ranks have the shards of the model that one rank would have. Packed weights of a GPTQ model have random levels, for
+    one rank only.
     """
+    if isinstance(quant_config, GPTQQuantization) and groups.shard != WHOLE_MODEL:
+        raise ValueError(
+            "load_format='dummy' makes packed weights for one rank only; use quantization='dequantize', or "
+            "tensor_parallel_size=1 and pipeline_parallel_size=1"
+        )
     model = _build(arch, dtype, device, quant_config, groups)
     generator = torch.Generator(device).manual_seed(seed)
+    if isinstance(quant_config, GPTQQuantization):
+        quant_config.plan(model)
+        quant_config.randomise(model, generator)
     if groups.shard == WHOLE_MODEL:
         for name, param in model.named_parameters():
-            _randomise(name, param.data, generator)
+            if name.rpartition(".")[2] not in LEAVES:
+                _randomise(name, param.data, generator)
     else:
         _load_random_shards(model, _build(arch, dtype, torch.device("meta"), quant_config), device, generator)
     return _finish(model, dtype, device, quant_config, max_model_len)

@@ -17,7 +17,8 @@ from folovllm.core.sched.output import SchedulerOutput
 from folovllm.distributed.communicator import ONE_RANK, ParallelGroups
 from folovllm.model_executor.cpu.accelerate import accelerate
 from folovllm.model_executor.cpu.huge_pages import keep_freed_memory
-from folovllm.model_executor.model_loader import load_model, random_model
+from folovllm.model_executor.layers.quantization.kernels import KernelOptions
+from folovllm.model_executor.model_loader import load_model, packed_quantization, random_model
 from folovllm.model_executor.models.llama import LlamaForCausalLM
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.parallel import ModelShard
@@ -55,8 +56,7 @@ class Worker:
         config, kernels = self.config, self.config.kernel_config
         arch, length = config.model_config.arch, config.max_model_len
         if config.model_config.load_format == "dummy":
-            seed = config.model_config.seed
-            return random_model(arch, dtype, self.device, seed, max_model_len=length, groups=self.groups)
+            return self._random_model(dtype)
         return load_model(
             model_path,
             arch,
@@ -69,6 +69,22 @@ class Worker:
             parts=config.parts,
             groups=self.groups,
             **dataclasses.asdict(config.quantization_config),
+        )
+
+    def _random_model(self, dtype: torch.dtype) -> LlamaForCausalLM:
+        config, kernels, quant = self.config, self.config.kernel_config, self.config.quantization_config
+        arch, packing = config.model_config.arch, load_part("quantize.packing", config.parts)
+        options = KernelOptions(
+            dtype, self.device.type, quant.gptq_runtime, kernels.huge_pages, packing, kernels.cpu_isa
+        )
+        return random_model(
+            arch,
+            dtype,
+            self.device,
+            config.model_config.seed,
+            packed_quantization(arch, options, quant.quantization, quant.gptq_kernel, kernels.linear_backend),
+            max_model_len=config.max_model_len,
+            groups=self.groups,
         )
 
     def available_kv_cache_bytes(self) -> int:

@@ -19,7 +19,7 @@ from torch import nn
 from folovllm.gptq_config import WORD_BITS, GPTQConfig
 from folovllm.model_executor.layers.linear import LinearBase, LinearMethodBase, RowParallelLinear
 from folovllm.model_executor.layers.quantization.kernels import GPTQKernel, KernelOptions
-from folovllm.model_executor.layers.quantization.quantized_linear import check_g_idx, tensor_layout
+from folovllm.model_executor.layers.quantization.quantized_linear import check_g_idx, groups_in_order, tensor_layout
 from folovllm.model_executor.layers.quantization.select import get_kernel
 from folovllm.model_executor.parameter import TensorMismatchError, copy_shard, load_whole, new_parameter
 from folovllm.model_executor.weight_utils import WeightsError
@@ -42,13 +42,22 @@ class GPTQQuantization:
 
         `num_ranks` ranks share this machine's memory, and each loads about as many.
         """
-        layers = (m for m in model.modules() if isinstance(m, LinearBase))
-        quantized = [layer for layer in layers if isinstance(layer.quant_method, GPTQLinearMethod)]
-        self.kernel.plan(num_ranks * sum(layer.input_size * layer.output_size for layer in quantized))
+        layers = quantized_layers(model)
+        self.kernel.plan(num_ranks * sum(layer.input_size * layer.output_size for layer in layers))
+
+    def randomise(self, model: nn.Module, generator: torch.Generator) -> None:
+        """Gives every quantised layer random weights instead of those of a checkpoint (load_format="dummy")."""
+        for layer in quantized_layers(model):
+            layer.quant_method.randomise(layer, generator)  # type: ignore[attr-defined]
 
     def finish(self, model: nn.Module) -> None:
         """Let the kernel finish its packing. Call it after the layers of `model` were processed."""
         self.kernel.finish(model)
+
+
+def quantized_layers(model: nn.Module) -> list[LinearBase]:
+    layers = (module for module in model.modules() if isinstance(module, LinearBase))
+    return [layer for layer in layers if isinstance(layer.quant_method, GPTQLinearMethod)]
 
 
 class GPTQLinearMethod(LinearMethodBase):
@@ -87,6 +96,18 @@ class GPTQLinearMethod(LinearMethodBase):
         layout = tensor_layout(self.config, input_size, sum(output_sizes))
         shapes = {name: shape for name, (shape, _) in layout.items()}
         return shapes | {name: (num_groups, *shapes[name][1:]) for name in ("qzeros", "scales")}
+
+    def randomise(self, layer: LinearBase, generator: torch.Generator) -> None:
+        """Random levels around a zero in their middle. As for plain random weights, activations keep their size."""
+        params: Any = layer
+        params.qweight.data.random_(-(2**31), 2**31, generator=generator)
+        zeros = torch.full(
+            params.scales.shape, 2 ** (self.config.bits - 1), dtype=torch.int32, device=params.scales.device
+        )
+        params.qzeros.data.copy_(self.kernel.words.pack_zeros(zeros))
+        deviation = ((4**self.config.bits - 1) / 12) ** 0.5  # of levels that are drawn evenly
+        params.scales.data.fill_(layer.input_size**-0.5 / deviation)
+        params.g_idx.data.copy_(groups_in_order(layer.input_size, self.config))
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         if shares_inputs(layer):

@@ -137,7 +137,7 @@ def settle_g_idx(weights: Iterable[tuple[str, torch.Tensor]], config: GPTQConfig
         layer, _, leaf = name.rpartition(".")
         if leaf == "g_idx":
             stored[layer] = tensor.numel()
-            if tensor.any() and not torch.equal(tensor.flatten().long(), _groups_in_order(tensor.numel(), config)):
+            if tensor.any() and not torch.equal(tensor.flatten().long(), groups_in_order(tensor.numel(), config)):
                 expected = f"g_idx of {layer} to be i // group_size, as desc_act is false"
                 todo = "set 'desc_act': true in quantization_config if the checkpoint was quantised with act-order"
                 refuse(expected, "inputs in another order", todo)
@@ -145,14 +145,14 @@ def settle_g_idx(weights: Iterable[tuple[str, torch.Tensor]], config: GPTQConfig
         yield name, tensor
         if leaf == "qweight":
             inputs[layer] = tensor.shape[0] * WORD_BITS // config.bits
-            yield f"{layer}.g_idx", _groups_in_order(inputs[layer], config).int()
+            yield f"{layer}.g_idx", groups_in_order(inputs[layer], config).int()
     for layer, count in stored.items():
         if inputs.get(layer) != count:
             found = f"{inputs[layer]} in qweight" if layer in inputs else "no qweight"
             refuse(f"the {count} inputs that g_idx of {layer} has", found, _BOTH_AGAIN)
 
 
-def _groups_in_order(num_inputs: int, config: GPTQConfig) -> torch.Tensor:
+def groups_in_order(num_inputs: int, config: GPTQConfig) -> torch.Tensor:
     """Returns the group of each input [num_inputs] int64. E.g. 6 inputs in groups of 4 -> [0, 0, 0, 0, 1, 1]."""
     return torch.arange(num_inputs) // max(config.group_length(num_inputs), 1)
 
