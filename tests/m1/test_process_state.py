@@ -71,9 +71,11 @@ class Node:
 
 @contextmanager
 def unfrozen() -> Iterator[None]:
+    """Nothing is frozen inside. Afterwards everything is, as tests/conftest.py leaves it for the tests that follow."""
     gc.unfreeze()
     yield
     gc.unfreeze()
+    gc.freeze()
 
 
 def test_nothing_is_frozen_and_garbage_is_collected_while_the_engine_is_busy(folder: Path) -> None:
