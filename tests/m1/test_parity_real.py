@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from folovllm import LLM, SamplingParams
+from folovllm.csrc.levels import NATIVE
 from folovllm.milestones import get_rung
 from scripts.dev.make_hf_fixture import PROMPTS, encode, weights_sha256
 from tests.m4.levels import TESTED
@@ -178,12 +179,20 @@ def mean_and_p99(forced: Forced, exact: Forced) -> tuple[float, float]:
 TOKEN_BY_TOKEN = {"enable_chunked_prefill": True, "long_prefill_token_threshold": 1}
 
 
+def slow_unless_native(level: str) -> list[pytest.MarkDecorator]:
+    return [] if level == NATIVE else [pytest.mark.slow]
+
+
 @pytest.mark.parametrize(
     "engine_args",
     [
         {},
         TOKEN_BY_TOKEN | {"linear_backend": "onednn"},
-        *(TOKEN_BY_TOKEN | get_rung("m4").on | {"cpu_isa": level} for level in TESTED),
+        *(
+            # The tests in m4 that take `ops` compare the kernels of each level with torch, in bf16, too.
+            pytest.param(TOKEN_BY_TOKEN | get_rung("m4").on | {"cpu_isa": level}, marks=slow_unless_native(level))
+            for level in TESTED
+        ),
     ],
     ids=["whole texts", "token by token, oneDNN", *(f"token by token in C++, {level}" for level in TESTED)],
 )

@@ -59,7 +59,15 @@ def alone(model_dir: Path) -> tuple[list[Job], list[list[int]], list[list[float]
     return jobs, tokens, gaps
 
 
-@pytest.mark.parametrize("engine_args", ENGINES.values(), ids=ENGINES)
+# `make test` runs the engine in which requests lose their blocks. .ci/run runs the others: their code also serves the
+# 20 prompts of tests/m1/test_parity_real.py (continuous) and the tiny models of test_lattice.py (static).
+@pytest.mark.parametrize(
+    "engine_args",
+    [
+        pytest.param(args, id=name, marks=[pytest.mark.slow] * ("num_kv_blocks" not in args))
+        for name, args in ENGINES.items()
+    ],
+)
 def test_40_mixed_requests_give_the_tokens_they_give_alone(
     engine_args: dict[str, Any], model_dir: Path, alone: tuple[list[Job], list[list[int]], list[list[float]]]
 ) -> None:
