@@ -13,6 +13,8 @@ MODEL ?= smollm2-135m
 WORKERS ?= 2
 # make test COVERAGE=1: the share of the lines that the tests run, which takes a third of the time again
 COVERAGE ?=
+# Where the environment says that Python writes no bytecode, each process of the tests would compile every module again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-browser test-clients test-ray bench lint docs site notebook build-notebooks clean

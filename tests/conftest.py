@@ -6,9 +6,10 @@ pytest tests/m4 --compiler clang++
 """
 
 import dataclasses
+import gc
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,21 @@ def pytest_configure(config: pytest.Config) -> None:
         replace_parts(mine | parse_parts(config.getoption("--part")))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collects the tests without Python's garbage collector, and hides them from it afterwards.
+
+    The modules and the 12,000 tests live until the process ends. Each full collection would look at all of them again:
+    it took a third of the time in which the tests are collected.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)

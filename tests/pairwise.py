@@ -8,6 +8,8 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import pytest
+
 Case = dict[str, Any]
 Pair = frozenset[tuple[str, int]]  # two of (switch, index of its value)
 
@@ -25,6 +27,12 @@ def pairwise(switches: Mapping[str, Sequence[Any]]) -> list[Case]:
             uncovered.pop(pair, None)
         cases.append({name: switches[name][index] for name, index in row.items()})
     return cases
+
+
+def slow_but_pairwise(switches: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """Every combination, for pytest.mark.parametrize(tuple(switches), ...). Those outside a covering array are slow."""
+    kept = pairwise(switches)
+    return [pytest.param(*case.values(), marks=[pytest.mark.slow] * (case not in kept)) for case in product(switches)]
 
 
 def product(switches: Mapping[str, Sequence[Any]]) -> list[Case]:

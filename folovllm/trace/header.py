@@ -5,6 +5,7 @@ Milestone: M2. vLLM counterpart: none.
 Row 1: no torch. Names no folder, user or host.
 """
 
+import functools
 import os
 import platform
 from collections.abc import Mapping
@@ -56,6 +57,7 @@ def _without_folders(value: Any) -> Any:
     return [_without_folders(one) for one in value] if isinstance(value, list | tuple) else value
 
 
+@functools.cache  # a look at every package that is installed takes 20 ms
 def _version() -> str | None:
     """The installed version; None when the code runs from a folder, without installation."""
     try:

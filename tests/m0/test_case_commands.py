@@ -185,6 +185,16 @@ def test_a_bad_file_is_a_result(here, name, text, question, words):
     assert others <= ({"step", "cause"} if name == "answer.toml" else set())
 
 
+# The alarm that ends a check after 10 seconds comes after half a second.
+LOOP = """
+import signal
+
+def test(parts):
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    while True: pass
+"""
+
+
 def test_a_loop_and_a_crash_are_results(here, monkeypatch):
     """The test runs in the worker process: neither an endless loop nor an exit ends `folovllm learn`."""
     solve(here)
@@ -192,7 +202,7 @@ def test_a_loop_and_a_crash_are_results(here, monkeypatch):
     path.write_text("import os\n\ndef test(parts):\n    os._exit(3)\n")
     results = list(grade_case(CASE, here / "work"))
     assert results[-1].level == "test" and "exit code 3" in results[-1].message
-    path.write_text("def test(parts):\n    while True: pass\n")
+    path.write_text(LOOP)
     start = time.monotonic()
     results = list(grade_case(CASE, here / "work"))
     assert any(r.level == "test" and "still running" in r.message for r in results), results

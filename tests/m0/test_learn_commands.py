@@ -553,26 +553,36 @@ pytestmark = pytest.mark.m2
 def test_it_is_mine():
     assert load_part("core.request_queue.fcfs").__name__ == "Queue"
 """
+# pytest, once for each list of arguments. A process takes seconds to import torch, so all of them share one.
+RUNS_OF_PYTEST = """
+import json, sys
+import pytest
+
+for args in json.loads(sys.argv[1]):
+    print(f"\\nexit code {pytest.main([*args, '-q', '-p', 'no:cacheprovider', '-p', 'tests.conftest']):d}", flush=True)
+    print("-----", flush=True)
+"""
 
 
-@pytest.mark.parametrize(
-    ("args", "code", "words"),
-    [
-        (["--part", f"{PART}=work/m2/queue.py:Queue"], 0, "1 passed"),
-        (["--part", f"{PART}=work/m2/nothing.py:Queue"], 4, "no file work/m2/nothing.py"),
-        (["--part", "core.queue=work/m2/queue.py:Queue"], 4, "unknown part 'core.queue'"),
-        ([], 1, "1 failed"),
-    ],
-)
-def test_the_tests_run_on_a_part(here, args, code, words):
-    """With this repository's own conftest.py, in a process of its own."""
+def test_the_tests_run_on_a_part(here):
+    """With this repository's own conftest.py, in a process of its own. What is left of a part that was refused would
+    be seen in the run after it."""
     solve(here)
     (here / "test_probe.py").write_text(PROBE)
     (here / "pytest.ini").write_text("[pytest]\nmarkers = m2: a milestone\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.conftest", *args]
+    runs = [
+        (["--part", f"{PART}=work/m2/nothing.py:Queue"], 4, "no file work/m2/nothing.py"),
+        (["--part", "core.queue=work/m2/queue.py:Queue"], 4, "unknown part 'core.queue'"),
+        ([], 1, "1 failed"),
+        (["--part", f"{PART}=work/m2/queue.py:Queue"], 0, "1 passed"),
+    ]
+    command = [sys.executable, "-c", RUNS_OF_PYTEST, json.dumps([args for args, _, _ in runs])]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == code and words in done.stdout + done.stderr, done.stdout + done.stderr
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    printed = done.stdout.split("-----\n")
+    assert len(printed) == len(runs) + 1, done.stdout
+    for text, (_, code, words) in zip(printed, runs, strict=False):
+        assert f"\nexit code {code}\n" in text and words in text, text
 
 
 def test_mine_adds_the_engine_arguments_that_a_part_needs(here, root, monkeypatch, capsys):

@@ -20,7 +20,7 @@ from folovllm.learn.exercise import find_exercises, milestones_dir
 from folovllm.milestones import LADDER, RUNG_IDS
 from folovllm.parts import PARTS
 from folovllm.sim.bench import Bench, load_bench, run_bench
-from folovllm.sim.claims import holds, values_of
+from folovllm.sim.claims import holds
 from folovllm.sim.counting import COUNTERS, METRICS, TIMES
 from tests.script_loader import load_script
 
@@ -136,13 +136,10 @@ def test_every_exercise_is_in_the_table_with_its_minutes() -> None:
 
 
 @EACH
-def test_the_claims_of_a_bench_hold(rung_id: str) -> None:
+def test_every_arm_of_a_bench_is_there_for_a_claim(rung_id: str) -> None:
     bench = bench_of(rung_id)
-    arms = run_bench(bench)
-    broken = {claim: values_of(claim, arms) for claim in bench.claims if not holds(claim, arms)}
-    assert not broken
     used = {name for claim in bench.claims for name in re.findall(r"\((\w+)\)", claim)}
-    assert used == set(bench.arms), "every arm is there for a claim"
+    assert used == set(bench.arms)
     assert any(claim.startswith("tokens(") for claim in bench.claims)
 
 
@@ -160,7 +157,7 @@ def test_a_bench_names_commands_that_measure_the_real_engine(rung_id: str) -> No
 
 
 @EACH
-def test_the_command_prints_the_table_and_the_claims(rung_id: str) -> None:
+def test_the_command_prints_the_table_and_the_claims_which_hold(rung_id: str) -> None:
     result = CliRunner().invoke(app, ["learn", rung_id, "bench"])
     bench = load_bench(milestones_dir() / rung_id / "bench.toml")
     assert result.exit_code == 0, result.output

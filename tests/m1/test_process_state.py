@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,11 @@ class Node:
 
 @contextmanager
 def unfrozen() -> Iterator[None]:
+    """Nothing is frozen inside. Afterwards everything is, as tests/conftest.py leaves it for the tests that follow."""
     gc.unfreeze()
     yield
     gc.unfreeze()
+    gc.freeze()
 
 
 def test_nothing_is_frozen_and_garbage_is_collected_while_the_engine_is_busy(folder: Path) -> None:
@@ -318,30 +321,46 @@ def seen_state() -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Plain:
+    """An engine that was made outside of every setting, and its answers there."""
+
+    args: dict[str, Any]
+    llm: LLM
+    expected: list[list[int]]
+    sampled: list[list[int]]
+
+
+TWO_LOGPROBS = GREEDY.replace(logprobs=2)
+DRAWN = TWO_LOGPROBS.replace(temperature=1.0, top_p=0.9, seed=3)
+
+
+@pytest.fixture(scope="module", params=[{}, {"preset": "m3"}], ids=["top", "m3"])
+def plain(folder: Path, request: pytest.FixtureRequest) -> Plain:
+    llm = make_llm(folder, **request.param)
+    return Plain(request.param, llm, generate(llm, PROMPTS, TWO_LOGPROBS), generate(llm, PROMPTS, DRAWN))
+
+
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("args", [{}, {"preset": "m3"}], ids=["top", "m3"])
 def test_what_the_caller_sets_in_torch_changes_nothing_and_is_not_changed(
-    folder: Path, setting: str, args: dict[str, Any]
+    folder: Path, setting: str, plain: Plain
 ) -> None:
-    plain = make_llm(folder, **args)
-    params = GREEDY.replace(logprobs=2)
-    expected = generate(plain, PROMPTS, params)
-    sampled = generate(plain, PROMPTS, params.replace(temperature=1.0, top_p=0.9, seed=3))
     with SETTINGS[setting]():
         before = seen_state()
-        inside = make_llm(folder, **args)
+        inside = make_llm(folder, **plain.args)
         assert seen_state() == before
-        for llm in (plain, inside):  # made outside, and inside
-            assert generate(llm, PROMPTS, params) == expected
-            assert generate(llm, PROMPTS, params.replace(temperature=1.0, top_p=0.9, seed=3)) == sampled
+        for llm in (plain.llm, inside):  # made outside, and inside
+            assert generate(llm, PROMPTS, TWO_LOGPROBS) == plain.expected
+            assert generate(llm, PROMPTS, DRAWN) == plain.sampled
             stream = llm.stream(PROMPTS[0], GREEDY)
             next(stream)
             assert seen_state() == before, "between two outputs of a stream"
             del stream
         inside.shutdown()
         assert seen_state() == before
-    assert generate(inside, PROMPTS, params) == expected
+    for llm in (plain.llm, inside):
+        assert generate(llm, PROMPTS, TWO_LOGPROBS) == plain.expected
 
 
 def test_an_exception_in_a_step_restores_the_settings(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

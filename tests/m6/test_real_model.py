@@ -47,7 +47,13 @@ TALKS = [
 ]
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+def on_engines(*quick: str) -> pytest.MarkDecorator:
+    """Runs a load on every one of ENGINES. `make test` runs it on the `quick` ones, .ci/run on the others."""
+    params = [pytest.param(name, marks=[pytest.mark.slow] * (name not in quick)) for name in ENGINES]
+    return pytest.mark.parametrize("llm", params, indirect=True)
+
+
+@pytest.fixture(scope="module")
 def llm(request: pytest.FixtureRequest, model_dir: Path) -> LLM:
     args = {"max_num_seqs": 8, "max_model_len": MAX_MODEL_LEN, "block_size": BLOCK_SIZE} | ENGINES[request.param]
     return LLM(str(model_dir), preset="m6", dtype="float32", **args)
@@ -119,6 +125,7 @@ def common(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in pairs if x != y), min(len(a) - 1, len(b)))
 
 
+@on_engines("hash")
 def test_few_shot(llm: LLM, parts_from_hf: AskHf) -> None:
     """The same worked examples before every question."""
     encode = llm.get_tokenizer().encode
@@ -126,6 +133,7 @@ def test_few_shot(llm: LLM, parts_from_hf: AskHf) -> None:
     check_one_batch(llm, parts_from_hf, prompts, 14)
 
 
+@on_engines("hash", "trie, partial hits, budget 48")
 def test_a_shared_system_prompt(llm: LLM, parts_from_hf: AskHf) -> None:
     system = "Answer questions about this story in a few words. " + STORY + REPORT
     tokenizer = llm.get_tokenizer()
@@ -134,6 +142,7 @@ def test_a_shared_system_prompt(llm: LLM, parts_from_hf: AskHf) -> None:
     check_one_batch(llm, parts_from_hf, [tokenizer.encode(text, add_special_tokens=False) for text in texts], 16)
 
 
+@on_engines("hash", "a pool for one")
 def test_chats_of_several_turns(llm: LLM, parts_from_hf: AskHf) -> None:
     """Each turn's prompt is the whole talk so far; of it everything but the last answer's last token was computed."""
     assert llm.reset_prefix_cache()

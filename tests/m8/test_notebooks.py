@@ -1,7 +1,7 @@
 """Notebook 10: it runs in fast mode, checks itself, asks, and is committed as its source builds it.
 
 Milestone: M8. vLLM counterpart: none. What is checked: tests/notebook_checks.py. In fast mode the engine's process runs
-a tiny model of random weights.
+a tiny model of random weights. Requests arrive in real time, so a run takes a quarter of a minute: .ci/run has it.
 """
 
 import logging
@@ -42,6 +42,7 @@ def nothing_is_left_behind() -> Iterator[None]:
     logger.setLevel(level)
 
 
+@pytest.mark.slow
 def test_it_runs_and_its_asserts_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """With right answers to its tasks. It rejects wrong ones."""
     notebook_checks.check_tasks(SOURCE, monkeypatch, ANSWERS)

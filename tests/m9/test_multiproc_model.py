@@ -191,7 +191,11 @@ def texts_of(llm: LLM) -> list[str]:
 
 
 @pytest.mark.weights
-@pytest.mark.parametrize(("parts", "stages"), [(3, 1), (1, 2)])  # 9 query heads: 3 parts, and never 2
+@pytest.mark.parametrize(
+    ("parts", "stages"),
+    # 9 query heads: 3 parts, and never 2. tests/m9/test_real_model.py also runs 3 parts of this model, as threads.
+    [pytest.param(3, 1, marks=pytest.mark.slow), (1, 2)],
+)
 def test_the_default_model_in_several_processes(parts, stages, model_dir, texts_of_one_process):
     with nothing_left_behind():
         sizes = {"tensor_parallel_size": parts, "pipeline_parallel_size": stages}

@@ -18,6 +18,7 @@ from folovllm.worker.model_runner import ModelRunner
 from tests.m7.quant_helpers import make_quantizable, quantize
 from tests.m9.parallel_models import PARALLEL_MODELS, make_parallel
 from tests.m9.thread_ranks import ThreadRanksExecutor
+from tests.pairwise import slow_but_pairwise
 from tests.parity_helpers import GapNaiveModel, Job, draw_prompt, greedy, make_engine, make_job, run_jobs
 
 pytestmark = pytest.mark.m9
@@ -87,9 +88,13 @@ def jobs_of() -> JobsOf:
     return get
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", PARALLEL_MODELS)
+# .ci/run runs every combination. `make test` runs a part of them in which every two values meet.
+RUNGS = {"name": list(PARALLEL_MODELS), "preset": PRESETS, "layout": LAYOUTS}
+# The linear backends use the kernels `dequant` and, with a compiler, `cpu_int4`.
+KERNELS = {"name": list(CHECKPOINTS), "linear_backend": ["torch", "auto"], "layout": LAYOUTS}
+
+
+@pytest.mark.parametrize(tuple(RUNGS), slow_but_pairwise(RUNGS))
 def test_every_rung_on_every_layout(
     name: str, preset: str, layout: tuple[int, int], folder_of: FolderOf, jobs_of: JobsOf
 ) -> None:
@@ -99,9 +104,7 @@ def test_every_rung_on_every_layout(
     assert len(ranks_of(engine).workers) == layout[0] * layout[1]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("linear_backend", ["torch", "auto"])  # the kernels `dequant` and, with a compiler, `cpu_int4`
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize(tuple(KERNELS), slow_but_pairwise(KERNELS))
 def test_gptq_checkpoints(
     name: str, linear_backend: str, layout: tuple[int, int], folder_of: FolderOf, jobs_of: JobsOf
 ) -> None:

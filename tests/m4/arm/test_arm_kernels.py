@@ -3,6 +3,8 @@
 Milestone: M4. One program is compiled for any 64-bit Arm CPU, another one for CPUs with instructions for bf16. A kernel
 of either adds up in another order than the portable one. An instruction for bf16 also rounds between two additions as
 it likes (Arm calls it "round to odd"). The results therefore differ in their last bits, but not by more.
+
+The tests are slow because Zig compiles each program in half a minute. .ci/run runs them.
 """
 
 import random
@@ -17,6 +19,7 @@ from tests.m4.test_reference_kernels import attend, bits
 
 pytestmark = [
     pytest.mark.m4,
+    pytest.mark.slow,
     pytest.mark.skipif(not has_zig(), reason="no Zig (pip install -e '.[arm]')"),
     pytest.mark.skipif(find_qemu() is None, reason="no QEMU (on Debian: apt-get install qemu-user-static)"),
 ]
