@@ -57,6 +57,11 @@ class ParallelConfig:
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
+    def answering_rank(self) -> int:
+        """The rank whose tokens the engine takes. All ranks of the last stage sample the same; this is the first."""
+        return self.world_size - self.tensor_parallel_size
+
+    @property
     def num_local_engines(self) -> int:
         """How many engines share this machine, with its cores and its memory. Ray gives each its own share."""
         return self.data_parallel_size if self.data_parallel_backend == "mp" else 1

@@ -13,7 +13,7 @@ import pytest
 
 from folovllm import LLM, SamplingParams
 from folovllm.engine.core import EngineCore
-from folovllm.executor import ray as ray_executor
+from folovllm.executor import ranks as ranks_executor
 from folovllm.executor.base import ExecutorDeadError
 from folovllm.executor.ray import RayExecutor
 from folovllm.parallel import ParallelConfig
@@ -42,7 +42,7 @@ def ranks(path: Path, **args: Any) -> Iterator[EngineCore]:
 
 def process_ids(core: EngineCore) -> list[int]:
     executor: Any = core.executor
-    return executor._call("ping")
+    return executor.collective_rpc("ping")
 
 
 @contextlib.contextmanager
@@ -91,7 +91,7 @@ def test_a_request_that_raises_in_every_rank_fails_alone(ray_cluster, tmp_path):
 
 def test_a_rank_that_raises_alone_ends_the_engine(ray_cluster, tmp_path, monkeypatch):
     """The other one waits in the middle of the step, for good."""
-    monkeypatch.setattr(ray_executor, "SYNC_SECONDS", 0.5)
+    monkeypatch.setattr(ranks_executor, "SYNC_SECONDS", 0.5)
     cause = "not in step with the others any more: it raised ValueError: this request cannot be computed"
     with ranks(tmp_path) as core:
         with dies_within(DEATH_SECONDS, cause):

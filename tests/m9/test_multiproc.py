@@ -10,7 +10,8 @@ import pytest
 
 from folovllm.engine.core import EngineCore
 from folovllm.executor import multiproc
-from folovllm.executor.multiproc import MultiprocExecutor, in_step
+from folovllm.executor.multiproc import MultiprocExecutor
+from folovllm.executor.ranks import in_step
 from folovllm.parallel import ParallelConfig
 from tests.m9.multiproc_helpers import (
     TIMEOUT,
