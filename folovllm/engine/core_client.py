@@ -34,6 +34,7 @@ from folovllm.utils import cause_of_death
 logger = logging.getLogger(__name__)
 
 MAX_UNDELIVERED = 1024  # messages that the event loop has not handled yet; then the engine waits for it
+SECONDS_AFTER_KILL = 5.0  # a killed process ends at once, unless the kernel is busy with it
 
 
 class EngineDeadError(RuntimeError):
@@ -165,11 +166,13 @@ class ProcessCoreClient(CoreClient):
             return
         self.send(Stop())
         self._outbox.put(None)
-        self._process.join(timeout)
-        if self._process.is_alive():
+        if self._reader.ident is None:  # `launch` was interrupted
+            self._reader.start()
+        self._reader.join(timeout)
+        if self._reader.is_alive():
             logger.info("the engine process did not end within %g s: it is killed", timeout)
             self._process.kill()
-            self._process.join()
+            self._reader.join(SECONDS_AFTER_KILL)
 
     def _write(self) -> None:
         """The writer thread: a pipe takes 64 KiB, and then waits for the loop, which may be in the middle of a step."""
@@ -178,7 +181,11 @@ class ProcessCoreClient(CoreClient):
                 self._connection.send_bytes(data)
 
     def _read(self) -> None:
-        """The reader thread: takes what the loop sends at once, so that the loop never waits for the event loop."""
+        """The reader thread: takes what the loop sends at once, so that the loop never waits for the event loop.
+
+        At the end it waits for the end of the process, and is the only thread that does. If two threads wait for a
+        process, one of them finds it gone without a status, which `multiprocessing` takes for a process that runs.
+        """
         try:
             while True:
                 self._deliver(self._connection.recv())
@@ -188,6 +195,7 @@ class ProcessCoreClient(CoreClient):
         except Exception as error:  # a message that cannot be unpickled
             logger.exception("a message of the engine process cannot be read")
             self._process.kill()
+            self._process.join()
             self._deliver(Dead(f"a message of the engine process cannot be read: {error}"))
         finally:
             self._connection.close()

@@ -10,8 +10,10 @@ name the process's main function, and must stay small.
 import contextlib
 import dataclasses
 import logging
+import os
 import queue
 import signal
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -146,3 +148,6 @@ def run_core_process(
             connection.send(message)
 
     run_core(lambda: build_core(config, model_path, executor_factory), PipeInbox(connection), send)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # at once: taking down an interpreter with torch takes a second, and several on a busy machine
