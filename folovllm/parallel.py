@@ -76,6 +76,11 @@ class ParallelConfig:
         """The executor that runs: "uni" for one rank unless another is asked for."""
         return self.distributed_executor_backend or ("uni" if self.world_size == 1 else "mp")
 
+    def describe_ranks(self, device: str) -> str:
+        """For people to read, e.g. "2 x 2 ranks (tensor x pipeline parallel), gloo"."""
+        sizes = f"{self.tensor_parallel_size} x {self.pipeline_parallel_size}"
+        return f"{sizes} ranks (tensor x pipeline parallel), {'nccl' if device == 'cuda' else 'gloo'}"
+
     def check(self, arch: ModelArchitecture, is_packed: bool = False) -> None:
         """Raises ValueError with the numbers if `arch` cannot be divided so.
 

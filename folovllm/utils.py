@@ -49,10 +49,10 @@ def did_you_mean(name: object, known: Iterable[str], cutoff: float = 0.5) -> str
     return "" if near is None else f"; did you mean {near!r}?"
 
 
-def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
-    """Returns one line that refuses `name` and suggests the nearest known one."""
+def unknown_name_message(kind: str, name: str, known: Iterable[str], meant: str | None = None) -> str:
+    """Returns one line that refuses `name` and suggests the known one that is nearest to it, or to what it `meant`."""
     known = list(known)
-    return f"unknown {kind} {name!r}" + (did_you_mean(name, known) or f"; known: {', '.join(known)}")
+    return f"unknown {kind} {name!r}" + (did_you_mean(meant or name, known) or f"; known: {', '.join(known)}")
 
 
 # ---- memory

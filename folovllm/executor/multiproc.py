@@ -38,7 +38,7 @@ class MultiprocExecutor(RanksExecutor):
     name_of_ranks = "processes"
 
     def __init__(self, config: EngineConfig, model_path: Path, worker_factory: str = MAKE_WORKER) -> None:
-        super().__init__(config.parallel_config)
+        super().__init__(config)
         self._numbers = itertools.count(1)  # of messages; number 0 says that a rank is ready
         self._answers: dict[int, dict[int, Answer]] = {0: {}}  # number of a message -> rank -> answer
         self._ranks = RankProcesses(config, model_path, _threads_per_rank(config), worker_factory)

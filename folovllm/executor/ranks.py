@@ -14,6 +14,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
+from folovllm.config import EngineConfig
 from folovllm.core.kv_cache_utils import KVCacheConfig
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.executor.base import Executor
@@ -41,8 +42,8 @@ class RanksExecutor(Executor):
 
     name_of_ranks: ClassVar[str]  # as `describe` calls them
 
-    def __init__(self, parallel: ParallelConfig) -> None:
-        self._parallel = parallel
+    def __init__(self, config: EngineConfig) -> None:
+        self._parallel, self._device = config.parallel_config, config.device
         self._longest_step = 0.0  # seconds
 
     # ---- how the messages travel
@@ -97,10 +98,8 @@ class RanksExecutor(Executor):
 
     def describe(self) -> dict[str, Any]:
         """What rank 0 runs, and how many ranks there are."""
-        parallel = self._parallel
-        sizes = f"{parallel.tensor_parallel_size} x {parallel.pipeline_parallel_size}"
         description: dict[str, Any] = self.collective_rpc("describe")[0]
-        return description | {self.name_of_ranks: f"{parallel.world_size} (tensor x pipeline parallel: {sizes})"}
+        return description | {self.name_of_ranks: self._parallel.describe_ranks(self._device)}
 
     # ---- after an error
 

@@ -42,7 +42,7 @@ class RayExecutor(RanksExecutor):
 
     def __init__(self, config: EngineConfig, model_path: Path, rank_class: type[RayRank] = RayRank) -> None:
         self._ray = import_ray("distributed_executor_backend='ray'")
-        super().__init__(config.parallel_config)
+        super().__init__(config)
         self._death: ExecutorDeadError | None = None
         join_cluster(self._parallel.ray_address, num_cpus_of(config))
         self._place = Place(self._ray, [bundle_of(self._ray, config)] * self._parallel.world_size)

@@ -58,7 +58,7 @@ def test_ranks_compute_what_one_process_computes(ray_cluster, tmp_path):
         assert len({*process_ids(core), os.getpid()}) == 5
         assert run(core, *[request(f"r{i}", 20) for i in range(8)]) == {f"r{i}": oracle(f"r{i}", 20) for i in range(8)}
         assert core.executor.available_kv_cache_bytes() == 2**30  # that of the rank that has least
-        assert core.executor.describe()["Ray actors"] == "4 (tensor x pipeline parallel: 2 x 2)"
+        assert core.executor.describe()["Ray actors"] == "2 x 2 ranks (tensor x pipeline parallel), gloo"
 
 
 def test_several_steps_may_be_in_flight_and_one_may_be_discarded(ray_cluster, tmp_path):
@@ -158,7 +158,7 @@ def test_real_ranks_give_the_tokens_of_one_process(ray_cluster, model, sizes):
     )
     try:
         assert tokens(llm) == expected
-        assert llm.describe()["Ray actors"].startswith(str(tp * pp))
+        assert llm.describe()["Ray actors"].startswith(f"{tp} x {pp} ranks")
     finally:
         llm.shutdown()
 
