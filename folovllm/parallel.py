@@ -14,10 +14,11 @@ pipeline. E.g. tensor_parallel_size 2, pipeline_parallel_size 2:
 import dataclasses
 from dataclasses import dataclass
 
-from folovllm.checks import check_choice, check_int, check_type
+from folovllm.checks import check_choice, check_int, check_number, check_type
 from folovllm.hf_config import ModelArchitecture
 
 MAX_RANKS = 1024
+MISSED_HEARTBEATS = 6  # in a row, and an engine's process is taken for dead
 EXECUTOR_BACKENDS = ("uni", "mp", "ray")
 
 
@@ -30,6 +31,8 @@ class ParallelConfig:
     distributed_executor_backend: str | None = None  # "uni", "mp" or "ray"; None: "mp" with several processes
     data_parallel_size: int = 1  # so many engines with all weights share the requests of a server
     data_parallel_backend: str = "mp"  # or "ray": the engines are actors, which may be on other machines
+    # Without a sign of life for so many seconds, the process of an engine is killed and started again; 0: it never is.
+    data_parallel_heartbeat_timeout: float = 60.0
     data_parallel_rank: int = 0  # which of these engines this is; filled in by the client that starts them
     ray_address: str | None = None  # the Ray cluster to join, such as "auto" or "host:6379"; None: one is started here
 
@@ -46,6 +49,7 @@ class ParallelConfig:
                 f"{self.world_size}: use 'mp' or 'ray'"
             )
         check_choice("data_parallel_backend", self.data_parallel_backend, ("mp", "ray"))
+        check_number("data_parallel_heartbeat_timeout", self.data_parallel_heartbeat_timeout, low=0.0, high=86400.0)
         if self.ray_address is not None:
             check_type("ray_address", self.ray_address, str)
             if not self.ray_address:
@@ -57,9 +61,20 @@ class ParallelConfig:
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
+    def answering_rank(self) -> int:
+        """The rank whose tokens the engine takes. All ranks of the last stage sample the same; this is the first."""
+        return self.world_size - self.tensor_parallel_size
+
+    @property
     def num_local_engines(self) -> int:
         """How many engines share this machine, with its cores and its memory. Ray gives each its own share."""
         return self.data_parallel_size if self.data_parallel_backend == "mp" else 1
+
+    @property
+    def heartbeat_seconds(self) -> float | None:
+        """How often each of several engines says that it lives. None: a single one, which nothing could replace."""
+        seconds = self.data_parallel_heartbeat_timeout / MISSED_HEARTBEATS
+        return seconds if seconds and self.data_parallel_size > 1 else None
 
     @property
     def first_device(self) -> int:
@@ -70,6 +85,11 @@ class ParallelConfig:
     def executor_backend(self) -> str:
         """The executor that runs: "uni" for one rank unless another is asked for."""
         return self.distributed_executor_backend or ("uni" if self.world_size == 1 else "mp")
+
+    def describe_ranks(self, device: str) -> str:
+        """For people to read, e.g. "2 x 2 ranks (tensor x pipeline parallel), gloo"."""
+        sizes = f"{self.tensor_parallel_size} x {self.pipeline_parallel_size}"
+        return f"{sizes} ranks (tensor x pipeline parallel), {'nccl' if device == 'cuda' else 'gloo'}"
 
     def check(self, arch: ModelArchitecture, is_packed: bool = False) -> None:
         """Raises ValueError with the numbers if `arch` cannot be divided so.

@@ -6,12 +6,17 @@ that file.
 Row 0: no torch.
 """
 
+import contextlib
 import difflib
 import math
 import re
 import signal
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
 
 
 def cdiv(a: int, b: int) -> int:
@@ -49,10 +54,10 @@ def did_you_mean(name: object, known: Iterable[str], cutoff: float = 0.5) -> str
     return "" if near is None else f"; did you mean {near!r}?"
 
 
-def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
-    """Returns one line that refuses `name` and suggests the nearest known one."""
+def unknown_name_message(kind: str, name: str, known: Iterable[str], meant: str | None = None) -> str:
+    """Returns one line that refuses `name` and suggests the known one that is nearest to it, or to what it `meant`."""
     known = list(known)
-    return f"unknown {kind} {name!r}" + (did_you_mean(name, known) or f"; known: {', '.join(known)}")
+    return f"unknown {kind} {name!r}" + (did_you_mean(meant or name, known) or f"; known: {', '.join(known)}")
 
 
 # ---- memory
@@ -66,16 +71,26 @@ def available_memory_bytes() -> int:
 
 
 def peak_memory_bytes() -> int:
-    """Returns the most memory that this process has held so far.
+    """Returns the most memory that this process has held so far, plus the same of the processes that it has started.
 
-    Where the system does not report a peak (macOS), returns what the process holds now.
+    Those are the ranks of a model; one that has ended does not count. Where the system does not report a peak (macOS),
+    what a process holds now stands for it.
     """
     import psutil
 
-    status = Path("/proc/self/status")
+    this = psutil.Process()
+    total = 0
+    for process in (this, *this.children(recursive=True)):
+        with contextlib.suppress(psutil.Error, OSError):  # the process has ended meanwhile
+            total += _peak_of(process)
+    return total
+
+
+def _peak_of(process: "psutil.Process") -> int:
+    status = Path(f"/proc/{process.pid}/status")
     # Not getrusage's ru_maxrss: it starts at the peak of the process that started this one.
     high_water = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.M) if status.exists() else None
-    return int(high_water[1]) * 1024 if high_water is not None else int(psutil.Process().memory_info().rss)
+    return int(high_water[1]) * 1024 if high_water is not None else int(process.memory_info().rss)
 
 
 # ---- processes

@@ -35,6 +35,13 @@ ANYTHING = _Anything()
 _OTHER_PARALLELISM = (
     "use tensor_parallel_size, pipeline_parallel_size or data_parallel_size: there is no other parallelism yet"
 )
+_NO_NODES = (
+    "several machines are joined through Ray: use distributed_executor_backend='ray' or data_parallel_backend='ray', "
+    "with ray_address="
+)
+_ENGINES_ARE_PLACED = (
+    "data_parallel_size engines run on this machine, or with data_parallel_backend='ray' where Ray has room: remove it"
+)
 _NO_MULTIMODAL = "FoloVLLM runs text models only: remove it"
 _NO_LORA = "LoRA adapters are not applied: merge the adapter into the weights (peft: merge_and_unload) and load those"
 _NO_POOLING = "FoloVLLM generates text and has no embedding or pooling models: remove it"
@@ -116,12 +123,12 @@ VLLM_ARGS: dict[str, Answer] = {
     "override_attention_dtype": Answer("attention computes in the model's dtype: use dtype="),
     # --- Several devices and processes
     "decode_context_parallel_size": Answer(_OTHER_PARALLELISM, (1,)),
-    "data_parallel_rank": Answer(_OTHER_PARALLELISM, (0,)),
-    "data_parallel_start_rank": Answer(_OTHER_PARALLELISM, (0,)),
-    "data_parallel_size_local": Answer(_OTHER_PARALLELISM, (1,)),
-    "data_parallel_address": Answer(_OTHER_PARALLELISM),
-    "data_parallel_rpc_port": Answer(_OTHER_PARALLELISM),
-    "data_parallel_hybrid_lb": Answer(_OTHER_PARALLELISM, (False,)),
+    "data_parallel_rank": Answer(_ENGINES_ARE_PLACED),
+    "data_parallel_start_rank": Answer(_ENGINES_ARE_PLACED, (0,)),
+    "data_parallel_size_local": Answer(_ENGINES_ARE_PLACED),
+    "data_parallel_address": Answer(_ENGINES_ARE_PLACED),
+    "data_parallel_rpc_port": Answer(_ENGINES_ARE_PLACED),
+    "data_parallel_hybrid_lb": Answer(_ENGINES_ARE_PLACED, (False,)),
     "enable_expert_parallel": Answer(_OTHER_PARALLELISM, (False,)),
     "enable_dbo": Answer(_OTHER_PARALLELISM, (False,)),
     "dbo_decode_token_threshold": Answer(_OTHER_PARALLELISM, ANYTHING),
@@ -170,8 +177,14 @@ VLLM_ARGS: dict[str, Answer] = {
     "additional_config": Answer("there are no platform plugins: remove it", ({},)),
 }
 
-# Arguments of older releases that scripts still pass.
+# Arguments of older releases that scripts still pass, and of releases after v0.11.
 VLLM_ARGS |= {
+    "data_parallel_external_lb": Answer(_ENGINES_ARE_PLACED, (False,)),
+    "prefill_context_parallel_size": Answer(_OTHER_PARALLELISM, (1,)),
+    "nnodes": Answer(_NO_NODES, (1,)),
+    "node_rank": Answer(_NO_NODES, (0,)),
+    "master_addr": Answer(_NO_NODES),
+    "master_port": Answer(_NO_NODES),
     "disable_async_output_proc": Answer("outputs are processed between two steps: remove it", ANYTHING),
     "max_seq_len_to_capture": Answer(_NO_GRAPHS, ANYTHING),
     "max_context_len_to_capture": Answer(_NO_GRAPHS, ANYTHING),
@@ -181,6 +194,34 @@ VLLM_ARGS |= {
     "worker_use_ray": Answer(_OTHER_PARALLELISM, (False,)),
     "disable_log_requests": Answer("requests are not logged: remove it", ANYTHING),
 }
+
+# The options of `vllm serve` that have one dash, such as -tp. Keyword arguments have no such forms.
+SHORT_FORMS = {
+    "O": "compilation_config",
+    "asc": "api_server_count",
+    "dcp": "decode_context_parallel_size",
+    "dp": "data_parallel_size",
+    "dpa": "data_parallel_address",
+    "dpb": "data_parallel_backend",
+    "dpe": "data_parallel_external_lb",
+    "dph": "data_parallel_hybrid_lb",
+    "dpl": "data_parallel_size_local",
+    "dpn": "data_parallel_rank",
+    "dpp": "data_parallel_rpc_port",
+    "dpr": "data_parallel_start_rank",
+    "ep": "enable_expert_parallel",
+    "n": "nnodes",
+    "pcp": "prefill_context_parallel_size",
+    "pp": "pipeline_parallel_size",
+    "r": "node_rank",
+    "tp": "tensor_parallel_size",
+}
+
+
+def long_form(name: str) -> str:
+    """What a name probably means, for suggestions. E.g. "tp" and "tp_size" -> "tensor_parallel_size"."""
+    short = name.removesuffix("_size")
+    return SHORT_FORMS.get(short, name) if len(short) > 1 else name
 
 
 def without_vllms_own(engine_args: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
@@ -194,7 +235,7 @@ def without_vllms_own(engine_args: Mapping[str, Any], known: Collection[str]) ->
             if value is not None or name not in NONE_MEANS_DEFAULT:
                 kept[name] = value
         elif name not in VLLM_ARGS:
-            raise ValueError(unknown_name_message("engine argument", name, list(known)))
+            raise ValueError(unknown_name_message("engine argument", name, list(known), long_form(name)))
         elif value is not None and value not in VLLM_ARGS[name].harmless:
             raise ValueError(
                 f"{name}={value!r} is an engine argument of vLLM that FoloVLLM does not have; {VLLM_ARGS[name].instead}"

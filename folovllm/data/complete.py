@@ -83,9 +83,15 @@ def complete(
     """Completes the prompts of `dataset` and writes the results to the folder `output`.
 
     `dataset` is a Parquet or JSONL file, a folder of such files, or a `ray.data.Dataset`. Each row has an id of its
-    own and a prompt (see folovllm.data.rows). `concurrency` is the number of engines. Each of them works on
-    `batches_at_once` batches of `batch_size` rows, so these two together should be more than max_num_seqs. A batch is
-    written when all of its rows are done. `sampling_params` as a dict go over the model's own defaults.
+    own in `id_column` and a prompt in `prompt_column` (see folovllm.data.rows).
+
+    `model`, `preset`, `without` and `engine_args` are those of `LLM`. `concurrency` is the number of engines. Each of
+    them works on `batches_at_once` batches of `batch_size` rows, so these two together should be more than
+    max_num_seqs. `sampling_params` as a dict go over the model's own defaults.
+
+    A batch is written when all of its rows are done. Rows whose ids have a result in `output` are skipped, so a run
+    that was stopped goes on when it is called again. Returns a Report: how many rows were completed, failed, rejected
+    or skipped in this run, and the results of the folder.
 
     Raises ValueError for bad arguments, and RuntimeError if an engine dies again and again: then what has been written
     stays, and the next run goes on from there.

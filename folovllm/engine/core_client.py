@@ -27,13 +27,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from folovllm.config import EngineConfig
-from folovllm.engine.messages import Dead, DownMessage, Ready, StartFailed, Stop, UpMessage
+from folovllm.engine.messages import Dead, DownMessage, Heartbeat, Ready, StartFailed, Stop, UpMessage
 from folovllm.engine.start_core import ExecutorFactory, QueueInbox, build_core, run_core, run_core_process
+from folovllm.parallel import MISSED_HEARTBEATS
 from folovllm.utils import cause_of_death
 
 logger = logging.getLogger(__name__)
 
 MAX_UNDELIVERED = 1024  # messages that the event loop has not handled yet; then the engine waits for it
+SECONDS_AFTER_KILL = 5.0  # a killed process ends at once, unless the kernel is busy with it
 
 
 class EngineDeadError(RuntimeError):
@@ -139,6 +141,8 @@ class ProcessCoreClient(CoreClient):
         self._connection, self._child_connection = context.Pipe()
         arguments = (self._child_connection, config, model_path, executor_factory)
         self._process = context.Process(target=run_core_process, args=arguments, name="folovllm-engine", daemon=True)
+        self._heartbeat_seconds = config.parallel_config.heartbeat_seconds
+        self._cause: str | None = None  # why the process was killed here
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="folovllm-writer", daemon=True)
         self._reader = threading.Thread(target=self._read, name="folovllm-reader", daemon=True)
@@ -165,11 +169,13 @@ class ProcessCoreClient(CoreClient):
             return
         self.send(Stop())
         self._outbox.put(None)
-        self._process.join(timeout)
-        if self._process.is_alive():
+        if self._reader.ident is None:  # `launch` was interrupted
+            self._reader.start()
+        self._reader.join(timeout)
+        if self._reader.is_alive():
             logger.info("the engine process did not end within %g s: it is killed", timeout)
             self._process.kill()
-            self._process.join()
+            self._reader.join(SECONDS_AFTER_KILL)
 
     def _write(self) -> None:
         """The writer thread: a pipe takes 64 KiB, and then waits for the loop, which may be in the middle of a step."""
@@ -178,16 +184,41 @@ class ProcessCoreClient(CoreClient):
                 self._connection.send_bytes(data)
 
     def _read(self) -> None:
-        """The reader thread: takes what the loop sends at once, so that the loop never waits for the event loop."""
+        """The reader thread: takes what the loop sends at once, so that the loop never waits for the event loop.
+
+        At the end it waits for the end of the process, and is the only thread that does. If two threads wait for a
+        process, one of them finds it gone without a status, which `multiprocessing` takes for a process that runs.
+        """
         try:
+            is_ready = False  # a start takes as long as it takes
             while True:
-                self._deliver(self._connection.recv())
+                if is_ready:
+                    self._wait_for_message()
+                message = self._connection.recv()
+                if not isinstance(message, Heartbeat):
+                    self._deliver(message)
+                    is_ready = True
         except (EOFError, OSError):
             self._process.join()
-            self._deliver(Dead(cause_of_death(self._process.exitcode)))
+            self._deliver(Dead(self._cause or cause_of_death(self._process.exitcode)))
         except Exception as error:  # a message that cannot be unpickled
             logger.exception("a message of the engine process cannot be read")
             self._process.kill()
+            self._process.join()
             self._deliver(Dead(f"a message of the engine process cannot be read: {error}"))
         finally:
             self._connection.close()
+
+    def _wait_for_message(self) -> None:
+        """Waits for a message or the end of the process. Kills a process that has stopped to say that it lives.
+
+        It counts the heartbeats that it misses and not the time: if both processes were stopped, e.g. by Ctrl-Z, one
+        is missing when they go on.
+        """
+        num_missed = 0
+        while not self._connection.poll(self._heartbeat_seconds):
+            num_missed += 1
+            if num_missed == MISSED_HEARTBEATS:
+                seconds = MISSED_HEARTBEATS * (self._heartbeat_seconds or 0.0)
+                self._cause = f"the engine process gave no sign of life for {seconds:g} s and was killed"
+                self._process.kill()

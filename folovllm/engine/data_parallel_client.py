@@ -1,7 +1,8 @@
 """DataParallelClient: several engines with all weights each, which look like one to the front end.
 
 Milestone: M10. vLLM counterparts: `DPLBAsyncMPClient` in vllm/v1/engine/core_client.py and `DPCoordinator` in
-vllm/v1/engine/coordinator.py. There the death of one engine ends the server; here it is started again.
+vllm/v1/engine/coordinator.py. There the death of one engine ends the server; here it is started again. There
+an engine that hangs is waited for; here its process is killed after data_parallel_heartbeat_timeout.
 Left out: several front ends, waves (experts that all engines share), adding engines while the server runs.
 
     AsyncLLM --send()--> DataParallelClient --Router--> CoreClient 0 --> EngineCoreLoop 0
@@ -249,6 +250,7 @@ class DataParallelClient(CoreClient):
     def _call(self, call: Call) -> None:
         if call.name in ("watch", "unwatch"):
             self._is_watched = call.name == "watch"
+            self._event_loop.call_soon(self._tell_watchers_of_the_dead, self.replicas)
         alive = self._alive()
         self._calls[call.call_id] = PendingCall(call, {replica.index for replica in alive})
         for replica in alive:
@@ -284,6 +286,12 @@ class DataParallelClient(CoreClient):
     def _report(self, outputs: list[EngineCoreOutput], records: Iterable[dict[str, Any]] = ()) -> None:
         stats = sum_stats([replica.stats.total for replica in self.replicas], self._requests.num_waiting)
         self._take(StepOutputs(outputs, stats, list(records)))
+
+    def _tell_watchers_of_the_dead(self, replicas: Iterable[Replica]) -> None:
+        """A watcher would take the last step of a dead engine for its present state."""
+        dead = [{"type": "dead", "replica": replica.index} for replica in replicas if not replica.is_alive]
+        if dead and self._is_watched:
+            self._report([], dead)
 
     def _on_call_result(self, replica: Replica, result: CallResult) -> None:
         if suspect := self._pings.pop(result.call_id, None):
@@ -321,6 +329,7 @@ class DataParallelClient(CoreClient):
         for pending in self._calls.values():
             pending.replicas.discard(replica.index)
         self._report(ended)
+        self._tell_watchers_of_the_dead([replica])
         self._answer_calls()
         self._send_waiting()
         self._deaths.append(self._clock())

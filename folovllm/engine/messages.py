@@ -99,4 +99,9 @@ class Dead:
     cause: str
 
 
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The engine's process lives, even in the middle of a long step. Only the reader of its pipe sees this message."""
+
+
 UpMessage = Ready | StartFailed | StepOutputs | CallResult | Dead

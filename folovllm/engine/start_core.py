@@ -10,8 +10,12 @@ name the process's main function, and must stay small.
 import contextlib
 import dataclasses
 import logging
+import os
 import queue
 import signal
+import sys
+import threading
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,7 +23,7 @@ from pathlib import Path
 from folovllm.config import EngineConfig
 from folovllm.engine.core import EngineCore
 from folovllm.engine.core_loop import EngineCoreLoop, Inbox, describe
-from folovllm.engine.messages import Dead, DownMessage, Ready, StartFailed, Stop, UpMessage
+from folovllm.engine.messages import Dead, DownMessage, Heartbeat, Ready, StartFailed, Stop, UpMessage
 from folovllm.executor.base import Executor
 from folovllm.hf_config import ModelArchitecture, load_hf_config
 from folovllm.parts import load_part
@@ -141,8 +145,23 @@ def run_core_process(
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     load_part("core.request", config.parts)  # a class from a learner's file must be loaded before one is unpickled
 
-    def send(message: UpMessage) -> None:
-        with contextlib.suppress(ConnectionError):  # the front end has gone: the inbox will say so
+    sending = threading.Lock()
+
+    def send(message: UpMessage | Heartbeat) -> None:
+        with sending, contextlib.suppress(ConnectionError):  # the front end has gone: the inbox will say so
             connection.send(message)
 
+    seconds = config.parallel_config.heartbeat_seconds
+    if seconds is not None:
+        threading.Thread(target=send_heartbeats, args=(send, seconds), name="folovllm-heart", daemon=True).start()
     run_core(lambda: build_core(config, model_path, executor_factory), PipeInbox(connection), send)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # at once: taking down an interpreter with torch takes a second, and several on a busy machine
+
+
+def send_heartbeats(send: Callable[[Heartbeat], None], seconds: float) -> None:
+    """A thread beside the loop, which cannot say anything in the middle of a step."""
+    while True:
+        time.sleep(seconds)
+        send(Heartbeat())

@@ -5,7 +5,8 @@ Milestone: M8. vLLM counterpart: none.
 Row 1: no torch. All methods are called in one event loop. The engine makes records only while a watcher is there, and a
 watcher that reads too slowly costs a bounded amount of memory: its lines are dropped, and a fresh snapshot takes their
 place. Each line is encoded once, for all watchers.
-Of several engines (M10) each line has the number, "replica", and each engine has snapshots of its own.
+Of several engines (M10) each line has the number, "replica", and each engine has snapshots of its own. A line of the
+type "dead" says that an engine has died; the next line of that engine is a header.
 """
 
 import asyncio
@@ -30,7 +31,7 @@ class Watcher:
         self.missing: set[int] = set()  # engines of which lines were dropped, and no snapshot has come since
 
     def put(self, kind: str | None, engine: int, line: str) -> None:
-        """Takes a line: a step (`kind` None), a header, or the snapshot that follows it."""
+        """Takes a line: a step (`kind` None), a header, the snapshot that follows it, or "dead"."""
         if kind is None and engine not in self._followed:
             return
         if len(self._lines) >= MAX_LINES and kind != "snapshot":

@@ -55,5 +55,5 @@ class RankWorker:
         return describe_worker(self.worker)
 
     def calls(self) -> Calls:
-        """How often this rank has called each operation of its groups: see `in_step` in executor/multiproc.py."""
+        """How often this rank has called each operation of its groups: see `in_step` in executor/ranks.py."""
         return {"tp": dict(self.groups.tp.counts.calls), "pp": dict(self.groups.pp.counts.calls)}

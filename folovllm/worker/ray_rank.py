@@ -19,17 +19,14 @@ from folovllm.distributed.ray_cluster import import_ray
 from folovllm.executor.rank_messages import Calls
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.parts import load_part
+from folovllm.worker.rank_steps import RankSteps
 from folovllm.worker.rank_worker import RankWorker
 
 MeetingPoint = tuple[str, int]  # address and port
 
 
 class RayRank:
-    """Made first, so that the ranks can meet; `start` loads the model.
-
-    After a step that raised, a rank skips all further steps until it is asked for its `calls`. The other ranks may
-    still wait for it in the middle of that step, and must not meet the calls of a later one.
-    """
+    """The actor is made first, so that the ranks can meet. `start` then loads the model."""
 
     def __init__(self, config: EngineConfig, rank: int) -> None:
         for name in config.parts or {}:
@@ -37,7 +34,6 @@ class RayRank:
         self._config, self._rank = config, rank
         self._host: str = import_ray("a rank").util.get_node_ip_address()
         self._store: dist.TCPStore | None = None
-        self._failure: Exception | None = None  # of the step that raised
         self._worker: Any = None
 
     def meeting_point(self) -> MeetingPoint:
@@ -56,6 +52,7 @@ class RayRank:
         if self._store is None:
             self._store = dist.TCPStore(*meeting_point, self._config.parallel_config.world_size, is_master=False)
         self._worker = self.make_worker(model_path, self._store)
+        self._steps = RankSteps(self._worker)
 
     def make_worker(self, model_path: Path, store: dist.Store) -> Any:
         """The real worker; a test double has another one."""
@@ -63,22 +60,12 @@ class RayRank:
 
     def step(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Computes a step. All ranks of the last stage sample the same tokens, and its first rank returns them."""
-        if self._failure is not None:
-            self._worker.skip(scheduler_output)
-            raise self._failure
-        try:
-            output: ModelRunnerOutput = self._worker.step(scheduler_output)
-        except Exception as error:
-            self._failure = error
-            raise
-        shard = self._config.parallel_config.shard(self._rank)
-        return output if shard.is_last_stage and shard.tp_rank == 0 else None
+        output = self._steps.step(scheduler_output)
+        return output if self._rank == self._config.parallel_config.answering_rank else None
 
     def calls(self) -> Calls:
-        """What this rank has said to the others since the start. From now on it computes steps again."""
-        self._failure = None
-        calls: Calls = self._worker.calls()
-        return calls
+        """See `RankSteps.calls`."""
+        return self._steps.calls()
 
     def catch_up(self, calls: list[Calls]) -> Calls:
         """See `RankWorker.catch_up`."""

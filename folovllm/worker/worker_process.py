@@ -22,8 +22,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from folovllm.distributed.shm_ring import RingReader
-from folovllm.executor.rank_messages import Answer, Ask, Done, Failed, StartRank, Step
+from folovllm.executor.rank_messages import Answer, Ask, Done, DownMessage, Failed, StartRank, Step
 from folovllm.parts import load_part
+from folovllm.worker.rank_steps import RankSteps
 
 PARENT_SECONDS = 1.0  # between two looks whether the parent lives
 
@@ -41,48 +42,31 @@ def make_worker(start: StartRank) -> Any:
 
 
 class RankLoop:
-    """Answers the messages of the ring.
-
-    After a step that raised, a rank skips all further steps until it is asked for its `calls`. The other ranks may
-    still wait for it in the middle of that step, and must not meet the calls of a later one.
-    """
+    """Answers the messages of the ring. `answers` says that this is the rank that answers the steps."""
 
     def __init__(self, worker: Any, ring: RingReader, send: Callable[[Answer], None], rank: int, answers: bool) -> None:
         self._worker, self._ring, self._send = worker, ring, send
         self._rank, self._answers_steps = rank, answers
-        self._error: Exception | None = None  # of the step that raised
+        self._steps = RankSteps(worker)
 
     def run(self) -> None:
         """Raises EOFError when the parent has gone."""
         while True:
             message = pickle.loads(self._ring.receive())
-            if isinstance(message, Step):
-                self._step(message)
-            else:
-                self._send(self._answer(message))
+            try:
+                value = self._do(message)
+            except Exception as error:
+                self._send(Failed(message.number, portable(error, self._rank)))
+                continue
+            if self._answers_steps or isinstance(message, Ask):
+                self._send(Done(message.number, value))
 
-    def _step(self, step: Step) -> None:
-        if self._error is not None:
-            self._send(Failed(step.number, self._error))
-            self._worker.skip(step.scheduler_output)
-            return
-        try:
-            output = self._worker.step(step.scheduler_output)
-        except Exception as error:
-            self._error = portable(error, self._rank)
-            self._send(Failed(step.number, self._error))
-            return
-        if self._answers_steps:
-            self._send(Done(step.number, output))
-
-    def _answer(self, ask: Ask) -> Answer:
-        try:
-            value = getattr(self._worker, ask.name)(*ask.args)
-        except Exception as error:
-            return Failed(ask.number, portable(error, self._rank))
-        if ask.name == "calls":
-            self._error = None
-        return Done(ask.number, value)
+    def _do(self, message: DownMessage) -> Any:
+        if isinstance(message, Step):
+            return self._steps.step(message.scheduler_output)
+        if message.name == "calls":
+            return self._steps.calls()
+        return getattr(self._worker, message.name)(*message.args)
 
 
 def run_rank(connection: Connection, start: StartRank) -> None:
@@ -96,8 +80,7 @@ def run_rank(connection: Connection, start: StartRank) -> None:
         connection.send(Failed(0, portable(error, start.rank)))
         return
     connection.send(Done(0))
-    shard = start.config.parallel_config.shard(start.rank)
-    answers = shard.is_last_stage and shard.tp_rank == 0
+    answers = start.rank == start.config.parallel_config.answering_rank
     RankLoop(worker, RingReader(start.ring), connection.send, start.rank, answers).run()
 
 

@@ -40,21 +40,22 @@ viz.style()
 # exact in any order.
 
 # %%
-RANKS = 2
+RANKS = 2  # 1 to 6: each rank gets a column
 
 # %%
 generator = torch.Generator().manual_seed(0)
 x = torch.randint(-3, 4, (2, 8), generator=generator).float()  # [num_tokens, inputs]
 W = torch.randint(-3, 4, (8, 6), generator=generator).float()  # [inputs, outputs]
 whole = x @ W  # [num_tokens, outputs]
+assert 1 <= RANKS <= W.shape[1], f"RANKS is 1 to {W.shape[1]}, so that each rank gets a column of W"
 
 
 def columns_of(matrix, rank):
-    return matrix.chunk(RANKS, dim=1)[rank]
+    return matrix.tensor_split(RANKS, dim=1)[rank]
 
 
 def rows_of(matrix, rank):
-    return matrix.chunk(RANKS, dim=0)[rank]
+    return matrix.tensor_split(RANKS, dim=0)[rank]
 
 
 # %% [markdown]

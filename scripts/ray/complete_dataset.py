@@ -8,6 +8,7 @@ Milestone: M10. It runs on 2 cores, although Ray counts 3 CPUs for it, and needs
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -65,4 +66,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:  # names what a user can mend, such as a missing package
+        sys.exit(f"error: {error}")

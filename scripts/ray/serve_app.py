@@ -6,6 +6,7 @@ Milestone: M10. It runs on a laptop with 2 CPUs: python scripts/ray/serve_app.py
 
 import argparse
 import json
+import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -56,4 +57,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:  # names what a user can mend, such as a missing package
+        sys.exit(f"error: {error}")

@@ -6,6 +6,7 @@ python scripts/ray/tensor_parallel.py --ranks 3
 """
 
 import argparse
+import sys
 
 from folovllm import LLM, SamplingParams
 
@@ -35,4 +36,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:  # names what a user can mend, such as a missing package
+        sys.exit(f"error: {error}")

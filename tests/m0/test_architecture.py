@@ -64,6 +64,7 @@ ROWS = {
     "folovllm.executor.multiproc": 3,
     "folovllm.executor.rank_messages": 3,
     "folovllm.executor.rank_processes": 3,
+    "folovllm.executor.ranks": 3,
     "folovllm.metrics": 3,
     "folovllm.hub": 4,
     "folovllm.data": 5,

@@ -88,6 +88,7 @@ OTHER_VALUES: dict[str, Any] = {
     "distributed_executor_backend": "mp",
     "data_parallel_size": 2,
     "data_parallel_backend": "ray",
+    "data_parallel_heartbeat_timeout": 5.0,
     "ray_address": "auto",
     "device": "cuda",
     "cpu_threads": 2,

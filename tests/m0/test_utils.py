@@ -38,4 +38,17 @@ def test_the_peak_of_a_small_child_is_its_own() -> None:
     code = "from folovllm.utils import peak_memory_bytes; print(peak_memory_bytes())"
     child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 2**20 < child < len(ballast) <= peak_memory_bytes()
+
+
+def test_the_peak_counts_the_processes_that_hold_the_ranks() -> None:
+    """A benchmark of two ranks showed the memory of the process that holds no weights."""
+    alone = peak_memory_bytes()
+    code = "ballast = b'x' * (300 * 2**20); print(len(ballast), flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline()
+        assert peak_memory_bytes() > alone + 300 * 2**20
+        child.communicate("\n")
+
+
+def test_the_memory_of_this_machine_is_known() -> None:
     assert available_memory_bytes() > 0

@@ -13,7 +13,7 @@ import pytest
 
 from folovllm.config import EngineConfig, engine_arg_names
 from folovllm.gptq_config import GPTQConfig
-from folovllm.vllm_args import ANYTHING, NONE_MEANS_DEFAULT, VLLM_ARGS
+from folovllm.vllm_args import ANYTHING, NONE_MEANS_DEFAULT, SHORT_FORMS, VLLM_ARGS
 from tests.core_helpers import tiny_arch
 
 pytestmark = pytest.mark.m0
@@ -96,6 +96,8 @@ def test_none_means_not_given_where_it_does_in_vllm(name: str) -> None:
             {"decode_context_parallel_size": 2},
             "decode_context_parallel_size=2 is an engine argument of vLLM .*there is no other parallelism",
         ),
+        ({"nnodes": 2}, "several machines are joined through Ray"),
+        ({"data_parallel_size_local": 1}, "data_parallel_size engines run on this machine"),
         ({"kv_cache_memory_bytes": 2**30}, "use kv_cache_memory="),
         ({"num_gpu_blocks_override": 100}, "use num_kv_blocks="),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "use hf_overrides="),
@@ -115,6 +117,27 @@ def test_none_means_not_given_where_it_does_in_vllm(name: str) -> None:
 def test_other_values_are_refused_with_what_to_do(args: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig.from_args(**args)
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("tp", "tensor_parallel_size"),
+        ("tp_size", "tensor_parallel_size"),
+        ("tensor_parallel", "tensor_parallel_size"),
+        ("pp", "pipeline_parallel_size"),
+        ("dp_size", "data_parallel_size"),
+        ("dpb", "data_parallel_backend"),
+    ],
+)
+def test_short_forms_are_understood_well_enough_to_be_suggested(name: str, meant: str) -> None:
+    """LLM(tp=2) was answered with "did you mean 'dtype'?"."""
+    with pytest.raises(ValueError, match=f"unknown engine argument '{name}'; did you mean '{meant}'?"):
+        EngineConfig.from_args(**{name: 2})
+
+
+def test_short_forms_stand_for_arguments() -> None:
+    assert set(SHORT_FORMS.values()) - {"api_server_count"} <= set(VLLM_ARGS) | set(engine_arg_names())
 
 
 @pytest.mark.parametrize("name", [name for name, answer in VLLM_ARGS.items() if answer.harmless is not ANYTHING])

@@ -79,11 +79,17 @@ class Replicas:
 
 @contextlib.asynccontextmanager
 async def make_replicas(
-    factory: ExecutorFactory, num_replicas: int = 2, in_process: bool = False, **engine_args: Any
+    factory: ExecutorFactory,
+    num_replicas: int = 2,
+    in_process: bool = False,
+    heartbeat_timeout: float = TIMEOUT,
+    **engine_args: Any,
 ) -> AsyncIterator[AsyncLLM]:
     """An AsyncLLM with several engines: threads, or processes if `in_process`."""
     config = serving_config(**engine_args)
-    parallel = dataclasses.replace(config.parallel_config, data_parallel_size=num_replicas)
+    parallel = dataclasses.replace(
+        config.parallel_config, data_parallel_size=num_replicas, data_parallel_heartbeat_timeout=heartbeat_timeout
+    )
     config = dataclasses.replace(config, parallel_config=parallel)
     engine = await AsyncLLM.start(config, Path("unused"), byte_level(), in_process=in_process, executor_factory=factory)
     try:

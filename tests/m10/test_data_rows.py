@@ -1,12 +1,14 @@
 """The rows of a data set and the folder of results, without Ray: what is a prompt, what is refused, what is kept."""
 
 import contextlib
+import inspect
 import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from folovllm.data import complete
 from folovllm.data.rows import BadRow, Columns, is_conversation, parse_line, row_id, row_params, row_prompt, seed_of
 
 pytestmark = pytest.mark.m10
@@ -79,3 +81,10 @@ def test_a_row_without_a_seed_has_one_that_depends_on_its_id_alone():
     seeds = {row_params({}, {}, identity, seed=0).seed for identity in (1, 2, "1", "2")}
     assert len(seeds) == 4 and row_params({}, {}, 1, seed=0).seed == seed_of(1, 0) != seed_of(1, 1)
     assert all(0 <= seed < 2**63 for seed in seeds if seed is not None)
+
+
+def test_the_docstring_of_complete_names_every_argument() -> None:
+    """preset, without and the columns were missing, and what it returns."""
+    signature, text = inspect.signature(complete), inspect.getdoc(complete) or ""
+    assert [name for name in signature.parameters if f"`{name}`" not in text] == []
+    assert "Returns a Report" in text

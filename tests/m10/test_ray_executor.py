@@ -13,7 +13,7 @@ import pytest
 
 from folovllm import LLM, SamplingParams
 from folovllm.engine.core import EngineCore
-from folovllm.executor import ray as ray_executor
+from folovllm.executor import ranks as ranks_executor
 from folovllm.executor.base import ExecutorDeadError
 from folovllm.executor.ray import RayExecutor
 from folovllm.parallel import ParallelConfig
@@ -42,7 +42,7 @@ def ranks(path: Path, **args: Any) -> Iterator[EngineCore]:
 
 def process_ids(core: EngineCore) -> list[int]:
     executor: Any = core.executor
-    return executor._call("ping")
+    return executor.collective_rpc("ping")
 
 
 @contextlib.contextmanager
@@ -58,7 +58,7 @@ def test_ranks_compute_what_one_process_computes(ray_cluster, tmp_path):
         assert len({*process_ids(core), os.getpid()}) == 5
         assert run(core, *[request(f"r{i}", 20) for i in range(8)]) == {f"r{i}": oracle(f"r{i}", 20) for i in range(8)}
         assert core.executor.available_kv_cache_bytes() == 2**30  # that of the rank that has least
-        assert core.executor.describe()["Ray actors"] == "4 (tensor x pipeline parallel: 2 x 2)"
+        assert core.executor.describe()["Ray actors"] == "2 x 2 ranks (tensor x pipeline parallel), gloo"
 
 
 def test_several_steps_may_be_in_flight_and_one_may_be_discarded(ray_cluster, tmp_path):
@@ -91,7 +91,7 @@ def test_a_request_that_raises_in_every_rank_fails_alone(ray_cluster, tmp_path):
 
 def test_a_rank_that_raises_alone_ends_the_engine(ray_cluster, tmp_path, monkeypatch):
     """The other one waits in the middle of the step, for good."""
-    monkeypatch.setattr(ray_executor, "SYNC_SECONDS", 0.5)
+    monkeypatch.setattr(ranks_executor, "SYNC_SECONDS", 0.5)
     cause = "not in step with the others any more: it raised ValueError: this request cannot be computed"
     with ranks(tmp_path) as core:
         with dies_within(DEATH_SECONDS, cause):
@@ -158,7 +158,7 @@ def test_real_ranks_give_the_tokens_of_one_process(ray_cluster, model, sizes):
     )
     try:
         assert tokens(llm) == expected
-        assert llm.describe()["Ray actors"].startswith(str(tp * pp))
+        assert llm.describe()["Ray actors"].startswith(f"{tp} x {pp} ranks")
     finally:
         llm.shutdown()
 

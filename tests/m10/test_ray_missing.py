@@ -56,6 +56,22 @@ def test_data_sets_are_refused(no_ray, tmp_path):
         read_results(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "args"), [("complete_dataset", []), ("serve_app", []), ("tensor_parallel", ["--ranks", "1"])]
+)
+def test_the_examples_end_with_the_message_alone(name, args, tiny_model_dir):
+    """They ended in a traceback with the message below it."""
+    script = (
+        "import runpy, sys; sys.modules['ray'] = None; script, *sys.argv[1:] = sys.argv[1:];"
+        "runpy.run_path(script, run_name='__main__')"
+    )
+    path = Path(__file__).parents[2] / "scripts" / "ray" / f"{name}.py"
+    command = [sys.executable, "-c", script, str(path), "--model", str(tiny_model_dir("llama")), *args]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1), ended.stderr
+    assert ended.stderr.startswith("error: ") and "needs Ray: pip install 'folovllm[ray]'" in ended.stderr
+
+
 def test_no_module_imports_ray_before_it_is_used():
     script = (
         "import sys, folovllm.data, folovllm.entrypoints.ray_serve, folovllm.engine.ray_client, folovllm.executor.ray;"

@@ -4,6 +4,7 @@ Nothing may hang, no request may be lost or answered twice, and no process may b
 """
 
 import asyncio
+import functools
 import http.client
 import json
 import logging
@@ -41,7 +42,7 @@ from tests.m8.serving_helpers import (
     run_async,
     wait_until,
 )
-from tests.m8.test_core_client import is_alive
+from tests.m8.test_core_client import file_gated, is_alive
 from tests.m10.replica_helpers import all_alive, client_of, make_replicas
 
 pytestmark = pytest.mark.m10
@@ -79,6 +80,60 @@ async def killed(engine: AsyncLLM, index: int) -> None:
     await eventually(
         lambda: not client_of(engine).replicas[index].is_alive or client_of(engine).replicas[index].client is not before
     )
+
+
+@pytest.mark.parametrize("has_requests", [True, False])
+def test_an_engine_that_hangs_is_replaced(has_requests: bool) -> None:
+    """SIGSTOP: the process lives and says nothing. Its requests waited for good, and new ones went there, too."""
+
+    async def test() -> None:
+        async with make_replicas(slow, in_process=True, heartbeat_timeout=3.0) as engine:
+            stopped, other = pids_of(engine)
+            streams = [await engine.add_request(f"r{i}", prompt_ids(i), greedy(120)) for i in range(8 * has_requests)]
+            answers = asyncio.gather(*map(collect, streams))
+            await eventually(lambda: engine.stats.num_generation_tokens >= 10 * has_requests)
+            os.kill(stopped, signal.SIGSTOP)
+            assert await answers == [oracle(prompt_ids(i), 120) for i in range(8 * has_requests)]
+            await eventually(lambda: stopped not in pids_of(engine))
+            await all_alive(engine)
+            assert pids_of(engine)[1] == other and not is_alive(stopped)
+            assert await collect(await engine.add_request("late", prompt_ids(50), greedy(5))) == oracle(
+                prompt_ids(50), 5
+            )
+            await assert_all_free(engine)
+
+    run_async(test)
+
+
+def slow_start(config: EngineConfig) -> FakeExecutor:
+    time.sleep(1.5)
+    return FakeExecutor(VOCAB_SIZE)
+
+
+def test_heartbeats_during_the_start_are_not_taken_for_its_result() -> None:
+    async def test() -> None:
+        async with make_replicas(slow_start, in_process=True, heartbeat_timeout=3.0) as engine:
+            assert await collect(await engine.add_request("r", prompt_ids(1), greedy(5))) == oracle(prompt_ids(1), 5)
+
+    run_async(test)
+
+
+def test_a_long_step_is_no_reason_to_kill_an_engine(tmp_path: Path) -> None:
+    """The loop says nothing during a step, and its process does."""
+
+    async def test() -> None:
+        gate = tmp_path / "gate"
+        gate.touch()
+        factory = functools.partial(file_gated, gate)
+        async with make_replicas(factory, in_process=True, heartbeat_timeout=3.0) as engine:
+            pids = pids_of(engine)
+            streams = [await engine.add_request(f"r{i}", prompt_ids(i), greedy(5)) for i in range(2)]
+            await asyncio.sleep(6.0)
+            gate.unlink()
+            assert [await collect(stream) for stream in streams] == [oracle(prompt_ids(i), 5) for i in range(2)]
+            assert pids_of(engine) == pids
+
+    run_async(test)
 
 
 def test_kill_9_under_load_and_again_loses_nothing() -> None:

@@ -305,4 +305,9 @@ async def test_the_page_shows_the_engine_that_is_chosen(browser: str) -> None:
                 is_busy = "true" if shown == owner else "false"
                 await page.until(f"(document.getElementById('state').dataset.is === 'busy') === {is_busy}")
                 await page.until(f"(document.getElementById('num-running').textContent === '1') === {is_busy}")
+            replicas.may_start.clear()
+            server.in_loop(functools.partial(kill, server.state.engine, replicas, owner))
+            await page.until("document.getElementById('state').innerText === 'dead, starts again'")
+            replicas.may_start.set()
+            await page.until("document.getElementById('state').dataset.is !== 'lost'")
             server.in_loop(stream.aclose)

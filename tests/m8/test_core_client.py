@@ -1,6 +1,7 @@
 """The engine in a process of its own: what the pipe carries, signals, deaths, and a front end without torch."""
 
 import asyncio
+import atexit
 import functools
 import os
 import signal
@@ -60,6 +61,12 @@ def refused(config: EngineConfig) -> FakeExecutor:
 
 def crashing(config: EngineConfig) -> FakeExecutor:
     os._exit(7)
+
+
+def touching_at_exit(path: Path, config: EngineConfig) -> FakeExecutor:
+    """In the engine's process: `path` is touched when the interpreter is taken down."""
+    atexit.register(path.touch)
+    return FakeExecutor(VOCAB_SIZE)
 
 
 def client_of(engine: AsyncLLM) -> ProcessCoreClient:
@@ -208,6 +215,40 @@ def test_the_front_end_imports_no_torch_and_takes_its_engine_along(how, status, 
             front_end.kill()
         assert front_end.wait(30) == status
     run_async(lambda: eventually(lambda: not is_alive(pid)))
+
+
+def test_the_engines_process_ends_without_taking_its_interpreter_down(tmp_path):
+    """`serve -tp 2 -pp 2` took 5 s to end after Ctrl-C, while Python took torch apart on a busy machine."""
+
+    async def test() -> None:
+        factory = functools.partial(touching_at_exit, tmp_path / "taken_down")
+        async with make_async_llm(factory, in_process=True) as engine:
+            await collect(await engine.add_request("r", prompt_ids(1), greedy(2)))
+        assert client_of(engine)._process.exitcode == 0
+
+    run_async(test)
+    assert not (tmp_path / "taken_down").exists()
+
+
+def test_one_thread_alone_waits_for_the_engines_process(caplog):
+    """With two, one could miss the end, and the log said that the process "did not end within 10 s: it is killed"."""
+    caplog.set_level("INFO", "folovllm")
+    waiting: set[str] = set()
+
+    async def test() -> None:
+        async with make_async_llm(in_process=True) as engine:
+            process = client_of(engine)._process
+            join = process.join
+
+            def watched_join(timeout: float | None = None) -> None:
+                waiting.add(threading.current_thread().name)
+                join(timeout)
+
+            process.join = watched_join  # type: ignore[method-assign]
+
+    run_async(test)
+    assert waiting == {"folovllm-reader"}
+    assert "it is killed" not in caplog.text
 
 
 def test_a_request_class_from_a_file_crosses_the_pipe(tmp_path):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -24,6 +25,7 @@ from folovllm.entrypoints.openai.listen import bind
 from folovllm.entrypoints.openai.server_options import ServerOptions
 from folovllm.entrypoints.openai.start_block import start_block
 from folovllm.executor.fake import FakeExecutor
+from folovllm.parallel import ParallelConfig
 from tests.m8.server_process import (
     LONG_CHAT,
     Answer,
@@ -257,6 +259,15 @@ def test_the_start_names_the_address_the_room_and_a_command() -> None:
     assert text.startswith(f"FoloVLLM serves at {url}\n") and f"curl {url}/v1/chat/completions" in text
     assert "4,096 tokens: 16 requests of 256 tokens" in text and "256 more may wait" in text
     assert "Bearer KEY" in text and "secret" not in text
+
+
+def test_the_start_names_the_ranks_of_a_model() -> None:
+    with running_server() as server, bind(ServerOptions(port=0)) as listener:
+        assert "ranks" not in start_block(server.state, listener)
+        config = server.state.engine.config
+        server.state.engine.config = dataclasses.replace(config, parallel_config=ParallelConfig(2, 3))
+        text = start_block(server.state, listener)
+    assert "  ranks     2 x 3 ranks (tensor x pipeline parallel), gloo\n" in text
 
 
 def test_a_server_on_every_network_is_shown_by_an_address_that_can_be_asked() -> None:

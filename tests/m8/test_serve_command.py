@@ -155,6 +155,8 @@ def test_a_wrong_option_is_refused_with_what_to_do(argv: list[str], message: str
         ["--decode-context-parallel-size", "1"],
         ["--decode_context_parallel_size=1"],
         ["-dcp", "1"],
+        ["-n", "1"],
+        ["--node-rank", "0"],
         ["--trust-remote-code"],
         ["--no-enable-lora"],
         ["--disable-custom-all-reduce"],
@@ -175,6 +177,10 @@ def test_an_option_of_vllm_that_changes_nothing_is_accepted(argv: list[str]) -> 
     [
         (["--enable-expert-parallel"], "--enable-expert-parallel is an option of vLLM that FoloVLLM does not have"),
         (["-dcp", "2"], "-dcp 2 is an option of vLLM that FoloVLLM does not have"),
+        (["-dpl", "1"], "-dpl 1 is an option of vLLM that FoloVLLM does not have; data_parallel_size engines run on"),
+        (["-dpe"], "-dpe is an option of vLLM"),
+        (["--nnodes", "2"], "--nnodes 2 is an option of vLLM that FoloVLLM does not have; several machines"),
+        (["-r", "1"], "joined through Ray"),
         (["--enable-auto-tool-choice"], "tool_choice='none'"),
         (["--ssl-keyfile", "key.pem"], "reverse proxy"),
         (["--enable-lora"], "merge the adapter"),
@@ -190,6 +196,19 @@ def test_another_option_of_vllm_is_refused_with_the_alternative(argv: list[str],
     with pytest.raises(ValueError) as caught:
         parse_command([*argv])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["--tp", "--tp-size", "--tp_size", "--tensor-parallel"])
+def test_short_forms_are_suggested_in_full(option: str) -> None:
+    """`serve --tp 2` was answered with "did you mean '--dtype'?"."""
+    with pytest.raises(ValueError, match="did you mean '--tensor-parallel-size'"):
+        parse_command([option, "2"])
+
+
+def test_short_forms_with_one_dash_are_options() -> None:
+    args = parse_command(["-tp", "2", "-pp=3", "-dp", "4", "-dpb", "ray"]).engine_args
+    names = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "data_parallel_backend")
+    assert [args[name] for name in names] == [2, 3, 4, "ray"]
 
 
 def test_no_option_of_ours_is_answered_as_vllms() -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from folovllm.engine.core import EngineCore
 from folovllm.executor import multiproc
-from folovllm.executor.multiproc import MultiprocExecutor, in_step
+from folovllm.executor.multiproc import MultiprocExecutor
+from folovllm.executor.ranks import in_step
 from folovllm.parallel import ParallelConfig
 from tests.m9.multiproc_helpers import (
     TIMEOUT,
@@ -35,7 +36,7 @@ def test_ranks_compute_what_one_process_computes():
         assert core.executor.available_kv_cache_bytes() == 2**30  # that of the rank that has least
         facts = core.executor.describe()
         assert facts["rank"] == 0 and facts["process"] == process_ids(core)[0]
-        assert facts["processes"] == "4 (tensor x pipeline parallel: 2 x 2)"
+        assert facts["processes"] == "2 x 2 ranks (tensor x pipeline parallel), gloo"
 
 
 def test_several_steps_may_be_in_flight(tmp_path):

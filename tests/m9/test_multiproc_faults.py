@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from folovllm.engine.async_llm import EngineDeadError, RequestFailedError
-from folovllm.executor import multiproc
+from folovllm.executor import multiproc, ranks
 from folovllm.executor.base import ExecutorDeadError
 from folovllm.executor.multiproc import MultiprocExecutor
 from tests.m8 import serving_helpers
@@ -121,7 +121,7 @@ def test_a_request_that_raises_in_every_rank_fails_alone():
 @pytest.mark.parametrize("rank", range(2))
 def test_a_rank_that_raises_alone_ends_the_engine(rank, monkeypatch):
     """The other one waits in the middle of the step, for good."""
-    monkeypatch.setattr(multiproc, "SYNC_SECONDS", 0.5)
+    monkeypatch.setattr(ranks, "SYNC_SECONDS", 0.5)
     cause = (
         f"rank {rank} is not in step with the others any more: it raised ValueError: this request cannot be computed"
     )

@@ -123,7 +123,7 @@ def test_two_parts_answer_as_one_process_and_a_dead_one_ends_the_llm(model, one_
     with ranks(model, tensor_parallel_size=2) as llm:
         assert answers(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == one_process
         facts = llm.describe()
-        assert facts["processes"] == "2 (tensor x pipeline parallel: 2 x 1)" and facts["threads"] == 1
+        assert facts["processes"] == "2 x 1 ranks (tensor x pipeline parallel), gloo" and facts["threads"] == 1
 
         stream = llm.stream(PROMPTS[0], SamplingParams(max_tokens=200, temperature=0, ignore_eos=True))
         next(stream)

@@ -4,7 +4,7 @@ Milestone: M5. vLLM counterpart: none. The work is done in folovllm/sim, without
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +14,7 @@ from folovllm.entrypoints.commands.options import parse_engine_args, parse_parts
 from folovllm.sim.hardware import HARDWARE
 from folovllm.sim.links import LINKS
 from folovllm.sim.metrics import SLO
-from folovllm.sim.routing import ROUTERS
+from folovllm.sim.routing import PART, ROUTERS
 from folovllm.sim.simulate import simulate
 from folovllm.sim.workloads import SIM_WORKLOADS, make_sim_workload
 
@@ -45,6 +45,16 @@ PARALLEL_LINES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("time spent in communication", ("communication_share",), ".0%"),
     ("busiest engine, times the mean", ("busiest_share",), ".2f"),
 )
+# Help texts of more than a line.
+NUM_GPUS_HELP = (
+    "So many machines count as one that is as many times as fast and as large, at no cost: the limit that --tp comes "
+    "near to. With --tp or --replicas, each rank is so many."
+)
+ROUTER_HELP = (
+    f"How the engines get their requests: {', '.join(ROUTERS)}. prefix (the default) takes the engine that knows most "
+    "of the prompt, unless it has many more requests than another one; prefix-only has no such limit. Several, with "
+    "commas: a column for each."
+)
 
 
 def sim(
@@ -53,16 +63,15 @@ def sim(
         str, typer.Option("--model", "-m", help="A shape, e.g. qwen3-0.6b or llama-3.1-70b.")
     ] = "qwen3-8b",
     gpu: Annotated[str, typer.Option(help=f"The machine: {', '.join(HARDWARE)}.")] = "h100",
-    num_gpus: Annotated[int, typer.Option(help="How many of them share every step, without loss.")] = 1,
-    tp: Annotated[int, typer.Option(help="tensor_parallel_size: so many ranks share every step.")] = 1,
+    num_gpus: Annotated[int, typer.Option(help=NUM_GPUS_HELP)] = 1,
+    tp: Annotated[
+        int, typer.Option(help="tensor_parallel_size: so many ranks share every step, and pay for what they send.")
+    ] = 1,
     link: Annotated[
         str | None, typer.Option(help=f"What connects the ranks: {', '.join(LINKS)}. Default: the machine's own.")
     ] = None,
-    replicas: Annotated[int, typer.Option(help="data_parallel_size: so many engines behind a router.")] = 1,
-    router: Annotated[
-        str,
-        typer.Option(help=f"How it chooses an engine: {', '.join(ROUTERS)}. Several, with commas: a column for each."),
-    ] = "prefix",
+    replicas: Annotated[int, typer.Option(help="data_parallel_size: so many engines with all weights each.")] = 1,
+    router: Annotated[str | None, typer.Option(help=ROUTER_HELP)] = None,
     weight_bits: Annotated[int, typer.Option(help="Bits per weight; the arithmetic stays bf16.")] = 16,
     preset: Annotated[
         str | None, typer.Option(help="The engine as of a milestone, e.g. m5. Default: the newest.")
@@ -97,7 +106,7 @@ def sim(
       folovllm sim --workload agents --replicas 8 --router random
       folovllm sim --workload memory-pressure --part core.scheduler=mine.py:Scheduler --trace run.jsonl
     """
-    columns = _columns(_presets(preset, compare), _names(router))
+    columns = _columns(_presets(preset, compare), _names(router or "prefix"))
     if trace is not None and len(columns) > 1:
         raise ValueError(
             "--trace writes one run: leave out --compare, name the milestone with --preset, and one router"
@@ -105,10 +114,12 @@ def sim(
     requests = make_sim_workload(workload, num_requests, rate, seed)
     args: dict[str, Any] = {"tensor_parallel_size": tp, "data_parallel_size": replicas}
     args |= parse_engine_args(engine_arg or ())
+    parts = parse_parts(part or ())
+    _check_counts(args, link, router, parts)
     results = {
         name: simulate(
             requests, model, gpu, num_gpus=num_gpus, weight_bits=weight_bits, link=link, without=without or (),
-            parts=parse_parts(part or ()), slo=SLO(slo_ttft / 1e3, slo_itl / 1e3), trace=trace,
+            parts=parts, slo=SLO(slo_ttft / 1e3, slo_itl / 1e3), trace=trace,
             **column | args,
         )
         for name, column in columns.items()
@@ -124,6 +135,20 @@ def sim(
         typer.echo(f"with {', '.join(part)}")
     typer.echo(f"SLO: first token within {slo_ttft:g} ms, no gap over {slo_itl:g} ms. Times are modelled.\n")
     typer.echo(table(results))
+
+
+def _check_counts(args: Mapping[str, Any], link: str | None, router: str | None, parts: Mapping[str, str]) -> None:
+    """Raises ValueError for a link or a router that has nothing to connect."""
+    if link is not None and args["tensor_parallel_size"] == args.get("pipeline_parallel_size", 1) == 1:
+        raise ValueError(f"--link {link} connects ranks, and there is one: add e.g. --tp 4, or leave --link out")
+    if args["data_parallel_size"] > 1:
+        return
+    if router is not None:
+        raise ValueError(
+            f"--router {router} chooses among engines, and there is one: add e.g. --replicas 4, or leave --router out"
+        )
+    if PART in parts:
+        raise ValueError(f"the part {PART} chooses among engines, and there is one: add e.g. --replicas 4")
 
 
 def _machines(args: dict[str, Any], num_gpus: int, gpu: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from folovllm.entrypoints.commands.options import parse_value
 from folovllm.utils import did_you_mean
-from folovllm.vllm_args import ANYTHING, VLLM_ARGS, Answer
+from folovllm.vllm_args import ANYTHING, SHORT_FORMS, VLLM_ARGS, Answer, long_form
 
 _ONE_SERVER = "one process is the front end of all engines: start several servers behind a load balancer instead"
 _NO_TLS = "let a reverse proxy, such as nginx or Caddy, speak TLS"
@@ -53,17 +53,9 @@ VLLM_SERVER_ARGS: dict[str, Answer] = {
     "log_error_stack": Answer("the log always has the traceback of an internal error: leave it out", ANYTHING),
 }
 ALL = VLLM_SERVER_ARGS | VLLM_ARGS
-_SHORT = {
-    "-dcp": "decode_context_parallel_size",
-    "-asc": "api_server_count",
-    "-O": "compilation_config",
-}
 _RENAMED = {
     "--enable-log-requests": "--log-requests",
     "--no-enable-log-requests": "--no-log-requests",
-    "-tp": "--tensor-parallel-size",
-    "-pp": "--pipeline-parallel-size",
-    "-dp": "--data-parallel-size",
 }
 _FLAGS = ("enable_", "disable_", "skip_", "use_", "no_")  # how the names of options begin that take no value
 
@@ -82,6 +74,8 @@ def without_vllm_options(argv: Sequence[str], takes_value: Mapping[str, bool]) -
         name, equals, value = item.partition("=")
         option = "--" + name[2:].replace("_", "-") if name.startswith("--") else name
         option = _RENAMED.get(option, option)
+        if (own := "--" + SHORT_FORMS.get(option[1:], "").replace("_", "-")) in takes_value:  # -tp
+            option = own
         if option in takes_value:
             if takes_value[option] and not equals and rest and rest[0] not in takes_value:
                 equals, value = "=", rest.popleft()
@@ -102,7 +96,8 @@ def _drop(option: str, value: str | None, rest: deque[str], known: list[str]) ->
     if name not in ALL and name.startswith("no_"):
         name, wanted = name.removeprefix("no_"), False
     if name not in ALL:
-        near = did_you_mean(option, known) or "; folovllm serve --help lists the options"
+        meant = "--" + long_form(name).replace("_", "-")
+        near = did_you_mean(meant, known) or "; folovllm serve --help lists the options"
         raise ValueError(f"there is no option {option}{near}")
     answer = ALL[name]
     if value is None and not _is_flag(name, answer) and rest and not rest[0].startswith("-"):
@@ -115,8 +110,10 @@ def _drop(option: str, value: str | None, rest: deque[str], known: list[str]) ->
 
 def _name_of(option: str) -> str:
     """E.g. "--swap-space" and "--swap_space" -> "swap_space", "-asc" -> "api_server_count"."""
-    short = "-O" if option.startswith("-O") else option  # -O3
-    return _SHORT.get(short, option.removeprefix("--").replace("-", "_"))
+    if not option.startswith("--"):
+        short = "O" if option.startswith("-O") else option[1:]  # -O3
+        return SHORT_FORMS.get(short, short)
+    return option.removeprefix("--").replace("-", "_")
 
 
 def _is_flag(name: str, answer: Answer) -> bool:

@@ -26,6 +26,8 @@ def start_block(state: ServerState, listener: socket.socket) -> str:
         "requests": f"{config.max_num_seqs * num_engines} run at once, {options.max_queue} more may wait",
         "API key": "needed" if options.api_key else "none, so every client that reaches this address is served",
     }
+    if config.parallel_config.world_size > 1:
+        rows["ranks"] = config.parallel_config.describe_ranks(config.device)
     if num_engines > 1:
         rows["engines"] = (
             f"{num_engines}, each with all weights and a KV cache as above; requests go where their prefix is"

@@ -89,6 +89,11 @@ function take(line) {
   const engine = line.replica ?? 0;
   if (engine >= byId("which").length) addEngines(engine + 1);
   if (engine !== shown) return;
+  if (line.type === "dead") {
+    trouble = "dead, starts again";
+    showState();
+    return;
+  }
   if (line.type === "header") {
     header = line;
     return;
