@@ -205,6 +205,6 @@ def in_step(parallel: ParallelConfig, calls: list[Calls]) -> bool:
 
 def _threads_per_rank(config: EngineConfig) -> int:
     """`cpu_threads` each, or the threads of this process, divided among the ranks."""
-    import torch
+    from folovllm.platforms import default_threads
 
-    return config.cpu_threads or max(1, torch.get_num_threads() // config.parallel_config.world_size)
+    return config.cpu_threads or max(1, default_threads().count // config.parallel_config.world_size)
