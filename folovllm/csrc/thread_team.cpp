@@ -12,7 +12,6 @@
 #include <cstdlib>
 #include <exception>
 #include <memory>
-#include <stdexcept>
 #include <vector>
 
 #include "thread_worker.h"
@@ -82,7 +81,6 @@ class Team {
   };
 
   void lead(Progress& progress) {
-    const int64_t forks = num_forks;
     const int64_t num_parts = progress.job.num_parts, helpers = start_workers(num_parts - 1);
     leader_time.begin();
     for (int64_t i = 0; i < helpers; ++i) {
@@ -97,9 +95,6 @@ class Team {
       } else {
         ++num_begun;
       }
-    }
-    if (num_forks != forks) {
-      return end_in_child(progress, num_begun);
     }
     nanoseconds slept{};
     for (int64_t i = 0; i < helpers; ++i) {
@@ -120,16 +115,6 @@ class Team {
     }
   }
 
-  // A part that the leader did has forked the process, and this is the child. Its workers do not exist, so parts that
-  // they had begun never end.
-  static void end_in_child(Progress& progress, int64_t num_begun) {
-    if (num_begun > 0) {
-      progress.add(std::make_exception_ptr(
-          std::runtime_error("the process was forked within a parallel job: the child has none of the other threads, "
-                             "and cannot finish the parts that they had begun")));
-    }
-  }
-
   // Returns how many of the wanted workers there are, and starts those that are missing. If the system refuses a thread
   // or its memory, the leader does that part itself, and the team tries again later.
   int64_t start_workers(int64_t wanted) {
@@ -141,7 +126,7 @@ class Team {
           workers_.push_back(std::make_unique<Worker>(num_workers() + 1));
         }
       } catch (const std::exception& error) {
-        const char* text = "folovllm: thread %lld of the C++ kernels did not start (%s). They go on with fewer threads.\n";
+        const char* text = "folovllm: thread %lld of the C++ kernels did not start (%s); they go on with fewer threads\n";
         std::fprintf(stderr, text, static_cast<long long>(num_workers() + 1), error.what());
         next_start_ = Clock::now() + kRetry;
       }

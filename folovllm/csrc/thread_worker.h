@@ -3,8 +3,8 @@
 // Milestone: M4. vLLM counterpart: none. Like thread_team.cpp it knows nothing of torch, so that a small program can test
 // both (tests/m4/thread_team_driver.cpp).
 //
-// The leader and a worker tell each other everything through one word, the worker's state. It and the job lie in a cache
-// line of their own, which travels from core to core and back once per job.
+// The leader and a worker tell each other everything through one word, the worker's state. It lies in a cache line with
+// the job and its outcome. The line travels from core to core and back once per job.
 //
 //   from              to         by      when
 //   ready, asleep     offered    leader  there is a part for the worker; the leader wakes it if it is asleep
@@ -29,6 +29,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <utility>
@@ -109,6 +110,7 @@ class alignas(64) Worker {
     has_offer_ = !(attendance_.sits_out() && workers_may_sit_out) && !is_disturbed(4);
     if (has_offer_) {
       job_ = job;
+      forks_ = num_forks;
       if (state_.exchange(kOffered) == kAsleep) {
         state_.notify_one();
       }
@@ -125,17 +127,22 @@ class alignas(64) Worker {
     }
     return !has_begun_;
   }
-  // Waits until the worker has no part. `others` is the number of the other threads in the job, which all wait. Returns
-  // how long the leader has slept.
+  // Waits until the worker has no part, unless it does not exist in this process. `others` is the number of the other
+  // threads in the job, which all wait. Returns how long the leader has slept.
   nanoseconds wait(int64_t others) {
     if (!has_begun_) {
+      return 0ns;
+    }
+    if (num_forks != forks_) {
+      error_ = std::make_exception_ptr(std::runtime_error(
+          "the process was forked within a parallel job: the child has none of the other threads to finish their parts"));
       return 0ns;
     }
     const nanoseconds slept = wait_for_part();
     attendance_.settle(spent_.computed, others * std::min(slept, spent_.lost));
     return slept;
   }
-  // The leader has lost its core, which has cost the team this time. Returns whether the worker is to be charged for it.
+  // The leader has lost its core, which has cost the team this time. Returns whether this worker was charged for it.
   bool charge(nanoseconds cost) {
     if (has_offer_) {
       attendance_.settle(0ns, cost);
@@ -159,11 +166,14 @@ class alignas(64) Worker {
   std::atomic<State> state_{kReady};
   bool has_offer_ = false, has_begun_ = false;  // in the leader's job
   Job job_{};
+  int64_t forks_ = 0;  // num_forks when the job was offered
   std::exception_ptr error_;
   Spent spent_{};  // in the last part
+
+  alignas(64) Attendance attendance_;  // only the leader writes to this line
+
+  alignas(64) CoreTime core_time_;  // and only the worker to this one
   const int64_t index_;
-  Attendance attendance_;
-  CoreTime core_time_;
   std::thread thread_;  // the last member, because it uses the others
 
   nanoseconds wait_for_part() {
@@ -192,11 +202,10 @@ class alignas(64) Worker {
   }
 
   void do_part() {
-    const int64_t forks = num_forks;
     core_time_.begin();
     error_ = call(job_, index_);
-    if (num_forks != forks) {
-      std::fputs("folovllm: a part of a parallel job forked the process, and the child has no thread to return to\n", stderr);
+    if (num_forks != forks_) {
+      std::fputs("folovllm: a part of a parallel job forked the process; the child has no thread to return to\n", stderr);
       std::abort();
     }
     delay_if_disturbed();

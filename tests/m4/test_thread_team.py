@@ -192,7 +192,7 @@ def test_python_ends_with_a_team() -> None:
 
 
 def test_no_openmp_in_our_library(isa: str) -> None:
-    """Its threads would look for work in a loop for milliseconds after each region, on the cores of ours."""
+    """Its threads would look for work in a loop for milliseconds after each region, on the cores of our workers."""
     if sys.platform != "linux" or (nm := shutil.which("nm")) is None:
         pytest.skip("needs nm")
     library = build(default_cache_dir(), isa=isa)
