@@ -1,10 +1,10 @@
 """How many CPUs this process may use: its affinity mask, and the CPU quota of its control groups.
 
-Milestone: M4. vLLM counterpart: `CPUWorker.init_device` in vllm/v1/worker/cpu_worker.py, which binds threads to the CPUs
-of the mask. Left out: the quota of an ancestor that this process cannot see, as inside a container.
+Milestone: M4. vLLM counterpart: `CPUWorker.init_device` in vllm/v1/worker/cpu_worker.py, which binds threads to the
+CPUs of the mask. Left out: the quota of an ancestor that this process cannot see, as inside a container.
 
-A quota limits the CPU time of a whole group of processes. E.g. `docker run --cpus=1.5` allows 150 ms of CPU time in every
-100 ms. If 64 threads use that up in 3 ms, the system stops all of them for the other 97 ms.
+A quota limits the CPU time of a group of processes. E.g. `docker run --cpus=4` allows 400 ms of CPU time in every
+100 ms. If 64 threads use that up in 6 ms, the system stops all of them for the other 94 ms.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class CpuCount(NamedTuple):
-    count: int
+    number: int
     source: str  # where the number comes from, for people to read
 
 
@@ -36,13 +36,13 @@ def usable_cpus() -> CpuCount:
     affinity = getattr(os, "sched_getaffinity", None)
     mask = CpuCount(len(affinity(0)), "the affinity mask") if affinity else CpuCount(os.cpu_count() or 1, "all CPUs")
     quota = cpu_quota()
-    if quota is None or quota.threads() >= mask.count:
+    if quota is None or quota.threads() >= mask.number:
         return mask
     return CpuCount(quota.threads(), f"a CPU quota of {quota.cpus:g} ({quota.file})")
 
 
 def cpu_quota(root: Path = Path("/")) -> CpuQuota | None:
-    """The smallest quota of this process's control groups and their ancestors, or None. `root` is "/" except in tests."""
+    """The smallest quota of this process's control groups and their ancestors, or None. Tests give a `root`."""
     quotas = [quota for folder in _group_folders(root) if (quota := _quota_in(folder, root)) is not None]
     return min(quotas, default=None)
 
@@ -68,7 +68,7 @@ def _group_folders(root: Path) -> list[Path]:
 
 
 def _tops(cgroup: Path, controllers: str) -> list[Path]:
-    """Where the hierarchy with these controllers is mounted. Version 2 has no names there, and may lie beside version 1."""
+    """Where the hierarchy with these controllers is mounted. Version 2 names none, and may lie beside version 1."""
     if not controllers:
         return [cgroup, cgroup / "unified"]
     return [cgroup / controllers, cgroup / "cpu"] if "cpu" in controllers.split(",") else []

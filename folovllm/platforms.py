@@ -47,13 +47,13 @@ def has_fast_bf16(device: str, kernels: KernelConfig) -> bool:
 
 
 def default_threads() -> CpuCount:
-    """Returns the threads that compute without `cpu_threads`: those of torch, or fewer if this process may use fewer CPUs.
+    """Returns the threads that compute without `cpu_threads`: those of torch, or fewer if there are fewer usable CPUs.
 
     torch counts the physical cores of the affinity mask when it is loaded, unless OMP_NUM_THREADS or
     `torch.set_num_threads` gives a number. It ignores CPU quotas, such as that of a container.
     """
     threads, usable = torch.get_num_threads(), usable_cpus()
-    return usable if usable.count < threads else CpuCount(threads, "torch.get_num_threads()")
+    return usable if usable.number < threads else CpuCount(threads, "torch.get_num_threads()")
 
 
 def refusal_of_gpu(device: torch.device) -> str | None:

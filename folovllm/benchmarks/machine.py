@@ -57,7 +57,7 @@ def cpu_model() -> str:
 
 def usable_cores() -> int:
     """Cores that this process may use, by its affinity mask and its CPU quota."""
-    return usable_cpus().count
+    return usable_cpus().number
 
 
 def package_version(package: str) -> str | None:

@@ -73,7 +73,7 @@ def share_threads(config: EngineConfig) -> EngineConfig:
 
     from folovllm.platforms import default_threads
 
-    num_threads, num_ranks = default_threads().count, parallel.num_local_engines * parallel.world_size
+    num_threads, num_ranks = default_threads().number, parallel.num_local_engines * parallel.world_size
     if parallel.num_local_engines == 1 and (num_ranks > 1 or num_threads == torch.get_num_threads()):
         return config
     return dataclasses.replace(config, cpu_threads=max(1, num_threads // num_ranks))

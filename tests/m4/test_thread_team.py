@@ -1,4 +1,4 @@
-"""The threads of the C++ kernels: parts that no worker begins, workers that lose their core, forks, errors, and the exit.
+"""The threads of the C++ kernels: parts that no worker begins, lost cores, forks, errors, and the exit.
 
 Milestone: M4. What a program does without torch is in thread_team_driver.cpp, which this file compiles twice: plain,
 and with the thread sanitizer, which reports two threads that touch the same memory without an order between them.

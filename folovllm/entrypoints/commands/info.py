@@ -71,7 +71,7 @@ def system_facts(download_dir: str | None = None) -> dict[str, Any]:
         "cpu_features": sorted(name for name, value in cpu_capabilities().items() if value is True),
         "native_bfloat16": has_native_bf16(device),
         "cpp_kernels": _kernel_facts(),
-        "threads": threads.count,
+        "threads": threads.number,
         "threads_from": threads.source,
         "memory_bytes": memory.total,
         "memory_available_bytes": memory.available,
