@@ -278,7 +278,7 @@ class EngineConfig:
     quantization_config: QuantizationConfig = field(default_factory=QuantizationConfig)
     parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
     device: str = "auto"  # "cpu" or "cuda"; "auto": CUDA if there is one
-    cpu_threads: int | None = None  # threads that compute on a CPU; None: torch.get_num_threads()
+    cpu_threads: int | None = None  # threads that compute on a CPU; None: torch's number or the CPU quota
     enforce_eager: bool = False  # CUDA graphs are a rung after M7; until then every step is eager
     disable_log_stats: bool = True  # the server logs no throughput, and GET /metrics has no vllm: names
     trace: str | None = None  # write one record per step to this file (folovllm.trace)

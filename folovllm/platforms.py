@@ -6,6 +6,7 @@ Milestone: M0. vLLM counterpart: vllm/platforms.
 import torch
 
 from folovllm.config import KernelConfig
+from folovllm.cpus import CpuCount, usable_cpus
 from folovllm.csrc.build import compiled_for, load_ops
 from folovllm.csrc.levels import cpu_capabilities
 
@@ -43,6 +44,16 @@ def has_fast_bf16(device: str, kernels: KernelConfig) -> bool:
         return True
     ops = load_ops(kernels.cpu_isa) if device == "cpu" and kernels.linear_backend == "auto" else None
     return ops is not None and not compiled_for(ops).isdisjoint({"avx2", "neon"})
+
+
+def default_threads() -> CpuCount:
+    """Returns the threads that compute without `cpu_threads`: those of torch, or fewer if there are fewer usable CPUs.
+
+    torch counts the physical cores of the affinity mask when it is loaded, unless OMP_NUM_THREADS or
+    `torch.set_num_threads` gives a number. It ignores CPU quotas, such as that of a container.
+    """
+    threads, usable = torch.get_num_threads(), usable_cpus()
+    return usable if usable.number < threads else CpuCount(threads, "torch.get_num_threads()")
 
 
 def refusal_of_gpu(device: torch.device) -> str | None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 import folovllm
+from folovllm.cpus import usable_cpus
 
 if TYPE_CHECKING:
     import torch
@@ -55,9 +56,8 @@ def cpu_model() -> str:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    """Cores that this process may use, by its affinity mask and its CPU quota."""
+    return usable_cpus().number
 
 
 def package_version(package: str) -> str | None:

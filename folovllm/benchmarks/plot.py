@@ -55,10 +55,10 @@ def write_plots(result: Result, folder: Path, stem: str) -> list[Path]:
     return paths
 
 
-def save(figure: Figure, path: Path, dpi: int = DPI) -> Path:
-    """Write the PNG, with the same bytes in every run."""
+def save(figure: Figure, path: Path, dpi: int = DPI, description: str | None = None) -> Path:
+    """Write the PNG, with the same bytes in every run. `description` becomes a text inside the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi, metadata={"Software": None})
+    figure.savefig(path, dpi=dpi, metadata={"Software": None, "Description": description})
     plt.close(figure)
     return path
 

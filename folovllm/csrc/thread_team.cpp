@@ -6,11 +6,12 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <memory>
-#include <system_error>
 #include <vector>
 
 #include "thread_worker.h"
@@ -19,6 +20,9 @@ namespace folovllm {
 namespace {
 
 constexpr int64_t kMaxWorkers = 1023;
+constexpr nanoseconds kRetry = 1s;  // after the system has refused a thread
+
+thread_local CoreTime leader_time;  // of each thread that leads: two engines in one process have a thread each
 
 // Does parts of a job and keeps the first exception.
 struct Progress {
@@ -42,8 +46,8 @@ class Team {
     if (is_led_.exchange(true)) {  // by another caller, or by this one, whose part of a job calls `run`
       progress.do_parts(0, job.num_parts);
     } else {
+      const Release release{is_led_};
       lead(progress);
-      is_led_.store(false);
     }
     if (progress.error) {
       std::rethrow_exception(progress.error);
@@ -66,49 +70,71 @@ class Team {
  private:
   std::atomic<bool> is_led_{false};
   std::vector<std::unique_ptr<Worker>> workers_;  // worker i does part i + 1
-  int64_t max_workers_ = kMaxWorkers;
-  LeaderLosses losses_;
+  Clock::time_point next_start_{};
   std::atomic<int64_t> jobs_{0}, offers_{0}, parts_by_workers_{0}, waits_{0};  // of Stats
+
+  struct Release {
+    std::atomic<bool>& is_led;
+    ~Release() {
+      is_led.store(false);
+    }
+  };
 
   void lead(Progress& progress) {
     const int64_t num_parts = progress.job.num_parts, helpers = start_workers(num_parts - 1);
-    losses_.job_begins();
+    leader_time.begin();
     for (int64_t i = 0; i < helpers; ++i) {
       offers_ += workers_[i]->offer(progress.job);
     }
     progress.do_parts(0, 1);
     progress.do_parts(1 + helpers, num_parts);
+    int64_t num_begun = 0;
     for (int64_t i = 0; i < helpers; ++i) {
       if (workers_[i]->take_back()) {
         progress.do_parts(1 + i, 2 + i);
       } else {
-        ++parts_by_workers_;
+        ++num_begun;
       }
     }
-    int64_t num_waits = 0;
+    nanoseconds slept{};
     for (int64_t i = 0; i < helpers; ++i) {
-      num_waits += workers_[i]->wait();
+      slept += workers_[i]->wait(num_begun);
       progress.add(workers_[i]->take_error());
     }
-    if (losses_.job_ends(num_waits > 0)) {
-      for (int64_t i = 0; i < helpers; ++i) {
-        workers_[i]->add_strike();
-      }
-    }
-    waits_ += num_waits;
+    waits_ += slept > 0ns;
+    charge(helpers, std::max<int64_t>(num_begun, 1) * leader_time.end(slept).lost);
+    parts_by_workers_ += num_begun;
     ++jobs_;
   }
 
-  // Returns how many of the wanted workers there are: missing ones are started, but the system may refuse a thread.
+  // The leader has lost its core, perhaps because there are more threads than cores. The last worker that takes part is
+  // charged for it: if it sits out, there is one thread less.
+  void charge(int64_t helpers, nanoseconds cost) {
+    for (int64_t i = helpers; cost > 0ns && i > 0 && !workers_[i - 1]->charge(cost);) {
+      --i;
+    }
+  }
+
+  // Returns how many of the wanted workers there are, and starts those that are missing. If the system refuses a thread
+  // or its memory, the leader does that part itself, and the team tries again later.
   int64_t start_workers(int64_t wanted) {
-    while (static_cast<int64_t>(workers_.size()) < std::min(wanted, max_workers_)) {
+    wanted = std::min(wanted, kMaxWorkers);
+    if (num_workers() < wanted && Clock::now() >= next_start_) {
       try {
-        workers_.push_back(std::make_unique<Worker>(workers_.size() + 1));
-      } catch (const std::system_error&) {
-        max_workers_ = workers_.size();
+        workers_.reserve(wanted);
+        while (num_workers() < wanted) {
+          workers_.push_back(std::make_unique<Worker>(num_workers() + 1));
+        }
+      } catch (const std::exception& error) {
+        const char* text = "folovllm: thread %lld of the C++ kernels did not start (%s); they go on with fewer threads\n";
+        std::fprintf(stderr, text, static_cast<long long>(num_workers() + 1), error.what());
+        next_start_ = Clock::now() + kRetry;
       }
     }
-    return std::min(wanted, max_workers_);
+    return std::min(wanted, num_workers());
+  }
+  int64_t num_workers() const {
+    return static_cast<int64_t>(workers_.size());
   }
 };
 
@@ -118,7 +144,10 @@ Team* team = new Team;
 // A child that was forked has none of the threads, so it begins with a new team.
 [[maybe_unused]] const bool handlers_are_set = [] {
   std::atexit([] { team->end(); });
-  pthread_atfork(nullptr, nullptr, [] { team = new Team; });
+  pthread_atfork(nullptr, nullptr, [] {
+    ++num_forks;
+    team = new Team;
+  });
   return true;
 }();
 

@@ -13,9 +13,13 @@
 //   leader      offers part 1 | does part 0 ........ | takes part 1 back and does it | next job
 //   worker 1                    (another program runs on its core)
 //
-// A worker can also lose its core in the middle of a part, and then the leader does wait. If that happens repeatedly, the
-// worker sits out for a while (thread_worker.h). If the leader itself keeps losing its core, all workers sit out. How a job is cut depends on `size()` alone and never on who takes part,
-// so that the results do not depend on it.
+// A worker can also lose its core in the middle of a part, and then the leader does wait. If that costs more time than the
+// worker saves, the worker sits out for a while (thread_attendance.h). If the leader itself keeps losing its core, the
+// workers sit out one after the other. How a job is cut depends on `size()` alone and never on who takes part, so that the
+// results do not depend on it.
+//
+// A part must not fork the process and go on: the child has none of the other threads. In the child, `run` throws if a
+// part of another thread was unfinished.
 
 #pragma once
 
@@ -44,8 +48,8 @@ class ThreadTeam {
   // thread does all parts itself.
   template <typename F>
   static void run(int64_t num_parts, const F& f) {
-    if (num_parts == 1) {
-      return f(0);
+    if (num_parts <= 1) {
+      return num_parts == 1 ? f(0) : void();
     }
     run_job({num_parts, &f, [](const void* body, int64_t part) { (*static_cast<const F*>(body))(part); }});
   }
@@ -63,7 +67,7 @@ class ThreadTeam {
     int64_t jobs;              // with more than one part
     int64_t offers;            // of parts to workers that did not sit out
     int64_t parts_by_workers;  // that they took; the leaders have done all other parts
-    int64_t waits;             // times a leader slept until a part was done
+    int64_t waits;             // jobs in which the leader slept until a part was done
     int64_t absences;          // times a worker began to sit out
   };
   static Stats stats();

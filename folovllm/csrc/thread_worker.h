@@ -3,8 +3,8 @@
 // Milestone: M4. vLLM counterpart: none. Like thread_team.cpp it knows nothing of torch, so that a small program can test
 // both (tests/m4/thread_team_driver.cpp).
 //
-// The leader and a worker tell each other everything through one word, the worker's state. It and the job lie in a cache
-// line of their own, which travels from core to core and back once per job.
+// The leader and a worker tell each other everything through one word, the worker's state. It lies in a cache line with
+// the job and its outcome. The line travels from core to core and back once per job.
 //
 //   from              to         by      when
 //   ready, asleep     offered    leader  there is a part for the worker; the leader wakes it if it is asleep
@@ -23,29 +23,28 @@
 #pragma once
 
 #include <pthread.h>
-#include <time.h>
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
+#include <cstdio>
+#include <cstdlib>
 #include <exception>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <utility>
 
+#include "thread_attendance.h"
 #include "thread_team.h"
 
 namespace folovllm {
 namespace {
 
-using namespace std::chrono_literals;
-using Clock = std::chrono::steady_clock;
-using std::chrono::nanoseconds;
-
 constexpr nanoseconds kWorkerLoop = 200us;  // longer than what a step does between two jobs
 constexpr nanoseconds kLeaderLoop = 50us;   // longer than most pieces of work
 
 thread_local int64_t this_thread_index = 0;
+std::atomic<int64_t> num_forks{0};  // that lie between the first process and this one
 
 inline std::exception_ptr call(const Job& job, int64_t part) {
   try {
@@ -82,7 +81,6 @@ bool loop_until(nanoseconds limit, const F& is_true) {
 
 // For tests and measurements, see ThreadTeam::disturb.
 std::atomic<uint64_t> disturbance{0};
-std::atomic<bool> workers_may_sit_out{true};
 
 // True once in `n` times, if there is a disturbance.
 inline bool is_disturbed(uint64_t n) {
@@ -101,108 +99,6 @@ inline void delay_if_disturbed() {
   }
 }
 
-// How long the calling thread was ready to run and did not run, because another program had its core.
-class LostTime {
- public:
-  // Counts from now on; the thread has not slept until `take` is called.
-  void start() {
-    wall_ = Clock::now();
-    cpu_ = cpu_time();
-  }
-  // The time lost since the start, or since the last call.
-  nanoseconds take() {
-    const LostTime before = *this;
-    start();
-    return (wall_ - before.wall_) - (cpu_ - before.cpu_);
-  }
-
- private:
-  Clock::time_point wall_;
-  nanoseconds cpu_{};
-
-  static nanoseconds cpu_time() {
-    timespec now{};
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return std::chrono::seconds(now.tv_sec) + nanoseconds(now.tv_nsec);
-  }
-};
-
-std::atomic<int64_t> num_absences{0};  // of ThreadTeam::Stats
-
-constexpr nanoseconds kLongLoss = 1ms;  // a program that computes keeps a core for longer
-
-// Whether a worker sits out. The leader counts strikes against it: delays of a job by a worker that had lost its core,
-// long rows of offers that the worker was not there to take, and losses of the leader's own core (LeaderLosses). After a
-// few strikes in close succession it sits out. If that happens again soon after its return, it sits out for twice as
-// long, because what disturbs it is there to stay.
-class Attendance {
- public:
-  void add_strike() {
-    const Clock::time_point now = Clock::now();
-    strikes_ = now - last_strike_ < kMemory ? strikes_ + 1 : 1;
-    last_strike_ = now;
-    if (strikes_ == kMaxStrikes) {
-      absence_ = now - return_ < kTrial ? std::min(2 * absence_, kLongest) : kShortest;
-      return_ = now + absence_;
-      sits_out_ = true;
-      strikes_ = 0;
-      ++num_absences;
-    }
-  }
-  bool sits_out() {
-    sits_out_ = sits_out_ && Clock::now() < return_;
-    return sits_out_;
-  }
-
- private:
-  // A program that computes beside the worker costs a strike every 8 ms or so: each of the two gets the core for 4 ms at a
-  // time, if the system's timer ticks 250 times a second. Short disturbances, which every system has, come one by one.
-  static constexpr int kMaxStrikes = 4;
-  static constexpr nanoseconds kMemory = 20ms;  // strikes that are further apart do not count together
-  static constexpr nanoseconds kTrial = 300ms, kShortest = 100ms, kLongest = 4s;
-  bool sits_out_ = false;
-  int strikes_ = 0;
-  Clock::time_point last_strike_{}, return_{};
-  nanoseconds absence_{};
-};
-
-// Whether the leader keeps losing its core. If it does, more threads are ready to run than there are cores, and every
-// worker that computes takes time from the leader or waits for it. Reading a thread's CPU time takes as long as a small
-// piece of work, so a loss is looked for once in kWindow jobs.
-class LeaderLosses {
- public:
-  void job_begins() {
-    if (Clock::now() - last_end_ > kGap) {
-      restart();  // the leader may have slept since the last job
-    }
-  }
-  // Returns whether the leader has lost its core for long since the window began. `slept`: it slept in this job.
-  bool job_ends(bool slept) {
-    last_end_ = Clock::now();
-    if (slept) {
-      restart();
-      return false;
-    }
-    if (++num_jobs_ < kWindow) {
-      return false;
-    }
-    num_jobs_ = 0;
-    return lost_time_.take() > kLongLoss;
-  }
-
- private:
-  static constexpr int kWindow = 8;
-  static constexpr nanoseconds kGap = 500us;  // longer than what a step does between two jobs
-  int num_jobs_ = 0;
-  Clock::time_point last_end_{};
-  LostTime lost_time_;
-
-  void restart() {
-    num_jobs_ = 0;
-    lost_time_.start();
-  }
-};
-
 class alignas(64) Worker {
  public:
   explicit Worker(int64_t index) : index_(index), thread_([this] { work(); }) {}
@@ -214,6 +110,7 @@ class alignas(64) Worker {
     has_offer_ = !(attendance_.sits_out() && workers_may_sit_out) && !is_disturbed(4);
     if (has_offer_) {
       job_ = job;
+      forks_ = num_forks;
       if (state_.exchange(kOffered) == kAsleep) {
         state_.notify_one();
       }
@@ -222,36 +119,35 @@ class alignas(64) Worker {
   }
   // Whether the leader has to do the part, because the worker has not begun it. From now on the worker cannot begin it.
   bool take_back() {
-    if (!has_offer_) {
-      return true;
-    }
-    State expected = kOffered;
-    const bool is_late = state_.compare_exchange_strong(expected, kReady);
-    late_in_a_row_ = is_late ? late_in_a_row_ + 1 : 0;
-    if (late_in_a_row_ == kMaxLate) {
-      late_in_a_row_ = 0;
-      attendance_.add_strike();
-    }
-    return is_late;
-  }
-  // Waits until the worker has no part. Returns whether the leader had to sleep.
-  bool wait() {
-    const auto is_done = [&] { return state_.load() != kBegun; };
-    State expected = kBegun;
-    if (loop_until(kLeaderLoop, is_done) || !state_.compare_exchange_strong(expected, kAwaited)) {
-      return false;
-    }
-    state_.wait(kAwaited);
-    if (lost_ > kLongLoss) {
-      attendance_.add_strike();
-    }
-    return true;
-  }
-  // The leader has lost its core for long.
-  void add_strike() {
+    has_begun_ = false;
     if (has_offer_) {
-      attendance_.add_strike();
+      State expected = kOffered;
+      has_begun_ = !state_.compare_exchange_strong(expected, kReady);
+      attendance_.took_offer(has_begun_);
     }
+    return !has_begun_;
+  }
+  // Waits until the worker has no part, unless it does not exist in this process. `others` is the number of the other
+  // threads in the job, which all wait. Returns how long the leader has slept.
+  nanoseconds wait(int64_t others) {
+    if (!has_begun_) {
+      return 0ns;
+    }
+    if (num_forks != forks_) {
+      error_ = std::make_exception_ptr(std::runtime_error(
+          "the process was forked within a parallel job: the child has none of the other threads to finish their parts"));
+      return 0ns;
+    }
+    const nanoseconds slept = wait_for_part();
+    attendance_.settle(spent_.computed, others * std::min(slept, spent_.lost));
+    return slept;
+  }
+  // The leader has lost its core, which has cost the team this time. Returns whether this worker was charged for it.
+  bool charge(nanoseconds cost) {
+    if (has_offer_) {
+      attendance_.settle(0ns, cost);
+    }
+    return has_offer_;
   }
   // The exception of the part that the worker has done, or null.
   std::exception_ptr take_error() {
@@ -266,25 +162,36 @@ class alignas(64) Worker {
 
  private:
   enum State : int { kAsleep, kReady, kOffered, kBegun, kAwaited, kEnd };
-  static constexpr int kMaxLate = 32;  // offers; a worker that has to wake up first misses a few
 
   std::atomic<State> state_{kReady};
-  bool has_offer_ = false;
+  bool has_offer_ = false, has_begun_ = false;  // in the leader's job
   Job job_{};
+  int64_t forks_ = 0;  // num_forks when the job was offered
   std::exception_ptr error_;
-  nanoseconds lost_{};  // by the worker before the end of a part that the leader slept for
+  Spent spent_{};  // in the last part
+
+  alignas(64) Attendance attendance_;  // only the leader writes to this line
+
+  alignas(64) CoreTime core_time_;  // and only the worker to this one
   const int64_t index_;
-  int late_in_a_row_ = 0;
-  Attendance attendance_;
-  LostTime lost_time_;
   std::thread thread_;  // the last member, because it uses the others
+
+  nanoseconds wait_for_part() {
+    const auto is_done = [&] { return state_.load() != kBegun; };
+    State expected = kBegun;
+    if (loop_until(kLeaderLoop, is_done) || !state_.compare_exchange_strong(expected, kAwaited)) {
+      return 0ns;
+    }
+    const Clock::time_point begin = Clock::now();
+    state_.wait(kAwaited);
+    return Clock::now() - begin;
+  }
 
   // ---- the worker's own thread
 
   void work() {
     this_thread_index = index_;
     name_this_thread("folovllm-" + std::to_string(index_));
-    lost_time_.start();
     while (wait_for_offer() != kEnd) {
       delay_if_disturbed();
       State expected = kOffered;
@@ -295,9 +202,14 @@ class alignas(64) Worker {
   }
 
   void do_part() {
+    core_time_.begin();
     error_ = call(job_, index_);
+    if (num_forks != forks_) {
+      std::fputs("folovllm: a part of a parallel job forked the process; the child has no thread to return to\n", stderr);
+      std::abort();
+    }
     delay_if_disturbed();
-    lost_ = state_.load() == kAwaited ? lost_time_.take() : 0ns;
+    spent_ = core_time_.end();
     if (state_.exchange(kReady) == kAwaited) {
       state_.notify_one();
     }
@@ -310,7 +222,6 @@ class alignas(64) Worker {
       State expected = kReady;
       if (state_.compare_exchange_strong(expected, kAsleep)) {
         state_.wait(kAsleep);
-        lost_time_.start();
       }
     }
     return state_.load();

@@ -65,14 +65,22 @@ def build_core(config: EngineConfig, model_path: Path, executor_factory: Executo
 
 
 def share_threads(config: EngineConfig) -> EngineConfig:
-    """Several engines on one machine share its cores: a thread too many on each core makes all of them slower."""
+    """Several engines on one machine share its cores: a thread too many on each core makes all of them slower.
+
+    A single engine follows torch's number of threads, also if that changes later, unless this process may use fewer
+    CPUs. The executor divides the threads of a single engine among its ranks.
+    """
     parallel = config.parallel_config
-    if config.cpu_threads is not None or config.device != "cpu" or parallel.num_local_engines == 1:
+    if config.cpu_threads is not None or config.device != "cpu":
         return config
     import torch
 
-    num_ranks = parallel.num_local_engines * parallel.world_size
-    return dataclasses.replace(config, cpu_threads=max(1, torch.get_num_threads() // num_ranks))
+    from folovllm.platforms import default_threads
+
+    num_threads, num_ranks = default_threads().number, parallel.num_local_engines * parallel.world_size
+    if parallel.num_local_engines == 1 and (num_ranks > 1 or num_threads == torch.get_num_threads()):
+        return config
+    return dataclasses.replace(config, cpu_threads=max(1, num_threads // num_ranks))
 
 
 def run_core(make_core: Callable[[], EngineCore], inbox: Inbox, send: Callable[[UpMessage], None]) -> None:

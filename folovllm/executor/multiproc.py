@@ -143,6 +143,6 @@ def _value(answer: Answer) -> Any:
 
 def _threads_per_rank(config: EngineConfig) -> int:
     """`cpu_threads` each, or the threads of this process, divided among the ranks."""
-    import torch
+    from folovllm.platforms import default_threads
 
-    return config.cpu_threads or max(1, torch.get_num_threads() // config.parallel_config.world_size)
+    return config.cpu_threads or max(1, default_threads().number // config.parallel_config.world_size)

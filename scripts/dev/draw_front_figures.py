@@ -9,8 +9,6 @@ Each PNG carries a hash of the data that it shows, so a test sees when a result 
 """
 
 import argparse
-import hashlib
-import json
 import sys
 import textwrap
 from collections.abc import Callable
@@ -21,6 +19,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only: no window system needed
 
+from figure_files import hash_of
 from front_plan import manifest
 from front_results import LADDER as LADDER_FILE
 from front_results import PEERS, result
@@ -59,10 +58,6 @@ def peers_data() -> dict[str, Any]:
 
 def roadmap_data() -> dict[str, Any]:
     return {rung.id: [rung.title, rung.built, manifest()[rung.id]["needs"]] for rung in LADDER}
-
-
-def hash_of(data: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 # ---- bars

@@ -4,8 +4,8 @@ Milestone: M4. vLLM counterpart: none. No weights, a few seconds:
 
     python scripts/dev/draw_machines_figures.py [--out docs/learn/img]
 
-The speeds come from milestones/m4/results/compare_peers_*.json; a condition without a file is left out. The
-policies are those of the page's simulation, with its numbers. The states are those of folovllm/csrc/thread_worker.h.
+The speeds come from milestones/m4/results/compare_peers_*.json. The policies are those of the page's simulation, with
+its numbers. The states are those of folovllm/csrc/thread_worker.h.
 """
 
 import json
@@ -20,41 +20,68 @@ INK, WEIGHTS, SUMS, WAIT, LOST = "#333333", "#CCE3F0", "#F7D9B5", "#DDDDDD", "#B
 LEADER, WORKER = "#0072B2", "#C25A00"
 
 RESULTS = Path(__file__).resolve().parents[2] / "milestones/m4/results"
-CONDITIONS = {"A": "idle", "busy1": "one busy\nprocess", "busy2": "two busy\nprocesses", "avx2": "AVX2 only"}
+CONDITIONS = {"A": "idle", "avx2": "AVX2 only", "busy1": "one busy\nprocess", "busy2": "two busy\nprocesses"}
 ENGINES = {"folovllm": ("FoloVLLM", LEADER), "llamacpp": ("llama.cpp", "#999999")}
 MODES = {"single": "one request", "batch": "32 together (8 if busy)"}
 PROMPT_ENGINES = ENGINES | {"vllm": ("vLLM's CPU build", "#C25A00")}
 
 
-def draw_conditions(path: Path) -> None:
-    """Output tokens per second of both engines under each condition that was measured."""
-    files = {label: RESULTS / f"compare_peers_{name}_cpu.json" for name, label in CONDITIONS.items()}
-    arms = {
-        label: json.loads(file.read_text(encoding="utf-8"))["arms"] for label, file in files.items() if file.exists()
+def conditions() -> dict[str, dict[str, dict[str, float]]]:
+    """Output tokens per second by condition, mode and engine."""
+    files = {label: f"compare_peers_{name}_cpu" for name, label in CONDITIONS.items()}
+    return {
+        label: {
+            mode: {engine: speed_of(file, engine, mode, "output_tok_per_s") for engine in ENGINES} for mode in MODES
+        }
+        for label, file in files.items()
     }
+
+
+def prompts() -> dict[str, dict[str, float]]:
+    """Prompt tokens per second by engine and length of the prompt."""
+    name = "compare_peers_prompts_cpu"
+    return {
+        engine: {
+            mode.removeprefix("prompt"): speed_of(name, engine, mode, "prompt_tok_per_s")
+            for mode in arms_of(name)[engine]["modes"]
+        }
+        for engine in PROMPT_ENGINES
+    }
+
+
+def arms_of(name: str) -> dict[str, Any]:
+    arms: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["arms"]
+    return arms
+
+
+def speed_of(name: str, engine: str, mode: str, unit: str) -> float:
+    return float(arms_of(name)[engine]["modes"][mode][unit]["median"])
+
+
+MEASURED = {"04c_conditions": conditions, "04c_prompts": prompts}  # the pictures of measurements, and their numbers
+
+
+def draw_conditions(path: Path) -> None:
+    data = conditions()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for ax, (mode, title) in zip(axes, MODES.items(), strict=True):
         for i, (engine, (name, colour)) in enumerate(ENGINES.items()):
-            speeds = [measured[engine]["modes"][mode]["output_tok_per_s"]["median"] for measured in arms.values()]
-            bars = ax.bar([x + 0.38 * i for x in range(len(arms))], speeds, width=0.36, color=colour, label=name)
+            speeds = [measured[mode][engine] for measured in data.values()]
+            bars = ax.bar([x + 0.38 * i for x in range(len(data))], speeds, width=0.36, color=colour, label=name)
             ax.bar_label(bars, [f"{s:.0f}" if s >= 10 else f"{s:.1f}" for s in speeds], fontsize=9)
-        ax.set_xticks([x + 0.19 for x in range(len(arms))], arms)
-        ax.set_xlim(-0.5, len(arms) - 0.1)
+        ax.set_xticks([x + 0.19 for x in range(len(data))], data)
+        ax.set_xlim(-0.5, len(data) - 0.1)
         ax.set_title(f"{title}: output tokens per second", loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].legend(fontsize=9, frameon=False)
-    figure_files.save(figure, path)
+    figure_files.save(figure, path, data)
 
 
 def draw_prompts(path: Path) -> None:
-    """Prompt tokens per second of one prompt, by its length."""
-    arms = json.loads((RESULTS / "compare_peers_prompts_cpu.json").read_text(encoding="utf-8"))["arms"]
+    data = prompts()
     figure, ax = plt.subplots(figsize=(8, 3.2), layout="constrained")
     for engine, (name, colour) in PROMPT_ENGINES.items():
-        speeds = {
-            int(mode.removeprefix("prompt")): figures["prompt_tok_per_s"]["median"]
-            for mode, figures in arms[engine]["modes"].items()
-        }
+        speeds = {int(length): speed for length, speed in data[engine].items()}
         ax.plot(list(speeds), list(speeds.values()), marker="o", color=colour, label=name)
     ax.set_xscale("log", base=2)
     ax.set_xticks(list(speeds), [f"{length:,}" for length in speeds])
@@ -64,7 +91,7 @@ def draw_prompts(path: Path) -> None:
     ax.set_title("prompt tokens per second, one prompt at a time, bf16", loc="left", fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=9, frameon=False)
-    figure_files.save(figure, path)
+    figure_files.save(figure, path, data)
 
 
 # ---- levels
@@ -158,7 +185,7 @@ def bar(ax: Any, y: float, parts: list[tuple[float, float, str, str]]) -> None:
 
 STATES = {"asleep": (0, 1.9), "ready": (3.4, 1.9), "offered": (6.8, 1.9), "awaited": (3.4, 0.3), "begun": (6.8, 0.3)}
 CHANGES = (  # from, to, who, label, bend, where the label stands
-    ("asleep", "offered", LEADER, "offers a part, and wakes the worker", -0.34, (1.25, 3.05)),
+    ("asleep", "offered", LEADER, "offers a part, and wakes the worker", -0.34, (0.75, 3.05)),
     ("ready", "offered", LEADER, "offers a part", -0.3, (5.1, 2.58)),
     ("offered", "ready", LEADER, "takes it back", 0.0, (5.1, 2.03)),
     ("ready", "asleep", WORKER, "no offer for 200 us", 0.0, (1.7, 2.03)),

@@ -4,6 +4,8 @@ Milestone: M2. vLLM counterpart: none. Imported by scripts/dev/draw_*_figures.py
 """
 
 import argparse
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 DPI = 100
 
 
-def save(figure: Any, path: Path) -> None:
-    plot.save(figure, path, DPI)
+def save(figure: Any, path: Path, data: Any = None) -> None:
+    """Writes the PNG. `data`, the measured numbers that it shows, leaves a hash in the file, which a test compares."""
+    plot.save(figure, path, DPI, None if data is None else hash_of(data))
     print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB")
+
+
+def hash_of(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def parser(doc: str) -> argparse.ArgumentParser:

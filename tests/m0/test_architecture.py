@@ -36,6 +36,7 @@ ROWS = {
     "folovllm.checks": 0,
     "folovllm.text_files": 0,
     "folovllm.interrupts": 0,
+    "folovllm.cpus": 0,
     "folovllm.core": 1,
     "folovllm.trace": 1,
     "folovllm.sim": 1,

@@ -15,8 +15,9 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from folovllm import LLM
+from folovllm import LLM, platforms
 from folovllm.config import EngineConfig, engine_arg_names
+from folovllm.cpus import CpuCount
 from folovllm.engine.start_core import share_threads
 from folovllm.entrypoints.openai.health import health
 from folovllm.entrypoints.openai.listen import bind
@@ -222,6 +223,7 @@ def config_of(**args: Any) -> EngineConfig:
 
 def test_engines_share_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(platforms, "usable_cpus", lambda: CpuCount(8, "a test"))
     assert share_threads(config_of()).cpu_threads is None
     assert share_threads(config_of(data_parallel_size=2)).cpu_threads == 4
     assert share_threads(config_of(data_parallel_size=2, tensor_parallel_size=2)).cpu_threads == 2

@@ -1,4 +1,4 @@
-"""The threads of the C++ kernels: parts that nobody begins, workers that lose their core, forks, errors, and the exit.
+"""The threads of the C++ kernels: parts that no worker begins, lost cores, forks, errors, and the exit.
 
 Milestone: M4. What a program does without torch is in thread_team_driver.cpp, which this file compiles twice: plain,
 and with the thread sanitizer, which reports two threads that touch the same memory without an order between them.
@@ -21,7 +21,12 @@ from folovllm.csrc.build import SOURCE_DIR, build, default_cache_dir, find_compi
 pytestmark = pytest.mark.m4
 
 DRIVER = Path(__file__).with_name("thread_team_driver.cpp")
-CASES = ("jobs", "exceptions", "nesting", "callers", "fork", "exit", "busy exit")
+CASES = ("jobs", "exceptions", "nesting", "no parts", "callers", "fork", "exit", "busy exit")
+FAULTS = {  # what happens, and what the program says to its user
+    "fork in the leader's part": "",
+    "fork in a worker's part": "a part of a parallel job forked the process",
+    "missing threads": "thread 1 of the C++ kernels did not start",
+}
 SEEDS = range(100)
 
 
@@ -56,6 +61,16 @@ def test_driver(driver: Path, case: str, seed: int, request: pytest.FixtureReque
         pytest.skip("the sanitizer ends a child that starts threads")
     done = run_driver(driver, case, seed)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_driver_with_a_fault(driver: Path, case: str, request: pytest.FixtureRequest) -> None:
+    """A fork within a part (C6 of a public report), and a thread that does not start (C7)."""
+    if "fork" in case and "sanitizer" in request.node.name:
+        pytest.skip("the sanitizer ends a child that starts threads")
+    done = run_driver(driver, case)
+    assert (done.returncode, bool(done.stderr)) == (0, bool(FAULTS[case]))
+    assert FAULTS[case] in done.stderr
 
 
 # ---- the operators
@@ -177,7 +192,7 @@ def test_python_ends_with_a_team() -> None:
 
 
 def test_no_openmp_in_our_library(isa: str) -> None:
-    """Its threads would look for work in a loop for milliseconds after each region, on the cores of ours."""
+    """Its threads would look for work in a loop for milliseconds after each region, on the cores of our workers."""
     if sys.platform != "linux" or (nm := shutil.which("nm")) is None:
         pytest.skip("needs nm")
     library = build(default_cache_dir(), isa=isa)

@@ -1,6 +1,7 @@
 // A program that uses ThreadTeam without torch, for the thread sanitizer and for what ends the process if it fails.
 // tests/m4/test_thread_team.py compiles it with csrc/thread_team.cpp and runs one of its cases.
 
+#include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -8,6 +9,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -22,6 +24,8 @@ using folovllm::WorkRanges;
 namespace {
 
 constexpr int64_t kThreads = 4, kPieces = 100;
+
+std::atomic<int> num_refusals{0};  // of memory that is aligned to more than usual, as a worker's is
 
 void demand(bool condition, const char* what) {
   if (!condition) {
@@ -110,6 +114,71 @@ void check_fork() {
   }
 }
 
+// The child of a fork within a part has none of the threads that do the other parts. Its `run` throws, and does not wait.
+// If a worker's part forks, the child has no caller to return to, and ends with a message.
+void check_fork_within_a_part(int64_t forking_part) {
+  for (bool was_in_time = false; !was_in_time;) {  // until leader and worker do a part each
+    pid_t child = -1;
+    std::atomic<bool> begun[2] = {false, false};
+    std::thread::id done_by[2];
+    bool has_thrown = false;
+    try {
+      ThreadTeam::run(2, [&](int64_t part) {
+        done_by[part] = std::this_thread::get_id();
+        begun[part] = true;
+        const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(20);
+        while (!begun[1 - part] && std::chrono::steady_clock::now() < end) {
+        }
+        if (part == forking_part && begun[1 - part] && done_by[0] != done_by[1]) {
+          child = fork();
+        }
+      });
+    } catch (const std::runtime_error& error) {
+      has_thrown = std::string(error.what()).find("forked") != std::string::npos;
+    }
+    if (child == 0) {
+      std::_Exit(has_thrown ? 7 : 8);
+    }
+    was_in_time = child > 0;
+    if (was_in_time) {
+      int status = -1;
+      waitpid(child, &status, 0);
+      const bool aborted = WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT;
+      demand(forking_part == 1 ? aborted : WIFEXITED(status) && WEXITSTATUS(status) == 7, "the child ended");
+      demand(!has_thrown, "the parent finished its job");
+    }
+  }
+  check_jobs(10);
+}
+
+// A job without parts calls nothing, also within another job.
+void check_no_parts() {
+  std::atomic<int> calls{0};
+  ThreadTeam::run(0, [&](int64_t) { ++calls; });
+  ThreadTeam::run(kThreads, [&](int64_t) { ThreadTeam::run(0, [&](int64_t) { ++calls; }); });
+  demand(calls == 0, "a job without parts calls nothing");
+}
+
+// If there is no memory for a worker, the leader does its part. Later the team tries again.
+void check_missing_threads() {
+  const auto run_job = [] {
+    std::atomic<int64_t> done{0};
+    ThreadTeam::run(kThreads, [&](int64_t) { ++done; });
+    demand(done == kThreads, "all parts are done");
+  };
+  num_refusals = 2;
+  for (int refusals_left = 1; refusals_left >= 0; --refusals_left) {
+    run_job();
+    run_job();
+    demand(num_refusals == refusals_left, "the team asks at once and then not again for a second");
+    std::this_thread::sleep_for(std::chrono::milliseconds(1100));
+  }
+  demand(ThreadTeam::stats().offers == 0 && ThreadTeam::stats().jobs == 4, "the leader did all parts");
+  while (ThreadTeam::stats().parts_by_workers < 20) {
+    run_job();
+  }
+}
+
 // The process may end while the workers sleep, and while another thread leads them.
 void check_exit(bool busy) {
   check_jobs(10);
@@ -121,6 +190,23 @@ void check_exit(bool busy) {
 }
 
 }  // namespace
+
+void* operator new(size_t size, std::align_val_t alignment) {
+  if (num_refusals > 0) {
+    --num_refusals;
+    throw std::bad_alloc();
+  }
+  const size_t unit = static_cast<size_t>(alignment);
+  return std::aligned_alloc(unit, (size + unit - 1) / unit * unit);
+}
+
+void operator delete(void* memory, std::align_val_t) noexcept {
+  std::free(memory);
+}
+
+void operator delete(void* memory, size_t, std::align_val_t) noexcept {
+  std::free(memory);
+}
 
 int64_t ThreadTeam::size() {
   return kThreads;
@@ -142,6 +228,14 @@ int main(int argc, char** argv) {
     check_callers();
   } else if (name == "fork") {
     check_fork();
+  } else if (name == "fork in the leader's part") {
+    check_fork_within_a_part(0);
+  } else if (name == "fork in a worker's part") {
+    check_fork_within_a_part(1);
+  } else if (name == "no parts") {
+    check_no_parts();
+  } else if (name == "missing threads") {
+    check_missing_threads();
   } else if (name == "exit") {
     check_exit(false);
   } else if (name == "busy exit") {

@@ -137,9 +137,10 @@ def test_a_forked_child_does_not_end_the_ranks_of_its_parent():
 
 
 def test_the_threads_of_this_process_are_divided(monkeypatch):
-    import torch
+    from folovllm import platforms
+    from folovllm.cpus import CpuCount
 
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(platforms, "default_threads", lambda: CpuCount(7, "a test"))
     assert multiproc._threads_per_rank(echo_config(tp=3)) == 2
     assert multiproc._threads_per_rank(echo_config(tp=8)) == 1
 

@@ -57,9 +57,9 @@ def system_facts(download_dir: str | None = None) -> dict[str, Any]:
     import torch
 
     from folovllm.csrc.levels import cpu_capabilities
-    from folovllm.platforms import choose_device, has_native_bf16
+    from folovllm.platforms import choose_device, default_threads, has_native_bf16
 
-    device, memory = choose_device("auto"), psutil.virtual_memory()
+    device, memory, threads = choose_device("auto"), psutil.virtual_memory(), default_threads()
     return {
         "folovllm": __version__,
         "python": platform.python_version(),
@@ -71,7 +71,8 @@ def system_facts(download_dir: str | None = None) -> dict[str, Any]:
         "cpu_features": sorted(name for name, value in cpu_capabilities().items() if value is True),
         "native_bfloat16": has_native_bf16(device),
         "cpp_kernels": _kernel_facts(),
-        "threads": torch.get_num_threads(),
+        "threads": threads.number,
+        "threads_from": threads.source,
         "memory_bytes": memory.total,
         "memory_available_bytes": memory.available,
         "models": _alias_facts(download_dir),
