@@ -4,23 +4,26 @@ Milestone: M1. vLLM counterparts: vllm/v1/sample/metadata.py, and the part of vl
 fills it. Left out: keeping the tensors between steps and updating them as requests come and go (they are built anew for
 every step, which is simpler and cannot go stale), custom logits processors, and grammars.
 
-Two rules keep the metadata cheap. First, if no request in the batch uses a feature, its field is None and the sampler
+Three rules keep the metadata cheap. First, if no request in the batch uses a feature, its field is None and the sampler
 skips that step; a batch of plain greedy requests builds no tensor at all. Second, no work here is proportional to the
-length of a request, except for requests with penalties, which have to count their tokens.
+length of a request, except for requests with penalties, which have to count their tokens. Third, everything is put
+together on the host and goes to a GPU in a few copies, none of which the host waits for (folovllm/transfers.py).
 
 Token ids outside the vocabulary are dropped, because they cannot be sampled anyway. The input processor refuses them
 earlier, with a message; at this point one bad request must not stop a whole batch.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
+import numpy as np
 import torch
 
-from folovllm.sample.ops.masks import TokenPairs, banned_by_bad_words, stop_ids_before_min_tokens
+from folovllm.sample.ops.masks import TokenPairs, banned_by_bad_words, set_cells_, stop_ids_before_min_tokens
 from folovllm.sample.ops.penalties import Penalties, build_penalties
 from folovllm.sampling_params import SamplingParams
+from folovllm.transfers import to_device
 
 # float32 ends at 3e38. Numbers beyond these limits would become inf or 0 and then NaN. At the limits themselves the
 # effect of a parameter is already as extreme as it can be.
@@ -74,6 +77,7 @@ class SamplingMetadata:
     top_p: torch.Tensor | None  # [R] float32, 1 is off
     seeds: list[int]  # [R]; empty if all_greedy
     output_indices: list[int]  # [R] how many tokens were generated before; together with `seeds` the key of the noise
+    untruncated: list[int]  # the rows that draw from all tokens, without min_p, top_k and top_p
     # Changes to the logits, before anything is drawn.
     allowed_token_ids_mask: torch.Tensor | None  # [R, V] bool; True is *forbidden*, as in vLLM
     bad_words: TokenPairs | None  # the cells that would complete a bad word now
@@ -103,27 +107,58 @@ class SamplingMetadata:
         """Collects the parameters of a step. `rows` are in the order of the logits, and the tensors are on `device`."""
         if all(r.is_plain for r in rows):
             return cls.plain(len(rows))
-        all_greedy = all(r.params.is_greedy for r in rows)
-        draw = [] if all_greedy else rows
-        top_ks = [_top_k(r.params, vocab_size) for r in draw]
-        tensor = partial(_tensor_or_none, device=device)
-        return cls(
-            num_rows=len(rows),
-            all_greedy=all_greedy,
-            all_random=not any(r.params.is_greedy for r in rows),
-            temperature=tensor([min(r.params.temperature, _LARGEST) for r in draw], off=None),
-            min_p=tensor([0.0 if r.params.is_greedy else r.params.min_p for r in draw], off=0.0),
-            top_k=tensor(top_ks, off=vocab_size, dtype=torch.int64),
-            max_top_k=max((k for k in top_ks if k < vocab_size), default=0),
-            top_p=tensor([1.0 if r.params.is_greedy else r.params.top_p for r in draw], off=1.0),
-            seeds=[r.seed for r in draw],
-            output_indices=[len(r.output_token_ids) for r in draw],
+        greedy = cls.plain(len(rows))
+        drawing = greedy if all(r.params.is_greedy for r in rows) else greedy._with_draw(rows, vocab_size, device)
+        return replace(
+            drawing,
             allowed_token_ids_mask=_allowed_mask(rows, vocab_size, device),
             bad_words=TokenPairs.build(_cells(rows, vocab_size, _bad_words), device),
             min_tokens=TokenPairs.build(_cells(rows, vocab_size, _too_early), device),
             logit_bias=_logit_bias(rows, vocab_size, device),
             penalties=_penalties(rows, vocab_size, device),
             num_logprobs=[None if r.params.logprobs is None else min(r.params.logprobs, vocab_size) for r in rows],
+        )
+
+    def _with_draw(self, rows: list[SamplingRow], vocab_size: int, device: torch.device | str) -> "SamplingMetadata":
+        """Returns these metadata with the parameters of the draw."""
+        numbers = np.array([_draw_numbers(r.params) for r in rows], dtype=np.float32).T.copy()  # [3, R]
+        top_ks = np.array([_top_k(r.params, vocab_size) for r in rows])  # [R]
+        uses = numbers[1] > 0, top_ks < vocab_size, numbers[2] < 1  # [R] each; as float32, which the steps compare, too
+        is_greedy = np.array([r.params.is_greedy for r in rows])  # [R]
+        temperature, min_p, top_p = to_device(numbers, device)  # [R] each
+        use_min_p, use_top_k, use_top_p = (bool(on.any()) for on in uses)
+        return replace(
+            self,
+            all_greedy=False,
+            all_random=not is_greedy.any(),
+            temperature=temperature,
+            min_p=min_p if use_min_p else None,
+            top_k=to_device(top_ks, device) if use_top_k else None,
+            max_top_k=int(top_ks[uses[1]].max(initial=0)),
+            top_p=top_p if use_top_p else None,
+            seeds=[r.seed for r in rows],
+            output_indices=[len(r.output_token_ids) for r in rows],
+            untruncated=np.flatnonzero(~(is_greedy | uses[0] | uses[1] | uses[2])).tolist(),
+        )
+
+    def untruncated_in(self, rows: slice) -> list[int]:
+        """Returns the places of `untruncated` in a group of rows."""
+        return [i - rows.start for i in self.untruncated if rows.start <= i < rows.stop]
+
+    def select(self, rows: Sequence[int]) -> "SamplingMetadata":
+        """Returns what the draw of some rows needs. The changes that come before it, and the logprobs, are left out."""
+        assert self.temperature is not None
+        index = to_device(rows, self.temperature.device)  # [n]
+        return replace(
+            self.plain(len(rows)),
+            all_greedy=False,
+            temperature=self.temperature[index],
+            min_p=None if self.min_p is None else self.min_p[index],
+            top_k=None if self.top_k is None else self.top_k[index],
+            max_top_k=self.max_top_k,
+            top_p=None if self.top_p is None else self.top_p[index],
+            seeds=[self.seeds[i] for i in rows],
+            output_indices=[self.output_indices[i] for i in rows],
         )
 
     @classmethod
@@ -143,6 +178,7 @@ class SamplingMetadata:
             top_p=None,
             seeds=[],
             output_indices=[],
+            untruncated=[],
             allowed_token_ids_mask=None,
             bad_words=None,
             min_tokens=None,
@@ -152,11 +188,10 @@ class SamplingMetadata:
         )
 
 
-def _tensor_or_none(
-    values: Sequence[float], off: float | None, device: torch.device | str, dtype: torch.dtype = torch.float32
-) -> torch.Tensor | None:
-    """Returns the values as a tensor, or None if there are none or all of them are `off`."""
-    return None if all(v == off for v in values) else torch.tensor(values, dtype=dtype, device=device)
+def _draw_numbers(params: SamplingParams) -> tuple[float, float, float]:
+    """Returns (temperature, min_p, top_p). Greedy rows do not draw, so nothing is removed from them."""
+    min_p, top_p = (0.0, 1.0) if params.is_greedy else (params.min_p, params.top_p)
+    return min(params.temperature, _LARGEST), min_p, top_p
 
 
 def _top_k(params: SamplingParams, vocab_size: int) -> int:
@@ -184,14 +219,13 @@ def _allowed_mask(rows: list[SamplingRow], vocab_size: int, device: torch.device
     """Returns a mask `[R, V]` that is True where a row's allowed_token_ids lack the token, or None if
     no row has them.
     """
-    restricted = [i for i, r in enumerate(rows) if r.params.allowed_token_ids is not None]
-    if not restricted:
+    if all(r.params.allowed_token_ids is None for r in rows):
         return None
-    mask = torch.zeros(len(rows), vocab_size, dtype=torch.bool, device=device)  # [R, V]
-    mask[restricted] = True
+    is_restricted = to_device([r.params.allowed_token_ids is not None for r in rows], device)  # [R]
+    mask = is_restricted.unsqueeze(1).repeat(1, vocab_size)  # [R, V]
     allowed = TokenPairs.build(_cells(rows, vocab_size, lambda r: r.params.allowed_token_ids or []), device)
     if allowed is not None:
-        mask[allowed.rows, allowed.token_ids] = False
+        set_cells_(mask, allowed, False)
     return mask
 
 

@@ -4,10 +4,14 @@ Milestone: M1. vLLM counterparts: vllm/v1/sample/ops/penalties.py, vllm/model_ex
 keeping the counts between steps (they are counted anew in each step, see `build_penalties`).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from folovllm.transfers import to_device
 
 
 @dataclass(frozen=True)
@@ -22,19 +26,6 @@ class Penalties:
     presence_penalties: torch.Tensor  # [N] float32
 
 
-def count_tokens(token_ids: Sequence[Sequence[int]], vocab_size: int, device: torch.device | str) -> torch.Tensor:
-    """Counts how often every token occurs in every list. Returns float32 `[P, V]`.
-
-    All lists are counted by one scatter: token t of list r adds 1 to cell r * V + t. E.g. [[1, 1, 3]], V=4 -> [[0, 2,
-    0, 1]].
-    """
-    cells = [row * vocab_size + t for row, ids in enumerate(token_ids) for t in ids]
-    counts = torch.zeros(len(token_ids) * vocab_size, dtype=torch.float32, device=device)  # [P * V]
-    index = torch.tensor(cells, dtype=torch.int64, device=device)  # [N]
-    counts.index_add_(0, index, torch.ones(len(cells), dtype=torch.float32, device=device))
-    return counts.view(len(token_ids), vocab_size)  # [P, V]
-
-
 def build_penalties(
     rows: Sequence[int],
     prompts: Sequence[Sequence[int]],
@@ -43,7 +34,9 @@ def build_penalties(
     vocab_size: int,
     device: torch.device | str,
 ) -> Penalties:
-    """Counts the tokens of the penalised rows.
+    """Counts the tokens of the penalised rows, on the host.
+
+    E.g. rows [4], outputs [[1, 1, 3]]: cells (4, 1) and (4, 3) with output_counts 2 and 1.
 
     Args:
         rows: row numbers in the logits, `P` of them; the other lists have one entry for each.
@@ -52,15 +45,18 @@ def build_penalties(
     This reads prompt and output again in every step: O(length) for each penalised request, and only for those. Counts
     that are kept between steps would be faster, but preemption would have to keep them right.
     """
-    # A prompt matters to the repetition penalty alone; do not walk it when that is off (1.0).
-    repeated = [p if s[0] != 1.0 else () for p, s in zip(prompts, strengths, strict=True)]
-    seen = [{*p, *o} for p, o in zip(repeated, outputs, strict=True)]
-    which = torch.tensor([i for i, ids in enumerate(seen) for _ in ids], dtype=torch.int64, device=device)  # [N]
-    token_ids = torch.tensor([t for ids in seen for t in ids], dtype=torch.int64, device=device)  # [N]
-    output_counts = count_tokens(outputs, vocab_size, device)[which, token_ids]  # [N]
-    per_cell = torch.tensor(strengths, dtype=torch.float32, device=device)[which]  # [N, 3]
-    index = torch.tensor(rows, dtype=torch.int64, device=device)  # [P]
-    return Penalties(index[which], token_ids, output_counts, *per_cell.unbind(1))
+    cells: list[tuple[int, int]] = []
+    numbers: list[tuple[float, ...]] = []  # (count, repetition, frequency, presence) of each cell
+    for row, prompt, output, strength in zip(rows, prompts, outputs, strengths, strict=True):
+        counts = Counter(output)
+        # A prompt matters to the repetition penalty alone, so it is not read if that is off (1.0).
+        seen = counts.keys() | prompt if strength[0] != 1.0 else counts.keys()
+        inside = [t for t in seen if 0 <= t < vocab_size]
+        cells += [(row, t) for t in inside]
+        numbers += [(counts[t], *strength) for t in inside]
+    index = to_device(np.array(cells, dtype=np.int64).reshape(-1, 2), device)  # [N, 2]
+    values = to_device(np.array(numbers, dtype=np.float32).reshape(-1, 4), device)  # [N, 4]
+    return Penalties(*index.unbind(1), *values.unbind(1))
 
 
 def apply_penalties_(logits: torch.Tensor, penalties: Penalties) -> None:
