@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-import numpy as np
 import torch
 
 from folovllm.sample.ops.masks import TokenPairs, banned_by_bad_words, set_cells_, stop_ids_before_min_tokens
@@ -29,6 +28,8 @@ from folovllm.transfers import to_device
 # effect of a parameter is already as extreme as it can be.
 _SMALLEST, _LARGEST = 1e-20, 1e20
 _NO_PENALTY = (1.0, 0.0, 0.0)
+# The steps compare in float32, in which a min_p and a top_p beyond these numbers may be 0 and 1, and so off.
+_FLOAT32_MIN, _FLOAT32_BELOW_1 = 2.0**-149, 1.0 - 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -107,38 +108,36 @@ class SamplingMetadata:
         """Collects the parameters of a step. `rows` are in the order of the logits, and the tensors are on `device`."""
         if all(r.is_plain for r in rows):
             return cls.plain(len(rows))
-        greedy = cls.plain(len(rows))
-        drawing = greedy if all(r.params.is_greedy for r in rows) else greedy._with_draw(rows, vocab_size, device)
-        return replace(
-            drawing,
+        is_greedy = [r.params.is_greedy for r in rows]
+        draw = [] if all(is_greedy) else rows
+        min_ps = [_min_p(r.params) for r in draw]
+        top_ps = [_top_p(r.params) for r in draw]
+        top_ks = [_top_k(r.params, vocab_size) for r in draw]
+        max_top_k = max((k for k in top_ks if k < vocab_size), default=0)
+        numbers = _in_one_copy(
+            device,
+            temperature=[min(r.params.temperature, _LARGEST) for r in draw],
+            min_p=min_ps if any(min_ps) else [],
+            top_p=top_ps if min(top_ps, default=1.0) < 1.0 else [],
+        )
+        return cls(
+            num_rows=len(rows),
+            all_greedy=not draw,
+            all_random=not any(is_greedy),
+            temperature=numbers.get("temperature"),
+            min_p=numbers.get("min_p"),
+            top_k=to_device(top_ks, device, torch.int64) if max_top_k > 0 else None,
+            max_top_k=max_top_k,
+            top_p=numbers.get("top_p"),
+            seeds=[r.seed for r in draw],
+            output_indices=[len(r.output_token_ids) for r in draw],
+            untruncated=_untruncated(is_greedy, min_ps, top_ps, top_ks, vocab_size),
             allowed_token_ids_mask=_allowed_mask(rows, vocab_size, device),
             bad_words=TokenPairs.build(_cells(rows, vocab_size, _bad_words), device),
             min_tokens=TokenPairs.build(_cells(rows, vocab_size, _too_early), device),
             logit_bias=_logit_bias(rows, vocab_size, device),
             penalties=_penalties(rows, vocab_size, device),
             num_logprobs=[None if r.params.logprobs is None else min(r.params.logprobs, vocab_size) for r in rows],
-        )
-
-    def _with_draw(self, rows: list[SamplingRow], vocab_size: int, device: torch.device | str) -> "SamplingMetadata":
-        """Returns these metadata with the parameters of the draw."""
-        numbers = np.array([_draw_numbers(r.params) for r in rows], dtype=np.float32).T.copy()  # [3, R]
-        top_ks = np.array([_top_k(r.params, vocab_size) for r in rows])  # [R]
-        uses = numbers[1] > 0, top_ks < vocab_size, numbers[2] < 1  # [R] each; as float32, which the steps compare, too
-        is_greedy = np.array([r.params.is_greedy for r in rows])  # [R]
-        temperature, min_p, top_p = to_device(numbers, device)  # [R] each
-        use_min_p, use_top_k, use_top_p = (bool(on.any()) for on in uses)
-        return replace(
-            self,
-            all_greedy=False,
-            all_random=not is_greedy.any(),
-            temperature=temperature,
-            min_p=min_p if use_min_p else None,
-            top_k=to_device(top_ks, device) if use_top_k else None,
-            max_top_k=int(top_ks[uses[1]].max(initial=0)),
-            top_p=top_p if use_top_p else None,
-            seeds=[r.seed for r in rows],
-            output_indices=[len(r.output_token_ids) for r in rows],
-            untruncated=np.flatnonzero(~(is_greedy | uses[0] | uses[1] | uses[2])).tolist(),
         )
 
     def untruncated_in(self, rows: slice) -> list[int]:
@@ -188,15 +187,35 @@ class SamplingMetadata:
         )
 
 
-def _draw_numbers(params: SamplingParams) -> tuple[float, float, float]:
-    """Returns (temperature, min_p, top_p). Greedy rows do not draw, so nothing is removed from them."""
-    min_p, top_p = (0.0, 1.0) if params.is_greedy else (params.min_p, params.top_p)
-    return min(params.temperature, _LARGEST), min_p, top_p
+def _in_one_copy(device: torch.device | str, **lists: list[float]) -> dict[str, torch.Tensor]:
+    """Returns the lists that are not empty as float32 tensors, by name. They are of one length and cross together."""
+    used = {name: values for name, values in lists.items() if values}
+    if not used:
+        return {}
+    return dict(zip(used, to_device(list(used.values()), device, torch.float32).unbind(0), strict=True))
+
+
+def _min_p(params: SamplingParams) -> float:
+    """Returns the min_p of a row, 0 for greedy rows, which do not draw."""
+    return 0.0 if params.is_greedy or params.min_p < _FLOAT32_MIN else params.min_p
+
+
+def _top_p(params: SamplingParams) -> float:
+    """Returns the top_p of a row, 1 for greedy rows."""
+    return 1.0 if params.is_greedy or params.top_p > _FLOAT32_BELOW_1 else params.top_p
 
 
 def _top_k(params: SamplingParams, vocab_size: int) -> int:
     """Returns the k of a row. 0, -1 and more than the vocabulary mean all tokens; greedy rows do not draw."""
     return vocab_size if params.is_greedy or params.top_k <= 0 else min(params.top_k, vocab_size)
+
+
+def _untruncated(
+    is_greedy: list[bool], min_ps: list[float], top_ps: list[float], top_ks: list[int], vocab_size: int
+) -> list[int]:
+    """Returns the rows that draw with min_p, top_p and top_k off."""
+    steps = zip(is_greedy, min_ps, top_ps, top_ks, strict=bool(top_ks))  # the latter three are empty if no row draws
+    return [i for i, step in enumerate(steps) if step == (False, 0.0, 1.0, vocab_size)]
 
 
 def _cells(

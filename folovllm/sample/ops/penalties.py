@@ -45,18 +45,24 @@ def build_penalties(
     This reads prompt and output again in every step: O(length) for each penalised request, and only for those. Counts
     that are kept between steps would be faster, but preemption would have to keep them right.
     """
-    cells: list[tuple[int, int]] = []
-    numbers: list[tuple[float, ...]] = []  # (count, repetition, frequency, presence) of each cell
-    for row, prompt, output, strength in zip(rows, prompts, outputs, strengths, strict=True):
-        counts = Counter(output)
-        # A prompt matters to the repetition penalty alone, so it is not read if that is off (1.0).
-        seen = counts.keys() | prompt if strength[0] != 1.0 else counts.keys()
-        inside = [t for t in seen if 0 <= t < vocab_size]
-        cells += [(row, t) for t in inside]
-        numbers += [(counts[t], *strength) for t in inside]
-    index = to_device(np.array(cells, dtype=np.int64).reshape(-1, 2), device)  # [N, 2]
-    values = to_device(np.array(numbers, dtype=np.float32).reshape(-1, 4), device)  # [N, 4]
-    return Penalties(*index.unbind(1), *values.unbind(1))
+    counts = [_occurrences(p if s[0] != 1.0 else (), o) for p, o, s in zip(prompts, outputs, strengths, strict=True)]
+    token_ids = np.array([t for row in counts for t in row], dtype=np.int64)  # [N]
+    output_counts = np.array([n for row in counts for n in row.values()], dtype=np.float32)  # [N]
+    place = np.repeat(np.arange(len(rows)), [len(row) for row in counts])  # [N]
+    inside = (token_ids >= 0) & (token_ids < vocab_size)  # [N]; an id beyond would be a cell of another row, or none
+    index = np.stack([np.array(rows, dtype=np.int64)[place], token_ids])[:, inside]  # [2, N]
+    numbers = np.vstack([output_counts, np.array(strengths, dtype=np.float32)[place].T])[:, inside]  # [4, N]
+    return Penalties(*to_device(index, device), *to_device(numbers, device))
+
+
+def _occurrences(prompt: Sequence[int], output: Sequence[int]) -> dict[int, int]:
+    """Returns how often each token of a request occurs in its output. The prompt's own tokens have 0.
+
+    A prompt matters to the repetition penalty alone, so the caller passes none if that is off (1.0).
+    """
+    counts = Counter(dict.fromkeys(prompt, 0))
+    counts.update(output)
+    return counts
 
 
 def apply_penalties_(logits: torch.Tensor, penalties: Penalties) -> None:
