@@ -24,6 +24,7 @@ from folovllm.model_executor.cpu.huge_pages import huge_zeros, touch_pages
 from folovllm.model_executor.models.interface import CausalLM
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.request import TokenLogprobs
+from folovllm.sample.logprobs import logprobs_to_host, rank_logprobs
 from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sample.sampler import Sampler
 from folovllm.worker.input_batch import CachedRequestState, InputBatch
@@ -291,7 +292,7 @@ class ModelRunner:
             chunk = slice(start, start + PROMPT_LOGPROBS_CHUNK)
             logprobs = self.model.compute_logits(hidden_states[chunk]).float().log_softmax(dim=-1)  # [n, vocab_size]
             token_ids = torch.tensor(targets[chunk], device=self.device)  # [n]
-            result += self.sampler.gather_logprobs(logprobs, token_ids, num_logprobs)
+            result += logprobs_to_host(rank_logprobs(logprobs, token_ids, [num_logprobs] * len(token_ids)))
         return result
 
 
