@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from folovllm import transfers
 from folovllm.attention.backend import AttentionBackend, AttentionMetadata
 from folovllm.config import EngineConfig, KernelConfig
 from folovllm.core.kv_cache_utils import KVCacheConfig
@@ -27,6 +28,7 @@ from folovllm.request import TokenLogprobs
 from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sample.sampler import Sampler
 from folovllm.worker.input_batch import CachedRequestState, InputBatch
+from folovllm.worker.input_buffers import InputBuffers
 from folovllm.worker.pipeline_stage import PipelineStage
 
 # Rows of prompt logits computed at once: [256, 49152] in fp32 is 48 MiB.
@@ -72,11 +74,7 @@ class ModelRunner:
         self.requests: dict[str, CachedRequestState] = {}
         self.batch = InputBatch(config.max_num_seqs, config.max_model_len, config.block_size, config.parts)
         self.num_prompt_logprobs: dict[str, int] = {}  # of the requests that want them
-        # Fixed addresses for the inputs of every step (CUDA graphs will replay on them).
-        budget = config.max_num_batched_tokens
-        self.input_ids = torch.zeros(budget, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(budget, dtype=torch.int64, device=device)
-        self.slot_mapping = torch.zeros(budget, dtype=torch.int64, device=device)
+        self.buffers = InputBuffers(config.max_num_batched_tokens, self.batch.block_table, device)
         self.kv_caches = torch.empty(0)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
@@ -98,7 +96,7 @@ class ModelRunner:
         if scheduler_output.is_empty:
             return ForwardHandle(scheduler_output, torch.empty(0), [0])
         metadata, num_tokens, row_start_loc = self._prepare_inputs(scheduler_output)
-        inputs = self.input_ids[:num_tokens], self.positions[:num_tokens]
+        inputs = self.buffers.input_ids[:num_tokens], self.buffers.positions[:num_tokens]
         with set_forward_context(metadata):
             hidden_states = self.model(*inputs) if self.stage is None else self.stage.run(self.model, *inputs)
         if len(hidden_states) != row_start_loc[-1]:
@@ -181,15 +179,15 @@ class ModelRunner:
         rows = np.repeat(np.arange(num_reqs), num_scheduled)  # [num_tokens]
         computed = batch.num_computed_tokens[:num_reqs]  # [num_reqs]
         positions = np.arange(num_tokens) - query_start_loc[rows] + computed[rows]  # [num_tokens]
-        self._fill(self.input_ids, batch.token_ids[rows, positions])
-        self._fill(self.positions, positions + batch.position_offset[rows])
-        self._fill(self.slot_mapping, batch.block_table.slot_mapping(rows, positions))
+        slots = batch.block_table.slot_mapping(rows, positions)  # [num_tokens]
+        self.buffers.fill(batch.token_ids[rows, positions], positions + batch.position_offset[rows], slots)
         logits_indices, row_start_loc = self._select_rows(output, query_start_loc)
+        seq_lens = (computed + num_scheduled).tolist()
         metadata = AttentionMetadata(
             query_start_loc=query_start_loc.tolist(),
-            seq_lens=(computed + num_scheduled).tolist(),
-            block_table=torch.from_numpy(batch.block_table.table[:num_reqs]).to(self.device),
-            slot_mapping=self.slot_mapping[:num_tokens],
+            seq_lens=seq_lens,
+            block_table=self.buffers.block_table(batch.block_table, seq_lens),
+            slot_mapping=self.buffers.slot_mapping[:num_tokens],
             block_size=batch.block_table.block_size,
             logits_indices=logits_indices,
         )
@@ -225,19 +223,12 @@ class ModelRunner:
         # The rows of a request are its last ones: those that end where the request ends.
         shift = query_start_loc[1:] - row_start_loc[1:]  # [num_reqs]
         indices = np.arange(num_selected) + np.repeat(shift, counts)  # [num_selected]
-        return torch.from_numpy(indices).to(self.device), row_start_loc.tolist()
+        return transfers.to_device(indices, self.device), row_start_loc.tolist()
 
     def _num_rows_read(self, request_id: str, num_new: int, output: SchedulerOutput) -> int:
         if request_id in self.num_prompt_logprobs and not self.requests[request_id].output_token_ids:
             return num_new
         return int(request_id in output.sampling_req_ids)
-
-    @staticmethod
-    def _fill(buffer: torch.Tensor, values: np.ndarray) -> None:
-        if buffer.device.type == "cpu":
-            buffer.numpy()[: len(values)] = values  # the same memory; an operator of torch's would take longer
-        else:
-            buffer[: len(values)].copy_(torch.from_numpy(values))
 
     # ---- sample
 
@@ -258,7 +249,7 @@ class ModelRunner:
         last_rows = [handle.row_start_loc[i + 1] - 1 for i, _ in sampling]
         hidden_states = handle.hidden_states  # [num_selected, hidden_size]
         if len(last_rows) < len(hidden_states):
-            hidden_states = hidden_states[last_rows]
+            hidden_states = hidden_states.index_select(0, transfers.to_device(last_rows, self.device))
         logits = self.model.compute_logits(hidden_states)  # [num_sampling, vocab_size]
         sampling_rows = [self.requests[request_id].sampling_row for _, request_id in sampling]
         sampler_output = self.sampler(logits, SamplingMetadata.build(sampling_rows, self.vocab_size, self.device))
