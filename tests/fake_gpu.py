@@ -173,14 +173,14 @@ def is_of_the_host(args: Any, kwargs: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    """Skips the test if torch has no CUDA and there is no C++ compiler."""
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu | None = None) -> Iterator[FakeGpu]:
+    """`gpu`, or a new one. Skips the test if torch has no CUDA and there is no C++ compiler."""
     ensure_device_guard()
-    gpu = FakeGpu()
+    gpu = FakeGpu() if gpu is None else gpu
     monkeypatch.setattr(transfers, "pinned", gpu.pin)
     monkeypatch.setattr(transfers, "_download", gpu.download)
-    for name in ("synchronize", "Event", "Stream"):
-        monkeypatch.setattr(torch.cuda, name, _wait)
+    for owner in (torch.cuda, torch.cuda.Event, torch.cuda.Stream):
+        monkeypatch.setattr(owner, "synchronize", _wait)
     with gpu:
         yield gpu
 

@@ -10,6 +10,7 @@ a request that wants prompt logprobs.
 """
 
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from folovllm.model_executor.cpu.huge_pages import huge_zeros, touch_pages
 from folovllm.model_executor.models.interface import CausalLM
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.request import TokenLogprobs
+from folovllm.sample.logprobs import RankedLogprobs, logprobs_to_host, rank_logprobs
 from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sample.sampler import Sampler
 from folovllm.worker.input_batch import CachedRequestState, InputBatch
@@ -263,27 +265,46 @@ class ModelRunner:
         return result
 
     def _prompt_logprobs(self, handle: ForwardHandle) -> dict[str, list[TokenLogprobs]]:
-        """Logprobs of the prompt tokens that this step's positions predict, for the requests that want them."""
-        result = {}
-        for request_id, num_logprobs in self.num_prompt_logprobs.items():
+        """Logprobs of the prompt tokens that this step's positions predict, for the requests that want them.
+
+        The host waits once for all of them, before the requests of the step are sampled.
+        """
+        wanted = self._predicted(handle)
+        if not wanted:
+            return {}
+        targets = [token_id for _, _, token_ids in wanted for token_id in token_ids]
+        targets_on_device = transfers.to_device(targets, self.device, torch.int64)  # [num_targets]
+        ranked: list[RankedLogprobs] = []
+        first = 0
+        for request_id, start, token_ids in wanted:
+            rows = handle.hidden_states[start : start + len(token_ids)]  # [num_targets of the request, hidden_size]
+            count = self.num_prompt_logprobs[request_id]
+            ranked += self._rank(rows, targets_on_device[first : first + len(token_ids)], count)
+            first += len(token_ids)
+        logprobs = iter(logprobs_to_host(ranked))
+        return {request_id: list(islice(logprobs, len(token_ids))) for request_id, _, token_ids in wanted}
+
+    def _predicted(self, handle: ForwardHandle) -> list[tuple[str, int, list[int]]]:
+        """Returns (request id, first of its rows, token ids that its rows predict) of each request that wants them."""
+        wanted = []
+        for request_id in self.num_prompt_logprobs:
             request, i = self.requests[request_id], self.batch.row_of.get(request_id)
             if i is None or request.output_token_ids:
                 continue
             first = request.num_computed_tokens  # this position predicts the token after it
             start, end = handle.row_start_loc[i : i + 2]
-            targets = request.data.prompt_token_ids[first + 1 : first + 1 + end - start]
-            rows = handle.hidden_states[start:end][: len(targets)]  # [num_targets, hidden_size]
-            result[request_id] = self._logprobs_of(rows, targets, num_logprobs)
-        return result
+            token_ids = request.data.prompt_token_ids[first + 1 : first + 1 + end - start]
+            wanted.append((request_id, start, token_ids))
+        return wanted
 
-    def _logprobs_of(self, hidden_states: torch.Tensor, targets: list[int], num_logprobs: int) -> list[TokenLogprobs]:
-        result: list[TokenLogprobs] = []
+    def _rank(self, hidden_states: torch.Tensor, targets: torch.Tensor, num_logprobs: int) -> list[RankedLogprobs]:
+        """Ranks the logprobs of `hidden_states` [n, hidden_size] beside those of `targets` [n]."""
+        ranked: list[RankedLogprobs] = []
         for start in range(0, len(targets), PROMPT_LOGPROBS_CHUNK):
             chunk = slice(start, start + PROMPT_LOGPROBS_CHUNK)
             logprobs = self.model.compute_logits(hidden_states[chunk]).float().log_softmax(dim=-1)  # [n, vocab_size]
-            token_ids = torch.tensor(targets[chunk], device=self.device)  # [n]
-            result += self.sampler.gather_logprobs(logprobs, token_ids, num_logprobs)
-        return result
+            ranked += rank_logprobs(logprobs, targets[chunk], [num_logprobs] * len(logprobs))
+        return ranked
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, kernels: KernelConfig) -> torch.Tensor:
