@@ -120,6 +120,11 @@ class _Watch(TorchDispatchMode):
         self.account, self.pinned = account, pinned
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "aten":  # in inference mode `to` and `item` come whole: what they consist of is checked
+            with self:
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
         if func is _ATEN._local_scalar_dense.default and args[0].device.type == "cuda":
             raise HiddenWait("Python asks for a value that the GPU has computed: use transfers.to_host")
         if func in _INDEXING:
@@ -173,14 +178,14 @@ def is_of_the_host(args: Any, kwargs: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    """Skips the test if torch has no CUDA and there is no C++ compiler."""
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu | None = None) -> Iterator[FakeGpu]:
+    """`gpu`, or a new one. Skips the test if torch has no CUDA and there is no C++ compiler."""
     ensure_device_guard()
-    gpu = FakeGpu()
+    gpu = FakeGpu() if gpu is None else gpu
     monkeypatch.setattr(transfers, "pinned", gpu.pin)
     monkeypatch.setattr(transfers, "_download", gpu.download)
-    for name in ("synchronize", "Event", "Stream"):
-        monkeypatch.setattr(torch.cuda, name, _wait)
+    for owner in (torch.cuda, torch.cuda.Event, torch.cuda.Stream):
+        monkeypatch.setattr(owner, "synchronize", _wait)
     with gpu:
         yield gpu
 
