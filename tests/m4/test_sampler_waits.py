@@ -1,4 +1,4 @@
-"""On a GPU, a sampling step makes the host wait once, for the ids and everything else that it has to know (R4.91).
+"""On a GPU, a sampling step makes the host wait once, for the ids and everything else that it has to know (R4.58).
 
 Milestone: M4. The GPU is the stand-in of tests/fake_gpu.py, on which everything raises that waits without saying so.
 What the steps compute is compared elsewhere; here are the operators that a CPU leaves to a GPU, run on a CPU.
@@ -51,7 +51,7 @@ BATCHES: dict[str, tuple[list[dict[str, Any]], int]] = {
     "allowed ids": ([{**GREEDY, "allowed_token_ids": [5, 7]}, GREEDY], 2),
     "logprobs of all rows": ([{**GREEDY, "logprobs": k} for k in (0, 2, 5)], 0),
     "logprobs of some rows": ([{**GREEDY, "logprobs": 2}, GREEDY, {"temperature": 0.5, "logprobs": 0}], 3),
-    "everything": ([EVERYTHING, {}, {**GREEDY, "logprobs": 0}, TRUNCATED], 12),
+    "everything": ([EVERYTHING, {}, {**GREEDY, "logprobs": 0}, TRUNCATED], 13),
 }
 
 
