@@ -120,6 +120,11 @@ class _Watch(TorchDispatchMode):
         self.account, self.pinned = account, pinned
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "aten":  # in inference mode `to` and `item` come whole: what they consist of is checked
+            with self:
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
         if func is _ATEN._local_scalar_dense.default and args[0].device.type == "cuda":
             raise HiddenWait("Python asks for a value that the GPU has computed: use transfers.to_host")
         if func in _INDEXING:
