@@ -35,14 +35,23 @@ class RankedLogprobs:
 
 
 def rank_logprobs(logprobs: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int]) -> list[RankedLogprobs]:
-    """Ranks the entries of `logprobs [n, V]`, float32, in groups of rows. See `Sampler.gather_logprobs`.
+    """Collects the logprob and rank of one given token per row, and those of the most likely tokens.
+
+    The rank of the given token is the number of entries >= its own, so the most likely token has rank 1 and ties
+    increase the rank. The most likely ones follow in order, lower ids first among equals; the given token may be among
+    them.
+
+    E.g. logprobs [-2, -1, -3, -2], token 0, count 2 -> token_ids [0, 1, 0], logprobs [-2, -1, -2], rank 3.
 
     Args:
+        logprobs: `[n, V]` float32.
         token_ids: the given tokens, integers `[n]`. -1 stands for a token that is not known yet; what its row reports
             is meaningless.
         counts: how many of the most likely tokens to report, per row; at most V.
+
+    Returns: the rows in groups of at most 64.
     """
-    assert len(logprobs) == len(token_ids) == len(counts)
+    assert len(logprobs) == len(token_ids) == len(counts), (len(logprobs), len(token_ids), len(counts))
     groups = [slice(start, start + _RANKED_ROWS) for start in range(0, len(counts), _RANKED_ROWS)]
     return [_rank_group(logprobs[g], token_ids[g], counts[g]) for g in groups]
 

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import torch
 
 from folovllm.outputs import TokenLogprobs
-from folovllm.sample.logprobs import RankedLogprobs, logprobs_to_host, logprobs_to_lists, rank_logprobs
+from folovllm.sample.logprobs import RankedLogprobs, logprobs_to_lists, rank_logprobs
 from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sample.ops import fused, masks, noise, penalties, topk_topp
 from folovllm.sample.ops.select import first_argmax
@@ -214,27 +214,6 @@ class Sampler:
     def compute_logprobs(logits: torch.Tensor) -> torch.Tensor:
         """Returns the log softmax in float32, `[n, V]` for `[n, V]`."""
         return logits.log_softmax(dim=-1, dtype=torch.float32)
-
-    @torch.inference_mode()
-    def gather_logprobs(
-        self, logprobs: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int | Sequence[int]
-    ) -> list[TokenLogprobs]:
-        """Runs step 11 by itself: collects the logprob and rank of one given token per row, and those of the most
-        likely tokens.
-
-        The rank of the given token is the number of entries >= its own, so the most likely token has rank 1 and ties
-        increase the rank. The most likely ones follow in order, lower ids first among equals; the given token may be
-        among them.
-
-        E.g. logprobs [-2, -1, -3, -2], token 0, num_logprobs 2 -> token_ids [0, 1, 0], logprobs [-2, -1, -2], rank 3.
-
-        Args:
-            logprobs: `[n, V]`.
-            token_ids: `[n]`, integers.
-            num_logprobs: how many of the most likely tokens, for all rows or per row; at most V.
-        """
-        counts = [num_logprobs] * len(logprobs) if isinstance(num_logprobs, int) else list(num_logprobs)
-        return logprobs_to_host(rank_logprobs(logprobs, token_ids, counts))
 
     def _to_host(
         self, sampled: torch.Tensor, source: torch.Tensor, rows: list[int], metadata: SamplingMetadata

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from folovllm.sample.logprobs import logprobs_to_host, rank_logprobs
 from folovllm.sample.metadata import SamplingMetadata, SamplingRow
 from folovllm.sample.ops import topk_topp
 from folovllm.sample.ops.noise import exponential_noise
@@ -313,5 +314,5 @@ def test_penalties_on_cells_equal_penalties_on_the_whole_row() -> None:
 def test_the_most_likely_are_in_order_of_value_then_id(kind: str, k: int) -> None:
     logprobs = make_logits(kind, 4, 4096, 2)
     expected = logprobs.sort(dim=-1, descending=True, stable=True).indices[:, :k].tolist()
-    got = Sampler().gather_logprobs(logprobs, torch.zeros(4, dtype=torch.int64), k)
+    got = logprobs_to_host(rank_logprobs(logprobs, torch.zeros(4, dtype=torch.int64), [k] * 4))
     assert [one.token_ids[1:] for one in got] == expected
