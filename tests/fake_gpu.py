@@ -201,12 +201,15 @@ def _wait(*args: Any, **kwargs: Any) -> None:
     raise HiddenWait("the host asks the GPU to be done: use transfers.to_host")
 
 
-def pretend_cuda(monkeypatch: pytest.MonkeyPatch, total_bytes: int = 2**24, num_gpus: int = 1) -> None:
-    """Lets torch.cuda tell of GPUs, so that an engine for "cuda" is built as on a machine that has them."""
-    properties = SimpleNamespace(multi_processor_count=132)
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets torch.cuda tell of a GPU, so that an engine for "cuda" is built as on a machine that has one.
+
+    The memory is small: a KV cache takes all of it, and the block pool knows each block.
+    """
+    properties, total_bytes = SimpleNamespace(multi_processor_count=132), 2**24
     answers = {
         "is_available": True,
-        "device_count": num_gpus,
+        "device_count": 1,
         "get_device_capability": (9, 0),
         "get_device_properties": properties,
         "is_bf16_supported": True,

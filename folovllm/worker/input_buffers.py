@@ -23,13 +23,12 @@ class InputBuffers:
     """The buffers of one runner. What they hold is valid until the next step fills them."""
 
     def __init__(self, max_num_tokens: int, batch_table: BlockTable, device: torch.device) -> None:
-        self._is_cpu, table = device.type == "cpu", batch_table.table  # [max_num_reqs, max_blocks] int32
+        self._is_cpu = device.type == "cpu"
         self._tokens = torch.zeros(3, round_up(max_num_tokens, _ROW_MULTIPLE), dtype=torch.int64, device=device)
         self.input_ids, self.positions, self.slot_mapping = self._tokens  # each [max_num_tokens] int64
         self._host_tokens = self._tokens.numpy() if self._is_cpu else np.empty(0)  # the same memory
-        self._tables = torch.from_numpy(table)
-        if not self._is_cpu:
-            self._tables = torch.zeros(table.shape, dtype=torch.int32, device=device)
+        shape = (0, 0) if self._is_cpu else batch_table.table.shape
+        self._tables = torch.zeros(shape, dtype=torch.int32, device=device)
 
     def fill(self, input_ids: np.ndarray, positions: np.ndarray, slot_mapping: np.ndarray) -> None:
         """Takes the tokens of a step; all three are [num_tokens]."""
@@ -42,7 +41,8 @@ class InputBuffers:
     def block_table(self, batch_table: BlockTable, seq_lens: list[int]) -> torch.Tensor:
         """Returns the rows of the requests, which have `seq_lens` [num_reqs] tokens: [num_reqs, max_blocks] int32."""
         num_reqs = len(seq_lens)
-        if not self._is_cpu:
-            num_columns = cdiv(max(seq_lens), batch_table.block_size)
-            transfers.copy_to(self._tables, batch_table.table[:num_reqs, :num_columns])
+        if self._is_cpu:
+            return torch.from_numpy(batch_table.table[:num_reqs])
+        num_columns = cdiv(max(seq_lens), batch_table.block_size)
+        transfers.copy_to(self._tables, batch_table.table[:num_reqs, :num_columns])
         return self._tables[:num_reqs]

@@ -7,7 +7,7 @@ their launches are checked (tests/fake_kernels.py). What the kernels compute is 
 The last part runs on "meta", where several threads can run at once (tests/m9/test_parallel_worker.py).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ from folovllm import LLM
 from folovllm.attention.backend import AttentionSpec
 from folovllm.attention.backends import flash_attn
 from folovllm.attention.selector import load_backend
-from folovllm.config import KernelConfig
+from folovllm.config import EngineConfig, KernelConfig
 from folovllm.core.kv_cache_utils import KVCacheConfig
+from folovllm.distributed.communicator import Communicator, ParallelGroups
+from folovllm.engine.start_core import resolve_config
+from folovllm.hf_config import load_hf_config
 from folovllm.milestones import engine_rungs
 from folovllm.model_executor.cpu.accelerate import accelerate
 from folovllm.model_executor.layers.quantization import triton_gptq
@@ -29,9 +32,11 @@ from folovllm.model_executor.model_loader import load_model
 from folovllm.sample.sampler import Sampler
 from folovllm.worker.model_runner import ModelRunner
 from folovllm.worker.profile_run import largest_step
+from folovllm.worker.worker import Worker
 from tests.fake_gpu import GPU, FakeGpu, OneDevice
 from tests.gpu_engine import Machine, add, finish, gpu_machine, runner_of, step
 from tests.m7.quant_helpers import make_quantizable, quantize
+from tests.m9.parallel_models import make_parallel
 from tests.parity_helpers import make_config
 from tests.tiny_models import TINY_MODELS
 
@@ -50,6 +55,11 @@ def models(tiny_model_dir: MakeTiny) -> None:
     """Makes them before there seems to be a GPU."""
     for name in TINY_MODELS:
         tiny_model_dir(name)
+
+
+@pytest.fixture(scope="module")
+def parallel_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_parallel("qwen3", tmp_path_factory.mktemp("parallel"))
 
 
 @pytest.fixture
@@ -121,6 +131,49 @@ def test_every_backend(name: str, machine: Machine, tiny_model_dir: MakeTiny) ->
 
 def test_random_weights(machine: Machine, tiny_model_dir: MakeTiny) -> None:
     run(machine.llm(tiny_model_dir("qwen2"), load_format="dummy", dtype="float16"))
+
+
+# --- several ranks ----------------------------------------------------------------------------------------------------
+
+
+class Alone(Communicator):
+    """One end of a group whose other ranks are not there: it gets tensors as they would send them."""
+
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        super().__init__(rank, size)
+        self.device = device
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        return torch.cat([tensor] * self.size, dim=dim)
+
+    def send(self, tensor: torch.Tensor, destination: int) -> None:
+        assert tensor.device == self.device
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device=self.device)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_each_rank_of_two_stages_of_two(
+    rank: int, parallel_dir: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors are on its own GPU, and only a rank of the last stage waits for it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    args = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "num_kv_blocks": 20, "max_model_len": 64}
+    config = EngineConfig.from_args(model=str(parallel_dir), **args)
+    config = resolve_config(config, load_hf_config(parallel_dir))
+    shard, device = config.parallel_config.shard(rank), torch.device("cuda", rank)
+    groups = ParallelGroups(shard, Alone(shard.tp_rank, 2, device), Alone(shard.pp_rank, 2, device))
+    worker = Worker(config, parallel_dir, groups)
+    assert worker.device == device
+    worker.initialize_kv_cache(KVCacheConfig(20, 16, bytes_per_block=0))
+    with machine.gpu.step() as account:
+        answer = worker.sample(worker.execute(largest_step([20, 1, 33], [2, 1, 3])))
+    last = rank >= 2
+    assert (len(answer.sampled_token_ids), account.waits) == ((3, 1) if last else (0, 0))
 
 
 # --- GPTQ -------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The stand-in for a GPU finds what it is there to find."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -19,11 +19,22 @@ def gpu(monkeypatch):
         yield gpu
 
 
+@pytest.fixture(params=[False, True], ids=["", "inference mode"])
+def mode(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The engine runs in inference mode, where operators arrive whole that consist of others."""
+    with torch.inference_mode(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("mode")
 def test_mixed_devices_raise(gpu: FakeGpu) -> None:
-    with pytest.raises(RuntimeError, match="same device"):
-        torch.zeros(3, device=GPU) + torch.zeros(3)
+    x = torch.zeros(3, 3, device=GPU)
+    for act in (lambda: x + torch.zeros(3), lambda: torch.nn.functional.linear(x, torch.zeros(3, 3))):
+        with pytest.raises(RuntimeError, match="same device"):
+            act()
 
 
+@pytest.mark.usefixtures("mode")
 @pytest.mark.parametrize(
     "act",
     [
@@ -41,6 +52,7 @@ def test_what_depends_on_a_value_raises(gpu: FakeGpu, act: Callable[[torch.Tenso
         act(torch.zeros(2, 3, device=GPU))
 
 
+@pytest.mark.usefixtures("mode")
 @pytest.mark.parametrize(
     "act",
     [
@@ -96,6 +108,7 @@ def test_a_buffer_of_two_axes_keeps_what_is_behind(gpu: FakeGpu) -> None:
     assert on_the_host[:3, :2].tolist() == values.tolist() and int(on_the_host.sum()) == values.sum() - 26
 
 
+@pytest.mark.usefixtures("mode")
 def test_transfers_are_counted(gpu: FakeGpu) -> None:
     buffer = torch.zeros(8, dtype=torch.int64, device=GPU)
     with gpu.step() as account:

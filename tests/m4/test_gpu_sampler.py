@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from folovllm import transfers
 from folovllm.outputs import TokenLogprobs
 from folovllm.sample.metadata import SamplingMetadata, SamplingRow
 from folovllm.sample.sampler import LOGPROBS_MODES, LogprobsMode, Sampler, SamplerBackend, SamplerOutput
 from folovllm.sampling_params import SamplingParams
+from tests.gpu_waits import only_to_host_waits
 from tests.m4.test_sampler_shortlist import make_logits
 
 pytestmark = [
@@ -44,21 +44,9 @@ BATCHES: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.fixture
-def only_to_host_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Makes every other wait an error."""
-    download = transfers._download
-
-    def may_wait(tensors: Any) -> list[torch.Tensor]:
-        torch.cuda.set_sync_debug_mode("default")
-        try:
-            return download(tensors)
-        finally:
-            torch.cuda.set_sync_debug_mode("error")
-
-    monkeypatch.setattr(transfers, "_download", may_wait)
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+def no_other_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with only_to_host_waits(monkeypatch):
+        yield
 
 
 def logits_of(num_rows: int, vocab_size: int) -> torch.Tensor:
@@ -114,7 +102,7 @@ def test_what_a_row_gets_does_not_depend_on_the_others(backend: SamplerBackend) 
 @pytest.mark.parametrize("backend", ["torch", "shortlist"])
 @pytest.mark.parametrize("name", BATCHES)
 def test_nothing_but_to_host_waits(
-    name: str, backend: SamplerBackend, mode: LogprobsMode, only_to_host_waits: None
+    name: str, backend: SamplerBackend, mode: LogprobsMode, no_other_waits: None
 ) -> None:
     """Flat rows, too: what is drawn again waits no further."""
     torch.cuda.set_sync_debug_mode("default")
@@ -125,7 +113,7 @@ def test_nothing_but_to_host_waits(
     assert min(output.sampled_token_ids) >= 0
 
 
-def test_a_wait_is_an_error_here(only_to_host_waits: None) -> None:
+def test_a_wait_is_an_error_here(no_other_waits: None) -> None:
     """Or the test above would show nothing."""
     torch.cuda.set_sync_debug_mode("default")
     values = torch.ones(3, device="cuda")
