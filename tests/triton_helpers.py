@@ -19,7 +19,7 @@ import torch
 from folovllm.sim.kernel_cost import Work
 
 TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-CAPABILITIES = (80, 86, 90, 100)  # A100; RTX 3090 (RTX 4090 and L4 run its code); H100 and H200; B200
+CAPABILITIES = (80, 86, 89, 90, 100, 120)  # A100; RTX 3090; RTX 4090 and L4; H100 and H200; B200; RTX 5090
 MIN_WARPS = 8  # per multiprocessor, so that each of its 4 schedulers has another warp while one waits
 
 
@@ -37,12 +37,14 @@ class Multiprocessor:
 MULTIPROCESSORS = {
     80: Multiprocessor(164, 64, 32),
     86: Multiprocessor(100, 48, 16),
+    89: Multiprocessor(100, 48, 24),
     90: Multiprocessor(228, 64, 32),
     100: Multiprocessor(228, 64, 32, tensor_memory=512),
+    120: Multiprocessor(100, 48, 24),
 }
 SMALLEST_SHARED_MEMORY = min((each.shared - 1) * 1024 for each in MULTIPROCESSORS.values())  # tiles are for all GPUs
 # What multiplies blocks of 64 rows and more. On all of them, 16 rows are multiplied by mma.sync.
-MATRIX_UNITS = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+MATRIX_UNITS = dict.fromkeys(CAPABILITIES, "mma.sync") | {90: "wgmma", 100: "tcgen05.mma"}
 
 
 @dataclass(frozen=True)

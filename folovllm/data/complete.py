@@ -26,7 +26,7 @@ from folovllm.config import DEFAULT_MODEL, EngineConfig
 from folovllm.data.completer import Completer, Counts, Job, Starts
 from folovllm.data.results import read_rejected, read_results, written_ids
 from folovllm.data.rows import BadRow, Columns, is_id, parse_line
-from folovllm.distributed.ray_cluster import bundle_of, import_ray, join_cluster
+from folovllm.distributed.ray_cluster import ENGINE_ALONE, bundle_of, import_ray, join_cluster
 from folovllm.engine.core_loop import describe
 from folovllm.entrypoints.start import find_model_files
 from folovllm.sampling_params import SamplingParams
@@ -98,7 +98,7 @@ def complete(
     find_model_files(config)  # a name that is wrong is told here and not by an actor
     sampling = _as_mapping(sampling_params)
     SamplingParams.from_dict(sampling)
-    join_cluster(config.parallel_config.ray_address, concurrency * (config.cpu_threads or 1) + READING_CPUS)
+    join_cluster(config.parallel_config.ray_address, concurrency * _least_cpus(config), READING_CPUS)
     options = _actor_options(ray, config, concurrency)
     source = _open(dataset, id_column)
     folder = Path(output).expanduser().absolute()
@@ -124,16 +124,37 @@ def _as_mapping(params: SamplingParams | Mapping[str, Any] | None) -> dict[str, 
 
 def _actor_options(ray: Any, config: EngineConfig, concurrency: int) -> dict[str, float]:
     """CPUs and GPUs of one engine. Raises ValueError if the cluster can never run all of them: Ray would wait."""
-    bundle = bundle_of(ray, config, num_engines=concurrency)
+    parallel = config.parallel_config
+    bundles = [bundle_of(ray, config, parallel.world_size, concurrency, READING_CPUS)]
+    if parallel.executor_backend == "ray":  # the ranks are actors, with places of their own
+        bundles = [ENGINE_ALONE] + [bundle_of(ray, config, 1, concurrency, READING_CPUS)] * parallel.world_size
     total = ray.cluster_resources()
     for name, reserved in (("CPU", READING_CPUS), ("GPU", 0)):
-        wanted = concurrency * bundle.get(name, 0) + reserved
-        if bundle.get(name) and wanted > total.get(name, 0):
-            raise ValueError(
-                f"{concurrency} engines need {wanted:g} {name}s of the Ray cluster, which has {total.get(name, 0):g}: "
-                "lower concurrency or cpu_threads, or add machines"
-            )
-    return {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle.get("GPU", 0)}
+        each = sum(bundle.get(name, 0) for bundle in bundles)
+        if each and concurrency * each + reserved > total.get(name, 0):
+            raise ValueError(_no_room(config, concurrency, name, each, reserved, total.get(name, 0)))
+    return {"num_cpus": bundles[0].get("CPU", 0), "num_gpus": bundles[0].get("GPU", 0)}
+
+
+def _no_room(config: EngineConfig, concurrency: int, name: str, each: float, reserved: int, total: float) -> str:
+    """What to change, so that the engines fit into the `total` CPUs or GPUs of the cluster."""
+    reader = f" and {reserved} to read the rows" if reserved else ""
+    wanted = f"concurrency={concurrency} takes {concurrency * each:g} {name}s{reader}"
+    fixes = ["add machines to it"]
+    if (most := int((total - reserved) // each)) > 0:
+        fixes.insert(0, f"set concurrency={most}")
+    parallel = config.parallel_config
+    loop = parallel.executor_backend == "ray"  # a CPU of each engine beside its ranks, see ENGINE_ALONE
+    threads = int(((total - reserved) / concurrency - loop) // parallel.world_size)
+    if name == "CPU" and 0 < threads < (config.cpu_threads or 1):
+        fixes.insert(0, f"set cpu_threads={threads}")
+    return f"{wanted}, and the Ray cluster has {total:g}: {', or '.join(fixes)}"
+
+
+def _least_cpus(config: EngineConfig) -> int:
+    """How many CPUs of a cluster one engine takes at least."""
+    parallel = config.parallel_config
+    return (parallel.executor_backend == "ray") + parallel.world_size * (config.cpu_threads or 1)
 
 
 def _open(dataset: Any, id_column: str) -> Source:

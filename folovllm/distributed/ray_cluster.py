@@ -47,10 +47,11 @@ def import_ray(purpose: str) -> Any:
     return ray
 
 
-def join_cluster(address: str | None, num_cpus: float) -> None:
+def join_cluster(address: str | None, num_cpus: float, reserved: int = 0) -> None:
     """Connects this process to a Ray cluster, unless it is connected.
 
-    A cluster that is started here counts at least `num_cpus` CPUs: they are for Ray's bookkeeping, and no limit.
+    A cluster that is started here counts at least `num_cpus` CPUs, or those of the machine if it has more, and
+    `reserved` ones for tasks that hardly compute. They are for Ray's bookkeeping, and no limit.
     Raises ValueError if there is no cluster at `address`.
     """
     ray = import_ray("a Ray cluster")
@@ -58,7 +59,7 @@ def join_cluster(address: str | None, num_cpus: float) -> None:
         if ray.is_initialized():
             return
         if address is None:
-            _start_cluster(ray, max(num_cpus, os.cpu_count() or 1))
+            _start_cluster(ray, max(num_cpus, os.cpu_count() or 1) + reserved)
             return
         try:
             _knock(address)
@@ -102,11 +103,13 @@ def _start_cluster(ray: Any, num_cpus: float) -> None:
         raise error
 
 
-def bundle_of(ray: Any, config: EngineConfig, num_ranks: int = 1, num_engines: int | None = None) -> Bundle:
+def bundle_of(
+    ray: Any, config: EngineConfig, num_ranks: int = 1, num_engines: int | None = None, reserved: int = 0
+) -> Bundle:
     """What an actor needs that computes `num_ranks` ranks: a GPU each, or on CPUs the threads of each.
 
-    Without cpu_threads, `num_engines` engines (data_parallel_size) share the CPUs of the cluster. Ray tells torch how
-    many threads that is.
+    Without cpu_threads, `num_engines` engines (data_parallel_size) share the CPUs of the cluster, except `reserved`
+    ones, which other tasks need. Ray tells torch how many threads that is.
     """
     parallel = config.parallel_config
     num_gpus = ray.cluster_resources().get("GPU", 0)
@@ -119,7 +122,7 @@ def bundle_of(ray: Any, config: EngineConfig, num_ranks: int = 1, num_engines: i
     if not cpus:
         raise RuntimeError("no machine of the Ray cluster is alive any more")
     loops = num_engines if parallel.executor_backend == "ray" else 0  # engines beside the ranks, see ENGINE_ALONE
-    share = min((sum(cpus) - loops) // (num_engines * parallel.world_size), min(cpus) // num_ranks)
+    share = min((sum(cpus) - loops - reserved) // (num_engines * parallel.world_size), min(cpus) // num_ranks)
     return {"CPU": num_ranks * max(1, int(share))}
 
 

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/learn/09: two cuts of a product, a layer on three ranks, a ring, six ranks, the bubble.
+"""Draws the pictures of docs/learn/09: two cuts, a layer on three ranks, a ring, a decode step, six ranks, the bubble.
 
 Milestone: M9. vLLM counterpart: none. No torch, no weights, a few seconds:
 
@@ -17,11 +17,15 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from folovllm.communication_plan import ALL_REDUCE, CommunicationPlan
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.executor.fake_pipeline import FakePipeline
+from folovllm.hf_config import ModelArchitecture
 from folovllm.learn.toy_engine import make_core, make_request
 from folovllm.model_shapes import shape_architecture
-from folovllm.parallel import ParallelConfig
+from folovllm.parallel import ModelShard, ParallelConfig
+from folovllm.sim.hardware import HARDWARE
+from folovllm.sim.links import LINKS, operation_seconds
 from folovllm.utils import cdiv
 
 RANKS = ("a", "b", "c")  # keys of COLOURS: a rank has one colour in all pictures
@@ -107,7 +111,8 @@ def layer(path: Path) -> None:
             x + 0.18, 1.92, "all-reduce", ha="center", va="center", size=10, color=INK, rotation=90, weight="bold"
         )
         arrow(axes, (x + 0.38, 1.92), (x + 0.62, 1.92))
-    note(axes, 0.1, 0.2, "Blue, yellow, green: ranks 0, 1 and 2 of SmolLM2-135M. Grey: whole on every rank.", size=9)
+    colours = "Blue, yellow, green: ranks 0, 1 and 2 of SmolLM2-135M. Grey: whole on every rank."
+    note(axes, 0.1, 0.2, f"{colours} Norms and residual additions are left out.", size=9)
     save(axes, path)
 
 
@@ -115,14 +120,14 @@ def layer(path: Path) -> None:
 
 
 def ring_states(size: int) -> list[list[list[set[int]]]]:
-    """Turn -> rank -> piece -> the ranks whose terms are in it."""
+    """Hop -> rank -> piece -> the ranks whose terms are in it."""
     state = [[{rank} for _ in range(size)] for rank in range(size)]
     states = [[[set(piece) for piece in pieces] for pieces in state]]
-    for turn in range(2 * (size - 1)):
-        adds = turn < size - 1
+    for hop in range(2 * (size - 1)):
+        adds = hop < size - 1
         moved = []
         for rank in range(size):
-            piece = (rank - turn) % size if adds else (rank + 1 - (turn - size + 1)) % size
+            piece = piece_sent(rank, hop, size)
             moved.append((piece, set(state[rank][piece])))
         for rank, (piece, terms) in enumerate(moved):
             target = state[(rank + 1) % size]
@@ -132,15 +137,23 @@ def ring_states(size: int) -> list[list[list[set[int]]]]:
     return states
 
 
+def piece_sent(rank: int, hop: int, size: int) -> int:
+    """The piece that a rank sends to its neighbour in a hop."""
+    return (rank - hop) % size
+
+
 def ring(path: Path) -> None:
     states, size = ring_states(3), 3
-    axes = canvas(9, 2.9)
-    titles = ["at the start", *(f"turn {turn}: {'add' if turn <= 2 else 'pass on'}" for turn in range(1, 5))]
+    axes = canvas(9, 3.35)
+    titles = ["at the start", *(f"hop {hop}: {'add' if hop < size else 'pass on'}" for hop in range(1, 5))]
+    note(
+        axes, 0.05, 3.2, "Three pieces per rank. A coloured strip is the term of that rank; black: the sum is complete."
+    )
     for column, (title, state) in enumerate(zip(titles, states, strict=True)):
         x = 0.75 + column * 1.66
-        note(axes, x, 2.7, title, size=9.5, weight="bold")
+        note(axes, x, 2.88, title, size=9.5, weight="bold")
         for rank, pieces in enumerate(state):
-            y = 1.75 - rank * 0.75
+            y = 2.1 - rank * 0.75
             if column == 0:
                 note(axes, 0.05, y + 0.25, f"rank {rank}", color=COLOURS[RANKS[rank]], weight="bold", size=9.5)
             for number, terms in enumerate(pieces):
@@ -153,7 +166,49 @@ def ring(path: Path) -> None:
                     )
                 if is_complete:
                     axes.text(left + 0.22, y + 0.25, "sum", ha="center", va="center", size=8, color="white")
+            if column < len(states) - 1:
+                _sends(axes, x, y, rank, column, size)
+    note(
+        axes,
+        0.05,
+        0.12,
+        "Arrows: the piece that a rank sends next, to the rank below it; rank 2 sends to rank 0.",
+        size=9,
+    )
     save(axes, path)
+
+
+def _sends(axes: Axes, x: float, y: float, rank: int, hop: int, size: int) -> None:
+    """An arrow from the piece that `rank` sends in this hop."""
+    middle = x + piece_sent(rank, hop, size) * 0.47 + 0.22
+    arrow(axes, (middle, y - 0.02), (middle, y - 0.23), COLOURS[RANKS[rank]])
+
+
+# ---- a decode step on cards
+
+
+def decode(path: Path) -> None:
+    """Reading the weights of Qwen3-8B and the all-reduces of one token, by the number of H100 and the link."""
+    arch, sizes = shape_architecture("qwen3-8b"), (1, 2, 4, 8)
+    alone = 1e3 * arch.num_parameters() * 2 / HARDWARE["h100"].bandwidth
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout="constrained")
+    for ax, name in zip(axes, ("nvlink4", "100gbe"), strict=True):
+        reads, talks = [alone / n for n in sizes], [1e3 * _talk(arch, n, name) for n in sizes]
+        names = [str(n) for n in sizes]
+        ax.bar(names, reads, color=COLOURS["a"], label="reading the weights")
+        bars = ax.bar(names, talks, bottom=reads, color=COLOURS["b"], label="all-reduces")
+        ax.bar_label(bars, [f"{sum(pair):.1f} ms" for pair in zip(reads, talks, strict=True)], fontsize=9)
+        ax.set(title=LINKS[name].name, xlabel="cards", ylim=(0, 1.5 * alone))
+    axes[0].set_ylabel("ms per token")
+    axes[0].legend(frameon=False, fontsize=9)
+    figure_files.save(figure, path)
+
+
+def _talk(arch: ModelArchitecture, size: int, link: str) -> float:
+    """Seconds of the all-reduces of one token."""
+    plan = CommunicationPlan(arch, ModelShard(tp_size=size))
+    calls, payload = plan.calls(1).get(ALL_REDUCE, 0), plan.bytes(1, 1).get(ALL_REDUCE, 0)
+    return operation_seconds(LINKS[link], ALL_REDUCE, size, calls, payload)
 
 
 # ---- six ranks
@@ -169,7 +224,7 @@ def six_ranks(path: Path) -> None:
         mine, layers = shard.attention_arch(ARCH), shard.layers(ARCH.num_hidden_layers)
         x, y = 0.9 + shard.tp_rank * 2.75, 2.35 - shard.pp_rank * 2.0
         panel(axes, x, y, 2.3, 1.3, PALE[RANKS[shard.tp_rank]], COLOURS[RANKS[shard.tp_rank]])
-        ends = f"{rows:,} rows of the embedding" if shard.is_first_stage else f"norm, {rows:,} rows of the head"
+        ends = f"{rows:,} rows of the embedding" if shard.is_first_stage else f"norm, {rows:,} rows of the LM head"
         lines = [
             f"layers {layers.start} to {layers.stop - 1}, a third of each",
             f"{mine.num_attention_heads} query heads, {mine.num_key_value_heads} KV head",
@@ -193,7 +248,8 @@ def six_ranks(path: Path) -> None:
 # ---- the bubble
 
 NUM_TOKENS = 6  # for each request
-TIMELINES = ((1, "abcd"), (2, "abcd"), (2, "abcdefgh"))  # steps in flight, requests
+# Steps in flight, requests, and how long a turn is: below, twice the requests take twice the time.
+TIMELINES = ((1, "abcd", 1), (2, "abcd", 1), (1, "abcdefgh", 2), (2, "abcdefgh", 1))
 
 
 def steps_of(in_flight: int, names: str) -> list[list[str]]:
@@ -223,23 +279,24 @@ def starts_of(num_steps: int, in_flight: int) -> list[int]:
 
 
 def bubble(path: Path) -> None:
-    figure, axes = plt.subplots(len(TIMELINES), 1, figsize=(9, 5), sharex=True, layout="constrained")
-    for ax, (in_flight, names) in zip(axes, TIMELINES, strict=True):
+    figure, axes = plt.subplots(len(TIMELINES), 1, figsize=(9, 6), sharex=True, layout="constrained")
+    for ax, (in_flight, names, length) in zip(axes, TIMELINES, strict=True):
         steps = steps_of(in_flight, names)
-        starts = starts_of(len(steps), in_flight)
+        starts = [length * start for start in starts_of(len(steps), in_flight)]
         for step, start in zip(steps, starts, strict=True):
             key = RANKS[0] if names[0] in step else RANKS[1]
             for stage in range(2):
-                ax.add_patch(Rectangle((start + stage, stage - 0.4), 0.96, 0.8, fc=COLOURS[key]))
-                label = "".join(step)
-                ax.text(start + stage + 0.48, stage, label, ha="center", va="center", size=9, color=ON[key])
+                left = start + length * stage
+                ax.add_patch(Rectangle((left, stage - 0.4), length - 0.04, 0.8, fc=COLOURS[key]))
+                ax.text(left + length / 2, stage, "".join(step), ha="center", va="center", size=9, color=ON[key])
         how = f"{'One step' if in_flight == 1 else 'Two steps'} in flight, {len(names)} requests"
-        title = f"{how}: {len(names) * NUM_TOKENS} tokens after {starts[-1] + 2} turns"
+        kind = "reading takes longest" if len(names) == len(TIMELINES[0][1]) else "arithmetic takes longest"
+        title = f"{how}, {kind}: {len(names) * NUM_TOKENS} tokens after {starts[-1] + 2 * length} turns"
         ax.set_title(title, loc="left", fontsize=11)
         ax.set_yticks([0, 1], ["stage 0", "stage 1"], fontsize=10)
-        ax.set(xlim=(0, 14), ylim=(1.6, -0.6))
+        ax.set(xlim=(0, 24.2), ylim=(1.6, -0.6))
         ax.tick_params(axis="y", length=0)
-    axes[-1].set_xlabel("turn: the time of one stage for one step")
+    axes[-1].set_xlabel("turn: the time of one stage for a step of four requests")
     figure_files.save(figure, path)
 
 
@@ -247,6 +304,7 @@ FIGURES = {
     "09_cuts": two_cuts,
     "09_layer": layer,
     "09_ring": ring,
+    "09_decode": decode,
     "09_ranks": six_ranks,
     "09_bubble": bubble,
 }

@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import figure_files
-from figure_shapes import CORE, LINE, TEXT, arrow, box, canvas, cell, note, panel, save
+from figure_shapes import CORE, LINE, PALE, TEXT, arrow, box, canvas, cell, note, panel, save
 from matplotlib import pyplot as plt
 
 from folovllm import viz
+from folovllm.engine.router import PrefixRouter, ReplicaLoad
 from folovllm.engine.sent_requests import SentRequests
+from folovllm.model_shapes import shape_architecture
 from folovllm.outputs import EngineCoreOutput
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
+from folovllm.sim.hardware import HARDWARE
 from folovllm.sim.metrics import SLO
 from folovllm.sim.simulate import make_simulation
+from folovllm.sim.sizing import Sizing
 from folovllm.sim.workloads import Recipe, follow_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,11 +83,12 @@ def splits(path: Path) -> None:
         bars = ax.bar(names, column(chosen, "busy: tok/s"), color=colours)
         ax.bar_label(bars, fmt="{:,.0f}", fontsize=8.5)
         ax.set_title(f"{model}\n{link}", fontsize=10)
+        ax.set_ylim(0, 1.12 * max(column(rows_of("splits", model=model), "busy: tok/s")))  # as for the other link
         ax.set_yticks([])
         ax.tick_params(axis="x", labelsize=8.5)
         ax.spines["left"].set_visible(False)
     figure.supxlabel("engines x GPUs each; below, the gap between two tokens of a single user", fontsize=9.5)
-    figure.supylabel("tokens per second, all at once", fontsize=9.5)
+    figure.supylabel("tokens per second of 480 questions\nsent at once; one scale per model", fontsize=9.5)
     figure_files.save(figure, path)
 
 
@@ -142,10 +147,47 @@ def parts(path: Path) -> None:
         panel(axes, 6.3, y, 2.5, 0.9, CORE, LINE)
         note(axes, 7.55, y + 0.62, name, size=10, weight="bold", ha="center")
         note(axes, 7.55, y + 0.28, "scheduler, KV cache, all weights", size=8.5, color=LINE, ha="center")
-        arrow(axes, (4.62, 2.3), (6.25, y + 0.55))
-        arrow(axes, (6.25, y + 0.35), (4.62, 2.1), BLUE)
-    note(axes, 4.8, 3.3, "AddRequests,\nAbortRequests", size=8.5, color=LINE)
+        middle = 2.2 + 0.25 * (y - 1.45)  # where the arrows of this engine meet the client
+        arrow(axes, (4.62, middle + 0.08), (6.25, y + 0.6))
+        arrow(axes, (6.25, y + 0.3), (4.62, middle - 0.08), BLUE)
+    note(axes, 4.8, 3.3, "AddRequests,\nAbortRequests, Call", size=8.5, color=LINE)
     note(axes, 5.0, 0.2, "StepOutputs, Dead", size=8.5, color=BLUE)
+    save(axes, path)
+
+
+def route(path: Path) -> None:
+    """The example of the page: nine requests, the three replicas after each, and which of them know the prompt."""
+    router, counts = PrefixRouter(num_replicas=3, block_size=4, num_blocks=100), [0, 0, 0]
+    system = list(range(100, 112))
+    ann, answer = [*system, 1, 2, 3, 4], [7] * 5
+    requests = [("Ann\nturn 1", ann), ("Bob", list(range(500, 512))), ("Ann\nturn 2", [*ann, *answer, 5, 6, 7])]
+    requests += [(f"user {user}", [*system, 50 + user]) for user in range(6)]
+    axes = canvas(9, 3.3)
+    for replica in range(3):
+        note(axes, 0.1, 2.25 - 0.75 * replica, f"replica {replica}", size=10, weight="bold")
+    for column, (name, prompt) in enumerate(requests):
+        request, x = Request(name, prompt, SamplingParams(max_tokens=8)), 1.1 + 0.87 * column
+        loads = [ReplicaLoad(i, count) for i, count in enumerate(counts)]
+        place, least = router.route(request, loads), min(counts)
+        router.started(request, place)
+        counts[place] += 1
+        note(axes, x + 0.4, 2.9, name, size=9, ha="center")
+        for replica, count in enumerate(counts):
+            knows = router.known[replica].match(router.block_names(Request("", system, SamplingParams())))
+            left, bottom = x, 1.97 - 0.75 * replica
+            panel(axes, left, bottom, 0.8, 0.6, PALE["b"] if knows else TEXT)
+            for i in range(count):
+                is_new = replica == place and i == count - 1
+                cell(axes, left + 0.06 + 0.135 * i, bottom + 0.2, 0.13, 0.2, "", BLUE if is_new else LINE)
+            if count - (replica == place) > least + router.max_lead:
+                note(axes, left + 0.4, bottom + 0.08, "skipped", size=8, color=RED, ha="center")
+        if column == 0:  # it ends before her second turn
+            first = request
+        if column == 1:
+            router.finished(first, 0, answer)
+            counts[0] -= 1
+    words = "A square: an unfinished request; blue: the one that has just come. Yellow: knows the system prompt."
+    note(axes, 0.1, 0.18, words, size=9)
     save(axes, path)
 
 
@@ -162,7 +204,10 @@ def services(path: Path) -> None:
     ax.set_ylabel("tokens found in a cache, %")
     ax.set_xticks(counts, [str(count) for count in counts])
     ax.minorticks_off()
-    ax.legend(frameon=False)
+    one_cache = Sizing(shape_architecture("qwen3-8b"), HARDWARE["h100"]).kv_tokens(1) // 4_000
+    ax.axvline(one_cache, color=GREY, ls=":")
+    ax.text(one_cache, 4, f"{one_cache} fill one cache ", ha="right", fontsize=9, color=GREY)
+    ax.legend(frameon=False, loc="center left")
     figure_files.save(figure, path)
 
 
@@ -222,7 +267,11 @@ def death(path: Path) -> None:
             requests.lose(0)
             running[0] = {}
             axes.plot([x - 0.03] * 2, [1.75, 2.95], color=RED, lw=2)
-            note(axes, x + 0.08, 2.35, "replica 0 dies: a and b have 3 tokens each, and wait", color=RED)
+            note(axes, x + 0.08, 2.6, "replica 0 dies; a and b have 3 tokens each", color=RED)
+            note(axes, x + 0.08, 2.3, "both are suspects: a goes first, and b waits", color=RED)
+            note(axes, x + 0.08, 2.0, "(it is started again, with an empty cache)", color=LINE)
+        if step == 4:
+            note(axes, x + 0.05, 1.68, "a has a token: acquitted, and b may go", color=viz.PALETTE[0])
         for entry in requests.waiting():
             if requests.places(entry, [1]):
                 requests.assign(entry, 1)
@@ -255,7 +304,7 @@ SCALE = {
     "scale_replicas": replicas,
     "scale_fixed_load": fixed_load,
 }
-LEARN = {"10_replicas": parts, "10_services": services, "10_hot": hot, "10_death": death}
+LEARN = {"10_replicas": parts, "10_route": route, "10_services": services, "10_hot": hot, "10_death": death}
 
 
 def main() -> None:

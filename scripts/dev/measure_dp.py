@@ -3,13 +3,13 @@
 
 Milestone: M10. vLLM counterpart: none.
 
-    python scripts/dev/measure_dp.py                       under 4 minutes on 2 cores
-    python scripts/dev/measure_dp.py --rounds 1 --workloads A --num-requests 4
+    python scripts/dev/measure_dp.py                       about 5 minutes on 2 cores
+    python scripts/dev/measure_dp.py --rounds 1 --workloads A --num-requests 4 --allow-busy
 
 Three arms: one engine; two engines behind the router by prefix; two engines behind a random router. All are there the
 whole time, and an idle engine computes nothing. In each round every workload goes through each arm, in turns, from an
-empty prefix cache, through the AsyncLLM of a server. Writes milestones/m10/results/dp_cpu.json. Leave the machine
-alone.
+empty prefix cache, through the AsyncLLM of a server. If other programs compute, the script refuses to begin. Writes
+milestones/m10/results/dp_cpu.json.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from quiet_machine import QuietMachine
 
 from folovllm.benchmarks.machine import command_line, machine_header, usable_cores
 from folovllm.benchmarks.options import positive
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_args(argv)
     machine = machine_header()  # first: the load average should not be ours
+    quiet = QuietMachine(args.allow_busy)
     start = time.perf_counter()
     runs = asyncio.run(measure(args))
     rows = [
@@ -57,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     facts = {"schema": "folovllm.dp/1", "unit": "ms", "date": datetime.now().isoformat(timespec="seconds")}
     facts |= {"command": command_line("scripts/dev/measure_dp.py", argv), "seconds": time.perf_counter() - start}
-    write_json({**facts, "machine": machine, "results": rows, "runs": runs}, args.output)
+    write_json({**facts, "machine": machine | quiet.facts(), "results": rows, "runs": runs}, args.output)
     for row in rows:
-        speed = f"{row['output_tok_per_s']:8.1f} tok/s  x{row['times_one_engine']:.2f}"
+        speed = f"{row['output_tok_per_s']:8.1f} tok/s  x{row['times_one_engine']}"
         ttft = f"TTFT p50 {row['ttft_p50_ms']:7.0f} ms"
         print(f"{row['workload']:14} {row['arm']:24} {speed}  {ttft}  hits {row['hit_share']:.0%}")
     return 0
@@ -71,8 +74,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--model", default=DEFAULT_MODEL)
     add("--dtype", default="bfloat16")
     add("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS)
-    add("--rounds", type=positive, default=3)
+    add("--rounds", type=positive, default=5)
     add("--num-requests", type=positive, default=None, help="of each workload (default: as the workload has it)")
+    add("--allow-busy", action="store_true", help="measure although other programs compute")
     add("--output", type=Path, default=OUTPUT)
     return parser.parse_args(argv)
 
@@ -183,11 +187,12 @@ async def settled(engine: AsyncLLM) -> None:
 
 
 def summary(runs: Sequence[Figures], base: Sequence[Figures]) -> Figures:
-    """Medians over the rounds. `base` are the runs of one engine, and the ratio to them is taken within each round."""
+    """Medians over the rounds, and the lowest and highest ratio to `base`, the runs of one engine, within a round."""
     ratios = [run["output_tok_per_s"] / one["output_tok_per_s"] for run, one in zip(runs, base, strict=True)]
+    low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
     return {
         "output_tok_per_s": statistics.median(run["output_tok_per_s"] for run in runs),
-        "times_one_engine": statistics.median(ratios),
+        "times_one_engine": low if low == high else f"{low} to {high}",
         "ttft_p50_ms": statistics.median(run["ttft_ms"]["p50"] for run in runs),
         "hit_share": statistics.median(run["hit_share"] for run in runs),
     }

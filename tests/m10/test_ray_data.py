@@ -1,6 +1,8 @@
 """Whole data sets on Ray Data: the same answers as `LLM`, bad rows, runs that are interrupted, engines that die."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +10,13 @@ from typing import Any
 
 import pytest
 
+from folovllm.config import EngineConfig
 from folovllm.data import Report, complete, read_results
+from folovllm.data.complete import _actor_options
 from tests.m10.conftest import kill, wait_for
 
 pytestmark = [pytest.mark.m10, pytest.mark.ray]
+ROOT = Path(__file__).parents[2]
 ARGS: dict[str, Any] = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 8, "cpu_threads": 1}
 PROMPTS = [f"the {'other ' * (i % 7)}thing {i}" for i in range(40)]
 
@@ -129,7 +134,11 @@ def test_several_batches_are_in_the_engine_at_once(ray_cluster, tmp_path, model)
     "rows, args, message",
     [
         ([{"id": 1, "prompt": "x"}], {"concurrency": 0}, "concurrency must be at least 1"),
-        ([{"id": 1, "prompt": "x"}], {"concurrency": 50}, "50 engines need 51 CPUs"),
+        (
+            [{"id": 1, "prompt": "x"}],
+            {"concurrency": 50},
+            r"concurrency=50 takes 50 CPUs and 1 to read .* has 4: set concurrency=3",
+        ),
         ([{"id": 1, "prompt": "x"}], {"sampling_params": {"max_token": 1}}, "max_token"),
         ([{"id": 1, "prompt": "x"}], {"block_sise": 1}, "block_size"),
         ([{"key": 1, "prompt": "x"}], {}, "none of the first rows has an id in column 'id'"),
@@ -140,6 +149,69 @@ def test_bad_arguments_are_told_before_an_engine_starts(ray_cluster, tmp_path, m
     path = write_lines(tmp_path / "prompts.jsonl", rows)
     with pytest.raises(ValueError, match=message):
         complete(path, output=tmp_path / "answers", model=model, **ARGS | args)
+
+
+DEFAULTS = """
+import sys
+from folovllm.data import complete
+
+report = complete(sys.argv[1], output=sys.argv[2], model=sys.argv[3])
+print("completed", report.num_completed)
+"""
+
+
+def test_the_default_arguments_fit_a_cluster_of_its_own(tmp_path, model):
+    """docs/learn/10 shows this call. On a machine with two CPUs the engine took both, and the reader found none."""
+    path = write_lines(tmp_path / "prompts.jsonl", [{"id": 7, "prompt": "the"}])
+    args = [sys.executable, "-c", DEFAULTS, str(path), str(tmp_path / "answers"), model]
+    done = subprocess.run(args, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.stdout.splitlines()[-1:] == ["completed 1"], done.stderr
+
+
+ON_RAY = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+
+
+class Cluster:
+    """What is asked of the package ray."""
+
+    def __init__(self, **resources: float) -> None:
+        self.resources = resources
+
+    def cluster_resources(self) -> dict[str, float]:
+        return self.resources
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": self.resources}]
+
+
+@pytest.mark.parametrize(
+    "args, concurrency, resources, options",
+    [
+        ({}, 1, {"CPU": 2}, {"num_cpus": 1, "num_gpus": 0}),  # and one to read the rows
+        ({}, 2, {"CPU": 16}, {"num_cpus": 7, "num_gpus": 0}),
+        ({"tensor_parallel_size": 3}, 1, {"CPU": 8}, {"num_cpus": 6, "num_gpus": 0}),
+        ({"tensor_parallel_size": 2}, 2, {"CPU": 8, "GPU": 4}, {"num_cpus": 1, "num_gpus": 2}),
+        (ON_RAY, 1, {"CPU": 8}, {"num_cpus": 1, "num_gpus": 0}),
+    ],
+)
+def test_an_engine_and_its_reader_fit_the_cluster(args, concurrency, resources, options):
+    config = EngineConfig.from_args(**args)
+    assert _actor_options(Cluster(**resources), config, concurrency) == options
+
+
+@pytest.mark.parametrize(
+    "args, concurrency, resources, fixes",
+    [
+        ({}, 1, {"CPU": 1}, "has 1: add machines to it$"),
+        ({"cpu_threads": 4}, 1, {"CPU": 3}, "has 3: set cpu_threads=2, or add machines to it"),
+        ({"cpu_threads": 2}, 3, {"CPU": 5}, "has 5: set cpu_threads=1, or set concurrency=2, or add machines to it"),
+        ({"device": "cuda", "tensor_parallel_size": 2}, 3, {"CPU": 9, "GPU": 4}, "has 4: set concurrency=2, or add"),
+    ],
+)
+def test_no_room_names_what_would_fit(args, concurrency, resources, fixes):
+    """It said "lower concurrency", also if that was 1."""
+    with pytest.raises(ValueError, match=fixes):
+        _actor_options(Cluster(**resources), EngineConfig.from_args(**args), concurrency)
 
 
 def test_bad_paths_name_the_path(ray_cluster, tmp_path, model):
