@@ -112,7 +112,7 @@ PARTS: dict[str, Part] = {
         Part(
             "sample.sampler",
             "folovllm.sample.sampler:Sampler",
-            ("__call__", "gather_logprobs"),
+            ("__call__",),
         ),
         Part(
             "quantize.grid",

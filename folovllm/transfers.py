@@ -19,6 +19,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from folovllm.utils import round_up
+
+_ALIGNMENT = 16  # bytes
+
 
 def to_device(
     values: Sequence[object] | np.ndarray | torch.Tensor, device: torch.device | str, dtype: torch.dtype | None = None
@@ -32,13 +36,35 @@ def to_device(
     return pinned(host).to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
+def to_device_packed(
+    lists: Sequence[Sequence[int] | np.ndarray], device: torch.device | str, dtype: np.dtype | type
+) -> list[torch.Tensor]:
+    """Returns each list as a tensor [its length] on `device`. All of them go up in one copy.
+
+    Each tensor begins at a multiple of 16 bytes, as if it had been allocated alone. Triton compiles a kernel anew for a
+    pointer that does not. E.g. int32 lists of 3 and 2 numbers: [a, a, a, -, b, b, -, -].
+    """
+    size = _ALIGNMENT // np.dtype(dtype).itemsize
+    starts = np.cumsum([0, *(round_up(len(values), size) for values in lists)]).tolist()
+    host = np.zeros(starts[-1], dtype=dtype)
+    for start, values in zip(starts, lists, strict=False):
+        host[start : start + len(values)] = values
+    packed = to_device(host, device)  # [sum of the lengths, rounded up]
+    return [packed[start : start + len(values)] for start, values in zip(starts, lists, strict=False)]
+
+
 def copy_to(buffer: torch.Tensor, values: np.ndarray) -> None:
-    """Copies `values [n]` to the beginning of `buffer [at least n]`, which keeps its address."""
+    """Copies `values` to the beginning of `buffer` along each axis. `buffer` is not smaller, and keeps its address.
+
+    If steps overlap, the next copy to the same addresses waits on the GPU: its queue keeps the order of the host's
+    calls, so all kernels that read the old values come first. The pinned memory is another one for each step.
+    """
+    region = tuple(slice(n) for n in values.shape)
     if buffer.device.type == "cpu":
-        buffer.numpy()[: len(values)] = values  # the same memory; an operator of torch's would take longer
+        buffer.numpy()[region] = values  # the same memory; an operator of torch's would take longer
     else:
         host = torch.as_tensor(values, dtype=buffer.dtype)
-        buffer[: len(values)].copy_(pinned(host) if buffer.device.type == "cuda" else host, non_blocking=True)
+        buffer[region].copy_(pinned(host) if buffer.device.type == "cuda" else host, non_blocking=True)
 
 
 def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -47,8 +73,14 @@ def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a copy in memory that the GPU reads by itself. torch reuses the memory only when the GPU has read it."""
-    return tensor.pin_memory()
+    """Returns a contiguous copy in memory that the GPU reads by itself.
+
+    torch's allocator of pinned memory notes every copy that reads it, and gives it to another tensor only when the GPU
+    has made the copy. A pinned buffer of our own, written anew in every step, would have no such protection: the host
+    runs ahead, and would overwrite what the GPU has not read yet. A tensor that is not contiguous would be copied once
+    more, into memory that is not pinned.
+    """
+    return tensor.contiguous().pin_memory()
 
 
 def _download(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

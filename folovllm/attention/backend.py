@@ -25,13 +25,14 @@ class AttentionMetadata:
 
         query_start_loc = [0, 2, 5]            rows 0-1 of the batch are request 0, rows 2-4 are request 1
         seq_lens        = [5, 3]               length after this step
-        block_table     = [[7, 2], [4, 0]]     logical block -> physical block (padded with the null block 0)
+        block_table     = [[7, 2], [4, 0]]     logical block -> physical block (the 0 is padding)
         slot_mapping    = [31, 8, 16, 17, 18]  slot = block * 4 + position % 4, for each new token
     """
 
     query_start_loc: list[int]  # [num_reqs + 1]
     seq_lens: list[int]  # [num_reqs]
-    block_table: torch.Tensor  # [num_reqs, max_blocks_per_req] int32
+    # [num_reqs, max_blocks_per_req] int32. Behind the blocks of a sequence its row may hold anything.
+    block_table: torch.Tensor
     slot_mapping: torch.Tensor  # [num_tokens] int64
     block_size: int
     # Rows whose hidden states the model returns, ascending, [num_selected] int64; None: all rows. Of each request they

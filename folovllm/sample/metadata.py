@@ -4,28 +4,32 @@ Milestone: M1. vLLM counterparts: vllm/v1/sample/metadata.py, and the part of vl
 fills it. Left out: keeping the tensors between steps and updating them as requests come and go (they are built anew for
 every step, which is simpler and cannot go stale), custom logits processors, and grammars.
 
-Two rules keep the metadata cheap. First, if no request in the batch uses a feature, its field is None and the sampler
+Three rules keep the metadata cheap. First, if no request in the batch uses a feature, its field is None and the sampler
 skips that step; a batch of plain greedy requests builds no tensor at all. Second, no work here is proportional to the
-length of a request, except for requests with penalties, which have to count their tokens.
+length of a request, except for requests with penalties, which have to count their tokens. Third, everything is put
+together on the host and goes to a GPU in a few copies, none of which the host waits for (folovllm/transfers.py).
 
 Token ids outside the vocabulary are dropped, because they cannot be sampled anyway. The input processor refuses them
 earlier, with a message; at this point one bad request must not stop a whole batch.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import torch
 
-from folovllm.sample.ops.masks import TokenPairs, banned_by_bad_words, stop_ids_before_min_tokens
+from folovllm.sample.ops.masks import TokenPairs, banned_by_bad_words, set_cells_, stop_ids_before_min_tokens
 from folovllm.sample.ops.penalties import Penalties, build_penalties
 from folovllm.sampling_params import SamplingParams
+from folovllm.transfers import to_device
 
 # float32 ends at 3e38. Numbers beyond these limits would become inf or 0 and then NaN. At the limits themselves the
 # effect of a parameter is already as extreme as it can be.
 _SMALLEST, _LARGEST = 1e-20, 1e20
 _NO_PENALTY = (1.0, 0.0, 0.0)
+# The steps compare in float32, in which a min_p and a top_p beyond these numbers may be 0 and 1, and so off.
+_FLOAT32_MIN, _FLOAT32_BELOW_1 = 2.0**-149, 1.0 - 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class SamplingMetadata:
     top_p: torch.Tensor | None  # [R] float32, 1 is off
     seeds: list[int]  # [R]; empty if all_greedy
     output_indices: list[int]  # [R] how many tokens were generated before; together with `seeds` the key of the noise
+    untruncated: list[int]  # the rows that draw from all tokens, without min_p, top_k and top_p
     # Changes to the logits, before anything is drawn.
     allowed_token_ids_mask: torch.Tensor | None  # [R, V] bool; True is *forbidden*, as in vLLM
     bad_words: TokenPairs | None  # the cells that would complete a bad word now
@@ -103,27 +108,56 @@ class SamplingMetadata:
         """Collects the parameters of a step. `rows` are in the order of the logits, and the tensors are on `device`."""
         if all(r.is_plain for r in rows):
             return cls.plain(len(rows))
-        all_greedy = all(r.params.is_greedy for r in rows)
-        draw = [] if all_greedy else rows
+        is_greedy = [r.params.is_greedy for r in rows]
+        draw = [] if all(is_greedy) else rows
+        min_ps = [_min_p(r.params) for r in draw]
+        top_ps = [_top_p(r.params) for r in draw]
         top_ks = [_top_k(r.params, vocab_size) for r in draw]
-        tensor = partial(_tensor_or_none, device=device)
+        max_top_k = max((k for k in top_ks if k < vocab_size), default=0)
+        numbers = _in_one_copy(
+            device,
+            temperature=[min(r.params.temperature, _LARGEST) for r in draw],
+            min_p=min_ps if any(min_ps) else [],
+            top_p=top_ps if min(top_ps, default=1.0) < 1.0 else [],
+        )
         return cls(
             num_rows=len(rows),
-            all_greedy=all_greedy,
-            all_random=not any(r.params.is_greedy for r in rows),
-            temperature=tensor([min(r.params.temperature, _LARGEST) for r in draw], off=None),
-            min_p=tensor([0.0 if r.params.is_greedy else r.params.min_p for r in draw], off=0.0),
-            top_k=tensor(top_ks, off=vocab_size, dtype=torch.int64),
-            max_top_k=max((k for k in top_ks if k < vocab_size), default=0),
-            top_p=tensor([1.0 if r.params.is_greedy else r.params.top_p for r in draw], off=1.0),
+            all_greedy=not draw,
+            all_random=not any(is_greedy),
+            temperature=numbers.get("temperature"),
+            min_p=numbers.get("min_p"),
+            top_k=to_device(top_ks, device, torch.int64) if max_top_k > 0 else None,
+            max_top_k=max_top_k,
+            top_p=numbers.get("top_p"),
             seeds=[r.seed for r in draw],
             output_indices=[len(r.output_token_ids) for r in draw],
+            untruncated=_untruncated(is_greedy, min_ps, top_ps, top_ks, vocab_size),
             allowed_token_ids_mask=_allowed_mask(rows, vocab_size, device),
             bad_words=TokenPairs.build(_cells(rows, vocab_size, _bad_words), device),
             min_tokens=TokenPairs.build(_cells(rows, vocab_size, _too_early), device),
             logit_bias=_logit_bias(rows, vocab_size, device),
             penalties=_penalties(rows, vocab_size, device),
             num_logprobs=[None if r.params.logprobs is None else min(r.params.logprobs, vocab_size) for r in rows],
+        )
+
+    def untruncated_in(self, rows: slice) -> list[int]:
+        """Returns the places of `untruncated` in a group of rows."""
+        return [i - rows.start for i in self.untruncated if rows.start <= i < rows.stop]
+
+    def select(self, rows: Sequence[int]) -> "SamplingMetadata":
+        """Returns what the draw of some rows needs. The changes that come before it, and the logprobs, are left out."""
+        assert self.temperature is not None
+        index = to_device(rows, self.temperature.device)  # [n]
+        return replace(
+            self.plain(len(rows)),
+            all_greedy=False,
+            temperature=self.temperature[index],
+            min_p=None if self.min_p is None else self.min_p[index],
+            top_k=None if self.top_k is None else self.top_k[index],
+            max_top_k=self.max_top_k,
+            top_p=None if self.top_p is None else self.top_p[index],
+            seeds=[self.seeds[i] for i in rows],
+            output_indices=[self.output_indices[i] for i in rows],
         )
 
     @classmethod
@@ -143,6 +177,7 @@ class SamplingMetadata:
             top_p=None,
             seeds=[],
             output_indices=[],
+            untruncated=[],
             allowed_token_ids_mask=None,
             bad_words=None,
             min_tokens=None,
@@ -152,16 +187,35 @@ class SamplingMetadata:
         )
 
 
-def _tensor_or_none(
-    values: Sequence[float], off: float | None, device: torch.device | str, dtype: torch.dtype = torch.float32
-) -> torch.Tensor | None:
-    """Returns the values as a tensor, or None if there are none or all of them are `off`."""
-    return None if all(v == off for v in values) else torch.tensor(values, dtype=dtype, device=device)
+def _in_one_copy(device: torch.device | str, **lists: list[float]) -> dict[str, torch.Tensor]:
+    """Returns the lists that are not empty as float32 tensors, by name. They are of one length and cross together."""
+    used = {name: values for name, values in lists.items() if values}
+    if not used:
+        return {}
+    return dict(zip(used, to_device(list(used.values()), device, torch.float32).unbind(0), strict=True))
+
+
+def _min_p(params: SamplingParams) -> float:
+    """Returns the min_p of a row, 0 for greedy rows, which do not draw."""
+    return 0.0 if params.is_greedy or params.min_p < _FLOAT32_MIN else params.min_p
+
+
+def _top_p(params: SamplingParams) -> float:
+    """Returns the top_p of a row, 1 for greedy rows."""
+    return 1.0 if params.is_greedy or params.top_p > _FLOAT32_BELOW_1 else params.top_p
 
 
 def _top_k(params: SamplingParams, vocab_size: int) -> int:
     """Returns the k of a row. 0, -1 and more than the vocabulary mean all tokens; greedy rows do not draw."""
     return vocab_size if params.is_greedy or params.top_k <= 0 else min(params.top_k, vocab_size)
+
+
+def _untruncated(
+    is_greedy: list[bool], min_ps: list[float], top_ps: list[float], top_ks: list[int], vocab_size: int
+) -> list[int]:
+    """Returns the rows that draw with min_p, top_p and top_k off."""
+    steps = zip(is_greedy, min_ps, top_ps, top_ks, strict=bool(top_ks))  # the latter three are empty if no row draws
+    return [i for i, step in enumerate(steps) if step == (False, 0.0, 1.0, vocab_size)]
 
 
 def _cells(
@@ -184,14 +238,13 @@ def _allowed_mask(rows: list[SamplingRow], vocab_size: int, device: torch.device
     """Returns a mask `[R, V]` that is True where a row's allowed_token_ids lack the token, or None if
     no row has them.
     """
-    restricted = [i for i, r in enumerate(rows) if r.params.allowed_token_ids is not None]
-    if not restricted:
+    if all(r.params.allowed_token_ids is None for r in rows):
         return None
-    mask = torch.zeros(len(rows), vocab_size, dtype=torch.bool, device=device)  # [R, V]
-    mask[restricted] = True
+    is_restricted = to_device([r.params.allowed_token_ids is not None for r in rows], device)  # [R]
+    mask = is_restricted.unsqueeze(1).repeat(1, vocab_size)  # [R, V]
     allowed = TokenPairs.build(_cells(rows, vocab_size, lambda r: r.params.allowed_token_ids or []), device)
     if allowed is not None:
-        mask[allowed.rows, allowed.token_ids] = False
+        set_cells_(mask, allowed, False)
     return mask
 
 

@@ -30,19 +30,19 @@ from typing import Any, Literal
 import torch
 
 from folovllm.outputs import TokenLogprobs
+from folovllm.sample.logprobs import RankedLogprobs, logprobs_to_lists, rank_logprobs
 from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sample.ops import fused, masks, noise, penalties, topk_topp
-from folovllm.sample.ops.select import first_argmax, largest
+from folovllm.sample.ops.select import first_argmax
 from folovllm.sample.ops.shortlist import Shortlist
 from folovllm.sampling_params import GREEDY_EPSILON
+from folovllm.transfers import to_device, to_host
 
 LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 SamplerBackend = Literal["torch", "shortlist", "cpp"]
 LOGPROBS_MODES: tuple[LogprobsMode, ...] = ("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits")
 _STEP_9 = ("apply_temperature_", "apply_min_p_", "apply_top_k_", "apply_top_p_", "exponential_noise", "random_sample")
-_GATHER_ROWS = 64  # rows ranked at a time: the scratch memory for a long prompt at once would take gigabytes
 _GROUP_ELEMENTS = 2**19  # 2 MB of float32
-_SPARE = 59  # how many more tokens than wanted are examined, for ties
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,16 @@ class Sampler:
             processed = logits.to(torch.float32, copy=True)  # our own copy, which the steps edit in place
         self.apply_logits_processors(processed, metadata)
         sampled = self.sample(processed, metadata)  # [R]
-        return SamplerOutput(sampled.tolist(), self._collect_logprobs(logits, processed, sampled, metadata))
+        # vLLM takes the raw logprobs before step 2, because its sampler edits the logits. They are still there here.
+        source = logits if self.logprobs_mode.startswith("raw") else processed  # [R, V]
+        wanted = [i for i, k in enumerate(metadata.num_logprobs) if k is not None]
+        token_ids, logprobs = self._to_host(sampled, source, wanted, metadata)
+        undecided = [i for i, token_id in enumerate(token_ids) if token_id < 0]
+        if undecided:
+            self.sample_again_(sampled, processed, metadata, undecided)
+            token_ids, corrected = self._to_host(sampled, source, [i for i in undecided if i in logprobs], metadata)
+            logprobs |= corrected
+        return SamplerOutput(token_ids, [logprobs.get(i) for i in range(metadata.num_rows)])
 
     def apply_logits_processors(self, logits: torch.Tensor, metadata: SamplingMetadata) -> None:
         """Applies steps 3-7, in place. These are the changes that greedy rows see, too.
@@ -136,27 +145,55 @@ class Sampler:
             masks.revive_empty_rows_(logits, choice)
 
     def sample(self, logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
-        """Runs steps 8-10 and returns token ids `[R]`. `logits [R, V]` are edited in place
-        (temperature, truncation).
+        """Runs steps 8-10 and returns token ids `[R]`, without waiting for a GPU.
+
+        The backends "shortlist" and "cpp" return -1 for a row that they cannot decide, for example because rounding
+        might. Such a row of `logits [R, V]` is left as it is, for `sample_again_`. Other rows are edited in place
+        (temperature, truncation), as far as the logprobs_mode shows it.
         """
         greedy = None if metadata.all_random else self.greedy_sample(logits)  # [R]
         if metadata.temperature is None:
             return self.greedy_sample(logits) if greedy is None else greedy  # the first case is a batch without rows
         drawn = None if self._ops is None else fused.sample_(logits, metadata, self._ops)  # [R]
         if drawn is None:
-            drawn = torch.cat([self._sample_rows(logits[g], metadata, g) for g in _row_groups(logits)])
-        else:
-            for row in (drawn < 0).nonzero().squeeze(1).tolist():  # rounding might have decided
-                g = slice(row, row + 1)
-                drawn[g] = self._sample_rows(logits[g], metadata, g)
+            uses_list = metadata.truncates and self.backend != "torch"
+            draw = self._sample_from_list if uses_list else self._sample_rows
+            drawn = torch.cat([draw(logits[g], metadata, g) for g in _row_groups(logits)])
         return drawn if greedy is None else torch.where(metadata.temperature < GREEDY_EPSILON, greedy, drawn)
 
-    def _sample_rows(self, logits: torch.Tensor, metadata: SamplingMetadata, rows: slice) -> torch.Tensor:
+    def sample_again_(
+        self, sampled: torch.Tensor, logits: torch.Tensor, metadata: SamplingMetadata, rows: list[int]
+    ) -> None:
+        """Draws the rows that `sample` could not decide, by the definitions. Writes their tokens into `sampled [R]`.
+
+        The rows of `logits [R, V]` are as they were before step 9, and are edited in place.
+        """
+        for g in _row_groups(logits, len(rows)):
+            index = to_device(rows[g], logits.device)  # [n]
+            part = logits[index]  # [n, V]
+            drawn = self._sample_rows(part, metadata.select(rows[g]), slice(None))  # [n]
+            logits.index_copy_(0, index, part)
+            sampled.index_copy_(0, index, drawn)
+
+    def _sample_from_list(self, logits: torch.Tensor, metadata: SamplingMetadata, rows: slice) -> torch.Tensor:
+        """Runs step 9 with a shortlist for a group of rows and returns `[n]`, with -1 for rows without a proof.
+
+        These rows of `logits [n, V]` stay as they are, and so do all rows if no logprobs show the difference.
+        """
+        edited = logits.clone()  # [n, V]
+        drawn = self._sample_rows(edited, metadata, rows, from_list=True)  # [n]
+        if self.logprobs_mode.startswith("processed"):
+            torch.where((drawn < 0).unsqueeze(1), logits, edited, out=logits)
+        return drawn
+
+    def _sample_rows(
+        self, logits: torch.Tensor, metadata: SamplingMetadata, rows: slice, from_list: bool = False
+    ) -> torch.Tensor:
         """Runs step 9 in torch for a group of rows and returns `[n]`. `logits [n, V]` are edited."""
         assert metadata.temperature is not None
         self.apply_temperature_(logits, metadata.temperature[rows])
-        uses_list = metadata.truncates and self.backend != "torch"
-        steps: Sampler | Shortlist = Shortlist.build(logits) if uses_list else self  # both have the same four methods
+        # Both have the same four methods.
+        steps: Sampler | Shortlist = Shortlist.build(logits, metadata.untruncated_in(rows)) if from_list else self
         if metadata.min_p is not None:
             steps.apply_min_p_(logits, metadata.min_p[rows])
         if metadata.top_k is not None:
@@ -178,52 +215,30 @@ class Sampler:
         """Returns the log softmax in float32, `[n, V]` for `[n, V]`."""
         return logits.log_softmax(dim=-1, dtype=torch.float32)
 
-    @torch.inference_mode()
-    def gather_logprobs(
-        self, logprobs: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int | Sequence[int]
-    ) -> list[TokenLogprobs]:
-        """Runs step 11: collects the logprob and rank of one given token per row, and those of the most likely tokens.
+    def _to_host(
+        self, sampled: torch.Tensor, source: torch.Tensor, rows: list[int], metadata: SamplingMetadata
+    ) -> tuple[list[int], dict[int, TokenLogprobs]]:
+        """Returns the ids `sampled [R]`, and the logprobs of some rows by row number. Here the host waits for a GPU.
 
-        The rank of the given token is the number of entries >= its own, so the most likely token has rank 1 and ties
-        increase the rank. The most likely ones follow in order, lower ids first among equals; the given token may be
-        among them.
-
-        E.g. logprobs [-2, -1, -3, -2], token 0, num_logprobs 2 -> token_ids [0, 1, 0], logprobs [-2, -1, -2], rank 3.
-
-        Args:
-            logprobs: `[n, V]`.
-            token_ids: `[n]`, integers.
-            num_logprobs: how many of the most likely tokens, for all rows or per row; at most V.
+        `source [R, V]` are the logits that the logprobs are taken from. Nothing is computed for the other rows.
         """
-        counts = [num_logprobs] * len(logprobs) if isinstance(num_logprobs, int) else list(num_logprobs)
-        assert len(logprobs) == len(token_ids) == len(counts)
-        gathered: list[TokenLogprobs] = []
-        for start in range(0, len(counts), _GATHER_ROWS):
-            rows = slice(start, start + _GATHER_ROWS)
-            gathered += _gather_rows(logprobs[rows], token_ids[rows], counts[rows])
-        return gathered
+        ranked = self._rank_rows(source, sampled, rows, metadata) if rows else []
+        ids, *rest = to_host(sampled, *(t for group in ranked for t in group.tensors))
+        return ids.tolist(), dict(zip(rows, logprobs_to_lists(ranked, rest), strict=True))
 
-    def _collect_logprobs(
-        self, raw: torch.Tensor, processed: torch.Tensor, sampled: torch.Tensor, metadata: SamplingMetadata
-    ) -> list[TokenLogprobs | None]:
-        """Collects the logprobs of the rows that asked for them. Nothing is computed for the other rows.
-
-        vLLM takes the raw logprobs before step 2, because its sampler edits the logits. This sampler edits a copy, so
-        the raw logits are still there at the end.
-        """
-        wanted = [i for i, k in enumerate(metadata.num_logprobs) if k is not None]
-        result: list[TokenLogprobs | None] = [None] * metadata.num_rows
-        if not wanted:
-            return result
-        source = raw if self.logprobs_mode.startswith("raw") else processed  # [R, V]
-        sampled_ids = sampled[wanted]  # [W]
-        counts = [k for k in metadata.num_logprobs if k is not None]
-        for g in _row_groups(source, len(wanted)):
-            values = source[wanted[g]]  # [n, V]
+    def _rank_rows(
+        self, source: torch.Tensor, sampled: torch.Tensor, rows: list[int], metadata: SamplingMetadata
+    ) -> list[RankedLogprobs]:
+        """Runs step 11 for some rows of `source [R, V]`."""
+        counts = [metadata.num_logprobs[i] or 0 for i in rows]
+        index = to_device(rows, source.device) if len(rows) < len(source) else None  # [W]
+        ranked: list[RankedLogprobs] = []
+        for g in _row_groups(source, len(rows)):
+            at = g if index is None else index[g]
+            values = source[at]  # [n, V]
             values = self.compute_logprobs(values) if self.logprobs_mode.endswith("logprobs") else values.float()
-            for i, one in zip(wanted[g], self.gather_logprobs(values, sampled_ids[g], counts[g]), strict=True):
-                result[i] = one
-        return result
+            ranked += rank_logprobs(values, sampled[at], counts[g])
+        return ranked
 
 
 def _row_groups(logits: torch.Tensor, num_rows: int | None = None) -> list[slice]:
@@ -237,39 +252,3 @@ def _row_groups(logits: torch.Tensor, num_rows: int | None = None) -> list[slice
     total = len(logits) if num_rows is None else num_rows
     size = max(1, _GROUP_ELEMENTS // logits.shape[-1]) if logits.device.type == "cpu" else max(1, total)
     return [slice(start, start + size) for start in range(0, total, size)]
-
-
-def _gather_rows(logprobs: torch.Tensor, token_ids: torch.Tensor, counts: list[int]) -> list[TokenLogprobs]:
-    """Runs `gather_logprobs` for a few rows. The largest count is computed once, and each row takes its share."""
-    given = token_ids.to(device=logprobs.device, dtype=torch.int64).unsqueeze(1)  # [n, 1]
-    given_logprobs = logprobs.gather(1, given)  # [n, 1]
-    ranks = (logprobs >= given_logprobs).sum(dim=-1)  # [n]
-    top_ids = _most_likely(logprobs, max(counts))  # [n, max_k]
-    ids = torch.cat([given, top_ids], dim=1).tolist()  # n x (1 + max_k)
-    values = torch.cat([given_logprobs, logprobs.gather(1, top_ids)], dim=1).tolist()
-    return [
-        TokenLogprobs(token_ids=i[: k + 1], logprobs=v[: k + 1], rank=r)
-        for i, v, r, k in zip(ids, values, ranks.tolist(), counts, strict=True)
-    ]
-
-
-def _most_likely(logprobs: torch.Tensor, k: int) -> torch.Tensor:
-    """Returns the ids of the k largest entries per row, descending, lower ids first among equals: `[n, V]` to `[n, k]`.
-
-    `topk` does not specify which of several equal entries it returns, and its choice changes with k. Equal logits are
-    common (bf16 has 8 bits of precision), and k is the largest that any row wants, so a row's list would depend on the
-    rest of the batch. Therefore this function takes a few more than k, puts them in the order of their ids, and sorts
-    stably. If the last of them is smaller than the k-th, every entry that ties with the k-th is included. Other rows
-    are ranked as a whole.
-    """
-    size = min(k + _SPARE, logprobs.shape[-1])
-    if k == 0:
-        return torch.empty(len(logprobs), 0, dtype=torch.int64, device=logprobs.device)
-    values, ids = largest(logprobs, size)  # [n, size], [n, size]
-    ids = ids.sort(dim=-1).values  # [n, size]
-    order = logprobs.gather(1, ids).sort(dim=-1, descending=True, stable=True).indices  # [n, size]
-    top_ids = ids.gather(1, order[:, :k])  # [n, k]
-    tied = (values[:, -1] == values[:, k - 1]).nonzero().squeeze(1)  # [m]
-    if tied.numel() > 0 and size < logprobs.shape[-1]:
-        top_ids[tied] = logprobs[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return top_ids

@@ -10,10 +10,12 @@ a request that wants prompt logprobs.
 """
 
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 
+from folovllm import transfers
 from folovllm.attention.backend import AttentionBackend, AttentionMetadata
 from folovllm.config import EngineConfig, KernelConfig
 from folovllm.core.kv_cache_utils import KVCacheConfig
@@ -24,9 +26,11 @@ from folovllm.model_executor.cpu.huge_pages import huge_zeros, touch_pages
 from folovllm.model_executor.models.interface import CausalLM
 from folovllm.outputs import ModelRunnerOutput
 from folovllm.request import TokenLogprobs
+from folovllm.sample.logprobs import RankedLogprobs, logprobs_to_host, rank_logprobs
 from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sample.sampler import Sampler
 from folovllm.worker.input_batch import CachedRequestState, InputBatch
+from folovllm.worker.input_buffers import InputBuffers
 from folovllm.worker.pipeline_stage import PipelineStage
 
 # Rows of prompt logits computed at once: [256, 49152] in fp32 is 48 MiB.
@@ -72,11 +76,7 @@ class ModelRunner:
         self.requests: dict[str, CachedRequestState] = {}
         self.batch = InputBatch(config.max_num_seqs, config.max_model_len, config.block_size, config.parts)
         self.num_prompt_logprobs: dict[str, int] = {}  # of the requests that want them
-        # Fixed addresses for the inputs of every step (CUDA graphs will replay on them).
-        budget = config.max_num_batched_tokens
-        self.input_ids = torch.zeros(budget, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(budget, dtype=torch.int64, device=device)
-        self.slot_mapping = torch.zeros(budget, dtype=torch.int64, device=device)
+        self.buffers = InputBuffers(config.max_num_batched_tokens, self.batch.block_table, device)
         self.kv_caches = torch.empty(0)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
@@ -98,7 +98,7 @@ class ModelRunner:
         if scheduler_output.is_empty:
             return ForwardHandle(scheduler_output, torch.empty(0), [0])
         metadata, num_tokens, row_start_loc = self._prepare_inputs(scheduler_output)
-        inputs = self.input_ids[:num_tokens], self.positions[:num_tokens]
+        inputs = self.buffers.input_ids[:num_tokens], self.buffers.positions[:num_tokens]
         with set_forward_context(metadata):
             hidden_states = self.model(*inputs) if self.stage is None else self.stage.run(self.model, *inputs)
         if len(hidden_states) != row_start_loc[-1]:
@@ -181,15 +181,15 @@ class ModelRunner:
         rows = np.repeat(np.arange(num_reqs), num_scheduled)  # [num_tokens]
         computed = batch.num_computed_tokens[:num_reqs]  # [num_reqs]
         positions = np.arange(num_tokens) - query_start_loc[rows] + computed[rows]  # [num_tokens]
-        self._fill(self.input_ids, batch.token_ids[rows, positions])
-        self._fill(self.positions, positions + batch.position_offset[rows])
-        self._fill(self.slot_mapping, batch.block_table.slot_mapping(rows, positions))
+        slots = batch.block_table.slot_mapping(rows, positions)  # [num_tokens]
+        self.buffers.fill(batch.token_ids[rows, positions], positions + batch.position_offset[rows], slots)
         logits_indices, row_start_loc = self._select_rows(output, query_start_loc)
+        seq_lens = (computed + num_scheduled).tolist()
         metadata = AttentionMetadata(
             query_start_loc=query_start_loc.tolist(),
-            seq_lens=(computed + num_scheduled).tolist(),
-            block_table=torch.from_numpy(batch.block_table.table[:num_reqs]).to(self.device),
-            slot_mapping=self.slot_mapping[:num_tokens],
+            seq_lens=seq_lens,
+            block_table=self.buffers.block_table(batch.block_table, seq_lens),
+            slot_mapping=self.buffers.slot_mapping[:num_tokens],
             block_size=batch.block_table.block_size,
             logits_indices=logits_indices,
         )
@@ -225,19 +225,12 @@ class ModelRunner:
         # The rows of a request are its last ones: those that end where the request ends.
         shift = query_start_loc[1:] - row_start_loc[1:]  # [num_reqs]
         indices = np.arange(num_selected) + np.repeat(shift, counts)  # [num_selected]
-        return torch.from_numpy(indices).to(self.device), row_start_loc.tolist()
+        return transfers.to_device(indices, self.device), row_start_loc.tolist()
 
     def _num_rows_read(self, request_id: str, num_new: int, output: SchedulerOutput) -> int:
         if request_id in self.num_prompt_logprobs and not self.requests[request_id].output_token_ids:
             return num_new
         return int(request_id in output.sampling_req_ids)
-
-    @staticmethod
-    def _fill(buffer: torch.Tensor, values: np.ndarray) -> None:
-        if buffer.device.type == "cpu":
-            buffer.numpy()[: len(values)] = values  # the same memory; an operator of torch's would take longer
-        else:
-            buffer[: len(values)].copy_(torch.from_numpy(values))
 
     # ---- sample
 
@@ -258,7 +251,7 @@ class ModelRunner:
         last_rows = [handle.row_start_loc[i + 1] - 1 for i, _ in sampling]
         hidden_states = handle.hidden_states  # [num_selected, hidden_size]
         if len(last_rows) < len(hidden_states):
-            hidden_states = hidden_states[last_rows]
+            hidden_states = hidden_states.index_select(0, transfers.to_device(last_rows, self.device))
         logits = self.model.compute_logits(hidden_states)  # [num_sampling, vocab_size]
         sampling_rows = [self.requests[request_id].sampling_row for _, request_id in sampling]
         sampler_output = self.sampler(logits, SamplingMetadata.build(sampling_rows, self.vocab_size, self.device))
@@ -272,27 +265,46 @@ class ModelRunner:
         return result
 
     def _prompt_logprobs(self, handle: ForwardHandle) -> dict[str, list[TokenLogprobs]]:
-        """Logprobs of the prompt tokens that this step's positions predict, for the requests that want them."""
-        result = {}
-        for request_id, num_logprobs in self.num_prompt_logprobs.items():
+        """Logprobs of the prompt tokens that this step's positions predict, for the requests that want them.
+
+        The host waits once for all of them, before the requests of the step are sampled.
+        """
+        wanted = self._predicted(handle)
+        if not wanted:
+            return {}
+        targets = [token_id for _, _, token_ids in wanted for token_id in token_ids]
+        targets_on_device = transfers.to_device(targets, self.device, torch.int64)  # [num_targets]
+        ranked: list[RankedLogprobs] = []
+        first = 0
+        for request_id, start, token_ids in wanted:
+            rows = handle.hidden_states[start : start + len(token_ids)]  # [num_targets of the request, hidden_size]
+            count = self.num_prompt_logprobs[request_id]
+            ranked += self._rank(rows, targets_on_device[first : first + len(token_ids)], count)
+            first += len(token_ids)
+        logprobs = iter(logprobs_to_host(ranked))
+        return {request_id: list(islice(logprobs, len(token_ids))) for request_id, _, token_ids in wanted}
+
+    def _predicted(self, handle: ForwardHandle) -> list[tuple[str, int, list[int]]]:
+        """Returns (request id, first of its rows, token ids that its rows predict) of each request that wants them."""
+        wanted = []
+        for request_id in self.num_prompt_logprobs:
             request, i = self.requests[request_id], self.batch.row_of.get(request_id)
             if i is None or request.output_token_ids:
                 continue
             first = request.num_computed_tokens  # this position predicts the token after it
             start, end = handle.row_start_loc[i : i + 2]
-            targets = request.data.prompt_token_ids[first + 1 : first + 1 + end - start]
-            rows = handle.hidden_states[start:end][: len(targets)]  # [num_targets, hidden_size]
-            result[request_id] = self._logprobs_of(rows, targets, num_logprobs)
-        return result
+            token_ids = request.data.prompt_token_ids[first + 1 : first + 1 + end - start]
+            wanted.append((request_id, start, token_ids))
+        return wanted
 
-    def _logprobs_of(self, hidden_states: torch.Tensor, targets: list[int], num_logprobs: int) -> list[TokenLogprobs]:
-        result: list[TokenLogprobs] = []
+    def _rank(self, hidden_states: torch.Tensor, targets: torch.Tensor, num_logprobs: int) -> list[RankedLogprobs]:
+        """Ranks the logprobs of `hidden_states` [n, hidden_size] beside those of `targets` [n]."""
+        ranked: list[RankedLogprobs] = []
         for start in range(0, len(targets), PROMPT_LOGPROBS_CHUNK):
             chunk = slice(start, start + PROMPT_LOGPROBS_CHUNK)
             logprobs = self.model.compute_logits(hidden_states[chunk]).float().log_softmax(dim=-1)  # [n, vocab_size]
-            token_ids = torch.tensor(targets[chunk], device=self.device)  # [n]
-            result += self.sampler.gather_logprobs(logprobs, token_ids, num_logprobs)
-        return result
+            ranked += rank_logprobs(logprobs, targets[chunk], [num_logprobs] * len(logprobs))
+        return ranked
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, kernels: KernelConfig) -> torch.Tensor:

@@ -141,8 +141,8 @@ def step():
     num_tokens = scheduled.total_num_scheduled_tokens
     return seen | {
         "counts": scheduled.num_scheduled_tokens, "tables": tables, "sampled": result.sampled_token_ids,
-        "ids": runner.input_ids[:num_tokens].clone(), "positions": runner.positions[:num_tokens].clone(),
-        "slots": runner.slot_mapping[:num_tokens].clone(), "kv_cache": runner.kv_caches[0].clone(),
+        "ids": runner.buffers.input_ids[:num_tokens].clone(), "positions": runner.buffers.positions[:num_tokens].clone(),
+        "slots": runner.buffers.slot_mapping[:num_tokens].clone(), "kv_cache": runner.kv_caches[0].clone(),
         "known": {name: r.num_tokens for name, r in requests.items()},
         "computed": {name: r.num_computed_tokens for name, r in requests.items()},
     }  # fmt: skip

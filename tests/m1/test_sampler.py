@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from folovllm.sample.logprobs import logprobs_to_host, rank_logprobs
 from folovllm.sample.metadata import SamplingMetadata, SamplingRow
 from folovllm.sample.sampler import LOGPROBS_MODES, Sampler, SamplerOutput
 from folovllm.sampling_params import SamplingParams
@@ -350,17 +351,17 @@ def test_logprobs_sampled_token_first_then_the_top_with_vllms_rank() -> None:
 def test_ties_push_the_rank_up_and_equals_are_listed_by_id() -> None:
     # -1 occurs 3 times and one entry is larger: 4 entries are >= -1, so the rank of each of the three is 4.
     logprobs = torch.tensor([[-1.0, -0.5, -1.0, -7.0, -1.0]]).repeat(5, 1)
-    got = Sampler().gather_logprobs(logprobs, torch.arange(5), 3)
+    got = logprobs_to_host(rank_logprobs(logprobs, torch.arange(5), [3] * 5))
     assert [o.rank for o in got] == [4, 1, 4, 5, 4]
     assert [o.token_ids for o in got] == [[t, 1, 0, 2] for t in range(5)]
     assert got[3].logprobs == [-7.0, -0.5, -1.0, -1.0]
 
 
-def test_gather_logprobs_takes_counts_per_row_and_many_rows() -> None:
+def test_rank_logprobs_takes_counts_per_row_and_many_rows() -> None:
     logprobs = torch.randn(150, 40, generator=torch.Generator().manual_seed(3)).log_softmax(-1)
     token_ids = torch.arange(150) % 40
     counts = [i % 41 for i in range(150)]
-    got = Sampler().gather_logprobs(logprobs, token_ids, counts)
+    got = logprobs_to_host(rank_logprobs(logprobs, token_ids, counts))
     for i, one in enumerate(got):
         values, ids = logprobs[i].sort(descending=True, stable=True)
         assert one.token_ids == [i % 40, *ids[: counts[i]].tolist()]
@@ -370,7 +371,7 @@ def test_gather_logprobs_takes_counts_per_row_and_many_rows() -> None:
 
 def test_most_likely_sorts_every_kind_of_float() -> None:
     row = torch.tensor([[0.0, -0.0, 1e-40, -1e-40, -INF, INF, 1.5, -1.5, 3e38, -3e38]])
-    (got,) = Sampler().gather_logprobs(row, torch.tensor([0]), 10)
+    (got,) = logprobs_to_host(rank_logprobs(row, torch.tensor([0]), [10]))
     assert got.token_ids[1:] == [5, 8, 6, 2, 0, 1, 3, 7, 9, 4]  # 0.0 and -0.0 are equal: by id
 
 

@@ -1,5 +1,6 @@
 """Each processor of the sampler on vectors worked by hand; the arithmetic stands beside the numbers."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -18,7 +19,7 @@ from folovllm.sample.ops.masks import (
     stop_ids_before_min_tokens,
     unmasked_choice,
 )
-from folovllm.sample.ops.penalties import apply_penalties_, build_penalties, count_tokens
+from folovllm.sample.ops.penalties import apply_penalties_, build_penalties
 from folovllm.sample.ops.topk_topp import (
     apply_min_p_,
     apply_temperature_,
@@ -120,8 +121,17 @@ def penalise(logits: list[float], prompt: list[int], output: list[int], rep: flo
     return row[0].tolist()
 
 
-def test_count_tokens() -> None:
-    assert count_tokens([[1, 1, 3], [], [0]], 4, "cpu").tolist() == [[0, 2, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]]
+def test_penalties_count_the_tokens_of_each_row() -> None:
+    outputs = [[1, 1, 3], [], [0, 9, -1]]  # 9 and -1 are outside of the vocabulary
+    strengths = [(1.0, 0.5, 0.25), (2.0, 0.0, 0.0), (1.0, 0.0, 1.0)]
+    built = build_penalties([4, 5, 7], [[2], [2, 2], [2]], outputs, strengths, 4, "cpu")
+    columns = [getattr(built, field.name).tolist() for field in dataclasses.fields(built)]
+    assert sorted(zip(*columns, strict=True)) == [
+        (4, 1, 2.0, 1.0, 0.5, 0.25),
+        (4, 3, 1.0, 1.0, 0.5, 0.25),
+        (5, 2, 0.0, 2.0, 0.0, 0.0),  # in the prompt, which only the repetition penalty counts
+        (7, 0, 1.0, 1.0, 0.0, 1.0),
+    ]
 
 
 def test_repetition_penalty_counts_prompt_and_output_and_divides_or_multiplies() -> None:
@@ -276,7 +286,7 @@ def test_random_sample_ignores_a_common_factor() -> None:
 
 
 class Untouchable(list):
-    """A prompt that nobody may walk."""
+    """A prompt that must not be read."""
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         raise AssertionError("the prompt was walked")
@@ -292,7 +302,7 @@ def test_a_plain_greedy_batch_builds_no_tensor() -> None:
     metadata = SamplingMetadata.build([a_row(prompt=Untouchable([1]), temperature=0.0)] * 3, 10, "cpu")
     values = vars(metadata)
     assert {k for k, v in values.items() if v is not None} == {
-        "num_rows", "all_greedy", "all_random", "max_top_k", "seeds", "output_indices", "num_logprobs",
+        "num_rows", "all_greedy", "all_random", "max_top_k", "seeds", "output_indices", "untruncated", "num_logprobs",
     }  # fmt: skip
     assert metadata.all_greedy and not metadata.all_random
     assert metadata.seeds == [] and not metadata.changes_logits and metadata.penalties is None
@@ -354,6 +364,7 @@ def test_neutral_entries_for_rows_that_do_not_use_a_feature() -> None:
     assert metadata.top_k is not None and metadata.top_k.tolist() == [3, 10, 10, 10, 10]
     assert metadata.top_p is not None and metadata.top_p.tolist() == [1.0, 0.5, 1.0, 1.0, 1.0]
     assert metadata.min_p is not None and metadata.min_p.tolist() == [0.0, 0.0, 0.25, 0.0, 0.0]
+    assert metadata.untruncated == [3, 4]
 
 
 def test_ids_outside_the_vocabulary_are_dropped() -> None:

@@ -250,8 +250,8 @@ def test_inputs_of_a_mixed_step_by_hand(tiny_model_dir: MakeTiny) -> None:
     assert metadata.query_start_loc == [0, 1, 6] and metadata.seq_lens == [4, 5]
     assert metadata.block_table.tolist() == [[1, 0, 0, 0], [2, 3, 0, 0]]
     assert metadata.slot_mapping.tolist() == [7, 8, 9, 10, 11, 12]
-    assert runner.positions[:6].tolist() == [3, 0, 1, 2, 3, 4]
-    assert runner.input_ids[1:6].tolist() == [20, 21, 22, 23, 24]
+    assert runner.buffers.positions[:6].tolist() == [3, 0, 1, 2, 3, 4]
+    assert runner.buffers.input_ids[1:6].tolist() == [20, 21, 22, 23, 24]
     engine.step()
     assert seen[-1].block_table.tolist() == [[1, 4, 0, 0], [2, 3, 0, 0]] and seen[-1].slot_mapping.tolist() == [16, 13]
 

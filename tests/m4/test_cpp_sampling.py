@@ -54,13 +54,19 @@ def check(ops: Any, logits: torch.Tensor, params: list[SamplingParams], seed: in
 def in_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The numbers of the rows that go the torch way, as they do."""
     went: list[int] = []
-    original = Sampler._sample_rows
+    original = Sampler.sample_again_
 
-    def counted(self: Sampler, logits: torch.Tensor, metadata: SamplingMetadata, rows: slice) -> torch.Tensor:
-        went.extend(range(rows.start, rows.start + len(logits)))
-        return original(self, logits, metadata, rows)
+    def counted(
+        self: Sampler, sampled: torch.Tensor, logits: torch.Tensor, metadata: SamplingMetadata, rows: list[int]
+    ) -> None:
+        went.extend(rows)
+        original(self, sampled, logits, metadata, rows)
 
-    monkeypatch.setattr(Sampler, "_sample_rows", counted)
+    def refuse(*_: Any) -> None:
+        raise AssertionError("C++ did not take the batch")
+
+    monkeypatch.setattr(Sampler, "sample_again_", counted)
+    monkeypatch.setattr(Sampler, "_sample_from_list", refuse)
     yield went
 
 

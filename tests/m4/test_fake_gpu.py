@@ -1,6 +1,6 @@
 """The stand-in for a GPU finds what it is there to find."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -19,11 +19,22 @@ def gpu(monkeypatch):
         yield gpu
 
 
+@pytest.fixture(params=[False, True], ids=["", "inference mode"])
+def mode(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The engine runs in inference mode, where operators arrive whole that consist of others."""
+    with torch.inference_mode(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("mode")
 def test_mixed_devices_raise(gpu: FakeGpu) -> None:
-    with pytest.raises(RuntimeError, match="same device"):
-        torch.zeros(3, device=GPU) + torch.zeros(3)
+    x = torch.zeros(3, 3, device=GPU)
+    for act in (lambda: x + torch.zeros(3), lambda: torch.nn.functional.linear(x, torch.zeros(3, 3))):
+        with pytest.raises(RuntimeError, match="same device"):
+            act()
 
 
+@pytest.mark.usefixtures("mode")
 @pytest.mark.parametrize(
     "act",
     [
@@ -41,6 +52,7 @@ def test_what_depends_on_a_value_raises(gpu: FakeGpu, act: Callable[[torch.Tenso
         act(torch.zeros(2, 3, device=GPU))
 
 
+@pytest.mark.usefixtures("mode")
 @pytest.mark.parametrize(
     "act",
     [
@@ -52,6 +64,12 @@ def test_what_depends_on_a_value_raises(gpu: FakeGpu, act: Callable[[torch.Tenso
         lambda x: torch.tensor([1, 2], device=GPU),
         lambda x: torch.from_numpy(np.zeros(3)).to(GPU, non_blocking=True),  # not pinned
         lambda x: x.copy_(torch.zeros(2, 3)),
+        lambda x: x.copy_(transfers.pinned(torch.zeros(3)), non_blocking=True),  # broadcast on the host
+        lambda x: transfers.pinned(torch.zeros(3, 2)).t().to(GPU, non_blocking=True),  # made contiguous on the host
+        lambda x: x[torch.tensor([0, 1])],
+        lambda x: x.__setitem__(x > 0, torch.zeros(6, device=GPU)),  # which of the six are taken depends on the mask
+        lambda x: torch.cuda.synchronize(),
+        lambda x: transfers.to_device([1, 2], GPU).tolist(),  # although the host knows what it has sent
     ],
 )
 def test_a_hidden_copy_raises(gpu: FakeGpu, act: Callable[[torch.Tensor], object]) -> None:
@@ -60,6 +78,37 @@ def test_a_hidden_copy_raises(gpu: FakeGpu, act: Callable[[torch.Tensor], object
         act(x)
 
 
+def test_the_host_is_real(gpu: FakeGpu) -> None:
+    """Loaders look at the values of a file, and the engine at its own lists."""
+    values = torch.tensor([3, 4]) * 2
+    assert values.tolist() == [6, 8] and values[values > 6].numel() == 1
+    up = values.to(GPU) + 1
+    assert up.device == GPU
+    with pytest.raises(DataDependentOutputException):
+        up.cpu().tolist()
+
+
+def test_lists_are_packed_into_one_copy(gpu: FakeGpu) -> None:
+    lists = [[1, 2, 3], [], np.arange(5), [7]]
+    with gpu.step() as account:
+        tensors = transfers.to_device_packed(lists, GPU, np.int32)
+    assert account.up == [(4 + 0 + 8 + 4,)]
+    assert [t.storage_offset() for t in tensors] == [0, 4, 4, 12]  # multiples of 16 bytes
+    assert [t.tolist() for t in transfers.to_device_packed(lists, "cpu", np.int32)] == [list(x) for x in lists]
+
+
+def test_a_buffer_of_two_axes_keeps_what_is_behind(gpu: FakeGpu) -> None:
+    buffer = torch.zeros(4, 8, dtype=torch.int32, device=GPU)
+    values = np.arange(12, dtype=np.int32).reshape(3, 4)[:, :2]
+    with gpu.step() as account:
+        transfers.copy_to(buffer, values)
+    assert account.up == [(3, 2)]
+    on_the_host = torch.full((4, 8), -1)
+    transfers.copy_to(on_the_host, values)
+    assert on_the_host[:3, :2].tolist() == values.tolist() and int(on_the_host.sum()) == values.sum() - 26
+
+
+@pytest.mark.usefixtures("mode")
 def test_transfers_are_counted(gpu: FakeGpu) -> None:
     buffer = torch.zeros(8, dtype=torch.int64, device=GPU)
     with gpu.step() as account:

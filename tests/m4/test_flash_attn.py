@@ -20,6 +20,7 @@ from folovllm.attention.backends import flash_attn
 from folovllm.attention.backends.flash_attn import FlashAttnBackend, FlashMetadata
 from folovllm.attention.backends.torch_naive import TorchNaiveBackend
 from folovllm.attention.selector import get_attn_backend, refusal
+from tests.fake_gpu import fake_gpu
 from tests.m4.conformance import BLOCK_SIZES, GROUPS, check, make_batch, random_batch
 
 pytestmark = pytest.mark.m4
@@ -128,13 +129,11 @@ def test_what_the_layers_share(package: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("group", [1, 3])
-def test_torch_takes_the_call(group: int) -> None:
+def test_torch_takes_the_call(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real `varlen_attn`, on tensors that have shapes and a device but no data: arguments and result fit."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     if not flash_attn._torch_has_pages():
         pytest.skip("torch < 2.12")
-    with FakeTensorMode():
+    with fake_gpu(monkeypatch):
         spec = AttentionSpec(2 * group, 2, 64, torch.bfloat16, CUDA, 256)
         backend = FlashAttnBackend(spec)
         query = torch.empty(5, 2 * group, 64, dtype=spec.dtype, device=CUDA)

@@ -14,13 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from folovllm.sample.logprobs import logprobs_to_host, rank_logprobs
 from folovllm.sample.metadata import SamplingMetadata, SamplingRow
 from folovllm.sample.ops import topk_topp
 from folovllm.sample.ops.noise import exponential_noise
 from folovllm.sample.ops.penalties import apply_penalties_, build_penalties
 from folovllm.sample.ops.select import first_argmax, largest
 from folovllm.sample.ops.shortlist import SHORTLIST_SIZE, Shortlist
-from folovllm.sample.sampler import Sampler
+from folovllm.sample.sampler import LogprobsMode, Sampler
 from folovllm.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.m4
@@ -29,8 +30,8 @@ INF = math.inf
 KINDS = ["normal", "flat", "peaked", "ties", "bf16", "all equal", "two values", "masked", "almost empty", "huge"]
 
 
-def shortlist_sampler() -> Sampler:
-    sampler = Sampler()
+def shortlist_sampler(mode: LogprobsMode = "raw_logprobs") -> Sampler:
+    sampler = Sampler(mode)
     sampler.use_backend("shortlist")
     return sampler
 
@@ -82,12 +83,23 @@ def oracle(logits: torch.Tensor, rows: list[SamplingParams], seeds: list[int]) -
     return torch.where(greedy, logits.float().argmax(-1), race), processed
 
 
+def sample_twice(sampler: Sampler, logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
+    """The two halves of the draw, as `forward` runs them: on the device, and then what the host finds to be missing."""
+    before = logits.clone()
+    drawn = sampler.sample(logits, metadata)
+    missing = (drawn < 0).nonzero().flatten().tolist()
+    assert torch.equal(logits[missing], before[missing]), "a row that is not decided has changed"
+    sampler.sample_again_(drawn, logits, metadata, missing)
+    return drawn
+
+
 def check(logits: torch.Tensor, params: list[SamplingParams], seed: int, sampler: Sampler | None = None) -> None:
     seeds = list(range(seed, seed + len(params)))
     rows = [SamplingRow(p, [], [], None, s, []) for p, s in zip(params, seeds, strict=True)]
     metadata = SamplingMetadata.build(rows, logits.shape[1], "cpu")
     ours = logits.float().clone()
-    drawn = (sampler or shortlist_sampler()).sample(ours, metadata)
+    # In this mode, the steps leave the logits as they have changed them.
+    drawn = sample_twice(sampler or shortlist_sampler("processed_logits"), ours, metadata)
     tokens, processed = oracle(logits, params, seeds)
     assert drawn.tolist() == tokens.tolist()
     random = [i for i, p in enumerate(params) if not p.is_greedy]
@@ -116,7 +128,7 @@ def test_tokens_and_logits_equal_the_definition(
     n = len(settings_)
     logits = torch.cat([make_logits(kind, 1, vocab_size, seed + i) for i, kind in enumerate(kinds[:n])])
     params = [SamplingParams(**s) for s in settings_]
-    for sampler in (shortlist_sampler(), Sampler()):  # and the textbook path
+    for sampler in (shortlist_sampler("processed_logits"), Sampler()):  # and the textbook path
         check(logits, params, seed, sampler)
 
 
@@ -150,14 +162,14 @@ def test_two_thousand_peaked_rows_with_ties() -> None:
 def count_long_rows(logits: torch.Tensor, monkeypatch: pytest.MonkeyPatch, **setting: Any) -> dict[str, int]:
     """How many rows each step could not decide on the shortlist."""
     counts: dict[str, int] = {}
-    for name in ("apply_min_p_", "apply_top_k_", "apply_top_p_", "random_sample"):
-        original = getattr(topk_topp, name)
+    for name in ("apply_min_p_", "apply_top_k_", "apply_top_p_", "exponential_noise"):
+        original = getattr(Sampler, name)
 
-        def counted(values: torch.Tensor, *rest: Any, name: str = name, original: Any = original) -> Any:
+        def counted(values: Any, *rest: Any, name: str = name, original: Any = original) -> Any:
             counts[name] = counts.get(name, 0) + len(values)
             return original(values, *rest)
 
-        monkeypatch.setattr(topk_topp, name, counted)
+        monkeypatch.setattr(Sampler, name, staticmethod(counted))
     rows = [SamplingRow(SamplingParams(temperature=0.8, **setting), [], [], None, i, []) for i in range(len(logits))]
     shortlist_sampler().forward(logits, SamplingMetadata.build(rows, logits.shape[1], "cpu"))
     return counts
@@ -170,7 +182,28 @@ def test_peaked_rows_never_take_the_long_way(setting: dict[str, Any], monkeypatc
 
 def test_only_the_rows_that_need_it_take_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.cat([make_logits("peaked", 6, 8192, 0), make_logits("flat", 2, 8192, 0)])
-    assert count_long_rows(logits, monkeypatch, top_p=0.95) == {"apply_top_p_": 2, "random_sample": 2}
+    assert count_long_rows(logits, monkeypatch, top_p=0.95) == {"apply_top_p_": 2, "exponential_noise": 2}
+
+
+def test_rows_that_nothing_truncates_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a batch where other rows are truncated. They draw from all tokens, and the host knows which rows these are."""
+    params = [SamplingParams(temperature=t, top_p=p) for t, p in [(0.8, 0.9), (0.8, 1.0), (0.0, 0.5), (2.0, 1.0)]] * 4
+    rows = [SamplingRow(p, [], [], None, i, []) for i, p in enumerate(params)]
+    monkeypatch.setattr("folovllm.sample.sampler._GROUP_ELEMENTS", 3 * 8192)  # groups of 3 rows
+    logits = make_logits("peaked", 16, 8192, 1)
+    metadata = SamplingMetadata.build(rows, 8192, "cpu")
+    drawn = shortlist_sampler().sample(logits.clone(), metadata)
+    assert metadata.untruncated == [1, 3, 5, 7, 9, 11, 13, 15]
+    assert drawn.tolist() == oracle(logits, params, list(range(16)))[0].tolist(), "no row is drawn again"
+
+
+@pytest.mark.parametrize("number", [{"top_p": 1 - 1e-9}, {"min_p": 1e-60}])
+def test_numbers_that_float32_rounds_to_off_are_off(number: dict[str, float]) -> None:
+    """The steps compare in float32. A row for which the host takes a step for on would be drawn twice, always."""
+    params = [SamplingParams(**number), SamplingParams(top_p=0.9)]
+    rows = [SamplingRow(p, [], [], None, 0, []) for p in params]
+    assert SamplingMetadata.build(rows, 100, "cpu").untruncated == [0]
+    assert not SamplingMetadata.build(rows[:1], 100, "cpu").truncates
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,11 +244,21 @@ def test_the_buckets_leave_the_edge_of_rounding_to_sorting() -> None:
     assert topk_topp._nucleus(probs, torch.tensor(0.4)) is not None
 
 
-def test_a_row_that_took_the_long_way_stays_on_it() -> None:
+def test_a_row_that_is_not_proven_stays_as_it_is() -> None:
     logits = torch.cat([make_logits("peaked", 1, 8192, 0), make_logits("flat", 1, 8192, 0)])
     shortlist = Shortlist.build(logits)
+    flat = logits[1].clone()
     shortlist.apply_top_p_(logits, torch.tensor([0.95, 0.95]))
     assert shortlist.usable.tolist() == [True, False] and shortlist.closed.tolist() == [True, False]
+    shortlist.apply_top_k_(logits, torch.tensor([5, 5]), 5)  # top_k alone could be proven
+    assert shortlist.usable.tolist() == [True, False] and torch.equal(logits[1], flat)
+    assert shortlist.random_sample(logits.softmax(-1), [0, 0], [0, 0]).tolist()[1] == -1
+
+
+def test_a_row_that_no_step_has_closed_is_not_drawn_from_the_list() -> None:
+    logits = make_logits("peaked", 2, 8192, 0)
+    drawn = Shortlist.build(logits, untruncated=[1]).random_sample(logits.softmax(-1), [0, 1], [0, 0])
+    assert drawn[0] == -1 and drawn[1] >= 0
 
 
 # ---- select
@@ -298,5 +341,5 @@ def test_penalties_on_cells_equal_penalties_on_the_whole_row() -> None:
 def test_the_most_likely_are_in_order_of_value_then_id(kind: str, k: int) -> None:
     logprobs = make_logits(kind, 4, 4096, 2)
     expected = logprobs.sort(dim=-1, descending=True, stable=True).indices[:, :k].tolist()
-    got = Sampler().gather_logprobs(logprobs, torch.zeros(4, dtype=torch.int64), k)
+    got = logprobs_to_host(rank_logprobs(logprobs, torch.zeros(4, dtype=torch.int64), [k] * 4))
     assert [one.token_ids[1:] for one in got] == expected

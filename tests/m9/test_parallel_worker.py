@@ -26,7 +26,8 @@ from folovllm.worker import worker as worker_module
 from folovllm.worker.model_runner import ModelRunner
 from folovllm.worker.profile_run import largest_step
 from folovllm.worker.worker import Worker, rank_device
-from tests.m4.test_device_neutral import META, REPLACED, OneDevice
+from tests.fake_gpu import OneDevice
+from tests.m4.test_device_neutral import META, REPLACED
 from tests.m7.quant_helpers import make_quantizable, quantize
 from tests.m9.parallel_models import make_parallel
 from tests.m9.thread_ranks import ThreadRanksExecutor

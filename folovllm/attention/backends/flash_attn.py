@@ -19,11 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 
 from folovllm.attention.backend import AttentionMetadata, AttentionSpec
 from folovllm.attention.backends.block_major import BlockMajorBackend
 from folovllm.platforms import refusal_of_gpu
+from folovllm.transfers import to_device_packed
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
@@ -66,11 +68,13 @@ class FlashAttnBackend(BlockMajorBackend):
         return _refusal_of_spec(spec) or _refusal_of_machine(spec)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
-        start, lens, device = metadata.query_start_loc, metadata.seq_lens, metadata.block_table.device
+        start, lens = metadata.query_start_loc, metadata.seq_lens
+        lists = (start, [0, *accumulate(lens)], lens)
+        cu_seq_q, cu_seq_k, seqused_k = to_device_packed(lists, metadata.block_table.device, np.int32)
         metadata.prepared = FlashMetadata(
-            cu_seq_q=torch.tensor(start, dtype=torch.int32, device=device),
-            cu_seq_k=torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=device),
-            seqused_k=torch.tensor(lens, dtype=torch.int32, device=device),
+            cu_seq_q=cu_seq_q,
+            cu_seq_k=cu_seq_k,
+            seqused_k=seqused_k,
             block_table=metadata.block_table.contiguous(),
             max_q=max(end - first for first, end in pairwise(start)),
             max_k=max(lens),

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from folovllm.attention.backend import AttentionMetadata
 from folovllm.attention.backends.block_major import BlockMajorBackend
+from folovllm.transfers import to_device
 
 _SMALLEST_BUCKET = 64  # keys; padding fewer than this costs less than one more call
 # Keys gathered for one call. The copied keys should still be in the processor's cache when they are read: in decode of
@@ -47,11 +48,11 @@ class TorchSdpaBackend(BlockMajorBackend):
         members: dict[tuple[int, int], list[int]] = {}
         for i in range(metadata.num_reqs):
             members.setdefault((start[i + 1] - start[i], _bucket(lens[i])), []).append(i)
-        metadata.prepared = []
+        calls = []
         for (q_len, bucket), requests in members.items():
             per_call = max(1, _MOST_KEYS // bucket)
-            for first in range(0, len(requests), per_call):
-                metadata.prepared.append(make_group(metadata, q_len, requests[first : first + per_call]))
+            calls += [(q_len, requests[i : i + per_call]) for i in range(0, len(requests), per_call)]
+        metadata.prepared = make_groups(metadata, calls)
 
     def forward(self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         by_slot = self.by_slot(kv_cache)
@@ -85,17 +86,35 @@ class TorchSdpaBackend(BlockMajorBackend):
         return out.transpose(1, 2)
 
 
-def make_group(metadata: AttentionMetadata, q_len: int, requests: list[int]) -> SdpaGroup:
-    """Returns where the rows and the keys of these requests are. Each request has q_len new tokens."""
-    device, block_size = metadata.block_table.device, metadata.block_size
-    first_rows = torch.tensor([metadata.query_start_loc[i] for i in requests], device=device)  # [num_reqs]
-    lens = torch.tensor([metadata.seq_lens[i] for i in requests], device=device).unsqueeze(1)  # [num_reqs, 1]
-    positions = torch.arange(max(metadata.seq_lens[i] for i in requests), device=device)  # [max_len]
+def make_groups(metadata: AttentionMetadata, calls: list[tuple[int, list[int]]]) -> list[SdpaGroup]:
+    """Returns a group for each (q_len, requests). What the device must know of all requests is copied to it once."""
+    order = [i for _, requests in calls for i in requests]
+    numbers = [order, [metadata.query_start_loc[i] for i in order], [metadata.seq_lens[i] for i in order]]
+    by_call = to_device(numbers, metadata.block_table.device).split([len(requests) for _, requests in calls], dim=1)
+    return [make_group(metadata, *call, *columns) for call, columns in zip(calls, by_call, strict=True)]
+
+
+def make_group(
+    metadata: AttentionMetadata,
+    q_len: int,
+    requests: list[int],
+    numbers: torch.Tensor,
+    first_rows: torch.Tensor,
+    lens: torch.Tensor,
+) -> SdpaGroup:
+    """Returns where the rows and the keys of these requests are. Each request has q_len new tokens.
+
+    On the device are the numbers of the requests, their first rows and their lengths, all [num_reqs] int64.
+    """
+    device, block_size, seq_lens = lens.device, metadata.block_size, [metadata.seq_lens[i] for i in requests]
+    lens = lens.unsqueeze(1)  # [num_reqs, 1]
+    positions = torch.arange(max(seq_lens), device=device)  # [max_len]
     # Padding repeats the last token of the sequence itself. The mask gives it the weight 0, but 0 * NaN is NaN: slots
     # behind the end of a sequence may hold anything and must not even be multiplied by zero.
     own = torch.minimum(positions, lens - 1)  # [num_reqs, max_len]
-    block_ids = metadata.block_table[requests].gather(1, own // block_size).long()  # [num_reqs, max_len]
-    mask, is_causal = visible(q_len, [metadata.seq_lens[i] for i in requests], positions, lens)
+    table = metadata.block_table.index_select(0, numbers)  # [num_reqs, max_blocks_per_req]
+    block_ids = table.gather(1, own // block_size).long()  # [num_reqs, max_len]
+    mask, is_causal = visible(q_len, seq_lens, positions, lens)
     rows = first_rows.unsqueeze(1) + torch.arange(q_len, device=device)  # [num_reqs, q_len]
     return SdpaGroup(rows, (block_ids * block_size + own % block_size).flatten(), mask, is_causal)
 

@@ -9,11 +9,13 @@ and the keys of a request with one new token are split into parts. Neither kerne
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from folovllm.attention.backend import AttentionMetadata, AttentionSpec
 from folovllm.attention.backends.block_major import BlockMajorBackend
 from folovllm.platforms import refusal_of_gpu
+from folovllm.transfers import to_device_packed
 from folovllm.utils import cdiv
 
 try:
@@ -91,11 +93,13 @@ class TritonPagedBackend(BlockMajorBackend):
         tiles = [(i, first) for i, q_len in enumerate(q_lens) if q_len > 1 for first in range(0, q_len, per_tile)]
         singles = [i for i, q_len in enumerate(q_lens) if q_len == 1]
         longest = max((metadata.seq_lens[i] for i in singles), default=0)
+        lists = (start, metadata.seq_lens, [number for tile in tiles for number in tile], singles)
+        query_start_loc, seq_lens, flat_tiles, singles_on_device = to_device_packed(lists, device, np.int32)
         metadata.prepared = TritonMetadata(
-            query_start_loc=torch.tensor(start, dtype=torch.int32, device=device),
-            seq_lens=torch.tensor(metadata.seq_lens, dtype=torch.int32, device=device),
-            tiles=torch.tensor(tiles, dtype=torch.int32, device=device),
-            singles=torch.tensor(singles, dtype=torch.int32, device=device),
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
+            tiles=flat_tiles.view(-1, 2),
+            singles=singles_on_device,
             max_splits=cdiv(longest, SPLIT_KV),
         )
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from folovllm.transfers import to_device
+
 NEG_INF = float("-inf")
 
 
@@ -34,8 +36,8 @@ class TokenPairs:
         """Returns None if there is no cell, so that the sampler skips the step."""
         if not cells:
             return None
-        index = torch.tensor(cells, dtype=torch.int64, device=device)  # [N, 2]
-        numbers = None if values is None else torch.tensor(values, dtype=torch.float32, device=device)  # [N]
+        index = to_device(cells, device, torch.int64)  # [N, 2]
+        numbers = None if values is None else to_device(values, device, torch.float32)  # [N]
         return cls(index[:, 0], index[:, 1], numbers)
 
 
@@ -46,7 +48,15 @@ def apply_allowed_token_ids_(logits: torch.Tensor, forbidden: torch.Tensor) -> N
 
 def mask_tokens_(logits: torch.Tensor, cells: TokenPairs) -> None:
     """Sets the given cells of `logits [R, V]` to -inf (bad words, and the stop ids below min_tokens)."""
-    logits[cells.rows, cells.token_ids] = NEG_INF
+    set_cells_(logits, cells, NEG_INF)
+
+
+def set_cells_(matrix: torch.Tensor, cells: TokenPairs, value: float) -> None:
+    """Sets the given cells of `matrix [R, V]` to one value.
+
+    `matrix[rows, ids] = value` would do the same, but it makes a tensor on the host and copies that to a GPU.
+    """
+    matrix.index_put_((cells.rows, cells.token_ids), matrix.new_full((), value))
 
 
 def apply_logit_bias_(logits: torch.Tensor, cells: TokenPairs) -> None:
@@ -101,11 +111,11 @@ def unmasked_choice(logits: torch.Tensor, fallback: torch.Tensor | None = None) 
 
 
 def revive_empty_rows_(logits: torch.Tensor, choice: torch.Tensor) -> None:
-    """Give rows of `logits [R, V]` that have only -inf left one token: `choice[r]` gets logit 0, so probability 1.
+    """Gives rows of `logits [R, V]` that have only -inf left one token: `choice[r]` gets logit 0, so probability 1.
 
     Such a row has no distribution (softmax is 0/0 = NaN), and a NaN must not reach the draw. With exactly one finite
     entry every later step works and picks it, greedy or not; rows that are not empty keep their value.
     """
     empty = logits.amax(dim=-1, keepdim=True) == NEG_INF  # [R, 1]
     cell = choice.unsqueeze(-1)  # [R, 1]
-    logits.scatter_(1, cell, torch.where(empty, 0.0, logits.gather(1, cell)))
+    logits.scatter_(1, cell, logits.gather(1, cell).masked_fill_(empty, 0.0))

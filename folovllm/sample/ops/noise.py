@@ -27,7 +27,10 @@ uniform number; the logarithm at the end may differ in its last bit between devi
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+
+from folovllm.transfers import to_device
 
 _MASK64 = 2**64 - 1
 _LARGEST_BELOW_ONE = 1.0 - 2.0**-24  # the float32 just below 1
@@ -72,7 +75,9 @@ def random_key(seed: int, output_index: int) -> int:
 
 
 def _splitmix64(x: int) -> int:
-    """splitmix64's step: add the golden-ratio increment (so that 0 does not map to 0), then its 64-bit finaliser."""
+    """Runs splitmix64's step: adds the golden-ratio increment (so that 0 does not map to 0), then its 64-bit
+    finaliser.
+    """
     x = (x + 0x9E3779B97F4A7C15) & _MASK64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
@@ -80,19 +85,18 @@ def _splitmix64(x: int) -> int:
 
 
 def _row_keys(seeds: Sequence[int], output_indices: Sequence[int], device: torch.device | str) -> torch.Tensor:
-    """One key per row as two int32 halves. Returns int32 `[num_rows, 2]`."""
-    assert len(seeds) == len(output_indices)
-    keys = [_signed(random_key(s, i), 64) for s, i in zip(seeds, output_indices, strict=True)]
-    # Reading each int64 as two int32 splits it into halves without any arithmetic.
-    return torch.tensor(keys, dtype=torch.int64).view(torch.int32).view(-1, 2).to(device)  # [R, 2]
+    """Returns one key per row as two int32 halves, `[num_rows, 2]`."""
+    keys = [random_key(s, i) for s, i in zip(seeds, output_indices, strict=True)]
+    # Reading each 64-bit key as two int32 splits it into halves without any arithmetic.
+    return to_device(np.array(keys, dtype=np.uint64).view(np.int32).reshape(-1, 2), device)  # [R, 2]
 
 
 def _hash(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """32 well-mixed bits for every (row key, token id).
+    """Computes 32 well-mixed bits for every (row key, token id).
 
-    A bijective mixer in the style of "triple32": three multiplications by odd numbers, each of which carries low bits
-    upwards, between xor-shifts that bring high bits down again. The second key half goes in *between*: with the first
-    alone, two rows whose keys are close would see the same numbers at neighbouring token ids.
+    It is a bijective mixer in the style of "triple32": three multiplications by odd numbers, each of which carries low
+    bits upwards, between xor-shifts that bring high bits down again. The second key half goes in *between*: with the
+    first alone, two rows whose keys are close would see the same numbers at neighbouring token ids.
 
     Args:
         keys: int32 `[R, 2]`.
@@ -114,14 +118,16 @@ def _hash(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _xor_shift_(x: torch.Tensor, shift: int, scratch: torch.Tensor) -> None:
-    """x ^= x >>> shift, in place. torch's >> copies the sign bit downwards, so those copies are cleared by hand."""
+    """Computes x ^= x >>> shift in place. torch's >> copies the sign bit downwards, so these copies are cleared after
+    it.
+    """
     torch.bitwise_right_shift(x, shift, out=scratch)
     scratch &= (1 << (32 - shift)) - 1
     x ^= scratch
 
 
 def _exponential(bits: torch.Tensor) -> torch.Tensor:
-    """Turn hashed bits into Exp(1) noise, q = -log(u) with u uniform in (0, 1). Consumes `bits`.
+    """Turns hashed bits into Exp(1) noise, q = -log(u) with u uniform in (0, 1). Consumes `bits`.
 
     The race is decided among the *smallest* q, that is for u close to 1, where float32 is coarse: its step there is
     2^-24, so in a vocabulary of 50,000 several clocks would ring at the same time. We therefore make v = 1 - u from the
@@ -136,5 +142,5 @@ def _exponential(bits: torch.Tensor) -> torch.Tensor:
 
 
 def _signed(value: int, bits: int) -> int:
-    """The two's complement reading of an unsigned number: torch has no arithmetic on unsigned tensors."""
+    """Returns the two's complement reading of an unsigned number: torch has no arithmetic on unsigned tensors."""
     return value - (1 << bits) if value >> (bits - 1) else value

@@ -4,10 +4,14 @@ Milestone: M1. vLLM counterparts: vllm/v1/sample/ops/penalties.py, vllm/model_ex
 keeping the counts between steps (they are counted anew in each step, see `build_penalties`).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from folovllm.transfers import to_device
 
 
 @dataclass(frozen=True)
@@ -22,19 +26,6 @@ class Penalties:
     presence_penalties: torch.Tensor  # [N] float32
 
 
-def count_tokens(token_ids: Sequence[Sequence[int]], vocab_size: int, device: torch.device | str) -> torch.Tensor:
-    """Counts how often every token occurs in every list. Returns float32 `[P, V]`.
-
-    All lists are counted by one scatter: token t of list r adds 1 to cell r * V + t. E.g. [[1, 1, 3]], V=4 -> [[0, 2,
-    0, 1]].
-    """
-    cells = [row * vocab_size + t for row, ids in enumerate(token_ids) for t in ids]
-    counts = torch.zeros(len(token_ids) * vocab_size, dtype=torch.float32, device=device)  # [P * V]
-    index = torch.tensor(cells, dtype=torch.int64, device=device)  # [N]
-    counts.index_add_(0, index, torch.ones(len(cells), dtype=torch.float32, device=device))
-    return counts.view(len(token_ids), vocab_size)  # [P, V]
-
-
 def build_penalties(
     rows: Sequence[int],
     prompts: Sequence[Sequence[int]],
@@ -43,7 +34,9 @@ def build_penalties(
     vocab_size: int,
     device: torch.device | str,
 ) -> Penalties:
-    """Counts the tokens of the penalised rows.
+    """Counts the tokens of the penalised rows, on the host.
+
+    E.g. rows [4], outputs [[1, 1, 3]]: cells (4, 1) and (4, 3) with output_counts 2 and 1.
 
     Args:
         rows: row numbers in the logits, `P` of them; the other lists have one entry for each.
@@ -52,15 +45,24 @@ def build_penalties(
     This reads prompt and output again in every step: O(length) for each penalised request, and only for those. Counts
     that are kept between steps would be faster, but preemption would have to keep them right.
     """
-    # A prompt matters to the repetition penalty alone; do not walk it when that is off (1.0).
-    repeated = [p if s[0] != 1.0 else () for p, s in zip(prompts, strengths, strict=True)]
-    seen = [{*p, *o} for p, o in zip(repeated, outputs, strict=True)]
-    which = torch.tensor([i for i, ids in enumerate(seen) for _ in ids], dtype=torch.int64, device=device)  # [N]
-    token_ids = torch.tensor([t for ids in seen for t in ids], dtype=torch.int64, device=device)  # [N]
-    output_counts = count_tokens(outputs, vocab_size, device)[which, token_ids]  # [N]
-    per_cell = torch.tensor(strengths, dtype=torch.float32, device=device)[which]  # [N, 3]
-    index = torch.tensor(rows, dtype=torch.int64, device=device)  # [P]
-    return Penalties(index[which], token_ids, output_counts, *per_cell.unbind(1))
+    counts = [_occurrences(p if s[0] != 1.0 else (), o) for p, o, s in zip(prompts, outputs, strengths, strict=True)]
+    token_ids = np.array([t for row in counts for t in row], dtype=np.int64)  # [N]
+    output_counts = np.array([n for row in counts for n in row.values()], dtype=np.float32)  # [N]
+    place = np.repeat(np.arange(len(rows)), [len(row) for row in counts])  # [N]
+    inside = (token_ids >= 0) & (token_ids < vocab_size)  # [N]; an id beyond would be a cell of another row, or none
+    index = np.stack([np.array(rows, dtype=np.int64)[place], token_ids])[:, inside]  # [2, N]
+    numbers = np.vstack([output_counts, np.array(strengths, dtype=np.float32)[place].T])[:, inside]  # [4, N]
+    return Penalties(*to_device(index, device), *to_device(numbers, device))
+
+
+def _occurrences(prompt: Sequence[int], output: Sequence[int]) -> dict[int, int]:
+    """Returns how often each token of a request occurs in its output. The prompt's own tokens have 0.
+
+    A prompt matters to the repetition penalty alone, so the caller passes none if that is off (1.0).
+    """
+    counts = Counter(dict.fromkeys(prompt, 0))
+    counts.update(output)
+    return counts
 
 
 def apply_penalties_(logits: torch.Tensor, penalties: Penalties) -> None:

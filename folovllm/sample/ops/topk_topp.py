@@ -30,7 +30,7 @@ def apply_temperature_(logits: torch.Tensor, temperature: torch.Tensor) -> None:
     Greedy rows (temperature 0) are divided by 1. They are here only because another row of the batch draws, and the
     result of their own draw is discarded.
     """
-    logits /= torch.where(temperature < GREEDY_EPSILON, 1.0, temperature).unsqueeze(1)
+    logits /= temperature.masked_fill(temperature < GREEDY_EPSILON, 1.0).unsqueeze(1)
 
 
 def apply_min_p_(logits: torch.Tensor, min_p: torch.Tensor) -> None:
@@ -70,6 +70,12 @@ def apply_top_p_(logits: torch.Tensor, top_p: torch.Tensor) -> None:
     Worked example: probabilities [0.5, 0.3, 0.15, 0.05], p = 0.7 -> ascending cumulative sums [0.05, 0.2, 0.5, 1.0] ->
     those <= 0.3 go, that is 0.05 and 0.15 -> [0.5, 0.3] stay (0.5 alone has not reached 0.7).
     """
+    by_device = _top_p_of_each_row_ if logits.device.type == "cpu" else _top_p_of_all_rows_
+    by_device(logits, top_p)
+
+
+def _top_p_of_each_row_(logits: torch.Tensor, top_p: torch.Tensor) -> None:
+    """Runs `apply_top_p_` row by row, so that a CPU has to sort only few tokens. On a GPU, each row would be a wait."""
     probs = logits.softmax(dim=-1)  # [R, V]
     limits = 1 - top_p  # [R]
     for row in (top_p < 1).nonzero().squeeze(1).tolist():
@@ -79,12 +85,23 @@ def apply_top_p_(logits: torch.Tensor, top_p: torch.Tensor) -> None:
         logits[row].masked_fill_(~keep, NEG_INF)
 
 
+def _top_p_of_all_rows_(logits: torch.Tensor, top_p: torch.Tensor) -> None:
+    """Runs `apply_top_p_` by sorting all rows, for a GPU: the host does not wait for anything."""
+    keep = nucleus_by_sorting(logits.softmax(dim=-1), 1 - top_p)  # [R, V]
+    keep |= (top_p >= 1).unsqueeze(1)
+    logits.masked_fill_(~keep, NEG_INF)
+
+
 def nucleus_by_sorting(probs: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """Returns which tokens of `probs [V]` top_p keeps if up to `limit` may go, by definition. Bool `[V]`."""
-    ascending, order = probs.sort(stable=True)  # [V], [V]; order: the token ids
-    keep = ascending.cumsum(dim=0) > limit  # [V]
-    keep[-1] = True  # the likeliest stays, however small p is
-    return torch.empty_like(keep).scatter_(0, order, keep)
+    """Returns which tokens of `probs [..., V]` top_p keeps if up to `limit [...]` may go, by definition. Bool, `[...,
+    V]`.
+
+    On a CPU, a float32 cumsum runs in float64 and rounds each sum to float32. A GPU has to be told to do the same.
+    """
+    ascending, order = probs.sort(dim=-1, stable=True)  # [..., V], [..., V]; order: the token ids
+    keep = ascending.cumsum(dim=-1, dtype=torch.float64).float() > limit.unsqueeze(-1)  # [..., V]
+    keep[..., -1].fill_(True)  # the likeliest stays, however small p is
+    return torch.empty_like(keep).scatter_(-1, order, keep)
 
 
 def _nucleus(probs: torch.Tensor, limit: torch.Tensor) -> torch.Tensor | None:
@@ -116,8 +133,8 @@ def mass_exceeds(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns whether sums of probabilities exceed a limit, and whether the order of summation cannot change that.
 
-    torch sums a cumsum in float64, from the smallest up, and rounds the result to float32. Here the same numbers are
-    added in another order, which changes a sum by less than 1e-10. The answer is sure if shifting the sum by that much
+    `nucleus_by_sorting` adds in float64, from the smallest up, and rounds to float32. Here the same numbers are added
+    in another order, which changes a sum by less than 1e-10. The answer is sure if shifting the sum by that much
     changes nothing after the rounding.
 
     Args:
