@@ -237,7 +237,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "penalties": {"repetition_penalty": 1.2, "frequency_penalty": 0.5, "presence_penalty": 0.1},
     "logit_bias": {"logit_bias": {7: 2.0, 9: -100}},
     "allowed": {"allowed_token_ids": [5, 7, 9]},
-    "min_tokens": {"min_tokens": 3, "stop_token_ids": [4]},
+    "min_tokens": {"min_tokens": 2, "stop_token_ids": [4]},
     "logprobs": {"logprobs": 3},
     "chosen logprob": {"logprobs": 0, "temperature": 0.5},
     "prompt_logprobs": {"prompt_logprobs": 2},
