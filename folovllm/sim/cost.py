@@ -49,6 +49,30 @@ def calibration_of(hardware: str, uses_plain_torch: bool) -> Calibration:
     return CALIBRATIONS.get((hardware, "plain" if uses_plain_torch else "fast"), GPU_CALIBRATION)
 
 
+def visible_pairs(computed: int, new: int) -> int:
+    """The pairs (query, key) that the causal mask leaves to `new` tokens behind `computed` others."""
+    return new * computed + new * (new + 1) // 2
+
+
+def layer_weights(arch: ModelArchitecture) -> int:
+    """The weights that every token is multiplied with: all but the embeddings and the head."""
+    embeddings = (1 if arch.tie_word_embeddings else 2) * arch.vocab_size * arch.hidden_size
+    return arch.num_parameters() - embeddings
+
+
+def step_flops(arch: ModelArchitecture, work: Iterable[tuple[int, int]], num_sampled: int) -> float:
+    """The operations of a step that computes `new` tokens behind `computed` others for each (computed, new)."""
+    work = list(work)
+    flops = 2.0 * layer_weights(arch) * sum(new for _, new in work)
+    flops += 2.0 * arch.vocab_size * arch.hidden_size * num_sampled
+    return flops + 4.0 * arch.num_hidden_layers * arch.q_size * sum(visible_pairs(*each) for each in work)
+
+
+def kv_bytes(arch: ModelArchitecture, work: Iterable[tuple[int, int]], dtype_bytes: int) -> int:
+    """The bytes of K and V that such a step moves: those of computed tokens are read, and the new ones are written."""
+    return arch.kv_bytes_per_token(dtype_bytes) * sum(computed + new for computed, new in work)
+
+
 @dataclass(frozen=True)
 class StepCost:
     """One step: how much work it is, and how long it takes (seconds). Times are sums over the stages of a pipeline."""
@@ -123,19 +147,14 @@ class CostModel:
         """
         arch, work, tp_size = self.arch, list(work), self.parallel.tensor_parallel_size
         num_tokens = sum(new for _, new in work)
-        pairs = sum(new * computed + new * (new + 1) // 2 for computed, new in work)  # (query, key) under the mask
-        flops = 2.0 * self._layer_weights * num_tokens
-        flops += 2.0 * arch.vocab_size * arch.hidden_size * num_sampled
-        flops += 4.0 * arch.num_hidden_layers * arch.q_size * pairs
-        kv_tokens = sum(computed + new for computed, new in work)  # K and V are read, and the new ones are written
-        kv_bytes = arch.kv_bytes_per_token(self.dtype_bytes) * kv_tokens
+        flops, num_kv_bytes = step_flops(arch, work, num_sampled), kv_bytes(arch, work, self.dtype_bytes)
         kv_parts = min(tp_size, arch.num_key_value_heads)  # with more ranks than KV heads, several hold the same head
         bandwidth = self.hardware.bandwidth * self.num_gpus
         return StepCost(
             flops,
-            self.weight_bytes + kv_bytes if work else 0.0,
+            self.weight_bytes + num_kv_bytes if work else 0.0,
             compute=flops / (self.hardware.flops * self.calibration.compute * self.num_gpus * tp_size),
-            memory=(self.weight_bytes / tp_size + kv_bytes / kv_parts) / bandwidth if work else 0.0,
+            memory=(self.weight_bytes / tp_size + num_kv_bytes / kv_parts) / bandwidth if work else 0.0,
             overhead=self.calibration.overhead,
             communication=self.communication(num_tokens, num_sampled) if work else 0.0,
             num_stages=self.parallel.pipeline_parallel_size,
@@ -157,9 +176,3 @@ class CostModel:
         """What the first rank of each stage says to the others."""
         ranks = range(0, self.parallel.world_size, self.parallel.tensor_parallel_size)
         return [CommunicationPlan(self.arch, self.parallel.shard(rank), self.dtype_bytes) for rank in ranks]
-
-    @property
-    def _layer_weights(self) -> int:
-        """The weights that every token is multiplied with: all but the embeddings and the head."""
-        embeddings = (1 if self.arch.tie_word_embeddings else 2) * self.arch.vocab_size * self.arch.hidden_size
-        return self.arch.num_parameters() - embeddings

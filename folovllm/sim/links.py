@@ -34,6 +34,7 @@ class Link:
 
 
 LINKS: dict[str, Link] = {
+    "nvlink5": Link("NVLink 5", 900e9, 0.6e-6, "https://www.nvidia.com/en-us/data-center/dgx-b200/"),
     "nvlink4": Link("NVLink 4", 450e9, 0.6e-6, "https://www.nvidia.com/en-us/data-center/h100/"),
     "nvlink3": Link("NVLink 3", 300e9, 0.6e-6, "https://www.nvidia.com/en-us/data-center/a100/"),
     "pcie5": Link("PCIe 5 x16", 64e9, 1.0e-6, "https://www.nvidia.com/en-us/data-center/h100/"),

@@ -266,7 +266,7 @@ def test_the_command_tells_of_ranks_and_their_link() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--link", "nvlink5"], "unknown link 'nvlink5'; did you mean 'nvlink"),
+        (["--link", "nvlink9"], "unknown link 'nvlink9'; did you mean 'nvlink"),
         (["--replicas", "2", "--router", "prefixx"], "unknown router 'prefixx'; did you mean 'prefix'"),
         (["--router", "prefix,random", "--compare", "m1,m6"], "keep one of them to one name"),
         (["--replicas", "2", "--trace", "x.jsonl"], "a trace holds the steps of one engine, and there are 2"),

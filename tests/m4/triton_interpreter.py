@@ -24,6 +24,7 @@ import torch
 
 from folovllm.attention.backend import AttentionMetadata, AttentionSpec
 from folovllm.attention.backends.torch_naive import TorchNaiveBackend
+from folovllm.sim.kernel_cost import AttentionShape, attention_operation, write_operation
 from tests.m4.conformance import (
     BLOCK_SIZES,
     GROUPS,
@@ -167,6 +168,29 @@ def written_in_this_very_step(seed: int) -> None:
     batch = make_batch(rng_of(26, seed), [("prefill", 0, 20), ("prefix hit", 16, 5)], block_size=8)
     assert batch.history() is None
     check(backend_class(), batch, TorchNaiveBackend)
+
+
+def cost(
+    shapes: list[tuple[str, int, int]],
+    split_kv: int | None = None,
+    modelled_split_kv: int | None = None,
+    **batch_args: Any,
+) -> list[str]:
+    """Compares what the kernels do with the cost model. Returns the names of the kernels that ran."""
+    from folovllm.attention.backends import triton_paged
+    from tests.triton_helpers import counted
+
+    batch = make_batch(rng_of(31), shapes, **batch_args)
+    spec, requests = batch.spec, [(s.computed, s.new) for s in batch.sequences]
+    shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_size, spec.dtype.itemsize)
+    with cut_into(split_kv), counted() as works:
+        run(backend_class()(spec), batch)
+        split = modelled_split_kv or triton_paged.SPLIT_KV
+        attention = attention_operation(shape, requests, triton_paged.tile_sizes(spec), split)
+    written = write_operation(shape, sum(map(sum, requests)))  # a step before this one has written the computed tokens
+    expected = attention.kernels | written.kernels
+    assert works == expected, f"counted {works}, the model says {expected}"
+    return sorted(works)
 
 
 def copied_blocks() -> None:

@@ -22,6 +22,7 @@ from folovllm.model_executor.layers.quantization.kernels import KernelOptions
 from folovllm.model_executor.layers.quantization.packing import Packing
 from folovllm.model_executor.layers.quantization.quantized_linear import QuantizedLinear
 from folovllm.model_executor.layers.quantization.select import get_kernel
+from folovllm.sim.kernel_cost import GPTQShape, gptq_operation
 
 pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 
@@ -30,7 +31,15 @@ from folovllm.model_executor.layers.quantization.triton_gptq import pack_weight
 from tests.m4 import triton_interpreter
 from tests.m7.quant_helpers import make_quantizable, quantize, random_layer
 from tests.m7.test_gptq_linear import INPUT, LAYERS
-from tests.triton_helpers import spilled
+from tests.triton_helpers import (
+    CAPABILITIES,
+    MATRIX_UNITS,
+    check_fits,
+    compile_kernel,
+    counted,
+    loop_instructions,
+    matrix_units,
+)
 
 pytestmark = pytest.mark.m7
 
@@ -72,7 +81,7 @@ def product(
     bits: int = 4, group_size: int = 32, sym: bool = False, desc_act: bool = False, inputs: int = 96, outputs: int = 72,
     rows: int = 1, dtype: str = "fp32", programs: int = 8, bias: bool = False, mistake: str = "none",
 ) -> int:  # fmt: skip
-    """One multiplication, against the dequantised weights; how many parts the inputs were cut into."""
+    """One multiplication, against the dequantised weights. Returns the number of parts of the inputs."""
     config = GPTQConfig(bits, group_size, sym=sym, desc_act=desc_act)
     linear = random_layer(config, inputs, outputs)
     if sym:
@@ -91,6 +100,21 @@ def num_parts(weight: triton_gptq.TritonWeight, rows: int, dtype: torch.dtype, p
     return -(-weight.num_inputs // triton_gptq.inputs_per_part(blocks, weight.num_inputs, tiles.inputs, programs))
 
 
+def cost(rows: int, programs: int, outputs: int = 200, bits: int = 4, bias: bool = True) -> int:
+    """One multiplication, counted load by load, against the cost model. Returns the number of kernels."""
+    linear = random_layer(GPTQConfig(bits, 64, sym=False), 192, outputs)
+    weight = pack_weight(linear, bits)
+    tiles = triton_gptq.tile_sizes(rows, weight.group_size, torch.float16)
+    num_blocks = -(-outputs // tiles.outputs) * -(-rows // tiles.rows)
+    part_size = triton_gptq.inputs_per_part(num_blocks, weight.num_inputs, tiles.inputs, programs)
+    shape = GPTQShape(weight.num_inputs, outputs, bits, weight.group_size, bias=bias)
+    with counted() as works:
+        triton_gptq.multiply(some(rows, 192).half(), weight, some(outputs).half() if bias else None, programs)
+    expected = gptq_operation(shape, rows, tiles, part_size).kernels
+    assert works == expected, f"counted {works}, the model says {expected}"
+    return len(works)
+
+
 MISTAKES: dict[str, Any] = {
     "none": lambda weight: weight,
     "zeros of v1 as they are stored": lambda weight: dataclasses.replace(weight, zeros=weight.zeros - 1),
@@ -102,7 +126,7 @@ MISTAKES: dict[str, Any] = {
 
 
 def any_groups(rows: int) -> None:
-    """g_idx as no tool of ours writes it: groups of 1, 7, none and 56 inputs."""
+    """g_idx as none of our tools writes it: groups of 1, 7, none and 56 inputs."""
     g_idx = torch.tensor([0] + [1] * 7 + [3] * 56)[torch.randperm(64, generator=torch.Generator().manual_seed(3))]
     base = random_layer(GPTQConfig(4, 16, sym=False), 64, 40)
     linear = QuantizedLinear(base.levels, base.scales, base.zeros, g_idx.int())
@@ -133,7 +157,7 @@ def strided_rows() -> None:
 
 
 def layer(kind: str, desc_act: bool, one_order: bool, dtype: str) -> int:
-    """A layer of the model, loaded and multiplied; how many multiplications it is."""
+    """A layer of the model, loaded and multiplied. Returns the number of multiplications."""
     make, sizes = LAYERS[kind]
     config, options = GPTQConfig(4, 32, sym=False, desc_act=desc_act), KernelOptions(DTYPES[dtype])
     made = make(bias=True, quant_config=GPTQQuantization(config, "triton", options), prefix="x")
@@ -241,6 +265,16 @@ def test_inputs_cut_into_parts(interpreter: Interpreter, rows: int, programs: in
 @pytest.mark.parametrize("rows, programs", [(1, 1), (1, 99), (5, 1), (5, 99)])
 def test_no_weight_is_rounded(interpreter: Interpreter, dtype: str, rows: int, programs: int) -> None:
     interpreter.call("whole_numbers", dtype=dtype, rows=rows, programs=programs)
+
+
+@pytest.mark.parametrize("rows, programs, kernels", [(1, 1, 1), (1, 99, 2), (5, 1, 1), (17, 99, 2), (80, 1, 1)])
+def test_the_cost_model_names_what_the_kernels_move(
+    interpreter: Interpreter, rows: int, programs: int, kernels: int
+) -> None:
+    """Both kernels, alone and in parts, with blocks of rows and of outputs that are not full."""
+    assert (
+        interpreter.call("cost", rows=rows, programs=programs, bits=8 if rows == 5 else 4, bias=rows != 17) == kernels
+    )
 
 
 def test_rows_of_something_wider(interpreter: Interpreter) -> None:
@@ -363,60 +397,68 @@ def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # --- compiled, not run ------------------------------------------------------------------------------------------------
 
-TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-SMALLEST_SHARED_MEMORY = 99 * 1024  # of compute capability 8.6, per program; 8.0 has 163 KB and 9.0 has 227
+KERNELS = (("gemv_kernel", 1), ("tile_kernel", 16), ("tile_kernel", 64), ("merge_kernel", 1))  # and rows of x
+CHECKPOINTS = [(torch.bfloat16, 4, 64), (torch.float16, 8, 128), (torch.bfloat16, 2, 32), (torch.float32, 4, 64)]
 
 
-def compile_kernel(name: str, dtype: torch.dtype, bits: int, rows: int, group_size: int, capability: int) -> Any:
-    """Machine code of a kernel, as `multiply` launches it, for a GPU of this capability; the compiler needs none."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def compile_gptq(name: str, dtype: torch.dtype, bits: int, rows: int, group_size: int, capability: int) -> Any:
+    """As `multiply` launches it."""
     kernel, tiles = getattr(triton_gptq, name), triton_gptq.tile_sizes(rows, group_size, dtype)
     constants: dict[str, Any] = {
         "BITS": bits, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.outputs, "BLOCK_K": tiles.inputs, "BLOCK": 1024,
         "DOT_DTYPE": triton_gptq.dot_dtype(dtype), "bias_ptr": None if bits == 8 else "given",
     }  # fmt: skip
     constants = {arg: value for arg, value in constants.items() if arg in kernel.arg_names and value != "given"}
-    pointers = {"words_ptr": "*i32", "zeros_ptr": "*u8", "scales_ptr": "*fp16", "parts_ptr": "*fp32"}
-    types = {"out_ptr": f"*{TRITON_NAMES[dtype]}"} | pointers | dict.fromkeys(constants, "constexpr")
-    plain = {arg: f"*{TRITON_NAMES[dtype]}" if arg.endswith("_ptr") else "i32" for arg in kernel.arg_names}
-    signature = {arg: types.get(arg, plain[arg]) for arg in kernel.arg_names}
-    # Tensors begin at a multiple of 16 bytes, and sizes of layers are multiples of 16: wider loads, as at run time.
-    aligned: dict[Any, Any] = {
-        (i,): [["tt.divisibility", 16]]
-        for i, arg in enumerate(kernel.arg_names)
-        if arg not in constants and arg not in ("num_rows", "num_parts")
-    }
-    source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": tiles.num_warps})
+    types = {"words_ptr": "*i32", "zeros_ptr": "*u8", "scales_ptr": "*fp16", "parts_ptr": "*fp32"}
+    unaligned = ("num_rows", "num_parts")
+    return compile_kernel(kernel, types, constants, dtype, capability, unaligned, num_warps=tiles.num_warps)
+
+
+def check_checkpoint(
+    dtype: torch.dtype, bits: int, group_size: int, capability: int, folder: Path, patch: pytest.MonkeyPatch
+) -> None:
+    """Compiles the kernels to machine code and asks what they take; matrix units in half precision only."""
+    import triton
+
+    patch.setattr(triton.knobs.cache, "dir", str(folder))
+    for name, rows in KERNELS:
+        compiled = compile_gptq(name, dtype, bits, rows, group_size, capability)
+        check_fits(f"{name}, {rows} rows, {dtype}, {bits} bits", compiled, capability, folder)
+        multiplies = name == "tile_kernel" and dtype is not torch.float32
+        assert matrix_units(compiled) == ({MATRIX_UNITS[capability if rows >= 64 else 80]} if multiplies else set())
 
 
 @pytest.mark.parametrize(
-    "dtype, bits, group_size, capability",
-    [
-        (torch.bfloat16, 4, 64, 90),
-        (torch.float16, 8, 128, 80),
-        (torch.bfloat16, 2, 32, 86),
-        (torch.float32, 4, 64, 80),
-    ],
+    "checkpoint, capability",
+    [(CHECKPOINTS[0], 90), (CHECKPOINTS[0], 100), (CHECKPOINTS[1], 86), (CHECKPOINTS[3], 80)],
     ids=str,
 )
 def test_it_compiles(
-    dtype: torch.dtype, bits: int, group_size: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: tuple[torch.dtype, int, int], capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To machine code, with blocks that fit and nothing spilled; matrix units in half precision, no TF32 in fp32."""
+    check_checkpoint(*checkpoint, capability, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=str)
+def test_every_checkpoint_compiles_for_every_gpu(
+    checkpoint: tuple[torch.dtype, int, int], capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_checkpoint(*checkpoint, capability, tmp_path, monkeypatch)
+
+
+def test_how_many_instructions_a_weight_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop of gemv_kernel unpacks and multiplies; docs/dev/gpu_status.md says what that costs."""
     import triton
 
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    for name, rows in (("gemv_kernel", 1), ("tile_kernel", 16), ("tile_kernel", 64), ("merge_kernel", 1)):
-        compiled = compile_kernel(name, dtype, bits, rows, group_size, capability)
-        spill, shared = spilled(compiled.asm["cubin"], tmp_path), compiled.metadata.shared
-        print(f"{name}, {rows} rows, {dtype}, {bits} bits: {shared} bytes of shared memory, {spill} spilled per thread")
-        assert shared <= SMALLEST_SHARED_MEMORY and spill == 0
-        assert "tf32" not in compiled.asm["ptx"]
-        assert ("mma" in compiled.asm["ptx"]) == (name == "tile_kernel" and dtype is not torch.float32)
+    tiles = triton_gptq.tile_sizes(1, 128, torch.bfloat16)
+    compiled = compile_gptq("gemv_kernel", torch.bfloat16, 4, 1, 128, 90)
+    weights = tiles.inputs * tiles.outputs // (32 * tiles.num_warps)  # of one thread
+    per_weight = loop_instructions(compiled, tmp_path) / weights
+    print(f"{per_weight:.1f} instructions per weight")
+    assert per_weight <= 7.5
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ SMALLEST_TILE = 32  # inputs; groups are filled up to a multiple, so that no til
 PROGRAMS_PER_PROCESSOR = 4  # as one waits for memory, others compute
 _INTERPRETED_PROGRAMS = 8
 _MERGE_BLOCK = 1024
+MAGIC = tl.constexpr(0x4B000000)  # the bits of 2^23 as an fp32 number, whose last digit is worth 1
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
@@ -137,21 +138,37 @@ def gemv_kernel(
 ) -> None:
     """One row times BLOCK_N outputs, over one part of the inputs. Grid: (blocks of outputs, num_parts).
 
-    Adding up a column takes an exchange between threads. So each thread keeps sums of its own, of the places it has in
-    every tile, and they are added up once, at the end. `num_stages`: words are asked for two tiles ahead; for a loop
-    with tl.dot the compiler does that unasked.
+    Every word holds several inputs of one output, and the thread that has loaded it takes it apart: nothing goes from
+    one thread to another in the loop. Each thread keeps sums of its own, of the places it has in every tile, and they
+    are added up once, at the end. `num_stages`: words are asked for two tiles ahead; for a loop with tl.dot the
+    compiler does that unasked.
+
+    With 4 bits, a GPU fetches a weight in the time of a few instructions, so the loop must not have many: shift, mask,
+    subtract, multiply and add. None converts a level to fp32, and none scales it. Or-ed into the bits of 2^23 (MAGIC),
+    a level is the float 2^23 + level, from which 2^23 + zero is subtracted without rounding. The scale multiplies the
+    sum of a tile.
     """
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    exists = outputs < num_outputs  # [BLOCK_N]
     part = tl.program_id(1)
-    sums = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
+    per_word: tl.constexpr = 32 // BITS
+    word_rows = tl.arange(0, BLOCK_K // per_word)  # [BLOCK_K / per_word]
+    sums = tl.zeros([BLOCK_K // per_word, BLOCK_N], tl.float32)
     for start in tl.range(part * part_size, tl.minimum((part + 1) * part_size, num_inputs), BLOCK_K, num_stages=3):
-        x = tl.load(x_ptr + start + tl.arange(0, BLOCK_K)).to(tl.float32)  # [BLOCK_K]
-        weights, scales = load_weights(
-            words_ptr, scales_ptr, zeros_ptr, start, outputs, num_outputs, group_size, BITS, BLOCK_N, BLOCK_K
-        )
-        sums += x[:, None] * (weights.to(tl.float32) * scales[None, :])
+        word_offsets = (start // per_word + word_rows)[:, None] * num_outputs + outputs[None, :]
+        words = tl.load(words_ptr + word_offsets, mask=exists[None, :], other=0)  # [BLOCK_K / per_word, BLOCK_N]
+        group_offsets = (start // group_size) * num_outputs + outputs  # [BLOCK_N]
+        scales = tl.load(scales_ptr + group_offsets, mask=exists, other=0.0).to(tl.float32)
+        zeros = tl.load(zeros_ptr + group_offsets, mask=exists, other=0)
+        magic_zeros = (zeros.to(tl.int32) | MAGIC).to(tl.float32, bitcast=True)  # [BLOCK_N] 2^23 + zero
+        tile = tl.zeros([BLOCK_K // per_word, BLOCK_N], tl.float32)
+        for i in tl.static_range(per_word):
+            x = tl.load(x_ptr + start + word_rows * per_word + i).to(tl.float32)  # [BLOCK_K / per_word]
+            levels = (words >> (i * BITS)) & (2**BITS - 1) | MAGIC  # the sign bit is copied in, and masked away
+            tile += x[:, None] * (levels.to(tl.float32, bitcast=True) - magic_zeros[None, :])
+        sums += tile * scales[None, :]
     out = tl.sum(sums, axis=0) + first_sum(bias_ptr, outputs, num_outputs, part, BLOCK_N)  # [BLOCK_N]
-    tl.store(out_ptr + part * num_outputs + outputs, out.to(out_ptr.dtype.element_ty), mask=outputs < num_outputs)
+    tl.store(out_ptr + part * num_outputs + outputs, out.to(out_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -275,9 +292,10 @@ class Tiles:
 
 def tile_sizes(num_rows: int, group_size: int, dtype: torch.dtype) -> Tiles:
     """Blocks that fit into registers (tests/m7/test_triton_gptq.py asks the compiler); only a GPU knows the fastest."""
-    inputs = min(group_size & -group_size, 64)  # the largest power of two that divides it, up to 64
+    power = group_size & -group_size  # the largest power of two that divides it
     if num_rows == 1:
-        return Tiles(rows=1, outputs=64, inputs=inputs, num_warps=4)
+        return Tiles(rows=1, outputs=64, inputs=min(power, 128), num_warps=4)
+    inputs = min(power, 64)
     if dtype is torch.float32:  # no matrix unit, so more rows per block gain little and take registers
         return Tiles(rows=16, outputs=64, inputs=32, num_warps=4)
     if num_rows <= 16:
