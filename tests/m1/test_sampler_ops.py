@@ -286,7 +286,7 @@ def test_random_sample_ignores_a_common_factor() -> None:
 
 
 class Untouchable(list):
-    """A prompt that nobody may walk."""
+    """A prompt that must not be read."""
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         raise AssertionError("the prompt was walked")

@@ -185,6 +185,27 @@ def test_only_the_rows_that_need_it_take_the_long_way(monkeypatch: pytest.Monkey
     assert count_long_rows(logits, monkeypatch, top_p=0.95) == {"apply_top_p_": 2, "exponential_noise": 2}
 
 
+def test_rows_that_nothing_truncates_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a batch where other rows are truncated. They draw from all tokens, and the host knows which rows these are."""
+    params = [SamplingParams(temperature=t, top_p=p) for t, p in [(0.8, 0.9), (0.8, 1.0), (0.0, 0.5), (2.0, 1.0)]] * 4
+    rows = [SamplingRow(p, [], [], None, i, []) for i, p in enumerate(params)]
+    monkeypatch.setattr("folovllm.sample.sampler._GROUP_ELEMENTS", 3 * 8192)  # groups of 3 rows
+    logits = make_logits("peaked", 16, 8192, 1)
+    metadata = SamplingMetadata.build(rows, 8192, "cpu")
+    drawn = shortlist_sampler().sample(logits.clone(), metadata)
+    assert metadata.untruncated == [1, 3, 5, 7, 9, 11, 13, 15]
+    assert drawn.tolist() == oracle(logits, params, list(range(16)))[0].tolist(), "no row is drawn again"
+
+
+@pytest.mark.parametrize("number", [{"top_p": 1 - 1e-9}, {"min_p": 1e-60}])
+def test_numbers_that_float32_rounds_to_off_are_off(number: dict[str, float]) -> None:
+    """The steps compare in float32. A row for which the host takes a step for on would be drawn twice, always."""
+    params = [SamplingParams(**number), SamplingParams(top_p=0.9)]
+    rows = [SamplingRow(p, [], [], None, 0, []) for p in params]
+    assert SamplingMetadata.build(rows, 100, "cpu").untruncated == [0]
+    assert not SamplingMetadata.build(rows[:1], 100, "cpu").truncates
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("top_p", [0.999, 0.95, 0.5, 0.001])
 def test_top_p_by_buckets_equals_sorting(kind: str, top_p: float) -> None:
@@ -232,6 +253,12 @@ def test_a_row_that_is_not_proven_stays_as_it_is() -> None:
     shortlist.apply_top_k_(logits, torch.tensor([5, 5]), 5)  # top_k alone could be proven
     assert shortlist.usable.tolist() == [True, False] and torch.equal(logits[1], flat)
     assert shortlist.random_sample(logits.softmax(-1), [0, 0], [0, 0]).tolist()[1] == -1
+
+
+def test_a_row_that_no_step_has_closed_is_not_drawn_from_the_list() -> None:
+    logits = make_logits("peaked", 2, 8192, 0)
+    drawn = Shortlist.build(logits, untruncated=[1]).random_sample(logits.softmax(-1), [0, 1], [0, 0])
+    assert drawn[0] == -1 and drawn[1] >= 0
 
 
 # ---- select
