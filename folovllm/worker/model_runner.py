@@ -25,7 +25,6 @@ from folovllm.forward_context import set_forward_context
 from folovllm.model_executor.cpu.huge_pages import huge_zeros, touch_pages
 from folovllm.model_executor.models.interface import CausalLM
 from folovllm.outputs import ModelRunnerOutput
-from folovllm.request import TokenLogprobs
 from folovllm.sample.logprobs import RankedLogprobs, logprobs_to_host, rank_logprobs
 from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sample.sampler import Sampler
@@ -242,12 +241,21 @@ class ModelRunner:
         """
         if not self.is_last_stage:
             return ModelRunnerOutput({})
+        result = ModelRunnerOutput({request_id: [] for request_id in handle.scheduler_output.num_scheduled_tokens})
+        ranked = self._rank_prompts(handle)
+        self._sample(handle, result)
+        if ranked:  # read last: the sampler's results are there, so these are, too, and the host hardly waits
+            logprobs = iter(logprobs_to_host([group for groups in ranked.values() for group in groups]))
+            for request_id, groups in ranked.items():
+                result.prompt_logprobs[request_id] = list(islice(logprobs, sum(len(g.counts) for g in groups)))
+        return result
+
+    def _sample(self, handle: ForwardHandle, result: ModelRunnerOutput) -> None:
+        """Adds the sampled tokens to `result`, and to the requests."""
         output = handle.scheduler_output
-        sampled: dict[str, list[int]] = {request_id: [] for request_id in output.num_scheduled_tokens}
-        result = ModelRunnerOutput(sampled, prompt_logprobs=self._prompt_logprobs(handle))
         sampling = [(i, r) for i, r in enumerate(self.batch.req_ids) if r in output.sampling_req_ids]
         if not sampling:
-            return result
+            return
         last_rows = [handle.row_start_loc[i + 1] - 1 for i, _ in sampling]
         hidden_states = handle.hidden_states  # [num_selected, hidden_size]
         if len(last_rows) < len(hidden_states):
@@ -257,32 +265,26 @@ class ModelRunner:
         sampler_output = self.sampler(logits, SamplingMetadata.build(sampling_rows, self.vocab_size, self.device))
         token_ids = sampler_output.sampled_token_ids
         for (_, request_id), token_id, logprobs in zip(sampling, token_ids, sampler_output.logprobs, strict=True):
-            sampled[request_id] = [token_id]
+            result.sampled_token_ids[request_id] = [token_id]
             if logprobs is not None:
                 result.logprobs[request_id] = [logprobs]
             self.requests[request_id].output_token_ids.append(token_id)
             self.batch.append_token(request_id, token_id)
-        return result
 
-    def _prompt_logprobs(self, handle: ForwardHandle) -> dict[str, list[TokenLogprobs]]:
-        """Logprobs of the prompt tokens that this step's positions predict, for the requests that want them.
-
-        The host waits once for all of them, before the requests of the step are sampled.
-        """
-        wanted = self._predicted(handle)
-        if not wanted:
+    def _rank_prompts(self, handle: ForwardHandle) -> dict[str, list[RankedLogprobs]]:
+        """Ranks the prompt tokens that this step's positions predict, for the requests that want their logprobs."""
+        predicted = self._predicted(handle)
+        if not predicted:
             return {}
-        targets = [token_id for _, _, token_ids in wanted for token_id in token_ids]
-        targets_on_device = transfers.to_device(targets, self.device, torch.int64)  # [num_targets]
-        ranked: list[RankedLogprobs] = []
-        first = 0
-        for request_id, start, token_ids in wanted:
+        ends = np.cumsum([len(token_ids) for _, _, token_ids in predicted]).tolist()
+        all_ids = [token_id for _, _, token_ids in predicted for token_id in token_ids]
+        targets = transfers.to_device(all_ids, self.device, torch.int64)  # [num_targets]
+        ranked = {}
+        for (request_id, start, token_ids), end in zip(predicted, ends, strict=True):
             rows = handle.hidden_states[start : start + len(token_ids)]  # [num_targets of the request, hidden_size]
-            count = self.num_prompt_logprobs[request_id]
-            ranked += self._rank(rows, targets_on_device[first : first + len(token_ids)], count)
-            first += len(token_ids)
-        logprobs = iter(logprobs_to_host(ranked))
-        return {request_id: list(islice(logprobs, len(token_ids))) for request_id, _, token_ids in wanted}
+            own = targets[end - len(token_ids) : end]  # [num_targets of the request]
+            ranked[request_id] = self._rank(rows, own, self.num_prompt_logprobs[request_id])
+        return ranked
 
     def _predicted(self, handle: ForwardHandle) -> list[tuple[str, int, list[int]]]:
         """Returns (request id, first of its rows, token ids that its rows predict) of each request that wants them."""

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 
-from folovllm import LLM
+from folovllm import LLM, transfers
 from folovllm.attention.backend import AttentionSpec
 from folovllm.attention.backends import flash_attn
 from folovllm.attention.selector import load_backend
@@ -71,10 +72,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 def run(llm: LLM) -> None:
     """Prompts of one token, of several blocks and of several chunks, alone and beside others, to their ends."""
     check_devices(llm)
-    add(llm, "long", 60)
+    add(llm, "long", 60, max_tokens=2)
     step(llm)
-    add(llm, "one", 1)
-    add(llm, "short", 20)
+    add(llm, "one", 1, max_tokens=2)
+    add(llm, "short", 20, max_tokens=2)
     finish(llm)
 
 
@@ -131,6 +132,29 @@ def test_every_backend(name: str, machine: Machine, tiny_model_dir: MakeTiny) ->
 
 def test_random_weights(machine: Machine, tiny_model_dir: MakeTiny) -> None:
     run(machine.llm(tiny_model_dir("qwen2"), load_format="dummy", dtype="float16"))
+
+
+def pack_as(dtype: type, device: str | None = None) -> Callable[..., list[torch.Tensor]]:
+    return lambda lists, own_device, own_dtype: transfers.to_device_packed(lists, device or own_device, dtype)
+
+
+@pytest.mark.parametrize(
+    "target, fault, message",
+    [
+        ("folovllm.attention.backends.triton_paged.to_device_packed", pack_as(np.int64), "start_ptr is torch.int64"),
+        ("folovllm.attention.backends.triton_paged.to_device_packed", pack_as(np.int32, "cpu"), "start_ptr is on cpu"),
+        ("folovllm.transfers._ALIGNMENT", 4, "lens_ptr begins at an odd address"),
+    ],
+    ids=["dtype", "device", "alignment"],
+)
+def test_a_wrong_launch_is_found(
+    target: str, fault: Any, message: str, machine: Machine, tiny_model_dir: MakeTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = machine.llm(tiny_model_dir("qwen3"), num_kv_blocks=40)
+    monkeypatch.setattr(target, fault)
+    add(llm, "0", 5)
+    with pytest.raises(AssertionError, match=message):
+        step(llm)
 
 
 # --- several ranks ----------------------------------------------------------------------------------------------------
@@ -213,7 +237,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "penalties": {"repetition_penalty": 1.2, "frequency_penalty": 0.5, "presence_penalty": 0.1},
     "logit_bias": {"logit_bias": {7: 2.0, 9: -100}},
     "allowed": {"allowed_token_ids": [5, 7, 9]},
-    "min_tokens": {"min_tokens": 3, "stop_token_ids": [4]},
+    "min_tokens": {"min_tokens": 2, "stop_token_ids": [4]},
     "logprobs": {"logprobs": 3},
     "chosen logprob": {"logprobs": 0, "temperature": 0.5},
     "prompt_logprobs": {"prompt_logprobs": 2},
@@ -234,7 +258,7 @@ def test_sampling(name: str, plain_llm: LLM, monkeypatch: pytest.MonkeyPatch) ->
     cases = {"together": [*SAMPLING.values(), bad_words], "bad_words": [bad_words]}
     with gpu_machine(monkeypatch, PLAIN_GPU):
         for i, params in enumerate(cases.get(name) or [SAMPLING[name]]):
-            add(plain_llm, f"{name} {i}", 4 + 3 * i, **params)
+            add(plain_llm, f"{name} {i}", 4 + 3 * i, max_tokens=2, **params)
         finish(plain_llm)
 
 
