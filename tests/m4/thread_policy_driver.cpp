@@ -254,9 +254,9 @@ void lead(int jobs, Us part, Us computed, Us gap) {
 
 int64_t absences_in(const std::string& name) {
   if (name == "computes") {
-    lead(200, 600, 600, 0);
+    lead(150, 600, 600, 0);
   } else if (name == "sleeps between jobs") {
-    lead(200, 600, 600, 490);
+    lead(150, 600, 600, 490);
   } else if (name == "two leaders") {  // of which one has computed for 5 seconds before
     for (int turn = 0; turn < 50; ++turn) {
       lead(1, 600, 600, 0);
@@ -266,10 +266,10 @@ int64_t absences_in(const std::string& name) {
       }).join();
     }
   } else if (name == "loses its core") {
-    lead(200, 600, 0, 0);
+    lead(150, 600, 0, 0);
   } else if (name == "loses its core, and no worker may sit out") {
     ThreadTeam::disturb(0, /*may_sit_out=*/false);
-    lead(200, 600, 0, 0);
+    lead(150, 600, 0, 0);
   } else {
     return -1;
   }
