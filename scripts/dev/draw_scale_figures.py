@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/scale.md and docs/learn/10: ranks and links, splits, replicas, routers, a death.
+"""Draws the pictures of docs/scale.md, docs/scale_replicas.md and docs/learn/10: ranks and links, replicas, a death.
 
 Milestone: M10. vLLM counterpart: none. No torch, no weights, a few seconds:
 
@@ -90,6 +90,9 @@ def splits(path: Path) -> None:
     figure.supxlabel("engines x GPUs each; below, the gap between two tokens of a single user", fontsize=9.5)
     figure.supylabel("tokens per second of 480 questions\nsent at once; one scale per model", fontsize=9.5)
     figure_files.save(figure, path)
+
+
+# ---- docs/scale_replicas.md
 
 
 def replicas(path: Path) -> None:

@@ -12,7 +12,7 @@ After the file name, `running=32` keeps only the rows of that value, `seq_len=51
 `results`); `arms=m2,m3` keeps only those arms (for a compare_perf file).
 `view=ladder` writes the table of the rungs with one measured column (for a compare_perf file); `view=gptq` writes
 the speeds of a bench_gptq file with the range of each ratio; `view=frontend` writes the arms of a bench_frontend file;
-`view=sim table=splits` writes one table of a sim_scale file.
+`view=sim table=splits` writes one table of a sim_scale file (docs/scale.md, docs/scale_replicas.md).
 
 A block whose file does not exist yet says which script will write it, if `by=bench_frontend` names one in scripts/dev
 or scripts.

@@ -5,8 +5,8 @@ Milestone: M10. vLLM counterpart: none. No torch, no GPU, about five minutes:
     python scripts/dev/sim_scale.py [--only TABLE] [--out milestones/m10/results/scale_sim.json]
 
 Every engine is the real scheduler with the real KV cache, and every router the real one (folovllm/sim). Only times are
-modelled, so the file is the same on every machine. docs/scale.md shows its tables (scripts/dev/fill_results.py), and
-scripts/dev/draw_scale_figures.py draws them.
+modelled, so the file is the same on every machine. docs/scale.md and docs/scale_replicas.md show its tables
+(scripts/dev/fill_results.py), and scripts/dev/draw_scale_figures.py draws them.
 
 Each function below makes one table, a list of rows; the keys are the headings of its columns.
 """

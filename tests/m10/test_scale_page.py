@@ -1,4 +1,4 @@
-"""docs/scale.md and docs/learn/10 say what the tables of scale_sim.json show, in directions and factors.
+"""docs/scale.md, docs/scale_replicas.md and docs/learn/10 say what scale_sim.json shows, in directions and factors.
 
 Each test names the sentences that it proves. If a table changes, the sentence must follow.
 """
@@ -24,13 +24,15 @@ pytestmark = pytest.mark.m10
 
 ROOT = Path(__file__).parents[2]
 TABLES = json.loads((ROOT / "milestones/m10/results/scale_sim.json").read_text(encoding="utf-8"))["tables"]
-PAGES = {name: ROOT / "docs" / name for name in ("scale.md", "learn/09_tensor_parallel.md", "learn/10_scale_out.md")}
+PLAN, REPLICAS = "scale.md", "scale_replicas.md"
+PAGE_9, PAGE_10 = "learn/09_tensor_parallel.md", "learn/10_scale_out.md"
+PAGES = {name: ROOT / "docs" / name for name in (PLAN, REPLICAS, PAGE_9, PAGE_10)}
 SMALL, LARGE = "qwen3-8b", "llama-3.1-70b"
 NVLINK, PCIE, ETHERNET = "NVLink 4", "PCIe 5 x16", "100 GbE"
 TOK_S, TTFT, ITL = "busy: tok/s", "quiet: TTFT p50, ms", "quiet: ITL p50, ms"
 
 
-def says(words: str, page: str = "scale.md") -> None:
+def says(words: str, page: str = PLAN) -> None:
     text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", PAGES[page].read_text(encoding="utf-8"))  # without links
     assert words in text, f"docs/{page} does not say {words!r} any more"
 
@@ -104,7 +106,7 @@ def test_more_ranks_can_make_a_step_slower() -> None:
     assert chunk[3] == pytest.approx(chunk[1], rel=0.05)
     says("On 100 GbE a chunk takes two to four times as long on eight GPUs as on one")
     assert all(1.9 < took[3] / took[0] < 4.3 for took in (step_ms("chunk", m, ETHERNET) for m in (SMALL, LARGE)))
-    says("two cards with NVLink decode 1.4 times as fast", "learn/09_tensor_parallel.md")
+    says("two cards with NVLink decode 1.4 times as fast", PAGE_9)
     decode = step_ms("decode", SMALL, NVLINK)
     assert round(decode[0] / decode[1], 1) == 1.4
 
@@ -158,25 +160,34 @@ def test_whole_engines_are_better_than_a_model_in_two_machines() -> None:
 
 def test_gaps_end_at_reading_the_weights_and_the_overhead() -> None:
     """The page once named the weights alone: they are 4.9 ms of the 6.9."""
-    says("The gaps end at the 4.9 ms in which one GPU reads all weights and the 2 ms that every step costs")
+    says("The gaps end at the 4.9 ms in which one GPU reads all weights and the 2 ms that every step costs", REPLICAS)
     reading = 1e3 * shape_architecture(SMALL).num_parameters() * 2 / HARDWARE["h100"].bandwidth
     assert round(reading, 1) == 4.9
     assert TABLES["fixed_load"][-1]["ITL p50, ms"] == pytest.approx(reading + 2, rel=0.02)
-    says("One replica is too few")
+    says("One replica is too few", REPLICAS)
     kept = [row["promise kept, %"] for row in TABLES["fixed_load"]]
     assert kept[0] < 50 and all(share == 100 for share in kept[1:])
+    says("A further engine shortens the gaps less and less, never below one GPU's step")
+    says("a further replica shortens the gaps less and less, and never below the step", REPLICAS)
+    gaps = [row["ITL p50, ms"] for row in TABLES["fixed_load"]]
+    gains = [before - later for before, later in pairwise(gaps)]
+    assert min(gains) > 0 and gains == sorted(gains, reverse=True) and gaps[-1] > reading + 2
 
 
 def test_a_prefix_router_scales_and_a_random_one_does_not() -> None:
-    says("With the prefix router, the p50 of 64 replicas is that of one")
+    says("a router that follows prefixes keeps its median time to the first token from 1 to 64 replicas", REPLICAS)
+    says("With the prefix router, the p50 of 64 replicas is that of one", REPLICAS)
     first, last = rows("replicas", replicas=1)[0], rows("replicas", replicas=64, router="prefix")[0]
     assert last["TTFT p50, ms"] < 1.1 * first["TTFT p50, ms"]
+    says("A random one finds less in the caches", REPLICAS)
+    hits = [row["cache hits, %"] for row in rows("replicas", router="random")]
+    assert all(later < before for before, later in pairwise([first["cache hits, %"], *hits]))
     assert rows("replicas", replicas=64, router="random")[0]["TTFT p50, ms"] > 2 * first["TTFT p50, ms"]
 
 
 def test_a_prompt_stays_in_few_replicas() -> None:
     """The page once said that 16 prompts do not divide among 64 replicas: they do, four to each."""
-    says("some of eight replicas get no request at all")
+    says("some of eight replicas get no request at all", REPLICAS)
     script: Any = load_script("sim_scale")
     simulation = make_simulation(
         script.tasks(8, 16, 6.0, services=1), SMALL, "h100", router="prefix", data_parallel_size=8
@@ -193,24 +204,26 @@ def test_a_prompt_stays_in_few_replicas() -> None:
     simulation.routing.start = watched  # type: ignore[method-assign]
     simulation.run(SLO())
     assert len(used) < 8
-    says("Here a replica has about one unfinished request")
+    says("Here a replica has about one unfinished request", REPLICAS)
     half = unfinished[len(unfinished) // 2 :]
     assert 0.5 < sum(half) / len(half) < 2
 
 
 def test_gaps_without_a_prefix_router_are_longer() -> None:
-    says("The two routers that do not look at prefixes have almost its TTFT p50")
+    says("The two routers that do not look at prefixes have almost its TTFT p50", REPLICAS)
     by_router = {row["router"]: row for row in TABLES["hot_prefix"]}
     prefix = by_router["prefix"]
     for name in ("least-loaded", "random"):
         assert by_router[name]["TTFT p50, ms"] < 1.2 * prefix["TTFT p50, ms"]
-        says("But their gaps (ITL p99) are three times as long")
+        says("But their gaps (ITL p99) are three times as long", REPLICAS)
         assert round(by_router[name]["ITL p99, ms"] / prefix["ITL p99, ms"]) == 3
+    says("Without one, a prompt that most users share fills one replica's queue", REPLICAS)
     assert by_router["prefix-only"]["TTFT p99, ms"] > 5 * prefix["TTFT p99, ms"]
 
 
 def test_half_of_the_tokens_are_computed_again_if_prompts_displace_each_other() -> None:
-    says("half of the tokens are computed again, and the queue grows")
+    says("and fails if the system prompts do not fit into one cache", REPLICAS)
+    says("half of the tokens are computed again, and the queue grows", REPLICAS)
     (lost,) = rows("services", router="random", **{"system prompts": 128})
     assert 45 < lost["cache hits, %"] < 55 and lost["TTFT p50, ms"] > 1_000
 
@@ -219,8 +232,8 @@ def test_the_loads_are_as_described() -> None:
     script: Any = load_script("sim_scale")
     asked, tasks = script.QUESTIONS, script.AGENTS
     says("prompts of {:,} to {:,} tokens with answers of {} to {}".format(*asked.prompt, *asked.output))
-    says("{} to {} new tokens, and an answer of {} to {}".format(*tasks.prompt, *tasks.output))
-    says(f"one of {tasks.services} system prompts of {tasks.system_prompt:,} tokens")
+    says("{} to {} new tokens, and an answer of {} to {}".format(*tasks.prompt, *tasks.output), REPLICAS)
+    says(f"one of {tasks.services} system prompts of {tasks.system_prompt:,} tokens", REPLICAS)
     assert tasks.turns == 4 and (script.PROMISE.ttft, script.PROMISE.itl) == (1.0, 0.05)
 
 
@@ -228,13 +241,14 @@ def test_the_loads_are_as_described() -> None:
 
 
 def test_page_10_counts_as_the_tables_do() -> None:
-    page = "learn/10_scale_out.md"
-    says("with NVLink, engines of two GPUs are a little better for all users together than engines of one", page)
+    says("with NVLink, engines of two GPUs are a little better for all users together than engines of one", PAGE_10)
     assert 1.0 < split(SMALL, NVLINK)[2][TOK_S] / split(SMALL, NVLINK)[1][TOK_S] < 1.15
     tokens = Sizing(shape_architecture(SMALL), HARDWARE["h100"]).kv_tokens(1)
-    says(f"has room for {tokens:,} tokens beside Qwen3-8B, so one cache holds {tokens // 4_000} system prompts", page)
+    says(
+        f"has room for {tokens:,} tokens beside Qwen3-8B, so one cache holds {tokens // 4_000} system prompts", PAGE_10
+    )
     weights = shape_architecture(LARGE).num_parameters() * 2 / 2e9
-    says(f"which is {0.9 * HARDWARE['h100'].gb:.0f} GB. With two GPUs, {weights:.1f} GB of them are weights", page)
+    says(f"which is {0.9 * HARDWARE['h100'].gb:.0f} GB. With two GPUs, {weights:.1f} GB of them are weights", PAGE_10)
 
 
 def test_the_output_that_the_page_shows_is_that_of_today() -> None:

@@ -1,4 +1,7 @@
-"""The simulator with ranks, stages and replicas: its arithmetic by hand, and what docs/scale.md says, in directions."""
+"""The simulator with ranks, stages and replicas: its arithmetic by hand, and what the pages say, in directions.
+
+The pages are docs/scale.md and docs/scale_replicas.md.
+"""
 
 import json
 from pathlib import Path
