@@ -2,7 +2,7 @@
 
 Milestone: M10. vLLM counterparts: `DPLBAsyncMPClient` in vllm/v1/engine/core_client.py and `DPCoordinator` in
 vllm/v1/engine/coordinator.py. There the death of one engine ends the server; here it is started again. There
-an engine that hangs is waited for; here its process is killed after data_parallel_heartbeat_timeout.
+an engine whose process is stopped is waited for; here it is killed after data_parallel_heartbeat_timeout.
 Left out: several front ends, waves (experts that all engines share), adding engines while the server runs.
 
     AsyncLLM --send()--> DataParallelClient --Router--> CoreClient 0 --> EngineCoreLoop 0
