@@ -96,22 +96,29 @@ class AttentionShape:
         return self.head_size * self.dtype_bytes
 
 
+class AttentionTile(Protocol):
+    """`Tile` there."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def keys(self) -> int: ...
+
+
 class AttentionTiles(Protocol):
     """What the model must know of `Tiles` in attention/backends/triton_paged.py."""
 
     @property
     def head_pad(self) -> int: ...
     @property
-    def chunk_rows(self) -> int: ...
+    def chunk(self) -> AttentionTile: ...
     @property
-    def single_rows(self) -> int: ...
+    def single(self) -> AttentionTile: ...
     @property
-    def block_kv(self) -> int: ...
+    def split_kv(self) -> int: ...
 
 
-def attention_operation(
-    shape: AttentionShape, requests: Sequence[tuple[int, int]], tiles: AttentionTiles, split_kv: int
-) -> Operation:
+def attention_operation(shape: AttentionShape, requests: Sequence[tuple[int, int]], tiles: AttentionTiles) -> Operation:
     """Attention of one layer for requests (computed, new): `new` tokens behind `computed` others.
 
     Requests with one new token go through `single_kernel` and `merge_kernel`, the others through `chunk_kernel`.
@@ -122,8 +129,8 @@ def attention_operation(
     if chunks:
         kernels["chunk_kernel"] = sum((_chunk(shape, tiles, *chunk) for chunk in chunks), Work()) * shape.num_kv_heads
     if seq_lens:
-        kernels["single_kernel"] = _singles(shape, tiles, seq_lens, split_kv) * shape.num_kv_heads
-        kernels["merge_kernel"] = _merges(shape, seq_lens, split_kv) * shape.num_heads
+        kernels["single_kernel"] = _singles(shape, tiles, seq_lens) * shape.num_kv_heads
+        kernels["merge_kernel"] = _merges(shape, seq_lens, tiles.split_kv) * shape.num_heads
     return Operation(kernels, _least_attention(shape, requests))
 
 
@@ -141,35 +148,35 @@ def _chunk(shape: AttentionShape, tiles: AttentionTiles, computed: int, new: int
 
     E.g. 6 new tokens behind 100, 4 to a tile: the programs read 104 and 106 keys.
     """
-    per_tile = tiles.chunk_rows // shape.group
+    per_tile = tiles.chunk.rows // shape.group
     lists = Work(5 * _INT32)  # (request, first token), where the request starts and ends, its length
     total = Work()
     for first in range(0, new, per_tile):
         tokens = min(per_tile, new - first)
         queries = tokens * shape.group * shape.head_bytes
-        keys = _row_of_tiles(shape, tiles, tiles.chunk_rows, computed + first + tokens)
+        keys = _row_of_tiles(shape, tiles.head_pad, tiles.chunk, computed + first + tokens)
         total += lists + Work(queries, queries) + keys
     return total
 
 
-def _row_of_tiles(shape: AttentionShape, tiles: AttentionTiles, rows: int, num_keys: int) -> Work:
+def _row_of_tiles(shape: AttentionShape, head_pad: int, tile: AttentionTile, num_keys: int) -> Work:
     """`attend_tiles`: K and V of the keys, found through the block table. The last tile is computed as if it were full.
 
     Two products, of queries with keys and of weights with values; a head is filled up to `head_pad`.
     """
-    padded_keys = cdiv(num_keys, tiles.block_kv) * tiles.block_kv
-    return Work(num_keys * (_INT32 + 2 * shape.head_bytes), 0, 2 * 2 * rows * padded_keys * tiles.head_pad)
+    padded_keys = cdiv(num_keys, tile.keys) * tile.keys
+    return Work(num_keys * (_INT32 + 2 * shape.head_bytes), 0, 2 * 2 * tile.rows * padded_keys * head_pad)
 
 
-def _singles(shape: AttentionShape, tiles: AttentionTiles, seq_lens: Sequence[int], split_kv: int) -> Work:
+def _singles(shape: AttentionShape, tiles: AttentionTiles, seq_lens: Sequence[int]) -> Work:
     """`single_kernel` for one KV head: each request has as many programs as the longest one, and some find no keys."""
-    programs = len(seq_lens) * cdiv(max(seq_lens), split_kv)
+    programs = len(seq_lens) * cdiv(max(seq_lens), tiles.split_kv)
     total = Work(2 * _INT32) * programs  # which request, and its length
     part = Work(_INT32 + shape.group * shape.head_bytes, shape.group * (shape.head_size + 1) * _FP32)  # out and lse
     for seq_len in seq_lens:
-        for first in range(0, seq_len, split_kv):
-            num_keys = min(split_kv, seq_len - first)
-            total += part + _row_of_tiles(shape, tiles, tiles.single_rows, num_keys)
+        for first in range(0, seq_len, tiles.split_kv):
+            num_keys = min(tiles.split_kv, seq_len - first)
+            total += part + _row_of_tiles(shape, tiles.head_pad, tiles.single, num_keys)
     return total
 
 

@@ -105,7 +105,7 @@ def attention_cost(arch: ModelArchitecture, requests: Sequence[tuple[int, int]])
     """Attention of one layer, with the tiles that the backend chooses on a GPU."""
     shape = attention_shape(arch)
     spec = AttentionSpec(shape.num_heads, shape.num_kv_heads, shape.head_size, DTYPE, torch.device("cuda"), 16)
-    return attention_operation(shape, requests, triton_paged.tile_sizes(spec), triton_paged.SPLIT_KV)
+    return attention_operation(shape, requests, triton_paged.tile_sizes(spec))
 
 
 def gptq_cost(shape: GPTQShape, rows: int, num_programs: int) -> Operation:

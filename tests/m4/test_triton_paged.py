@@ -151,27 +151,23 @@ LAYERS = [  # dtype, head size, query heads per KV head
 ]
 
 
-def constants(spec: AttentionSpec) -> dict[str, dict[str, int]]:
-    """The compile-time arguments of each kernel, as the backend passes them."""
-    tiles = triton_paged.tile_sizes(spec)
-    shape = {
-        "BLOCK_SIZE": spec.block_size, "HEAD_SIZE": spec.head_size, "HEAD_PAD": tiles.head_pad,
-        "GROUP": spec.num_queries_per_kv, "BLOCK_KV": tiles.block_kv,
-    }  # fmt: skip
-    split = {"SPLIT_KV": triton_paged.SPLIT_KV}
+def launches(spec: AttentionSpec, tiles: triton_paged.Tiles) -> dict[str, dict[str, int]]:
+    """The compile-time arguments and options of each kernel, as the backend passes them."""
+    split = {"SPLIT_KV": tiles.split_kv}
     return {
-        "chunk_kernel": shape | {"BLOCK_ROWS": tiles.chunk_rows},
-        "single_kernel": shape | {"BLOCK_ROWS": tiles.single_rows} | split,
+        "chunk_kernel": triton_paged.launch_arguments(spec, tiles, tiles.chunk),
+        "single_kernel": triton_paged.launch_arguments(spec, tiles, tiles.single) | split,
         "merge_kernel": {"HEAD_SIZE": spec.head_size, "HEAD_PAD": tiles.head_pad} | split,
         "write_kernel": {"ROW_SIZE": 2 * spec.head_size, "ROW_PAD": 2 * tiles.head_pad},
     }
 
 
-def compile_attention(name: str, spec: AttentionSpec, capability: int) -> Any:
-    kernel, constexprs = getattr(triton_paged.kernels, name), constants(spec)[name]
+def compile_attention(name: str, spec: AttentionSpec, tiles: triton_paged.Tiles, capability: int) -> Any:
+    kernel, arguments = getattr(triton_paged.kernels, name), launches(spec, tiles)[name]
+    options = {option: arguments.pop(option) for option in ("num_warps", "num_stages") if option in arguments}
     strides = [arg for arg in kernel.arg_names if arg.endswith("_stride")] if spec.head_size % 16 else []
     unaligned = ("scale", "table_stride", "max_splits", *strides)
-    return compile_kernel(kernel, ARGUMENTS, constexprs, spec.dtype, capability, unaligned)
+    return compile_kernel(kernel, ARGUMENTS, arguments, spec.dtype, capability, unaligned, **options)
 
 
 def check_layer(
@@ -182,10 +178,11 @@ def check_layer(
 
     patch.setattr(triton.knobs.cache, "dir", str(folder))
     spec = AttentionSpec(2 * group, 2, head_size, dtype, CUDA, block_size=16)
-    for name, constexprs in constants(spec).items():
-        compiled = compile_attention(name, spec, capability)
+    tiles = triton_paged.tile_sizes(spec)
+    for name, arguments in launches(spec, tiles).items():
+        compiled = compile_attention(name, spec, tiles, capability)
         check_fits(f"{name}, {dtype}, head {head_size}", compiled, capability, folder, MOST_SPILLED)
-        expected = MATRIX_UNITS[capability if constexprs.get("BLOCK_ROWS", 0) >= 64 else 80]
+        expected = MATRIX_UNITS[capability if arguments.get("BLOCK_ROWS", 0) >= 64 else 80]
         multiplies = name in ("chunk_kernel", "single_kernel") and dtype is not torch.float32
         assert matrix_units(compiled) == ({expected} if multiplies else set())
 

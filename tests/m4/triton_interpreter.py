@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,20 +96,19 @@ def backend_class() -> Any:
 
 
 @contextlib.contextmanager
-def cut_into(split_kv: int | None = None, **tiles: int) -> Iterator[None]:
-    """Other sizes of parts and tiles, so that short sequences have several."""
+def cut_into(split_kv: int | None = None, tile: int | None = None) -> Iterator[None]:
+    """Other sizes of parts and tiles, so that short sequences have several. `tile`: rows and keys of all tiles."""
     from folovllm.attention.backends import triton_paged
 
+    right = triton_paged.tile_sizes
+
+    def cut(spec: AttentionSpec) -> triton_paged.Tiles:
+        tiles = right(spec)
+        square = {} if tile is None else dict.fromkeys(("chunk", "single"), triton_paged.Tile(tile, tile))
+        return replace(tiles, split_kv=split_kv or tiles.split_kv, **square)
+
     with pytest.MonkeyPatch.context() as patch:
-        if split_kv is not None:
-            patch.setattr(triton_paged, "SPLIT_KV", split_kv)
-        if tiles:
-            head_pad = triton_paged.tile_sizes
-            patch.setattr(
-                triton_paged,
-                "tile_sizes",
-                lambda spec: triton_paged.Tiles(head_pad=head_pad(spec).head_pad, single_rows=16, **tiles),
-            )
+        patch.setattr(triton_paged, "tile_sizes", cut)
         yield
 
 
@@ -134,7 +134,7 @@ def shapes(shapes: list[tuple[str, int, int]], split_kv: int | None = None, seed
 def small_tiles(length: int) -> float:
     """Tiles of 16 rows and 16 keys, 5 tokens to a tile, so that a short prompt has many and chunks begin within one."""
     steps = [("prefill", 0, length), ("chunk", length - 7, 7), ("chunk", 3, length - 3), ("decode", length - 1, 1)]
-    with cut_into(split_kv=16, chunk_rows=16, block_kv=16):
+    with cut_into(split_kv=16, tile=16):
         return check(backend_class(), make_batch(rng_of(22, length), steps), TorchNaiveBackend)
 
 
@@ -151,7 +151,7 @@ def winner(position: int) -> None:
     batch.query.fill_(100.0)
     only.key.fill_(-12.5)  # 64 * 100 * -12.5 / 8 = -1e4
     only.key[position] = 12.5
-    with cut_into(split_kv=16, chunk_rows=16, block_kv=16):
+    with cut_into(split_kv=16, tile=16):
         got = run(backend_class()(batch.spec), batch)[0]
     assert torch.equal(got, only.value[position].expand(batch.spec.num_heads, -1))
 
@@ -185,8 +185,8 @@ def cost(
     shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_size, spec.dtype.itemsize)
     with cut_into(split_kv), counted() as works:
         run(backend_class()(spec), batch)
-        split = modelled_split_kv or triton_paged.SPLIT_KV
-        attention = attention_operation(shape, requests, triton_paged.tile_sizes(spec), split)
+    with cut_into(modelled_split_kv or split_kv):
+        attention = attention_operation(shape, requests, triton_paged.tile_sizes(spec))
     written = write_operation(shape, sum(map(sum, requests)))  # a step before this one has written the computed tokens
     expected = attention.kernels | written.kernels
     assert works == expected, f"counted {works}, the model says {expected}"

@@ -401,17 +401,17 @@ KERNELS = (("gemv_kernel", 1), ("tile_kernel", 16), ("tile_kernel", 64), ("merge
 CHECKPOINTS = [(torch.bfloat16, 4, 64), (torch.float16, 8, 128), (torch.bfloat16, 2, 32), (torch.float32, 4, 64)]
 
 
-def compile_gptq(name: str, dtype: torch.dtype, bits: int, rows: int, group_size: int, capability: int) -> Any:
+def compile_gptq(name: str, dtype: torch.dtype, bits: int, tiles: triton_gptq.Tiles, capability: int) -> Any:
     """As `multiply` launches it."""
-    kernel, tiles = getattr(triton_gptq, name), triton_gptq.tile_sizes(rows, group_size, dtype)
-    constants: dict[str, Any] = {
-        "BITS": bits, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.outputs, "BLOCK_K": tiles.inputs, "BLOCK": 1024,
-        "DOT_DTYPE": triton_gptq.dot_dtype(dtype), "bias_ptr": None if bits == 8 else "given",
-    }  # fmt: skip
-    constants = {arg: value for arg, value in constants.items() if arg in kernel.arg_names and value != "given"}
+    kernel = getattr(triton_gptq, name)
+    arguments: dict[str, Any] = {"BLOCK": 1024} | triton_gptq.launch_arguments(bits, dtype, tiles)
+    options = {option: arguments.pop(option) for option in ("num_warps", "num_stages") if option in arguments}
+    constants = {arg: value for arg, value in arguments.items() if arg in kernel.arg_names}
+    if bits == 8 and "bias_ptr" in kernel.arg_names:
+        constants["bias_ptr"] = None
     types = {"words_ptr": "*i32", "zeros_ptr": "*u8", "scales_ptr": "*fp16", "parts_ptr": "*fp32"}
     unaligned = ("num_rows", "num_parts")
-    return compile_kernel(kernel, types, constants, dtype, capability, unaligned, num_warps=tiles.num_warps)
+    return compile_kernel(kernel, types, constants, dtype, capability, unaligned, **options)
 
 
 def check_checkpoint(
@@ -422,7 +422,7 @@ def check_checkpoint(
 
     patch.setattr(triton.knobs.cache, "dir", str(folder))
     for name, rows in KERNELS:
-        compiled = compile_gptq(name, dtype, bits, rows, group_size, capability)
+        compiled = compile_gptq(name, dtype, bits, triton_gptq.tile_sizes(rows, group_size, dtype), capability)
         check_fits(f"{name}, {rows} rows, {dtype}, {bits} bits", compiled, capability, folder)
         multiplies = name == "tile_kernel" and dtype is not torch.float32
         assert matrix_units(compiled) == ({MATRIX_UNITS[capability if rows >= 64 else 80]} if multiplies else set())
@@ -454,7 +454,7 @@ def test_how_many_instructions_a_weight_takes(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     tiles = triton_gptq.tile_sizes(1, 128, torch.bfloat16)
-    compiled = compile_gptq("gemv_kernel", torch.bfloat16, 4, 1, 128, 90)
+    compiled = compile_gptq("gemv_kernel", torch.bfloat16, 4, tiles, 90)
     weights = tiles.inputs * tiles.outputs // (32 * tiles.num_warps)  # of one thread
     per_weight = loop_instructions(compiled, tmp_path) / weights
     print(f"{per_weight:.1f} instructions per weight")

@@ -31,19 +31,31 @@ except ImportError as error:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
 MAX_QUERIES_PER_KV = 64
-# Keys per program of a single query. Fewer keys give more parallel programs; more keys leave fewer parts to merge.
-SPLIT_KV = 256
 _SMALLEST_TILE = 16  # what a matrix unit multiplies at once
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """Sizes of the blocks of numbers that a program computes with. All are powers of two."""
+class Tile:
+    """How one kernel is launched. Rows and keys are powers of two."""
 
-    head_pad: int
-    chunk_rows: int  # (new token, head) pairs per tile of `chunk_kernel`
-    single_rows: int  # heads per tile of `single_kernel`
-    block_kv: int  # keys per tile
+    rows: int  # (new token, head) pairs in `chunk_kernel`, heads in `single_kernel`
+    keys: int
+    num_warps: int = 4  # of 32 threads, in one program
+    num_stages: int = 3  # tiles of keys in on-chip memory: while one is computed, the next ones are fetched
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """All sizes that the launches pass."""
+
+    head_pad: int  # a power of two
+    chunk: Tile
+    single: Tile
+    # Keys per program of a single query. Fewer keys give more parallel programs; more keys leave fewer parts to merge.
+    split_kv: int = 256
+
+    def __post_init__(self) -> None:
+        assert self.split_kv % self.single.keys == 0
 
 
 @dataclass(frozen=True)
@@ -62,17 +74,12 @@ class TritonPagedBackend(BlockMajorBackend):
 
     name = "triton_paged"
 
-    def __init__(self, spec: AttentionSpec) -> None:
+    def __init__(self, spec: AttentionSpec, tiles: Tiles | None = None) -> None:
+        """`tiles`: sizes other than those of `tile_sizes`, for measurements."""
         super().__init__(spec)
-        self.tiles = tile_sizes(spec)
-        self.shape_args = {
-            "BLOCK_SIZE": spec.block_size,
-            "HEAD_SIZE": spec.head_size,
-            "HEAD_PAD": self.tiles.head_pad,
-            "GROUP": spec.num_queries_per_kv,
-            "BLOCK_KV": self.tiles.block_kv,
-        }
-        assert SPLIT_KV % self.tiles.block_kv == 0
+        self.tiles = tiles or tile_sizes(spec)
+        self.chunk_args = launch_arguments(spec, self.tiles, self.tiles.chunk)
+        self.single_args = launch_arguments(spec, self.tiles, self.tiles.single) | {"SPLIT_KV": self.tiles.split_kv}
 
     @classmethod
     def refusal(cls, spec: AttentionSpec) -> str | None:
@@ -89,7 +96,7 @@ class TritonPagedBackend(BlockMajorBackend):
         """Splits the step into programs. E.g. 6, 1, 3 new tokens, 4 a tile: tiles (0, 0), (0, 4), (2, 0), single 1."""
         start, device = metadata.query_start_loc, metadata.block_table.device
         q_lens = [start[i + 1] - start[i] for i in range(metadata.num_reqs)]
-        per_tile = self.tiles.chunk_rows // self.spec.num_queries_per_kv
+        per_tile = self.tiles.chunk.rows // self.spec.num_queries_per_kv
         tiles = [(i, first) for i, q_len in enumerate(q_lens) if q_len > 1 for first in range(0, q_len, per_tile)]
         singles = [i for i, q_len in enumerate(q_lens) if q_len == 1]
         longest = max((metadata.seq_lens[i] for i in singles), default=0)
@@ -100,7 +107,7 @@ class TritonPagedBackend(BlockMajorBackend):
             seq_lens=seq_lens,
             tiles=flat_tiles.view(-1, 2),
             singles=singles_on_device,
-            max_splits=cdiv(longest, SPLIT_KV),
+            max_splits=cdiv(longest, self.tiles.split_kv),
         )
 
     def write(
@@ -129,7 +136,7 @@ class TritonPagedBackend(BlockMajorBackend):
         kernels.chunk_kernel[(len(step.tiles), self.spec.num_kv_heads)](
             out, query, kv_cache[0], kv_cache[1], table, step.query_start_loc, step.seq_lens, step.tiles,
             self.spec.scale, query.stride(0), query.stride(1), out.stride(0), table.stride(0), kv_cache.stride(2),
-            BLOCK_ROWS=self.tiles.chunk_rows, **self.shape_args,
+            **self.chunk_args,
         )  # fmt: skip
 
     def _attend_singles(
@@ -142,11 +149,11 @@ class TritonPagedBackend(BlockMajorBackend):
         kernels.single_kernel[(num_singles, self.spec.num_kv_heads, step.max_splits)](
             parts, lse, query, kv_cache[0], kv_cache[1], table, step.query_start_loc, step.seq_lens, step.singles,
             self.spec.scale, query.stride(0), query.stride(1), table.stride(0), kv_cache.stride(2),
-            BLOCK_ROWS=self.tiles.single_rows, SPLIT_KV=SPLIT_KV, **self.shape_args,
+            **self.single_args,
         )  # fmt: skip
         kernels.merge_kernel[(num_singles, num_heads)](
             out, parts, lse, step.query_start_loc, step.seq_lens, step.singles, out.stride(0), step.max_splits,
-            HEAD_SIZE=head_size, HEAD_PAD=self.tiles.head_pad, SPLIT_KV=SPLIT_KV,
+            HEAD_SIZE=head_size, HEAD_PAD=self.tiles.head_pad, SPLIT_KV=self.tiles.split_kv,
         )  # fmt: skip
 
 
@@ -155,16 +162,30 @@ def tile_sizes(spec: AttentionSpec) -> Tiles:
 
     With tiles twice as large, the compiler must move registers to memory and back, which costs more than the larger
     tile gains. In fp32, where no matrix unit helps, this happens soonest. tests/m4/test_triton_paged.py checks what the
-    compiler had to move; only measurements on a GPU can tell which sizes are fastest.
+    compiler had to move; only measurements on a GPU can tell which sizes are fastest. scripts/dev/gpu_tiles.py makes them.
     """
     head_pad = max(_SMALLEST_TILE, triton.next_power_of_2(spec.head_size))
     group = triton.next_power_of_2(spec.num_queries_per_kv)
+    keys = 32 if head_pad * spec.dtype.itemsize <= 256 else 16
     return Tiles(
         head_pad=head_pad,
-        chunk_rows=max(64 if spec.dtype.itemsize == 2 and head_pad <= 128 else 32, group),
-        single_rows=max(_SMALLEST_TILE, group),
-        block_kv=32 if head_pad * spec.dtype.itemsize <= 256 else 16,
+        chunk=Tile(max(64 if spec.dtype.itemsize == 2 and head_pad <= 128 else 32, group), keys),
+        single=Tile(max(_SMALLEST_TILE, group), keys),
     )
+
+
+def launch_arguments(spec: AttentionSpec, tiles: Tiles, tile: Tile) -> dict[str, int]:
+    """Returns what an attention kernel is compiled for; `num_warps` and `num_stages` are options of the compiler."""
+    return {
+        "BLOCK_SIZE": spec.block_size,
+        "HEAD_SIZE": spec.head_size,
+        "HEAD_PAD": tiles.head_pad,
+        "GROUP": spec.num_queries_per_kv,
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_KV": tile.keys,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
 
 
 def is_interpreted() -> bool:

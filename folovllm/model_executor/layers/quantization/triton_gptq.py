@@ -36,6 +36,7 @@ it. It does depend on the number of rows, which decides about the cuts.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -135,13 +136,14 @@ def gemv_kernel(
     BITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     """One row times BLOCK_N outputs, over one part of the inputs. Grid: (blocks of outputs, num_parts).
 
     Every word holds several inputs of one output, and the thread that has loaded it takes it apart: nothing goes from
     one thread to another in the loop. Each thread keeps sums of its own, of the places it has in every tile, and they
-    are added up once, at the end. `num_stages`: words are asked for two tiles ahead; for a loop with tl.dot the
-    compiler does that unasked.
+    are added up once, at the end. Words are asked for STAGES - 1 tiles ahead; for a loop with tl.dot the compiler does
+    that unasked, as far ahead as the launch's option num_stages says.
 
     With 4 bits, a GPU fetches a weight in the time of a few instructions, so the loop must not have many: shift, mask,
     subtract, multiply and add. None converts a level to fp32, and none scales it. Or-ed into the bits of 2^23 (MAGIC),
@@ -154,7 +156,7 @@ def gemv_kernel(
     per_word: tl.constexpr = 32 // BITS
     word_rows = tl.arange(0, BLOCK_K // per_word)  # [BLOCK_K / per_word]
     sums = tl.zeros([BLOCK_K // per_word, BLOCK_N], tl.float32)
-    for start in tl.range(part * part_size, tl.minimum((part + 1) * part_size, num_inputs), BLOCK_K, num_stages=3):
+    for start in tl.range(part * part_size, tl.minimum((part + 1) * part_size, num_inputs), BLOCK_K, num_stages=STAGES):
         word_offsets = (start // per_word + word_rows)[:, None] * num_outputs + outputs[None, :]
         words = tl.load(words_ptr + word_offsets, mask=exists[None, :], other=0)  # [BLOCK_K / per_word, BLOCK_N]
         group_offsets = (start // group_size) * num_outputs + outputs  # [BLOCK_N]
@@ -288,10 +290,14 @@ class Tiles:
     outputs: int
     inputs: int
     num_warps: int
+    num_stages: int = 3  # tiles of inputs on the chip: while one is computed, the next ones are fetched
 
 
 def tile_sizes(num_rows: int, group_size: int, dtype: torch.dtype) -> Tiles:
-    """Blocks that fit into registers (tests/m7/test_triton_gptq.py asks the compiler); only a GPU knows the fastest."""
+    """Blocks that fit into registers (tests/m7/test_triton_gptq.py asks the compiler).
+
+    Only a GPU can tell which are fastest: scripts/dev/gpu_tiles.py measures them.
+    """
     power = group_size & -group_size  # the largest power of two that divides it
     if num_rows == 1:
         return Tiles(rows=1, outputs=64, inputs=min(power, 128), num_warps=4)
@@ -313,13 +319,15 @@ def inputs_per_part(num_blocks: int, num_inputs: int, tile: int, num_programs: i
     return cdiv(num_tiles, num_parts) * tile
 
 
-def multiply(x: torch.Tensor, weight: TritonWeight, bias: torch.Tensor | None, num_programs: int) -> torch.Tensor:
-    """x [num_rows, input_size] -> [num_rows, output_size]."""
+def multiply(
+    x: torch.Tensor, weight: TritonWeight, bias: torch.Tensor | None, num_programs: int, tiles: Tiles | None = None
+) -> torch.Tensor:
+    """x [num_rows, input_size] -> [num_rows, output_size]. `tiles`: others than `tile_sizes`, for measurements."""
     if weight.order is not None:
         x = x.index_select(1, weight.order)  # [num_rows, num_inputs]; once, rather than in every program
     assert x.stride(1) == 1 and x.shape[1] == weight.num_inputs
     num_rows, num_outputs = x.shape[0], weight.words.shape[1]
-    tiles = tile_sizes(num_rows, weight.group_size, x.dtype)
+    tiles = tiles or tile_sizes(num_rows, weight.group_size, x.dtype)
     blocks = (triton.cdiv(num_outputs, tiles.outputs), triton.cdiv(num_rows, tiles.rows))
     part_size = inputs_per_part(blocks[0] * blocks[1], weight.num_inputs, tiles.inputs, num_programs)
     num_parts = triton.cdiv(weight.num_inputs, part_size)
@@ -329,16 +337,22 @@ def multiply(x: torch.Tensor, weight: TritonWeight, bias: torch.Tensor | None, n
     parts = out if num_parts == 1 else x.new_empty(num_parts, num_rows, num_outputs, dtype=torch.float32)
     tensors = (parts, x, weight.words, weight.scales, weight.zeros, bias)
     sizes = (weight.num_inputs, num_outputs, weight.group_size, part_size)
-    constants = {"BITS": weight.bits, "BLOCK_N": tiles.outputs, "BLOCK_K": tiles.inputs, "num_warps": tiles.num_warps}
+    arguments = launch_arguments(weight.bits, x.dtype, tiles)
     if tiles.rows == 1:
-        gemv_kernel[(blocks[0], num_parts)](*tensors, *sizes, **constants)
+        gemv_kernel[(blocks[0], num_parts)](*tensors, *sizes, **arguments)
     else:
-        tile_kernel[(*blocks, num_parts)](
-            *tensors, *sizes, num_rows, x.stride(0), DOT_DTYPE=dot_dtype(x.dtype), BLOCK_M=tiles.rows, **constants
-        )
+        tile_kernel[(*blocks, num_parts)](*tensors, *sizes, num_rows, x.stride(0), **arguments)
     if num_parts > 1:
         merge_kernel[(triton.cdiv(out.numel(), _MERGE_BLOCK),)](out, parts, out.numel(), num_parts, BLOCK=_MERGE_BLOCK)
     return out
+
+
+def launch_arguments(bits: int, dtype: torch.dtype, tiles: Tiles) -> dict[str, Any]:
+    """What the kernel for these tiles is compiled for; `num_warps` and `num_stages` are options of the compiler."""
+    shape = {"BITS": bits, "BLOCK_N": tiles.outputs, "BLOCK_K": tiles.inputs, "num_warps": tiles.num_warps}
+    if tiles.rows == 1:
+        return shape | {"STAGES": tiles.num_stages}
+    return shape | {"DOT_DTYPE": dot_dtype(dtype), "BLOCK_M": tiles.rows, "num_stages": tiles.num_stages}
 
 
 class TritonGPTQKernel(GPTQKernel):
