@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import gpu_floor
 import torch
@@ -66,22 +67,23 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Contest:
-    """Two calls for the same result."""
+    """Two calls for the same result. `with_tiles` returns our call with other tiles, where a kernel has a choice."""
 
     ours: Callable[[], torch.Tensor]
     torchs: Callable[[], torch.Tensor]
+    with_tiles: Callable[[Any], Callable[[], torch.Tensor]] | None = None
 
 
 def attention_contest(case: gpu_floor.Case, dtype: torch.dtype, device: str) -> Contest:
     """One layer's attention over K and V in pages in random order, against SDPA on the same K and V without pages."""
     arch, num_reqs, (computed, new) = shape_architecture(case.model), len(case.requests), case.requests[0]
     seq_len = computed + new
-    backend = get_attn_backend("triton_paged", AttentionSpec.from_arch(arch, dtype, torch.device(device), BLOCK_SIZE))
+    spec = AttentionSpec.from_arch(arch, dtype, torch.device(device), BLOCK_SIZE)
+    backend: Any = get_attn_backend("triton_paged", spec)
     metadata = metadata_of(num_reqs, computed, new, device)
     table = metadata.block_table.long()  # [num_reqs, blocks_each]
     cache = torch.randn(backend.kv_cache_shape(1 + table.numel()), dtype=dtype, device=device)
     query = torch.randn(num_reqs * new, arch.num_attention_heads, arch.head_dim, dtype=dtype, device=device)
-    backend.prepare(metadata)
     key, value = (
         pages[table].flatten(1, 2)[:, :seq_len].transpose(1, 2).contiguous() for pages in cache
     )  # [num_reqs, num_kv_heads, seq_len, head_size]
@@ -91,7 +93,12 @@ def attention_contest(case: gpu_floor.Case, dtype: torch.dtype, device: str) -> 
         out = F.scaled_dot_product_attention(rows, key, value, is_causal=new > 1, enable_gqa=True)
         return out.transpose(1, 2).reshape(query.shape)
 
-    return Contest(lambda: backend.forward(query, cache, metadata), sdpa)
+    def with_tiles(tiles: Any) -> Callable[[], torch.Tensor]:
+        backend_with, step = type(backend)(spec, tiles), replace(metadata)
+        backend_with.prepare(step)
+        return lambda: backend_with.forward(query, cache, step)
+
+    return Contest(with_tiles(backend.tiles), sdpa, with_tiles)
 
 
 def metadata_of(num_reqs: int, computed: int, new: int, device: str) -> AttentionMetadata:
@@ -151,7 +158,11 @@ def gptq_contest(case: gpu_floor.Case, dtype: torch.dtype, device: str) -> Conte
     plain = ((levels.float() - zeros) * scales).t().to(dtype).contiguous()  # [outputs, inputs]
     x = torch.randn(case.rows, inputs, dtype=dtype, device=device)  # [rows, inputs]
     num_programs = triton_gptq.PROGRAMS_PER_PROCESSOR * processors(device)
-    return Contest(lambda: triton_gptq.multiply(x, weight, None, num_programs), lambda: F.linear(x, plain))
+
+    def with_tiles(tiles: Any) -> Callable[[], torch.Tensor]:
+        return lambda: triton_gptq.multiply(x, weight, None, num_programs, tiles)
+
+    return Contest(with_tiles(None), lambda: F.linear(x, plain), with_tiles)
 
 
 def processors(device: str) -> int:
@@ -166,20 +177,21 @@ CONTESTS = {
 }
 
 
-def error_of(contest: Contest) -> float:
-    """How far the two results are apart, relative to torch's. NaN is an error."""
-    ours, torchs = contest.ours().float(), contest.torchs().float()
-    return float((ours - torchs).norm() / torchs.norm())
+def error_of(ours: torch.Tensor, torchs: torch.Tensor) -> float:
+    """How far the two results are apart, relative to torch's. Raises AssertionError if that is too far."""
+    ours, torchs = ours.float(), torchs.float()
+    error = float((ours - torchs).norm() / torchs.norm())
+    if not error <= LARGEST_ERROR:  # nor is it NaN
+        raise AssertionError(f"the result is off by {error:.2g} of its size")
+    return error
 
 
 @torch.inference_mode()
 def measure(case: gpu_floor.Case, dtype: torch.dtype, device: str, hardware: Hardware, clock: Clock) -> list[Row]:
     contest = CONTESTS[case.kind](case, dtype, device)
     start = time.perf_counter()
-    error = error_of(contest)
+    error = error_of(contest.ours(), contest.torchs())
     first = time.perf_counter() - start
-    if not error <= LARGEST_ERROR:
-        raise AssertionError(f"the result is off by {error:.2g} of its size")
     ours, torchs, floor = clock.time(contest.ours), clock.time(contest.torchs), case.cost.floor(hardware)
     return [
         {
