@@ -121,6 +121,15 @@ def check_fits(what: str, compiled: Any, capability: int, folder: Path, most_spi
     assert "tf32" not in compiled.asm["ptx"]
 
 
+def check_candidate(what: str, compiled: Any, capability: int, folder: Path, most_spilled: int) -> None:
+    """Tiles that are only tried: they fit on the GPU that they are compiled for, hardly spilling, and without TF32."""
+    usage = usage_of(compiled, folder)
+    print(f"{what}, {capability / 10}: {usage}, {usage.programs(capability)} programs per multiprocessor")
+    assert usage.programs(capability) >= 1
+    assert usage.spilled <= most_spilled
+    assert "tf32" not in compiled.asm["ptx"]
+
+
 def loop_instructions(compiled: Any, folder: Path) -> int:
     """Returns how many instructions the longest loop of the kernel has: from a label to the branch back to it."""
     import triton

@@ -45,10 +45,10 @@ def driver() -> Any:
 
 @pytest.fixture
 def make_part(tmp_path: Path, driver: Any) -> MakePart:
-    def make(name: str, share: float = 1.0, missing: str = "") -> Any:
+    def make(name: str, share: float = 1.0, missing: str = "", in_summary: bool = False) -> Any:
         file = tmp_path / f"{name}.py"
         file.write_text(SAVE + FAKES[name])
-        return driver.Part(name, "", share, (sys.executable, str(file)), missing)
+        return driver.Part(name, "", share, (sys.executable, str(file)), missing, in_summary)
 
     return make
 
@@ -84,6 +84,17 @@ def test_a_part_that_hangs_is_ended_and_keeps_its_file(driver: Any, make_part: M
     assert (hanging.status, hanging.note) == ("failed", "ran out of its 6 s and was ended")
     assert read(tmp_path, "hanging")["results"] == [1]
     assert late.status == "done"
+
+
+def test_a_result_moves_into_the_summary(driver: Any, make_part: MakePart, tmp_path: Path) -> None:
+    parts = [make_part("bad", in_summary=True), make_part("broken", in_summary=True), make_part("late")]
+    outcomes = driver.run_parts(parts, "cpu", tmp_path, 600, {})
+    assert [(o.note, o.file) for o in outcomes[:2]] == [
+        ("case 3: ValueError: off by 2", "summary.json"),
+        ("ImportError: no module named x", ""),
+    ]
+    assert not (tmp_path / "bad.json").exists()
+    assert read(tmp_path, "summary")["part_bad"]["results"] == [1]
 
 
 def test_time_that_a_part_leaves_goes_to_the_later_ones(driver: Any, make_part: MakePart, tmp_path: Path) -> None:
@@ -151,7 +162,7 @@ def test_an_unknown_part_is_refused(driver: Any, capsys: pytest.CaptureFixture[s
 
 def test_at_most_eight_files_are_written(driver: Any) -> None:
     """A machine that is lent for minutes may give back only a few."""
-    names = [part.name for part in driver.all_parts("cuda")]
+    names = [part.name for part in driver.all_parts("cuda") if not part.in_summary]
     assert len({*names, "summary"}) <= 8
     scripts = {part.command[1] for part in driver.all_parts("cuda")}
     assert all(Path(script).is_file() for script in scripts)
@@ -361,7 +372,10 @@ def test_the_rehearsal_ends_well(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=1300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     rows = read(tmp_path, "summary")["results"]
-    assert [row["status"] for row in rows] == ["done"] * 7
-    assert all(read(tmp_path, row["part"])["results"] for row in rows)
+    assert [row["status"] for row in rows] == ["done"] * 8
+    assert read(tmp_path, "summary")["part_machine"]["results"]
+    assert all(read(tmp_path, row["part"])["results"] for row in rows[1:])
+    tiles = read(tmp_path, "tiles")
+    assert len(tiles["choices"]) == 8 and not any("refused" in row for row in tiles["results"])
     errors = [row["error"] for row in read(tmp_path, "kernels")["results"]]
     assert len(errors) == 16 and all(float(error) < 1e-5 for error in errors)

@@ -19,9 +19,11 @@ pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 
 from folovllm.attention.backends import triton_paged
 from tests.m4.triton_interpreter import Interpreter
+from tests.script_loader import load_script
 from tests.triton_helpers import (
     CAPABILITIES,
     MATRIX_UNITS,
+    check_candidate,
     check_fits,
     compile_kernel,
     matrix_units,
@@ -142,6 +144,7 @@ ARGUMENTS = {"scale": "fp32", "part_ptr": "*fp32", "lse_ptr": "*fp32", "slot_map
     ("table_ptr", "start_ptr", "lens_ptr", "tiles_ptr", "singles_ptr"), "*i32"
 )
 MOST_SPILLED = 64  # bytes per thread: a head of 72 on 10.0 with Triton 3.6; nearly all others spill nothing
+MOST_SPILLED_BY_CANDIDATES = 72  # 128 rows and 128 keys on 8.0
 LAYERS = [  # dtype, head size, query heads per KV head
     (torch.float32, 64, 3),
     (torch.bfloat16, 256, 1),
@@ -205,6 +208,23 @@ def test_every_layer_compiles_for_every_gpu(
     layer: tuple[torch.dtype, int, int], capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_layer(*layer, capability, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("kernel, kind", [("chunk_kernel", "prompt"), ("single_kernel", "decode")])
+def test_every_candidate_compiles(
+    kernel: str, kind: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiles that scripts/dev/gpu_tiles.py tries on Qwen3-8B, on GPUs with much shared memory."""
+    import triton
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    case = next(case for case in load_script("gpu_floor").cases("qwen3-8b") if case.kind == kind)
+    spec = AttentionSpec(32, 8, 128, torch.bfloat16, CUDA, block_size=16)
+    for words, tiles in load_script("gpu_tiles").candidates(case, torch.bfloat16, "cuda").items():
+        compiled = compile_attention(kernel, spec, tiles, capability)
+        check_candidate(f"{kernel}, {words}", compiled, capability, tmp_path, MOST_SPILLED_BY_CANDIDATES)
 
 
 # --- who may run it ---------------------------------------------------------------------------------------------------

@@ -31,9 +31,11 @@ from folovllm.model_executor.layers.quantization.triton_gptq import pack_weight
 from tests.m4 import triton_interpreter
 from tests.m7.quant_helpers import make_quantizable, quantize, random_layer
 from tests.m7.test_gptq_linear import INPUT, LAYERS
+from tests.script_loader import load_script
 from tests.triton_helpers import (
     CAPABILITIES,
     MATRIX_UNITS,
+    check_candidate,
     check_fits,
     compile_kernel,
     counted,
@@ -446,6 +448,20 @@ def test_every_checkpoint_compiles_for_every_gpu(
     checkpoint: tuple[torch.dtype, int, int], capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_checkpoint(*checkpoint, capability, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_every_candidate_compiles(rows: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles that scripts/dev/gpu_tiles.py tries on 4 bits in groups of 128, on GPUs with much shared memory."""
+    import triton
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    name = "gemv_kernel" if rows == 1 else "tile_kernel"
+    for tiles in load_script("gpu_tiles").gptq_candidates(rows, 128, torch.bfloat16):
+        compiled = compile_gptq(name, torch.bfloat16, 4, tiles, capability)
+        check_candidate(f"{name}, {tiles}", compiled, capability, tmp_path, most_spilled=8)
 
 
 def test_how_many_instructions_a_weight_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,9 @@ class Tile:
     rows: int  # (new token, head) pairs in `chunk_kernel`, heads in `single_kernel`
     keys: int
     num_warps: int = 4  # of 32 threads, in one program
-    num_stages: int = 3  # tiles of keys in on-chip memory: while one is computed, the next ones are fetched
+    # Of the compiler's pipeline. The slots of a tile are fetched before its keys, so 3 stages fetch K and V one tile
+    # ahead, and 5 stages two.
+    num_stages: int = 3
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,9 @@ class TritonPagedBackend(BlockMajorBackend):
 def tile_sizes(spec: AttentionSpec) -> Tiles:
     """Returns tiles that fit into the registers of a program and into the on-chip memory of its GPU.
 
-    With tiles twice as large, the compiler must move registers to memory and back, which costs more than the larger
-    tile gains. In fp32, where no matrix unit helps, this happens soonest. tests/m4/test_triton_paged.py checks what the
-    compiler had to move; only measurements on a GPU can tell which sizes are fastest. scripts/dev/gpu_tiles.py makes them.
+    With tiles twice as large, four warps have too few registers for many shapes, and the compiler must move some to
+    memory and back. In fp32, where no matrix unit helps, this happens soonest. tests/m4/test_triton_paged.py checks
+    what the compiler had to move. Only a GPU can tell which sizes are fastest: scripts/dev/gpu_tiles.py measures them.
     """
     head_pad = max(_SMALLEST_TILE, triton.next_power_of_2(spec.head_size))
     group = triton.next_power_of_2(spec.num_queries_per_kv)
