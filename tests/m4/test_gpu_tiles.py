@@ -1,4 +1,4 @@
-"""scripts/dev/gpu_tiles.py without a GPU: its lists of tile sizes, what it notes of each, and what it concludes (R4.63).
+"""scripts/dev/gpu_tiles.py without a GPU: the tile sizes it tries, what it notes of each, what it concludes (R4.66).
 
 That every candidate compiles is shown in test_triton_paged.py and, for M7's kernels, in tests/m7/test_triton_gptq.py.
 The script itself runs in the rehearsal of test_gpu_all.py.
