@@ -85,6 +85,21 @@ def test_a_candidate_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> No
     assert row["us"] == 1000.0 and row["of_floor"] == round(floor / 1e-3, 3)
 
 
+def test_candidates_share_the_data_of_their_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To make it takes longer than to time a candidate; the data of two cases may not fit beside each other."""
+    made: list[str] = []
+
+    def contest(case: Any, *args: Any) -> Any:
+        made.append(case.name)
+        return script.Contest(lambda: torch.ones(1), lambda: torch.ones(1), lambda tiles: lambda: torch.ones(1))
+
+    monkeypatch.setitem(script.CONTESTS, "gptq", contest)
+    bench = script.Bench("cpu", HARDWARE["h200"], FakeClock())
+    for name in ("GPTQ down 1", "GPTQ down 1", "GPTQ down 16", "GPTQ down 16"):
+        bench.measure(CASES[name], "some tiles", None, default=False)
+    assert made == ["GPTQ down 1", "GPTQ down 16"]
+
+
 @pytest.mark.parametrize("result", [1.1, float("nan")])
 def test_a_wrong_result_is_an_error(monkeypatch: pytest.MonkeyPatch, result: float) -> None:
     with pytest.raises(AssertionError, match="is off by"):
