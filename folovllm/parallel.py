@@ -31,7 +31,7 @@ class ParallelConfig:
     distributed_executor_backend: str | None = None  # "uni", "mp" or "ray"; None: "mp" with several processes
     data_parallel_size: int = 1  # so many engines with all weights share the requests of a server
     data_parallel_backend: str = "mp"  # or "ray": the engines are actors, which may be on other machines
-    data_parallel_heartbeat_timeout: float = 60.0  # seconds without a sign of life until "mp" restarts an engine; 0: never
+    data_parallel_heartbeat_timeout: float = 60.0  # seconds without a beat until "mp" restarts an engine; 0: never
     data_parallel_rank: int = 0  # which of these engines this is; filled in by the client that starts them
     ray_address: str | None = None  # the Ray cluster to join, such as "auto" or "host:6379"; None: one is started here
 

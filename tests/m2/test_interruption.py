@@ -323,6 +323,7 @@ def test_an_engine_that_could_not_be_made_leaves_nothing(
 ) -> None:
     """Its parts are gone, the settings of torch are as before, and the trace's file is closed."""
     parts: list[weakref.ref[Any]] = []
+    gc.unfreeze()  # tests/conftest.py has frozen the tests themselves
 
     def fail(engine: Any, *_: Any, **__: Any) -> None:
         parts.append(weakref.ref(engine))
