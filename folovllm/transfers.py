@@ -1,7 +1,8 @@
 """Small tensors between the host and the device: everything that a step copies up, and the one wait for its results.
 
 Milestone: M4. vLLM counterparts: `CpuGpuBuffer` in vllm/v1/utils.py and `_to_list` in
-vllm/v1/worker/gpu_model_runner.py. Left out: a second stream for the copies.
+vllm/v1/worker/gpu_model_runner.py. Left out: a second stream for the copies, and steps that overlap: vLLM's async
+scheduling prepares the next step while the GPU still computes.
 
 A GPU works through a queue. The host puts kernels and copies into it and runs ahead, so the GPU never idles, as long as
 nothing makes the host wait. Three things do:
@@ -58,8 +59,8 @@ def copy_to(buffer: torch.Tensor, values: np.ndarray) -> None:
 
     `buffer` is on a GPU. On a CPU numpy writes to the same memory, which takes less time than an operator of torch's.
 
-    If steps overlap, the next copy to the same addresses waits on the GPU: its queue keeps the order of the host's
-    calls, so all kernels that read the old values come first. The pinned memory is another one for each step.
+    The next copy to the same addresses cannot come too early: the GPU's queue keeps the order of the host's calls, so
+    all kernels that read the old values come first. The pinned memory is another one for each step.
     """
     region = tuple(slice(n) for n in values.shape)
     host = torch.as_tensor(values, dtype=buffer.dtype)

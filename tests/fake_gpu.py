@@ -9,10 +9,16 @@ three properties:
 - inside of `FakeGpu.step()`, every copy to the GPU starts from pinned memory and is non-blocking, and the only way back
   is `transfers.to_host`, which is counted.
 
-A build of torch without CUDA has no guard for the current CUDA device, which indexing and `.to()` ask for. So two lines
-of C++ register one that does nothing (torch does the same itself if it has CUDA and finds no GPU).
+It cannot see what no operator of torch shows: waits of the allocators (cudaMalloc, the first pinned memory), of Triton
+when it loads a kernel for its first launch, and inside of library kernels. On a real GPU, scripts/dev/gpu_steps.py
+lists every wait of a step. Triton's kernels cannot run on tensors without values: tests/fake_kernels.py checks each
+launch instead. To run what uses this: pytest tests/m4/test_no_hidden_sync.py tests/m4/test_fake_gpu.py
 
-`OneDevice` asks the first of these questions only, of any device. It serves tests that run on "meta".
+A build of torch without CUDA has no guard for the current CUDA device, which indexing and `.to()` ask for. So two lines
+of C++ register one that does nothing, for which the tests need a compiler. (torch does the same itself if it has CUDA
+and finds no GPU.)
+
+`OneDevice` checks the first of these properties only, on any device. It serves tests that run on "meta".
 """
 
 import contextlib

@@ -38,6 +38,11 @@ def resolve_config(config: EngineConfig, arch: ModelArchitecture) -> EngineConfi
     from folovllm.platforms import choose_device, has_fast_bf16
 
     device = choose_device(config.device)
+    if device == "cuda":
+        logger.warning(
+            "this engine runs on the GPU, where FoloVLLM is untried: device='cpu' (--device cpu) is the tested path, "
+            "and `bash scripts/gpu_all.sh` measures what works on this GPU (docs/dev/gpu_status.md)"
+        )
     resolved = config.resolve(arch, device, has_fast_bf16(device, config.kernel_config))
     if config.model_config.dtype == "auto" and resolved.model_config.dtype != arch.dtype:
         logger.warning(

@@ -1,23 +1,25 @@
 """What our GPU kernels read, write and compute, and the least that any kernel for the same result must.
 
 Milestones: M4 (attention/ops/triton_attention.py) and M7 (quantization/triton_gptq.py). vLLM counterpart: none.
-Row 1: no torch; so the sizes of the tiles, which the backends choose, are arguments.
+This module imports no torch. So the sizes of the tiles, which the backends choose, are arguments.
 
 Two amounts of work are kept apart:
 
     does    bytes that the loads and stores of all programs name, and operations of the products that they compute.
             Idle rows of a tile, zeros that fill up a head and everything that is read again are included. Caches are
             not: a second read of the same bytes is often served by the L2 cache, so `does.bytes` is more than what
-            comes from memory. tests/m4/test_kernel_cost.py and tests/m7/test_kernel_cost.py count the loads and stores
+            comes from memory. tests/m4/test_triton_paged.py and tests/m7/test_triton_gptq.py count the loads and stores
             in Triton's interpreter and demand these numbers.
     least   every input is read once, every output is written once, and nothing is computed in vain.
 
     floor = max(least bytes / bandwidth, least FLOPs / peak)
 
 No kernel can be faster than its floor on that GPU, if its inputs are not in a cache already. The floor leaves out what
-a real kernel pays as well: the launch (some microseconds), exp and sums, the instructions that unpack weights, block
-tables, and the wait for the first bytes. The peak is that of the matrix units, also for `gemv_kernel`, which does not
-use them.
+a real kernel pays as well: the launch, exp and sums, the instructions that unpack weights, block tables, and the wait
+for the first bytes. The peak is that of the matrix units, also for `gemv_kernel`, which does not use them.
+
+The launches are counted apart (`step_launches`), since the host makes them while the GPU computes. A step takes at
+least the longer of the two times: that of the floor, and that of the launches.
 """
 
 from collections.abc import Sequence
@@ -30,6 +32,15 @@ from folovllm.sim.hardware import Hardware
 from folovllm.utils import cdiv
 
 _INT32, _INT64, _FP32 = 4, 8, 4  # bytes
+
+# Kernels and copies that the host launches in a greedy decode step on `triton_paged` with torch >= 2.9, which has one
+# kernel for RMSNorm (https://github.com/pytorch/pytorch/pull/153666). tests/m4/test_gpu_floor.py counts them.
+LAYER_LAUNCHES = 16  # per layer, each linear layer being one kernel
+QK_NORM_LAUNCHES = 3  # more per layer of a model that normalises queries and keys
+STEP_LAUNCHES = 17  # copies to the GPU and back, embedding, last norm, output head, sampling
+# An estimate of the host's time per launch, not measured by us. Others report 9 us for a kernel of Triton's on a GB200
+# (https://github.com/vllm-project/vllm/pull/34838) and 11 (https://github.com/meta-pytorch/tritonbench/pull/1002).
+LAUNCH_SECONDS = (5e-6, 15e-6)
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ class Operation:
         return sum(self.kernels.values(), Work())
 
     def floor(self, hardware: Hardware) -> float:
-        """Returns the seconds below which no kernel for this result can get."""
+        """Returns the seconds below which no kernel for this result can get, if its inputs are in no cache."""
         return self.least.seconds(hardware)
 
 
@@ -300,3 +311,18 @@ def step_work(
         written=kv_bytes(arch, requests, dtype_bytes) - old_kv,
         flops=step_flops(arch, requests, num_sampled=len(requests)),
     )
+
+
+def step_launches(arch: ModelArchitecture, more_per_layer: int = 0) -> int:
+    """Returns how many kernels and copies the host launches in a greedy decode step, whatever the number of requests.
+
+    `more_per_layer`: those of linear layers that take more than one kernel.
+    """
+    per_layer = LAYER_LAUNCHES + QK_NORM_LAUNCHES * arch.qk_norm + more_per_layer
+    return STEP_LAUNCHES + arch.num_hidden_layers * per_layer
+
+
+def weight_bytes(arch: ModelArchitecture, bytes_per_linear_weight: float = 2, dtype_bytes: int = 2) -> float:
+    """Returns the size of all weights. Embeddings, the output head and norms are not quantised."""
+    linear = arch.num_hidden_layers * sum(inputs * outputs for inputs, outputs in linear_sizes(arch).values())
+    return linear * bytes_per_linear_weight + (arch.num_parameters() - linear) * dtype_bytes

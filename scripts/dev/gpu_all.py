@@ -6,7 +6,8 @@ Parts come in the order of what they are worth, since time may end before they d
 left, so time that one part does not need goes to the later ones. A part that fails, hangs or runs out of time does not
 stop the next one. Each part writes its own result file while it runs, and summary.json is written anew after each part,
 so that a killed run leaves all that was measured until then. The result of the first part, the machine, moves into
-summary.json: a machine that is lent for minutes may give back only eight files.
+summary.json: a machine that is lent for minutes may give back only eight files. What earlier runs of other parts have
+written to the same folder is kept. docs/dev/gpu_status.md says how to read the files.
 
     bash scripts/gpu_all.sh [--device cuda|cpu] [--out DIR] [--minutes 8] [--parts machine,tests,...]
 """
@@ -30,10 +31,13 @@ from folovllm.benchmarks.runner import end_group, start_child
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(__file__).parent
+FOLDERS = {"cuda": "bench_results/gpu", "cpu": "bench_results/gpu_rehearsal"}  # in the checkout
 STEM = "scripts/gpu_all.sh"
 RUNNING, DONE, FAILED, SKIPPED = "running", "done", "failed", "skipped"
 TO_SAVE = 0.9  # a part is told to end after this share of its time, and is ended by force after all of it
 LOG_LENGTH = 4_000  # characters of a failed part's output that the summary keeps
+MOVED = "part_"  # begins the names of results in summary.json
+SIGNALLED = 128  # added to the number of the signal that ended a process
 LEAST_SECONDS = 5.0  # with less than this, a part cannot even import torch
 
 
@@ -51,7 +55,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a part. `file`: its result file, if it has one."""
+    """What became of a part. `file`: its result file, if it has one. `date`: when it ended."""
 
     part: str
     status: str
@@ -59,6 +63,7 @@ class Outcome:
     seconds: float = 0.0
     limit: float = 0.0
     file: str = ""
+    date: str = ""
 
 
 def all_parts(device: str) -> list[Part]:
@@ -83,7 +88,10 @@ def script(name: str) -> tuple[str, ...]:
 
 
 def run_parts(parts: Sequence[Part], device: str, out: Path, seconds: float, summary: dict[str, Any]) -> list[Outcome]:
-    """Runs the parts within `seconds`; what became of them. `summary` is what summary.json says besides."""
+    """Runs the parts within `seconds`; what became of them. `summary` is what summary.json says besides.
+
+    Its `results` are rows of earlier runs, which stay.
+    """
     end, logs = time.monotonic() + seconds, summary.setdefault("logs", {})
     outcomes = [Outcome(part.name, SKIPPED, part.missing or "no time") for part in parts]
     for index, part in enumerate(parts):
@@ -97,10 +105,13 @@ def run_parts(parts: Sequence[Part], device: str, out: Path, seconds: float, sum
         say(f"{part.name}: {part.about} (at most {limit:.0f} s)")
         outcomes[index] = Outcome(part.name, RUNNING, limit=round(limit, 1))
         save(outcomes, out, summary)
-        outcomes[index] = run_part(part, device, out, limit, logs)
-        if part.in_summary and outcomes[index].file:
-            outcomes[index] = replace(outcomes[index], file="summary.json")
-            summary |= move_result(out / f"{part.name}.json")
+        try:
+            outcomes[index] = run_part(part, device, out, limit, logs)
+            if part.in_summary and outcomes[index].file:
+                outcomes[index] = replace(outcomes[index], file="summary.json")
+                summary |= move_result(out / f"{part.name}.json")
+        except OSError as error:  # e.g. a full disk
+            outcomes[index] = Outcome(part.name, FAILED, str(error), limit=round(limit, 1), date=now())
         say(f"{part.name}: {outcomes[index].status} after {outcomes[index].seconds:.0f} s {outcomes[index].note}")
         save(outcomes, out, summary)
     save(outcomes, out, summary)
@@ -108,33 +119,61 @@ def run_parts(parts: Sequence[Part], device: str, out: Path, seconds: float, sum
 
 
 def run_part(part: Part, device: str, out: Path, limit: float, logs: dict[str, str]) -> Outcome:
-    """Runs one part in a process of its own. If it fails, `logs` gets the end of what it printed."""
+    """Runs one part in a process of its own. If it fails, `logs` gets the end of what it printed.
+
+    If a case kills the process, as a bug in CUDA's libraries may, the case is noted and the part goes on after it.
+    """
     file, start = out / f"{part.name}.json", time.monotonic()
     file.unlink(missing_ok=True)
+    text, status, culprit, resume = "", None, "", False
+    while (left := limit - (time.monotonic() - start)) > (LEAST_SECONDS if resume else 0):
+        text, status = run_once(part, device, out, left, resume)
+        if status is not None and 0 <= status < SIGNALLED:
+            break
+        culprit = blame(file, "hung" if status is None else f"ended by signal {abs(status) % SIGNALLED}")
+        if not culprit:
+            break
+        resume = True
+    cause = ""
+    if status is None:
+        cause = f"ran out of its {limit:.0f} s and was ended" + (f", in {culprit}" if culprit else "")
+    elif status:
+        cause = next(iter(read_problems(file)[0]), "") or last_line(text) or f"ended with status {status}"
+    if cause:
+        logs[part.name] = text[-LOG_LENGTH:]
+    not_run = read_problems(file)[1]
+    note = cause or (f"without {not_run} of its cases" if not_run else "")
+    seconds, state = round(time.monotonic() - start, 1), FAILED if cause else DONE
+    return Outcome(part.name, state, note, seconds, round(limit, 1), file.name if file.exists() else "", now())
+
+
+def run_once(part: Part, device: str, out: Path, limit: float, resume: bool) -> tuple[str, int | None]:
+    """Returns what the process printed, and its exit status, which is None if its time was over."""
     until = time.time() + TO_SAVE * limit
     command = [*part.command, "--device", device, "--out", str(out), "--until", f"{until:.1f}"]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
-        status = follow(command, limit, log, variables(device))
-        text = log.read_text(encoding="utf-8", errors="replace")
-    errors, not_run = read_problems(file)
-    cause = ""
-    if status is None:
-        cause = f"ran out of its {limit:.0f} s and was ended"
-    elif status:
-        cause = errors[0] if errors else last_line(text) or f"ended with status {status}"
-    if cause:
-        logs[part.name] = text[-LOG_LENGTH:]
-    note = cause or (f"without {not_run} of its cases" if not_run else "")
-    seconds, state = round(time.monotonic() - start, 1), FAILED if cause else DONE
-    return Outcome(part.name, state, note, seconds, round(limit, 1), file.name if file.exists() else "")
+        status = follow([*command, *(["--resume"] if resume else [])], limit, log, variables(device))
+        return log.read_text(encoding="utf-8", errors="replace"), status
+
+
+def blame(file: Path, what: str) -> str:
+    """Notes in the result file that its running case has failed; the name of the case, if there is one."""
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    case = str(content.get("running") or "")
+    if case:
+        content["errors"][case], content["running"] = what, None
+        content["cases"].append(case)
+        content["not_run"].pop(case, None)
+        write_json(content, file)
+    return case
 
 
 def move_result(file: Path) -> dict[str, Any]:
     """Removes a part's result file; its content by the name that it has in the summary. E.g. {"part_machine": ...}."""
     content = json.loads(file.read_text(encoding="utf-8"))
     file.unlink()
-    return {f"part_{file.stem}": content}
+    return {f"{MOVED}{file.stem}": content}
 
 
 def follow(command: Sequence[str], seconds: float, log: Path, environment: dict[str, str]) -> int | None:
@@ -171,10 +210,30 @@ def last_line(text: str) -> str:
 
 
 def save(outcomes: Sequence[Outcome], out: Path, summary: dict[str, Any]) -> None:
-    """Replaces summary.json at once."""
-    rows = [asdict(outcome) for outcome in outcomes]
-    scratch = write_json(summary | {"unit": "seconds", "results": rows}, out / "summary.tmp")
-    scratch.replace(out / "summary.json")
+    """Replaces summary.json at once. If that fails, the parts go on."""
+    rows = [*summary.get("results", []), *(asdict(outcome) for outcome in outcomes)]
+    try:
+        scratch = write_json(summary | {"unit": "seconds", "results": rows}, out / "summary.tmp")
+        scratch.replace(out / "summary.json")
+    except OSError as error:
+        say(f"summary.json could not be written: {error}")
+
+
+def kept(out: Path, device: str, parts: Sequence[Part]) -> dict[str, Any]:
+    """What the folder's summary says about other parts than these, if they ran on the same kind of device."""
+    file, names = out / "summary.json", {part.name for part in parts}
+    old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if old.get("device") != device:
+        return {"results": [], "logs": {}}
+    moved = {key: value for key, value in old.items() if key.startswith(MOVED) and key[len(MOVED) :] not in names}
+    return moved | {
+        "results": [row for row in old["results"] if row["part"] not in names],
+        "logs": {name: log for name, log in old["logs"].items() if name not in names},
+    }
+
+
+def now() -> str:
+    return datetime.now().isoformat(timespec="seconds")
 
 
 def say(text: str) -> None:
@@ -182,21 +241,38 @@ def say(text: str) -> None:
 
 
 def print_table(outcomes: Sequence[Outcome], out: Path) -> None:
-    print(f"\n{'part':<12}{'outcome':<10}{'seconds':>8}{'of':>6}  {'result file':<18}note")
+    print(f"\n{'part':<12}{'outcome':<10}{'seconds':>8}{'limit':>7}  {'result file':<18}note")
     for o in outcomes:
-        print(f"{o.part:<12}{o.status:<10}{o.seconds:>8.0f}{o.limit:>6.0f}  {o.file or '-':<18}{o.note[:120]}")
+        print(f"{o.part:<12}{o.status:<10}{o.seconds:>8.0f}{o.limit:>7.0f}  {o.file or '-':<18}{o.note[:120]}")
     print(f"result files: {shlex.quote(str(out))}", flush=True)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog=STEM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=STEM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=epilog()
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal with tiny sizes")
-    parser.add_argument("--out", type=Path, default=Path("bench_results/gpu"), help="folder (default: %(default)s)")
+    folders = f"{FOLDERS['cuda']} of this checkout, for a rehearsal {FOLDERS['cpu']}"
+    parser.add_argument("--out", type=Path, help=f"folder (default: {folders})")
     parser.add_argument("--minutes", type=minutes, default=8.0, help="for all parts together (default: %(default)s)")
-    parser.add_argument("--parts", help="only these, with commas between them")
-    return parser.parse_args(argv)
+    parser.add_argument("--parts", help="only these, in this order, with commas between them")
+    args = parser.parse_args(argv)
+    args.out = args.out or ROOT / FOLDERS[args.device]
+    return args
+
+
+def epilog() -> str:
+    """The parts, the outcomes and the exit statuses."""
+    parts = "\n".join(f"    {part.name:<12}{part.share:>4.0f} s  {part.about}" for part in all_parts("cpu"))
+    return f"""parts, and their limits in a run of 8 minutes in which no part leaves time:
+
+{parts}
+
+outcomes: done (maybe without some cases), failed (an error, or its time was over), skipped (no time, or a program is
+missing). `logs` in summary.json has the end of what a failed part printed.
+
+exit status: 0 if no part failed, also if parts or cases were skipped; 1 if one failed; 2 if nothing could run; 130
+after Ctrl-C"""
 
 
 def minutes(text: str) -> float:
@@ -234,11 +310,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{STEM}: error: {error}", file=sys.stderr)
         return 2
     if reason := why_not(args.device):
-        print(f"{STEM}: error: {reason}", file=sys.stderr)
+        print(f"{STEM}: error: {reason}; for a rehearsal without a GPU: --device cpu", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    command = command_line(STEM, ["--device", args.device, "--minutes", f"{args.minutes:g}"])
-    summary = {"command": command, "machine": machine_header(), "date": datetime.now().isoformat(timespec="seconds")}
+    command = command_line(STEM, sys.argv[1:] if argv is None else argv)
+    summary = {"command": command, "device": args.device, "machine": machine_header(), "date": now()}
+    summary |= kept(args.out, args.device, parts)
     try:
         outcomes = run_parts(parts, args.device, args.out, 60 * args.minutes, summary)
     except KeyboardInterrupt:

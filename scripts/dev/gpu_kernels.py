@@ -1,11 +1,14 @@
 """Time of each Triton kernel beside its floor, and beside what torch has for the same result.
 
 Milestones: M4 (attention) and M7 (GPTQ). vLLM counterpart: benchmarks/kernels. Shapes and floors are those of
-gpu_floor.py, with the ceilings that are measured in this run (gpu_machine.py). All data is random, the caches are cold
-before each call (gpu_result.Clock), and every result is compared with torch's before it is timed.
+gpu_floor.py, with the ceilings that were measured on this machine (gpu_machine.py). All data is random, the caches are
+cold before each call (gpu_result.Clock), and every result is compared with torch's before it is timed. The cache then
+holds what the clock has written, and to write it back takes a part of the call's time: `of_floor` of a kernel that
+needs a few microseconds is too low.
 
-    ours_us, launch_us   medians: what the GPU computed, and what the host needed to launch it
-    floor_us, of_floor   the floor, and which share of the time it explains; 1 would be perfect
+    ours_us, launch_us   medians: what the GPU computed, and what the host needed to launch it. `ours_us` has no time in
+                         it for which the GPU waits for the host
+    floor_us, of_floor   the measured floor, and which share of the time it explains; 1 would be perfect
     torch_us, x_torch    SDPA on K and V without pages, or F.linear with bf16 weights; above 1 we are faster
     first_s              the first call, which compiles the kernels
 
@@ -22,7 +25,7 @@ from typing import Any
 import gpu_floor
 import torch
 import torch.nn.functional as F
-from gpu_machine import make_clock, measured_hardware
+from gpu_machine import ceilings, make_clock, measured_hardware
 from gpu_result import Case, Clock, Options, Result, Row, parse_options
 
 from folovllm.attention.backend import AttentionMetadata, AttentionSpec
@@ -234,10 +237,9 @@ def main() -> int:
     if options.flag:
         sizes, hardware, clock = once(options)
     else:
-        hardware = measured_hardware(options.device)
+        hardware = measured_hardware(options)
         sizes, clock = SIZES[options.device], make_clock(options.device, hardware)
-    ceilings = {"bytes_per_second": hardware.bandwidth, "flops_per_second": hardware.flops}
-    result = Result("kernels", "us", options, SHOWN, ceilings=ceilings, dtype=str(sizes.dtype))
+    result = Result("kernels", "us", options, SHOWN, ceilings=ceilings(hardware), dtype=str(sizes.dtype))
     return result.run(cases(sizes, options.device, hardware, clock))
 
 

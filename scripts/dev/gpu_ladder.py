@@ -8,12 +8,14 @@ are drawn on the GPU (load_format="dummy"), so nothing is downloaded and nothing
     nano     the workload of nano-vllm's benchmark: 256 requests of 100-1,024 tokens in and out, temperature 0.6.
              HuggingFace gets the first 64, greedy and as one static batch, so that it fits into the time
 
-Each mode runs once with short outputs, which compiles kernels, and then `repeats` times, of which the fastest counts:
-what still has to be compiled can only slow a run down. HuggingFace, which compiles nothing, and nano run once.
+Each mode runs once with short outputs, which compiles kernels, and then `repeats` times, of which the median counts.
+HuggingFace, which compiles nothing, and nano run once. The cases come in the order of their worth. A case is not begun
+if less time is left than it may need, and it is left out if its weights and a batch do not fit into the GPU's memory.
 
-    itl_ms, floor_ms, of_floor   median time between two tokens of a request; the floor of such a step (weights and the
-                                 mean context are read once) with the ceilings of this run; floor / time
-    x_hf, x_bf16                 output tokens per second, as a multiple of HuggingFace's and of the last rung's in bf16
+    itl_ms, context              median time between two tokens of a request; tokens of a request, half-way
+    floor_ms, of_floor           the measured floor of such a step with this context (gpu_machine.py); floor / time
+    x_hf, x_bf16                 output tokens per second, as a multiple of HuggingFace's and of the last rung's in
+                                 bf16, if those had the same requests: in nano, HuggingFace has not
 
     python scripts/dev/gpu_ladder.py [--device cuda|cpu] [--out DIR]
 """
@@ -21,6 +23,7 @@ what still has to be compiled can only slow a run down. HuggingFace, which compi
 import gc
 import json
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -31,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_machine import measured_hardware
+from gpu_machine import ceilings, measured_hardware
 from gpu_result import Case, Options, Result, Row, parse_options
 
 from folovllm.benchmarks.arms import BASELINE, Arm, ArmTask, EngineArm, Run
@@ -42,7 +45,7 @@ from folovllm.gptq_config import GPTQConfig
 from folovllm.milestones import engine_rungs, top_rung
 from folovllm.model_shapes import shape_architecture, shape_config
 from folovllm.sim.hardware import Hardware
-from folovllm.sim.kernel_cost import gptq_bytes_per_weight, step_work
+from folovllm.sim.kernel_cost import gptq_bytes_per_weight, step_work, weight_bytes
 
 TOP = top_rung().id
 GPTQ = f"{TOP} GPTQ"
@@ -50,7 +53,7 @@ GROUP_SIZE = 128
 SINGLE, BATCH, NANO = "single", "batch", "nano"
 SHOWN = ("output_tok_per_s", "itl_ms", "floor_ms", "of_floor", "x_hf", "x_bf16")
 WARM_UP_TOKENS = 8
-FREE_SHARE, RESERVE = 0.8, 3 * GIB  # of the free memory, the KV cache gets what weights and RESERVE leave of this share
+FREE_SHARE, RESERVE = 0.9, 2 * GIB  # of the free memory, the KV cache gets what weights and RESERVE leave of this share
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ class Loaded:
             dtype=self.sizes.dtype,
             threads=torch.get_num_threads(),
             max_model_len=self.sizes.max_model_len,
-            kv_cache_memory=self.sizes.kv_bytes or free_kv_bytes(entry.shape),
+            kv_cache_memory=self.sizes.kv_bytes or free_kv_bytes(entry, self.sizes, torch.cuda.mem_get_info()[0]),
         )
 
 
@@ -183,13 +186,26 @@ def config_of(shape: str, is_gptq: bool) -> dict[str, Any]:
     return shape_config(shape) | (quantization if is_gptq else {})
 
 
-def free_kv_bytes(shape: str) -> int:
-    """Also if the weights are bf16, so that all arms of a shape have the same KV cache."""
-    free, weights = torch.cuda.mem_get_info()[0], shape_architecture(shape).num_parameters() * 2
-    kv_bytes = int(FREE_SHARE * free) - weights - RESERVE
-    if kv_bytes < RESERVE:
-        raise MemoryError(f"{weights / GIB:.1f} GiB of weights leave too little of {free / GIB:.1f} GiB for a KV cache")
+def free_kv_bytes(entry: Entry, sizes: Sizes, free: int) -> int:
+    """What `free` bytes leave beside the arm's own weights. MemoryError if a batch does not fit into that.
+
+    A batch fits into the least cache, so arms of one shape compare even if the one with smaller weights gets more.
+    """
+    arch = shape_architecture(entry.shape)
+    weights = int(weight_bytes(arch, linear_width(entry.arm)))
+    kv_bytes, least = int(FREE_SHARE * free) - weights - RESERVE, batch_kv_bytes(entry.shape, sizes)
+    if kv_bytes < least:
+        raise MemoryError(
+            f"{weights / GIB:.1f} GiB of weights, {RESERVE / GIB:.1f} for activations and {least / GIB:.1f} for K and "
+            f"V are more than {FREE_SHARE:.0%} of {free / GIB:.1f} GiB"
+        )
     return kv_bytes
+
+
+def batch_kv_bytes(shape: str, sizes: Sizes) -> int:
+    """K and V of a batch, or of the longest request that the engine must be able to serve; in bf16."""
+    num_tokens = max(sizes.batch * sum(sizes.single), sizes.max_model_len)
+    return num_tokens * shape_architecture(shape).kv_bytes_per_token(2)
 
 
 def random_hf(task: ArmTask) -> Any:
@@ -213,7 +229,8 @@ def measure(entry: Entry, loaded: Loaded, hardware: Hardware) -> list[Row]:
     load_seconds = time.perf_counter() - start
     arm.run([replace(request, output_len=min(request.output_len, WARM_UP_TOKENS)) for request in requests])
     repeats = 1 if entry.mode == NANO or entry.arm == BASELINE else loaded.sizes.repeats
-    run = min((run_anew(arm, requests) for _ in range(repeats)), key=lambda run: run.seconds)
+    runs = sorted((run_anew(arm, requests) for _ in range(repeats)), key=lambda run: run.seconds)
+    run = runs[len(runs) // 2]
     figures = speed_figures(run.timings, run.seconds)
     itl = figures["itl_ms"]["p50"]
     floor = step_floor(entry, requests, hardware)
@@ -227,6 +244,7 @@ def measure(entry: Entry, loaded: Loaded, hardware: Hardware) -> list[Row]:
             "output_tok_per_s": round(figures["output_tok_per_s"], 1),
             "ttft_ms": round(figures["ttft_ms"]["p50"], 2),
             "itl_ms": round(itl, 3),
+            "context": round(statistics.mean(contexts_of(requests))),
             "floor_ms": round(1e3 * floor, 3),
             "of_floor": round(1e3 * floor / itl, 3),
             "seconds": round(run.seconds, 2),
@@ -243,28 +261,37 @@ def run_anew(arm: Arm, requests: list[BenchRequest]) -> Run:
     return arm.run(requests)
 
 
+def contexts_of(requests: Sequence[BenchRequest]) -> list[int]:
+    """Tokens of each request when it is half-way through its output."""
+    return [len(request.prompt_token_ids) + request.output_len // 2 for request in requests]
+
+
 def step_floor(entry: Entry, requests: Sequence[BenchRequest], hardware: Hardware) -> float:
     """The floor in seconds of a decode step in which all requests are half-way through their outputs."""
-    width = gptq_bytes_per_weight(4, GROUP_SIZE) if entry.arm == GPTQ else 2.0
-    contexts = [(len(request.prompt_token_ids) + request.output_len // 2, 1) for request in requests]
-    return step_work(shape_architecture(entry.shape), contexts, width).seconds(hardware)
+    contexts = [(context, 1) for context in contexts_of(requests)]
+    return step_work(shape_architecture(entry.shape), contexts, linear_width(entry.arm)).seconds(hardware)
+
+
+def linear_width(arm: str) -> float:
+    """Bytes of a weight of a linear layer."""
+    return gptq_bytes_per_weight(4, GROUP_SIZE) if arm == GPTQ else 2.0
 
 
 def add_ratios(rows: list[Row]) -> None:
-    """x_hf and x_bf16 of every row whose counterpart has been measured."""
-    speeds = {(row["shape"], row["arm"], row["mode"]): row["output_tok_per_s"] for row in rows}
+    """x_hf and x_bf16 of every row whose counterpart has been measured with the same requests."""
+    speeds = {(row["shape"], row["arm"], row["mode"], row["requests"]): row["output_tok_per_s"] for row in rows}
     for row in rows:
         for name, arm in (("x_hf", BASELINE), ("x_bf16", TOP)):
-            other = speeds.get((row["shape"], arm, row["mode"]))
+            other = speeds.get((row["shape"], arm, row["mode"], row["requests"]))
             if other and (name == "x_hf" or row["arm"] == GPTQ):
                 row[name] = round(row["output_tok_per_s"] / other, 2)
 
 
 def main() -> int:
     options = parse_options(__doc__ or "")
-    sizes, hardware = SIZES[options.device], measured_hardware(options.device)
-    facts = {"ceilings": {"bytes_per_second": hardware.bandwidth, "flops_per_second": hardware.flops}}
-    result = Result("ladder", "tokens per second", options, SHOWN, add_ratios, **facts, dtype=sizes.dtype)
+    sizes, hardware = SIZES[options.device], measured_hardware(options)
+    facts = {"ceilings": ceilings(hardware), "dtype": sizes.dtype}
+    result = Result("ladder", "tokens per second", options, SHOWN, add_ratios, **facts)
     with tempfile.TemporaryDirectory() as folder:
         loaded, seconds = Loaded(options, sizes, Path(folder)), sizes.seconds
         found = entries(sizes)

@@ -1,17 +1,20 @@
 """What the parts of scripts/gpu_all.sh share: their options, a result file that grows case by case, and a GPU's clock.
 
 Milestone: M4. vLLM counterpart: none. A part is a list of cases. Each case adds its rows to the part's file, which is
-written anew after every case, so that a part that is killed leaves what it has measured.
+written anew before and after every case, so that a part that is killed leaves what it has measured and names the case
+that was running.
 
 If a kernel of one case reads memory that is not its own, CUDA refuses every later call of the process. The part then
-starts itself again and goes on with the case after it.
+starts itself again and goes on with the case after it. If a case kills the process, gpu_all.py does the same.
 """
 
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,10 @@ from folovllm.platforms import choose_device
 SCHEMA = "folovllm.gpu/1"
 DEVICES = ("cuda", "cpu")
 WARM_UPS, REPEATS = 3, 21
+TRACEBACK_LENGTH = 4_000  # characters
+SMI_SECONDS = 5.0
+STATE = ("clocks.sm", "utilization.gpu", "memory.used", "temperature.gpu")
+REASONS = "clocks_event_reasons.active"  # why the clocks are not higher; older drivers do not have it
 FLUSH_SECONDS = 1.5e-3  # of writing memory before each timed call: more than the host needs to launch a few kernels
 
 Row = dict[str, Any]
@@ -95,7 +102,9 @@ class Result:
             "machine": machine_header() | {"triton": triton_version()} | describe_device(options.device),
             **facts,
             "cases": [],  # that ended, well or not
+            "running": None,  # the case that has begun: if the process dies, this one is to blame
             "errors": {},  # case -> the first line of its error
+            "tracebacks": {},  # of these cases
             "not_run": {},  # case -> why
             "results": [],
         }
@@ -111,19 +120,26 @@ class Result:
 
     def run(self, cases: Sequence[Case]) -> int:
         """Runs the cases that the file does not have; the exit status. A case that fails stops none."""
-        for case in cases:
-            if case.name in self.content["cases"]:
-                continue
+        left = [case for case in cases if case.name not in self.content["cases"]]
+        self.content["not_run"] |= {case.name: "not begun" for case in left}
+        state = self.content["gpu_before"] = self.content.get("gpu_before") or gpu_state(self.options.device)
+        if state.get("programs", 0) > 1:  # one is this process
+            say(f"    {state['programs']} programs compute on this machine's GPUs: the GPU may be shared")
+        for case in left:
             if self.options.seconds_left < case.seconds:
                 self.content["not_run"][case.name] = "no time"
                 say(f"    {case.name}: no time")
                 continue
             self._run(case)
+        self.content["gpu_after"] = gpu_state(self.options.device)
         self.save()
         return 1 if self.content["errors"] else 0
 
     def _run(self, case: Case) -> None:
         start, error = time.perf_counter(), None
+        del self.content["not_run"][case.name]
+        self.content["running"] = case.name
+        self.save()
         rows: list[Row] = []
         try:
             rows = case.run()
@@ -131,7 +147,9 @@ class Result:
             error = self.content["not_run"][case.name] = first_line(raised)
         except Exception as raised:
             error = self.content["errors"][case.name] = first_line(raised)
+            self.content["tracebacks"][case.name] = traceback.format_exc()[-TRACEBACK_LENGTH:]
         self.content["cases"].append(case.name)
+        self.content["running"] = None
         self.content["results"] += rows
         self.complete(self.content["results"])
         self.save()
@@ -151,6 +169,24 @@ def first_line(error: BaseException) -> str:
 
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+def nvidia_smi(*query: str, of: str = "gpu") -> list[dict[str, str]]:
+    """What nvidia-smi answers, word for word, one dict per line; nothing if it is missing, fails or hangs."""
+    command = ["nvidia-smi", f"--query-{of}={','.join(query)}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [dict(zip(query, map(str.strip, line.split(",")), strict=False)) for line in answer.stdout.splitlines()]
+
+
+def gpu_state(device: str) -> dict[str, Any]:
+    """Whether the GPU is shared or throttled: its clocks, why they are not higher, and how many programs compute."""
+    if device == "cpu":
+        return {}
+    gpus = nvidia_smi(*STATE, REASONS) or nvidia_smi(*STATE)
+    return {"gpus": gpus, "programs": len(nvidia_smi("pid", of="compute-apps"))}
 
 
 def cuda_works() -> bool:

@@ -4,8 +4,8 @@ Milestone: M4. vLLM counterpart: vllm's --profile option (torch.profiler). The l
 gpu_ladder.py with random weights. All requests decode; the first steps are not counted. Medians per step:
 
     step_ms           wall time, without the profiler, which slows the host down
-    gpu_busy_ms       time in which a kernel or a copy runs, from torch.profiler; what step_ms has more than this is
-                      what CUDA graphs and a faster host could save
+    gpu_busy_ms       time in which a kernel or a copy runs, from torch.profiler. CUDA graphs and a faster host could
+                      save what step_ms has more than this
     between_steps_ms  from a step's last kernel to the first one of the next step, with the profiler running
     kernels, copies   launched per step; waits: calls of the CUDA runtime that wait for the GPU
     sync_warnings     per step, as torch.cuda.set_sync_debug_mode("warn") counts; their places are in `places`
@@ -54,8 +54,13 @@ def decoding_requests(engine: LLMEngine, count: int, num_tokens: int) -> Iterato
     for index, name in enumerate(names):
         tokens = [100 + (index + place) % 100 for place in range(PROMPT_TOKENS)]
         engine.add_request(name, {"prompt_token_ids": tokens}, params)
-    while engine.stats().num_running < count:
+    for _ in range(count + num_tokens):  # enough steps to admit all, if the KV cache has room for them
+        if engine.stats().num_running == count:
+            break
         engine.step()
+    else:
+        engine.abort_request(names)
+        raise MemoryError(f"the KV cache is too small for {count} requests at once")
     for _ in range(WARM_UP_STEPS):
         engine.step()
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu_result import Options, Result, cuda_works, parse_options, say, start_again
+from gpu_result import TRACEBACK_LENGTH, Options, Result, cuda_works, parse_options, say, start_again
 
 ROOT = Path(__file__).resolve().parents[2]
 # A test whose id contains one of these is in the first part, in this order.
@@ -39,6 +39,7 @@ FIRST = (
 )
 LAST = "test_random_batches"  # compiles most
 SAVE_SECONDS = 1.0
+MOST_TRACEBACKS = 20  # of the first tests that fail; later ones often have the same cause
 
 
 class Recorder:
@@ -63,20 +64,35 @@ class Recorder:
         items[:] = [item for item in chosen if item.nodeid not in done]
         self.content["not_run"] = {item.nodeid: "no time" for item in items}
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A file that cannot be imported has no tests: without this, nothing would say so."""
+        if report.failed:
+            self._note_error(report)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.content["running"] = nodeid
+        self.save()
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         row = self.tests.setdefault(function_of(report.nodeid), dict.fromkeys(ROW, 0))
         row["seconds"] = round(row["seconds"] + report.duration, 2)
         row["slowest"] = max(row["slowest"], round(report.duration, 2))
         if report.failed:
-            self.content["errors"].setdefault(report.nodeid, cause_of(report.longreprtext))
-            say(f"    FAILED {report.nodeid}: {self.content['errors'][report.nodeid]}")
+            self._note_error(report)
         if report.skipped:
             self.skipped[reason_of(report)] += 1
         if report.when == "call" or not report.passed:
             row[report.outcome] += 1
 
+    def _note_error(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        self.content["errors"].setdefault(report.nodeid, cause_of(report.longreprtext))
+        if len(self.content["tracebacks"]) < MOST_TRACEBACKS:
+            self.content["tracebacks"].setdefault(report.nodeid, report.longreprtext[-TRACEBACK_LENGTH:])
+        say(f"    FAILED {report.nodeid}: {self.content['errors'][report.nodeid]}")
+
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         self.content["cases"].append(nodeid)
+        self.content["running"] = None
         self.content["not_run"].pop(nodeid, None)
         failed = nodeid in self.content["errors"]
         self.cuda_is_broken = failed and self.options.device == "cuda" and not cuda_works()
@@ -125,15 +141,25 @@ def main() -> int:
     options = parse_options(__doc__ or "", "--rest", "the tests that are not in the first part")
     result = Result("tests_rest" if options.flag else "tests", "tests, and seconds", options, ())
     recorder = Recorder(result, options)
-    arguments = ["-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider", *map(str, test_files())]
+    arguments = [
+        "-m",
+        "gpu",
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+        *map(str, test_files()),
+    ]
     status = pytest.main(arguments, [recorder])
     recorder.save()
     if recorder.cuda_is_broken:
         start_again()
     counts = [f"{sum(row[name] for row in recorder.tests.values())} {name}" for name in ROW[:3]]
     say(f"    {', '.join(counts)}, {len(recorder.content['not_run'])} not run")
-    known = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED)
-    return int(bool(recorder.content["errors"]) or status not in known)
+    was_stopped = recorder.session is not None and bool(recorder.session.shouldstop)
+    good = status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or was_stopped
+    return int(bool(recorder.content["errors"]) or not good)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 import gpu_floor
 import torch
 from gpu_kernels import BLOCK_SIZE, CONTESTS, GROUP_SIZE, SIZES, Contest, error_of, name_of, processors
-from gpu_machine import make_clock, measured_hardware
+from gpu_machine import ceilings, make_clock, measured_hardware
 from gpu_result import Case, Clock, Result, Row, first_line, parse_options
 from triton.runtime.errors import TritonError
 
@@ -191,10 +191,9 @@ def choices(rows: Sequence[Row]) -> dict[str, Row]:
 
 def main() -> int:
     options = parse_options(__doc__ or "")
-    hardware = measured_hardware(options.device)
+    hardware = measured_hardware(options)
     bench = Bench(options.device, hardware, make_clock(options.device, hardware))
-    ceilings = {"bytes_per_second": hardware.bandwidth, "flops_per_second": hardware.flops}
-    result = Result("tiles", "us", options, SHOWN, ceilings=ceilings, dtype=str(bench.dtype))
+    result = Result("tiles", "us", options, SHOWN, ceilings=ceilings(hardware), dtype=str(bench.dtype))
     result.complete = lambda rows: result.content.update(choices=choices(rows))
     return result.run(bench.cases(OURS[options.device]))
 

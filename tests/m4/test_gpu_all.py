@@ -14,6 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from folovllm.config import EngineConfig
+from folovllm.engine.start_core import resolve_config
+from folovllm.model_shapes import shape_architecture
+from tests.fake_gpu import pretend_cuda
 from tests.script_loader import SCRIPTS, load_script
 
 pytestmark = pytest.mark.m4
@@ -33,6 +37,15 @@ FAKES = {
     "broken": "raise ImportError('no module named x')",
     "hanging": "save(); print('hanging', flush=True); time.sleep(600)",
     "late": "save(); print('late', flush=True)",
+    "crashing": """
+import os, signal
+if "--resume" not in sys.argv:
+    save(cases=["a"], running="b", not_run={"c": "not begun"})
+    os.kill(os.getpid(), signal.SIGABRT)
+old = json.loads((out / f"{name}.json").read_text())
+save(cases=[*old["cases"], "c"], running=None, errors=old["errors"])
+sys.exit(1)
+""",
 }
 
 MakePart = Callable[..., Any]
@@ -97,6 +110,38 @@ def test_a_result_moves_into_the_summary(driver: Any, make_part: MakePart, tmp_p
     assert read(tmp_path, "summary")["part_bad"]["results"] == [1]
 
 
+def test_a_case_that_kills_its_process_is_named_and_the_next_one_runs(
+    driver: Any, make_part: MakePart, tmp_path: Path
+) -> None:
+    (crashing,) = driver.run_parts([make_part("crashing")], "cpu", tmp_path, 600, {})
+    assert (crashing.status, crashing.note) == ("failed", "b: ended by signal 6")
+    content = read(tmp_path, "crashing")
+    assert content["cases"] == ["a", "b", "c"] and content["errors"] == {"b": "ended by signal 6"}
+
+
+def test_a_case_that_hangs_is_named(driver: Any, make_part: MakePart, tmp_path: Path) -> None:
+    part = make_part("hanging")
+    (tmp_path / "hanging.py").write_text(SAVE + "save(cases=[], running='a'); time.sleep(600)")
+    (hanging,) = driver.run_parts([part], "cpu", tmp_path, 6, {})
+    assert hanging.note == "ran out of its 6 s and was ended, in a"
+    assert read(tmp_path, "hanging")["errors"] == {"a": "hung"}
+
+
+def test_a_full_disk_stops_no_part(
+    driver: Any, make_part: MakePart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_once, full = driver.run_once, OSError(28, "No space left on device")
+
+    def run(part: Any, *args: Any) -> Any:
+        if part.name == "bad":
+            raise full
+        return run_once(part, *args)
+
+    monkeypatch.setattr(driver, "run_once", run)
+    bad, good = driver.run_parts([make_part("bad"), make_part("good")], "cpu", tmp_path, 600, {})
+    assert (bad.status, good.status) == ("failed", "done") and "No space left" in bad.note
+
+
 def test_time_that_a_part_leaves_goes_to_the_later_ones(driver: Any, make_part: MakePart, tmp_path: Path) -> None:
     parts = [make_part("good"), make_part("bad", missing="x is not installed"), make_part("late")]
     good, missing, late = driver.run_parts(parts, "cpu", tmp_path, 6000, {})
@@ -146,6 +191,18 @@ def is_running(pid: int) -> bool:
     return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]
 
 
+@pytest.mark.parametrize("device, num_lines", [("auto", 1), ("cuda", 1), ("cpu", 0)])
+def test_an_engine_on_a_gpu_says_that_it_is_untried(
+    device: str, num_lines: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a machine with a GPU, `make demo` takes it. The line names the path that is tested."""
+    pretend_cuda(monkeypatch)
+    config = EngineConfig.from_args(model="tiny", device=device, dtype="float32")
+    resolve_config(config, shape_architecture("tiny"))
+    lines = [record.message for record in caplog.records if "--device cpu" in record.message]
+    assert len(lines) == num_lines
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_line_says_so(tmp_path: Path) -> None:
     command = ["bash", str(SCRIPTS / "gpu_all.sh"), "--out", str(tmp_path)]
@@ -158,6 +215,38 @@ def test_without_a_gpu_one_line_says_so(tmp_path: Path) -> None:
 def test_an_unknown_part_is_refused(driver: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert driver.main(["--device", "cpu", "--parts", "machine,speed"]) == 2
     assert "there is no part speed; there are machine, tests" in capsys.readouterr().err
+
+
+def test_another_run_keeps_the_other_parts(
+    driver: Any, make_part: MakePart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One part is run again, and the rest of the table stays, unless it is a rehearsal's."""
+    moved = make_part("late", in_summary=True)
+    monkeypatch.setattr(driver, "all_parts", lambda device: [make_part("good"), make_part("broken"), moved])
+    monkeypatch.setattr(driver, "why_not", lambda device: None)
+    arguments = ["--device", "cpu", "--out", str(tmp_path)]
+    assert driver.main(arguments) == 1
+    assert driver.main([*arguments, "--parts", "good"]) == 0
+    summary = read(tmp_path, "summary")
+    statuses = [(row["part"], row["status"]) for row in summary["results"]]
+    assert statuses == [("broken", "failed"), ("late", "done"), ("good", "done")]
+    assert "Traceback" in summary["logs"]["broken"] and summary["part_late"]["results"] == [1]
+    assert summary["command"] == f"scripts/gpu_all.sh --device cpu --out {tmp_path.name} --parts good"
+    assert driver.main(["--device", "cuda", "--out", str(tmp_path), "--parts", "good"]) == 0
+    assert [row["part"] for row in read(tmp_path, "summary")["results"]] == ["good"]
+
+
+def test_a_rehearsal_overwrites_no_results(driver: Any) -> None:
+    """And both folders are those of the checkout, wherever the shell is."""
+    folders = [driver.parse_args(["--device", device]).out for device in ("cuda", "cpu")]
+    assert folders == [SCRIPTS.parent / "bench_results" / name for name in ("gpu", "gpu_rehearsal")]
+
+
+def test_help_has_the_parts(driver: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        driver.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"{part.name} " in text for part in driver.all_parts("cuda")) and "exit status" in text
 
 
 def test_at_most_eight_files_are_written(driver: Any) -> None:
@@ -190,8 +279,10 @@ def test_a_case_that_fails_stops_no_other(tmp_path: Path) -> None:
     cases = [tools.Case("a", lambda: [{"case": "a", "ms": 1}]), tools.Case("b", fail), tools.Case("c", last)]
     assert result.run(cases) == 1
     assert seen[0]["results"] == [{"case": "a", "ms": 1}] and seen[0]["cases"] == ["a", "b"]
+    assert seen[0]["running"] == "c"
     content = read(tmp_path, "part")
     assert content["errors"] == {"b": "ValueError: wrong shape"}
+    assert "in fail" in content["tracebacks"]["b"] and "second line" in content["tracebacks"]["b"]
     assert [row["case"] for row in content["results"]] == ["a", "c"]
     assert content["command"] == "scripts/dev/gpu_part.py --device cpu" and content["machine"]["torch"]
 
@@ -231,6 +322,20 @@ def test_if_cuda_is_broken_the_part_goes_on_in_a_new_process(tmp_path: Path, mon
     assert read(tmp_path, "part")["cases"] == ["a", "b"] and len(started) == 1
 
 
+def test_an_nvidia_smi_that_fails_or_hangs_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools, smi = load_script("gpu_result"), tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(tools, "SMI_SECONDS", 0.5)
+    for body, expected in (
+        ("echo '1980 MHz, 0 %'", [{"clocks.sm": "1980 MHz", "utilization.gpu": "0 %"}]),
+        ("exit 2", []),
+        ("exec sleep 60", []),
+    ):
+        smi.write_text(f"#!/bin/sh\n{body}\n")
+        smi.chmod(0o755)
+        assert tools.nvidia_smi("clocks.sm", "utilization.gpu") == expected
+
+
 def test_the_clock_returns_medians(tmp_path: Path) -> None:
     tools, calls = load_script("gpu_result"), []
     timing = tools.Clock("cpu", 16, repeats=5).time(lambda: calls.append(1))
@@ -250,9 +355,18 @@ def test_random_batches(): pass
 """
 
 
+def test_a_file_that_cannot_be_imported_is_an_error(tmp_path: Path) -> None:
+    """The tests of the other files run."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_broken.py").write_text("import a_package_that_is_not_here  # pytest.mark.gpu")
+    status, content = run_tests(tmp_path)
+    assert status == 1 and len(content["cases"]) == 3
+    assert "a_package_that_is_not_here" in content["errors"]["tests/test_broken.py"]
+
+
 def run_tests(tmp_path: Path, *arguments: str) -> tuple[int, Any]:
     """gpu_tests.py on SOME_TESTS."""
-    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests").mkdir(exist_ok=True)
     (tmp_path / "tests" / "test_some.py").write_text(SOME_TESTS)
     (tmp_path / "tests" / "test_plain.py").write_text("import a_package_that_is_not_here")
     program = (
@@ -274,6 +388,7 @@ def test_the_tests_that_say_most_come_first(tmp_path: Path) -> None:
     ]
     (cause,) = content["errors"].values()
     assert cause.startswith("AssertionError: two is wrong")
+    assert "def test_first" in content["tracebacks"]["tests/test_some.py::test_first[2]"]
     assert content["skipped"] == {"Skipped: it refuses": 1}
     rows = {row["test"]: (row["passed"], row["failed"], row["skipped"]) for row in content["results"]}
     assert rows == {"test_early": (0, 0, 1), "test_first": (1, 1, 0)}
@@ -298,6 +413,63 @@ def test_the_ladder_sends_what_nano_vllm_sends() -> None:
     assert longest <= ladder.SIZES["cuda"].max_model_len
 
 
+def test_on_24_gb_every_arm_has_room() -> None:
+    """23.5 GiB are free on an RTX 4090. GPTQ weights of Qwen3-8B fit into 12 GB, bf16 weights do not fit into 16."""
+    ladder = load_script("gpu_ladder")
+    sizes = ladder.SIZES["cuda"]
+
+    def room(entry: Any, free: float) -> int:
+        return int(ladder.free_kv_bytes(entry, sizes, int(free * ladder.GIB)))
+
+    entries = ladder.entries(sizes)
+    needed = {shape: ladder.batch_kv_bytes(shape, sizes) for shape in (sizes.small, sizes.large)}
+    assert all(room(entry, 23.5) >= needed[entry.shape] for entry in entries)
+    gptq = next(entry for entry in entries if entry.arm == ladder.GPTQ)
+    assert room(gptq, 11.5) >= needed[gptq.shape] == 32 * 256 * 36 * 2 * 8 * 128 * 2
+    with pytest.raises(MemoryError, match=r"15\.3 GiB of weights, 2\.0 for activations and 1\.1 for K and V"):
+        room(ladder.Entry(sizes.large, ladder.TOP, "single"), 15.5)
+
+
+def test_later_parts_read_the_ceilings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From summary.json, unless another machine wrote it."""
+    machine, options = load_script("gpu_machine"), options_of(tmp_path)
+    monkeypatch.setattr(machine, "matmul_rate", lambda device: 2e12)
+    monkeypatch.setattr(machine, "copy_bandwidth", lambda device: 3e9)
+    monkeypatch.setattr(machine, "read_bandwidth", lambda device: 4e9)
+    assert machine.measured_hardware(options).source == "measured by this part"
+    ceilings = (machine.COPY, machine.READ, machine.PRODUCT)
+    cases = [case for case in machine.cases(options) if case.name in ceilings]
+    result = machine.Result("machine", "", options, ())
+
+    def run(cases: list[Any]) -> None:
+        """And move the result, as gpu_all.py does."""
+        result.run(cases)
+        (tmp_path / "summary.json").write_text(json.dumps({"part_machine": read(tmp_path, "machine")}))
+
+    run(cases[:2])
+    assert machine.measured_hardware(options).source == "measured by this part"  # one is missing
+    run(cases)
+    monkeypatch.setattr(machine, "matmul_rate", fail)
+    hardware = machine.measured_hardware(options)
+    assert (hardware.flops, hardware.bandwidth, hardware.source) == (2e12, 4e9, "summary.json")
+    monkeypatch.setattr(machine, "describe_device", lambda device: {"gpu": "another"})
+    assert machine.saved_rates(options) == {}
+
+
+def test_too_many_requests_for_the_cache_are_no_endless_loop() -> None:
+    aborted: list[str] = []
+    steps = load_script("gpu_steps")
+    engine = SimpleNamespace(
+        add_request=lambda *args: None,
+        step=lambda: None,
+        stats=lambda: SimpleNamespace(num_running=2),
+        abort_request=aborted.extend,
+    )
+    with pytest.raises(MemoryError, match="too small for 3"), steps.decoding_requests(engine, 3, 10):
+        pass
+    assert len(aborted) == 3
+
+
 def test_every_rung_is_on_the_ladder() -> None:
     ladder = load_script("gpu_ladder")
     for sizes in ladder.SIZES.values():
@@ -310,12 +482,13 @@ def test_every_rung_is_on_the_ladder() -> None:
 def test_ratios_are_those_of_the_same_shape_and_mode() -> None:
     ladder = load_script("gpu_ladder")
     rows = [
-        {"shape": shape, "arm": arm, "mode": mode, "output_tok_per_s": speed}
-        for shape, arm, mode, speed in (
-            ("a", "m7", "single", 10.0),
-            ("a", "m7 GPTQ", "single", 25.0),
-            ("a", "hf", "single", 5.0),
-            ("b", "m7", "single", 7.0),
+        {"shape": shape, "arm": arm, "mode": mode, "requests": requests, "output_tok_per_s": speed}
+        for shape, arm, mode, requests, speed in (
+            ("a", "m7", "single", 1, 10.0),
+            ("a", "m7 GPTQ", "single", 1, 25.0),
+            ("a", "hf", "single", 1, 5.0),
+            ("b", "m7", "nano", 256, 7.0),
+            ("b", "hf", "nano", 64, 2.0),
         )
     ]
     ladder.add_ratios(rows)
@@ -324,6 +497,7 @@ def test_ratios_are_those_of_the_same_shape_and_mode() -> None:
         (5.0, 2.5),
         (1.0, None),
         (None, None),
+        (1.0, None),
     ]
 
 
@@ -363,6 +537,7 @@ def test_the_sanitizers_first_problem_is_the_cause() -> None:
     text = "\n".join(f"========= {line}" for line in lines)
     assert sanitizer.first_problem(text) == "Invalid __global__ read of size 2 bytes"
     assert sanitizer.summary_of(text) == "ERROR SUMMARY: 1 error"
+    assert sanitizer.first_problem("qwen3-8b write 1: ours_us 1, error 1e-3") == ""
 
 
 @pytest.mark.slow

@@ -4,26 +4,40 @@ That the model names what the kernels really load and store is counted in test_t
 in tests/m7/test_triton_gptq.py.
 """
 
+import dataclasses
 import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from folovllm.model_shapes import SHAPES, shape_architecture
+from folovllm.model_shapes import SHAPES, shape_architecture, shape_config
 from folovllm.sim.cost import Calibration, CostModel
 from folovllm.sim.hardware import HARDWARE
-from folovllm.sim.kernel_cost import GPTQShape, Work, gptq_bytes_per_weight, linear_sizes, step_work
+from folovllm.sim.kernel_cost import (
+    GPTQShape,
+    Work,
+    gptq_bytes_per_weight,
+    linear_sizes,
+    step_launches,
+    step_work,
+    weight_bytes,
+)
 
 pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 
+from tests.gpu_engine import add, gpu_machine, step
 from tests.script_loader import load_script
 
 pytestmark = pytest.mark.m4
 
 floors = load_script("gpu_floor")
-H200, L4 = HARDWARE["h200"], HARDWARE["l4"]
+H200, L4, RTX4090 = HARDWARE["h200"], HARDWARE["l4"], HARDWARE["rtx4090"]
 
 
 def test_a_floor_is_the_larger_of_two_times() -> None:
@@ -72,7 +86,7 @@ def test_a_step_reads_what_the_simulator_says() -> None:
 
 def test_four_bits_are_saved_in_the_linear_layers_only() -> None:
     arch = shape_architecture("qwen3-8b")
-    plain, packed = (floors.step_floors("qwen3-8b", batches=(1,))[name, 1] for name in ("bf16", "GPTQ"))
+    plain, packed = (found.least for found in floors.steps("qwen3-8b", batches=(1,)))
     weights = sum(inputs * outputs for inputs, outputs in linear_sizes(arch).values()) * arch.num_hidden_layers
     assert plain.bytes - packed.bytes == weights * (2 - gptq_bytes_per_weight()) and plain.flops == packed.flops
 
@@ -80,10 +94,11 @@ def test_four_bits_are_saved_in_the_linear_layers_only() -> None:
 def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "floors.json"
     monkeypatch.setattr(
-        sys, "argv", ["gpu_floor.py", *f"--model tiny --gpu b200,l4 --kind write --json {file}".split()]
+        sys, "argv", ["gpu_floor.py", *f"--model tiny --gpu b200,l4 --kind write,step --json {file}".split()]
     )
     floors.main()
-    assert "write 256" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "write 256" in printed and "decode" not in printed.replace("a decode step", "")
     rows = json.loads(file.read_text())["results"]
     assert {(row["gpu"], row["kind"]) for row in rows} == {(g, k) for g in ("b200", "l4") for k in ("write", "step")}
     written = next(row for row in rows if row["case"] == "write 256" and row["gpu"] == "l4")
@@ -100,14 +115,83 @@ def test_what_bounds_a_case() -> None:
     assert [floors.scaled(n) for n in (12, 8_388_608, 2e12)] == ["12", "8.39 M", "2.00 T"]
 
 
-def test_the_page_shows_what_the_script_prints(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_step_that_does_not_fit_has_no_speed() -> None:
+    """Its floor would promise tokens per second that a GPU of this size never gives."""
+    found = {step.name: step for step in floors.steps("qwen3-0.6b")}
+    arch, large = shape_architecture("qwen3-0.6b"), found["bf16, batch 256"]
+    assert large.memory == 2 * arch.num_parameters() + 256 * 1024 * arch.kv_bytes_per_token(2)
+    cells = [floors.floor_cell(found[name], RTX4090) for name in ("bf16, batch 1", "bf16, batch 256")]
+    assert cells == ["1.30 ms, 770/s", "does not fit"]
+    assert floors.floor_cell(large, H200).endswith("39,313/s")
+    rows = floors.as_json(["qwen3-0.6b"], ["step"], {"rtx4090": RTX4090})
+    assert [(row["fits"], row["tok_per_s"] is None) for row in rows] == [(True, False)] * 4 + [(False, True)] * 2
+
+
+def test_embeddings_are_not_quantised() -> None:
+    arch = shape_architecture("qwen3-8b")
+    assert weight_bytes(arch) == 2 * arch.num_parameters()
+    assert weight_bytes(arch, 0) == 2 * (2 * 151_936 * 4096 + 36 * (2 * 4096 + 2 * 128) + 4096)  # and norms
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that launch a kernel or a copy: not views, and nothing that only allocates.
+
+    A torch without CUDA has no fused RMSNorm and takes it apart; it counts as the one kernel that it is on a GPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, str(func)
+        if func.namespace == "aten" and "rms_norm" not in name:  # in inference mode, composite operators come whole
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        result = func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        computes = func.namespace == "aten" and not func.is_view and ".empty" not in name
+        if computes and any(t.device.type == "cuda" for t in tensors):
+            self.names.append(name)
+        return result
+
+
+@pytest.mark.parametrize("num_requests", [1, 3])
+@pytest.mark.parametrize("shape", ["qwen3-0.6b", "llama-3.2-1b"])
+def test_the_launches_of_a_decode_step(
+    shape: str, num_requests: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (Path(__file__).parents[2] / "docs/dev/gpu_status.md").read_text(encoding="utf-8")
-    command = re.search(r"^python scripts/dev/gpu_floor.py (.+?) +#", page, re.MULTILINE)
-    assert command
-    monkeypatch.setattr(sys, "argv", ["gpu_floor.py", *command[1].split()])
+    """On `triton_paged`, whatever the number of layers."""
+    for num_layers in (1, 3):
+        (tmp_path / "config.json").write_text(json.dumps(shape_config(shape) | {"num_hidden_layers": num_layers}))
+        arch = dataclasses.replace(shape_architecture(shape), num_hidden_layers=num_layers)
+        with monkeypatch.context() as patch, gpu_machine(patch) as machine:
+            patch.setattr(torch.cuda, "mem_get_info", lambda *args: (2**30, 2**30))
+            args = {"load_format": "dummy", "dtype": "bfloat16", "attention_backend": "triton_paged"}
+            llm = machine.llm(tmp_path, num_kv_blocks=20, **args)
+            for i in range(num_requests):
+                add(llm, str(i), 3, max_tokens=4)
+            step(llm)
+            machine.kernels()
+            with machine.gpu.step() as account, Launches() as launches:
+                step(llm)
+        assert len(launches.names) + len(machine.kernels()) + len(account.down) == step_launches(arch), launches.names
+
+
+PAGE = (Path(__file__).parents[2] / "docs/dev/gpu_status.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^python scripts/dev/gpu_floor.py (.+?) +#", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_page_shows_what_the_script_prints(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_floor.py", *command.split()])
     floors.main()
-    assert capsys.readouterr().out.strip() in page, (
-        "docs/dev/gpu_status.md is out of date: paste what its command prints"
-    )
+    assert capsys.readouterr().out.strip() in PAGE, "docs/dev/gpu_status.md is out of date: paste what it prints"
+
+
+def test_the_page_has_two_commands() -> None:
+    assert len(COMMANDS) == 2
