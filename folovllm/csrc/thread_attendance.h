@@ -101,11 +101,16 @@ class Attendance {
       leave();
     }
   }
-  // An offer has ended: the worker took it, or it was not there to take it.
+  // An offer has ended: the worker took it, or it was not there to take it. A worker that is hardly ever there does not
+  // help, and what it costs the leader may be shorter than any loss that CoreTime sees.
   void took_offer(bool took) {
-    num_late_ = took ? 0 : num_late_ + 1;
-    if (num_late_ == kMaxLate) {
-      leave();
+    num_taken_ += took;
+    if (++num_offers_ == kOffers) {
+      const bool is_of_use = num_taken_ >= kFewestTaken;
+      num_offers_ = num_taken_ = 0;
+      if (!is_of_use) {
+        leave();
+      }
     }
   }
   bool sits_out() {
@@ -116,17 +121,18 @@ class Attendance {
  private:
   static constexpr nanoseconds kMaxDebt = 10ms;
   static constexpr int kMinCosts = 3;  // every system has a long disturbance now and then
-  static constexpr int kMaxLate = 1024;  // offers in a row, about 0.1 s of a step's jobs
+  static constexpr int kOffers = 1024;  // about 0.1 s of a step's jobs: longer than what a system's scheduler takes away
+  static constexpr int kFewestTaken = kOffers / 8;
   static constexpr nanoseconds kTrial = 1s, kShortest = 100ms, kLongest = 4s;
   nanoseconds debt_{};
-  int num_costs_ = 0, num_late_ = 0;
+  int num_costs_ = 0, num_offers_ = 0, num_taken_ = 0;
   bool sits_out_ = false;
   Clock::time_point return_{};
   nanoseconds absence_{};
 
   void leave() {
     debt_ = 0ns;
-    num_costs_ = num_late_ = 0;
+    num_costs_ = num_offers_ = num_taken_ = 0;
     if (workers_may_sit_out) {
       const Clock::time_point now = Clock::now();
       absence_ = now - return_ < kTrial ? std::min(2 * absence_, kLongest) : kShortest;

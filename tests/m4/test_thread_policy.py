@@ -76,6 +76,13 @@ def test_the_more_threads_wait_the_more_a_loss_costs(jobs: dict[str, Jobs]) -> N
     assert jobs["four threads: one worker loses 60 % of every 10 ms"].offered < 0.1
 
 
+def test_a_worker_that_is_hardly_ever_there_sits_out(jobs: dict[str, Jobs]) -> None:
+    """Beside one busy process it took one offer in 40, and 12 % of the speed was lost to offers that no clock saw."""
+    offered = {every: jobs[f"worker: takes one offer in {every}"].offered for every in (2, 6, 12, 40)}
+    assert (offered[2], offered[6]) == (1.0, 1.0)
+    assert max(offered[12], offered[40]) < 0.2
+
+
 def test_a_rare_disturbance_is_no_reason(jobs: dict[str, Jobs]) -> None:
     assert jobs["worker: loses 30 ms once in a second"].offered == 1.0
 

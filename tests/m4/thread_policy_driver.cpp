@@ -100,6 +100,7 @@ struct Case {
   };
   Us disk = 0, disk_every = 1;  // the leader's part waits for so long, in each of so many jobs
   bool two_leaders = false;     // two threads lead, five jobs each in turn
+  int64_t there_every = 1;      // the worker begins in each of so many jobs, and its clocks see no loss
 };
 
 // One leader, and one worker of interest. Each job has a part for each thread.
@@ -136,7 +137,7 @@ class Simulation {
     Us done = rival.finish(begin, part, leader) + wait_for_disk(leader);
     Us slept = 0;
     if (is_offered) {
-      const bool has_begun = setting_.worker.free_from(begin) < done;
+      const bool has_begun = jobs % setting_.there_every == 0 && setting_.worker.free_from(begin) < done;
       attendance_.took_offer(has_begun);
       slept = has_begun ? wait_for_worker(begin, done) : 0;
       done = has_begun ? std::max(done, now_us.load()) : rival.finish(done, kPart, leader);
@@ -206,6 +207,9 @@ std::vector<Case> cases() {
     }
   }
   add("worker: loses 30 ms once in a second").worker = share(3, 1000);
+  for (const int every : {2, 6, 12, 40}) {
+    add("worker: takes one offer in " + std::to_string(every)).there_every = every;
+  }
   for (const int period : {8, 22, 28, 100}) {
     for (const int percent : {10, 40, 60, 75}) {
       add("crowded: the leader loses " + percent_of(percent, period)).leader = share(percent, period);
