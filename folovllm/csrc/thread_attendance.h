@@ -105,9 +105,10 @@ class Attendance {
   // help, and what it costs the leader may be shorter than any loss that CoreTime sees.
   void took_offer(bool took) {
     num_taken_ += took;
-    if (++num_offers_ == kOffers) {
-      const bool is_of_use = num_taken_ >= kFewestTaken;
+    if (++num_offers_ == window_) {
+      const bool is_of_use = num_taken_ >= window_ / 8;
       num_offers_ = num_taken_ = 0;
+      window_ = kOffers;
       if (!is_of_use) {
         leave();
       }
@@ -122,10 +123,10 @@ class Attendance {
   static constexpr nanoseconds kMaxDebt = 10ms;
   static constexpr int kMinCosts = 3;  // every system has a long disturbance now and then
   static constexpr int kOffers = 1024;  // about 0.1 s of a step's jobs: longer than what a system's scheduler takes away
-  static constexpr int kFewestTaken = kOffers / 8;
+  static constexpr int kTrialOffers = 128;  // after an absence: enough to see that nothing has changed
   static constexpr nanoseconds kTrial = 1s, kShortest = 100ms, kLongest = 4s;
   nanoseconds debt_{};
-  int num_costs_ = 0, num_offers_ = 0, num_taken_ = 0;
+  int num_costs_ = 0, num_offers_ = 0, num_taken_ = 0, window_ = kOffers;
   bool sits_out_ = false;
   Clock::time_point return_{};
   nanoseconds absence_{};
@@ -135,6 +136,7 @@ class Attendance {
     num_costs_ = num_offers_ = num_taken_ = 0;
     if (workers_may_sit_out) {
       const Clock::time_point now = Clock::now();
+      window_ = kTrialOffers;
       absence_ = now - return_ < kTrial ? std::min(2 * absence_, kLongest) : kShortest;
       return_ = now + absence_;
       sits_out_ = true;
