@@ -62,12 +62,17 @@ def says(words: str) -> None:
     assert words in text, f"docs/learn/09 does not say {words!r} any more"
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_small_all_reduces_are_latency_and_large_ones_bandwidth(rows: list[dict[str, Any]], ranks: int) -> None:
+def test_small_all_reduces_are_latency_and_large_ones_bandwidth(rows: list[dict[str, Any]]) -> None:
+    two, three = (
+        {row["tokens"]: row["us_p50"] for row in rows if row["table"] == "all_reduce" and row["ranks"] == ranks}
+        for ranks in (2, 3)
+    )
     says("From 1 to 32 tokens the bytes grow 32 times and the median (p50) hardly changes")
-    says("From 128 to 2,048 tokens it grows")
-    median = {row["tokens"]: row["us_p50"] for row in rows if row["table"] == "all_reduce" and row["ranks"] == ranks}
-    assert 0.5 < median[32] / median[1] < 2 and median[2048] > 2 * median[128]
+    assert all(0.5 < median[32] / median[1] < 2 for median in (two, three))
+    says("From 128 to 2,048 tokens the median of three ranks grows")
+    assert three[2048] > 2 * three[128]
+    says("A time of about 4 or 8 ms is neither, and with two ranks the medians from 512 tokens on are such times")
+    assert all(min(abs(two[tokens] - slice_us) for slice_us in (4000, 8000)) < 500 for tokens in (512, 2048))
 
 
 def test_ranks_on_one_machine_lose_as_the_page_says(rows: list[dict[str, Any]]) -> None:
