@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from folovllm.core.sched.output import SchedulerOutput
@@ -359,12 +359,14 @@ def test_a_core_that_cannot_be_repaired_ends_the_engine():
         Run(core, [AddRequests([make_request("r", 5)])])
 
 
+@example(seed=3556, poisonous={1, 2}, chance=0.1)
 @given(seed=st.integers(0, 2**32), poisonous=st.sets(st.integers(0, 6), max_size=2), chance=st.sampled_from([0.0, 0.1]))
 def test_whatever_raises_no_innocent_request_is_hurt(seed, poisonous, chance):
     rng = random.Random(seed)
     requests = [make_request(f"r{i}", rng.randint(1, 20), max_tokens=rng.randint(1, 12)) for i in range(7)]
     at_token = {f"r{i}": rng.randint(0, 3) for i in poisonous}
-    chances = [rng.random() < chance for _ in range(3)]  # few, so that no request fails two trials by chance alone
+    # One at most: a request that fails two trials by chance alone is taken for guilty, as it has to be.
+    chances = [i == 1 and rng.random() < 3 * chance for i in range(3)]
 
     def raises(executor: FaultyExecutor, handle: SchedulerOutput) -> bool:
         if chances and chances.pop():

@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -405,7 +406,9 @@ def test_a_stop_string_counts_as_stop_and_a_client_that_leaves_as_abort(running)
             await anext(stream)
 
     running.in_loop(leave)
-    after = page_of(running)
+    deadline = time.monotonic() + 30
+    while change(before, after := page_of(running), "vllm:request_success_total", finished_reason="abort") < 1:
+        assert time.monotonic() < deadline, "the abort is not counted"  # the engine learns of it a moment later
     assert change(before, after, "vllm:request_success_total", finished_reason="stop") == 1
     assert change(before, after, "vllm:request_success_total", finished_reason="abort") == 1
     assert not running.state.metrics.observers[0]._unfinished
