@@ -24,9 +24,9 @@ class CpuQuota(NamedTuple):
     def threads(self) -> int:
         """The quota rounded to the nearest number of threads, half a CPU upwards, and at least 1.
 
-        On the reference machine, two threads are 1.1 to 1.4 times as fast as one for one request and 1.8 times for many
+        On the reference machine, two threads are 1.1 times as fast as one for one request and 1.8 times for many
         (milestones/m4/results/threads_cpu.json), but use twice the CPU time. So with a quota of 1.2 CPUs one thread is
-        better for one request, and as good for many. With 1.5 CPUs, one request loses little, and many gain.
+        better for one request, and hardly worse for many. With 1.5 CPUs, one request loses a little, and many gain.
         """
         return max(1, int(self.cpus + 0.5))
 

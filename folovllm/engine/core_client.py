@@ -204,7 +204,7 @@ class ProcessCoreClient(CoreClient):
         except Exception as error:  # a message that cannot be unpickled
             logger.exception("a message of the engine process cannot be read")
             self._process.kill()
-            self._process.join()
+            self._process.join(SECONDS_AFTER_KILL)
             self._deliver(Dead(f"a message of the engine process cannot be read: {error}"))
         finally:
             self._connection.close()
